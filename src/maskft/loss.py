@@ -80,17 +80,37 @@ class HeldoutLoss:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> list[RowLoss]:
         """Losses of the rows, in their order."""
-        count, world = len(rows), processes.num_processes()
-        # Each process takes the same number of rows: under FSDP all have to run the same number of batches.
-        own = [(processes.rank() + step * world) % count for step in range(math.ceil(count / world))]
-        chosen = [rows[n] for n in own]
+
+        def nll_of(chosen: Sequence[Mapping[str, Any]]) -> list[RowLoss]:
+            return nll_per_item(self.model, chosen, batch_size=self.batch_size, pad_token_id=self.pad_token_id)
+
         with self.context():
-            found = nll_per_item(self.model, chosen, batch_size=self.batch_size, pad_token_id=self.pad_token_id)
-        losses: list[RowLoss] = [(0.0, 0)] * count
-        for indices, parts in processes.gather((own, found)):
-            for index, pair in zip(indices, parts, strict=True):
-                losses[index] = pair
-        return losses
+            return shared_rows(rows, nll_of)
+
+
+def shared_rows(
+    rows: Sequence[Mapping[str, Any]], measure: Callable[[Sequence[Mapping[str, Any]]], list[RowLoss]]
+) -> list[RowLoss]:
+    """Measure rows, of which each process of a run takes a share; every process must call it with the same rows.
+
+    Args:
+        rows: What to measure.
+        measure: Measures some of the rows, in their order.
+
+    Returns:
+        What ``measure`` returns for all rows, in their order, on every process.
+    """
+    count = len(rows)
+    num_processes = processes.num_processes()
+    # Each process takes the same number of rows: under FSDP all have to run the same number of batches.
+    shares = math.ceil(count / num_processes)
+    own = [(processes.rank() + share * num_processes) % count for share in range(shares)]
+    found = measure([rows[index] for index in own])
+    results: list[RowLoss] = [(0.0, 0)] * count
+    for indices, parts in processes.gather((own, found)):
+        for index, result in zip(indices, parts, strict=True):
+            results[index] = result
+    return results
 
 
 def length_sorted_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

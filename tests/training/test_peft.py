@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import tiny
-from maskft.training.kl import KLToBase
+from maskft.training.kl import Base, KLOnTask
 from maskft.training.method_arguments import method_label
 from maskft.training.peft_config import adapter_config
 from maskft.training.record import read_record
@@ -101,37 +101,45 @@ MODELS = {
     "gemma2": lambda: tiny.decoder(
         transformers.Gemma2Config, transformers.Gemma2ForCausalLM, final_logit_softcapping=0.5
     ),
+    "cohere": lambda: tiny.decoder(transformers.CohereConfig, transformers.CohereForCausalLM, logit_scale=4.0),
 }
 
 
 @pytest.mark.parametrize(
-    ("method", "name"), [("full", "llama"), ("peft", "llama"), ("peft", "granite"), ("full", "gemma2")]
+    ("method", "name"),
+    [("full", "llama"), ("peft", "llama"), ("peft", "granite"), ("full", "gemma2"), ("peft", "cohere")],
 )
 def test_kl_to_base_is_the_sum_over_tokens(method, name):
     """Against a loop, after the model has been moved; a model that was not moved has no term."""
     model = MODELS[name]().train()
     if method == "peft":
         model = get_peft_model(model, adapter_config({**ADAPTERS["LoRA"], "lora_dropout": 0.0}))
-    term = KLToBase(model, 3.0)
+    term = KLOnTask(model, Base(model))
+
+    def kl_sum():
+        term.before_forward(model, inputs, 0)
+        model(input_ids=ids)
+        return term.after_forward(model)
+
     ids = torch.arange(5, 25).reshape(2, 10)
     labels = torch.where(torch.arange(10) < 7, -100, ids)
     inputs = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
     before = model(input_ids=ids).logits.log_softmax(-1).detach()
-    assert term(model, term.of_base(model, inputs), 6).item() == pytest.approx(0, abs=1e-6)
+    assert kl_sum().total.item() == pytest.approx(0, abs=1e-6)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.05)
-    of_base = term.of_base(model, inputs)
     after = model(input_ids=ids).logits.log_softmax(-1)
     expected = 0.0
     for row in range(2):
         for place in (6, 7, 8):  # of the tokens that predict a label
             p, q = before[row, place], after[row, place]
             expected += float((p.exp() * (p - q)).sum())
-    value = term(model, of_base, 6)
-    assert value.item() == pytest.approx(3 * expected / 6, rel=1e-3) and expected > 0.01
-    value.backward()
+    value = kl_sum()
+    assert value.total.item() == pytest.approx(expected, rel=1e-3) and expected > 0.01
+    assert value.num_tokens == 6
+    value.total.backward()
     assert all(
         p.grad is not None
         for name, p in model.named_parameters()
@@ -141,8 +149,9 @@ def test_kl_to_base_is_the_sum_over_tokens(method, name):
 
 def test_the_copy_of_a_model_goes_where_its_rows_are():
     """The Trainer moves the model, not the copy; there is no other device here than meta."""
-    term = KLToBase(tiny.tiny_llama().to(torch.bfloat16), 1.0)
-    with term._as_base(None, torch.device("meta")) as base:
+    model = tiny.tiny_llama().to(torch.bfloat16)
+    held = Base(model)
+    with held.of(model.to("meta")) as base:
         assert {(p.device.type, p.dtype) for p in base.parameters()} == {("meta", torch.bfloat16)}
 
 

@@ -281,6 +281,24 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_best(argu
     assert all(p.isfinite().all() for p in AutoModelForCausalLM.from_pretrained(tmp_path / "out").parameters())
 
 
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+def test_a_gradient_that_is_not_finite_stops_while_the_loss_is_finite(max_grad_norm, arguments, base, tmp_path, capsys):
+    """A head 1e25 times as large behind a norm 1e25 times as small: the same loss, and a gradient whose norm is inf.
+
+    Clipping would divide by that norm, so every gradient would be 0 and the run would go on without learning.
+    """
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1e-25)
+        model.lm_head.weight.mul_(1e25)
+    model.save_pretrained(tmp_path / "steep")
+    tiny_tokenizer().save_pretrained(tmp_path / "steep")
+    settings = {"model_name_or_path": tmp_path / "steep", "max_grad_norm": max_grad_norm, "max_steps": 2}
+    status, err = run(arguments(method="full", **settings), capsys)
+    assert status == 2 and "error: gradient is not finite at step 1: stopped before the update" in err
+    assert math.isfinite(summary(tmp_path / "out")["best_loss"])
+
+
 def test_the_best_checkpoint_is_the_best_of_those_that_are_saved(arguments, tmp_path, capsys):
     """A loss that is lower between two of them belongs to weights that nobody kept."""
     options = {"eval_steps": 1, "save_steps": 3, "max_steps": 6, "learning_rate": 0.3, "lr_scheduler_type": "constant"}
@@ -369,7 +387,7 @@ def cases():
     ("line", "message"),
     [
         ("learning_rat: 1", "unknown key 'learning_rat' (did you mean 'learning_rate'?)"),
-        ("method: lora", "method is 'lora'; it must be one of full, peft, mask"),
+        ("method: loro", "method is 'loro'; it must be one of full, peft, mask"),
         ("method:", "method is None; it must be one of full"),
         ("max_steps: 2.5", "max_steps is 2.5; it must be a whole number"),
         ("kl_to_base: [1]", "kl_to_base is [1]; it must be a number"),
@@ -543,3 +561,74 @@ def test_a_base_model_learns_conversations_by_a_template_file(arguments, tmp_pat
     status, err = run(arguments(**words, chat_template_path=template), capsys)
     assert status == 0, err
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == template.read_text()
+
+
+@pytest.mark.parametrize("method", ["mask", "full"])
+def test_saved_weights_are_as_readable_as_the_files_beside_them(method, arguments, tmp_path, capsys):
+    assert run(arguments(method=method, keep_worse=True if method == "mask" else None), capsys)[0] == 0
+    for folder in (tmp_path / "out", tmp_path / "out" / "checkpoint-2"):
+        modes = {file.name: oct(file.stat().st_mode & 0o777) for file in folder.iterdir() if file.is_file()}
+        weights = [name for name in modes if name.endswith(".safetensors")]
+        assert weights and len({*modes.values()}) == 1, modes
+
+
+def test_tied_weights_are_not_missing(arguments, tmp_path, capsys, caplog):
+    tokenizer = tiny_tokenizer()
+    model = tiny.tiny_llama(vocab_size=len(tokenizer), tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "tied")
+    tokenizer.save_pretrained(tmp_path / "tied")
+    status, err = run(arguments(method="full", model_name_or_path=tmp_path / "tied"), capsys)
+    assert status == 0, err
+    assert "missing keys" not in err + caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"mask_preset": "deletion_tuning", "mask_sparsity": 0.1},
+            "mask_sparsity 0.1 has no effect with mask_preset deletion_tuning (mask_selection logit)",
+        ),
+        (
+            {"mask_selection": "threshold", "mask_threshold": 0.01, "mask_sparsity": 0.1},
+            "mask_sparsity 0.1 has no effect",
+        ),
+        ({"seed": 1099511627776}, "seed is 1099511627776; it must be at most 4294967295"),
+        ({"method": "lora"}, """method is 'lora', which is an adapter of PEFT's: give --method peft --peft_config"""),
+        ({"method": "dora"}, '"use_dora": true'),
+        ({"eval_split_size": 0}, "eval_split_size is 0; held-out rows choose the best checkpoint"),
+    ],
+)
+def test_options_without_effect_or_out_of_range_are_one_line(options, message, arguments, capsys):
+    status, err = run(arguments(**options), capsys)
+    assert status == 2 and message in err and err.count("error:") == 1, err
+
+
+def test_method_lora_in_a_recipe_names_the_way(arguments, tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text("method: lora\n")
+    status, err = run([*arguments(), "--config", tmp_path / "recipe.yaml"], capsys)
+    assert status == 2 and "give --method peft --peft_config" in err
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize("method", ["random_mask", "l1_mask", "wanda_mask"])
+def test_a_fixed_mask_of_a_base_that_is_not_finite_is_not_made(value, method, arguments, base, tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = value
+    model.save_pretrained(tmp_path / "broken")
+    tiny_tokenizer().save_pretrained(tmp_path / "broken")
+    status, err = run(arguments(method=method, model_name_or_path=tmp_path / "broken"), capsys)
+    assert status == 2 and "hold NaN or inf" in err and f"{method} cannot be made" in err
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_too_few_steps_for_a_score_to_reach_zero_are_said(arguments, tmp_path, capsys):
+    """The mask of the start removes nothing, so naming its checkpoint would be no help."""
+    options = {"mask_preset": "deletion_tuning", "learning_rate": 1e-6, "max_steps": 2, "mask_init_value": 0.1}
+    options["keep_worse"] = False
+    status, err = run(arguments(**options), capsys)
+    words = " ".join(err.split())
+    assert status == 0 and "The mask is in" not in words, err
+    assert "No checkpoint beat the starting mask. Too few steps: scores start around mask_init_value 0.1" in words
+    assert "2 steps at learning_rate 1e-06 move them by about 1e-06 (steps * rate / 2)" in words

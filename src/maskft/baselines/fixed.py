@@ -63,9 +63,10 @@ def fixed_masks(
             of shape (I, O), (I, 1).
     """
     for number, weight in enumerate(weights, start=1):
-        if not weight.is_meta and bool(weight.isnan().any()):
+        if not weight.is_meta and not bool(weight.isfinite().all()):
             raise UserError(
-                f"the base's weights hold NaN (in matrix {number} of {len(weights)}); no {kind} of them is made"
+                f"the base's weights hold NaN or inf (in matrix {number} of {len(weights)}), so {kind} cannot be made; "
+                "check the base model"
             )
     made, generator = FIXED_MASKS[kind], torch.Generator().manual_seed(seed)
     norms = input_norms if made.of_inputs else [None] * len(weights)

@@ -21,6 +21,7 @@ from ..tuner.config import DATA_STARTS
 from .method_arguments import MaskArguments, MethodArguments, default_start, removes_a_share
 
 _LEAST = dict.fromkeys("per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps".split(), 1)
+_LARGEST_SEED = 2**32 - 1  # of numpy's
 _LEAST |= {"max_length": 1, "seed": 0, "data_seed": 0, "dataloader_num_workers": 0}
 
 
@@ -58,6 +59,19 @@ class TrainingArguments(SFTConfig):
         "Coefficient, >= 0, of a KL(base || model) penalty on the completion tokens, in nats per token. The base is "
         "the model without its adapter; with full, a frozen copy.",
     )
+    kl_budget: float | None = option(
+        None,
+        "KL(base || model) to end at, in nats per token, above 0, instead of the coefficient kl_to_base: training "
+        "adapts the coefficient, and only checkpoints within the budget are kept.",
+    )
+    kl_dataset_name: str | None = option(
+        None,
+        "Rows that kl_to_base and kl_budget are taken on, named like dataset_name; plain text is enough. A quarter (at "
+        "most 100 rows) is held out and measured. Default: the completion tokens of the task's rows.",
+    )
+    kl_batch_size: int = option(
+        4, "With kl_dataset_name: rows of it that go with every batch of per_device_train_batch_size rows, at least 1."
+    )
     resume_from_checkpoint: str | None = option(
         None, "true: from the newest complete checkpoint of output_dir; auto: the same, or from step 0 without one."
     )
@@ -73,6 +87,9 @@ class TrainingArguments(SFTConfig):
         for name, least in _LEAST.items():
             if (value := getattr(self, name)) is not None and value < least:
                 raise UserError(f"{name} is {value}; it must be at least {least}")
+        for name in ("seed", "data_seed"):
+            if (value := getattr(self, name)) is not None and value > _LARGEST_SEED:
+                raise UserError(f"{name} is {value}; it must be at most {_LARGEST_SEED}")
         if self.learning_rate is not None and not 0 <= self.learning_rate < math.inf:
             raise UserError(f"learning_rate is {self.learning_rate}; it must be 0 or more")
         if not 0 < self.num_train_epochs < math.inf:

@@ -126,13 +126,9 @@ def check_zero_levels(model: PeftModel, name_or_path: str) -> None:
 
 
 def with_adapter(model: PreTrainedModel, config: PeftConfig, source: ModelConfig) -> PeftModel:
-    """Add an adapter that names its base model as ``source`` does, and its revision unless it is the newest.
-
-    PEFT would ask the hub, at every save, whether the base has as many tokens, and warn when it cannot.
-    """
+    """Add an adapter that names its base model as ``source`` does, and its revision unless it is the newest."""
     revision = None if source.model_revision == "main" else source.model_revision
     adapted = get_peft_model(model, config, revision=revision)
-    adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)
     adapted.peft_config[ADAPTER].base_model_name_or_path = from_anywhere(source.model_name_or_path)
     return adapted
 

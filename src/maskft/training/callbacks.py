@@ -20,7 +20,6 @@ from ..tuner import MaskedLinear
 from ..tuner.model import adapter_layers
 from ..tuner.selection import current_sparsity
 from .checkpoints import save_final
-from .masked_start import local_part
 from .method_arguments import ADAPTER
 from .stopping import StopRequest
 
@@ -76,6 +75,7 @@ class StepGuard(TrainerCallback):
         self.mask_metrics: dict[str, float] = {}
         self.stop = StopRequest()
         self._loss_is_finite = torch.tensor(True)
+        self._gradient_is_finite = torch.tensor(True)
         self._before: list[tuple[MaskedLinear, torch.Tensor]] = []
         self._undo = None
         self._is_stopping = False
@@ -83,6 +83,18 @@ class StepGuard(TrainerCallback):
     def see_loss(self, loss: torch.Tensor) -> None:
         """Note whether the loss of a micro-batch is finite."""
         self._loss_is_finite = torch.isfinite(loss) & self._loss_is_finite.to(loss.device)
+
+    def see_gradient_norm(self, norm: torch.Tensor | float) -> None:
+        """Note whether the norm of all gradients is finite, as it was before clipping.
+
+        A norm of inf is none to continue with either: clipping divides by it, so all gradients would be 0.
+        """
+        # float16 gradients overflow now and then; the scaler skips such a step itself.
+        if self.trainer.accelerator.scaler is None:
+            norm = torch.as_tensor(norm).detach()
+            if hasattr(norm, "full_tensor"):  # FSDP2 gives a part of it to each process
+                norm = norm.full_tensor()
+            self._gradient_is_finite = torch.isfinite(norm)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Resume the counts of the log; add the hook on the embeddings."""
@@ -102,13 +114,9 @@ class StepGuard(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         """Stop before a loss or gradient that is not finite is applied; ask all processes for a signal."""
         bad_loss = ~self._loss_is_finite
+        bad_gradient = ~self._gradient_is_finite.to(bad_loss.device)
         self._loss_is_finite = torch.tensor(True)
-        bad_gradient = torch.zeros_like(bad_loss)
-        # float16 gradients overflow now and then; the scaler skips such a step itself.
-        if self.trainer.accelerator.scaler is None:
-            # One sum over all gradients, so that a GPU is asked once; NaN and inf both survive adding.
-            total = sum(local_part(p.grad).sum(dtype=torch.float32) for p in model.parameters() if p.grad is not None)
-            bad_gradient = ~torch.isfinite(torch.as_tensor(total, device=bad_loss.device))
+        self._gradient_is_finite = torch.tensor(True)
         # The same verdict in every process, or the others would wait for the one that stopped.
         is_asked_to_stop = torch.full_like(bad_loss, self.stop.signal is not None)
         verdict = processes.largest(is_asked_to_stop, bad_gradient, bad_loss)

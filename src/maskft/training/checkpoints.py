@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from rich.console import Console
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -195,7 +196,23 @@ def save_final(
         refresh_masks(model)  # of a run that is resumed at its end, without a forward pass
     state = trainable_state(model) if trainer is not None and trainer.is_fsdp_enabled else None
     if processes.is_main():
-        model.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
+        save_weights(model, folder, state)
+
+
+def save_weights(model, folder: str | Path, state: dict[str, Any] | None = None) -> None:
+    """Write weights or adapter, readable by whom other files of the folder are readable by.
+
+    Args:
+        model: What to save.
+        folder: Where to.
+        state: Its state, where that is gathered already.
+    """
+    given: dict[str, Any] = {} if state is None else {"state_dict": state}
+    if isinstance(model, PeftModel):
+        # "auto" asks the hub, at every save, whether the base has as many tokens, and warns when it cannot.
+        given["save_embedding_layers"] = False
+    model.save_pretrained(folder, **given)
+    files.use_default_modes(folder)
 
 
 def trainable_state(model) -> dict[str, Any]:

@@ -61,6 +61,13 @@ def check_config(config: TrainConfig) -> None:
     for spec in fields(config.mask) if mask is None else ():
         if getattr(config.mask, spec.name) != spec.default:
             raise UserError(f"{spec.name} is a setting of masks, and method {method} learns none; drop it")
+    sparsity = config.mask.mask_sparsity
+    if mask is not None and sparsity is not None and mask.selection != "topk":
+        named = f"mask_preset {mask.preset} (" if mask.preset else "("
+        raise UserError(
+            f"mask_sparsity {sparsity} has no effect with {named}mask_selection {mask.selection}), which removes "
+            "weights by the value of their scores; leave it out, or give --mask_selection topk"
+        )
     for name, spec in type(config.model).__dataclass_fields__.items():
         if name.startswith(_OF_LORA) and getattr(config.model, name) != spec.default:
             raise UserError(f"{name} is TRL's option of LoRA; write --method peft --peft_config '{_LORA}'")
@@ -72,6 +79,7 @@ def check_config(config: TrainConfig) -> None:
         raise UserError(f"kl_to_base is {training.kl_to_base}; it must be 0 or more")
     if training.kl_to_base and method in UNTRAINED_METHODS:
         raise UserError(f"kl_to_base is a term of the loss, and method {method} is not trained; drop it")
+    check_kl_budget(training, method)
     if method == "mask" or config.method.keep_mask is not None:
         check_mask_sharding()
     check_trackers(training.report_to)
@@ -97,6 +105,28 @@ def check_config(config: TrainConfig) -> None:
         raise UserError("interpolate needs the model before fine-tuning; name it as before_model")
     if config.data.prepare_only and config.data.prepared_data_dir is None:
         raise UserError("prepare_only has nowhere to put the rows; name a prepared_data_dir")
+
+
+def check_kl_budget(training: TrainingArguments, method: str) -> None:
+    """Refuse a budget that is out of range, beside a coefficient, or of a method that is not trained."""
+    budget = training.kl_budget
+    if budget is not None:
+        if not 0 < budget < math.inf:
+            raise UserError(f"kl_budget is {budget}; it must be above 0 nats per token")
+        if training.kl_to_base:
+            raise UserError(
+                f"kl_budget {budget} and kl_to_base {training.kl_to_base} are both given: a budget adapts the "
+                "coefficient itself; give one of them"
+            )
+        if method in UNTRAINED_METHODS:
+            raise UserError(f"kl_budget is a term of the loss, and method {method} is not trained; drop it")
+    if training.kl_dataset_name is not None and budget is None and not training.kl_to_base:
+        raise UserError("kl_dataset_name names rows of a KL term: give kl_budget (or kl_to_base) too")
+    if training.kl_batch_size < 1:
+        raise UserError(f"kl_batch_size is {training.kl_batch_size}; it must be at least 1")
+    default_batch_size = TrainingArguments.__dataclass_fields__["kl_batch_size"].default
+    if training.kl_batch_size != default_batch_size and training.kl_dataset_name is None:
+        raise UserError("kl_batch_size counts rows of kl_dataset_name, which is not given")
 
 
 def check_trackers(names: list[str]) -> None:

@@ -16,7 +16,7 @@ from ..data.tokenizing import format_sample, supervised_token_count
 from ..tuner import MaskConfig, adapter_layers
 from ..tuner.selection import is_free
 from .arguments import TrainConfig
-from .method_arguments import ADAPTER, UNTRAINED_METHODS
+from .method_arguments import ADAPTER, UNTRAINED_METHODS, mask_config
 from .record import TrainingSummary
 from .verdict import Verdict
 
@@ -84,6 +84,8 @@ def report(
     else:
         console.print(f"held-out loss {start:.4f} without a mask, best {best:.4f} with it (step {step})")
         _report_verdict(summary, verdict, config, console)
+    if summary.kl is not None:
+        console.print(str(summary.kl), soft_wrap=True, markup=False, highlight=False)
     if verdict is None or verdict.is_better or verdict.kept:
         model = "--adapter" if layout.holds_adapter(folder) else "--model_name_or_path"
         advice = f"next: maskft evaluate {model} {folder} --dataset_name TEST.jsonl --output_dir results/NAME"
@@ -103,9 +105,32 @@ def _report_verdict(summary: TrainingSummary, verdict: Verdict | None, config: T
         console.print(f"{verdict}. Saved in {folder} anyway")
     else:
         console.print(f"{verdict}. Saved in {folder}: an adapter that removes nothing.")
+        if summary.best_step == 0:
+            console.print("No checkpoint beat the starting mask.")
+            if hint := too_few_steps(summary, config):
+                console.print(hint, soft_wrap=True, highlight=False)
+            return
         checkpoint = Path(folder) / f"checkpoint-{summary.best_step}"
         if checkpoint.is_dir() and not config.training.save_only_model:
             console.print(
                 f"The mask is in {checkpoint}. To save it anyway, repeat the command with "
                 "--resume_from_checkpoint true --keep_worse true: nothing is trained again"
             )
+
+
+def too_few_steps(summary: TrainingSummary, config: TrainConfig) -> str | None:
+    """Why hardly a score can have reached 0, from which on it removes its weight; None where it can, or needs not.
+
+    Adam moves a score by about the learning rate in a step, and a linear schedule halves that on average.
+    """
+    mask = mask_config(config.mask)
+    if not is_free(mask.selection):
+        return None
+    travel = summary.num_steps * config.training.learning_rate / 2
+    if travel >= mask.start_value:
+        return None
+    return (
+        f"Too few steps: scores start around mask_init_value {mask.start_value:g} and remove weights at 0, and "
+        f"{summary.num_steps} steps at learning_rate {config.training.learning_rate:g} move them by about "
+        f"{travel:.2g} (steps * rate / 2): take more steps, or a higher rate."
+    )

@@ -1,76 +1,293 @@
-"""KL(base || model) on the supervised tokens of training rows: a term of the loss that holds a model near its base."""
+"""KL(base || model): a term of the loss that holds a model near its base, and the measurement of it.
+
+KL(base || model) in nats per token is how much better the base predicts its own continuations than the model does: on
+text that the base writes, it is what is forgotten. It is taken on the tokens with a label, either those of the task's
+rows (:class:`KLOnTask`) or those of rows that the user names (:class:`KLOnText`).
+
+Shapes: B rows, T tokens, N tokens with a label, D hidden size, V vocabulary.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from maskft_common.errors import UserError
 
 from ..data.tokenizing import IGNORED
+from ..loss import RowLoss, length_sorted_batches, pad
+
+_MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
-class KLToBase:
-    """``weight`` times the mean KL(base || model) over supervised tokens, in nats per token.
+class KLSum(NamedTuple):
+    """KL(base || model) summed over tokens.
 
-    Args:
-        model: What is trained. The base is the model without its adapter, else a frozen copy of it as it is now.
-        weight: Above 0.
+    Attributes:
+        total: Nats, 0-dimensional, float32, with a gradient to the model.
+        num_tokens: Number of tokens it is the sum of.
     """
 
-    def __init__(self, model, weight: float):
-        self.weight = weight
-        self._has_adapter = hasattr(model, "peft_config")
-        self._base = None if self._has_adapter else copy.deepcopy(model).requires_grad_(False).eval()
-        self._decoder = (model.get_base_model() if self._has_adapter else model).get_decoder()
-        self._output = None
-        self._decoder.register_forward_hook(self._keep)
+    total: Tensor
+    num_tokens: int
 
-    def _keep(self, module, args, output) -> None:
-        if module.training and torch.is_grad_enabled():
-            self._output = output
 
-    @torch.no_grad()
-    def of_base(self, model, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Which tokens come before a label, (B, T), and the base's log-probabilities there, (N, V).
+class Base:
+    """The model before training: the model without its adapter, else a frozen copy.
 
-        To be called before the forward pass of ``model``: under FSDP2 that of the base unmasks the weights which the
-        backward pass gathers again.
-        """
-        is_supervised_BT = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED) != IGNORED
-        asked = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
-        with self._as_base(model, is_supervised_BT.device) as base:
-            logits = base(**asked, use_cache=False).logits[is_supervised_BT]
-        return is_supervised_BT, logits.float().log_softmax(-1)
+    Args:
+        model: The model to train, before its first step.
+    """
 
-    def __call__(self, model, of_base: tuple[Tensor, Tensor], num_tokens: Tensor | int | None) -> Tensor:
-        """The term for the batch that ``model`` has just computed; ``num_tokens``: what its loss is divided by."""
-        is_supervised_BT, base_log_probs = of_base
-        log_probs = self._logits(model, is_supervised_BT).float().log_softmax(-1)
-        total = torch.nn.functional.kl_div(log_probs, base_log_probs, reduction="sum", log_target=True)
-        count = len(base_log_probs) if num_tokens is None else num_tokens
-        return self.weight * total / torch.as_tensor(count).clamp(min=1)
-
-    def _logits(self, model, is_supervised_BT: Tensor) -> Tensor:
-        """Logits (N, V) of what the decoder has just computed, by the model itself, which may scale or cap them."""
-        hidden_1ND = self._output.last_hidden_state[is_supervised_BT][None]
-        kept = type(self._output)(**{**self._output, "last_hidden_state": hidden_1ND})
-        self._decoder.forward = lambda *args, **kwargs: kept  # over the method of its class
-        try:
-            return model(inputs_embeds=hidden_1ND.detach(), use_cache=False).logits[0]
-        finally:
-            del self._decoder.forward
-            self._output = None
+    def __init__(self, model: nn.Module):
+        has_adapter = hasattr(model, "peft_config")
+        self._copy = None if has_adapter else copy.deepcopy(model).requires_grad_(False).eval()
 
     @contextmanager
-    def _as_base(self, model, device: torch.device) -> Iterator:
-        if self._base is not None:
-            yield self._base.to(device)  # it was copied before the model was moved there
+    def of(self, model: nn.Module) -> Iterator[nn.Module]:
+        """The base, in evaluation mode; ``model`` is the model to train, not wrapped by accelerate."""
+        if self._copy is not None:
+            # It was copied before the Trainer moved the model to its device.
+            device = next(model.parameters()).device
+            yield self._copy.to(device)
             return
+        was_training = model.training
         model.eval()
         with model.disable_adapter():
             yield model
-        model.train()
+        model.train(was_training)
+
+
+class KLOnTask:
+    """KL on the tokens with a label of each training batch.
+
+    The forward pass that computes the task's loss returns no logits (TRL's fused head), and a second one would cost as
+    much again. So a hook on the decoder computes the logits of the labelled tokens within that forward pass, where FSDP
+    has gathered the head's weight and autocast is on.
+
+    Args:
+        model: The model to train, before its first step.
+        base: The model before training.
+
+    Raises:
+        UserError: If the logits of this architecture are not the head's output, scaled and capped.
+    """
+
+    def __init__(self, model: nn.Module, base: Base):
+        self._base = base
+        self._model = model.get_base_model() if hasattr(model, "peft_config") else model
+        self._is_supervised_BT: Tensor | None = None
+        self._base_log_probs_NV: Tensor | None = None
+        self._logits_NV: Tensor | None = None
+        decoder = self._model.get_decoder()
+        decoder.register_forward_hook(self._compute_logits)
+        self._check_logits()
+
+    def before_forward(self, model: nn.Module, inputs: Mapping[str, Any], batch_number: int) -> None:
+        """Compute the base's log-probabilities of a batch.
+
+        It comes before the forward pass of ``model``: under FSDP2 the base's one unmasks the weights which the backward
+        pass gathers again.
+
+        Args:
+            model: The model to train, not wrapped by accelerate.
+            inputs: The batch, with ``labels``.
+            batch_number: Number of the batch since the start of training; not used here.
+        """
+        is_supervised_BT = is_before_label(inputs["labels"])
+        given = {name: inputs[name] for name in _MODEL_INPUTS if name in inputs}
+        with torch.no_grad(), self._base.of(model) as base:
+            logits_NV = base(**given, use_cache=False).logits[is_supervised_BT]
+        self._base_log_probs_NV = logits_NV.float().log_softmax(-1)
+        self._is_supervised_BT = is_supervised_BT
+
+    def after_forward(self, model: nn.Module) -> KLSum:
+        """KL of the batch that ``model`` has just computed."""
+        assert self._logits_NV is not None and self._base_log_probs_NV is not None
+        total = kl_sum(self._base_log_probs_NV, self._logits_NV)
+        num_tokens = len(self._logits_NV)
+        self._logits_NV = None
+        self._base_log_probs_NV = None
+        return KLSum(total, num_tokens)
+
+    def _compute_logits(self, module, args, output) -> None:
+        if self._is_supervised_BT is None:
+            return
+        hidden_ND = output.last_hidden_state[self._is_supervised_BT]
+        # Gradient checkpointing runs layers of the decoder again, not the decoder: the hook runs once.
+        self._is_supervised_BT = None
+        self._logits_NV = head_logits(self._model, hidden_ND)
+
+    @torch.no_grad()
+    def _check_logits(self) -> None:
+        """Compare :func:`head_logits` with the model's own logits of one token."""
+        device = next(self._model.parameters()).device
+        ids_BT = torch.zeros(1, 1, dtype=torch.long, device=device)
+        self._is_supervised_BT = torch.ones_like(ids_BT, dtype=torch.bool)
+        expected_BTV = self._model(input_ids=ids_BT, use_cache=False).logits
+        assert self._logits_NV is not None
+        if not torch.allclose(self._logits_NV.float(), expected_BTV[0].float(), rtol=1e-2, atol=1e-2):
+            kind = self._model.config.model_type
+            raise UserError(
+                f"kl_to_base and kl_budget on the task's rows: the logits of a {kind} model are not its head's output, "
+                "scaled and capped; name rows with kl_dataset_name"
+            )
+        self._logits_NV = None
+
+
+class KLOnText:
+    """KL on the tokens with a label of rows that the user names, some of which go with every training batch.
+
+    It costs a forward pass of the base and a forward and backward pass of the model over these rows.
+
+    Args:
+        base: The model before training.
+        rows: Rows with ``input_ids`` and ``labels``.
+        batch_size: Rows of one batch on one process.
+        pad_token_id: Padding on the right; it changes no number.
+        seed: Seed of the order of the rows.
+        rank: Number of this process.
+        num_processes: Processes that train together.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        rows: Sequence[Mapping[str, Any]],
+        batch_size: int,
+        pad_token_id: int = 0,
+        seed: int = 0,
+        rank: int = 0,
+        num_processes: int = 1,
+    ):
+        self._base = base
+        self._rows = rows
+        self._batch_size = batch_size
+        self._pad_token_id = pad_token_id
+        self._seed = seed
+        self._rank = rank
+        self._num_processes = num_processes
+        self._batch: Mapping[str, Tensor] = {}
+        self._base_log_probs_NV: Tensor | None = None
+
+    def before_forward(self, model: nn.Module, inputs: Mapping[str, Any], batch_number: int) -> None:
+        """Compute the base's log-probabilities of the batch of this number; see :meth:`KLOnTask.before_forward`."""
+        device = inputs["input_ids"].device
+        self._batch = _batch(self.rows_of(batch_number), self._pad_token_id, device)
+        with torch.no_grad(), self._base.of(model) as base:
+            self._base_log_probs_NV = _supervised_logits(base, self._batch).float().log_softmax(-1)
+
+    def after_forward(self, model: nn.Module) -> KLSum:
+        """KL of that batch.
+
+        ``model`` is called without DDP's wrapper, whose reducer expects one forward pass in each backward pass; the
+        gradients are still reduced, as they are accumulated in the same parameters.
+        """
+        assert self._base_log_probs_NV is not None
+        logits_NV = _supervised_logits(model, self._batch)
+        total = kl_sum(self._base_log_probs_NV, logits_NV)
+        self._base_log_probs_NV = None
+        return KLSum(total, len(logits_NV))
+
+    def rows_of(self, batch_number: int) -> list[Mapping[str, Any]]:
+        """Rows of a batch; of its number alone, so that a resumed run sees the same ones."""
+        first = (batch_number * self._num_processes + self._rank) * self._batch_size
+        chosen = []
+        for position in range(first, first + self._batch_size):
+            epoch, place = divmod(position, len(self._rows))
+            chosen.append(self._rows[self._order(epoch)[place]])
+        return chosen
+
+    def _order(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+        return torch.randperm(len(self._rows), generator=generator).tolist()
+
+
+@torch.no_grad()
+def kl_per_row(
+    model: nn.Module, base: Base, rows: Sequence[Mapping[str, Any]], batch_size: int, pad_token_id: int = 0
+) -> list[RowLoss]:
+    """Mean KL(base || model) over the tokens with a label of each row.
+
+    Args:
+        model: The model to train, not wrapped by accelerate; it is left in evaluation mode.
+        base: The model before training.
+        rows: Rows with ``input_ids`` and ``labels``.
+        batch_size: Rows of a forward pass.
+        pad_token_id: Padding on the right; it changes no number.
+
+    Returns:
+        Per row: nats per token, and the number of tokens.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    found: list[RowLoss] = [(0.0, 0)] * len(rows)
+    for indices in length_sorted_batches([len(row["input_ids"]) for row in rows], batch_size):
+        batch = _batch([rows[index] for index in indices], pad_token_id, device)
+        with base.of(model) as unchanged:
+            base_logits_NV = _supervised_logits(unchanged, batch)
+        logits_NV = _supervised_logits(model, batch)
+        counts = is_before_label(batch["labels"]).sum(1).tolist()
+        # Row by row: log-probabilities are copies in float32 of what may be bfloat16.
+        parts = zip(indices, counts, base_logits_NV.split(counts), logits_NV.split(counts), strict=True)
+        for index, count, base_part, part in parts:
+            total = kl_sum(base_part.float().log_softmax(-1), part)
+            found[index] = (float(total) / max(count, 1), count)
+    return found
+
+
+def kl_sum(base_log_probs_NV: Tensor, logits_NV: Tensor) -> Tensor:
+    """Sum over tokens of KL(base || model), nats, from the base's log-probabilities and the model's logits."""
+    log_probs_NV = logits_NV.float().log_softmax(-1)
+    return nn.functional.kl_div(log_probs_NV, base_log_probs_NV, reduction="sum", log_target=True)
+
+
+def is_before_label(labels_BT: Tensor) -> Tensor:
+    """Which tokens come just before one with a label, bool (B, T): their logits predict it."""
+    next_labels_BT = nn.functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORED)
+    return next_labels_BT != IGNORED
+
+
+def head_logits(model: nn.Module, hidden_ND: Tensor) -> Tensor:
+    """Logits (N, V) of the decoder's hidden states, scaled and capped as the model's own forward does.
+
+    The names of the settings are those that transformers' models have; TRL's ``add_fused_lm_head`` reads the same.
+    """
+    config = model.config.get_text_config()
+    logits_NV = model.get_output_embeddings()(hidden_ND)
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if (scale := getattr(config, name, None)) is not None:
+            logits_NV = logits_NV * scale
+            break
+    else:
+        if (divisor := getattr(config, "logits_scaling", None)) is not None:
+            # Granite and MiniCPM3 divide by it; HyperCLOVA X multiplies.
+            logits_NV = logits_NV * divisor if config.model_type == "hyperclovax" else logits_NV / divisor
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+        logits_NV = cap * torch.tanh(logits_NV / cap)
+    return logits_NV
+
+
+def _batch(rows: Sequence[Mapping[str, Any]], pad_token_id: int, device) -> dict[str, Tensor]:
+    ids_BT, mask_BT = pad([row["input_ids"] for row in rows], pad_token_id, device)
+    labels_BT, _ = pad([row["labels"] for row in rows], IGNORED, device)
+    return {"input_ids": ids_BT, "attention_mask": mask_BT, "labels": labels_BT}
+
+
+def _supervised_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Logits (N, V) of the tokens that predict a label, row by row; from the first such column on only.
+
+    The head of a large vocabulary is a good part of a forward pass, and prompts need none of it.
+    """
+    is_supervised_BT = is_before_label(batch["labels"])
+    columns = is_supervised_BT.any(0).nonzero()
+    first = int(columns.min()) if len(columns) else 0
+    positions = torch.arange(first, is_supervised_BT.shape[1], device=is_supervised_BT.device)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    logits_BTV = model(**inputs, logits_to_keep=positions, use_cache=False).logits
+    return logits_BTV[is_supervised_BT[:, first:]]

@@ -16,12 +16,13 @@ from maskft_common.schema import FileModel, read_model
 from ..data.prepared import Prepared, data_identity
 from ..models import model_identity
 from .arguments import TrainConfig
+from .near_base import KLRows
 from .options import option_defaults
 
 # What may change when a run is resumed: where it writes and reports, how many workers serve it, on what machine. Of
 # two of these something else tells: the base of its weights, the accumulation steps of the global batch size.
 FREE = frozenset(
-    "output_dir resume_from_checkpoint prepared_data_dir prepare_only keep_last keep_worse "
+    "output_dir resume_from_checkpoint kl_dataset_name prepared_data_dir prepare_only keep_last keep_worse "
     "model_name_or_path global_batch_size save_total_limit "
     "save_on_each_node push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push "
     "hub_revision logging_strategy logging_steps logging_first_step log_on_each_node log_level log_level_replica "
@@ -83,12 +84,13 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def course_of(config: TrainConfig, data: Prepared) -> Course:
+def course_of(config: TrainConfig, data: Prepared, kl_rows: KLRows | None = None) -> Course:
     """What a resumed run must have in common with the one that it resumes.
 
     Args:
         config: The run, with the accumulation steps that are taken.
         data: The rows.
+        kl_rows: Rows of ``kl_dataset_name``.
     """
     options: dict[str, Any] = {}
     for group in (config.method, config.model, config.data, config.mask, config.training):
@@ -98,6 +100,7 @@ def course_of(config: TrainConfig, data: Prepared) -> Course:
     options = {name: _plain(_content(name, value)) for name, value in data_identity(options).items()}
     return options | {
         "data": _data_digest(data),
+        "kl_data": None if kl_rows is None else _data_digest(kl_rows),
         "base": model_identity(str(config.model.model_name_or_path)),
         "num_processes": config.training.world_size,
     }
@@ -144,6 +147,6 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=other))
 
 
-def _data_digest(data: Prepared) -> str:
+def _data_digest(data: Prepared | KLRows) -> str:
     sets = (rows.select_columns(["input_ids", "labels"]) for rows in (data.train, data.heldout))
     return files.digest([[files.digest(part) for part in rows.iter(batch_size=_ROWS)] for rows in sets])

@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 from accelerate.commands.launch import launch_command_parser
+from peft import PeftType
 from trl import ModelConfig, TrlParser
 from trl.cli.commands.training import _subtract_subsequence
 
@@ -36,7 +37,8 @@ accelerate launch are taken too, and --accelerate_config: fsdp2, multi_gpu, or a
 _USUAL = {
     "model": "model_name_or_path gguf_file model_revision dtype chat_template_path",
     "data": "dataset_name eval_dataset_name eval_split_size max_train_samples max_length prepared_data_dir",
-    "method": "method keep_mask start_mask match_adapter peft_config kl_to_base keep_last keep_worse",
+    "method": "method keep_mask start_mask match_adapter peft_config "
+    "kl_to_base kl_budget kl_dataset_name keep_last keep_worse",
     "mask": "mask_preset mask_sparsity mask_init_scores mask_target_modules mask_layers_to_transform mask_seed",
     "training": "output_dir learning_rate num_train_epochs max_steps per_device_train_batch_size global_batch_size "
     "warmup_steps bf16 gradient_checkpointing seed resume_from_checkpoint",
@@ -47,7 +49,22 @@ _USUAL = {
 
 class _Parser(TrlParser):
     def error(self, message: str):
+        if match := re.search(r"argument --method: invalid choice: '(\w+)'", message):
+            _check_method_name(match[1])
         raise UserError(f"{message}; see maskft train --help")
+
+
+def _check_method_name(name: Any) -> None:
+    """Say how an adapter of PEFT's is trained, where its type is given as the method."""
+    types = {kind.value.lower(): kind.value for kind in PeftType}
+    kind = {"dora": "LORA"}.get(str(name).lower(), types.get(str(name).lower()))
+    if kind is None:
+        return
+    more = ', "use_dora": true' if str(name).lower() == "dora" else ""
+    raise UserError(
+        f"method is {name!r}, which is an adapter of PEFT's: give --method peft "
+        f'--peft_config \'{{"peft_type": "{kind}"{more}}}\' (with any option of PEFT\'s configuration of it)'
+    )
 
 
 def make_parser() -> TrlParser:
@@ -110,6 +127,8 @@ def _check_values(recipe: str, given: Any, parser: TrlParser) -> None:
         if value is argparse.SUPPRESS or (value is None and not (action.choices and action.default)):
             continue
         for each in value if action.nargs == "+" and isinstance(value, list) else [value]:
+            if action.dest == "method" and str(each) not in map(str, action.choices or ()):
+                _check_method_name(each)
             if action.choices and str(each) not in map(str, action.choices):
                 wanted = f"one of {', '.join(map(str, action.choices))}"
             elif action.type in (int, float) and not _is_number(each, action.type):

@@ -20,6 +20,7 @@ from .arguments import TrainConfig
 from .checkpoints import step_of
 from .manifest import FREE
 from .method_arguments import ADAPTER, MASK_METHODS
+from .near_base import KLReport
 from .options import option_defaults
 from .trainer import MaskTrainer
 from .verdict import Verdict
@@ -51,6 +52,7 @@ class TrainingSummary(FileModel):
         train_time_s: Seconds, evaluation included; of a resumed run with those before its checkpoint.
         peak_memory_bytes: Of this process: of the GPU where there is one.
         history: What was logged, a dict per time.
+        kl: KL(base || model) of a run with ``kl_to_base`` or ``kl_budget``.
     """
 
     model_config = ConfigDict(allow_inf_nan=True)  # a diverged run is recorded as well
@@ -68,6 +70,7 @@ class TrainingSummary(FileModel):
     train_time_s: float = 0.0
     peak_memory_bytes: int
     history: list[dict[str, Any]]
+    kl: KLReport | None = None
 
 
 class TrainingRecord(FileModel):
@@ -149,8 +152,20 @@ def summarise(trainer: MaskTrainer, method: str) -> TrainingSummary:
         num_target_weights=sum(layer.weight.numel() for layer in layers.values()),
         train_time_s=round(time.perf_counter() - trainer.started, 1),
         peak_memory_bytes=memory.peak_memory_bytes(),
+        kl=_kl_report(trainer, best_step),
         history=[{key: value for key, value in row.items() if key not in _OF_ONE_PROCESS} for row in state.log_history],
     )
+
+
+def _kl_report(trainer: MaskTrainer, best_step: int | None) -> KLReport | None:
+    """KL of the kept checkpoint and of the last one, as they were measured; where nothing was, measured now."""
+    if trainer.near_base is None:
+        return None
+    measured = {row["step"]: row["eval_kl"] for row in trainer.state.log_history if "eval_kl" in row}
+    if best_step not in measured:
+        kl = trainer.measure_kl()
+        return trainer.near_base.report(kl, kl, None)
+    return trainer.near_base.report(measured[best_step], next(reversed(measured.values())), best_step)
 
 
 def _plain(value: Any) -> Any:

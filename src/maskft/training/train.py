@@ -21,6 +21,7 @@ from .describe import describe, report
 from .fixed_masks import make_fixed_mask
 from .interpolation import interpolate
 from .method_arguments import FIXED_MASK_METHODS, INTERPOLATE, PEFT
+from .near_base import KLRows, load_kl_rows
 from .record import TrainingRecord, TrainingSummary, make_record, summarise
 from .trainer import MaskTrainer
 from .verdict import HeldoutLosses, never_worse
@@ -56,7 +57,8 @@ def run(config: TrainConfig, resume_from: str | None, console: Console) -> Train
     tokenizer = load_tokenizer_of(config.model, training)
     data = load_data(config.data, training, tokenizer, console)
     model = load_base(config.model, tokenizer, method.method)
-    check_context(model, data.train, data.heldout)
+    kl_rows = load_kl_rows(config, tokenizer)
+    check_context(model, data.train, data.heldout, *([kl_rows.train, kl_rows.heldout] if kl_rows else []))
     # build and fit
     trainer = failure = None
     if method.method in FIXED_MASK_METHODS:
@@ -69,7 +71,7 @@ def run(config: TrainConfig, resume_from: str | None, console: Console) -> Train
         if method.method == "mask" and resume_from is None:
             start_on_data(model, data.train, method.num_calibration_samples, training.device)
         describe(model, tokenizer, data, config, console)
-        trainer, summary, failure = fit(model, tokenizer, data, config, resume_from, console)
+        trainer, summary, failure = fit(model, tokenizer, data, config, resume_from, console, kl_rows)
     # judge and save
     measure = heldout_loss(model, tokenizer, training) if trainer is None else trainer.heldout_loss()
     parent = trainer.reference.losses if trainer is not None and trainer.reference is not None else None
@@ -83,7 +85,13 @@ def run(config: TrainConfig, resume_from: str | None, console: Console) -> Train
 
 
 def fit(
-    model, tokenizer, data: Prepared, config: TrainConfig, resume_from: str | None, console: Console
+    model,
+    tokenizer,
+    data: Prepared,
+    config: TrainConfig,
+    resume_from: str | None,
+    console: Console,
+    kl_rows: KLRows | None = None,
 ) -> tuple[MaskTrainer, TrainingSummary, str | None]:
     """Train what requires a gradient of ``model``, from a checkpoint where the run is resumed, and keep the best.
 
@@ -98,7 +106,7 @@ def fit(
     if config.training.device.type == "cpu":
         memory.keep_freed_memory()
     try:
-        trainer = MaskTrainer(model, tokenizer, data, config, resume_from, console)
+        trainer = MaskTrainer(model, tokenizer, data, config, resume_from, console, kl_rows)
     except ValueError as error:  # what TRL or torch does not take
         raise UserError(first_line(error)) from None
     failure = None

@@ -6,11 +6,14 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TypeVar
 
+import torch
 from accelerate.utils import save_fsdp_model
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
@@ -23,11 +26,11 @@ from ..masks.mask_set import MaskSet
 from ..tuner import MaskProgress, set_mask_progress
 from .arguments import TrainConfig, trainer_arguments
 from .callbacks import KeepLast, Reference, StepGuard
-from .checkpoints import best_beside, delete_oldest, step_of, trainable_state, written_whole
-from .kl import KLToBase
+from .checkpoints import best_beside, delete_oldest, save_weights, step_of, trainable_state, written_whole
 from .launch import let_cpu_shard
 from .manifest import check_course, course_of, seal
 from .masked_start import RemovedStayZero
+from .near_base import KLRows, NearBase
 from .progress import TrainingProgress
 
 T = TypeVar("T")
@@ -43,27 +46,38 @@ class MaskTrainer(SFTTrainer):
         config: The run.
         resume_from: The checkpoint that the run is resumed from; None: it begins.
         console: Where progress is shown.
+        kl_rows: Rows of ``kl_dataset_name``; None: it is not given.
 
     Raises:
         UserError: If an option, the data or the base differs from what the resumed run began with.
     """
 
     def __init__(
-        self, model, tokenizer, data: Prepared, config: TrainConfig, resume_from: str | None, console: Console
+        self,
+        model,
+        tokenizer,
+        data: Prepared,
+        config: TrainConfig,
+        resume_from: str | None,
+        console: Console,
+        kl_rows: KLRows | None = None,
     ):
         method, training = config.method, config.training
-        self._course, self._resume_from = course_of(config, data), resume_from
+        self._course = course_of(config, data, kl_rows)
+        self._resume_from = resume_from
         if resume_from is not None:
             processes.decided_by_main(lambda: check_course(Path(resume_from), self._course))
         self._save_total_limit = training.save_total_limit
-        self._kl = KLToBase(model, training.kl_to_base) if training.kl_to_base else None
+        self.near_base = None
+        if training.kl_to_base or training.kl_budget is not None:
+            self.near_base = NearBase(model, data, kl_rows, config, tokenizer.pad_token_id or 0)
         self._heldout = data.heldout.select_columns(["input_ids", "labels"])
         self._window = (time.perf_counter(), 0)  # when the last line of the log was written, and tokens by then
         self.guard, self.progress = StepGuard(self), TrainingProgress(console)
         self.stay_zero = RemovedStayZero(MaskSet.from_adapter(method.keep_mask)) if method.keep_mask else None
         self.reference = Reference(self, console) if method.method == "mask" else None
         last = KeepLast(self, Path(training.output_dir) / layout.LAST) if method.keep_last else None
-        callbacks = (MaskProgress(), self.guard, self.stay_zero, self.progress, last, self.reference)
+        callbacks = (MaskProgress(), self.near_base, self.guard, self.stay_zero, self.progress, last, self.reference)
         super().__init__(
             model=model,
             args=trainer_arguments(training, resume_from is not None),
@@ -97,17 +111,25 @@ class MaskTrainer(SFTTrainer):
             self.stay_zero.clear_gradients()
         return super()._clip_grad_norm(model)
 
+    def _get_grad_norm(self, model, grad_norm=None):
+        """The norm before clipping, which the Trainer computes for its log; the guard checks it before the step."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.guard.see_gradient_norm(norm)
+        return norm
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """TRL's loss and, in training, the term that holds the model near its base."""
-        if self._kl is None or not model.training:
+        if self.near_base is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         whole = self.accelerator.unwrap_model(model)
         with self.accelerator.autocast():
-            of_base = self._kl.of_base(whole, inputs)
+            self.near_base.before_forward(whole, inputs)
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        term = self._kl(whole, of_base, num_items_in_batch)
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            term = term * self.accelerator.num_processes  # as TRL's loss
+        with self.accelerator.autocast():
+            term = self.near_base.after_forward(whole, num_items_in_batch, self.current_gradient_accumulation_steps)
+        is_of_all_processes = self.args.average_tokens_across_devices and num_items_in_batch is not None
+        if is_of_all_processes and self.near_base.is_divided_by_all_tokens:
+            term = term * self.accelerator.num_processes  # as TRL's loss: DDP averages the gradients
         return (result[0] + term, result[1]) if return_outputs else result + term
 
     def training_step(self, *args, **kwargs):
@@ -127,10 +149,18 @@ class MaskTrainer(SFTTrainer):
         """Losses of all held-out rows, under the model as it is."""
         return self.heldout_loss()(self._heldout)
 
+    def measure_kl(self) -> float:
+        """Mean KL(base || model) on held-out rows, under the model as it is, in nats per token."""
+        assert self.near_base is not None
+        with self.compute_loss_context_manager():
+            return self.near_base.measure(self.accelerator.unwrap_model(self.model))
+
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         """Measure the held-out rows, one by one; TRL's loss would depend on which rows share a batch."""
         loss = mean_nll(self.measure_heldout())
         metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_num_tokens": int(self._total_train_tokens)}
+        if self.near_base is not None:
+            metrics[f"{metric_key_prefix}_kl"] = self.measure_kl()
         return EvalLoopOutput(None, None, metrics, len(self._heldout))
 
     def _run_epoch(self, *args, **kwargs):
@@ -143,7 +173,25 @@ class MaskTrainer(SFTTrainer):
     def _determine_best_metric(self, metrics, trial) -> bool:
         """Whether this evaluation is the best so far, of those whose step is saved: an unsaved one cannot be kept."""
         is_saved = self.control.should_save or self.args.save_strategy == "best"
-        return is_saved and super()._determine_best_metric(metrics, trial)
+        if not is_saved:
+            return False
+        if self.near_base is not None:
+            prefers = self.near_base.prefers(metrics["eval_kl"], self.kl_of_best())
+            if prefers is False:
+                return False
+            if prefers:
+                self.state.best_metric = None  # transformers compares losses, and takes any for better than none
+        return super()._determine_best_metric(metrics, trial)
+
+    def kl_of_best(self) -> float | None:
+        """KL of the best checkpoint so far, as it was measured; None: there is none, or nothing was measured."""
+        best = self.state.best_model_checkpoint
+        if best is None:
+            return None
+        step = step_of(Path(best))
+        return next(
+            (row["eval_kl"] for row in self.state.log_history if row["step"] == step and "eval_kl" in row), None
+        )
 
     def resume_counts(self) -> None:
         """Resume what the log counts: TRL counts tokens from zero, transformers the loss since its last line."""
@@ -155,7 +203,9 @@ class MaskTrainer(SFTTrainer):
             kept = files.read_json(Path(self._resume_from) / layout.LOGGED)
             self._tr_loss.fill_(kept["loss"])
             self._globalstep_last_logged = kept["step"]
-            self.started -= kept.get("seconds", 0.0)  # earlier versions did not keep them
+            self.started -= kept["seconds"]
+            if self.near_base is not None and self.near_base.budget is not None:
+                self.near_base.budget.load(kept["kl_budget"])
 
     def _save_checkpoint(self, model, trial) -> None:
         """Write a checkpoint whole; its manifest, which is written last, says that it is; then delete the oldest."""
@@ -180,6 +230,8 @@ class MaskTrainer(SFTTrainer):
         if processes.is_main():
             seconds = time.perf_counter() - self.started
             content = {"loss": sums.item(), "step": self._globalstep_last_logged, "seconds": seconds}
+            if self.near_base is not None and self.near_base.budget is not None:
+                content["kl_budget"] = self.near_base.budget.state()
             files.write_text(folder / layout.LOGGED, json.dumps(content) + "\n")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -188,6 +240,27 @@ class MaskTrainer(SFTTrainer):
             self._save(output_dir, state_dict=trainable_state(self.model))
         else:
             super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Save weights, tokenizer and arguments as the Trainer does, but with :func:`save_weights`."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_weights(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), folder, state_dict)
+        self.processing_class.save_pretrained(folder)
+        torch.save(self.args, folder / TRAINING_ARGS_NAME)
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        """Warn of keys that a checkpoint lacks, but not of tied weights, which are saved once.
+
+        transformers leaves out those of ``_keys_to_ignore_on_save`` only, where ``tie_weights`` no longer lists them.
+        """
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(
+            SimpleNamespace(missing_keys=missing, unexpected_keys=load_result.unexpected_keys)
+        )
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_fsdp_enabled and not self.optimizer.state:
@@ -221,6 +294,8 @@ class MaskTrainer(SFTTrainer):
             logs["tokens_per_s"] = round((tokens - self._window[1]) / max(now - self._window[0], 1e-9), 1)
             logs["peak_memory_bytes"] = memory.peak_memory_bytes()
             logs.update(self.guard.mask_metrics)
+            if self.near_base is not None:
+                logs.update(self.near_base.metrics())
             self._window = (now, tokens)
         elif "eval_loss" in logs and self.lr_scheduler is not None:
             logs["learning_rate"] = self._get_learning_rate()  # of the next step: a schedule may be continued from it

@@ -302,8 +302,9 @@ def _check(run: TrainConfig) -> None:
         raise UserError(f"method {method} trains nothing, and there is no estimate of it")
     if run.model.load_in_4bit or run.model.load_in_8bit:
         raise UserError("there is no estimate of a quantised base: leave out load_in_4bit and load_in_8bit")
-    if run.training.kl_to_base:
-        raise UserError("there is no estimate of kl_to_base, which runs the base model too: leave it out")
+    for name in ("kl_to_base", "kl_budget"):
+        if getattr(run.training, name):
+            raise UserError(f"there is no estimate of {name}, which runs the base model too: leave it out")
     if run.training.max_length is None:
         raise UserError("max_length is not set, so rows have any length; give that of the longest")
 

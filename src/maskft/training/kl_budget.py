@@ -1,0 +1,70 @@
+"""A budget of KL(base || model): the multiplier of the KL term is adapted at every step so that KL ends at it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+# The controller aims below the budget, so that what is measured stays within it.
+AIM = 0.9
+# The aim rises to that during this share of training: from 0, KL would overshoot before the multiplier has grown.
+_RAMP = 0.5
+# Weight of the newest step in the running mean of KL: a batch of some hundred tokens is noisy.
+_NEWEST = 0.7
+# Gains of the proportional and the integral part, per step and per unit of log(KL / aim).
+_PROPORTIONAL = 3.0
+_INTEGRAL = 0.2
+# Bounds of the error. KL starts at 0, whose logarithm has none; while it rises, the integral is not to wind down far.
+_LOWEST_ERROR = -math.log(3.0)
+_HIGHEST_ERROR = math.log(10.0)
+_LARGEST_LOG = math.log(1e4)
+
+
+class KLBudget:
+    """Multiplier of the KL term, from the KL of each optimizer step.
+
+    Minimising the task's loss subject to KL <= budget has the Lagrangian ``loss + multiplier * (KL - budget)``. Dual
+    ascent raises the multiplier while KL is above the budget and lowers it below; alone it lags and oscillates, so a
+    term proportional to the error is added (PID Lagrangian, Stooke, Achiam and Abbeel 2020,
+    https://arxiv.org/abs/2007.03964). Both act on the logarithm, as in the adaptive controller of Ziegler et al. 2019
+    (https://arxiv.org/abs/1909.08593, Sec. 2.2): the multiplier stays positive, and the unit of KL does not matter.
+
+    Attributes:
+        budget: Nats per token, above 0.
+        kl: Running mean of KL over the steps, nats per token.
+        multiplier: Coefficient of KL in the loss of the next step; comparable with ``kl_to_base``.
+    """
+
+    def __init__(self, budget: float):
+        self.budget = budget
+        self.kl = 0.0
+        self._integral = 0.0
+        self.multiplier = self._multiplier_at(0.0)
+
+    def update(self, kl: float, progress: float = 1.0) -> None:
+        """Take the KL of an optimizer step.
+
+        Args:
+            kl: Mean over the tokens of the step, nats per token.
+            progress: Share of training that is done with this step, in (0, 1].
+        """
+        self.kl += _NEWEST * (kl - self.kl)
+        aim = AIM * self.budget * min(1.0, progress / _RAMP)
+        error = math.log(max(self.kl, 1e-12) / aim)
+        error = min(max(error, _LOWEST_ERROR), _HIGHEST_ERROR)
+        self._integral += _INTEGRAL * error
+        self._integral = min(max(self._integral, -_LARGEST_LOG), _LARGEST_LOG)
+        self.multiplier = self._multiplier_at(error)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps; JSON keeps every bit of a float."""
+        return {"kl": self.kl, "integral": self._integral, "multiplier": self.multiplier}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Resume from what :meth:`state` returned."""
+        self.kl = state["kl"]
+        self._integral = state["integral"]
+        self.multiplier = state["multiplier"]
+
+    def _multiplier_at(self, error: float) -> float:
+        return math.exp(self._integral + _PROPORTIONAL * error)

@@ -1,0 +1,273 @@
+"""The KL term of a run: on which rows, with which coefficient, and which checkpoints are within the budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset
+from pydantic import ConfigDict
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from maskft_common import processes
+from maskft_common.errors import UserError
+from maskft_common.schema import FileModel
+
+from ..data.mixtures import load_examples
+from ..data.prepared import Prepared
+from ..data.tokenizing import supervised_token_count, tokenize_dataset
+from ..loss import mean_nll, shared_rows
+from .arguments import TrainConfig
+from .kl import Base, KLOnTask, KLOnText, kl_per_row
+from .kl_budget import KLBudget
+
+# Of the rows that the user names, those that are measured and not trained near; they are never in a batch.
+_HELDOUT_SHARE = 0.25
+_MOST_HELDOUT = 100
+
+
+class KLRows(NamedTuple):
+    """Rows that KL is taken on, where the user names some.
+
+    Attributes:
+        train: Tokenised rows of the term.
+        heldout: Tokenised rows that KL is measured on.
+    """
+
+    train: Dataset
+    heldout: Dataset
+
+
+class KLReport(FileModel):
+    """What ``training.json`` says of a run's KL(base || model), in nats per token.
+
+    Attributes:
+        budget: What was asked for; None with ``kl_to_base``.
+        reached: Of the checkpoint that is kept, on held-out rows.
+        at_end: At the last measurement.
+        multiplier: Coefficient of KL in the loss after the last step.
+        rows: ``task``, or the name of the rows.
+        num_tokens: Tokens that ``reached`` is the mean of.
+        step: Step of that checkpoint; None where none was measured.
+    """
+
+    model_config = ConfigDict(allow_inf_nan=True)
+
+    budget: float | None
+    reached: float
+    at_end: float
+    multiplier: float
+    rows: str
+    num_tokens: int
+    step: int | None = None
+
+    @property
+    def is_met(self) -> bool:
+        """Whether what is kept is within the budget."""
+        return self.budget is None or self.reached <= self.budget
+
+    def __str__(self) -> str:
+        text = f"KL(base || model) {self.reached:.4f} nats per token on {self.num_tokens:,} held-out tokens"
+        if self.rows != "task":
+            text += f" of {self.rows}"
+        if self.budget is None:
+            return text
+        text += f", budget {self.budget:g}, multiplier at the end {self.multiplier:.3g}"
+        remedy = "raise kl_budget, lower learning_rate, or evaluate more often (eval_steps)"
+        if not self.is_met:
+            return f"{text}; the budget is not met: the nearest checkpoint is kept; {remedy}"
+        if self.step == 0:
+            return (
+                f"{text}; no later checkpoint is better and within the budget (at the end {self.at_end:.4f}); {remedy}"
+            )
+        return text
+
+
+def load_kl_rows(config: TrainConfig, tokenizer) -> KLRows | None:
+    """Read and tokenise the rows of ``kl_dataset_name``; None without one.
+
+    Raises:
+        UserError: If there are fewer than two different rows, or rows without a token to measure KL on.
+    """
+    training = config.training
+    name = training.kl_dataset_name
+    if name is None:
+        return None
+    examples = load_examples(
+        name,
+        as_chat=config.data.as_chat,
+        tokenizer=tokenizer,
+        text_field=training.dataset_text_field,
+        data_dir=config.data.data_dir,
+        seed=config.data.split_seed,
+    )
+    try:
+        rows = tokenize_dataset(
+            examples,
+            tokenizer,
+            max_length=training.max_length,
+            completion_only_loss=training.completion_only_loss is not False,
+        )
+    except UserError as error:
+        raise UserError(f"kl_dataset_name {name!r}: {error}") from None
+    # A row that is there twice would be in both parts.
+    first_places = {tuple(ids): place for place, ids in reversed(list(enumerate(rows["input_ids"])))}
+    rows = rows.select(sorted(first_places.values()))
+    if len(rows) < 2:
+        raise UserError(
+            f"kl_dataset_name {name!r} has {len(rows)} different row; give at least 2: one part is trained near, the "
+            "other measured"
+        )
+    num_heldout = min(max(1, round(_HELDOUT_SHARE * len(rows))), _MOST_HELDOUT)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.data.split_seed)).tolist()
+    columns = ["input_ids", "labels"]
+    return KLRows(
+        train=rows.select(sorted(order[num_heldout:])).select_columns(columns),
+        heldout=rows.select(sorted(order[:num_heldout])).select_columns(columns),
+    )
+
+
+class NearBase(TrainerCallback):
+    """Holds a model near its base by a KL term in its loss, with a fixed coefficient or a budget.
+
+    Args:
+        model: The model to train, before its first step.
+        data: Rows of the task.
+        kl_rows: Rows that the user names; None: those of the task.
+        config: The run.
+        pad_token_id: Padding.
+
+    Attributes:
+        budget: Adapts the coefficient; None: it is ``kl_to_base``.
+    """
+
+    def __init__(
+        self, model: nn.Module, data: Prepared, kl_rows: KLRows | None, config: TrainConfig, pad_token_id: int
+    ):
+        training = config.training
+        self._base = Base(model)
+        self._pad_token_id = pad_token_id
+        self._eval_batch_size = training.per_device_eval_batch_size
+        self._weight = training.kl_to_base
+        self.budget = KLBudget(training.kl_budget) if training.kl_budget is not None else None
+        self._is_on_task = kl_rows is None
+        self._name = "task" if kl_rows is None else str(training.kl_dataset_name)
+        self._term: KLOnTask | KLOnText
+        if kl_rows is None:
+            self._heldout = data.heldout.select_columns(["input_ids", "labels"])
+            self._term = KLOnTask(model, self._base)
+        else:
+            self._heldout = kl_rows.heldout
+            self._term = KLOnText(
+                self._base,
+                # Rows in memory: a Dataset decodes one at every access.
+                kl_rows.train.to_list(),
+                training.kl_batch_size,
+                pad_token_id,
+                seed=training.seed,
+                rank=processes.rank(),
+                num_processes=processes.num_processes(),
+            )
+        self._batches_per_step = training.gradient_accumulation_steps
+        self._batch_in_step = 0
+        self._step = 0
+        self._sums: Tensor | None = None
+
+    @property
+    def multiplier(self) -> float:
+        """Coefficient of KL in the loss."""
+        return self._weight if self.budget is None else self.budget.multiplier
+
+    def before_forward(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+        """Run the base on a micro-batch; before the forward pass of ``model``."""
+        batch_number = self._step * self._batches_per_step + self._batch_in_step
+        self._term.before_forward(model, inputs, batch_number)
+        self._batch_in_step += 1
+
+    def after_forward(self, model: nn.Module, num_items: Tensor | int | None, num_micro_batches: int) -> Tensor:
+        """The term of the loss for that micro-batch.
+
+        Args:
+            model: The model to train, not wrapped by accelerate.
+            num_items: Tokens with a label in the step's batches, by which the task's loss is divided; None: those of
+                this micro-batch, and the Trainer divides by the micro-batches.
+            num_micro_batches: Micro-batches of the step.
+        """
+        kl = self._term.after_forward(model)
+        sums = torch.stack([kl.total.detach().double(), torch.tensor(kl.num_tokens, device=kl.total.device).double()])
+        self._sums = sums if self._sums is None else self._sums + sums
+        if num_items is None:
+            return self.multiplier * kl.total / max(kl.num_tokens, 1)
+        if self._is_on_task:
+            return self.multiplier * kl.total / torch.as_tensor(num_items).clamp(min=1)
+        # Named rows have a count of their own, and every micro-batch the same number of them.
+        return self.multiplier * kl.total / max(kl.num_tokens, 1) / num_micro_batches
+
+    @property
+    def is_divided_by_all_tokens(self) -> bool:
+        """Whether the term is divided by the tokens of all processes, as TRL's loss is; DDP averages its gradients."""
+        return self._is_on_task
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Count batches from the step that the run begins or resumes at."""
+        self._step = state.global_step
+        self._batch_in_step = 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Adapt the multiplier to the KL of the step, the same in every process."""
+        self._step = state.global_step
+        self._batch_in_step = 0
+        if self._sums is None:
+            return
+        total, count = processes.reduce_(self._sums).tolist()
+        self._sums = None
+        if self.budget is not None and math.isfinite(total):
+            self.budget.update(total / max(count, 1), state.global_step / state.max_steps)
+
+    def metrics(self) -> dict[str, float]:
+        """For the log: the running mean of KL in training, and the coefficient of the next step."""
+        return {} if self.budget is None else {"kl": self.budget.kl, "kl_multiplier": self.budget.multiplier}
+
+    def measure(self, model: nn.Module) -> float:
+        """Mean KL on held-out rows, nats per token; every process must call it."""
+
+        def kl_of(rows) -> list:
+            return kl_per_row(model, self._base, rows, self._eval_batch_size, self._pad_token_id)
+
+        return mean_nll(shared_rows(self._heldout, kl_of))
+
+    def prefers(self, kl: float, best_kl: float | None) -> bool | None:
+        """Whether KL alone decides that a checkpoint is better than the best one so far; None: the loss decides.
+
+        Args:
+            kl: Of the checkpoint.
+            best_kl: Of the best one; None: there is none.
+        """
+        if self.budget is None or best_kl is None:
+            return None
+        limit = self.budget.budget
+        if kl <= limit:
+            return None if best_kl <= limit else True
+        # Nothing is within the budget yet: the nearest one is the best.
+        return kl < best_kl
+
+    def report(self, reached: float, at_end: float, best_step: int | None) -> KLReport:
+        """What the record says.
+
+        Args:
+            reached: KL of the checkpoint that is kept.
+            at_end: KL of the last measurement.
+            best_step: Step of that checkpoint.
+        """
+        return KLReport(
+            budget=None if self.budget is None else self.budget.budget,
+            reached=reached,
+            at_end=at_end,
+            multiplier=self.multiplier,
+            rows=self._name,
+            num_tokens=supervised_token_count(self._heldout),
+            step=best_step,
+        )

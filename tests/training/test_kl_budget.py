@@ -1,0 +1,265 @@
+"""A budget of KL(base || model): the multiplier, runs that end at it, resuming, and input that cannot be one."""
+
+import itertools
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import tiny
+from maskft.loss import mean_nll
+from maskft.training.kl import Base, KLOnText, kl_per_row
+from maskft.training.kl_budget import AIM, KLBudget
+from maskft.training.near_base import KLReport
+from maskft.training.record import read_record
+from maskft_common.layout import ADAPTER_WEIGHTS, TRAINING
+
+LORA = json.dumps({"peft_type": "LORA", "r": 4, "target_modules": "all-linear"})
+# Rates, with budgets that the tiny model reaches without a term.
+METHODS = {
+    "full": {"method": "full", "learning_rate": 0.003},
+    "mask": {"method": "mask", "learning_rate": 0.3, "mask_init_scores": "magnitude", "keep_worse": True},
+    "lora": {"method": "peft", "peft_config": LORA, "learning_rate": 0.02},
+}
+
+
+@pytest.fixture
+def text(tmp_path):
+    """Rows of plain text, in the letters of the tiny tokenizer."""
+    file = tmp_path / "text.jsonl"
+    file.write_text(
+        "\n".join(json.dumps({"text": f"{a}*{b}={a * b} and {b}*{a}={a * b}"}) for a in range(6) for b in range(8))
+    )
+    return file
+
+
+# The multiplier
+
+
+def test_the_first_steps_by_hand():
+    budget = KLBudget(0.1)
+    assert budget.multiplier == 1.0
+    budget.update(0.0)  # below by more than a factor of 3, which counts as one of 3
+    assert budget.multiplier == pytest.approx(math.exp(-3.2 * math.log(3)))
+    budget.update(0.09 / 0.7)  # the running mean is 0.7 of it: just the aim
+    assert budget.kl == pytest.approx(0.09) == AIM * 0.1
+    assert budget.multiplier == pytest.approx(math.exp(-0.2 * math.log(3)))
+
+
+def test_the_aim_rises_in_the_first_half():
+    budget = KLBudget(0.1)
+    budget.kl = 0.09 / 4
+    budget.update(0.09 / 4, progress=1 / 8)  # a quarter of the way: just the aim
+    assert budget.multiplier == pytest.approx(1.0)
+    other = KLBudget(0.1)
+    other.kl = 0.09
+    other.update(0.09, progress=0.5)
+    assert other.multiplier == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
+def test_it_finds_the_multiplier_whatever_its_size(scale):
+    """A model whose KL settles at scale / multiplier, half of the way in every step."""
+    budget = KLBudget(0.1)
+    kl = 0.0
+    for _ in range(200):
+        kl += 0.5 * (min(scale / budget.multiplier, 10.0) - kl)
+        budget.update(kl)
+    assert kl == pytest.approx(AIM * 0.1, rel=0.02)
+    assert budget.multiplier == pytest.approx(scale / kl, rel=0.05)
+
+
+def test_a_budget_that_does_not_bind_takes_the_term_away():
+    budget = KLBudget(5.0)
+    for _ in range(48):
+        budget.update(0.01)
+    assert budget.multiplier < 1e-4
+
+
+def test_a_resumed_multiplier_goes_the_same_way_bit_for_bit():
+    one, other = KLBudget(0.3), KLBudget(0.3)
+    for kl in (0.0, 0.7, 0.123456789, 1 / 3):
+        one.update(kl)
+    other.load(json.loads(json.dumps(one.state())))
+    for kl in (0.2, 0.41):
+        one.update(kl)
+        other.update(kl)
+    assert one.state() == other.state()
+
+
+# The measurement
+
+
+def test_kl_per_row_is_that_of_a_loop():
+    model = tiny.tiny_llama()
+    base = Base(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02)
+    rows = [
+        {"input_ids": [5, 6, 7, 8, 9, 10], "labels": [-100, -100, -100, 8, 9, 10]},
+        {"input_ids": [11, 12, 13], "labels": [-100, 12, 13]},
+    ]
+    expected = []
+    for row, places in zip(rows, ((2, 3, 4), (0, 1)), strict=True):
+        ids = torch.tensor([row["input_ids"]])
+        with torch.no_grad(), base.of(model) as unchanged:
+            p = unchanged(input_ids=ids).logits[0].log_softmax(-1)
+            q = model(input_ids=ids).logits[0].log_softmax(-1)
+        per_token = [float((p[place].exp() * (p[place] - q[place])).sum()) for place in places]
+        expected.append(sum(per_token) / len(per_token))
+    found = kl_per_row(model, base, rows, batch_size=2)
+    assert [value for value, _ in found] == pytest.approx(expected, rel=1e-4) and min(expected) > 1e-3
+    assert [count for _, count in found] == [3, 2]
+
+
+def test_rows_of_a_batch_follow_from_its_number():
+    rows = [{"input_ids": [n], "labels": [n]} for n in range(5)]
+
+    def sequence(rank, num_processes):
+        term = KLOnText(None, rows, 2, seed=3, rank=rank, num_processes=num_processes)
+        return [[row["input_ids"][0] for row in term.rows_of(number)] for number in range(5)]
+
+    alone = list(itertools.chain(*sequence(0, 1)))
+    assert sorted(alone[:5]) == sorted(alone[5:]) == list(range(5)) and alone[:5] != alone[5:]
+    first, second = sequence(0, 2), sequence(1, 2)
+    together = itertools.chain(*(a + b for a, b in zip(first, second, strict=True)))
+    assert list(together)[:10] == alone
+
+
+# Runs
+
+BUDGETS = {"full": 0.05, "mask": 0.002, "lora": 0.01}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("rows", ["task", "text"])
+def test_a_run_ends_at_the_budget(method, rows, call, text, tmp_path):
+    options = {"max_steps": 48, "eval_steps": 8, "save_steps": 8, "logging_steps": 1, **METHODS[method]}
+    budget = BUDGETS[method]
+    if rows == "text":
+        options |= {"kl_dataset_name": text, "kl_batch_size": 8}
+    status, err = call(kl_budget=budget, **options)
+    assert status == 0, err
+    kl = read_record(tmp_path / "out").summary.kl
+    history = read_record(tmp_path / "out").summary.history
+    assert kl.budget == budget and kl.rows == ("task" if rows == "task" else str(text)) and kl.num_tokens > 0
+    assert 0 < kl.reached <= budget and kl.is_met
+    # One of the tiny model's rows has a dozen tokens, so what is measured on others differs from the aim.
+    assert 0.5 * budget < kl.at_end < 1.2 * budget
+    assert f"KL(base || model) {kl.reached:.4f} nats per token" in err and f"budget {budget}, multiplier" in err
+    steps = [row for row in history if "loss" in row]
+    assert all("kl" in row and "kl_multiplier" in row for row in steps)
+    assert steps[-1]["kl_multiplier"] == pytest.approx(kl.multiplier)
+
+
+def test_a_budget_that_is_not_met_keeps_the_nearest_and_says_so(call, tmp_path):
+    """A mask that removes a random tenth is far from the base before its first step."""
+    options = {"mask_init_scores": "normal", "mask_sparsity": 0.5, "keep_worse": True}
+    status, err = call(kl_budget=1e-6, **options)
+    assert status == 0, err
+    kl = read_record(tmp_path / "out").summary.kl
+    assert not kl.is_met and kl.reached > 1e-6
+    assert "the budget is not met: the nearest checkpoint is kept; raise kl_budget" in err
+    measured = [row["eval_kl"] for row in read_record(tmp_path / "out").summary.history if "eval_kl" in row]
+    assert kl.reached == min(measured)
+
+
+def test_a_start_that_nothing_within_the_budget_beats_is_said():
+    report = KLReport(budget=0.1, reached=0.0, at_end=0.4, multiplier=2.0, rows="task", num_tokens=9, step=0)
+    assert "no later checkpoint is better and within the budget (at the end 0.4000)" in str(report)
+
+
+def test_without_evaluation_it_is_measured_at_the_end(call, tmp_path):
+    status, err = call(kl_budget=0.05, eval_strategy="no", method="full", max_steps=3)
+    assert status == 0, err
+    assert read_record(tmp_path / "out").summary.kl.reached > 0
+
+
+@pytest.mark.parametrize("rows", ["task", "text"])
+def test_a_resumed_run_is_the_uninterrupted_one(rows, call, text, tmp_path):
+    """Weights, losses and multipliers, bit for bit."""
+    options = {"max_steps": 8, "eval_steps": 2, "save_steps": 2, "logging_steps": 1, "save_total_limit": 8}
+    options |= METHODS["lora"] | {"kl_budget": 0.02}
+    if rows == "text":
+        options |= {"kl_dataset_name": text, "gradient_accumulation_steps": 2}
+    status, err = call(**options)
+    assert status == 0, err
+    out, resumed = tmp_path / "out", tmp_path / "resumed"
+    shutil.copytree(out, resumed)
+    for name in ("checkpoint-6", "checkpoint-8"):
+        shutil.rmtree(resumed / name)
+    for name in (ADAPTER_WEIGHTS, TRAINING):
+        (resumed / name).unlink()
+    status, err = call("resumed", resume_from_checkpoint="true", **options)
+    assert status == 0, err
+    assert (resumed / ADAPTER_WEIGHTS).read_bytes() == (out / ADAPTER_WEIGHTS).read_bytes()
+    names = ("step", "loss", "eval_loss", "eval_kl", "kl", "kl_multiplier")
+    one, other = (
+        [{name: row.get(name) for name in names} for row in read_record(folder).summary.history]
+        for folder in (out, resumed)
+    )
+    assert one == other
+    assert read_record(out).summary.kl == read_record(resumed).summary.kl
+    text.write_text("\n".join(text.read_text().splitlines()[1:]))
+    if rows == "text":
+        status, err = call("resumed", resume_from_checkpoint="true", **options)
+        assert status == 2 and "kl_data" in err
+
+
+def test_a_fixed_coefficient_may_be_on_named_rows(call, text, tmp_path):
+    ends = []
+    for weight in (0.01, 100.0):
+        status, err = call(f"kl{weight}", kl_to_base=weight, kl_dataset_name=text, max_steps=6, **METHODS["full"])
+        assert status == 0, err
+        kl = read_record(tmp_path / f"kl{weight}").summary.kl
+        assert kl.budget is None and kl.multiplier == weight
+        ends.append(kl.at_end)
+    assert ends[1] < ends[0]
+
+
+def test_measured_kl_is_that_of_the_saved_model(call, base, text, tmp_path):
+    status, err = call(kl_budget=0.05, kl_dataset_name=text, max_steps=6, **METHODS["full"])
+    assert status == 0, err
+    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (base, tmp_path / "out"))
+    held = Base(before)
+    from maskft.models import load_tokenizer
+    from maskft.training.near_base import load_kl_rows
+    from maskft.training.options import parse_words
+
+    words = ["--model_name_or_path", str(base), "--kl_dataset_name", str(text), "--kl_budget", "0.05"]
+    rows = load_kl_rows(parse_words([*words, "--dataset_name", str(text)])[0], load_tokenizer(str(base)))
+    value = mean_nll(kl_per_row(after, held, list(rows.heldout), 4))
+    assert value == pytest.approx(read_record(tmp_path / "out").summary.kl.reached, rel=1e-3)
+
+
+# Input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kl_budget": 0}, "kl_budget is 0.0; it must be above 0 nats per token"),
+        ({"kl_budget": -0.1}, "kl_budget is -0.1"),
+        ({"kl_budget": "nan"}, "kl_budget is nan"),
+        ({"kl_budget": "inf"}, "kl_budget is inf"),
+        ({"kl_budget": 0.1, "kl_to_base": 0.1}, "kl_budget 0.1 and kl_to_base 0.1 are both given"),
+        ({"kl_budget": 0.1, "method": "l1_mask"}, "method l1_mask is not trained"),
+        ({"kl_dataset_name": "TEXT"}, "give kl_budget (or kl_to_base) too"),
+        ({"kl_budget": 0.1, "kl_batch_size": 8}, "kl_dataset_name, which is not given"),
+        ({"kl_budget": 0.1, "kl_dataset_name": "TEXT", "kl_batch_size": 0}, "kl_batch_size is 0"),
+        ({"kl_budget": 0.1, "kl_dataset_name": "./nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"kl_budget": 0.1, "kl_dataset_name": "ONE"}, "has 1 different row; give at least 2"),
+        ({"kl_budget": 0.1, "kl_dataset_name": "PROMPTS"}, "completion"),
+    ],
+)
+def test_input_that_cannot_be_a_budget_is_one_line(options, message, call, text, tmp_path):
+    (tmp_path / "one.jsonl").write_text('{"text": "1+1=2"}\n{"text": "1+1=2"}\n')
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "1+1="}\n{"prompt": "1+2="}\n')
+    files = {"TEXT": text, "ONE": tmp_path / "one.jsonl", "PROMPTS": tmp_path / "prompts.jsonl"}
+    status, err = call(**{name: files.get(value, value) for name, value in options.items()})
+    assert status == 2 and message in err and err.count("error:") == 1, err
+    assert "Traceback" not in err and not (tmp_path / "out" / TRAINING).exists()
