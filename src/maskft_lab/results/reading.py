@@ -1,4 +1,4 @@
-"""Results of files and folders; ``NAME=PATH`` names a model."""
+"""Results of files and folders, ours and lm-eval's samples; ``NAME=PATH`` names a model."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from maskft_common import files, layout
 from maskft_common.errors import UserError
 from maskft_common.files import parse_json, read_text
 
+from .lm_eval_samples import is_samples_file, read_samples, samples_in
 from .schema import Result, check_result, read_result, result_file
 
 
 def read_all(paths: Iterable[str]) -> list[Result]:
     """Return the results of files and folders, in the order given.
 
-    A folder is one of results: its ``result.json``, or all in it and below but points of paths, and what is partial.
+    A folder is one of results: its ``result.json``, or all in it and below but points of paths and partial results;
+    or one of lm-eval's ``samples_*.jsonl``, which are the tasks of one model.
 
     Args:
         paths: Paths, or ``NAME=PATH``.
@@ -27,8 +29,12 @@ def read_all(paths: Iterable[str]) -> list[Result]:
     """
     results: list[Result] = []
     for name, path in map(_name_and_path, paths):
-        own = map(read_result, _files_of(path))
-        results += [check_result({**result, "name": name}, path) if name else result for result in own]
+        found = _files_of(path)
+        if is_samples_file(found[0]):
+            results.append(read_samples(found, name))
+            continue
+        for result in map(read_result, found):
+            results.append(check_result({**result, "name": name}, path) if name else result)
     return results
 
 
@@ -56,6 +62,8 @@ def _files_of(path: Path) -> list[Path]:
     """Return the files that a path stands for, at least one."""
     if not path.is_dir() or (path / layout.RESULT).is_file():
         return [result_file(path)]
+    if samples := samples_in(path):
+        return samples
     found = sorted([*path.rglob("*.json"), *path.rglob("*.json.gz")])
     below = [f for f in found if not re.search(r"(^|/)path/|\.partial/", f"{f.relative_to(path)}") and _is_result(f)]
     return below or [result_file(path)]

@@ -1,0 +1,159 @@
+"""lm-eval's own logs as a result: ``samples_TASK_DATE.jsonl`` and the ``results_DATE.json`` beside them.
+
+``lm_eval --log_samples --output_path DIR`` writes them; a line of samples is one document under one filter. The format
+is that of lm-eval 0.4.5 to 0.4.13 (``lm_eval/loggers/evaluation_tracker.py``).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from maskft_common.errors import UserError, first_line
+from maskft_common.files import open_text, parse_json, read_text
+
+from .schema import Result, TaskRecord, build_result, build_task, is_finite, items_fingerprint, metric_from_items
+
+_FILE_NAME = re.compile(r"samples_(?P<task>.+?)_(?P<date>\d{4}-\d\d-\d\dT[\d.+-]+)\.jsonl(\.gz)?")
+_NEEDED = ("doc_id", "filter", "metrics", "doc_hash", "prompt_hash", "target_hash")
+_NO_FILTER = "none"
+
+# Settings that may change answers, noted where two results differ in them.
+_SETTINGS = ("limit", "gen_kwargs", "model_dtype", "random_seed", "fewshot_seed", "system_instruction_sha")
+
+# A damaged file of another program may end in any of these, depending on where the damage is.
+_DAMAGE = (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, IndexError)
+
+
+def samples_in(folder: Path) -> list[Path]:
+    """Return the samples files directly in a folder, one for each task."""
+    return [file for file in sorted(folder.glob("samples_*.jsonl*")) if is_samples_file(file)]
+
+
+def is_samples_file(file: Path) -> bool:
+    """Tell whether a file is named as lm-eval names its samples."""
+    return bool(_FILE_NAME.fullmatch(file.name))
+
+
+def read_samples(files: Sequence[Path], name: str | None = None) -> Result:
+    """Return samples files, each of another task, as the result of one model.
+
+    Args:
+        files: Samples files of one folder, at least one.
+        name: Name of the model; by default lm-eval's ``model_name``.
+
+    Raises:
+        UserError: If a file is damaged or older, two are of one task, or the results file beside it is missing.
+    """
+    tasks: dict[str, TaskRecord] = {}
+    settings: dict[str, Any] = {}
+    packages: dict[str, Any] = {}
+    for file in files:
+        found = _FILE_NAME.fullmatch(file.name)
+        assert found is not None
+        task = found["task"]
+        if task in tasks:
+            raise UserError(f"{file}: the folder has a second log of task {task}: name single files")
+        summary = _summary(file.with_name(f"results_{found['date']}.json"))
+        try:
+            tasks[task] = _task(file, task, summary)
+        except UserError:
+            raise
+        except _DAMAGE as error:
+            raise UserError(f"{file}: not a whole samples file of lm-eval ({first_line(error)})") from None
+
+        said = {**summary, **(summary.get("config") or {})}
+        settings |= {key: said[key] for key in _SETTINGS if said.get(key) is not None}
+        packages |= {key: said[f"{key}_version"] for key in ("lm_eval", "transformers") if said.get(f"{key}_version")}
+        name = name or str(summary.get("model_name") or file.resolve().parent.name)
+    assert name is not None
+    result = build_result(name, {"name_or_path": name}, settings, tasks)
+    result["environment"] = {"packages": packages}  # of the evaluation, not of this process
+    return result
+
+
+def _summary(file: Path) -> dict[str, Any]:
+    try:
+        summary = parse_json(read_text(file))
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{file}: cannot be read ({first_line(error)}): keep it beside its samples") from None
+    if not isinstance(summary, dict):
+        raise UserError(f"{file}: not a results file of lm-eval")
+    return summary
+
+
+def _task(file: Path, task: str, summary: Mapping[str, Any]) -> TaskRecord:
+    """Return the metrics that are means of a number per item, with lm-eval's direction of each."""
+    items, questions = _items(file)
+    directions = summary["higher_is_better"].get(task) or {}
+    reported = summary["results"].get(task) or {}
+
+    metrics = {}
+    names = dict.fromkeys(key for item in items for key in item if key != "id")
+    for name in names:
+        values = [item.get(name) for item in items]
+        direction = directions.get(name.partition(",")[0])
+        # Others are no numbers, have no direction, or are parts of a score of the whole corpus.
+        if isinstance(direction, bool) and all(map(is_finite, values)) and _is_mean(reported, name, values):
+            metrics[name] = metric_from_items(items, name, higher_is_better=direction)
+    if not metrics:
+        raise UserError(f"{file}: no metric is a number per item, so there is nothing to compare")
+
+    record = build_task(
+        [{key: item[key] for key in ("id", *metrics)} for item in items],
+        metrics,
+        version=(summary.get("versions") or {}).get(task),
+        num_fewshot=(summary.get("n-shot") or {}).get(task),
+        fingerprint=items_fingerprint(questions),
+        chat_template_hash=summary.get("chat_template_sha"),
+    )
+    config = (summary.get("configs") or {}).get(task) or {}
+    if config.get("generation_kwargs"):
+        record["generation_kwargs"] = config["generation_kwargs"]
+    return record
+
+
+def _items(file: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the items with their scores, and the questions that they were asked, by their hashes."""
+    items: dict[str, dict[str, Any]] = {}
+    questions: dict[str, dict[str, Any]] = {}
+    for row in _rows(file):
+        missing = [key for key in _NEEDED if key not in row]
+        if missing:
+            raise UserError(f"{file}: no samples of lm-eval 0.4.5 or later, {missing[0]!r} is missing")
+        identity = str(row["doc_id"])
+        item = items.setdefault(identity, {"id": identity})
+        prompt = [row["doc_hash"], row["prompt_hash"]]
+        questions[identity] = {"id": identity, "prompt": prompt, "reference": row["target_hash"]}
+        for metric in row["metrics"]:
+            value = row.get(metric)
+            name = metric if row["filter"] == _NO_FILTER else f"{metric},{row['filter']}"
+            item[name] = int(value) if isinstance(value, bool) else value
+    if not items:
+        raise UserError(f"{file}: no samples in it: evaluate again with --log_samples")
+    return list(items.values()), list(questions.values())
+
+
+def _rows(file: Path) -> Iterator[dict[str, Any]]:
+    with open_text(file) as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = parse_json(line)
+            except ValueError as error:
+                raise UserError(f"{file}, line {number}: not JSON ({first_line(error)}): is the file whole?") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{file}, line {number}: not a sample of lm-eval")
+            yield row
+
+
+def _is_mean(reported: Mapping[str, Any], name: str, values: Sequence[Any]) -> bool:
+    """Whether lm-eval reports the mean over the items, where it reports anything (it does not for perplexities)."""
+    expected = reported.get(name if "," in name else f"{name},{_NO_FILTER}")
+    if not is_finite(expected):
+        return True
+    return math.isclose(expected, math.fsum(values) / len(values), rel_tol=1e-6, abs_tol=1e-9)

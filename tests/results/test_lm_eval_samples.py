@@ -1,0 +1,141 @@
+"""lm-eval's --log_samples files: written by lm-eval itself, compared item by item, refused where they do not fit."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from maskft_common.errors import UserError
+from maskft_lab.results.compare import compare
+from maskft_lab.results.comparison import Settings
+from maskft_lab.results.reading import read_all
+
+NUM_ROWS = 24
+TASK = {
+    "task": "sums",
+    "dataset_path": "json",
+    "test_split": "test",
+    "output_type": "multiple_choice",
+    "doc_to_text": "{{question}}",
+    "doc_to_choice": ["1", "2"],
+    "doc_to_target": "{{answer}}",
+    "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    "metadata": {"version": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory):
+    """Folders of two models, as lm-eval writes them: its dummy model answers at random."""
+    from lm_eval import simple_evaluate
+    from lm_eval.loggers import EvaluationTracker
+    from lm_eval.tasks import TaskManager
+
+    folder = tmp_path_factory.mktemp("lm_eval")
+    rows = [{"question": f"{n} of {NUM_ROWS}?", "answer": n % 2} for n in range(NUM_ROWS)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = TASK | {"dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}}}
+    (folder / "sums.yaml").write_text(json.dumps(task))  # which YAML contains
+    tasks = TaskManager(include_path=str(folder), include_defaults=False)
+    for seed, name in enumerate(("base", "tuned")):
+        tracker = EvaluationTracker(output_path=str(folder / "out"))
+        found = simple_evaluate(
+            "dummy",
+            model_args=f"pretrained={name}",
+            tasks=["sums"],
+            task_manager=tasks,
+            log_samples=True,
+            evaluation_tracker=tracker,
+            bootstrap_iters=0,
+            random_seed=seed,
+        )
+        samples = found.pop("samples")
+        tracker.save_results_aggregated(results=found, samples=samples)
+        tracker.save_results_samples("sums", samples["sums"])
+    return folder / "out"
+
+
+@pytest.fixture
+def folders(logs, tmp_path):
+    """Copies that a test may change."""
+    copy = shutil.copytree(logs, tmp_path / "logs")
+    return sorted(copy.iterdir())
+
+
+def samples_of(folder):
+    (file,) = folder.glob("samples_sums_*.jsonl")
+    return file
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in samples_of(folder).read_text().splitlines()]
+
+
+def write_rows(folder, rows):
+    samples_of(folder).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def refuse(paths, match):
+    with pytest.raises(UserError, match=match) as caught:
+        compare(read_all(map(str, paths)), settings=Settings(200))
+    assert "\n" not in str(caught.value)
+
+
+def test_samples_are_a_result_and_are_compared_item_by_item(folders):
+    base, tuned = read_all(map(str, folders))
+    assert (base["name"], tuned["name"]) == ("base", "tuned")
+    task = base["tasks"]["sums"]
+    assert (task["version"], task["num_fewshot"], len(task["items"])) == (3, 0, NUM_ROWS)
+    assert list(task["metrics"]) == ["acc", "acc_norm"]
+    (summary,) = folders[0].glob("results_*.json")
+    reported = json.loads(summary.read_text())["results"]["sums"]
+    assert task["metrics"]["acc"]["value"] == pytest.approx(reported["acc,none"])
+    assert base["environment"]["packages"]["lm_eval"].startswith("0.4.")
+
+    row = compare([base, tuned], settings=Settings(200)).differences[0]
+    ours, theirs = ([row["acc"] for row in rows_of(folder)] for folder in reversed(folders))
+    assert (row.num_items, row.test) == (NUM_ROWS, "McNemar")
+    assert row.difference == pytest.approx(np.mean(ours) - np.mean(theirs))
+    assert row.won == sum(a > b for a, b in zip(ours, theirs, strict=True))
+
+
+def test_a_single_file_can_be_named(folders):
+    (result,) = read_all([f"before={samples_of(folders[0])}"])
+    assert result["name"] == "before"
+
+
+def test_other_prompts_are_refused(folders):
+    rows = rows_of(folders[1])
+    rows[3]["prompt_hash"] = "0" * 64
+    write_rows(folders[1], rows)
+    refuse(folders, "different prompts or references of the same items")
+
+
+def test_a_metric_that_is_no_mean_of_items_is_left_out(folders):
+    for folder in folders:
+        (file,) = folder.glob("results_*.json")
+        summary = json.loads(file.read_text())
+        summary["results"]["sums"]["acc,none"] = 0.123  # of the whole corpus
+        file.write_text(json.dumps(summary))
+    assert [row.metric for row in compare(read_all(map(str, folders)), settings=Settings(200)).differences] == [
+        "acc_norm"
+    ]
+
+
+def test_damage_ends_in_one_line(folders):
+    file = samples_of(folders[0])
+    whole = file.read_text()
+    for text, match in (
+        (whole[:-9], "line 24: not JSON"),
+        ("[1]\n", "line 1: not a sample of lm-eval"),
+        ("", "no samples in it"),
+        (json.dumps({"doc_id": 1}) + "\n", "no samples of lm-eval 0.4.5 or later, 'filter' is missing"),
+        (whole.replace('"metrics": [', '"metrics": 3, "x": ['), "not a whole samples file of lm-eval"),
+    ):
+        file.write_text(text)
+        refuse([folders[0]], match)
+    file.write_text(whole)
+    (summary,) = folders[0].glob("results_*.json")
+    summary.unlink()
+    refuse([folders[0]], "results_.*cannot be read .*keep it beside its samples")
