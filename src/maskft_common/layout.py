@@ -31,6 +31,7 @@ LOG = "log.txt"
 LOCK = "study.lock"
 SUMMARY = "summary-{}.json"  # of the study of this name; several may share a folder
 STUDY_TABLE = "table-{}.md"
+STUDY_RECIPE = "recipe-{}.yaml"  # a copy of the recipe that made it
 CURVE = "curve-{}-{}.json"  # gain against forgetting, of a study and a probe
 SLURM = "slurm"  # logs of its jobs
 

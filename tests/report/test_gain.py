@@ -1,16 +1,19 @@
 """The picture of gain against forgetting: its points, the line that no other beats, and what lies off scale."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from PIL import Image
 
 from maskft_common import layout
 from maskft_lab.cli.main import main
 from maskft_lab.report.catalogue import draw_figures, select_figures
+from maskft_lab.report.charts import COLOURS, DARK, to_svg
 from maskft_lab.report.evidence import gather
 from maskft_lab.report.fig_gain import Curve, Point, chart_of, curve_of_record, curves_of, frontier
 
@@ -80,7 +83,50 @@ def test_numbers_of_points_off_scale_do_not_cover_each_other():
     heights = sorted(text.xy[1] for text in axes.texts)
     assert len(heights) == 4 and min(np.diff(heights)) >= 0.03 * np.ptp(axes.get_ylim())
     axes = axes_of(chart_of([curve._replace(points=points + points[1:])]).panels[0])
-    assert [text.get_text() for text in axes.texts] == ["pale points off scale: 8"]
+    assert [text.get_text() for text in axes.texts] == ["8 more points off scale"]
+
+
+def test_numbers_that_lie_close_are_in_order():
+    points = [Point("a", "a", "", 50.0, 0.1, rows="held-out")]
+    points += [Point("m", f"m{n}", "", 0.1 * gained, 20.0 + n) for n, gained in enumerate((2, 0, 1))]
+    axes = axes_of(chart_of([Curve("t", "p", "base", points)]).panels[0])
+    from_above = sorted(axes.texts, key=lambda text: -text.xy[1])
+    assert [text.get_text() for text in from_above] == ["20 →", "21 →", "22 →"]
+
+
+def test_points_that_lose_everything_do_not_squash_the_others():
+    points = [Point(f"m{n}", f"m{n}", "", gained, 0.1) for n, gained in enumerate((8.8, 6.3, 4.8, 0.2, -53, -74))]
+    axes = axes_of(chart_of([Curve("t", "p", "base", points)]).panels[0])
+    bottom, top = axes.get_ylim()
+    assert -16 < bottom < 0 and 8.8 < top < 16
+    assert {text.get_text() for text in axes.texts} == {"-53 ↓", "-74 ↓"}
+
+
+def test_a_budget_is_a_line_of_its_picture_and_a_word_of_its_table():
+    points = [{"method": "mask", "points_gained": 5.0, "nats_forgotten": 0.08, "budget": 0.1, "rows": "held-out"}]
+    points += [{"method": "full", "points_gained": 6.0, "nats_forgotten": 0.4, "rows": "held-out"}]
+    chart = chart_of([curve_of_record({"task": "t", "probe": "p", "model": "base", "points": points})])
+    dotted = [line for line in axes_of(chart.panels[0]).lines if line.get_linestyle() == ":"]
+    assert [list(line.get_xdata()) for line in dotted] == [[0.1, 0.1]]
+    assert "budget 0.1" in {row[1] for row in chart.table.rows} and chart.legend[-1].name == "budget"
+    assert (
+        chart_of([curve_of_record({"task": "t", "probe": "p", "model": "b", "points": points[1:]})]).legend[-1]
+        != (chart.legend[-1])
+    )
+
+
+def test_numbers_are_read_on_a_dark_ground(tmp_path):
+    """They lay on white boxes, pale green, in README's first picture too. Files have a ground, a page has its own."""
+    study = RESULTS / "smollm2-curve-banking77-kl-seeds"
+    assert main(["report", str(study), "--figures", str(tmp_path), "--only", "gain_forgetting"]) == 0
+    light, dark = ((tmp_path / f"gain_forgetting.{form}").read_text() for form in ("svg", "dark.svg"))
+    assert "ffffff" not in light + dark
+    assert COLOURS["paper"] in light and COLOURS["paper"] not in dark and DARK["paper"] in dark
+    ground = Image.open(tmp_path / "gain_forgetting.png").convert("RGBA").getpixel((1, 1))
+    assert ground == (*(int(COLOURS["paper"][at : at + 2], 16) for at in (1, 3, 5)), 255)
+    (chart,) = (chart for _, chart in draw_figures(gather(study), select_figures(["gain_forgetting"]))[0])
+    page = to_svg(chart.panels[0], "p")
+    assert "var(--paper)" in page and "#" not in "".join(re.findall(r'fill="([^"]*)"|fill: ([^;"]*)', page)[0])
 
 
 def test_intervals_are_those_of_chosen_points(study):

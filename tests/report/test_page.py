@@ -37,7 +37,7 @@ def assert_loads_nothing(page):
 
 def test_sections_in_the_order_of_a_readers_questions(parsed):
     sections = [a["id"] for tag, a in parsed.tags if tag == "section" and a.get("class") != "chart"]
-    wanted = ["verdict", "table", "curves", "ablations", "masks", "landscape", "theory", "cost", "recipe"]
+    wanted = ["verdict", "curves", "table", "ablations", "masks", "landscape", "theory", "cost", "recipe"]
     assert sections == wanted
     assert [a["href"] for tag, a in parsed.tags if tag == "a"] == ["#main", *(f"#{section}" for section in wanted)]
     ids = [a["id"] for _, a in parsed.tags if "id" in a]
@@ -55,7 +55,10 @@ def test_verdicts_and_numbers_are_those_of_the_comparison(finished, parsed):
     for row in (Difference(**row) for row in record["differences"]):
         assert difference_text(row) in parsed.texts
     cells = [text for text in parsed.texts if text in ("better", "worse", "not distinguishable")]
-    assert sorted(cells) == sorted(row["verdict"] for row in record["differences"])  # the page claims nothing else
+    verdicts = [row["verdict"] for row in record["differences"]]
+    of_mask = [row.verdict for row in gather(finished).against_mask.differences]
+    # In the table of differences, in that of the forest plot and against the mask; the page claims nothing else.
+    assert sorted(cells) == sorted([*verdicts, *verdicts, *of_mask])
     assert {score_text(Score(**score)) for score in record["scores"]} <= set(parsed.texts)
 
 
@@ -77,9 +80,51 @@ def test_foreign_text_stays_text(study):
     assert "b" not in {tag for tag, _ in page.tags}
 
 
+def test_control_characters_of_any_text_reach_no_page(study):
+    """Of a summary that was prepared: its texts, and those of the tables that are made from it."""
+    summary = study / layout.SUMMARY.format("tiny-study")
+    record = json.loads(summary.read_text())
+    compared = record["models"]["tiny"]["comparison"]
+    compared["verdicts"][0]["text"] = "better \u202e\x1b[2J"
+    for score in compared["scores"]:
+        score["test_set"] = "a\x07b"
+    summary.write_text(json.dumps(record))
+    assert main(["report", str(study), "-o", str(study / "out.html")]) == 0
+    text = (study / "out.html").read_text(encoding="utf-8")
+    assert r"\x1b[2J" in text and r"a\x07b" in text
+    assert all(character.isprintable() or character == "\n" for character in text)
+
+
+def test_the_header_counts_the_models_of_the_comparison(tmp_path):
+    """Of 12 models 4 have their answers beside the summary: it said "4 models"."""
+    file = tmp_path / "report.html"
+    assert main(["report", str(RESULTS / "small-products-adapters"), "-o", str(file)]) == 0
+    (facts,) = [text for text in Page(file.read_text(encoding="utf-8")).texts if text.startswith("base model")]
+    assert "12 models (4 with their answers here)" in facts and "heldout" not in facts
+
+
+def test_a_claim_about_two_trained_models_is_in_the_page_of_their_study(tmp_path):
+    """README: full fine-tuning forgets 0.357 [0.115, 0.634] more than the mask; against_mask.md has it too."""
+    study = RESULTS / "smollm2-curve-banking77-kl-seeds"
+    file = tmp_path / "report.html"
+    assert main(["report", str(study), "-o", str(file)]) == 0
+    claims = ["+0.3571 [0.1146, 0.6335]", "+0.1993 [0.0787, 0.3370]"]
+    texts = Page(file.read_text(encoding="utf-8")).texts
+    assert set(claims) <= set(texts)
+    assert all(claim in (study / "against_mask.md").read_text() for claim in claims)
+
+
+def test_the_recipe_is_in_the_page_where_the_folder_has_it(study):
+    (study / layout.STUDY_RECIPE.format("tiny-study")).write_text("name: tiny-study\nmethods: [mask] # <b>\n")
+    assert main(["report", str(study), "-o", str(study / "out.html")]) == 0
+    assert "name: tiny-study\nmethods: [mask] # <b>" in Page((study / "out.html").read_text()).texts
+
+
 def test_every_chart_has_its_numbers_as_a_table_and_the_others_are_one_closed_list(parsed):
     charts = [a["id"] for tag, a in parsed.tags if tag == "section" and a.get("class") == "chart"]
-    assert charts[0] == "fig01_curves" and {"fig13_heads", "fig14_heads_mean"} <= set(charts)
+    assert charts[:3] == ["forest", "against_mask", "fig01_curves"] and {"fig13_heads", "fig14_heads_mean"} <= set(
+        charts
+    )
     assert {"fig05_12_landscape", "fig06_10_sparsity", "eq16_18_curvature", "table07_bound"} <= set(charts)
     assert len([text for text in parsed.texts if text.startswith("Numbers of “")]) == len(charts)
     (missing,) = [a for tag, a in parsed.tags if tag == "details" and a.get("id") == "missing"]
@@ -101,7 +146,7 @@ def test_a_study_that_has_written_no_comparison_yet(study):
     (study / layout.SUMMARY.format("tiny-study")).unlink()
     assert main(["report", str(study), "-o", str(study / "out.html")]) == 0
     text = (study / "out.html").read_text()
-    assert "the study has written no comparison yet" in text and "Differences from" not in text
+    assert "the study has written no comparison yet" in text and 'id="forest"' not in text
 
 
 @pytest.mark.parametrize("name", ["small-products", "smollm2-math", "demo-small", "smollm2-curve-sums-where"])

@@ -6,6 +6,7 @@ import argparse
 import shlex
 from pathlib import Path
 
+from maskft_common import layout
 from maskft_common.errors import UserError
 
 from . import early
@@ -60,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Check the recipe, expand it, then list or run it."""
+    from maskft_common.files import read_text, write_text
     from maskft_common.yaml_file import read_yaml
 
     file = args.recipe or args.config
@@ -96,5 +98,7 @@ def run(args: argparse.Namespace) -> None:
 
     check_before_running(plan)
     run_study(plan, folder, launcher)
+    # The page of the study shows it: whoever gets the folder has the recipe too.
+    write_text(folder / layout.STUDY_RECIPE.format(recipe.name), read_text(Path(file)))
     words = ["maskft", "report", str(folder), "--study_name", recipe.name, "-o", str(folder / "report.html")]
     print(f"next: {shlex.join(words)}")

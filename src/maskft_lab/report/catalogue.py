@@ -18,6 +18,7 @@ from .evidence import Evidence, NotComputed
 from .fig_ablations import ablation_chart
 from .fig_cost import cost_chart
 from .fig_curves import curves_chart
+from .fig_forest import against_mask_chart, forest_chart
 from .fig_gain import gain_chart
 from .fig_landscape import plane_chart
 from .fig_masks import heads_chart, mean_heads_chart
@@ -45,7 +46,8 @@ class Figure:
     numbers: tuple[int, ...] = ()
 
 
-_STUDY, _ANALYZE = "maskft study RECIPE.yaml", "maskft analyze STUDY --what "
+_STUDY = "maskft study RECIPE.yaml"
+_ANALYZE = "maskft analyze STUDY --what "
 
 
 def _ablation(key: str, title: str, setting: str | None, values: str, *numbers: int) -> Figure:
@@ -54,6 +56,8 @@ def _ablation(key: str, title: str, setting: str | None, values: str, *numbers: 
 
 
 FIGURES = (
+    Figure("forest", "verdict", "Differences from the baseline", forest_chart, _STUDY),
+    Figure("against_mask", "verdict", "The others against the mask", against_mask_chart, _STUDY),
     Figure("gain_forgetting", "verdict", "Gain and forgetting", gain_chart, f"{_STUDY} # with evaluation.before"),
     Figure("fig01_curves", "curves", "Held-out measures against steps", curves_chart, _STUDY, (1,)),
     _ablation("fig03_08_layers", "masked layers", "mask_layers_to_transform", "[[0, 1], [2, 3]]", 3, 8),
@@ -86,7 +90,8 @@ def draw_figures(evidence: Evidence, figures: Iterable[Figure]) -> tuple[list[tu
     Raises:
         UserError: If the file of an analysis is not as ``maskft analyze`` writes it.
     """
-    drawn, missing = [], []
+    drawn = []
+    missing = []
     for figure in figures:
         try:
             drawn.append((figure, figure.draw(evidence)))

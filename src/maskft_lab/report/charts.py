@@ -24,6 +24,7 @@ Draw = Callable[[Axes], None]
 
 # Every colour has its own value, so that a page can replace it by a name, which is light or dark there.
 _PALETTE = {
+    "paper": ("#fdfdfc", "#101418"),  # the ground of a page, of files, and under numbers that lie over lines
     "ink": ("#1c2126", "#e8eaed"),
     "muted": ("#5c6670", "#a5afb9"),
     "rule": ("#d8dde3", "#394149"),
@@ -40,7 +41,10 @@ DARK = {name: dark for name, (_, dark) in _PALETTE.items()}
 SERIES = ("red", "blue", "green", "orange", "purple", "teal")  # of lines that are no methods
 SHADES = "viridis"  # of maps: read on white and on black, and in grey
 
-NARROW, PAGE, HEIGHT = 3.3, 4.6, 2.4  # inches: a column of a paper, a wide panel; the height of either
+# Inches: the width of a column of a paper and of a wide panel, and the height of either.
+NARROW = 3.3
+PAGE = 4.6
+HEIGHT = 2.4
 ROW_HEIGHT = 0.24  # of a row of bars, whose name may have two lines
 TITLE_CHARACTERS = 11  # of a panel's title in an inch
 FORMATS = ("svg", "dark.svg", "pdf", "png")
@@ -49,6 +53,8 @@ _STYLE = {
     "font.size": 8,
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
+    "figure.facecolor": COLOURS["paper"],
+    "axes.facecolor": COLOURS["paper"],
     "axes.edgecolor": COLOURS["muted"],
     "axes.labelcolor": COLOURS["ink"],
     "axes.titlecolor": COLOURS["ink"],
@@ -81,7 +87,6 @@ _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "maskft",
     "savefig.dpi": 300,
-    "savefig.transparent": True,
 }
 
 _ON_A_PAGE = {"font.size": 9, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "axes.labelsize": 9}  # read on a phone
@@ -141,7 +146,7 @@ def to_svg(panel: Panel, prefix: str) -> str:
     with matplotlib.rc_context(_STYLE | _ON_A_PAGE):
         figure = Figure((PAGE if panel.is_wide else NARROW, panel.height), layout="constrained")
         panel.draw(figure.add_subplot())
-        text = _saved(figure, "svg").decode()
+        text = _saved(figure, "svg", is_transparent=True).decode()  # the page has the ground
     text = text[text.index("<svg") :]
     for name, value in COLOURS.items():
         text = text.replace(value, f"var(--{name})")
@@ -182,19 +187,27 @@ def files_of(chart: Chart, key: str) -> dict[str, bytes]:
         return {f"{key}.md": draw_table(chart.table, "markdown").encode()}
     contents = {f"{key}.json": (json.dumps(chart.records, indent=1) + "\n").encode()} if chart.records else {}
     for index, panel in enumerate(chart.panels):
-        figure, name = draw_panel(panel, chart.legend), f"{key}_{index + 1}" if index else key
+        figure = draw_panel(panel, chart.legend)
+        name = f"{key}_{index + 1}" if index else key
         with matplotlib.rc_context(_STYLE):
             contents |= {f"{name}.{suffix}": _saved(figure, suffix) for suffix in FORMATS}
     return contents
 
 
-def _saved(figure: Figure, suffix: str) -> bytes:
+# No dates and no names of programs: the same data gives the same file.
+_NO_METADATA = {
+    "svg": {"Date": None, "Creator": None},
+    "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+    "png": {"Software": None},
+}
+
+
+def _saved(figure: Figure, suffix: str, is_transparent: bool = False) -> bytes:
+    """The bytes of a file; with a ground, so that it can be read wherever it is opened."""
     FigureCanvasAgg(figure)
     out = io.BytesIO()
-    # No dates and no names of programs: the same data gives the same file.
-    nothing = {"svg": {"Date": None, "Creator": None}, "pdf": {"CreationDate": None, "Creator": None, "Producer": None}}
     form = suffix.removeprefix("dark.")
-    figure.savefig(out, format=form, metadata=nothing.get(form, {"Software": None}))
+    figure.savefig(out, format=form, metadata=_NO_METADATA[form], transparent=is_transparent)
     if suffix != "dark.svg":
         return out.getvalue()
     text = out.getvalue().decode()

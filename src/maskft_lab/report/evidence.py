@@ -5,19 +5,26 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 from maskft_common import layout
 from maskft_common.errors import UserError, did_you_mean
-from maskft_common.files import read_json
+from maskft_common.files import read_json, read_text
 
 from ..analysis.records import read_record
 from ..analysis.runs import MASK, PUBLISHED_SUMMARY, TrainedRun, plain_name, read_study
-from ..results.comparison import Comparison
+from ..evaluation.arguments import HELDOUT
+from ..results.compare import compare
+from ..results.comparison import Comparison, Settings
 from ..results.schema import Result
 
 CURVES = "curve*.json"  # beside the summary, one for each probe: every method's rates, checkpoints and scales
+
+
+# Beyond so many values (items x seeds x differences) another comparison takes minutes, and a page seconds.
+MAX_COMPARED = 1_000_000
 
 
 class NotComputed(Exception):
@@ -65,6 +72,39 @@ class Evidence:
         methods = self.comparison.methods if self.comparison else []
         return [name for name in methods if self.methods.get(plain_name(name), ("", False))[0] == MASK]
 
+    @cached_property
+    def against_mask(self) -> Comparison | None:
+        """Every other model against the first learned mask of a verdict: None where its answers are not here.
+
+        The same as ``maskft compare RESULTS --baseline MASK``: a table of differences from the pre-trained model does
+        not say how two trained models differ.
+        """
+        comparison = self.comparison
+        if comparison is None or not comparison.verdicts:
+            return None
+        mask = comparison.verdicts[0].parent.method
+        compared = {comparison.baseline, *comparison.methods}
+        results = [result for result in self.results if result["name"] in compared]
+        # In the order of their files, as `maskft compare` reads them: the last digit of a simultaneous interval, whose
+        # level is drawn at random, depends on the order of the family.
+        results.sort(key=lambda result: (result["study"]["run"], result["study"]["role"]))
+        if {result["name"] for result in results} != compared or mask == comparison.baseline:
+            return None
+        num_values = sum(
+            len(task["items"]) * len(task["metrics"]) for each in results for task in each["tasks"].values()
+        )
+        if num_values > MAX_COMPARED:
+            return None
+        settings = Settings(comparison.num_resamples, comparison.seed, comparison.confidence, comparison.fixed_seeds)
+        return compare(results, mask, settings=settings)
+
+    @property
+    def recipe(self) -> str | None:
+        """The study's recipe, where its folder has a copy."""
+        files = [self.folder / layout.STUDY_RECIPE.format(self.name), *sorted(self.folder.glob("recipe*.yaml"))]
+        found = next((file for file in files if file.is_file()), None)
+        return read_text(found) if found else None
+
     def record(self, what: str) -> dict[str, Any]:
         """What the analysis of this name found.
 
@@ -78,6 +118,18 @@ class Evidence:
             where = "published results hold no models, so it is made where the study ran"
             raise NotComputed(where if is_published else f"there is no {layout.ANALYSIS}/{what}.json")
         return read_record(file)
+
+
+def test_name(evidence: Evidence, task: str) -> str:
+    """The name of a task in a picture: rows of one's own by the file of the test set, as tables call it.
+
+    A study calls its test ``heldout``, which would be read as the rows that chose the settings.
+    """
+    records = [result["tasks"][task] for result in evidence.results if task in result["tasks"]]
+    files = [record["data_file"] for record in records if record.get("data_file")]
+    if files:
+        return files[0]
+    return "test" if task == HELDOUT else task
 
 
 def gather(folder: str | Path, *, base: str | None = None, study_name: str | None = None) -> Evidence:

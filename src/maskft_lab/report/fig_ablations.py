@@ -13,8 +13,9 @@ from matplotlib.axes import Axes
 from ..analysis.runs import BEST, MASK, TrainedRun, parent_of
 from ..results.statistics import weighted_mean
 from ..results.tables import Table
+from ..results.words import unit_text
 from .charts import COLOURS, Chart, Entry, Panel, plain
-from .evidence import Evidence, NotComputed
+from .evidence import Evidence, NotComputed, test_name
 from .methods import looks_in_turn, number
 
 _NAMES = {
@@ -30,7 +31,7 @@ _OF_THE_PAPER = ("mask_layers_to_transform", "mask_sparsity", "max_train_samples
 _NOT_VARIED = ("seed", "mask_seed", "eval_steps", "save_steps", "logging_steps", "keep_last", "report_to")
 
 
-class Measured(NamedTuple):
+class SeedMean(NamedTuple):
     """Mean of a metric over the seeds of one method; its error is over seeds where there are several, else items."""
 
     mean: float
@@ -42,8 +43,8 @@ class Line(NamedTuple):
     """A metric against a setting, all else being ``fixed``, and that of the models under these masks."""
 
     fixed: Mapping[str, Any]
-    points: Sequence[tuple[Any, Measured]]  # by the value of the setting
-    start: Measured | None
+    points: Sequence[tuple[Any, SeedMean]]  # by the value of the setting
+    start: SeedMean | None
 
 
 class Ablation(NamedTuple):
@@ -112,7 +113,7 @@ def ablation_chart(setting: str | None, evidence: Evidence) -> Chart:
     looks = looks_in_turn(_fixed_text(line.fixed, varied) for line in lines)
     table = [
         (
-            f"{each.task}/{each.metric}",
+            f"{test_name(evidence, each.task)}/{each.metric}",
             f"{_name(each.setting)}: {value_text(value, each.setting)}",
             _fixed_text(line.fixed, set(line.fixed)),
             *(number(point.mean), number(point.stderr), str(point.num_seeds)),
@@ -124,10 +125,14 @@ def ablation_chart(setting: str | None, evidence: Evidence) -> Chart:
     text = (
         "Test measures of learned masks, all else as the line says. Bars are one standard error, over seeds where "
         "there are several, else over items; the dashed line is the model under these masks. Points are not verdicts: "
-        "those stand above, paired by item and seed."
+        "those are above, paired by item and seed."
     )
     panels = [
-        Panel(f"{each.metric} on {each.task}", partial(_draw, found=each, looks=looks, varied=varied)) for each in found
+        Panel(
+            f"{each.metric} on {test_name(evidence, each.task)}",
+            partial(_draw, found=each, looks=looks, varied=varied),
+        )
+        for each in found
     ]
     columns = ("measure", "setting", "other settings", "mean", "standard error", "seeds")
     under = [Entry("the model under the mask", "muted", "--")] if any(line.start for line in lines) else []
@@ -151,7 +156,7 @@ def _draw(axes: Axes, found: Ablation, looks: Mapping[str, Entry], varied: Colle
     axes.set_xticks(range(len(values)), list(map(plain, values)), rotation=20 if max(map(len, values)) > 8 else 0)
     axes.set_xlim(-0.4, len(values) - 0.6)
     axes.set_xlabel(plain(_name(found.setting)))
-    axes.set_ylabel("%" if found.unit == "fraction" else plain(found.unit))
+    axes.set_ylabel(plain(f"{found.metric} ({unit_text(found.unit)})"))
 
 
 def value_text(value: Any, setting: str = "") -> str:
@@ -164,10 +169,10 @@ def value_text(value: Any, setting: str = "") -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _mean(runs: Sequence[TrainedRun], place: tuple[str, str]) -> Measured:
+def _mean(runs: Sequence[TrainedRun], place: tuple[str, str]) -> SeedMean:
     found = [record for run in runs if (record := _value(run, *place))]
     mean, stderr = weighted_mean([record["value"] for record in found])
-    return Measured(mean, found[0]["stderr"] if len(found) == 1 else stderr, len(found))
+    return SeedMean(mean, found[0]["stderr"] if len(found) == 1 else stderr, len(found))
 
 
 def _value(run: TrainedRun, task: str, metric: str) -> Mapping[str, Any] | None:

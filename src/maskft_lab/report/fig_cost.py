@@ -1,8 +1,9 @@
-"""What methods cost (Figs 4 and 9): memory, tokens and time, from the training histories of a study."""
+"""The cost of methods (Figs 4 and 9): memory, tokens and time, from the training histories of a study."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from statistics import fmean
 from typing import NamedTuple
 
@@ -14,18 +15,37 @@ from .charts import COLOURS, ROW_HEIGHT, Chart, Entry, Panel, row_name
 from .evidence import Evidence, NotComputed
 from .fig_curves import spent_before, spent_until
 from .methods import look, number
+from .scale import few_ticks
 
-_PANELS = {
-    "peak_memory_bytes": ("peak memory of one process (GB)", 1e9),
-    "total_tokens": ("tokens from the pre-trained model (million)", 1e6),
-    "total_time_s": ("training time from the pre-trained model (minutes)", 60.0),
+NEARLY_EQUAL = 1.15  # largest bar over smallest: below, a sentence says it better than bars
+
+
+class Quantity(NamedTuple):
+    """A quantity in bars: with that before the method, and of the method alone."""
+
+    total: str
+    own: str
+    title: str
+    scale: float
+    unit: str
+
+
+_QUANTITIES = (
+    Quantity("peak_memory_bytes", "peak_memory_bytes", "peak memory of one process", 1e9, "GB"),
+    Quantity("total_tokens", "tokens", "tokens from the pre-trained model", 1e6, "million"),
+    Quantity("total_time_s", "time_s", "training time from the pre-trained model", 60.0, "minutes"),
+)
+_COLUMNS = {
+    "peak memory (GB)": ("peak_memory_bytes", 1e9),
+    "tokens (million)": ("tokens", 1e6),
+    "total tokens (million)": ("total_tokens", 1e6),
+    "minutes": ("time_s", 60.0),
+    "total minutes": ("total_time_s", 60.0),
 }
-_COLUMNS = {"peak_memory_bytes": 1e9, "tokens": 1e6, "total_tokens": 1e6, "time_s": 60.0, "total_time_s": 60.0}
-_OWN = {"total_tokens": "tokens", "total_time_s": "time_s"}
 
 
 class Cost(NamedTuple):
-    """Means over seeds of what a method cost up to its best checkpoint (role ``best``) or its end (``last``)."""
+    """Mean cost of a method over seeds, up to its best checkpoint (role ``best``) or its end (``last``)."""
 
     name: str
     role: str
@@ -36,58 +56,111 @@ class Cost(NamedTuple):
 def cost_of(run: TrainedRun, role: str, runs: Sequence[TrainedRun]) -> dict[str, float]:
     """Bytes of one process, tokens and seconds of a run, and from the pre-trained model on (``total_``)."""
     step = run.summary["num_steps"] if role == LAST else run.best_step
-    own, before = spent_until(run, step), spent_before(run, runs)
+    own = spent_until(run, step)
+    before = spent_before(run, runs)
     return {
         "peak_memory_bytes": run.summary["peak_memory_bytes"],
-        **{name: own[name] for name in ("tokens", "time_s")},
-        **{f"total_{name}": before[name] + own[name] for name in ("tokens", "time_s")},
+        "tokens": own["tokens"],
+        "time_s": own["time_s"],
+        "total_tokens": before["tokens"] + own["tokens"],
+        "total_time_s": before["time_s"] + own["time_s"],
     }
 
 
 def costs_of(runs: Sequence[TrainedRun]) -> list[Cost]:
-    """Of each method and role, in the order of the runs."""
+    """The cost of each method and role, in the order of the runs."""
     groups: dict[tuple[str, str], list[dict[str, float]]] = {}
     for run in runs:
-        for role in (BEST, LAST) if run.summary.get("num_steps") else ():
-            groups.setdefault((run.name, role), []).append(cost_of(run, role, runs))
-    means = {key: {q: fmean([cost[q] for cost in each]) for q in _COLUMNS} for key, each in groups.items()}
-    return [Cost(*key, len(each), means[key]) for key, each in groups.items()]
+        if run.summary.get("num_steps"):
+            for role in (BEST, LAST):
+                groups.setdefault((run.name, role), []).append(cost_of(run, role, runs))
+    found = []
+    for (name, role), each in groups.items():
+        means = {quantity: fmean([cost[quantity] for cost in each]) for quantity in each[0]}
+        found.append(Cost(name, role, len(each), means))
+    return found
 
 
 def cost_chart(evidence: Evidence) -> Chart:
-    """Bars for each method up to its best checkpoint, and for the baseline also up to its end."""
+    """Bars for each method up to its best checkpoint, and for the baseline also up to its end.
+
+    A quantity in which all methods are nearly equal is a sentence and no picture.
+    """
     costs = costs_of(evidence.runs)
     if not costs:
         raise NotComputed("no run tells memory, tokens and time: it needs training.json")
-    start = plain_name(evidence.comparison.baseline) if evidence.comparison else ""
-    methods, compared = evidence.methods, evidence.comparison.methods if evidence.comparison else []
-    order = list(dict.fromkeys([start, *map(plain_name, compared)]))
-    rows = [cost for cost in costs if cost.role == BEST]
-    tokens = {cost.name: cost.spent["total_tokens"] for cost in rows}
-    ends = [cost for cost in costs if cost.role != BEST and cost.name == start]
-    rows += [cost for cost in ends if cost.spent["total_tokens"] != tokens.get(start)]  # else the best is the end
-    rows.sort(key=lambda cost: order.index(cost.name) if cost.name in order else len(order))
-    table = [
-        (cost.name, cost.role, str(cost.num_seeds), *(number(cost.spent[q] / s) for q, s in _COLUMNS.items()))
-        for cost in costs
-    ]
-    columns = ("method", "until", "seeds", "peak memory (GB)", "tokens (million)", "total tokens (million)")
-    columns += ("minutes", "total minutes")
-    text = (
-        "Means over seeds, up to the kept checkpoint; the full bar counts from the pre-trained model, its dark part is "
-        "the method's own. Times are comparable between runs of one machine only, memory between runs of one device."
-    )
+    rows = _rows(costs, evidence)
+    columns = ("method", "until", "seeds", *_COLUMNS)
+    table = []
+    for cost in costs:
+        numbers = [number(cost.spent[quantity] / scale) for quantity, scale in _COLUMNS.values()]
+        table.append((cost.name, cost.role, str(cost.num_seeds), *numbers))
+
+    equal = [quantity for quantity in _QUANTITIES if _is_nearly_equal(rows, quantity)]
+    text = " ".join(_equal_text(rows, quantity) for quantity in equal)
+    drawn = [quantity for quantity in _QUANTITIES if quantity not in equal]
+    if drawn:
+        text += (
+            " Bars are means over seeds, up to the kept checkpoint; the full bar counts from the pre-trained model, "
+            "its dark part is the method's share."
+        )
+    text += " Times are comparable between runs of one machine only, memory between runs of one device."
     height = 0.65 + ROW_HEIGHT * len(rows)
     panels = [
-        Panel(title, lambda axes, q=quantity, s=scale: _draw(axes, rows, q, s, methods), True, height)
-        for quantity, (title, scale) in _PANELS.items()
+        Panel(
+            f"{quantity.title} ({quantity.unit})",
+            partial(_draw, rows=rows, quantity=quantity, methods=evidence.methods),
+            True,
+            height,
+        )
+        for quantity in drawn
     ]
-    return Chart(text, panels, Table(columns, table), [Entry("spent before this method", "rule", "", "s")])
+    legend = []
+    if any(_has_parts(rows, quantity) for quantity in drawn):
+        legend.append(Entry("spent before this method", "rule", "", "s"))
+    return Chart(text.strip(), panels, Table(columns, table), legend)
 
 
-def _draw(axes: Axes, rows: Sequence[Cost], quantity: str, scale: float, methods: Mapping) -> None:
+def _rows(costs: Sequence[Cost], evidence: Evidence) -> list[Cost]:
+    """The costs to draw, in the order of the comparison."""
+    comparison = evidence.comparison
+    start = plain_name(comparison.baseline) if comparison else ""
+    compared = comparison.methods if comparison else []
+    order = list(dict.fromkeys([start, *map(plain_name, compared)]))
+
+    rows = [cost for cost in costs if cost.role == BEST]
+    tokens = {cost.name: cost.spent["total_tokens"] for cost in rows}
+    for cost in costs:
+        is_end_of_start = cost.role == LAST and cost.name == start
+        if is_end_of_start and cost.spent["total_tokens"] != tokens.get(start):  # else the best is the end
+            rows.append(cost)
+    rows.sort(key=lambda cost: order.index(cost.name) if cost.name in order else len(order))
+    return rows
+
+
+def _is_nearly_equal(rows: Sequence[Cost], quantity: Quantity) -> bool:
+    values = [cost.spent[quantity.total] for cost in rows]
+    return not _has_parts(rows, quantity) and max(values) <= NEARLY_EQUAL * min(values)
+
+
+def _has_parts(rows: Sequence[Cost], quantity: Quantity) -> bool:
+    """Whether a method began at another's model, so that a part of its bar was spent before."""
+    return any(cost.spent[quantity.own] != cost.spent[quantity.total] for cost in rows)
+
+
+def _equal_text(rows: Sequence[Cost], quantity: Quantity) -> str:
+    values = [cost.spent[quantity.total] / quantity.scale for cost in rows]
+    low = number(min(values), 3)
+    high = number(max(values), 3)
+    values_text = low if low == high else f"{low} to {high}"
+    title = quantity.title[0].upper() + quantity.title[1:]
+    return f"{title}: {values_text} {quantity.unit}, nearly equal."
+
+
+def _draw(axes: Axes, rows: Sequence[Cost], quantity: Quantity, methods: Mapping[str, tuple[str, bool]]) -> None:
     for place, cost in enumerate(rows):
-        total, own = (cost.spent[name] / scale for name in (quantity, _OWN.get(quantity, quantity)))
+        total = cost.spent[quantity.total] / quantity.scale
+        own = cost.spent[quantity.own] / quantity.scale
         colour = look(*methods.get(cost.name, (None, False)))[0]
         axes.barh(place, total, color=COLOURS["rule"], height=0.7)
         axes.barh(place, own, left=total - own, color=COLOURS[colour], height=0.7)
@@ -97,4 +170,5 @@ def _draw(axes: Axes, rows: Sequence[Cost], quantity: str, scale: float, methods
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0, labelcolor=COLOURS["ink"])
     axes.grid(False, axis="y")
-    axes.margins(x=0.12)
+    axes.margins(x=0.14)
+    few_ticks(axes)

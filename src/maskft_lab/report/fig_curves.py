@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from statistics import fmean
 
@@ -14,8 +14,10 @@ from ..results.tables import Table
 from .charts import Chart, Panel, line_style
 from .evidence import Evidence, NotComputed
 from .methods import entries_of, look, number
+from .scale import few_ticks
 
 LOSS = "eval_loss"
+MIN_POINTS = 3  # of the longest line: two points are two numbers of the table, and no curve
 _CUT = 1.6  # the axis ends so many times the spread of what was measured after the first tenth of a run
 _NOT_METRICS = ("runtime", "samples_per_second", "steps_per_second", "num_tokens", "mean_token_accuracy", "entropy")
 
@@ -37,11 +39,12 @@ def spent_until(run: TrainedRun, step: float | None) -> dict[str, float]:
 
 
 def spent_before(run: TrainedRun, runs: Sequence[TrainedRun]) -> dict[str, float]:
-    """What was spent from the pre-trained model to where a run starts: by its parents, up to their best checkpoints."""
+    """Steps, tokens and seconds from the pre-trained model to the start of a run: of its parents' best checkpoints."""
     parent = parent_of(run, runs)
     if parent is None:
         return spent_until(run, 0)
-    own, before = spent_until(parent, parent.best_step), spent_before(parent, runs)
+    own = spent_until(parent, parent.best_step)
+    before = spent_before(parent, runs)
     return {name: own[name] + before[name] for name in own}
 
 
@@ -76,6 +79,7 @@ def curves_chart(evidence: Evidence) -> Chart:
             if line:
                 axes.plot(*np.transpose(line), **line_style(entries[name]), markevery=max(1, len(line) // 8))
         _cut(axes, [[y for _, y in line] for line in lines.values() if line], metric == LOSS)
+        few_ticks(axes, "x", 7)
         axes.set_xlabel("optimizer steps from the pre-trained model")
         axes.set_ylabel("held-out loss (nats/token)" if metric == LOSS else _short(metric))
 
@@ -91,13 +95,22 @@ def curves_chart(evidence: Evidence) -> Chart:
         "were measured at the same steps, else the first. Of several masks or controls of one kind, the one with the "
         "lowest held-out loss is drawn; the table has all. Held-out rows choose checkpoints; they are no test items."
     )
-    panels = [Panel(_short(metric), partial(draw, metric=metric), True, 2.6) for metric in metrics]
-    return Chart(text, panels, Table(("method", "measure", "step", "mean", "seeds"), rows), list(entries.values()))
+    drawn = [metric for metric in metrics if _longest(groups, entries, metric) >= MIN_POINTS]
+    panels = [Panel(_short(metric), partial(draw, metric=metric), True, 2.6) for metric in drawn]
+    if not panels:
+        text = f"Measured at fewer than {MIN_POINTS} steps, so there is no curve: the numbers are in the table."
+    legend = list(entries.values()) if panels else []
+    return Chart(text, panels, Table(("method", "measure", "step", "mean", "seeds"), rows), legend)
+
+
+def _longest(groups: Mapping[str, Sequence[Lines]], names: Iterable[str], metric: str) -> int:
+    """The number of points of the longest line that would be drawn."""
+    return max((len(lines.get(metric, [])) for name in names for lines in groups[name]), default=0)
 
 
 def _one_of_each_kind(groups: Mapping[str, Sequence[Lines]], kinds: Mapping[str, tuple[str, bool]]) -> list[str]:
     """Names to draw: every start, and of each look the method with the lowest held-out loss."""
-    lowest: dict[tuple, tuple[float, str]] = {}
+    lowest: dict[tuple[str, str, str], tuple[float, str]] = {}
     drawn = set()
     for name, group in groups.items():
         losses = [min(value for _, value in lines[LOSS]) for lines in group if LOSS in lines]
@@ -127,7 +140,8 @@ def _cut(axes: Axes, lines: Sequence[Sequence[float]], is_loss: bool) -> None:
     settled = [value for line in lines for value in line[max(1, len(line) // 10) :]] or values
     if not values or not is_loss:
         return
-    low, high = min(values), max(values)
+    low = min(values)
+    high = max(values)
     top = low + _CUT * (float(np.quantile(settled, 0.9)) - low)
     if 0 < top - low < 0.6 * (high - low) and 5 * sum(value > top for value in values) <= len(values):
         margin = 0.05 * (top - low)

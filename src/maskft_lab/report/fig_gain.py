@@ -1,4 +1,7 @@
-"""What methods gain against what they forget: every method's path, the points that no other beats, chosen ones."""
+"""The picture of gain against forgetting: every method's path, the points that no other beats, the chosen ones.
+
+Where its points come from, and how all three parts fit together: `maskft_lab.results.gains`.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,14 @@ from ..results.comparison import Settings
 from ..results.gains import gains_of
 from ..results.tables import Table
 from .charts import COLOURS, Chart, Entry, Panel, plain
-from .evidence import CURVES, Evidence, NotComputed
+from .evidence import CURVES, Evidence, NotComputed, test_name
 from .methods import number, series_looks
+from .scale import FAR, Ends, few_ticks, limits, mark_ends_beyond
 
-_ROOM = 0.08  # of the span of what is shown, beyond it; what lies farther has an arrow
-_SHOWN = 4.0  # times the median of what those forget that gain at least half of the most
-_PALE, _NAMED = 0.35, 6  # how pale; of more points off scale, those that are have no number
-
-Ends = tuple[float, float]
+PALE = 0.35  # opacity of points that others beat
+MAX_NAMED = 6  # off-scale points with their numbers; further ones are counted
+MAX_LOSS = 1.5  # times the largest gain; points that lose more are off scale
+HELD_OUT, TEST = "held-out", "test"
 
 
 class Point(NamedTuple):
@@ -38,10 +41,11 @@ class Point(NamedTuple):
     forgotten: float  # in ``units[1]``; below is better
     gained_ends: Ends | None = None  # simultaneous interval, of chosen points
     forgotten_ends: Ends | None = None
-    num_bytes: int | None = None  # of what is stored of it, where that is known
+    num_bytes: int | None = None  # of its stored change, where that is known
     num_seeds: int = 1
     score: float | None = None  # the accuracy itself, a fraction
-    rows: str = "test"  # on which it was measured: ``held-out`` of a path, of which some are chosen
+    rows: str = TEST  # on which it was measured: ``held-out`` of a path, of which some are chosen
+    budget: float | None = None  # of forgetting, in ``units[1]``, that its training was given
 
 
 class Curve(NamedTuple):
@@ -61,13 +65,19 @@ def curves_of(evidence: Evidence) -> list[Curve]:
         NotComputed: If the study measures no earlier abilities.
     """
     is_published = not (evidence.folder / layout.RUNS).is_dir()  # under any name
-    records = {file.name: read_json(file) for file in sorted(evidence.folder.glob(CURVES))}
-    if own := [r for n, r in records.items() if is_published or n == layout.CURVE.format(evidence.name, r["probe"])]:
-        return list(map(curve_of_record, own))
+    written = []
+    for file in sorted(evidence.folder.glob(CURVES)):
+        record = read_json(file)
+        if is_published or file.name == layout.CURVE.format(evidence.name, record["probe"]):
+            written.append(record)
+    if written:
+        return [curve_of_record(record | {"task": test_name(evidence, record["task"])}) for record in written]
+
     comparison = evidence.comparison
     records = gains_of(comparison.differences) if comparison else []
     if comparison is None or not records:
         raise NotComputed("this study measures nothing that the model could do before (evaluation.before)")
+
     names = {result["name"] for result in evidence.results}
     before = [name for name in comparison.methods if evidence.methods.get(name, ("", False))[0] == "pretrained"]
     if before and names >= {comparison.baseline, *comparison.methods}:
@@ -80,21 +90,23 @@ def curves_of(evidence: Evidence) -> list[Curve]:
 def curve_of_record(record: Mapping[str, Any]) -> Curve:
     """The curve of a file that a study has written (its rates, checkpoints and scales), or of a comparison."""
     checkpoints = Counter(path for path, _ in {(_path(each), each.get("share", 1.0)) for each in record["points"]})
+    in_order = sorted(record["points"], key=lambda each: (each.get("share", 1.0), each.get("scale", 1.0)))
     points = [
         Point(
-            each["method"],
-            _line(each, checkpoints),
-            each.get("label", ""),
-            each["points_gained"],
-            each["nats_forgotten"],
-            _ends(each.get("points_gained_interval")),
-            _ends(each.get("nats_forgotten_interval")),
-            each.get("num_bytes"),
-            each.get("num_seeds", 1),
-            each.get("accuracy"),
-            each.get("rows", "held-out"),
+            method=each["method"],
+            path=_line(each, checkpoints),
+            label=each.get("label", ""),
+            gained=each["points_gained"],
+            forgotten=each["nats_forgotten"],
+            gained_ends=_ends(each.get("points_gained_interval")),
+            forgotten_ends=_ends(each.get("nats_forgotten_interval")),
+            num_bytes=each.get("num_bytes"),
+            num_seeds=each.get("num_seeds", 1),
+            score=each.get("accuracy"),
+            rows=each.get("rows", HELD_OUT),
+            budget=each.get("budget"),
         )
-        for each in sorted(record["points"], key=lambda each: (each.get("share", 1.0), each.get("scale", 1.0)))
+        for each in in_order
     ]
     units = (record.get("unit", "points"), record.get("forgotten_unit", "nats"))
     return Curve(record["task"], record["probe"], record["model"], points, units)
@@ -105,7 +117,7 @@ def _path(point: Mapping[str, Any]) -> str:
 
 
 def _line(point: Mapping[str, Any], checkpoints: Mapping[str, int]) -> str:
-    """What a point is joined with: checkpoints of a run as they are, and scales of each; of one checkpoint, all."""
+    """The line of a point: checkpoints of a run as they are, and scales of each; of one checkpoint, all."""
     path = _path(point)
     is_joined = point.get("scale", 1.0) == 1.0 or checkpoints[path] == 1
     return path if is_joined else f"{path}, {point['share']:g} of training scaled"
@@ -125,44 +137,55 @@ def chart_of(curves: Sequence[Curve]) -> Chart:
     ]
     columns = ("method", "where on its path", "rows", "gained", "simultaneous", "forgotten", "simultaneous")
     columns += ("bytes", "seeds")
-    rows = [
-        (
-            point.method,
-            " ".join(filter(None, (point.path if point.path != point.method else "", point.label))),
-            point.rows,
-            f"{number(point.gained)} {curve.units[0]}",
-            _ends_text(point.gained_ends),
-            f"{number(point.forgotten)} {curve.units[1]}",
-            _ends_text(point.forgotten_ends),
-            number(point.num_bytes),
-            str(point.num_seeds),
-        )
-        for curve in curves
-        for point in curve.points
-    ]
+    rows = [_cells(curve, point) for curve in curves for point in curve.points]
     records = [record for curve in curves for record in peft_records(curve)]
+
     text = (
         "Up is gained, left is kept: the best corner is the upper left. The black line joins the points that no other "
         "beats on both axes, beginning at the model before training; all others are pale, and thin lines are the path "
         "of one run or of one checkpoint's scales, on held-out rows. Chosen points are on test rows, with simultaneous "
-        "95 % intervals (of two seeds none). What lies off scale is an arrow with its number, or counted."
+        "95 % intervals (of two seeds none). A point off scale is an arrow with its number, or counted."
     )
     entries = [Entry("not beaten on both axes", "ink", "-"), *looks.values()]
+    if any(point.budget is not None for curve in curves for point in curve.points):
+        text += " A dotted line is a budget: the forgetting that training was allowed."
+        entries.append(Entry("budget", "muted", ":"))
     return Chart(text, panels, Table(columns, rows), entries, records)
+
+
+def _cells(curve: Curve, point: Point) -> tuple[str, ...]:
+    return (
+        point.method,
+        _where(point),
+        point.rows,
+        f"{number(point.gained)} {curve.units[0]}",
+        _ends_text(point.gained_ends),
+        f"{number(point.forgotten)} {curve.units[1]}",
+        _ends_text(point.forgotten_ends),
+        number(point.num_bytes),
+        str(point.num_seeds),
+    )
+
+
+def _where(point: Point) -> str:
+    """The place of a point on its method's path."""
+    path = "" if point.path == point.method else point.path
+    budget = "" if point.budget is None else f"budget {number(point.budget)}"
+    return " ".join(filter(None, (path, point.label, budget)))
 
 
 def is_chosen(curve: Curve, point: Point) -> bool:
     """Whether a point is one of those that were chosen from paths, and measured on the test rows."""
-    return point.rows == "test" and any(other.rows == "held-out" for other in curve.points)
+    return point.rows == TEST and any(other.rows == HELD_OUT for other in curve.points)
 
 
 def frontier(points: Sequence[Point]) -> list[Point]:
-    """Points that no other beats on both axes, by what they forget.
+    """Points that no other beats on both axes, by their forgetting.
 
     Of paths, where there are any: all of them are measured on the same rows.
     """
     best: list[Point] = []
-    paths = [point for point in points if point.rows == "held-out"]
+    paths = [point for point in points if point.rows == HELD_OUT]
     for point in sorted(paths or points, key=lambda each: (each.forgotten, -each.gained)):
         if point.gained > (best[-1].gained if best else 0.0):
             best.append(point)
@@ -174,11 +197,11 @@ def peft_records(curve: Curve) -> list[dict[str, Any]]:
     records = []
     for point in curve.points:
         measured = {f"{point.rows} accuracy": point.score, "points gained": point.gained, "forgetting": point.forgotten}
-        name = " ".join(filter(None, (point.path if point.path != point.method else "", point.label)))
         about = {"name": curve.against}
+        experiment = f"{point.method}/{_where(point)}"
         records.append(
             {
-                "run_info": {"experiment_name": f"{point.method}/{name}", "train_config": {"seeds": point.num_seeds}},
+                "run_info": {"experiment_name": experiment, "train_config": {"seeds": point.num_seeds}},
                 "train_info": {"status": "success", "file_size": point.num_bytes, "metrics": [measured]},
                 "meta_info": {"model_info": about, "dataset_info": {"task": curve.task, "probe": curve.probe}},
             }
@@ -186,86 +209,147 @@ def peft_records(curve: Curve) -> list[dict[str, Any]]:
     return records
 
 
+# The drawing
+
+
 def _draw(axes: Axes, curve: Curve, looks: Mapping[str, Entry]) -> None:
     best = frontier(curve.points)
     strong = [p for p in curve.points if p in best or p.gained_ends or p.forgotten_ends or is_chosen(curve, p)]
+    _set_limits(axes, curve)
+    for line in (axes.axhline, axes.axvline):
+        line(0, color=COLOURS["rule"], linewidth=0.8, zorder=0)
+    _draw_budgets(axes, curve)
+    _draw_paths(axes, curve, looks)
+    _draw_frontier(axes, best)
+    for point in curve.points:
+        _draw_point(axes, point, looks[point.method], point in strong)
+    _name_those_beyond(axes, curve, looks, strong)
+    few_ticks(axes, "x", 7)
+    axes.set_xlabel(plain(f"{curve.units[1]} forgotten ({curve.probe})"))
+    axes.set_ylabel(plain(f"{curve.units[0]} gained ({curve.task})"))
+
+
+def _set_limits(axes: Axes, curve: Curve) -> None:
+    """End the axes where points of use end: those that gain at least half of the most, and that do not lose it all."""
     most = max(point.gained for point in curve.points)
     useful = [abs(point.forgotten) for point in curve.points if point.gained >= min(most, most / 2)]  # also of losses
-    near = _SHOWN * float(np.median(useful))
-    shown = [point for point in curve.points if abs(point.forgotten) <= near]
-    left, right = _limits([p.forgotten for p in shown], [end for p in shown for end in p.forgotten_ends or ()])
-    bottom, top = _limits([p.gained for p in shown], [end for p in shown for end in p.gained_ends or ()])
-    axes.set_xlim(left, right)
-    axes.set_ylim(bottom, top)
+    farthest = FAR * float(np.median(useful))
+    largest_loss = MAX_LOSS * max(most, float(np.median([abs(point.gained) for point in curve.points])))
+
+    shown = [p for p in curve.points if abs(p.forgotten) <= farthest and p.gained >= -largest_loss]
+    shown = shown or list(curve.points)
+    axes.set_xlim(limits([p.forgotten for p in shown], [end for p in shown for end in p.forgotten_ends or ()]))
+    axes.set_ylim(limits([p.gained for p in shown], [end for p in shown for end in p.gained_ends or ()]))
+
+
+def _draw_budgets(axes: Axes, curve: Curve) -> None:
+    left, right = axes.get_xlim()
+    for budget in sorted({point.budget for point in curve.points if point.budget is not None}):
+        if left <= budget <= right:
+            axes.axvline(budget, color=COLOURS["muted"], linestyle=":", linewidth=0.9, zorder=1)
+
+
+def _draw_paths(axes: Axes, curve: Curve, looks: Mapping[str, Entry]) -> None:
     paths: dict[tuple[str, str], list[Point]] = {}
-    for point in (each for each in curve.points if not is_chosen(curve, each)):
-        paths.setdefault((point.method, point.path), []).append(point)
+    for point in curve.points:
+        if not is_chosen(curve, point):
+            paths.setdefault((point.method, point.path), []).append(point)
     for (method, _), members in paths.items():
-        if len(members) == 1:
-            continue
-        colour = COLOURS[looks[method].colour]
-        axes.plot([p.forgotten for p in members], [p.gained for p in members], color=colour, alpha=_PALE, linewidth=0.8)
+        if len(members) > 1:
+            x = [point.forgotten for point in members]
+            y = [point.gained for point in members]
+            axes.plot(x, y, color=COLOURS[looks[method].colour], alpha=PALE, linewidth=0.8)
+
+
+def _draw_frontier(axes: Axes, best: Sequence[Point]) -> None:
     joined = [(point.forgotten, point.gained) for point in best]
     if not best or best[0].forgotten >= 0:  # else a point beats the model before training too
         joined.insert(0, (0.0, 0.0))
     axes.plot(*np.transpose(joined), color=COLOURS["ink"], linewidth=1.1)
     axes.plot(0, 0, "x", color=COLOURS["ink"])
-    for point in curve.points:
-        look = looks[point.method]
-        colour, is_strong = COLOURS[look.colour], point in strong
-        x, y = min(max(point.forgotten, left), right), min(max(point.gained, bottom), top)
-        style: dict[str, Any] = {"color": colour, "marker": look.marker, "linestyle": "none", "clip_on": False}
-        axes.plot(x, y, **style, alpha=1.0 if is_strong else _PALE, markersize=5.5 if is_strong else 4, zorder=3)
-        for ends, along in ((point.forgotten_ends, "x"), (point.gained_ends, "y")):
-            if ends:
-                line = (ends, [y, y]) if along == "x" else ([x, x], ends)
-                axes.plot(*line, color=colour, linewidth=1.0, solid_capstyle="butt")
-                _end_beyond(axes, ends, (x, y), along, colour)
-    step = (top - bottom) / 25  # that a number takes
+
+
+def _draw_point(axes: Axes, point: Point, look: Entry, is_strong: bool) -> None:
+    x, y = _inside(axes, point)
+    axes.plot(
+        x,
+        y,
+        color=COLOURS[look.colour],
+        marker=look.marker,
+        linestyle="none",
+        clip_on=False,
+        alpha=1.0 if is_strong else PALE,
+        markersize=5.5 if is_strong else 4,
+        zorder=3,
+    )
+    for ends, along in ((point.forgotten_ends, "x"), (point.gained_ends, "y")):
+        if ends:
+            line = (ends, [y, y]) if along == "x" else ([x, x], ends)
+            axes.plot(*line, color=COLOURS[look.colour], linewidth=1.0, solid_capstyle="butt")
+            mark_ends_beyond(axes, ends, (x, y), along, look.colour)
+
+
+def _inside(axes: Axes, point: Point) -> tuple[float, float]:
+    """Where a point is drawn: one beyond the axes at their end."""
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    return min(max(point.forgotten, left), right), min(max(point.gained, bottom), top)
+
+
+def _name_those_beyond(axes: Axes, curve: Curve, looks: Mapping[str, Entry], strong: Sequence[Point]) -> None:
+    """The numbers of points beyond the axes, one below the other in the order of the numbers where they are close."""
+    beyond = [point for point in curve.points if _inside(axes, point) != (point.forgotten, point.gained)]
+    by_weight = sorted(beyond, key=lambda point: (not is_chosen(curve, point), point not in strong))
+    named = [point for point in by_weight if point in strong or len(beyond) <= MAX_NAMED][:MAX_NAMED]
+
+    bottom, top = axes.get_ylim()
+    step = (top - bottom) / 25  # height of a number
     below = bottom - step
-    beyond = [p for p in curve.points if not (left <= p.forgotten <= right and bottom <= p.gained <= top)]
-    named = [point for point in beyond if point in strong or len(beyond) <= _NAMED]
-    for point in sorted(named, key=lambda each: each.gained):
-        below = max(min(max(point.gained, bottom), top), below + step)
-        _name_beyond(axes, point, below, COLOURS[looks[point.method].colour])
+    for cluster in _clusters(axes, named, step):
+        for point in cluster:
+            height = max(_inside(axes, point)[1], below + step)
+            below = min(height, top)
+            _name_beyond(axes, point, below, COLOURS[looks[point.method].colour])
     if num_others := len(beyond) - len(named):
-        text = f"pale points off scale: {num_others}"
+        text = f"{num_others} more points off scale"
         axes.text(0.98, 0.02, text, ha="right", va="bottom", fontsize="small", transform=axes.transAxes)
-    for line in (axes.axhline, axes.axvline):
-        line(0, color=COLOURS["rule"], linewidth=0.8, zorder=0)
-    axes.set_xlabel(plain(f"{curve.units[1]} forgotten ({curve.probe})"))
-    axes.set_ylabel(plain(f"{curve.units[0]} gained ({curve.task})"))
 
 
-def _end_beyond(axes: Axes, ends: Ends, place: tuple[float, float], along: str, colour: str) -> None:
-    """An arrow where an interval goes on beyond the axes."""
-    edges, markers = (axes.get_xlim(), "<>") if along == "x" else (axes.get_ylim(), "v^")
-    for end, edge, marker in zip(ends, edges, markers, strict=True):
-        if (end < edge) == (marker in "<v") and end != edge:
-            at = (edge, place[1]) if along == "x" else (place[0], edge)
-            axes.plot(*at, marker, color=colour, markersize=3.5, clip_on=False)
+def _clusters(axes: Axes, points: Sequence[Point], step: float) -> list[list[Point]]:
+    """Points in groups whose numbers would overlap, from below; within a group by their forgetting."""
+    clusters: list[list[Point]] = []
+    highest = -np.inf
+    for point in sorted(points, key=lambda point: _inside(axes, point)[1]):
+        height = _inside(axes, point)[1]
+        if not clusters or height > highest + step:
+            clusters.append([])
+        clusters[-1].append(point)
+        highest = max(height, highest + step if len(clusters[-1]) > 1 else height)
+    # The last of a group is the topmost: the smallest number, next to the axis' end.
+    return [sorted(cluster, key=lambda point: -point.forgotten) for cluster in clusters]
 
 
 def _name_beyond(axes: Axes, point: Point, height: float, colour: str) -> None:
     """The number of a point that lies beyond the axes, with an arrow to where it lies."""
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    x, texts = min(max(point.forgotten, left), right), []
+    x, _ = _inside(axes, point)
+    texts = []
     if x != point.forgotten:
         texts.append(f"{number(point.forgotten, 3)} {'→' if point.forgotten > x else '←'}")
     if not bottom <= point.gained <= top:
         texts.append(f"{number(point.gained, 3)} {'↑' if point.gained > top else '↓'}")
-    offset, side = ((-5, 0), "right") if x > (left + right) / 2 else ((5, 0), "left")
-    style: dict[str, Any] = {"ha": side, "va": "center", "fontsize": "small", "color": colour}
-    style["bbox"] = {"facecolor": axes.get_facecolor(), "edgecolor": "none", "pad": 0.5}  # over the line
-    axes.annotate(", ".join(texts), (x, height), offset, textcoords="offset points", **style)
-
-
-def _limits(values: Sequence[float], ends: Sequence[float]) -> Ends:
-    """Room for all values, and for intervals as far as they do not take a quarter of the axes each side."""
-    low, high = min(0.0, *values), max(0.0, *values)
-    span = (high - low) or 1.0
-    wide = max(low - span / 4, min([low, *ends])), min(high + span / 4, max([high, *ends]))
-    return wide[0] - _ROOM * span, wide[1] + _ROOM * span
+    is_right = x > (left + right) / 2
+    axes.annotate(
+        ", ".join(texts),
+        (x, height),
+        (-5, 0) if is_right else (5, 0),
+        textcoords="offset points",
+        ha="right" if is_right else "left",
+        va="center",
+        fontsize="small",
+        color=colour,
+        # The ground under a number that lies over a line: by name, since it is dark in a dark picture.
+        bbox={"facecolor": COLOURS["paper"], "edgecolor": "none", "pad": 0.5},
+    )
 
 
 def _ends(pair: Sequence[float] | None) -> Ends | None:

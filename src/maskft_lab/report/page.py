@@ -1,4 +1,7 @@
-"""The report of a study as one HTML file, which loads nothing: verdict, table, figures, recipe."""
+"""The report of a study as one HTML file, which loads nothing: it shows before it tells.
+
+Verdict and pictures of it come first, then curves, then tables.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Any
 import jinja2
 
 from maskft_common import __version__
+from maskft_common.errors import printable
 
 from ..results.render import cross_domain_table, difference_table
 from ..results.scores import scores
@@ -15,13 +19,14 @@ from ..results.tables import Table
 from ..results.words import sentence
 from .catalogue import FIGURES, Figure, draw_figures
 from .charts import COLOURS, DARK, Chart, to_svg
-from .evidence import Evidence
+from .evidence import Evidence, test_name
 
-MAX_VERDICTS = 3  # that stand open; the others are one click away
+MAX_VERDICTS = 3  # that are open; the others are one click away
+MAX_OPEN_ROWS = 40  # of a table of numbers; longer ones scroll, and say so
 SECTIONS = {
     "verdict": "Verdict",
-    "table": "Table",
     "curves": "Curves",
+    "table": "Tables",
     "ablations": "Ablations",
     "masks": "Masks",
     "landscape": "Landscape",
@@ -35,18 +40,24 @@ def render_report(evidence: Evidence) -> str:
     """The page as text."""
     comparison = evidence.comparison
     drawn, missing = draw_figures(evidence, FIGURES)
-    charts: dict[str, list[dict]] = {section: [] for section in SECTIONS}
+    charts: dict[str, list[dict[str, Any]]] = {section: [] for section in SECTIONS}
     for figure, chart in drawn:
         charts[figure.section].append(_drawn(figure, chart))
     has_content = {"verdict", "table", "recipe"}
-    verdicts, results = _verdicts(evidence), evidence.results  # none where nothing but paths was published
-    reached = comparison.scores if comparison else scores(results) if results else []
-    # Comparisons of earlier versions have unadjusted intervals only.
-    is_unadjusted = comparison is not None and any(r.unadjusted_low is None for r in comparison.differences)
-    seeds = {result["model"]["seed"] for result in results} - {None}
+
+    verdicts = _verdicts(evidence)
+    if comparison is not None:
+        reached = comparison.scores
+    else:
+        reached = scores(evidence.results) if evidence.results else []  # none where nothing but paths was published
+    # Comparisons that were published first have unadjusted intervals only.
+    is_unadjusted = comparison is not None and any(row.unadjusted_low is None for row in comparison.differences)
+    seeds = {result["model"]["seed"] for result in evidence.results} - {None}
+
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(__package__, "templates"),
         autoescape=True,
+        finalize=_visible,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -69,14 +80,24 @@ def render_report(evidence: Evidence) -> str:
         charts=charts,
         missing=[_head(each.figure) | {"reason": each.reason, "command": each.command} for each in missing],
         commands=_commands(evidence),
+        recipe=evidence.recipe,
         seeds=", ".join(map(str, sorted(seeds))) or "none",
         settings=_settings(evidence),
+        max_open_rows=MAX_OPEN_ROWS,
     )
+
+
+def _visible(value: Any) -> Any:
+    """A text of any file without control characters; escaping for HTML comes after it."""
+    if type(value) is not str:  # Markup, which `safe` and macros give, is ours
+        return value
+    return "\n".join(map(printable, value.split("\n")))
 
 
 def _palettes() -> str:
     """The colours of figures as CSS variables, light and dark."""
-    light, dark = ("; ".join(f"--{name}: {value}" for name, value in each.items()) for each in (COLOURS, DARK))
+    light = "; ".join(f"--{name}: {value}" for name, value in COLOURS.items())
+    dark = "; ".join(f"--{name}: {value}" for name, value in DARK.items())
     return (
         f":root {{ {light}; }}\n"
         f':root[data-theme="dark"] {{ {dark}; }}\n'
@@ -100,13 +121,25 @@ def _drawn(figure: Figure, chart: Chart) -> dict[str, Any]:
 
 
 def _facts(evidence: Evidence) -> list[str]:
-    dates = sorted(result["created"][:10] for result in evidence.results)
-    models = len({result["name"] for result in evidence.results})
+    """Base, models, items and dates; models are counted as the comparison has them, whose files may not all be here."""
+    comparison = evidence.comparison
+    with_files = {result["name"] for result in evidence.results}
+    compared = {comparison.baseline, *comparison.methods} if comparison else with_files
+    models = f"{len(compared)} models"
+    if not compared <= with_files:
+        models += f" ({len(compared & with_files)} with their answers here)"
+
+    facts = [f"base model: {evidence.base}", models, f"{len(evidence.results)} result files"]
     tasks = dict.fromkeys(
-        f"{len(record['items']):,} items of {task}" for r in evidence.results for task, record in r["tasks"].items()
+        f"{len(record['items']):,} items of {test_name(evidence, task)}"
+        for result in evidence.results
+        for task, record in result["tasks"].items()
     )
-    facts = [f"base model: {evidence.base}", f"{models} models, {len(evidence.results)} result files", *tasks]
-    return [*facts, *(f"measured {' to '.join(dict.fromkeys((dates[0], dates[-1])))}" for _ in dates[:1])]
+    facts += tasks
+    dates = sorted(result["created"][:10] for result in evidence.results)
+    if dates:
+        facts.append(f"measured {' to '.join(dict.fromkeys((dates[0], dates[-1])))}")
+    return facts
 
 
 def _verdicts(evidence: Evidence) -> list[str]:

@@ -1,4 +1,14 @@
-"""Gain against forgetting: what each method of a comparison gains on the test, and what a probe shows it to forget."""
+"""Gain against forgetting: each method's gain on the test, and its loss on probes of earlier abilities.
+
+The figure has three parts, each in the room of what it reads:
+
+- here, `gains_of`: one point for each method of a comparison, on test rows, with simultaneous intervals;
+- ``maskft_lab.study.curve``: the points of every method's path (rates, checkpoints, scales, budgets), on held-out rows,
+  written beside the summary as ``curve-STUDY-PROBE.json``;
+- ``maskft_lab.report.fig_gain``: draws either. A point is an object with ``method``, ``points_gained`` and
+  ``nats_forgotten``; all other keys are optional. ``budget`` is the forgetting that training was allowed
+  (``kl_budget``), in the unit of the other axis: it is drawn as a dotted line.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +17,14 @@ from typing import Any
 
 from .comparison import Difference
 from .schema import BEFORE
+from .words import task_text
 
 
 def gains_of(differences: Sequence[Difference]) -> list[dict[str, Any]]:
     """The curve of each probe of earlier abilities, with one point for each method; none where there is no probe.
 
-    The gain is that in the first metric of the test that is a fraction, else in the first; what is forgotten is the
-    probe's loss, where it has one: what was forgotten altogether has no accuracy left to differ in.
+    The gain is that in the first metric of the test that is a fraction, else in the first. Forgetting is measured by
+    the probe's loss, where it has one: an ability that is gone has no accuracy left to differ in.
     """
     tests = [row for row in differences if not row.task.startswith(BEFORE)]
     tests.sort(key=lambda row: row.unit != "fraction")
@@ -27,7 +38,7 @@ def gains_of(differences: Sequence[Difference]) -> list[dict[str, Any]]:
         finest = min(rows, key=lambda row: row.unit == "fraction")
         points = [_point(gains[row.method], row) for row in rows if row.metric == finest.metric]
         units = {"unit": _unit(tests[0]), "forgotten_unit": _unit(finest)}
-        curves.append({"task": tests[0].task, "probe": task.removeprefix(BEFORE), **units, "points": points})
+        curves.append({"task": task_text(tests[0]), "probe": task.removeprefix(BEFORE), **units, "points": points})
     return curves
 
 

@@ -1,0 +1,180 @@
+"""Forest plots: each method's difference with its simultaneous interval, from the baseline and from the mask."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
+
+from matplotlib.axes import Axes
+
+from ..analysis.runs import plain_name
+from ..evaluation.arguments import HELDOUT
+from ..results.comparison import NOT_DISTINGUISHABLE, Comparison, Difference
+from ..results.schema import BEFORE
+from ..results.tables import Table
+from ..results.verdict import brief_metric
+from ..results.words import difference_text, points_or_unit, task_text
+from .charts import COLOURS, ROW_HEIGHT, Chart, Panel, plain, row_name
+from .evidence import Evidence, NotComputed
+from .methods import look, number
+from .scale import few_ticks, limits, mark_ends_beyond, near
+
+LONG_NAME = 0.31  # inches of a row whose name has two lines
+INTERVAL_SHARE = 1.0  # of the span of the values, that intervals may add on each side: they are the point here
+PALE = 0.45  # opacity of differences that nothing is claimed of
+
+Kinds = Mapping[str, tuple[str, bool]]
+
+
+class Line(NamedTuple):
+    """One row of a forest plot, in the unit that is shown: points for shares."""
+
+    name: str
+    method: str  # by which it is coloured
+    value: float
+    ends: tuple[float, float] | None  # None: of two seeds that say nothing
+    is_claimed: bool
+    text: str
+
+
+def forest_chart(evidence: Evidence) -> Chart:
+    """Differences from the baseline, in the metric of the verdict and in the others of the test; the controls below."""
+    comparison = evidence.comparison
+    if comparison is None or not comparison.differences:
+        raise NotComputed("there is no comparison of two models")
+    panels = []
+    for place in _places_of_the_test(comparison):
+        rows = [row for row in comparison.differences if (row.task, row.metric) == place]
+        lines = _sorted_lines(rows)
+        controls = [verdict.control for verdict in comparison.verdicts if verdict.control is not None]
+        below = [_line(row, f"{row.method} - {row.baseline}") for row in controls if (row.task, row.metric) == place]
+        panels.append(
+            _panel(f"{_title(rows[0])}: difference from {comparison.baseline}", lines, below, evidence, rows[0])
+        )
+
+    over = "items" if comparison.fixed_seeds else "seeds and items"
+    text = (
+        f"Each method minus {comparison.baseline}, over {over}, with simultaneous {100 * comparison.confidence:g} % "
+        "intervals; pale: not distinguishable. Below the line: a mask minus its strongest control. Points off scale "
+        "are arrows with their numbers."
+    )
+    return Chart(text, panels, _table(comparison.differences))
+
+
+def against_mask_chart(evidence: Evidence) -> Chart:
+    """All other models against the mask: the test's metrics, and what each probe says of forgetting."""
+    comparison = evidence.against_mask
+    if comparison is None:
+        raise NotComputed("there is no verdict on a mask, or the answers of a model are not here")
+    places = dict.fromkeys((row.task, row.metric) for row in comparison.differences)
+    panels = []
+    for place in places:
+        rows = [row for row in comparison.differences if (row.task, row.metric) == place]
+        panels.append(_panel(_title(rows[0]), _sorted_lines(rows), [], evidence, rows[0]))
+    text = (
+        f"Each model minus {comparison.baseline}. Intervals hold together over all rivals and metrics of a family, so "
+        "they are wider than those of the verdict, which is about controls alone."
+    )
+    return Chart(text, panels, _table(comparison.differences))
+
+
+def _places_of_the_test(comparison: Comparison) -> list[tuple[str, str]]:
+    """Task and metric of the verdict first, then the other metrics of the same task."""
+    first = brief_metric(comparison.differences)
+    if comparison.verdicts:
+        parent = comparison.verdicts[0].parent
+        first = (parent.task, parent.metric)
+    places = dict.fromkeys((row.task, row.metric) for row in comparison.differences)
+    others = [place for place in places if place[0] == first[0] and place != first]
+    return [place for place in [first, *others] if place in places]
+
+
+def _sorted_lines(rows: Sequence[Difference]) -> list[Line]:
+    """Lines from the best to the worst."""
+    lines = [_line(row, row.method) for row in rows]
+    return sorted(lines, key=lambda line: line.value, reverse=rows[0].higher_is_better)
+
+
+def _line(row: Difference, name: str) -> Line:
+    scale = 100.0 if row.unit == "fraction" else 1.0
+    ends = (scale * row.ci_low, scale * row.ci_high)
+    text = difference_text(row)
+    return Line(
+        name=name,
+        method=row.method,
+        value=scale * row.difference,
+        ends=None if "no interval" in text else ends,
+        is_claimed=row.verdict != NOT_DISTINGUISHABLE,
+        text=text,
+    )
+
+
+def _title(row: Difference) -> str:
+    """The measure: probes by their names, the test by its file."""
+    if row.task.startswith(BEFORE):
+        probe = row.task.removeprefix(BEFORE)
+        return row.metric if row.metric == probe else f"{row.metric} on {probe}"
+    task = task_text(row)
+    return f"{row.metric} on {'test' if task == HELDOUT else task}"
+
+
+def _panel(title: str, lines: Sequence[Line], below: Sequence[Line], evidence: Evidence, row: Difference) -> Panel:
+    better = "right" if row.higher_is_better else "left"
+    label = f"{points_or_unit(row.unit)} ({better} is better)"
+    num_rows = len(lines) + len(below) + (1 if below else 0)
+    has_long_names = any("\n" in row_name(line.name) for line in [*lines, *below])
+    height = 0.75 + (LONG_NAME if has_long_names else ROW_HEIGHT) * num_rows
+    draw = partial(_draw, lines=lines, below=below, label=label, kinds=evidence.methods)
+    return Panel(title, draw, True, height)
+
+
+def _draw(axes: Axes, lines: Sequence[Line], below: Sequence[Line], label: str, kinds: Kinds) -> None:
+    every = [*lines, *below]
+    shown = set(near([line.value for line in every]))
+    in_range = [line for line in every if line.value in shown]
+    values = [line.value for line in in_range]
+    ends = [end for line in in_range for end in line.ends or ()]
+    axes.set_xlim(limits(values, ends, INTERVAL_SHARE))
+    axes.axvline(0, color=COLOURS["ink"], linewidth=0.8, zorder=1)
+
+    places = [*range(len(lines)), *range(len(lines) + 1, len(lines) + 1 + len(below))]
+    if below:
+        axes.axhline(len(lines), color=COLOURS["rule"], linewidth=0.8)
+    for place, line in zip(places, every, strict=True):
+        _draw_line(axes, place, line, kinds)
+    axes.set_yticks(places, [row_name(line.name) for line in every])
+    axes.set_ylim(places[-1] + 0.6, -0.6)
+    axes.tick_params(axis="y", length=0, labelcolor=COLOURS["ink"])
+    axes.grid(False, axis="y")
+    few_ticks(axes, "x", 6)
+    axes.set_xlabel(plain(label))
+
+
+def _draw_line(axes: Axes, place: int, line: Line, kinds: Kinds) -> None:
+    colour, _, marker = look(*kinds.get(plain_name(line.method), (None, False)))
+    left, right = axes.get_xlim()
+    x = min(max(line.value, left), right)
+    opacity = 1.0 if line.is_claimed else PALE
+    if line.ends:
+        axes.plot(line.ends, [place, place], color=COLOURS[colour], linewidth=1.3, alpha=opacity)
+        mark_ends_beyond(axes, line.ends, (x, place), "x", colour)
+    axes.plot(x, place, marker, color=COLOURS[colour], markersize=5, alpha=opacity, clip_on=False, zorder=3)
+    if x != line.value:
+        is_left = line.value < left
+        axes.annotate(
+            f"← {number(line.value, 3)}" if is_left else f"{number(line.value, 3)} →",
+            (x, place),
+            (8, 0) if is_left else (-8, 0),
+            textcoords="offset points",
+            ha="left" if is_left else "right",
+            va="center",
+            fontsize="small",
+            color=COLOURS[colour],
+            bbox={"facecolor": COLOURS["paper"], "edgecolor": "none", "pad": 0.5},
+        )
+
+
+def _table(rows: Sequence[Difference]) -> Table:
+    cells = [(row.method, row.baseline, _title(row), difference_text(row), row.verdict) for row in rows]
+    return Table(("method", "minus", "measure", "difference", "verdict"), cells)
