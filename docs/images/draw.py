@@ -1,7 +1,27 @@
-"""Draw weights_times_mask_{light,dark}.svg beside this file: ``python docs/images/draw.py``."""
+"""Draw the pictures of README and docs beside this file, light and dark: ``python docs/images/draw.py``.
 
+``weights_times_mask`` is drawn here; the figures are those of ``maskft report --figures`` on published results.
+"""
+
+import json
 import random
 from pathlib import Path
+
+from maskft_lab.report.charts import files_of
+from maskft_lab.report.fig_gain import chart_of, curve_of_record
+
+HERE = Path(__file__).parent
+RESULTS = HERE.parents[1] / "results"
+
+# Name of a picture -> study, probe, and the methods that are drawn (none named: all).
+FIGURES = {
+    "gain_forgetting": ("smollm2-curve-banking77-kl-seeds", "instructions", ()),
+    "gain_forgetting_text": (
+        "smollm2-curve-sums",
+        "wikipedia",
+        ("deletion mask", "full", "LoRA r 16", "DoRA r 16", "OFT", "SHiRA"),
+    ),
+}
 
 ROWS, COLUMNS, CELL = 5, 8, 26
 REMOVED = 4  # 10 % of 40
@@ -76,6 +96,18 @@ def draw(theme: dict[str, str]) -> str:
     )
 
 
+def figure(study: str, probe: str, methods: tuple[str, ...]) -> dict[str, bytes]:
+    """The picture of gain against forgetting of a published study, light and dark."""
+    (file,) = (RESULTS / study).glob(f"curve-*-{probe}.json")
+    record = json.loads(file.read_text(encoding="utf-8"))
+    points = [point for point in record["points"] if not methods or point["method"] in methods]
+    found = files_of(chart_of([curve_of_record(record | {"points": points})]), "figure")
+    return {"light": found["figure.svg"], "dark": found["figure.dark.svg"]}
+
+
 if __name__ == "__main__":
     for name, theme in THEMES.items():
-        (Path(__file__).parent / f"weights_times_mask_{name}.svg").write_text(draw(theme), encoding="utf-8")
+        (HERE / f"weights_times_mask_{name}.svg").write_text(draw(theme), encoding="utf-8")
+    for name, about in FIGURES.items():
+        for theme_name, content in figure(*about).items():
+            (HERE / f"{name}_{theme_name}.svg").write_bytes(content)
