@@ -74,7 +74,8 @@ def remove_lowest_of_shards(
     counts = torch.bincount(bits[_upper(bits) == upper] & (_NUM_BINS - 1), minlength=_NUM_BINS)
     lower, num = _find(all_reduce(counts), num)
     cut = ((upper - (_NUM_BINS >> 1)) << 16) | lower
-    mask, is_tie = bits > cut, bits == cut
+    mask = bits > cut
+    is_tie = bits == cut
     before = int(all_gather(is_tie.sum()[None])[:rank].sum())  # ties of earlier rows, which go first
     mask[is_tie.nonzero().squeeze(1)[max(num - before, 0) :]] = True
     return mask
@@ -95,7 +96,8 @@ def _find(counts: Tensor, k: int) -> tuple[int, int]:
     """Bin of the ``k``-th smallest value (from 1), and its rank inside that bin (from 1)."""
     cumulative = counts.cumsum(0)
     index = int(torch.searchsorted(cumulative, k))
-    return index, k - (int(cumulative[index - 1]) if index else 0)
+    num_in_lower_bins = int(cumulative[index - 1]) if index else 0
+    return index, k - num_in_lower_bins
 
 
 # On DTensors

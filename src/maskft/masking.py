@@ -8,8 +8,8 @@ The scores c are trained, the weight W never is. As in the published code, score
 
 A mask is a bool tensor of the weight's shape, **True = keep**. ``sparsity`` is the fraction of weights that is
 *removed*, in [0, 1). Ranking happens in float32; the count is exact and ties are stable, of equal scores the first in
-index order goes first (the published code has neither). Training takes the same masks faster,
-``tuner/selection.py``; other learners of masks are in ``tuner/learners.py``.
+index order goes first (the published code has neither). ``fast/selection.py`` computes the same masks faster; what else
+a mask can be learned by is in ``tuner/selection.py``.
 
 Shapes: a weight and its scores are (O, I) = (out_features, in_features), or (I, O) for GPT-2's ``Conv1D``.
 """
@@ -46,7 +46,9 @@ def topk_mask(scores: Tensor, sparsity: float, rank_by: RankBy = "abs") -> Tenso
         >>> topk_mask(torch.tensor([0.3, -0.1, 0.2, -0.4]), sparsity=0.25)
         tensor([ True, False,  True,  True])
     """
-    return remove_lowest(ranking_keys(scores, rank_by), num_removed(scores.numel(), sparsity)).view(scores.shape)
+    keys = ranking_keys(scores, rank_by)
+    num = num_removed(scores.numel(), sparsity)
+    return remove_lowest(keys, num).view(scores.shape)
 
 
 def remove_lowest(keys: Tensor, num: int) -> Tensor:
@@ -56,8 +58,11 @@ def remove_lowest(keys: Tensor, num: int) -> Tensor:
         return torch.ones_like(keys, dtype=torch.bool)
     cut = keys.kthvalue(num).values
     mask = keys > cut
+
+    # Of the keys equal to the cut, only the first ones are removed, as many as are still missing.
+    num_below = int((keys < cut).sum())
     ties = (keys == cut).nonzero().squeeze(1)
-    mask[ties[num - int((keys < cut).sum()) :]] = True
+    mask[ties[num - num_below :]] = True
     return mask
 
 
@@ -67,7 +72,9 @@ def score_gradient(grad: Tensor, weight: Tensor, scores: Tensor, rank_by: RankBy
     It is nonzero at removed entries too, which is how a removed weight can come back.
     """
     gradient = grad.float() * weight
-    return gradient * torch.sign(scores) if rank_by == "abs" else gradient
+    if rank_by == "abs":
+        gradient = gradient * torch.sign(scores)
+    return gradient
 
 
 def check_sparsity(sparsity: float) -> float:
@@ -87,11 +94,13 @@ def num_removed(numel: int, sparsity: float) -> int:
 def ranking_keys(scores: Tensor, rank_by: RankBy = "abs") -> Tensor:
     """Values by which entries are ranked: float32, flat, in index order whatever the memory layout of ``scores``."""
     flat = scores.detach().reshape(-1).float()
-    return flat.abs() if rank_by == "abs" else flat + 0.0  # + 0.0 makes 0.0 of -0.0: equal keys have equal bits
+    if rank_by == "abs":
+        return flat.abs()
+    return flat + 0.0  # makes 0.0 of -0.0, so that equal keys have equal bits
 
 
 def check_not_nan(keys: Tensor) -> Tensor:
-    """Return ``keys``, or refuse what cannot be ranked."""
+    """Return ``keys``, or raise if one is NaN, which cannot be ranked."""
     if bool(keys.isnan().any()):
         raise NotFiniteError("scores contain NaN, so they cannot be ranked")
     return keys
@@ -111,19 +120,21 @@ def initial_scores(
         std: Standard deviation of ``normal`` and ``magnitude``, > 0.
         value: Value of ``constant``.
     """
+    if start == "magnitude":
+        return spread_by_rank(weight.detach().float().abs(), std)
     scores = torch.empty(weight.shape)
     if start == "normal":
         scores.normal_(0.0, std, generator=generator)
-    elif start == "constant":
-        scores.fill_(value)
     else:
-        return spread_by_rank(weight.detach().float().abs(), std)
+        scores.fill_(value)
     return scores.to(weight.device)
 
 
 def spread_by_rank(keys: Tensor, std: float) -> Tensor:
     """Scores in the order of ``keys`` (ties in index order), evenly over (0, std * sqrt(12)): the lowest go first."""
     order = ranking_keys(keys, "signed").argsort(stable=True).cpu()
-    scores, step = torch.empty(keys.shape), std * math.sqrt(12) / len(order)
+    # A uniform distribution on (0, w) has the standard deviation w / sqrt(12).
+    step = std * math.sqrt(12) / len(order)
+    scores = torch.empty(keys.shape)
     scores.view(-1)[order] = (torch.arange(1, len(order) + 1, dtype=torch.float64) * step).float()
     return scores.to(keys.device)

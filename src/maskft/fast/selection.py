@@ -1,9 +1,10 @@
-"""What :mod:`maskft.masking` defines, faster and in place: bit for bit the same masks and gradients.
+"""The functions of :mod:`maskft.masking`, faster and in place; masks and gradients are the same, bit for bit.
 
-Selection is one pass over the scores instead of a sort. A sample says in which narrow band the cut must lie (on a CPU,
-counting what is below the middle of the band makes it narrower still); the pass removes what is below the band and
-collects what is in it; those few are then ranked. From one optimizer step to the next the band lies around the last
-cut. Counting proves the band right; where none is, the cut is selected from all scores. The result never depends on it.
+Selection is one pass over the scores instead of a sort. A sample gives a narrow band in which the cut very probably
+lies; on a CPU, counting the scores below its middle makes it narrower still. The pass removes all entries below the
+band and collects those inside it, and only these few are ranked. From one optimizer step to the next the band lies
+around the last cut. Counting proves that a band holds the cut; if none does, the cut is selected from all scores. So
+the result never depends on the sample.
 """
 
 from __future__ import annotations
@@ -20,19 +21,26 @@ from maskft_common.errors import UserError
 
 from ..masking import RankBy, check_not_nan, ranking_keys, remove_lowest
 
-# Entries looked at together on a CPU: few enough that what is computed from them stays in the cache.
+# Entries processed together on a CPU: few enough that intermediate values stay in the cache.
 CHUNK_NUMEL = 1 << 19
 # A matrix of fewer entries is ranked without a sample.
 _SAMPLED_MIN_NUMEL = 1 << 14
 # A band of fewer entries is narrow enough.
 _NARROWED_MIN_NUMEL = 1 << 12
-# Entries of a chunk that are looked at as one when few are looked for.
+# Keys of a chunk are laid out in so many rows, and searched by columns: see _find_in_band.
 _ROWS = 32
+# Integers of the size of a float, by bytes: their bits are copied with AND.
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Near(NamedTuple):
-    """The latest cut, how far from it the next is looked for, and between which bounds; None: too many lie there."""
+    """Where the cut was, and where to look for the next one.
+
+    Attributes:
+        cut: The latest cut.
+        reach: How far from it the next one is expected.
+        band: Bounds between which to look first; None: so many scores lie there that a sample is cheaper.
+    """
 
     cut: float
     reach: float
@@ -48,6 +56,7 @@ def mask_without_lowest(scores: Tensor, num: int, rank_by: RankBy = "abs") -> Te
 
 def keep_above_(out: Tensor, weight: Tensor, scores: Tensor, cut: float, rank_by: RankBy = "abs") -> None:
     """Write into ``out`` (contiguous) the ``weight``, +0 where the ranking value is not above ``cut``."""
+    # _split_ keeps entries of at least its lower bound.
     low = torch.nextafter(torch.tensor(cut), torch.tensor(math.inf)).item()
     _split_(out, weight, scores, low, -math.inf, rank_by)
 
@@ -64,7 +73,10 @@ def keep_highest_(
         scores: Ranking values, ranked in float32.
         num: How many entries to remove. Among equal scores the first in index order go first.
         rank_by: ``abs`` ranks by magnitude, ``signed`` by value.
-        near: What the call before gave back, if scores are much the same: saves the sample.
+        near: Return value of the previous call, if scores have changed little since: saves the sample.
+
+    Returns:
+        Where to look first in the next call.
 
     Raises:
         UserError: If a score is NaN.
@@ -74,12 +86,12 @@ def keep_highest_(
         raise UserError(f"cannot remove {num} of {total} entries")
     if total == 0:
         return None
-    guess = [near.band] if near and near.band else []
-    for band in chain(guess, _probable_bands(scores, num, rank_by)):
+    last_band = [near.band] if near and near.band else []
+    for band in chain(last_band, _probable_bands(scores, num, rank_by)):
         num_below, indices, values = _split_(out, weight, scores, *band, rank_by)
         if num_below <= num <= num_below + len(values):
             break
-    else:
+    else:  # no band holds the cut
         cut = _kth_smallest(scores, max(num, 1), rank_by)
         band = (cut, cut)
         num_below, indices, values = _split_(out, weight, scores, *band, rank_by)
@@ -91,14 +103,20 @@ def keep_highest_(
 
 
 def _near(last: Near | None, band: tuple[float, float], cut: float, share: float) -> Near:
-    """Where to look next, out of the ``share`` of all scores that lay in the ``band`` around the ``cut``."""
+    """Where to look next, given the ``share`` of all scores that lay in the ``band`` around the ``cut``."""
     width = band[1] - band[0]
     reach = 0.4 * width
     if last is not None and math.isfinite(last.reach):
+        # Three times the latest move; the band narrows slowly where the cut rests.
         reach = max(3 * abs(cut - last.cut), 0.8 * last.reach)
-    if not 0 < reach < math.inf or 2 * reach * share * 256 > width:  # a sample would cost less
+    if not 0 < reach < math.inf:
         return Near(cut, reach, None)
-    low, high = torch.tensor([cut - reach, cut + reach], dtype=torch.float32).tolist()  # keys are compared in float32
+    # The next band would hold more than 1/256 of all scores, so that a sample costs less. Not as a quotient: the width
+    # is 0 where all scores of a matrix were ranked.
+    if 2 * reach * share * 256 > width:
+        return Near(cut, reach, None)
+    # Rounded as the keys are, which are compared in float32.
+    low, high = torch.tensor([cut - reach, cut + reach], dtype=torch.float32).tolist()
     return Near(cut, reach, (low, high))
 
 
@@ -112,16 +130,19 @@ def _probable_bands(scores: Tensor, num: int, rank_by: RankBy) -> Iterator[tuple
     stride = int(total ** (1 / 3)) | 1
     sample = ranking_keys(scores.detach().reshape(-1)[::stride], rank_by)
     share = num / total
-    middle, spread = share * len(sample), 4 * math.sqrt(len(sample) * share * (1 - share)) + 2
-    first, last = int(middle - spread), int(middle + spread)
+    middle = share * len(sample)
+    spread = 4 * math.sqrt(len(sample) * share * (1 - share)) + 2  # four standard deviations of a binomial
+    first = int(middle - spread)
+    last = int(middle + spread)
     low = sample.kthvalue(first).values.item() if first >= 1 else -math.inf
     high = sample.kthvalue(last).values.item() if last <= len(sample) else math.inf
     num_in_band = (last - first) * stride
     is_wide = num_in_band >= _NARROWED_MIN_NUMEL and -math.inf < low < high < math.inf
     if is_wide and scores.device.type == "cpu":
-        # A narrower band, from the exact number of scores below the middle of this one and its density. What lies
-        # between the middle and the cut is counted with the error of the sampled density, and with its own.
-        middle, density = (low + high) / 2, num_in_band / (high - low)
+        # A narrower band, from the exact number of scores below the middle of this one and its density. The number of
+        # scores between the middle and the cut has the error of the sampled density and its own.
+        middle = (low + high) / 2
+        density = num_in_band / (high - low)
         excess = num - _num_below(scores, middle, rank_by)
         margin = 4 * (math.sqrt(abs(excess)) + abs(excess) / math.sqrt(last - first)) + _ROWS
         bounds = [middle + (excess - margin) / density, middle + (excess + margin) / density]
@@ -132,11 +153,13 @@ def _probable_bands(scores: Tensor, num: int, rank_by: RankBy) -> Iterator[tuple
 
 def _num_below(scores: Tensor, value: float, rank_by: RankBy) -> int:
     """How many scores of a matrix rank below ``value``."""
-    flat, found = scores.detach().reshape(-1), 0
+    flat = scores.detach().reshape(-1)
+    found = 0
     buffer = torch.empty(min(CHUNK_NUMEL, len(flat)), dtype=torch.float32)
     for chunk in flat.split(CHUNK_NUMEL):
         below = buffer[: len(chunk)]
         keys = torch.abs(chunk, out=below) if rank_by == "abs" else chunk.float()
+        # The sign bit of (key - value), spread over all bits, is -1 where a key is below: a sum counts them.
         signs = torch.sub(keys, value, out=below).view(torch.int32)
         found -= int(torch.bitwise_right_shift(signs, 31, out=signs).sum(dtype=torch.int32))
     return found
@@ -155,17 +178,33 @@ def _split_(
         How many scores are below ``low``; and flat indices (int64) and values (float32) of those from ``low`` to
         ``high``, in index order.
     """
-    scores_flat, weight_flat, out_flat = scores.detach().reshape(-1), weight.detach().reshape(-1), out.view(-1)
-    numel, device, integer = scores.numel(), scores.device, _INTEGERS[weight.element_size()]
-    num_below, indices, values = 0, [scores_flat.new_empty(0, dtype=torch.int64)], [torch.empty(0, device=device)]
+    scores_flat = scores.detach().reshape(-1)
+    weight_flat = weight.detach().reshape(-1)
+    out_flat = out.view(-1)
+    numel = scores.numel()
+    device = scores.device
+    integer = _INTEGERS[weight.element_size()]
+
+    num_below = 0
+    indices = [scores_flat.new_empty(0, dtype=torch.int64)]
+    values = [torch.empty(0, device=device)]
+
     chunk = max(1, min(CHUNK_NUMEL, numel) if device.type == "cpu" else numel)
-    keys_buffer, sign_buffer = torch.empty(chunk, device=device), torch.empty(chunk, device=device)
+    keys_buffer = torch.empty(chunk, device=device)
+    sign_buffer = torch.empty(chunk, device=device)
     just_below = torch.nextafter(torch.tensor(low), torch.tensor(-math.inf))
-    furthest, just_below = int((just_below - high).view(torch.int32)), just_below.to(device)
+    furthest = int((just_below - high).view(torch.int32))
+    just_below = just_below.to(device)
+
     for start in range(0, numel, chunk):
-        part, here = slice(start, min(start + chunk, numel)), slice(0, min(chunk, numel - start))
-        keys = torch.abs(scores_flat[part], out=keys_buffer[here]) if rank_by == "abs" else scores_flat[part].float()
-        check_not_nan(keys.amax())
+        part = slice(start, min(start + chunk, numel))
+        here = slice(0, min(chunk, numel - start))
+        if rank_by == "abs":
+            keys = torch.abs(scores_flat[part], out=keys_buffer[here])
+        else:
+            keys = scores_flat[part].float()
+        check_not_nan(keys.amax())  # NaN wins in amax
+
         # The sign bit of (just_below - key), spread over all bits, is 1...1 where an entry stays and 0 where it goes.
         # An AND leaves +0 behind, where a product would leave -0 or NaN; it is much faster than torch.where.
         signs = torch.sub(just_below, keys, out=sign_buffer[here]).view(torch.int32)
@@ -176,7 +215,9 @@ def _split_(
         stays = signs.fill_(-1) if low == -math.inf else torch.bitwise_right_shift(signs, 31, out=signs)
         # A sum of -1, one for each that stays; exact in int32, and ten times faster than counting flags.
         num_below += len(keys) + int(stays.sum(dtype=torch.int32))
-        stays, bits = stays.to(integer), weight_flat[part].view(integer)
+
+        stays = stays.to(integer)
+        bits = weight_flat[part].view(integer)
         if out.dtype == weight.dtype:
             torch.bitwise_and(bits, stays, out=out_flat[part].view(integer))
         else:
@@ -187,10 +228,10 @@ def _split_(
 def _find_in_band(keys: Tensor, low: float, high: float, signs: Tensor, furthest: int) -> Tensor:
     """Indices of the few keys from ``low`` to ``high``, in order.
 
-    Flags of all keys would cost more than all the rest of a refresh, so the keys are laid out in a few rows, and only
-    columns in which one lies in the band are looked at. ``signs`` has the bits of what is just below ``low`` minus each
-    key, which rounds in the order of the keys, and ``furthest`` that of ``high``: of negative floats, the closer one is
-    to 0, the lower its bits as an integer.
+    The plain way, flags of all keys, would cost more than the rest of a refresh. So the keys are laid out in a few
+    rows, and only columns that hold a key in the band are searched. ``signs`` has the bits of (the float below ``low``)
+    minus each key, a difference that rounds in the order of the keys, and ``furthest`` those for ``high``: of negative
+    floats, the closer one is to 0, the lower its bits are as an integer.
     """
     if len(keys) % _ROWS or low == -math.inf:
         return ((keys >= low) & (keys <= high)).nonzero().squeeze(1)
@@ -207,6 +248,10 @@ def score_gradient_(grad: Tensor, weight: Tensor, scores: Tensor, rank_by: RankB
 
 
 def row_parts(matrix: Tensor) -> list[slice]:
-    """Some rows at a time, few enough for the cache on a CPU; each part ends where vector instructions do."""
-    rows = max(32, CHUNK_NUMEL // max(1, matrix[:1].numel()) // 32 * 32) if matrix.device.type == "cpu" else len(matrix)
+    """Some rows at a time, few enough for the cache on a CPU; multiples of 32, where vector instructions end."""
+    if matrix.device.type == "cpu":
+        rows_in_cache = CHUNK_NUMEL // max(1, matrix[:1].numel())
+        rows = max(32, rows_in_cache // 32 * 32)
+    else:
+        rows = len(matrix)
     return [slice(start, start + rows) for start in range(0, len(matrix), max(1, rows))]

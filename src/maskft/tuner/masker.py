@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from maskft_common.errors import UserError
 
+from ..masking import score_gradient
 from . import selection
 
 if TYPE_CHECKING:
@@ -180,9 +181,7 @@ class _StraightThrough(torch.autograd.Function):
 
         if ctx.needs_input_grad[1]:
             difference = weight if removed_value is None else weight - removed_value
-            grad_scores = grad.float() * difference
-            if ctx.ranks_by == "abs":
-                grad_scores = grad_scores * torch.sign(scores)
+            grad_scores = score_gradient(grad, difference, scores, ctx.ranks_by)
             if slope is not None:
                 grad_scores = grad_scores * slope
             grad_scores = ctx.masker.add_price_(grad_scores, scores, slope, ctx.name)
