@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import struct
 from pathlib import Path
 from typing import Any
@@ -15,24 +16,40 @@ from transformers import LlamaConfig
 from maskft_common.errors import UserError, install_hint
 from maskft_common.layout import EMBEDDED_MODEL
 
-_FORMATS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))  # GGUF's types of values
-_STRING, _ARRAY = 8, 9
-_ALIKE = {
-    **{"max_position_embeddings": "context_length", "num_hidden_layers": "block_count", "vocab_size": "vocab_size"},
-    **{"intermediate_size": "feed_forward_length", "hidden_size": "embedding_length"},
-    **{"head_dim": "rope.dimension_count", "rope_theta": "rope.freq_base"},
-    **{"num_attention_heads": "attention.head_count", "num_key_value_heads": "attention.head_count_kv"},
+# struct's codes of GGUF's types of values.
+_FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING = 8
+_ARRAY = 9
+_HEADER_BYTES = 2**22  # more than metadata, vocabulary and the list of tensors take
+_ALIGNMENT = 32  # GGUF's, of the first tensor
+
+# Field of LlamaConfig -> key of the metadata, behind "llama.".
+_CONFIG_KEYS = {
+    "max_position_embeddings": "context_length",
+    "num_hidden_layers": "block_count",
+    "vocab_size": "vocab_size",
+    "intermediate_size": "feed_forward_length",
+    "hidden_size": "embedding_length",
+    "head_dim": "rope.dimension_count",
+    "rope_theta": "rope.freq_base",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
 }
 _TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-_NAMES = {
+# Name of a tensor in the file -> name of transformers' module.
+_MODULES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
-    **{f"attn_{part}": f"self_attn.{part}_proj" for part in "qkv"},
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
-    **{f"ffn_{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")},
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
 }
 
 
@@ -58,12 +75,13 @@ def read_embedded() -> tuple[LlamaConfig, dict[str, Tensor]]:
     except ImportError as error:
         raise UserError(f"reading the embedded model needs gguf ({install_hint('demo')}): {error}") from error
     data = np.memmap(embedded_file(), mode="r", dtype=np.uint8)
-    header = _Header(bytes(data[: 1 << 22]))
+    header = _Header(bytes(data[:_HEADER_BYTES]))
     config = _config(header.metadata)
     weights = {}
     for name, (shape, kind, start, end) in header.tensors(len(data)).items():
         weight = dequantize(data[start:end], GGMLQuantizationType(kind)).reshape(shape)
-        weight = weight if weight.flags.writeable else weight.copy()  # what is not quantised is a view of the file
+        if not weight.flags.writeable:  # a tensor that is not quantised is a view of the file
+            weight = weight.copy()
         weights[_name(name)] = torch.from_numpy(_permuted(name, weight, config))
     return config, weights
 
@@ -71,14 +89,15 @@ def read_embedded() -> tuple[LlamaConfig, dict[str, Tensor]]:
 def embedded_config() -> LlamaConfig:
     """Return the configuration alone."""
     with embedded_file().open("rb") as file:
-        return _config(_Header(file.read(1 << 22)).metadata)
+        return _config(_Header(file.read(_HEADER_BYTES)).metadata)
 
 
 class _Header:
-    """What stands before the weights: metadata by key, then the names, shapes and places of the tensors."""
+    """The part before the weights: metadata by key, then the names, shapes and places of the tensors."""
 
     def __init__(self, data: bytes) -> None:
-        self._data, self._at = data, 4
+        self._data = data
+        self._at = 4  # behind the magic number
         _, self._num_tensors, num_values = self._take("IQQ")
         self.metadata: dict[str, Any] = {}
         for _ in range(num_values):
@@ -89,13 +108,15 @@ class _Header:
         """Name -> shape, type, first byte and the one after the last."""
         found = []
         for _ in range(self._num_tensors):
-            name, (num_dims,) = self._value(_STRING), self._take("I")
-            shape = self._take(f"{num_dims}Q")[::-1]
-            found.append((name, shape, *self._take("IQ")))
-        start = -(-self._at // 32) * 32  # GGUF's alignment
-        starts = sorted(start + offset for *_, offset in found)
+            name = self._value(_STRING)
+            (num_dims,) = self._take("I")
+            shape = self._take(f"{num_dims}Q")[::-1]  # torch's order
+            kind, offset = self._take("IQ")
+            found.append((name, shape, kind, offset))
+        first = math.ceil(self._at / _ALIGNMENT) * _ALIGNMENT
+        starts = sorted(first + offset for *_, offset in found)
         ends = dict(zip(starts, [*starts[1:], num_bytes], strict=True))
-        return {name: (shape, kind, start + at, ends[start + at]) for name, shape, kind, at in found}
+        return {name: (shape, kind, first + at, ends[first + at]) for name, shape, kind, at in found}
 
     def _take(self, form: str) -> tuple:
         values = struct.unpack_from(f"<{form}", self._data, self._at)
@@ -116,15 +137,16 @@ class _Header:
 
 
 def _config(metadata: dict[str, Any]) -> LlamaConfig:
-    values = {field: metadata[f"llama.{key}"] for field, key in _ALIKE.items()}
+    values = {field: metadata[f"llama.{key}"] for field, key in _CONFIG_KEYS.items()}
     values |= {f"{name}_token_id": metadata[f"tokenizer.ggml.{key}_token_id"] for name, key in _TOKENS.items()}
     values["_model_name_or_path"] = metadata["general.name"]
     return LlamaConfig(**values, tie_word_embeddings=True)
 
 
 def _name(name: str) -> str:
-    *block, part, kind = name.split(".")
-    return ".".join([*(["model.layers", block[1]] if block else []), _NAMES[part], kind])
+    *block, part, kind = name.split(".")  # blk.3.attn_q.weight, or output_norm.weight
+    layer = f"model.layers.{block[1]}." if block else ""
+    return f"{layer}{_MODULES[part]}.{kind}"
 
 
 def _permuted(name: str, weight: np.ndarray, config: LlamaConfig) -> np.ndarray:

@@ -34,58 +34,79 @@ def to_examples(
     as_messages: bool = False,
 ) -> Dataset:
     """Convert rows, each with its place such as ``line 3``, to examples. The first row decides about their format.
+
     An id is a hash of the columns of the format, without Alpaca's ``input``; rows of one hash are numbered in their
     order: ``1f0c``, ``1f0c#2``.
 
     Args:
         rows: Pairs of a place and a row.
-        name: What the rows are called in errors.
+        name: Of the set, for errors.
         as_chat: Whether questions and answers become messages, or else plain text.
         text_field: Name of the column of plain text.
         formats: The formats that these rows may have. Default: every known one, and then plain text.
         as_messages: Whether a prompt and a completion that are messages become one conversation.
+
+    Raises:
+        UserError: For the first row that does not fit, with its place.
     """
     known = FORMATS | {(text_field,): from_text} if formats is None else formats
-    first: dict = {}
+    columns: tuple[str, ...] = ()
+    first: dict | None = None
     examples: list[dict] = []
     chunks: list[Dataset] = []
     copies: Counter[str] = Counter()
-    columns: tuple[str, ...] = ()
-    for where, row in rows:
+    for place, row in rows:
         try:
             if not isinstance(row, Mapping):
                 raise UserError(f"holds {_kind(row)}, not an object")
-            if not first:
+            if first is None:
                 columns = _recognised_columns(row, known)
             example = known[columns](row, as_chat, *columns)
             if as_messages and isinstance(example.get("prompt"), list):
                 example["messages"] = example.pop("prompt") + example.pop("completion")
-            if first and type(example.get("prompt")) is not type(first.get("prompt")):
+            if first is not None and type(example.get("prompt")) is not type(first.get("prompt")):
                 raise UserError("'prompt' is text in some rows and messages in others; use one of them throughout")
             if row.get("cluster_id") is not None:
                 example["cluster_id"] = str(row["cluster_id"])
-            # What the identity below is not made of has to be text that can be stored, too.
-            "".join(example.get(column) or "" for column in OPTIONAL_COLUMNS).encode()
-            content = json.dumps([row[column] for column in columns], sort_keys=True, default=str, ensure_ascii=False)
-            identity = digest(content)[:16]
-        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which no text can hold
-            bad = error.object[error.start : error.end]
-            raise UserError(f"{name}: {where}: {bad!r} is half a surrogate pair; remove it") from None
+            identity = _identity(row, columns, example)
+        except UnicodeEncodeError as error:
+            half = error.object[error.start : error.end]
+            raise UserError(f"{name}: {place}: {half!r} is half a surrogate pair; remove it") from None
         except UserError as error:
-            raise UserError(f"{name}: {where}: {error}") from None
+            raise UserError(f"{name}: {place}: {error}") from None
+
         copies[identity] += 1
         example["id"] = identity if copies[identity] == 1 else f"{identity}#{copies[identity]}"
-        first = first or example
+        if first is None:
+            first = example
         examples.append(example)
         if len(examples) == CHUNK_ROWS:
             chunks.append(_chunk(examples, first))
             examples = []
-    if not first:
+
+    if first is None:
         raise UserError(f"{name} is empty: it has no rows")
     dataset = concatenate_datasets([*chunks, _chunk(examples, first)])
-    for column, unused in (("answer", ["answer", "answer_type"]), ("cluster_id", ["cluster_id"])):
+    return _without_empty_columns(dataset)
+
+
+def _identity(row: Row, columns: tuple[str, ...], example: dict) -> str:
+    """Hash of the columns of the format.
+
+    Raises:
+        UnicodeEncodeError: If a text holds half of a surrogate pair, which JSON can spell and no file can store.
+    """
+    for column in OPTIONAL_COLUMNS:  # no part of the hash, and stored as well
+        (example.get(column) or "").encode()
+    content = json.dumps([row[column] for column in columns], sort_keys=True, default=str, ensure_ascii=False)
+    return digest(content)[:16]
+
+
+def _without_empty_columns(dataset: Dataset) -> Dataset:
+    """Drop the optional columns that no row has."""
+    for column, with_it in (("answer", ["answer", "answer_type"]), ("cluster_id", ["cluster_id"])):
         if all(value is None for value in dataset[column][:]):
-            dataset = dataset.remove_columns(unused)
+            dataset = dataset.remove_columns(with_it)
     return dataset
 
 
@@ -103,7 +124,8 @@ def _recognised_columns(row: Row, formats: Formats) -> tuple[str, ...]:
     for columns in formats:
         if all(column in row for column in columns):
             return columns
-    found, expected = ", ".join(map(repr, row)) or "none", " | ".join(" + ".join(columns) for columns in formats)
+    found = ", ".join(map(repr, row)) or "none"
+    expected = " | ".join(" + ".join(columns) for columns in formats)
     raise UserError(f"no usable column among {found}; rename them to one of: {expected}")
 
 
@@ -114,7 +136,8 @@ def from_messages(row: Row, as_chat: bool, column: str) -> dict:
 
 def from_prompt_completion(row: Row, as_chat: bool, *columns: str) -> dict:
     """Read a prompt and its completion, both text or both messages."""
-    read = _messages if all(isinstance(row.get(column), list) for column in columns) else _text
+    are_messages = all(isinstance(row.get(column), list) for column in columns)
+    read = _messages if are_messages else _text
     return {**{column: read(row, column) for column in columns}, **_reference(row)}
 
 
@@ -135,8 +158,11 @@ def from_question_answer(row: Row, as_chat: bool, *columns: str) -> dict:
 def from_instruction(row: Row, as_chat: bool, *columns: str) -> dict:
     """Read an instruction or a query, the input it is about (if any), and the output."""
     instruction, output = (_text(row, column) for column in columns)
-    context = _text(row, "input") if row.get("input") else ""
-    return {**_dialogue("\n\n".join(filter(None, (instruction, context))), output, as_chat), **_reference(row)}
+    question = instruction
+    if row.get("input"):
+        context = _text(row, "input")
+        question = f"{instruction}\n\n{context}" if instruction else context
+    return {**_dialogue(question, output, as_chat), **_reference(row)}
 
 
 def from_system_question(row: Row, as_chat: bool, *columns: str) -> dict:
@@ -161,9 +187,16 @@ FORMATS: Formats = {
     ("system_prompt", "question", "response"): from_system_question,  # Open-Orca
 }
 
-_ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")}
-_ROLES |= {"human": "user", "gpt": "assistant"}
-# What chat templates write of a message beside its content; other keys are notes on it, such as a time or a score.
+_ROLES = {
+    "system": "system",
+    "developer": "developer",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+    "human": "user",  # ShareGPT
+    "gpt": "assistant",
+}
+# Keys of a message that chat templates write beside its content; others are notes, such as a time or a score.
 _BESIDE_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 
 
@@ -219,8 +252,9 @@ def _messages(row: Row, column: str) -> list[Message]:
             raise UserError(f"message {n} of {column!r} has role {role!r}; it must be one of {', '.join(_ROLES)}")
         if not isinstance(content, str):
             raise UserError(f"message {n} of {column!r} has {_kind(content)} as content, not text")
-        if beside := next((key for key in _BESIDE_CONTENT if message.get(key)), None):
-            raise UserError(f"message {n} of {column!r} has {beside!r}, which is not read; write it into its content")
+        for key in _BESIDE_CONTENT:
+            if message.get(key):
+                raise UserError(f"message {n} of {column!r} has {key!r}, which is not read; write it into its content")
         messages.append({"role": _ROLES[role], "content": content})
     return messages
 
@@ -230,4 +264,6 @@ def _kind(value: Any) -> str:
         return "an object"
     if isinstance(value, list):
         return "a list" if value else "an empty list"
-    return "nothing" if value is None else "text" if isinstance(value, str) else repr(value)[:40]
+    if value is None:
+        return "nothing"
+    return "text" if isinstance(value, str) else repr(value)[:40]

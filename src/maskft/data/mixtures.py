@@ -48,16 +48,15 @@ def parse_mixture(text: str) -> list[Part]:
     """
     if is_there(text):
         return [Part(text)]
-    parts = []
+    parts: list[Part] = []
     for entry in (entry.strip() for entry in text.split(",")):
         if not entry:
             raise UserError(f"the mixture {text!r} has an empty entry; write name:rows,name:rows")
         name, colon, amount = entry.rpartition(":")
-        parts.append(Part(name.strip(), _amount(entry, amount)) if colon and name else Part(entry))
-    names = [part.name for part in parts]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice:
-        raise UserError(f"the mixture names {twice} twice; give it one amount")
+        part = Part(name.strip(), _amount(entry, amount)) if colon and name else Part(entry)
+        if any(part.name == other.name for other in parts):
+            raise UserError(f"the mixture names {part.name} twice; give it one amount")
+        parts.append(part)
     return parts
 
 
@@ -76,8 +75,9 @@ def rename_sets(text: str, change: Callable[[str], str]) -> str:
 
 
 def _amount(entry: str, text: str) -> int | float:
+    digits = text.strip().replace("_", "")
     try:
-        value = int(text.replace("_", "")) if text.strip().replace("_", "").isdigit() else float(text)
+        value = int(digits) if digits.isdecimal() else float(text)
     except ValueError:
         raise UserError(
             f"{entry!r}: {text!r} is neither a number of rows (40000) nor a fraction of them (0.5)"
@@ -104,7 +104,8 @@ class ReadSet:
         count = self.count if count is None else count
         if count < len(pool):
             ids = self.examples["id"][:]
-            pool = sorted(sorted(pool, key=lambda n: digest(f"{seed} {ids[n]}"))[:count])
+            by_hash = sorted(pool, key=lambda n: digest(f"{seed} {ids[n]}"))
+            pool = sorted(by_hash[:count])
         return self.examples.select(pool)
 
 
@@ -140,7 +141,8 @@ class Reader:
         as_chat = self.as_chat
         if as_chat is None:
             as_chat = self.tokenizer is None or bool(self.tokenizer.chat_template)
-        config = None if of_mixture and part.name in TRAINING_SETS else self.config  # registered sets have their own
+        has_own_config = of_mixture and part.name in TRAINING_SETS
+        config = None if has_own_config else self.config
         rows, known = find_rows(part.name, self.split, config, self.data_dir)
         # Conversations, as the sets of a mixture must have the same columns. Tokens and labels are the same for both.
         return to_examples(rows, part.name, as_chat, self.text_field, known and known.formats, as_messages=of_mixture)
