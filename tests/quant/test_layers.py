@@ -259,3 +259,23 @@ def test_codes_survive_what_bitsandbytes_does_in_eval_mode():
         layer(inputs())
     storage.restore(removed, before)
     assert torch.equal(codes_of(layer), codes)
+
+
+@pytest.mark.parametrize("make", LAYERS)
+def test_each_row_of_a_mixed_batch_is_as_under_its_own_mask_alone(make):
+    model = masked(make).eval()
+    model.add_adapter("second", MaskConfig(target_modules=["up"], sparsity=0.1, mask_seed=1))
+    model.eval()
+    names = ["default", "second", "__base__", "default"] * 4
+    x = inputs()
+    expected = []
+    with torch.no_grad():
+        for row, name in enumerate(names):
+            if name == "__base__":
+                with model.disable_adapter():
+                    expected.append(model(x)[row])  # int8 kernels look at all rows of a batch
+            else:
+                model.set_adapter(name)
+                expected.append(model(x)[row])
+        mixed = model(x, adapter_names=names)
+    torch.testing.assert_close(mixed, torch.stack(expected), rtol=0, atol=1e-5)

@@ -235,6 +235,13 @@ def test_merged():
     fails(model, r"sums is merged: call model.unmerge_adapter\(\)")
 
 
+def test_offloaded_weights():
+    model = with_adapters(tiny.tiny_llama())
+    layer = next(iter(adapter_layers(model, "sums").values()))
+    layer.base_layer.to("meta")
+    fails(model, "q_proj are offloaded: load it whole")
+
+
 def test_removed_value_base(tmp_path):
     tiny.tiny_llama(seed=1).save_pretrained(tmp_path)
     other = {"removed_value": "base", "removed_value_model": str(tmp_path)}

@@ -62,6 +62,7 @@ class BatchPlan:
         columns: Column of each place; int32.
         values: Dtype that the base layer computes in -> the base weight at each place as rounded to it, float32
             (float64 for a float64 base).
+        base_weight: The dequantised base weight of a quantised layer; None: the layer computes with its weight.
         matrices: The same as sparse tensors over the same memory, where torch has a product with them.
     """
 
@@ -70,6 +71,7 @@ class BatchPlan:
     offsets: Tensor
     columns: Tensor
     values: dict[torch.dtype, Tensor]
+    base_weight: Tensor | None = None
     matrices: dict[torch.dtype, Tensor] = field(default_factory=dict)
 
     # Made inside torch.inference_mode() they could not be used outside of it afterwards.
@@ -97,7 +99,10 @@ class BatchPlan:
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors; matrices share theirs."""
-        return sum(each.numel() * each.element_size() for each in (self.offsets, self.columns, *self.values.values()))
+        tensors = [self.offsets, self.columns, *self.values.values()]
+        if self.base_weight is not None:
+            tensors.append(self.base_weight)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 class MixedBatchCache:
@@ -226,6 +231,12 @@ def _check_layer(layer: MaskedLinear, adapter_names: Sequence[str]) -> None:
     if layer.merged:
         merged = ", ".join(layer.merged_adapters)
         raise UserError(f"adapter_names needs the base weights, and {merged} is merged: call model.unmerge_adapter()")
+    if layer.weight.device.type == "meta" or hasattr(layer.weight, "full_tensor"):
+        place = "offloaded" if layer.weight.device.type == "meta" else "sharded"
+        raise UserError(
+            f"adapter_names reads the base weights, and those of {layer.module_name} are {place}: load it whole, "
+            "on one device"
+        )
     for name in adapter_names:
         config = layer.mask_configs[name]
         if config.removed_value == "base":
@@ -263,14 +274,26 @@ def mixed_batch_forward(layer: MaskedLinear, x: Tensor, adapter_names: Sequence[
         **kwargs: Passed on to the base layer.
     """
     check_rows(x, adapter_names)
-    y = layer.base_layer(x, *args, **kwargs)
     plan = _current_plan(layer, adapter_names)
     if plan is None:
-        return y
+        return layer.base_layer(x, *args, **kwargs)
     rows = plan.rows
+    x_rows = x if rows is None else x[rows]
+    if plan.base_weight is None:
+        y = layer.base_layer(x, *args, **kwargs)
+    else:
+        # A quantised layer may compute otherwise than with its dequantised weight (int8 rounds x too), from which a
+        # mask alone removes.
+        bias = None if layer.bias is None else layer.bias.to(plan.base_weight.dtype)
+        y_rows = F.linear(x_rows, plan.base_weight, bias)
+        if rows is None:
+            y = y_rows
+        else:
+            y = layer.base_layer(x, *args, **kwargs)
+            y.index_copy_(0, rows, y_rows.to(y.dtype))
+
     # Under autocast the base layer has rounded x and W; the correction has to start from the same numbers.
-    x_rows = (x if rows is None else x[rows]).to(y.dtype)
-    correction = _correction(plan, x_rows, num_outputs=y.shape[-1])
+    correction = _correction(plan, x_rows.to(y.dtype), num_outputs=y.shape[-1])
     # In place, as PEFT's LoRA adds: the base layer's output is fresh, and no backward pass needs it.
     if rows is None:
         return y.sub_(correction)
@@ -352,6 +375,7 @@ def _make_plan(layer: MaskedLinear, names: Sequence[str], masks: dict[str, objec
         offsets=torch.cat(offsets),
         columns=torch.cat(columns),
         values={weight.dtype: torch.cat(values)},
+        base_weight=None if layer.quantization_backend is None else weight,
     )
 
 
