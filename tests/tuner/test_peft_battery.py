@@ -50,6 +50,17 @@ MODELS = [
     ("MLP, two layers", "MLP", {"target_modules": ["lin0", "lin1"], "sparsity": 0.3}),
     ("MLP, a layer beside", "MLP", {"target_modules": ["lin0"], "modules_to_save": ["lin1"], "sparsity": 0.3}),
     ("MLP, logits", "MLP", {"target_modules": ["lin0"], "selection": "logit", "init_value": 0.005, "init_std": 0.01}),
+    ("MLP, price", "MLP", {"target_modules": ["lin0"], "selection": "logit", "init_value": 0.005, "price": 0.1}),
+    ("MLP, gumbel", "MLP", {"target_modules": ["lin0"], "selection": "gumbel", "init_value": 0.005}),
+    ("MLP, hard concrete", "MLP", {"target_modules": ["lin0"], "selection": "hard_concrete", "init_value": 0.005}),
+    ("MLP, threshold", "MLP", {"target_modules": ["lin0"], "selection": "threshold", "threshold": 0.01}),
+    ("MLP, signed", "MLP", {"target_modules": ["lin0"], "rank_by": "signed", "sparsity": 0.3}),
+    ("MLP, scores saved", "MLP", {"target_modules": ["lin0"], "save_scores": True, "sparsity": 0.3}),
+    (
+        "MLP, a layer excluded",
+        "MLP",
+        {"target_modules": ["lin0", "lin1"], "exclude_modules": ["lin1"], "sparsity": 0.3},
+    ),
     ("embedding and Conv1D", "EmbConv1D", {"target_modules": ["conv1d"], "sparsity": 0.3}),
 ]
 
@@ -108,7 +119,10 @@ EXPECTED = {
 OF_PROMPTS = re.compile(r"test_(prompt|prefix)_")
 # File -> the classes that are run, all if "", and how many tests at least pass.
 FILES = {
-    "test_custom_models.py": ("TestPeftCustomModel or TestMultipleActive or TestRequiresGrad", 400),
+    "test_custom_models.py": (
+        "TestPeftCustomModel or TestMultipleActive or TestRequiresGrad or TestPeftFsdpStateDict",
+        700,
+    ),
     "test_decoder_models.py": ("", 30),
     "test_encoder_decoder_models.py": ("", 20),
     "test_seq_classifier.py": ("", 10),

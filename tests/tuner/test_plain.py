@@ -137,6 +137,18 @@ def test_a_base_with_layers_on_disk_is_refused_before_its_file_is_written(tmp_pa
     assert (tmp_path / "base" / "model.safetensors").read_bytes() == content
 
 
+def test_a_partly_quantised_base_is_not_masked_in_part_in_silence():
+    class Linear3bit(nn.Linear):
+        """Of a library that nobody here knows."""
+
+    Linear3bit.__module__ = "some_library.nn"
+    base = tiny_llama(num_layers=1)
+    base.model.layers[0].mlp.up_proj = Linear3bit(32, 48)
+    with pytest.warns(UserWarning, match="quantised, or of an unknown kind, are left out: Linear3bit; the mask covers"):
+        model = get_peft_model(base, MaskConfig())
+    assert len(current_masks(model)) == 6
+
+
 def test_a_mask_with_noise_is_one_graph_and_follows_mode_and_progress():
     torch._dynamo.reset()
     model = get_peft_model(tiny_llama(num_layers=1), MaskConfig(selection="gumbel", task_type="CAUSAL_LM"))

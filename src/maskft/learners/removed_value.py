@@ -23,24 +23,19 @@ def base_values(config: MaskConfig, model: nn.Module) -> dict[str, Tensor]:
         UserError: If the other model is missing, has another architecture or the same weights, or is not the mask's.
     """
     source = str(config.removed_value_model)
-    if nn.LayerNorm(1).weight.is_meta:  # PEFT's option makes every module that is created now on meta
+    if nn.LayerNorm(1).weight.is_meta:  # PEFT's option creates every module on the meta device meanwhile
         raise UserError("removed_value='base' does not load with low_cpu_mem_usage; leave it out")
     try:
-        base = load_model(source, "auto")
+        other = load_model(source, "auto")
     except UserError as error:
         raise UserError(f"removed_value_model: {error}") from error
-    weights = {n: m.weight for n, m in sorted(model.named_modules()) if n and is_target(config, n)}
-    modules: dict[str, nn.Module] = dict(base.named_modules())
-    values = {}
-    for name, weight in weights.items():
-        found = getattr(modules.get(name), "weight", None)
-        if found is None or found.shape != weight.shape:
-            has = "no such layer" if found is None else f"shape {tuple(found.shape)}"
-            raise UserError(
-                f"removed_value_model {source!r} has another architecture: {name} is {tuple(weight.shape)} in the "
-                f"model, there {has}; name the model that was fine-tuned"
-            )
-        values[name] = found.detach().clone()
+
+    weights = {}
+    for name, module in sorted(model.named_modules()):
+        if name and is_target(config, name):
+            weights[name] = module.weight
+    values = _values_of(other, weights, source)
+
     fingerprint = weights_fingerprint(values.items())
     if config.verify_base and config.removed_value_fingerprint not in (None, fingerprint):
         raise UserError(
@@ -54,6 +49,22 @@ def base_values(config: MaskConfig, model: nn.Module) -> dict[str, Tensor]:
             "name the model before fine-tuning"
         )
     config.removed_value_fingerprint = fingerprint
+    return values
+
+
+def _values_of(other: nn.Module, weights: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Weights of the other model at the same names and of the same shapes."""
+    modules: dict[str, nn.Module] = dict(other.named_modules())
+    values = {}
+    for name, weight in weights.items():
+        found = getattr(modules.get(name), "weight", None)
+        if found is None or found.shape != weight.shape:
+            has = "no such layer" if found is None else f"shape {tuple(found.shape)}"
+            raise UserError(
+                f"removed_value_model {source!r} has another architecture: {name} is {tuple(weight.shape)} in the "
+                f"model, there {has}; name the model that was fine-tuned"
+            )
+        values[name] = found.detach().clone()
     return values
 
 

@@ -36,6 +36,7 @@ def resolve_targets(config: MaskConfig, model: nn.Module) -> None:
         config.target_modules = sorted(maskable_names(model))
         _exclude_other_layers(config, model)
         _warn_of_experts(model)
+        _warn_of_quantised(model)
     check_targets(config, model)
 
 
@@ -125,6 +126,28 @@ def _warn_of_experts(model: nn.Module) -> None:
         warnings.warn(f"experts that are no linear layers are left out: {listed(sorted(kinds))}")
 
 
+def _warn_of_quantised(model: nn.Module) -> None:
+    """Say which layers of a partly quantised model "all-linear" leaves out."""
+    kinds = set()
+    for name, module in model.named_modules():
+        is_inner = not _INNER_MODULES.isdisjoint(name.split("."))
+        is_linear = hasattr(module, "in_features") and hasattr(module, "out_features")
+        if is_inner or not is_linear or isinstance(module, BaseTunerLayer):
+            continue
+        quantized = find_quantized_weight(module)
+        if quantized is not None:
+            is_left_out = quantized.why_not(module) is not None
+        else:
+            is_left_out = not isinstance(module, nn.Linear) or _is_foreign(module)
+        if is_left_out:
+            kinds.add(type(module).__name__)
+    if kinds:
+        warnings.warn(
+            f"linear layers that are quantised, or of an unknown kind, are left out: {listed(sorted(kinds))}; the mask "
+            "covers the other layers only: load the model without quantisation to mask all"
+        )
+
+
 # Why a module cannot be masked
 
 
@@ -159,14 +182,19 @@ def _why_not_maskable(name: str, module: nn.Module, model: nn.Module) -> str | N
 def _why_not_plain(module: nn.Module) -> str | None:
     """Reason why a linear layer is not one of torch's or transformers' plain ones, or None."""
     kind = type(module).__name__
-    package = type(module).__module__.split(".")[0]
-    is_float = module.weight.is_floating_point()  # type: ignore[operator]
-    if package not in ("torch", "transformers") or not is_float:
+    if _is_foreign(module):
         return f"it is quantised, or neither torch's nor transformers' ({kind}); load the model without quantisation"
     # A subclass may compute something else. Falcon's is a linear map, written as two operations.
     if type(module).forward not in _PLAIN_FORWARDS and kind != "FalconLinear":
         return f"it is a {kind}, which computes something else than a linear map"
     return None
+
+
+def _is_foreign(module: nn.Module) -> bool:
+    """Whether a linear layer is neither torch's nor transformers', or does not hold floats."""
+    package = type(module).__module__.split(".")[0]
+    is_float = module.weight.is_floating_point()  # type: ignore[operator]
+    return package not in ("torch", "transformers") or not is_float
 
 
 def _parent_reads_weight(parent: nn.Module, leaf: str) -> bool:
