@@ -1,20 +1,26 @@
 """Figures: drawn from the arrays' own numbers, written in every format, the same each time."""
 
 import json
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from maskft_common import layout
 from maskft_lab.cli.main import main
 from maskft_lab.report import catalogue
-from maskft_lab.report.catalogue import FIGURES, draw_figures
+from maskft_lab.report.catalogue import FIGURES, draw_figures, select_figures
 from maskft_lab.report.charts import COLOURS, DARK, FORMATS, Chart, Panel, draw_panel, to_svg
 from maskft_lab.report.evidence import NotComputed, gather
 from maskft_lab.report.fig_masks import _by_sparsity
 from maskft_lab.report.methods import entries_of
 from maskft_lab.results.tables import Table
+from maskft_lab.results.words import difference_text
+
+RESULTS = Path(__file__).parents[2] / "results"
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +106,66 @@ def test_the_plane_of_the_landscape_is_that_of_the_array(finished, charts):
     assert [line.get_xydata()[0].tolist() for line in axes.lines] == array["points"]
     np.testing.assert_allclose(axes.images[0].get_array(), np.transpose(array["train"]))
     assert set(panels) == {"Loss on held-out rows", "Loss on training rows"}
+
+
+def test_the_forest_plot_shows_every_difference_with_its_interval(evidence, charts):
+    """A study without probes of earlier abilities had no picture of its result."""
+    rows = [row for row in evidence.comparison.differences if row.metric == "accuracy"]
+    panel = charts["forest"].panels[0]
+    axes = axes_of(panel)
+    assert panel.title == "accuracy on sums: difference from full (best)"
+    shown = {tuple(line.get_xdata()) for line in axes.lines if len(line.get_xdata()) == 2}
+    for row in rows:
+        ends = (100 * row.ci_low, 100 * row.ci_high)
+        assert ends in shown or "no interval" in difference_text(row)
+    names = [text.get_text() for text in axes.get_yticklabels()]
+    assert names[: len(rows)] == [row.method for row in sorted(rows, key=lambda row: -row.difference)]
+    table = charts["forest"].table.rows
+    assert [row[-2:] for row in table] == [(difference_text(r), r.verdict) for r in evidence.comparison.differences]
+
+
+def test_the_forest_plot_has_the_mask_minus_its_strongest_control():
+    evidence = gather(RESULTS / "small-products-adapters")
+    (chart,) = (chart for _, chart in draw_figures(evidence, select_figures(["forest"]))[0])
+    axes = axes_of(chart.panels[0])
+    names = [text.get_text().replace("\n", " ") for text in axes.get_yticklabels()]
+    assert names[-1] == "mask, 30 % - warm restart of full"
+    left, right = axes.get_xlim()
+    assert right - left < 60  # two of the others lose 53 and 74 points
+    assert {"← -53", "← -74.1"} <= {text.get_text() for text in axes.texts}
+
+
+def test_costs_that_are_nearly_equal_are_a_sentence():
+    evidence = gather(RESULTS / "small-products-adapters")
+    (chart,) = (chart for _, chart in draw_figures(evidence, select_figures(["fig04_09_cost"]))[0])
+    assert [panel.title.partition(" ")[0] for panel in chart.panels] == ["tokens", "training"]
+    assert chart.text.startswith("Peak memory of one process: 0.557 to 0.586 GB, nearly equal.")
+
+
+def test_two_points_a_line_are_no_curve():
+    evidence = gather(RESULTS / "smollm2-curve-banking77-kl-seeds")
+    (chart,) = (chart for _, chart in draw_figures(evidence, select_figures(["1"]))[0])
+    assert not chart.panels and not chart.legend and len(chart.table.rows) == 6
+
+
+def test_no_picture_calls_the_test_set_held_out():
+    """Held-out rows choose checkpoints; a study's test was called so in titles. A percent sign alone is no label."""
+    for name in ("demo-small", "smollm2-curve-banking77", "smollm2-curve-sums-rivals-seeds"):
+        for figure, chart in draw_figures(gather(RESULTS / name), FIGURES)[0]:
+            for panel in chart.panels:
+                axes = axes_of(panel)
+                assert "heldout" not in panel.title + axes.get_xlabel() + axes.get_ylabel(), (name, figure.key)
+                assert axes.get_ylabel() != "%"
+
+
+def test_ticks_of_bars_do_not_collide(charts):
+    for panel in charts["fig04_09_cost"].panels:
+        figure = draw_panel(panel, [])
+        FigureCanvasAgg(figure).draw()
+        (axes,) = figure.axes
+        boxes = [label.get_window_extent() for label in axes.get_xticklabels() if label.get_text()]
+        boxes = [box for box in boxes if axes.bbox.x0 - 1 <= (box.x0 + box.x1) / 2 <= axes.bbox.x1 + 1]
+        assert all(a.x1 < b.x0 for a, b in pairwise(boxes)), panel.title
 
 
 def test_a_vacuous_bound_is_a_table_and_no_picture(charts):

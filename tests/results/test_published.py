@@ -43,6 +43,16 @@ def test_a_published_study(study, monkeypatch):
         check_summary(study, results)
 
 
+@pytest.mark.parametrize("study", [study for study in STUDIES if (RESULTS / study / "table.md").is_file()])
+def test_page_and_table_of_a_folder_say_the_same(study):
+    """The page reads the summary; its verdicts were worded otherwise than those of the table beside it."""
+    (record,) = json.loads((RESULTS / study / SUMMARY).read_text(encoding="utf-8"))["models"].values()
+    table = (RESULTS / study / "table.md").read_text(encoding="utf-8")
+    of_table = [line.removeprefix("- Verdict: ") for line in table.splitlines() if line.startswith("- Verdict: ")]
+    if of_table:
+        assert [verdict["text"] for verdict in record["comparison"]["verdicts"]] == of_table
+
+
 def check_summary(study, results):
     """What is published item by item is no run, for instance, that tuning tried and did not choose."""
     summary = json.loads((RESULTS / study / SUMMARY).read_text(encoding="utf-8"))

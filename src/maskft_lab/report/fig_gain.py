@@ -45,7 +45,7 @@ class Point(NamedTuple):
     num_seeds: int = 1
     score: float | None = None  # the accuracy itself, a fraction
     rows: str = TEST  # on which it was measured: ``held-out`` of a path, of which some are chosen
-    budget: float | None = None  # of forgetting, in ``units[1]``, that its training was given
+    budget: float | None = None  # KL to the base that its training was allowed, in nats per token
 
 
 class Curve(NamedTuple):
@@ -148,7 +148,10 @@ def chart_of(curves: Sequence[Curve]) -> Chart:
     )
     entries = [Entry("not beaten on both axes", "ink", "-"), *looks.values()]
     if any(point.budget is not None for curve in curves for point in curve.points):
-        text += " A dotted line is a budget: the forgetting that training was allowed."
+        text += (
+            " A dotted line is a budget: the KL to the base, in nats per token, that training was allowed on its own "
+            "rows; points lie near it as far as the probe is like these."
+        )
         entries.append(Entry("budget", "muted", ":"))
     return Chart(text, panels, Table(columns, rows), entries, records)
 

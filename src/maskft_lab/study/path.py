@@ -249,4 +249,5 @@ def _path_point(tuned: Tuned, point: PathPoint, probe: str, base: Mapping[str, M
         "nats_forgotten": point.values[probe]["nll"] - base[probe]["nll"],
         "num_seeds": 1,
         "is_chosen": False,
+        "budget": point.trial.run.options.get("kl_budget"),
     }
