@@ -37,11 +37,10 @@ LEARNER_OPTIONS = frozenset(
     for name in "preset selection gradient price sharpness sharpness_end temperature temperature_end threshold "
     "rank_by init_scores init_std init_value".split()
 )
-# What presets set. None: as the preset says, without one as MaskConfig says, or as recommended.
+# Fields a preset may set; their default is None, "not given on the command line".
 _DECIDED = dict.fromkeys(name for preset in PRESETS.values() for name in preset)
-# Fields of MaskConfig that are options; those from save_scores on are filled in when an adapter is saved.
-_SETTINGS = list(MaskConfig.__annotations__)[: list(MaskConfig.__annotations__).index("save_scores")]
 _SPECS = {spec.name: spec for spec in fields(MaskConfig)}
+_SETTINGS = [name for name, spec in _SPECS.items() if spec.metadata.get("is_option")]
 _NAME = re.compile(r"(?!all-linear$)[\w.-]+")  # of a layer; anything else that stands alone is an expression
 
 
@@ -64,7 +63,7 @@ def _mask_argument(name: str, hint: Any) -> tuple[str, Any, Any]:
     return _argument(name), kind, option(default, text)
 
 
-# What these are without a preset, but for those that are recommended then.
+# Defaults without a preset, but for those that are recommended then.
 UNSAID = {_argument(n): _SPECS[n].default for n in _DECIDED if n not in ("sparsity", "init_scores")}
 _HINTS = get_type_hints(MaskConfig)
 MaskArguments = make_dataclass("MaskArguments", [_mask_argument(name, _HINTS[name]) for name in _SETTINGS])

@@ -25,13 +25,13 @@ from ..loss import HeldoutLoss, RowLoss, mean_nll
 from ..masks.mask_set import MaskSet
 from ..tuner import MaskProgress, set_mask_progress
 from .arguments import TrainConfig, trainer_arguments
+from .bar import TrainingProgress
 from .callbacks import KeepLast, Reference, StepGuard
 from .checkpoints import best_beside, delete_oldest, save_weights, step_of, trainable_state, written_whole
 from .launch import let_cpu_shard
 from .manifest import check_course, course_of, seal
 from .masked_start import RemovedStayZero
 from .near_base import KLRows, NearBase
-from .progress import TrainingProgress
 
 T = TypeVar("T")
 
@@ -90,11 +90,16 @@ class MaskTrainer(SFTTrainer):
         self.remove_callback(ProgressCallback)
         self.started = time.perf_counter()
 
+    # Each override below says which behaviour of transformers or TRL it changes, and why.
+
+    # accelerate falls back to DDP for FSDP without an accelerator, and says nothing.
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator, also for FSDP on CPUs."""
         let_cpu_shard()
         super().create_accelerator_and_postprocess()
 
+    # torch and transformers raise errors of several types for an optimizer or a schedule that cannot be made; users see
+    # a traceback.
     def create_optimizer(self, *args, **kwargs):
         """Create the optimizer; what torch does not take is one line."""
         return _made("optimizer", super().create_optimizer, *args, **kwargs)
@@ -103,20 +108,24 @@ class MaskTrainer(SFTTrainer):
         """Create the schedule of the learning rate; what transformers does not take is one line."""
         return _made("scheduler", super().create_scheduler, *args, **kwargs)
 
+    # TRL reports each use of a trainer, unless telemetry is off by an environment variable.
     def _send_telemetry(self) -> None:
         """Nothing of TRL's report on the machine."""
 
+    # The Trainer clips by the norm of all gradients; those of weights that stay removed are not to count in it.
     def _clip_grad_norm(self, model):
         if self.stay_zero is not None:
             self.stay_zero.clear_gradients()
         return super()._clip_grad_norm(model)
 
+    # The Trainer logs the norm and takes the step even where it is not finite: clipping by inf makes all gradients 0.
     def _get_grad_norm(self, model, grad_norm=None):
         """The norm before clipping, which the Trainer computes for its log; the guard checks it before the step."""
         norm = super()._get_grad_norm(model, grad_norm)
         self.guard.see_gradient_norm(norm)
         return norm
 
+    # TRL's loss has no term for a base model; its fused head returns no logits either.
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """TRL's loss and, in training, the term that holds the model near its base."""
         if self.near_base is None or not model.training:
@@ -132,6 +141,7 @@ class MaskTrainer(SFTTrainer):
             term = term * self.accelerator.num_processes  # as TRL's loss: DDP averages the gradients
         return (result[0] + term, result[1]) if return_outputs else result + term
 
+    # The Trainer replaces a loss that is not finite in its log (logging_nan_inf_filter), or goes on with it.
     def training_step(self, *args, **kwargs):
         """One micro-batch; its loss is checked once per optimizer step, so that a GPU is not made to wait."""
         loss = super().training_step(*args, **kwargs)
@@ -155,6 +165,7 @@ class MaskTrainer(SFTTrainer):
         with self.compute_loss_context_manager():
             return self.near_base.measure(self.accelerator.unwrap_model(self.model))
 
+    # The Trainer's evaluation loss is a mean over batches, so it depends on which rows share a batch, and on padding.
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         """Measure the held-out rows, one by one; TRL's loss would depend on which rows share a batch."""
         loss = mean_nll(self.measure_heldout())
@@ -163,6 +174,7 @@ class MaskTrainer(SFTTrainer):
             metrics[f"{metric_key_prefix}_kl"] = self.measure_kl()
         return EvalLoopOutput(None, None, metrics, len(self._heldout))
 
+    # The Trainer looks at max_steps after a step: a run resumed at its last step would take one more.
     def _run_epoch(self, *args, **kwargs):
         """Train nothing when resumed from the checkpoint of the last step; transformers would take one step more."""
         if self.state.global_step >= self.state.max_steps:
@@ -170,6 +182,8 @@ class MaskTrainer(SFTTrainer):
             return
         super()._run_epoch(*args, **kwargs)
 
+    # The Trainer takes an evaluation for the best even where no checkpoint is saved at its step, and loads another one
+    # at the end (huggingface/transformers#39560).
     def _determine_best_metric(self, metrics, trial) -> bool:
         """Whether this evaluation is the best so far, of those whose step is saved: an unsaved one cannot be kept."""
         is_saved = self.control.should_save or self.args.save_strategy == "best"
@@ -207,6 +221,8 @@ class MaskTrainer(SFTTrainer):
             if self.near_base is not None and self.near_base.budget is not None:
                 self.near_base.budget.load(kept["kl_budget"])
 
+    # The Trainer's checkpoints are not atomic (huggingface/transformers#27820), and it deletes
+    # the oldest before the newest is whole.
     def _save_checkpoint(self, model, trial) -> None:
         """Write a checkpoint whole; its manifest, which is written last, says that it is; then delete the oldest."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -234,6 +250,7 @@ class MaskTrainer(SFTTrainer):
                 content["kl_budget"] = self.near_base.budget.state()
             files.write_text(folder / layout.LOGGED, json.dumps(content) + "\n")
 
+    # Under FSDP the Trainer saves the frozen weights of an adapter's base too.
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save weights or adapter; under FSDP without the frozen weights of an adapter's base."""
         if self.is_fsdp_enabled:
@@ -241,6 +258,8 @@ class MaskTrainer(SFTTrainer):
         else:
             super().save_model(output_dir, _internal_call)
 
+    # PEFT asks the hub about the base's vocabulary at every save (huggingface/peft#1452), and safetensors writes files
+    # that only their owner can read.
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save weights, tokenizer and arguments as the Trainer does, but with :func:`save_weights`."""
         if not self.args.should_save:
@@ -251,6 +270,7 @@ class MaskTrainer(SFTTrainer):
         self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / TRAINING_ARGS_NAME)
 
+    # The Trainer warns of tied weights as of missing ones (huggingface/transformers#27972).
     def _issue_warnings_after_load(self, load_result) -> None:
         """Warn of keys that a checkpoint lacks, but not of tied weights, which are saved once.
 
@@ -262,9 +282,9 @@ class MaskTrainer(SFTTrainer):
             SimpleNamespace(missing_keys=missing, unexpected_keys=load_result.unexpected_keys)
         )
 
+    # torch takes a dummy optimizer step under FSDP to have a state to save, and counts it.
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_fsdp_enabled and not self.optimizer.state:
-            # Before the first step torch would take a step of nothing to have a state to save, and count it.
             plugin = self.accelerator.state.fsdp_plugin
             save_fsdp_model(plugin, self.accelerator, self.model, output_dir, adapter_only=True)
         else:
@@ -284,9 +304,11 @@ class MaskTrainer(SFTTrainer):
         set_mask_progress(self.model, step / self.state.max_steps)  # as MaskProgress does at an end without an error
         return f"{reason}; the best so far (step {step})"
 
+    # TRL writes a card whose lines load no mask, and which names no base that is a local folder.
     def create_model_card(self, *args, **kwargs) -> None:
         """Not TRL's, whose lines do not load a mask, nor a base that is on no hub."""
 
+    # TRL counts tokens from 0 in a resumed run, so its tokens/s would be wrong (as huggingface/transformers#40560).
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add tokens/s, peak memory and mask metrics to what TRL logs."""
         if "loss" in logs:

@@ -29,9 +29,6 @@ MIN_ROWS = 2  # of a paired interval
 NUM_RESAMPLES = 10_000
 CONFIDENCE = 0.95
 _MAX_DRAWS = 2**22  # row numbers in memory at a time
-# What an adapter that removes nothing still says: which layers it is for, and of which model.
-_PLACES = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
-_IDENTITY = ("mask_seed", "verify_base", "format_version", "base_fingerprint", "mask_sha256", "trainable_token_indices")
 
 Measure = Callable[[Sequence[Mapping[str, Any]]], list[RowLoss]]
 
@@ -187,11 +184,11 @@ def _t_quantile(degrees: int) -> float:
 def remove_nothing(model) -> None:
     """Make the adapter one that changes nothing: it removes no weight, and modules trained beside it are reset."""
     config = model.peft_config[ADAPTER]
-    own = {name for name in MaskConfig.__annotations__ if name not in (*_PLACES, *_IDENTITY)}
     for spec in fields(MaskConfig):
-        if spec.name in own:
+        if spec.metadata.get("is_of_removal"):
             setattr(config, spec.name, spec.default)
-    config.sparsity = config.sparsity_ramp = 0.0  # by the scores as they are
+    config.sparsity = 0.0
+    config.sparsity_ramp = 0.0
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
             copies = zip(module.modules_to_save[ADAPTER].parameters(), module.original_module.parameters(), strict=True)

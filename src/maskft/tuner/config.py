@@ -36,9 +36,17 @@ class MaskPeftType(str, Enum):  # noqa: UP042 - PEFT's own PeftType is (str, Enu
     MASK = "MASK"
 
 
-def _option(default: Any, text: str) -> Any:
-    """A field with its help, for Python and the command line."""
-    return field(default=default, metadata={"help": text})
+def _option(default: Any, text: str, *, is_option: bool = True, is_of_removal: bool = True) -> Any:
+    """A field.
+
+    Args:
+        default: Its default.
+        text: Its help.
+        is_option: Whether ``maskft train`` has an option for it; others are for Python, or filled in when it is saved.
+        is_of_removal: Whether it decides or describes what is removed: an adapter that removes nothing has its default.
+    """
+    metadata = {"help": text, "is_option": is_option, "is_of_removal": is_of_removal}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -56,15 +64,22 @@ class MaskConfig(PeftConfig):
         None,
         "Names (or a regular expression) of the linear layers to mask, matched as PEFT matches them. "
         "Default: every linear layer inside the decoder layers.",
+        is_of_removal=False,
     )
-    exclude_modules: list[str] | str | None = _option(None, "Names (or a regular expression) of layers not to mask.")
+    exclude_modules: list[str] | str | None = _option(
+        None, "Names (or a regular expression) of layers not to mask.", is_of_removal=False
+    )
     layers_to_transform: list[int] | int | None = _option(
-        None, "Indices of the decoder layers to mask, from 0; not with a regular expression. Default: all."
+        None,
+        "Indices of the decoder layers to mask, from 0; not with a regular expression. Default: all.",
+        is_of_removal=False,
     )
     layers_pattern: list[str] | str | None = _option(
-        None, "Name of the list of decoder layers, if it cannot be inferred, e.g. `h`."
+        None, "Name of the list of decoder layers, if it cannot be inferred, e.g. `h`.", is_of_removal=False
     )
-    modules_to_save: list[str] | None = _option(None, "Modules trained and saved in full beside the mask.")
+    modules_to_save: list[str] | None = _option(
+        None, "Modules trained and saved in full beside the mask.", is_of_removal=False
+    )
     sparsity: float = _option(0.1, "Fraction of the target weights to REMOVE, in [0, 1). 0.1 removes 10 %.")
     sparsity_ramp: float = _option(
         0.0,
@@ -112,7 +127,7 @@ class MaskConfig(PeftConfig):
         "[0, and there what keeps nearly all weights: 2 * init_std, with `gumbel` 3 / sharpness and with "
         "`hard_concrete` 3 where that is more].",
     )
-    mask_seed: int = _option(0, "Seed of the score initialisation, >= 0.")
+    mask_seed: int = _option(0, "Seed of the score initialisation, >= 0.", is_of_removal=False)
     preset: str | None = _option(
         None,
         "`paper`: topk, abs, normal(0, 0.02), sparsity 0.1. `recommended`: the same from the "
@@ -124,24 +139,43 @@ class MaskConfig(PeftConfig):
         False,
         "Also write the float32 scores into the adapter file (4 bytes per weight): to train it further. "
         "Folders named checkpoint-N hold them always; using the mask does not need them.",
+        is_option=False,
     )
-    verify_base: bool = _option(True, "Refuse to load onto base weights other than those it was trained on.")
+    verify_base: bool = _option(
+        True,
+        "Refuse to load onto base weights other than those it was trained on.",
+        is_option=False,
+        is_of_removal=False,
+    )
     # Filled in when an adapter is saved.
-    format_version: int = _option(ADAPTER_FORMAT_VERSION, "Version of the adapter file.")
-    base_fingerprint: str | None = _option(None, "sha256 of the masked base weights, rounded to bfloat16.")
+    format_version: int = _option(
+        ADAPTER_FORMAT_VERSION, "Version of the adapter file.", is_option=False, is_of_removal=False
+    )
+    base_fingerprint: str | None = _option(
+        None, "sha256 of the masked base weights, rounded to bfloat16.", is_option=False, is_of_removal=False
+    )
     base_quantisation: str | None = _option(
-        None, "How the masked base weights were stored, such as `bitsandbytes nf4`; null: as floats."
+        None,
+        "How the masked base weights were stored, such as `bitsandbytes nf4`; null: as floats.",
+        is_option=False,
+        is_of_removal=False,
     )
-    removed_value_fingerprint: str | None = _option(None, "sha256 of the same weights in `removed_value_model`.")
-    progress: float | None = _option(None, "Share of training done, in [0, 1], see `set_mask_progress`.")
-    mask_sha256: str | None = _option(None, "sha256 over the masks of all modules.")
+    removed_value_fingerprint: str | None = _option(
+        None, "sha256 of the same weights in `removed_value_model`.", is_option=False
+    )
+    progress: float | None = _option(
+        None, "Share of training done, in [0, 1], see `set_mask_progress`.", is_option=False
+    )
+    mask_sha256: str | None = _option(
+        None, "sha256 over the masks of all modules.", is_option=False, is_of_removal=False
+    )
     weights_sha256: dict[str, str] | None = _option(
-        None, "sha256 of each tensor beside the masks: modules_to_save and resized embeddings."
+        None, "sha256 of each tensor beside the masks: modules_to_save and resized embeddings.", is_option=False
     )
-    recipe: dict[str, Any] | None = _option(None, "How the mask was trained, for people to read.")
+    recipe: dict[str, Any] | None = _option(None, "How the mask was trained, for people to read.", is_option=False)
     # TRL reads this field of every PEFT config.
     trainable_token_indices: list[int] | dict[str, list[int]] | None = _option(
-        None, "Not supported by masks; present because TRL reads it."
+        None, "Not supported by masks; present because TRL reads it.", is_option=False, is_of_removal=False
     )
 
     # Attributes without an annotation are not fields: they are not saved.

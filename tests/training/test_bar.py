@@ -6,7 +6,7 @@ import re
 from rich.console import Console
 from transformers import TrainerControl, TrainerState
 
-from maskft.training.progress import TrainingProgress
+from maskft.training.bar import TrainingProgress
 from maskft.training.record import read_record
 from maskft_common import progress_bar
 
