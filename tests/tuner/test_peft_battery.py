@@ -1,7 +1,8 @@
 """PEFT's own tests over masks: the test files of its source distribution, with their lists of methods replaced by ours.
 
 Nothing of PEFT's is kept here: the files are read where they were unpacked, rewritten in memory, and run from a folder
-for the time of the test. What fails stands in ``EXPECTED`` with its reason, and nothing else may fail.
+for the time of the test. Failures that are known are in ``EXPECTED`` with their reasons, and each must say what its
+reason says; nothing else may fail.
 """
 
 from __future__ import annotations
@@ -78,42 +79,62 @@ LISTS = {
     "MIXED_ADAPTER_TEST_CASES": "[]",
 }
 
+# Why a test of PEFT's fails, and what the failure says: another message is another failure.
 STARTS = "a mask removes weights before the first step, and PEFT expects a start that changes nothing"
 CODED = "a loaded mask is its coded form: scores are read only where they were saved, in checkpoints"
+PICKLED = "masks are saved as safetensors"
 FLOAT32 = "scores stay float32 whatever the base is: in half precision they would tie at the cut"
+PROGRESS = "gates with noise depend on the share of training done, which PEFT's loops do not set"
+FSDP1 = "masks need FSDP2, whose shards are rows"
 ANOTHER = "of another method of PEFT's, not of masks"
 HUB = "loads a model or a data set from the hub"
 CLOSE = "two masks of a tiny random model differ by less than the test's tolerance"
+MESSAGES = {
+    STARTS: r"assert False|AssertionError",
+    CODED: r"KeyError: '.*mask_scores|holds a mask but not its scores|trained on other base weights|assert odict_keys"
+    r"|^AssertionError$",
+    PICKLED: r"masks are saved as safetensors",
+    FLOAT32: r"^assert False$|^AssertionError|Could not determine the dtype of this adapter",
+    PROGRESS: r"this mask depends on how far training is",
+    FSDP1: r"is not sharded as masks need it: take FSDP2",
+    ANOTHER: r"",
+    HUB: r"huggingface\.co|offline|LocalEntryNotFound|couldn't find them in the cached files",
+    CLOSE: r"assert False|AssertionError",
+}
 EXPECTED = {
-    "test_adapter_dtype_autocast": FLOAT32,
-    "test_add_adapter_no_autocast_adapter_dtype": FLOAT32,
-    "test_disable_adapters": STARTS,
-    "test_disable_adapters_with_merging": STARTS,
-    "test_loading_model_requires_grad_set_correctly": CODED,
-    "test_loading_model_with_modules_to_save_requires_grad_set_correctly": CODED,
-    "test_parameters_after_loading_model": CODED,
-    "test_save_pretrained": CODED,
-    "test_save_pretrained_pickle": CODED,
-    "test_save_pretrained_selected_adapters": CODED,
-    "test_save_pretrained_selected_adapters_pickle": CODED,
-    "test_save_load_roundtrip_direct_injection": CODED,
-    "test_merge_layers_multi": CLOSE,
-    "test_multiple_adapters_automatic_modules_to_save": HUB,
-    "test_multiple_adapters_no_needless_copy_modules_to_save": HUB,
-    "test_multiple_adapters_seq_cls_mixed_modules_to_save_merging_adapters": HUB,
-    "test_delete_adapter_multiple_adapters_with_trainable_token_indices": HUB,
-    "test_gpt2_dora_merge_and_unload": HUB,
-    "test_gpt2_dora_merge_and_unload_safe_merge": HUB,
-    "test_dora_save_and_load_remapping": HUB,
-    "test_pvera_reproducible": HUB,
-    "test_merge_and_unload_fixes_tie_word_embeddings_config": HUB,
-    "test_save_pretrained_targeting_lora_to_embedding_layer": ANOTHER,
-    "test_lora_embed_scale_is_applied": ANOTHER,
-    "test_lora_embed_scale_is_applied_mixed_batch": ANOTHER,
-    "test_lora_layer_replication": ANOTHER,
-    "test_generate_adalora_no_dropout": ANOTHER,
-    "test_active_adapters_prompt_learning": ANOTHER,
-    "test_save_shared_tensors": HUB,
+    "test_adapter_dtype_autocast": [FLOAT32],
+    "test_add_adapter_no_autocast_adapter_dtype": [FLOAT32],
+    "test_disable_adapters": [STARTS],
+    "test_disable_adapters_with_merging": [STARTS, PROGRESS],
+    "test_inference_safetensors": [PROGRESS],
+    "test_only_params_are_updated": [PROGRESS],
+    "test_training_custom_models": [PROGRESS],
+    "test_loading_model_requires_grad_set_correctly": [CODED],
+    "test_loading_model_with_modules_to_save_requires_grad_set_correctly": [CODED],
+    "test_parameters_after_loading_model": [CODED, PROGRESS],
+    "test_save_pretrained": [CODED],
+    "test_save_pretrained_pickle": [PICKLED],
+    "test_save_pretrained_selected_adapters": [CODED],
+    "test_save_pretrained_selected_adapters_pickle": [PICKLED],
+    "test_save_load_roundtrip_direct_injection": [CODED],
+    "test_save_load_roundtrip_fsdp_wrapped": [FSDP1],
+    "test_merge_layers_multi": [CLOSE],
+    "test_multiple_adapters_automatic_modules_to_save": [HUB],
+    "test_multiple_adapters_no_needless_copy_modules_to_save": [HUB],
+    "test_multiple_adapters_seq_cls_mixed_modules_to_save_merging_adapters": [HUB],
+    "test_delete_adapter_multiple_adapters_with_trainable_token_indices": [HUB],
+    "test_gpt2_dora_merge_and_unload": [HUB],
+    "test_gpt2_dora_merge_and_unload_safe_merge": [HUB],
+    "test_dora_save_and_load_remapping": [HUB],
+    "test_pvera_reproducible": [HUB],
+    "test_merge_and_unload_fixes_tie_word_embeddings_config": [HUB],
+    "test_save_pretrained_targeting_lora_to_embedding_layer": [ANOTHER],
+    "test_lora_embed_scale_is_applied": [ANOTHER],
+    "test_lora_embed_scale_is_applied_mixed_batch": [ANOTHER],
+    "test_lora_layer_replication": [ANOTHER],
+    "test_generate_adalora_no_dropout": [ANOTHER],
+    "test_active_adapters_prompt_learning": [ANOTHER],
+    "test_save_shared_tensors": [HUB],
 }
 # Prompt learning adds no weights to layers, and its tests load models of their own from the hub.
 OF_PROMPTS = re.compile(r"test_(prompt|prefix)_")
@@ -190,8 +211,23 @@ def package(tmp_path_factory):
     return package
 
 
+def failures(output: str) -> list[tuple[str, str]]:
+    """Names of the tests that failed, with the message of each, from pytest's summary."""
+    return re.findall(
+        r"^(?:FAILED|ERROR) [^:]*::(?:\w+::)?(test_\w+)(?:\[.*?\])?(?: - (.*))?$", output, flags=re.MULTILINE
+    )
+
+
+def is_expected(test: str, message: str) -> bool:
+    if OF_PROMPTS.match(test):
+        return True
+    return any(re.search(MESSAGES[reason], message) for reason in EXPECTED.get(test, ()))
+
+
 def test_only_what_has_a_reason_fails_and_every_reason_is_needed(package, capsys):
-    needed, environment = set(), {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    needed = set()
+    # Wide, so that pytest's summary does not cut the messages.
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "COLUMNS": "400"}
     for name, (chosen, least) in FILES.items():
         command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider"]
         command += [f"peft_tests/{name}", *(["-k", chosen] if chosen else [])]
@@ -201,8 +237,8 @@ def test_only_what_has_a_reason_fails_and_every_reason_is_needed(package, capsys
             print(name, *last)
         assert done.returncode in (0, 1), done.stdout[-2000:] + done.stderr[-2000:]  # 1: some failed
         assert int(re.search(r"(\d+) passed", last[0])[1]) >= least
-        failed = Counter(re.findall(r"^(?:FAILED|ERROR) .*::(test_\w+)", done.stdout, flags=re.MULTILINE))
-        unexpected = {test: n for test, n in failed.items() if test not in EXPECTED and not OF_PROMPTS.match(test)}
+        failed = failures(done.stdout)
+        unexpected = Counter((test, message) for test, message in failed if not is_expected(test, message))
         assert not unexpected, f"{unexpected}\n{last}"
-        needed |= set(failed)
+        needed |= {test for test, _ in failed}
     assert set(EXPECTED) <= needed, f"nothing fails any more: {set(EXPECTED) - needed}"
