@@ -88,9 +88,9 @@ class MaskConfig(PeftConfig):
     )
     selection: str = _option(
         "topk",
-        "`topk` removes exactly `sparsity`; `threshold` removes scores below `threshold`; `logit`, "
-        "`gumbel` (sigmoid with noise) and `hard_concrete` (noise, stretched and clipped) remove scores of 0 and "
-        "less, as many as there are; noise is drawn in training only.",
+        "`topk` removes exactly `sparsity`; `threshold` removes every weight with score < `threshold`; `logit`, "
+        "`gumbel` (sigmoid with noise) and `hard_concrete` (noise, stretched and clipped) remove every weight with "
+        "score <= 0. Noise is drawn in training only.",
     )
     gradient: Literal["straight_through", "sigmoid"] = _option(
         "straight_through",
@@ -108,24 +108,24 @@ class MaskConfig(PeftConfig):
     temperature: float = _option(4.0, "With `gumbel`: temperature at the start, > 0.")
     temperature_end: float = _option(0.05, "With `gumbel`: temperature at the end of training, reached linearly, > 0.")
     removed_value: str = _option(
-        "zero", "What a removed weight becomes: `zero`, or its value in `removed_value_model`."
+        "zero", "Value that removed weights take: `zero`, or `base`, their value in `removed_value_model`."
     )
     removed_value_model: str | None = _option(
         None, "With `removed_value` `base`: the model before fine-tuning, a folder or a hub name."
     )
-    threshold: float = _option(-0.035, "Scores below it are removed when `selection` is `threshold`.")
+    threshold: float = _option(-0.035, "With `threshold`: weights with a score below it are removed.")
     rank_by: RankBy = _option("abs", "`abs` ranks by the magnitude of a score (as published), `signed` by value.")
     init_scores: ScoreStart = _option(
         "normal",
         "Initialization of the scores: normal, constant, or ordered by magnitude or by wanda (magnitude * norm of the "
         "input, which needs training rows).",
     )
-    init_std: float = _option(0.02, "Standard deviation of the `normal` start and of those by an order, > 0.")
+    init_std: float = _option(0.02, "Standard deviation of the initial scores, > 0.")
     init_value: float | None = _option(
         None,
-        "Value of the `constant` start; with `logit`, `gumbel` and `hard_concrete` the centre of any start "
-        "[0, and there what keeps nearly all weights: 2 * init_std, with `gumbel` 3 / sharpness and with "
-        "`hard_concrete` 3 where that is more].",
+        "Value of the `constant` start; with `logit`, `gumbel` and `hard_concrete` the mean of the initial scores. "
+        "Default: 0, or a value that keeps nearly all weights if scores are cut at 0 (2 * init_std; 3 / sharpness with "
+        "`gumbel` and 3 with `hard_concrete` if that is more).",
     )
     mask_seed: int = _option(0, "Seed of the score initialisation, >= 0.", is_of_removal=False)
     preset: str | None = _option(
