@@ -7,7 +7,7 @@ SOURCES := src tests benchmarks recipes examples docs
 # Two workers of one thread: much of the time is Python starting and importing, and two of two threads would be slower.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test test-slow test-judge test-browser test-browser-if-there test-oldest fuzz bench docs quality style clean gpu
+.PHONY: demo test test-slow test-judge test-browser test-browser-if-there test-oldest fuzz mutants bench docs quality style clean gpu
 
 demo: $(VENV)/.demo
 	$(BIN)/maskft demo --output_dir runs/demo
@@ -49,6 +49,10 @@ test-oldest: $(VENV)-oldest/.test
 MINUTES ?= 10
 fuzz: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzzing.py --minutes $(MINUTES)
+
+# Mutation tests, hours for all: MODULES=maskft/masking.py runs one, of those in tests/mutants.py.
+mutants: $(VENV)/.test $(VENV)/.dev
+	$(BIN)/python tests/mutants.py $(MODULES)
 
 bench: $(VENV)/.base
 	$(BIN)/python -m benchmarks

@@ -18,9 +18,10 @@ from maskft import MaskConfig
 from maskft_common.errors import UserError
 from maskft_common.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, JOURNAL, RESULT
 from maskft_lab.cli.main import main
-from maskft_lab.evaluation import load, run
-from maskft_lab.evaluation.arguments import EvaluationArguments
-from maskft_lab.evaluation.run import evaluate_loaded
+from maskft_lab.evaluation import evaluate as run
+from maskft_lab.evaluation import load_models as load
+from maskft_lab.evaluation.evaluate import evaluate_loaded
+from maskft_lab.evaluation.evaluation_arguments import EvaluationArguments
 from tiny_tokenizer import tiny_tokenizer
 
 
@@ -270,7 +271,7 @@ import resource, sys
 import psutil
 import torch
 from maskft_lab.cli.main import main
-import maskft_lab.evaluation.run
+import maskft_lab.evaluation.evaluate
 bound = psutil.Process().memory_info().vms + 150_000_000
 resource.setrlimit(resource.RLIMIT_AS, (bound, resource.getrlimit(resource.RLIMIT_AS)[1]))
 sys.exit(main(sys.argv[1:]))

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from maskft import MaskConfig
 from maskft.masks.mask_set import MaskSet
 from maskft_lab.cli.main import main
-from maskft_lab.evaluation.arguments import EvaluationArguments
-from maskft_lab.evaluation.load import load_changes
+from maskft_lab.evaluation.evaluation_arguments import EvaluationArguments
+from maskft_lab.evaluation.load_models import load_changes
 from maskft_lab.results.schema import read_result
 
 IDS = torch.arange(5, 25)[None]

@@ -7,10 +7,10 @@ from maskft.data.arguments import DataArguments
 from maskft.loss import nll_per_item
 from maskft_common.errors import UserError
 from maskft_lab.evaluation import heldout as evaluate
-from maskft_lab.evaluation.arguments import EvaluationArguments
+from maskft_lab.evaluation.evaluation_arguments import EvaluationArguments
 from maskft_lab.evaluation.heldout import evaluate_kl, evaluate_rows, name_of_test_set
 from maskft_lab.evaluation.journal import Journal
-from maskft_lab.evaluation.load import Loaded
+from maskft_lab.evaluation.load_models import Loaded
 from maskft_lab.generation import greedy
 from tiny_tokenizer import tiny_tokenizer
 

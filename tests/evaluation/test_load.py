@@ -9,9 +9,9 @@ from peft import LoraConfig, get_peft_model
 
 import tiny
 from maskft_common.errors import UserError
-from maskft_lab.evaluation import load
-from maskft_lab.evaluation.arguments import EvaluationArguments
-from maskft_lab.evaluation.run import labelled_files
+from maskft_lab.evaluation import load_models as load
+from maskft_lab.evaluation.evaluate import labelled_files
+from maskft_lab.evaluation.evaluation_arguments import EvaluationArguments
 
 
 def _edit(file, **values):

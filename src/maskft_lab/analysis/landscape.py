@@ -15,7 +15,7 @@ from maskft.models import load_model
 from maskft_common.errors import UserError
 from maskft_common.files import digest
 
-from ..evaluation.load import weights_of
+from ..evaluation.load_models import weights_of
 from .losses import Sampling
 from .masks import masks_of
 from .records import Report, digest_folder, is_finished, no_report, pieces_of, write_record

@@ -205,7 +205,7 @@ def _curvature(args: argparse.Namespace, runs: Sequence[TrainedRun]) -> Analysis
 
 def _sampling(args: argparse.Namespace) -> Sampling:
     from ..analysis.losses import Sampling
-    from ..evaluation.load import check_device
+    from ..evaluation.load_models import check_device
 
     if args.device.startswith("mps"):
         raise UserError(f"--device is {args.device!r}, which has no float64 to sum losses in; name cpu or cuda")

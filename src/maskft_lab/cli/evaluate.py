@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 from maskft_common.errors import UserError
 from maskft_common.layout import JOURNAL
 
-from ..evaluation.arguments import AND, HELDOUT, EvaluationArguments
+from ..evaluation.evaluation_arguments import AND, HELDOUT, EvaluationArguments
 from . import early
 
 if TYPE_CHECKING:
     from maskft.data.arguments import DataArguments
 
-    from ..evaluation.load import Loaded
+    from ..evaluation.load_models import Loaded
 
 # Options that decide which model is loaded, and how.
 _OF_MODELS = "model_name_or_path model_revision adapter change scale dtype device chat_template_path".split()
@@ -96,8 +96,14 @@ def _prepared(options: EvaluationArguments, data: DataArguments, is_alone: bool)
         is_alone: Whether the command has no other evaluation.
     """
     from ..evaluation.command_line import load_all_tasks
+    from ..evaluation.evaluate import (
+        check_same_evaluation,
+        evaluate_loaded,
+        finished_result,
+        labelled_files,
+        settings_of,
+    )
     from ..evaluation.heldout import heldout_rows, name_of_test_set
-    from ..evaluation.run import check_same_evaluation, evaluate_loaded, finished_result, labelled_files, settings_of
 
     base = options.model_name_or_path or "base"
     folders = options.change or options.adapter or [early.NONE]
@@ -148,7 +154,7 @@ def _models(evaluations: Sequence[EvaluationArguments]) -> Iterator[Loaded]:
     """The models of evaluations that name the same, each loaded when it is asked for."""
     from maskft_common.memory import keep_freed_memory
 
-    from ..evaluation.load import load_changes, load_each
+    from ..evaluation.load_models import load_changes, load_each
 
     options = evaluations[0]
     generates_nothing = all(each.no_generate and each.task_names == [HELDOUT] for each in evaluations)

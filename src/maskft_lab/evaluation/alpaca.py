@@ -20,11 +20,11 @@ from maskft_common.errors import UserError, first_line, install_hint
 
 from ..generation.greedy import Bounds
 from ..results.schema import data_sha256, metric_from_items
-from .arguments import ALPACA_EVAL, EvaluationArguments
 from .benchmarks import asking_hub
+from .evaluation_arguments import ALPACA_EVAL, EvaluationArguments
 from .heldout import task_record
 from .journal import Journal, generated
-from .load import Loaded
+from .load_models import Loaded
 
 TASK_VERSION = 2
 HUB_DATASET, HUB_FILE = "tatsu-lab/alpaca_eval", "alpaca_eval_gpt4_baseline.json"

@@ -9,7 +9,7 @@ from maskft_common.command_line import OneLineParser, add_options, read_options
 from maskft_common.errors import UserError
 from maskft_common.layout import holds_adapter
 
-from .arguments import ALPACA_EVAL, HELDOUT, NOT_OF_HELDOUT_DATA, EvaluationArguments
+from .evaluation_arguments import ALPACA_EVAL, HELDOUT, NOT_OF_HELDOUT_DATA, EvaluationArguments
 
 NONE = "none"  # in the place of an adapter: the model itself
 

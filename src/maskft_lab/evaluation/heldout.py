@@ -23,9 +23,9 @@ from maskft_common.files import digest
 
 from ..generation.greedy import Bounds, check_context, memory_bound_rows
 from ..results.schema import build_task, data_sha256, items_fingerprint, metric_from_items
-from .arguments import EvaluationArguments
+from .evaluation_arguments import EvaluationArguments
 from .journal import Journal, generated, resumed
-from .load import Loaded
+from .load_models import Loaded
 
 TASK_VERSION = 1
 MAX_QUESTION = 500  # characters

@@ -25,8 +25,8 @@ from maskft_common.progress_bar import Progress
 from ..results.schema import build_task, data_sha256, items_fingerprint, metric_from_items
 from ..results.statistics import weighted_mean
 from ..sandbox.sandbox import check_allowed, run_many
-from .arguments import ALPACA_EVAL, HELDOUT
 from .benchmarks import BENCHMARKS, Benchmark, load_docs, without_nltk_downloads
+from .evaluation_arguments import ALPACA_EVAL, HELDOUT
 from .heldout import chat_template_hash
 
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}  # lm-eval's defaults

@@ -15,7 +15,7 @@ from maskft_common.files import read_json, read_text
 
 from ..analysis.records import read_record
 from ..analysis.runs import MASK, PUBLISHED_SUMMARY, TrainedRun, plain_name, read_study
-from ..evaluation.arguments import HELDOUT
+from ..evaluation.evaluation_arguments import HELDOUT
 from ..results.compare import compare
 from ..results.comparison import Comparison, Settings
 from ..results.schema import Result

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from matplotlib.axes import Axes
 
 from ..analysis.runs import plain_name
-from ..evaluation.arguments import HELDOUT
+from ..evaluation.evaluation_arguments import HELDOUT
 from ..results.comparison import NOT_DISTINGUISHABLE, Comparison, Difference
 from ..results.schema import BEFORE
 from ..results.tables import Table

@@ -20,7 +20,7 @@ from maskft_common import files, layout
 from maskft_common.environment import environment
 from maskft_common.errors import NOT_UPDATED, UserError
 
-from ..evaluation.arguments import AND, HELDOUT
+from ..evaluation.evaluation_arguments import AND, HELDOUT
 from ..results.schema import BEFORE, Result, read_result, write_result
 from .accounts import build_record, study_block, training_block
 from .damage import is_whole_result, written_files

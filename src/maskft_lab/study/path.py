@@ -19,7 +19,7 @@ from maskft.data.arguments import DataArguments
 from maskft.training.method_arguments import UNTRAINED_METHODS
 from maskft_common import layout
 
-from ..evaluation.arguments import HELDOUT, NOT_OF_HELDOUT_DATA
+from ..evaluation.evaluation_arguments import HELDOUT, NOT_OF_HELDOUT_DATA
 from ..results.comparison import Comparison
 from ..results.gains import gains_of
 from ..results.schema import BEFORE, Result, read_result

@@ -16,10 +16,11 @@ from maskft_common.errors import UserError, printable
 
 from ..results.schema import Result, build_result, read_result, write_result
 from .alpaca import alpaca_settings, evaluate_alpaca
-from .arguments import ALPACA_EVAL, HELDOUT, EvaluationArguments
+from .evaluation_arguments import ALPACA_EVAL, HELDOUT, EvaluationArguments
 from .heldout import chat_template_hash, evaluate_kl, evaluate_rows
 from .journal import Journal, Resuming
-from .load import Loaded, facts_of
+from .load_models import Loaded
+from .model_facts import facts_of
 from .tasks import check_chat_template, run_task, task_data_sha256
 
 # Settings that leave every answer as it is, up to rounding, or are kept with each; a killed run may resume with others.

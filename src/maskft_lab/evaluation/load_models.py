@@ -1,39 +1,37 @@
-"""Load what is to be evaluated: a model, or a model with an adapter over it."""
+"""Load the models to evaluate: a model, adapters over it, or parts of a change to it."""
 
 from __future__ import annotations
 
 import gc
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from safetensors.torch import load_file
 
-from maskft.data.tokenizing import tokenizer_rules
 from maskft.masks.codec import encode_mask, is_of_mask
-from maskft.masks.mask_set import MaskSet, read_config
+from maskft.masks.mask_set import MaskSet
 from maskft.masks.merge import adapter_tokenizer, one_line
-from maskft.models import base_of, check_model_source, check_tokenizer_fits, load_model, load_tokenizer
+from maskft.models import check_model_source, check_tokenizer_fits, load_model, load_tokenizer
 from maskft.training.method_arguments import MASK_METHODS
 from maskft.weights import lerp
 from maskft_common.errors import UserError, first_line
-from maskft_common.files import digest, digest_tensors, read_json
-from maskft_common.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINING, holds_adapter, no_adapter
+from maskft_common.files import digest_tensors
+from maskft_common.layout import ADAPTER_WEIGHTS, holds_adapter
 
-from .arguments import EvaluationArguments
-
-NO_ADAPTER = "none"  # the name under which the base model itself is evaluated among adapters
-# Fields of an adapter_config.json that change no output: where the base was, how it was trained, who wrote it.
-_CHANGE_NO_OUTPUT_OF_ADAPTER = (
-    *("base_model_name_or_path", "recipe", "inference_mode", "peft_version", "revision"),
-    "base_quantisation",
+from .evaluation_arguments import EvaluationArguments
+from .model_facts import (
+    NO_ADAPTER,
+    adapter_sha256,
+    base_and_revision,
+    config_sha256,
+    facts_of,
+    model_fingerprint,
+    portable_name,
 )
-# And of a model's configuration, as do keys that begin with an underscore; the dtype is a setting of the evaluation.
-_CHANGE_NO_OUTPUT_OF_MODEL = ("transformers_version", "dtype", "torch_dtype", "architectures", "attn_implementation")
 
 
 @dataclass
@@ -58,27 +56,27 @@ class Loaded:
 def load_each(options: EvaluationArguments) -> Iterator[Loaded]:
     """Load a base model once, and put one adapter after another over it.
 
-    What was yielded is no longer to be used when the next is asked for: it is the same model.
+    The yielded model is modified in place by the next iteration.
 
     Raises:
         UserError: If a folder is not what it should be, or the adapters belong to different base models.
     """
     adapters = options.adapter or [NO_ADAPTER]
-    base = _Base(options, *_base(options.model_name_or_path, adapters))
+    name, revision = base_and_revision(options.model_name_or_path, adapters)
+    base = _Base(options, name, revision)
     model = base.model
     for adapter in adapters:
         if model is not base.model and model_fingerprint(model.unload()) != base.fingerprint:
             raise RuntimeError(f"unloading the adapter before {adapter!r} did not restore the base model")
-        model, facts, identity = base.model, {}, base.fingerprint
         if adapter == NO_ADAPTER:
-            facts = facts_of(base.name)
-        else:
-            with one_line(adapter, f"does not fit {base.name!r}"):
-                model = PeftModel.from_pretrained(base.model, adapter)
-            sha256 = adapter_sha256(adapter)
-            identity = f"{identity}+{sha256}"
-            facts = {"adapter": _portable(adapter), "adapter_sha256": sha256, **facts_of(adapter)}
-        yield base.loaded(model, adapter, facts, identity)
+            model = base.model
+            yield base.loaded(model, adapter, facts_of(base.name), base.fingerprint)
+            continue
+        with one_line(adapter, f"does not fit {base.name!r}"):
+            model = PeftModel.from_pretrained(base.model, adapter)
+        sha256 = adapter_sha256(adapter)
+        facts = {"adapter": portable_name(adapter), "adapter_sha256": sha256, **facts_of(adapter)}
+        yield base.loaded(model, adapter, facts, f"{base.fingerprint}+{sha256}")
 
 
 def load_changes(options: EvaluationArguments) -> Iterator[Loaded]:
@@ -105,7 +103,7 @@ def load_changes(options: EvaluationArguments) -> Iterator[Loaded]:
             model = _with_change(model, before, change, options.dtype)
             if change not in sha256_of:
                 sha256_of[change] = adapter_sha256(change) if holds_adapter(change) else _weights_sha256(model)
-            facts["adapter"] = _portable(change)
+            facts["adapter"] = portable_name(change)
             facts["adapter_sha256"] = sha256_of[change]
             facts["num_bytes"] = _stored_bytes(change, model)
             identity = f"{base.fingerprint}+{scale}*{sha256_of[change]}"
@@ -116,10 +114,17 @@ def load_changes(options: EvaluationArguments) -> Iterator[Loaded]:
 
 
 class _Base:
-    """The model that adapters and changes belong to, loaded, and what is known of it."""
+    """The model that adapters and changes belong to, loaded, with its identity.
+
+    Args:
+        options: What is evaluated, and how.
+        name: Folder or hub name of the model.
+        revision: Of a hub model, as an adapter names it; the user's own goes first.
+    """
 
     def __init__(self, options: EvaluationArguments, name: str, revision: str | None = None):
-        self.name, self.device = name, check_device(options.device)
+        self.name = name
+        self.device = check_device(options.device)
         self.revision = options.model_revision or revision or "main"
         self.template = options.chat_template_path
         self.model = load_model(name, options.dtype, revision=self.revision).eval()
@@ -128,14 +133,21 @@ class _Base:
         self.configuration = {**self.model.config.to_diff_dict(), "generation": generation}
 
     def loaded(self, model, source: str, facts: dict, identity: str, before=None) -> Loaded:
-        """``model``, which is this one with what is in the folder ``source``."""
-        tokenizer = (
-            load_tokenizer(self.name, self.template, revision=self.revision)
-            if source == NO_ADAPTER
-            else adapter_tokenizer(source, self.name, self.template, revision=self.revision)
-        )
+        """Complete what is known of a model.
+
+        Args:
+            model: This model, with the adapter or the change of ``source``.
+            source: Folder of the adapter or of the changed model, or ``none``.
+            facts: What is known of ``source``.
+            identity: A text that changes with the weights.
+            before: Weights of the base by name, for a change.
+        """
+        if source == NO_ADAPTER:
+            tokenizer = load_tokenizer(self.name, self.template, revision=self.revision)
+        else:
+            tokenizer = adapter_tokenizer(source, self.name, self.template, revision=self.revision)
         check_tokenizer_fits(model, tokenizer)
-        facts = {"name_or_path": _portable(self.name), "fingerprint": self.fingerprint} | facts
+        facts = {"name_or_path": portable_name(self.name), "fingerprint": self.fingerprint} | facts
         facts["config_sha256"] = config_sha256(self.configuration, tokenizer)
         return Loaded(model.to(self.device).eval(), tokenizer, facts, identity, before)
 
@@ -184,9 +196,11 @@ def _stored_bytes(change: str, model) -> int:
     if not holds_adapter(change):
         return sum(2 * parameter.numel() for parameter in model.parameters())
     tensors = load_file(Path(change) / ADAPTER_WEIGHTS)
-    if facts_of(change)["method"] in MASK_METHODS:  # without scores; modules trained beside the mask count
+    if facts_of(change)["method"] in MASK_METHODS:
+        # Without scores, which only further training needs; modules trained beside the mask count.
         tensors = {name: tensor for name, tensor in tensors.items() if not is_of_mask(name)}
-        tensors |= {name: encode_mask(mask) for name, mask in MaskSet.from_adapter(change).items()}
+        for name, mask in MaskSet.from_adapter(change).items():
+            tensors[name] = encode_mask(mask)
     return sum(t.numel() * 2 if t.is_floating_point() else t.nbytes for t in tensors.values())
 
 
@@ -211,97 +225,3 @@ def check_device(device: str | None) -> str:
             f"device {device!r} cannot be used ({first_line(error)}); name another: cpu, cuda, cuda:1, mps"
         ) from None
     return device
-
-
-# Identities
-
-
-def model_fingerprint(model) -> str:
-    """sha256 over the names, dtypes, shapes and bytes of all weights."""
-    weights = sorted(model.state_dict().items())
-    return digest_tensors((f"{name} {tensor.dtype} {tuple(tensor.shape)}", tensor) for name, tensor in weights)
-
-
-def config_sha256(configuration: Mapping, tokenizer) -> str:
-    """sha256 over what changes outputs in a model's configuration and in its tokenizer, chat template apart."""
-    return digest({"configuration": _without_unused(configuration), **tokenizer_rules(tokenizer)})
-
-
-def _without_unused(value):
-    """A configuration without the keys that change no output, at every depth."""
-    if not isinstance(value, Mapping):
-        return value
-    kept = {str(key): _without_unused(each) for key, each in value.items()}
-    return {k: each for k, each in kept.items() if k not in _CHANGE_NO_OUTPUT_OF_MODEL and not k.startswith("_")}
-
-
-def adapter_sha256(folder: str) -> str:
-    """sha256 over an adapter's weights and what its ``adapter_config.json`` says about their use."""
-    config = read_json(Path(folder) / ADAPTER_CONFIG)
-    used = {
-        # PEFT writes sets, target_modules for one, in no fixed order.
-        key: sorted(value, key=str) if isinstance(value, list) else value
-        for key, value in config.items()
-        if key not in _CHANGE_NO_OUTPUT_OF_ADAPTER
-    }
-    weights = b"".join(file.read_bytes() for file in sorted(Path(folder).glob("adapter_model.*")))
-    return digest(json.dumps(used, sort_keys=True).encode() + weights)
-
-
-# What folders say
-
-
-def _base(name: str | None, adapters: Sequence[str]) -> tuple[str, str | None]:
-    """The base model, and the revision of it that the adapters were trained on, where they say one.
-
-    Raises:
-        UserError: If a folder is not what it should be, or the adapters belong to different models or revisions.
-    """
-    configs = {adapter: _peft_config(adapter) for adapter in adapters if adapter != NO_ADAPTER}
-    named = {
-        adapter: base_of(adapter, config.base_model_name_or_path) if config.base_model_name_or_path else None
-        for adapter, config in configs.items()
-    }
-    if name is None and len(set(named.values())) == 1:
-        [name] = set(named.values())
-    if name is None:
-        shown = ", ".join(f"{Path(adapter).name}: {base}" for adapter, base in named.items()) or "there are none"
-        raise UserError(f"the adapters do not name one base model ({shown}); pass --model_name_or_path")
-    check_model_source(name)
-    revisions = {config.revision for adapter, config in configs.items() if named[adapter] == name}
-    if len(revisions) > 1:
-        raise UserError(f"the adapters belong to different revisions of {name!r}; evaluate them one by one")
-    return name, next(iter(revisions), None)
-
-
-def _peft_config(adapter: str) -> PeftConfig:
-    if not holds_adapter(adapter):
-        raise no_adapter(adapter)
-    with one_line(adapter, "has no adapter_config.json that PEFT can read"):
-        config = PeftConfig.from_pretrained(adapter)
-    if not isinstance(config.base_model_name_or_path, str | None):
-        raise UserError(f"{adapter!r}: base_model_name_or_path is {config.base_model_name_or_path!r}; write a name")
-    return config
-
-
-def facts_of(source: str) -> dict:
-    """What the folder of a model or an adapter says of its training: method and seed, and of a mask its fingerprint.
-
-    A folder from elsewhere, whose ``training.json`` is no such file, says nothing.
-    """
-    kind = _peft_config(source).peft_type if holds_adapter(source) else None
-    kind = kind and str(getattr(kind, "value", kind))
-    if kind == "MASK":
-        config = read_config(source)
-        facts = {"method": config.recipe.get("method", "mask"), "seed": config.recipe.get("seed")}
-        return {"mask_fingerprint": config.mask_sha256, **facts}
-    file = Path(source) / TRAINING
-    content = read_json(file) if file.is_file() else None
-    recipe = content.get("recipe") if isinstance(content, dict) else None
-    facts = {key: recipe.get(key) for key in ("method", "seed")} if isinstance(recipe, dict) else {}
-    return {"method": kind.lower(), **facts} if kind else facts
-
-
-def _portable(name: str) -> str:
-    """A result file is shared: a folder is named by its last component, a hub model in full."""
-    return Path(name).name if Path(name).exists() else name

@@ -1,0 +1,152 @@
+"""What identifies a model or an adapter, and what its folder says of its training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig
+
+from maskft.data.tokenizing import tokenizer_rules
+from maskft.masks.mask_set import read_config
+from maskft.masks.merge import one_line
+from maskft.models import base_of, check_model_source
+from maskft_common.errors import UserError
+from maskft_common.files import digest, digest_tensors, read_json
+from maskft_common.layout import ADAPTER_CONFIG, TRAINING, holds_adapter, no_adapter
+
+NO_ADAPTER = "none"  # the name under which the base model itself is evaluated among adapters
+
+# Fields of an adapter_config.json that change no output: where the base was, how it was trained, who wrote it.
+_CHANGE_NO_OUTPUT_OF_ADAPTER = (
+    "base_model_name_or_path",
+    "base_quantisation",
+    "inference_mode",
+    "peft_version",
+    "recipe",
+    "revision",
+)
+# The same of a model's configuration, besides keys that begin with an underscore. The dtype is a setting of the
+# evaluation.
+_CHANGE_NO_OUTPUT_OF_MODEL = (
+    "architectures",
+    "attn_implementation",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+)
+
+
+# Digests
+
+
+def model_fingerprint(model) -> str:
+    """sha256 over the names, dtypes, shapes and bytes of all weights."""
+    weights = sorted(model.state_dict().items())
+    return digest_tensors((f"{name} {tensor.dtype} {tuple(tensor.shape)}", tensor) for name, tensor in weights)
+
+
+def config_sha256(configuration: Mapping, tokenizer) -> str:
+    """sha256 over what changes outputs in a model's configuration and in its tokenizer, chat template apart."""
+    return digest({"configuration": _without_unused(configuration), **tokenizer_rules(tokenizer)})
+
+
+def _without_unused(value: Any) -> Any:
+    """A configuration without the keys that change no output, at every depth."""
+    if not isinstance(value, Mapping):
+        return value
+    kept = {}
+    for key, each in value.items():
+        name = str(key)
+        if name not in _CHANGE_NO_OUTPUT_OF_MODEL and not name.startswith("_"):
+            kept[name] = _without_unused(each)
+    return kept
+
+
+def adapter_sha256(folder: str) -> str:
+    """sha256 over an adapter's weights and what its ``adapter_config.json`` says about their use."""
+    config = read_json(Path(folder) / ADAPTER_CONFIG)
+    used = {}
+    for key, value in config.items():
+        if key not in _CHANGE_NO_OUTPUT_OF_ADAPTER:
+            # PEFT writes sets, such as target_modules, in no fixed order.
+            used[key] = sorted(value, key=str) if isinstance(value, list) else value
+    weights = b"".join(file.read_bytes() for file in sorted(Path(folder).glob("adapter_model.*")))
+    return digest(json.dumps(used, sort_keys=True).encode() + weights)
+
+
+# Folders
+
+
+def base_and_revision(name: str | None, adapters: Sequence[str]) -> tuple[str, str | None]:
+    """The base model of adapters, and its revision if they name one.
+
+    Args:
+        name: The base model by the user; None: the one that all adapters name.
+        adapters: Folders, or ``none``.
+
+    Raises:
+        UserError: If a folder is not what it should be, or the adapters belong to different models or revisions.
+    """
+    configs = {adapter: _peft_config(adapter) for adapter in adapters if adapter != NO_ADAPTER}
+    named: dict[str, str | None] = {}
+    for adapter, config in configs.items():
+        base = config.base_model_name_or_path
+        named[adapter] = base_of(adapter, base) if base else None
+
+    if name is None and len(set(named.values())) == 1:
+        [name] = set(named.values())
+    if name is None:
+        shown = ", ".join(f"{Path(adapter).name}: {base}" for adapter, base in named.items()) or "there are none"
+        raise UserError(f"the adapters do not name one base model ({shown}); pass --model_name_or_path")
+    check_model_source(name)
+
+    revisions = {config.revision for adapter, config in configs.items() if named[adapter] == name}
+    if len(revisions) > 1:
+        raise UserError(f"the adapters belong to different revisions of {name!r}; evaluate them one by one")
+    return name, next(iter(revisions), None)
+
+
+def _peft_config(adapter: str) -> PeftConfig:
+    if not holds_adapter(adapter):
+        raise no_adapter(adapter)
+    with one_line(adapter, "has no adapter_config.json that PEFT can read"):
+        config = PeftConfig.from_pretrained(adapter)
+    if not isinstance(config.base_model_name_or_path, str | None):
+        raise UserError(f"{adapter!r}: base_model_name_or_path is {config.base_model_name_or_path!r}; write a name")
+    return config
+
+
+def facts_of(source: str) -> dict:
+    """Method and seed of a model or an adapter as its folder says, and the fingerprint of a mask.
+
+    Nothing is said by a folder from elsewhere, whose ``training.json`` is another file.
+    """
+    kind = None
+    if holds_adapter(source):
+        peft_type = _peft_config(source).peft_type
+        kind = str(getattr(peft_type, "value", peft_type))
+    if kind == "MASK":
+        config = read_config(source)
+        return {
+            "mask_fingerprint": config.mask_sha256,
+            "method": config.recipe.get("method", "mask"),
+            "seed": config.recipe.get("seed"),
+        }
+
+    file = Path(source) / TRAINING
+    content = read_json(file) if file.is_file() else None
+    recipe = content.get("recipe") if isinstance(content, dict) else None
+    facts = {}
+    if isinstance(recipe, dict):
+        facts = {"method": recipe.get("method"), "seed": recipe.get("seed")}
+    if kind is None:
+        return facts
+    return {"method": kind.lower(), **facts}
+
+
+def portable_name(name: str) -> str:
+    """Name for a result file, which is shared: the last component of a folder, a hub model in full."""
+    return Path(name).name if Path(name).exists() else name
