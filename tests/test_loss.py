@@ -85,6 +85,7 @@ def test_padding(side, ids, mask):
     assert padded.dtype == is_token.dtype == torch.int64
     if side == "right":
         assert torch.equal(pad([[5, 6, 7], [8]], 9, "cpu")[0], padded)
+    assert pad([[], [5]], 9, "cpu", side=side)[0].tolist() == [[9], [5]], "a row may be empty"
     on_meta = pad([[5]], 9, "meta")
     assert [each.device.type for each in on_meta] == ["meta", "meta"]
 
@@ -121,6 +122,34 @@ def test_logits_are_computed_from_the_first_label_on():
         ([[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 9, 9]], [[1] * 6, [1] * 4 + [0] * 2], [2, 3, 4], False),
         ([[1, 2], [1, 9]], [[1, 1], [1, 0]], [0], False),
     ]
+
+
+def test_each_position_is_normalised_by_itself():
+    """Were it by the highest logit of all positions, exp(-300) would be 0 in float32 and the loss infinite."""
+    model = Uniform()
+    logits_TV = torch.zeros(3, 50)
+    logits_TV[0] = 300.0
+    model.forward = lambda input_ids, logits_to_keep, **_: SimpleNamespace(logits=logits_TV[logits_to_keep][None])
+    row = {"input_ids": [1, 2, 3, 0], "labels": [1, 2, 3, 0]}
+    assert nll_per_item(model, [row]) == [(pytest.approx(math.log(50)), 3)]
+
+
+def test_a_target_of_token_zero_is_token_zero():
+    model = Uniform()
+    logits_TV = torch.zeros(3, 50)
+    logits_TV[:, 0] = 5.0
+    model.forward = lambda input_ids, logits_to_keep, **_: SimpleNamespace(logits=logits_TV[logits_to_keep][None])
+    row = {"input_ids": [0, 0, 0, 0], "labels": [0, 0, 0, 0]}
+    expected = math.log(49 + math.exp(5.0)) - 5.0
+    assert nll_per_item(model, [row]) == [(pytest.approx(expected), 3)]
+
+
+def test_batches_and_padding_of_a_run_are_those_it_was_given():
+    model = Uniform()
+    rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}, {"input_ids": [4, 5], "labels": [4, 5]}]
+    HeldoutLoss(model, batch_size=1, pad_token_id=7)(rows)
+    HeldoutLoss(model, batch_size=2, pad_token_id=7)(rows)
+    assert [ids for ids, *_ in model.asked] == [[[1, 2, 3]], [[4, 5]], [[1, 2, 3], [4, 5, 7]]]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

@@ -240,7 +240,7 @@ def test_a_killed_evaluation_is_resumed(chat_base, files, tmp_path, capsys, monk
         (["--tasks", "gsm8"], "unknown task 'gsm8' (did you mean 'gsm8k'?)"),
         (["--tasks", ","], "tasks names no task"),
         (["--limit", "0"], "limit is 0; it must be at least 1"),
-        (["--limit", "3", "--tasks", "heldout"], "limit is 3 and of benchmarks"),
+        (["--limit", "3", "--tasks", "heldout"], "limit is 3, but it applies to benchmarks only"),
         (["--change", "none", "--kl", "true"], "kl is measured on held-out rows; add heldout to --tasks"),
         (["--max_length", "-1"], "max_length is -1; it must be at least 1"),
         (["--device", "gpu"], "device 'gpu' cannot be used"),

@@ -88,8 +88,8 @@ def test_part_of_a_removal_makes_weights_smaller(base, adapter):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--scale 0.5", "scale and kl are of what training has changed"),
-        ("--kl", "scale and kl are of what training has changed"),
+        ("--scale 0.5", "--scale and --kl require --change"),
+        ("--kl", "--scale and --kl require --change"),
         ("--change LORA --adapter LORA", "and no --adapter"),
         ("--change LORA --scale 0.5 1", "2 scales for 1 changes"),
         ("--change LORA --scale 1.5", "the part of a change is 0 to 1"),
@@ -110,7 +110,7 @@ def test_evaluations_joined_by_a_plus_go_on_where_they_were_stopped(base, data, 
         return f"{common} {tmp_path / folder}".split()
 
     assert main(["evaluate", *words("a"), "+", *words("a")]) == 2
-    assert "stands in two of the evaluations joined by +; give each its own" in capsys.readouterr().err
+    assert "is in two of the evaluations joined by +; give each its own" in capsys.readouterr().err
     assert main(["evaluate", *words("a")]) == 0
     assert main(["evaluate", *words("a"), "+", *words("b", 1), "+", *words("c", 2)]) == 0
     assert "already done" in capsys.readouterr().out
