@@ -3,6 +3,8 @@
 import json
 import shutil
 
+import pytest
+
 from maskft_common import files, layout
 from maskft_lab.cli.main import main
 from maskft_lab.study.damage import damage_of_result, damage_of_run
@@ -61,3 +63,16 @@ def test_what_counts_as_damage(tmp_path):
     assert damage_of_run(tmp_path) == "its run.json cannot be read"
     (tmp_path / layout.RESULT).write_text("{")
     assert "not JSON" in damage_of_result(tmp_path / layout.RESULT)
+
+
+@pytest.mark.parametrize("place", [layout.RUNS, f"{layout.RUNS}/full-s0-0123456789", f"{layout.RESULTS}/a/b"])
+def test_a_link_to_a_folder_is_not_written_through(place, base, data, tmp_path, capsys):
+    """A stranger's study could have checkpoints deleted, or a model written, wherever its links lead."""
+    elsewhere, out = tmp_path / "elsewhere", tmp_path / "out"
+    (elsewhere / "checkpoint-3").mkdir(parents=True)
+    (out / place).parent.mkdir(parents=True)
+    (out / place).symlink_to(elsewhere)
+    file = write(tmp_path, recipe(base, data, {"full": FULL}))
+    assert main(["study", str(file), "--output_dir", str(out)]) == 2
+    assert f"{str(out / place)!r} is a link to a folder" in capsys.readouterr().err
+    assert [path.name for path in elsewhere.rglob("*")] == ["checkpoint-3"]

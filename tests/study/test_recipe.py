@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 import tiny
+from maskft.training.options import parse_words
 from maskft_common.errors import UserError
 from maskft_common.files import digest_file
 from maskft_lab.cli.main import main
@@ -444,6 +445,50 @@ def test_dry_run_lists_runs_and_writes_nothing(content, tmp_path, capsys):
     assert "training left: 720 tokens, 6 min at 2 tokens/s" in out and " 4 min " in out
     content["train"]["max_train_samples"] = "12"  # in quotes it counts, too
     assert "training left: 180 tokens, " in said()
+
+
+def test_a_dry_run_tells_grid_variants_apart_and_why_it_has_no_time(content, tmp_path, capsys):
+    content |= {"grid": {"mask.mask_sparsity": [0.05, 0.1]}, "tokens_per_s": 2.0}
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    assert main(["study", str(file), "--dry_run", "--model", content["model"]]) == 0
+    out = capsys.readouterr().out
+    masks = [run for run in plan_of(content).runs if run.method.name == "mask"]
+    assert all(f"{run.id} [sparsity={run.options['mask_sparsity']}]" in out for run in masks)
+    assert "? (no time: tokens_per_s of the recipe is of its own model, not of --model)" in out
+    assert "add tokens_per_s" not in out
+
+
+def test_a_dry_run_parses_runs_that_differ_in_their_seed_once(content, tmp_path, capsys, monkeypatch):
+    """3,000 seeds were 3,000 parses of all options of maskft train, twice."""
+    parsed = []
+
+    def parse(words):
+        parsed.append(words)
+        return parse_words(words)
+
+    monkeypatch.setattr("maskft_lab.study.run_options.parse_words", parse)
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(content | {"seeds": list(range(100))}, sort_keys=False))
+    assert main(["study", str(file), "--dry_run"]) == 0
+    assert "300 runs: 300 of yours" in capsys.readouterr().out
+    assert len(parsed) == 3 + 2, "a check of each method, a cost of each that trains"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"seeds": list(range(4000))},
+            r"describes 12,000 runs \(at most 10,000\); use fewer seeds",
+        ),
+        ({"grid": {"mask.mask_sparsity": [n / 10_000 for n in range(6_000)]}}, "the recipe describes 12,001 runs"),
+        ({"seeds": [2**40]}, "seeds.0 is 1099511627776: input should be less than or equal to 4294967295"),
+    ],
+)
+def test_more_runs_or_larger_seeds_than_there_can_be(change, message, content):
+    with pytest.raises(UserError, match=message):
+        plan_of(content | change)
 
 
 def test_costs(content):

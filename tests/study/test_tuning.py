@@ -15,7 +15,6 @@ from maskft.data.splits import load_splits
 from maskft_common import layout
 from maskft_common.errors import UserError
 from maskft_lab.cli.main import main
-from maskft_lab.evaluation import command_line as evaluate
 from maskft_lab.report.methods import series_looks
 from maskft_lab.study.check import check_before_running, checked_plan
 from maskft_lab.study.load_recipe import parse_recipe
@@ -151,21 +150,21 @@ def test_copies_of_test_rows_are_not_tuned_on(content, data, tmp_path, capsys):
 def test_no_method_chooses_on_test_rows(content, chooses):
     del content["methods"]["full"]["tune"]
     content["evaluation"]["heldout"]["dataset_name"] = content["data"]["sums"]["dataset_name"]
-    check_before_running(plan_of(content), evaluate)  # full fine-tuning chooses nothing but a checkpoint
+    check_before_running(plan_of(content))  # full fine-tuning chooses nothing but a checkpoint
     content["methods"]["choosing"] = {"method": "full", "from": "full", "max_steps": 2} | chooses
     with pytest.raises(UserError, match=r"'choosing' would be (tuned|chosen) on 16 held-out rows, and evaluation"):
-        check_before_running(plan_of(content), evaluate)
+        check_before_running(plan_of(content))
     content["data"]["sums"]["eval_dataset_name"] = "openai/gsm8k"
     del content["data"]["sums"]["eval_split_size"]
     for split in ("test", "train + test[:5]"):
         content["data"]["sums"]["dataset_eval_split"] = split
         with pytest.raises(UserError, match=f"'choosing' would be .* split '{re.escape(split)}' of 'openai/gsm8k'"):
-            check_before_running(plan_of(content), evaluate)
+            check_before_running(plan_of(content))
     content["data"]["sums"] |= {"eval_dataset_name": ["nowhere.jsonl", "neither.jsonl"], "dataset_eval_split": None}
     with pytest.raises(
         UserError, match=r"data file nowhere\.jsonl does not exist"
     ):  # files, of which none is a test split
-        check_before_running(plan_of(content), evaluate)
+        check_before_running(plan_of(content))
 
 
 def odd(**method):
@@ -175,10 +174,10 @@ def odd(**method):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c["methods"]["full"].update(learning_rate=1.0), "stands both in tune and beside it"),
+        (lambda c: c["methods"]["full"].update(learning_rate=1.0), "has values in tune and one beside it"),
         (lambda c: c["methods"]["full"].update(tune=3), "full.tune is 3"),
         (lambda c: c["methods"]["full"].update(tune={"rate": [1]}), "unknown key 'rate'"),
-        (lambda c: c["methods"]["full"]["tune"].update(learning_rate=[1.0, 1.0]), "stands there twice"),
+        (lambda c: c["methods"]["full"]["tune"].update(learning_rate=[1.0, 1.0]), "duplicate value"),
         (lambda c: c["train"].update(mask_seed=7), "sets mask_seed, which seeds, "),
         (lambda c: c["train"].update(eval_strategy="no"), "tune chooses by held-out loss, and eval_strategy is no"),
         (
@@ -192,13 +191,16 @@ def odd(**method):
         (lambda c: c.update(grid={"full.learning_rate": [1.0]}), "in the method's tune too"),
         (
             lambda c: c["methods"].update(l1={"method": "l1_mask", "from": "full", "tune": {"num_candidates": [1]}}),
-            "tune is for full, peft, mask, and method is l1_mask",
+            "tune is for full, peft, mask, not for method l1_mask",
         ),
         (odd(method="full", start_mask="full"), "name a mask made from the same model"),
         (odd(method="full", start_mask="mask"), "name a mask made from the same model"),
-        (odd(method="mask", keep_mask="mask", **{"from": "full"}), "keep_mask is for full, and method is mask"),
-        (odd(method="full", keep_mask="mask", start_mask="mask", **{"from": "full"}), "one of them"),
-        (odd(method="interpolate"), "name it in `from`"),
+        (odd(method="mask", keep_mask="mask", **{"from": "full"}), "keep_mask is for full, not for method mask"),
+        (
+            odd(method="full", keep_mask="mask", start_mask="mask", **{"from": "full"}),
+            "only one of start_mask",
+        ),
+        (odd(method="interpolate"), "interpolate needs `from`"),
         (lambda c: c["evaluation"].update(before=[1]), "evaluation.before"),
         (lambda c: c["evaluation"].update(before={"x": {"dataset": "y"}}), "evaluation.before.x has an unknown"),
     ],
