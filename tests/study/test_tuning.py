@@ -17,7 +17,7 @@ from maskft_common.errors import UserError
 from maskft_lab.cli.main import main
 from maskft_lab.report.methods import series_looks
 from maskft_lab.study.check import check_before_running, checked_plan
-from maskft_lab.study.load_recipe import parse_recipe
+from maskft_lab.study.load_recipe import load_recipe, parse_recipe
 from maskft_lab.study.plan import build_plan
 from maskft_lab.study.study_run import Heldout
 
@@ -385,3 +385,30 @@ def test_earlier_abilities_are_measured_beside_the_gain(content, tmp_path, in_pr
     assert "before: sums" in table and "no evaluation.before" not in table
     (record,) = folder.glob(f"{layout.RUNS}/mixed-*/{layout.TRAINING}")
     assert len(json.loads(record.read_text())["summary"]["history"]) == 10  # fractions of the way
+
+
+def test_a_budget_for_forgetting_is_tuned(content, tmp_path, in_process):
+    """Its rows are named by their content, and found in the folder of the data."""
+    folder = tmp_path / "study"
+    (tmp_path / "data").mkdir()
+    text = tmp_path / "data" / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": f"one and {n}"}) for n in range(9)))
+    of_budget = {"kl_dataset_name": "text.jsonl", "kl_batch_size": 2, "tune": {"kl_budget": [0.05, 0.1]}}
+    content |= {"seeds": [0], "methods": {"mask": {"method": "mask", "max_steps": 2, **of_budget}}}
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(content))
+    words = ["study", str(file), "--data_dir", str(text.parent), "--output_dir", str(folder)]
+    assert main(words) == 0
+    records = [json.loads(path.read_text()) for path in folder.glob(f"{layout.RUNS}/*/{layout.RUN}")]
+    assert sorted(record["settings"]["kl_budget"] for record in records) == [0.05, 0.1]
+    assert {record["settings"]["kl_dataset_name"] for record in records} == {"text.jsonl"}
+    summary = json.loads((folder / layout.SUMMARY.format("small")).read_text())
+    (tuning,) = summary["models"]["base0"]["tuning"]
+    assert tuning["winner"]["kl_budget"] in (0.05, 0.1) and tuning["num_settings"] == 2
+
+    def ids():
+        return {run.id for run in checked_plan(load_recipe(file, text.parent)).runs}
+
+    assert ids() == {record["run"] for record in records}
+    text.write_text(text.read_text().replace("one", "two"))
+    assert not ids() & {record["run"] for record in records}

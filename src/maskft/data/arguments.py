@@ -12,6 +12,7 @@ from maskft_common.errors import UserError
 
 # The options that name data, in the order of their default splits, train and test.
 DATA_NAMES = ("dataset_name", "eval_dataset_name")
+KL_DATA = "kl_dataset_name"  # the option of training that names rows to stay near the base on
 TEMPLATE = "chat_template_path"  # the option of TRL that names a chat template
 
 

@@ -15,7 +15,7 @@ from maskft_common.errors import UserError, first_line
 from maskft_common.files import digest, digest_file, digest_now, own_file, read_json, whole_folder
 from maskft_common.schema import FileModel, read_model
 
-from .arguments import DATA_NAMES, TEMPLATE, DataArguments
+from .arguments import DATA_NAMES, KL_DATA, TEMPLATE, DataArguments
 from .mixtures import parse_mixture
 from .registry import TRAINING_SETS
 from .sources import local_file, split_of
@@ -169,6 +169,8 @@ def data_identity(options: dict[str, Any]) -> dict[str, Any]:
         # Without a set of its own the held-out data is another split of this one.
         identity = _mixture_identity(options["dataset_name"], data_dir, eval_split)
         out["dataset_eval_split"] = f"{eval_split} of {identity}"
+    if isinstance(out.get(KL_DATA), str):
+        out[KL_DATA] = _mixture_identity(out[KL_DATA], data_dir, "train")
     for key in _FILES:
         if isinstance(out.get(key), str):
             out[key] = _identity_of_path(Path(out[key]).expanduser()) or out[key]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from maskft.data.arguments import DATA_NAMES, TEMPLATE
+from maskft.data.arguments import DATA_NAMES, KL_DATA, TEMPLATE
 from maskft.data.mixtures import rename_sets
 from maskft.training.method_arguments import INTERPOLATE, PEFT, selection_of
 from maskft_common.files import is_there
@@ -111,7 +111,7 @@ def _without_folders(options: dict[str, Any]) -> dict[str, Any]:
     shown = {key: value for key, value in options.items() if key not in ("data_dir", "eval_data_dir")}
     if TEMPLATE in shown:
         shown[TEMPLATE] = Path(shown[TEMPLATE]).name
-    for key in DATA_NAMES:
+    for key in (*DATA_NAMES, KL_DATA):
         if isinstance(shown.get(key), str):
             shown[key] = rename_sets(shown[key], _without_folder)
     return shown

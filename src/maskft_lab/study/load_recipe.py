@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from maskft.data.arguments import DATA_NAMES, TEMPLATE
+from maskft.data.arguments import DATA_NAMES, KL_DATA, TEMPLATE
 from maskft.data.mixtures import rename_sets
 from maskft.data.sources import FILE_ENDINGS
 from maskft_common.errors import UserError
@@ -53,12 +53,19 @@ def parse_recipe(content: Any, data_dir: str | Path | None = None, source: str |
     recipe = read_model(Recipe, content, source)
 
     train = dict(recipe.train)
+    if KL_DATA in train:
+        train[KL_DATA] = in_data_dir({KL_DATA: train[KL_DATA]}, data_dir)[KL_DATA]
     if TEMPLATE in train:
         train[TEMPLATE] = _template_file(train[TEMPLATE], source)
 
     data = {}
     for name, part in recipe.data.items():
         data[name] = part.model_copy(update=in_data_dir(part.options, data_dir))
+    methods = {}
+    for name, method in recipe.methods.items():
+        names = {key: value for key, value in method.options.items() if key == KL_DATA}
+        found = {key: in_data_dir(names, data_dir)[key] for key in names}
+        methods[name] = method.model_copy(update=found)
 
     evaluation = recipe.evaluation
     if "tasks" in evaluation or "dataset_name" in evaluation:
@@ -70,6 +77,7 @@ def parse_recipe(content: Any, data_dir: str | Path | None = None, source: str |
     update = {
         "train": train,
         "data": data,
+        "methods": methods,
         "evaluation": evaluation,
         "before": _completed(recipe.before, evaluation, data_dir),
     }
@@ -132,7 +140,7 @@ def in_data_dir(options: Options, data_dir: str | Path | None) -> Options:
         return str(file)
 
     renamed = dict(options)
-    for key in DATA_NAMES:
+    for key in (*DATA_NAMES, KL_DATA):
         if isinstance(options.get(key), str):
             renamed[key] = rename_sets(options[key], found)
     return renamed | {"data_dir": str(data_dir)}

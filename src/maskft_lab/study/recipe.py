@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from maskft.data.arguments import DATA_NAMES, mixture_text
+from maskft.data.arguments import DATA_NAMES, KL_DATA, mixture_text
 from maskft.training.method_arguments import (
     FIXED_MASK_METHODS,
     INTERPOLATE,
@@ -36,7 +36,8 @@ _OVER_BASE = (*MASK_METHODS, PEFT)
 
 def as_text(options: dict[str, Any]) -> dict[str, Any]:
     """Options with mixtures as the command line takes them."""
-    return {key: mixture_text(value) if key in DATA_NAMES else value for key, value in options.items()}
+    names = (*DATA_NAMES, KL_DATA)
+    return {key: mixture_text(value) if key in names else value for key, value in options.items()}
 
 
 def _without_repeats(values: list) -> list:
