@@ -28,16 +28,19 @@ import numpy as np
 import torch
 
 import gguf
+import maskft_lab
 from gguf import GGMLQuantizationType
 from maskft.data.arguments import DataArguments
 from maskft.data.tokenizing import IGNORED, tokenize_example
 from maskft.loss import length_sorted_batches, pad
+from maskft.masks.mask_set import MaskSet
 from maskft.masks.merge import load_masked
 from maskft.models import load_model, load_tokenizer
 from maskft_common.layout import EMBEDDED_MODEL, TRAINING, holds_adapter
 from maskft_lab.cli.main import main as maskft
 from maskft_lab.evaluation.heldout import heldout_rows
 
+READY = Path(maskft_lab.__file__).parent / "ready" / "intents"
 TYPE = GGMLQuantizationType.Q4_0
 BLOCK = 32  # weights that share a scale
 NUM_TEST = 200
@@ -256,6 +259,33 @@ def run(data_dir: Path, work: Path, results: Path, task: str, seed: int) -> None
                 del model
 
 
+def run_ready(data_dir: Path, work: Path, results: Path) -> None:
+    """Measure the mask of intents that maskft brings, trained over float weights, on its way into four bits."""
+    bases = make_bases(work)
+    test = load_test(data_dir, "intents")
+    results.mkdir(parents=True, exist_ok=True)
+    rows = []
+
+    def add(stored: str, model, num_differ: int | None) -> None:
+        row = {"method": "ready mask", "trained_over": "float", "stored": stored, "num_differ": num_differ}
+        rows.append(row | test.measure(model))
+        print(f"ready mask, {stored}: {rows[-1]['accuracy']:.1%}, loss {rows[-1]['loss']:.4f}", flush=True)
+        content = {"task": "intents", "seed": "ready", "num_linear": num_linear, "rows": rows}
+        (results / "intents-seed-ready.json").write_text(json.dumps(content) + "\n")
+
+    masks = MaskSet.from_adapter(READY)
+    model = load_model(str(bases["float"]), "float32")
+    num_linear = sum(weight.numel() for weight in linear_weights(model).values())
+    masks.apply_(model)
+    add("as trained", model, None)
+    add("fresh scales", model, store(model, "fresh scales", {}))
+
+    # The zero codes of the mask in the base's own Q4_0: what merging with --accept_other_base does.
+    model = load_model(str(bases["Q4_0"]), "float32")
+    masks.apply_(model)
+    add("zero codes in the base's Q4_0", model, 0)
+
+
 # The table
 
 
@@ -289,6 +319,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--tasks", nargs="+", default=["intents"], choices=list(TASKS))
     parser.add_argument("--results", type=Path, default=Path("results/smollm2-exact-in-four-bits"))
+    parser.add_argument("--ready", action="store_true", help="only the mask that maskft brings; trains nothing")
     parser.add_argument("--table", type=Path, metavar="FOLDER", help="write and print the table of a folder's results")
     args = parser.parse_args()
     if args.table is not None:
@@ -298,6 +329,9 @@ def main() -> None:
         return
     if args.work is None:
         parser.error("give the folder of the inputs, and one for trained models")
+    if args.ready:
+        run_ready(args.data_dir, args.work, args.results)
+        return
     for seed in args.seeds:
         for task in args.tasks:
             run(args.data_dir, args.work, args.results, task, seed)

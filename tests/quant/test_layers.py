@@ -247,13 +247,15 @@ def test_torchao_with_quantised_activations_is_refused():
 @pytest.mark.quantised
 def test_codes_survive_what_bitsandbytes_does_in_eval_mode():
     """On CPUs with AVX-512 and bfloat16 the first forward repacks the codes."""
-    layer = bnb4_linear("nf4").eval()
+    layer = bnb4_linear("nf4", nested=True).eval()
     codes = codes_of(layer)
+    weight = storage_of(layer).dequantise()
     with torch.no_grad():
         layer(inputs())
     removed = torch.rand(NUM_OUT, NUM_IN, generator=torch.Generator().manual_seed(5)) < 0.3
     storage = storage_of(layer)
     before = storage.remove(removed)
+    assert torch.equal(storage.dequantise()[~removed], weight[~removed])
     assert torch.equal(storage_of(layer).dequantise() == 0, removed | (codes == 7))
     with torch.no_grad():
         layer(inputs())

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from ..gguf.zero_codes import FORMATS, NAMES_WITH_ZERO, read_codes, type_name, write_codes
 
+# What of a bitsandbytes QuantState its packing for the CPU replaces.
+_SCALES = ("absmax", "nested", "offset", "state2", "dtype")
 NF4_ZERO = 7
 FP4_ZERO = 0
 
@@ -83,10 +85,14 @@ class Bnb4bit(Storage):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__(layer)
         self.kind = f"bitsandbytes {layer.weight.quant_type}"
+        state = layer.weight.quant_state
+        if not getattr(state, "packing_format_for_cpu", False):
+            state.maskft_scales = {name: getattr(state, name) for name in _SCALES}
 
     @property
     def dtype(self) -> torch.dtype:
         """See :class:`Storage`."""
+        self._unpack()  # which the dtype belongs to: packed for the CPU's kernel it is bfloat16
         return self.layer.weight.quant_state.dtype
 
     def dequantise(self) -> Tensor:
@@ -119,14 +125,18 @@ class Bnb4bit(Storage):
     def _unpack(self) -> None:
         """Undo the order that the first forward in eval mode gives to codes on some CPUs.
 
-        bitsandbytes repacks for its AVX-512 kernel then (``packing_format_for_cpu``) and rounds the scales to bfloat16
-        as it does. The codes come back exactly. The plain way, writing into that order, would tie us to the kernel.
+        bitsandbytes repacks for its AVX-512 kernel then (``packing_format_for_cpu``), and rounds the scales to
+        bfloat16. The codes come back exactly, and the scales as they were before, if a mask was there before that
+        forward. The plain way, writing into that order, would tie us to the kernel.
         """
         weight: Any = self.layer.weight
         if getattr(weight.quant_state, "packing_format_for_cpu", False):
             from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
+            scales = getattr(weight.quant_state, "maskft_scales", {})
             weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
+            for name, value in scales.items():
+                setattr(weight.quant_state, name, value)
 
 
 class Bnb8bit(Storage):

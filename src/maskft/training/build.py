@@ -68,7 +68,7 @@ def load_base(args: ModelConfig, tokenizer, method: str) -> PreTrainedModel:
     """Load the base model that ``args`` names; it must have a row for every token of ``tokenizer``.
 
     Raises:
-        UserError: Also if it is a quantised one, and ``method`` is none of PEFT's.
+        UserError: Also if it is a quantised one, and ``method`` is neither a learned mask nor an adapter of PEFT's.
     """
     given = {
         "revision": args.model_revision,

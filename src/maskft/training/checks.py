@@ -139,8 +139,8 @@ def check_trackers(names: list[str]) -> None:
 
 
 def check_quantised(method: str) -> None:
-    """Refuse quantised weights but under an adapter of PEFT's."""
-    if method != PEFT:
+    """Refuse quantised weights where they would have to be trained, or are ranked and written as floats."""
+    if method not in (PEFT, "mask"):
         raise UserError(
             f"method {method} needs weights that are floats: name the unquantised model, without load_in_4bit and "
             "load_in_8bit"

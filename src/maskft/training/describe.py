@@ -31,7 +31,7 @@ def describe(model, tokenizer, data: Prepared, config: TrainConfig, console: Con
     if training.is_float32_by_machine:
         console.print("computing in float32: this CPU has no bfloat16 instructions (--bf16 true asks for it anyway)")
     if method.method == "mask":
-        targets = sum(layer.weight.numel() for layer in adapter_layers(model).values())
+        targets = sum(layer.in_features * layer.out_features for layer in adapter_layers(model).values())
         console.print(mask_line(model.peft_config[ADAPTER], targets))
         if beside := model.peft_config[ADAPTER].beside_preset:
             console.print(f"preset {model.peft_config[ADAPTER].preset}, but {beside}", markup=False, highlight=False)

@@ -78,6 +78,12 @@ class MaskTrainer(SFTTrainer):
         self.reference = Reference(self, console) if method.method == "mask" else None
         last = KeepLast(self, Path(training.output_dir) / layout.LAST) if method.keep_last else None
         callbacks = (MaskProgress(), self.near_base, self.guard, self.stay_zero, self.progress, last, self.reference)
+        # Over a base in four or eight bits TRL casts what is trained to bfloat16, in which scores would tie at the cut.
+        scores = {
+            name: parameter.data
+            for name, parameter in model.named_parameters()
+            if "mask_scores" in name and parameter.requires_grad
+        }
         super().__init__(
             model=model,
             args=trainer_arguments(training, resume_from is not None),
@@ -86,6 +92,9 @@ class MaskTrainer(SFTTrainer):
             eval_dataset=self._heldout,
             callbacks=[callback for callback in callbacks if callback is not None],
         )
+        for name, parameter in model.named_parameters():
+            if name in scores and parameter.dtype != scores[name].dtype:
+                parameter.data = scores[name].to(parameter.device)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.started = time.perf_counter()

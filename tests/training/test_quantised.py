@@ -1,0 +1,67 @@
+"""``maskft train`` over a base in four or eight bits."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from maskft import adapter_layers
+from maskft.quant.layers import storage_of
+from maskft_lab.cli.main import main
+
+from ..tiny import tiny_llama, token_ids
+from ..tiny_tokenizer import tiny_tokenizer
+
+
+@pytest.fixture
+def folder(tmp_path):
+    # bitsandbytes needs rows of whole blocks of 64 on some CPUs.
+    tiny_llama(2, 288, hidden_size=64, intermediate_size=128, head_dim=16).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    rows = [{"prompt": f"{a} + {a} =", "completion": f" {2 * a}"} for a in range(40)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def train(folder, *words):
+    return main(
+        [
+            *("train", "--model_name_or_path", str(folder / "model"), "--dataset_name", str(folder / "sums.jsonl")),
+            *("--eval_split_size", "8", "--as_chat", "false", "--max_steps", "2", "--report_to", "none"),
+            *("--bf16", "false", "--keep_worse", "true", "--output_dir", str(folder / "out"), *words),
+        ]
+    )
+
+
+@pytest.mark.quantised
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_mask_trains_over_it_and_merges_exactly(folder, bits):
+    words = ["--load_in_4bit", "true", "--bnb_4bit_quant_type", "nf4"] if bits == 4 else ["--load_in_8bit", "true"]
+    assert train(folder, "--mask_sparsity", "0.3", *words) == 0
+    config = json.loads((folder / "out" / "adapter_config.json").read_text())
+    assert config["base_quantisation"] == ("bitsandbytes nf4" if bits == 4 else "bitsandbytes int8")
+
+    how = BitsAndBytesConfig(
+        load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    base = AutoModelForCausalLM.from_pretrained(folder / "model", quantization_config=how, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, folder / "out").train()
+    layers = adapter_layers(model)
+    expected = {
+        name: storage_of(layer.base_layer).dequantise() * layer.get_mask("default") for name, layer in layers.items()
+    }
+    ids = token_ids(vocab_size=288)
+    with torch.no_grad():
+        masked_logits = model(ids).logits
+    model.merge_adapter()
+    for name, layer in layers.items():
+        assert torch.equal(storage_of(layer.base_layer).dequantise(), expected[name])
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, masked_logits, atol=1e-4, rtol=1e-3)
+
+
+def test_methods_that_write_floats_are_refused(folder, capsys):
+    assert train(folder, "--method", "full", "--load_in_4bit", "true") == 2
+    assert "method full needs weights that are floats" in capsys.readouterr().err
