@@ -67,7 +67,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         self.mask_configs: dict[str, MaskConfig] = {}
         self.removed_values: dict[str, Tensor] = {}
         self.mixed_batch = MixedBatchCache()
-        self._masker: Masker | None = None
+        self.cached_masker: Masker | None = None
         self.place: tuple[weakref.ref[nn.Module], str] | None = None
 
         self._disable_adapters = False
@@ -167,9 +167,9 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
     def masker(self) -> Masker:
         """Applies the masks: the last class in ``MASKERS`` that accepts the layer as it is now."""
         kind = next(kind for kind in reversed(MASKERS) if kind.accepts(self))
-        if type(self._masker) is not kind:
-            self._masker = kind(self)
-        return self._masker
+        if type(self.cached_masker) is not kind:
+            self.cached_masker = kind(self)
+        return self.cached_masker
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map x (..., I) to (..., O); ``adapter_names`` (one per row) is PEFT's for mixed batches."""
@@ -317,7 +317,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
             scores.data = scores.data.to(target)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_masker": None, "place": None}  # a copy finds its own
+        return {**self.__dict__, "cached_masker": None, "place": None}  # a copy finds its own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
