@@ -35,7 +35,7 @@ def test_a_base_with_nan_is_refused(kind):
     broken = torch.ones(4, 3)
     broken[2, 1] = torch.nan
     norms = [torch.ones(1, 3)] * 2
-    with pytest.raises(UserError, match=f"weights hold NaN .in matrix 2 of 2.; no {kind} of them is made"):
+    with pytest.raises(UserError, match=f"weights hold NaN or inf .in matrix 2 of 2., so {kind} cannot be made"):
         fixed_masks(kind, [torch.ones(4, 3), broken], 0.5, input_norms=norms)
 
 

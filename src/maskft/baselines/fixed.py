@@ -16,15 +16,19 @@ from ..masking import num_removed, ranking_keys
 
 @dataclass(frozen=True)
 class FixedMask:
-    """What ``maskft train --method`` names.
+    """A method that ranks weights once, before any training; ``maskft train --method`` takes its name.
 
     Attributes:
-        keys: (weight, L2 norm of each of its inputs or None, generator) -> ranking values, of which the lowest go.
-        of_inputs: Whether it looks at the inputs; weights are then compared within an output, whose scale they share.
+        keys: (weight, statistic, generator) -> ranking values in the shape of the weight; the lowest are removed. The
+            statistic is measured on training rows: None, or what one of the next two asks for.
+        of_inputs: The statistic is the L2 norm of each input of the weight; weights are then compared within an output,
+            whose scale they share.
+        of_gradients: The statistic is the gradient of the loss with respect to the weight, float32, in its shape.
     """
 
     keys: Callable[[Tensor, Tensor | None, torch.Generator], Tensor]
     of_inputs: bool = False
+    of_gradients: bool = False
 
 
 def _random(weight: Tensor, norms: Tensor | None, generator: torch.Generator) -> Tensor:
@@ -50,6 +54,7 @@ def fixed_masks(
     seed: int = 0,
     counts: Sequence[int] | None = None,
     input_norms: Sequence[Tensor] = (),
+    gradients: Sequence[Tensor] = (),
 ) -> list[Tensor]:
     """Masks of several weights; bool, True = keep.
 
@@ -61,6 +66,7 @@ def fixed_masks(
         counts: Number to remove of each matrix instead, e.g. those of a learned mask.
         input_norms: Where it looks at inputs: per weight the L2 norm of each input, shape (1, I) or, for a weight
             of shape (I, O), (I, 1).
+        gradients: Where it looks at gradients: per weight that of the loss, in its shape.
     """
     for number, weight in enumerate(weights, start=1):
         if not weight.is_meta and not bool(weight.isfinite().all()):
@@ -68,9 +74,14 @@ def fixed_masks(
                 f"the base's weights hold NaN or inf (in matrix {number} of {len(weights)}), so {kind} cannot be made; "
                 "check the base model"
             )
-    made, generator = FIXED_MASKS[kind], torch.Generator().manual_seed(seed)
-    norms = input_norms if made.of_inputs else [None] * len(weights)
-    keys = [made.keys(weight, norm, generator) for weight, norm in zip(weights, norms, strict=True)]
+    made = FIXED_MASKS[kind]
+    generator = torch.Generator().manual_seed(seed)
+    statistics: Sequence[Tensor | None] = [None] * len(weights)
+    if made.of_inputs:
+        statistics = input_norms
+    elif made.of_gradients:
+        statistics = gradients
+    keys = [made.keys(weight, seen, generator) for weight, seen in zip(weights, statistics, strict=True)]
     counts = [num_removed(key.numel(), sparsity) for key in keys] if counts is None else counts
     if made.of_inputs:
         output_dims = [int(norm.shape[0] != 1) for norm in input_norms]

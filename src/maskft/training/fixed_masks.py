@@ -13,6 +13,7 @@ from maskft_common.errors import UserError
 from maskft_common.memory import peak_memory_bytes
 
 from ..baselines.fixed import FIXED_MASKS, fixed_masks
+from ..baselines.gradients import weight_gradients
 from ..baselines.wanda import input_norms
 from ..data.prepared import Prepared
 from ..loss import mean_nll
@@ -33,7 +34,8 @@ def make_fixed_mask(
 ) -> tuple[PeftModel, TrainingSummary]:
     """Make the mask that the method of ``run`` names.
 
-    Wanda's norms are taken over the training rows; the held-out rows choose the best of several random masks.
+    Norms of inputs (Wanda) and gradients are taken over the first training rows; the held-out rows choose the best of
+    several random masks.
 
     Returns:
         The masked model and what was done.
@@ -49,13 +51,21 @@ def make_fixed_mask(
     weights = [layer.weight.detach() for layer in layers]
     counts = _counts(method.match_adapter, layers)
     norms: Sequence[Tensor] = ()
+    gradients: Sequence[Tensor] = ()
+    rows = data.train.select(range(min(method.num_calibration_samples, len(data.train))))
     if FIXED_MASKS[method.method].of_inputs:
         with masked.disable_adapter():
-            norms = input_norms(masked, layers, data.train["input_ids"][: method.num_calibration_samples])
-    measure, is_choice = heldout_loss(masked, tokenizer, training), method.num_candidates > 1
-    best, history = (0.0, config.mask_seed, list[Tensor]()), []
+            norms = input_norms(masked, layers, rows["input_ids"][:])
+    if FIXED_MASKS[method.method].of_gradients:
+        with masked.disable_adapter():
+            gradients = weight_gradients(masked, layers, rows)
+
+    measure = heldout_loss(masked, tokenizer, training)
+    is_choice = method.num_candidates > 1
+    history = []
+    best = (0.0, config.mask_seed, list[Tensor]())
     for seed in range(config.mask_seed, config.mask_seed + method.num_candidates):
-        masks = fixed_masks(method.method, weights, config.sparsity, seed, counts, norms)
+        masks = fixed_masks(method.method, weights, config.sparsity, seed, counts, norms, gradients)
         coded = [encode_mask(mask) for mask in masks]
         _set_masks(layers, coded)
         loss = mean_nll(measure(data.heldout)) if is_choice else 0.0

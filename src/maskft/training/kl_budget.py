@@ -52,7 +52,8 @@ class KLBudget:
         aim = AIM * self.budget * min(1.0, progress / _RAMP)
         error = math.log(max(self.kl, 1e-12) / aim)
         error = min(max(error, _LOWEST_ERROR), _HIGHEST_ERROR)
-        self._integral += _INTEGRAL * error
+        # What the integral takes is bounded on both sides: wound up early, it would need the rest of the run to unwind.
+        self._integral += _INTEGRAL * min(error, -_LOWEST_ERROR)
         self._integral = min(max(self._integral, -_LARGEST_LOG), _LARGEST_LOG)
         self.multiplier = self._multiplier_at(error)
 
