@@ -23,7 +23,7 @@ MODULES = {
     "maskft/masking.py": ["tests/test_masking.py"],
     "maskft/loss.py": ["tests/test_loss.py"],
     "maskft/weights.py": ["tests/test_weights.py"],
-    "maskft/data/splits.py": ["tests/data/test_data.py"],
+    "maskft/data/splits.py": ["tests/data/test_splits.py", "tests/data/test_data.py"],
     "maskft/tuner/config.py": ["tests/tuner/test_model.py"],
     "maskft/tuner/layer.py": ["tests/tuner/test_layer.py"],
     "maskft/tuner/model.py": ["tests/tuner/test_model.py"],
