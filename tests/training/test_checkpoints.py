@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import random
 import re
 import resource
@@ -372,3 +373,22 @@ def test_a_file_that_is_larger_than_a_process_may_write(train, out, finished):
     assert not (out / "checkpoint-4").exists() and damage(out / "checkpoint-2") is None
     assert train(resume_from_checkpoint="true")[0] == 0
     assert same_result(out, finished)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("trainer_state.json", b"[]", "trainer_state.json is not the state of a run"),
+        ("trainer_state.json", b"null", "trainer_state.json is not the state of a run"),
+        ("optimizer.pt", pickle.dumps(os.getcwd), "cannot be read"),
+        ("scheduler.pt", b"", "cannot be read"),
+    ],
+)
+def test_a_stranger_s_checkpoint_is_one_line(file, content, message, out, train):
+    """Its manifest is right: whoever made it sealed it."""
+    checkpoint = out / "checkpoint-4"
+    (checkpoint / file).write_bytes(content)
+    course = read_manifest(checkpoint).course
+    seal(checkpoint, course)
+    status, err = train(resume_from_checkpoint="true", max_steps=4)
+    assert status == 2 and message in err and err.count("error:") == 1 and "Traceback" not in err, err

@@ -155,7 +155,10 @@ def delete_oldest(newest: Path, best: str | None, limit: int | None) -> None:
 
 def best_beside(checkpoint: Path) -> Path | None:
     """The best checkpoint that ``checkpoint`` names, in the folder where both are now."""
-    name = files.read_json(checkpoint / TRAINER_STATE).get("best_model_checkpoint")
+    state = files.read_json(checkpoint / TRAINER_STATE)
+    name = state.get("best_model_checkpoint") if isinstance(state, dict) else state
+    if not isinstance(name, str | None) or state is None:
+        raise UserError(f"{checkpoint / TRAINER_STATE} is not the state of a run; remove {checkpoint}")
     return checkpoint.parent / Path(name).name if name else None
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from contextlib import closing
+import pickle
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -111,13 +113,26 @@ def fit(
         raise UserError(first_line(error)) from None
     failure = None
     try:
-        with closing(trainer.progress), trainer.guard.stop:
+        with closing(trainer.progress), trainer.guard.stop, _readable(resume_from):
             trainer.train(resume_from_checkpoint=resume_from)
         if resume_from is not None and step_of(Path(resume_from)) >= trainer.state.max_steps:
             console.print(f"already finished: all {trainer.state.max_steps} steps had been trained")
     except NotFiniteError as error:
         failure = trainer.back_to_best(error)
     return trainer, summarise(trainer, config.method.method), failure
+
+
+@contextmanager
+def _readable(checkpoint: str | None) -> Iterator[None]:
+    """Turn what a checkpoint raises that holds other pickles than a run writes into one line; torch runs no code of it.
+
+    Raises:
+        UserError: Names the checkpoint.
+    """
+    try:
+        yield
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise UserError(f"{checkpoint} cannot be read ({first_line(error)}); remove it and resume once more") from None
 
 
 def save(
