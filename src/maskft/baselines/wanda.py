@@ -61,11 +61,12 @@ def input_norms(model: Any, layers: Sequence[MaskedLinear], rows: Iterable[Seque
     Returns:
         One float32 tensor per layer, (1, I), or (I, 1) where the weight is stored transposed.
     """
-    squares: list[Any] = [0.0] * len(layers)
+    squares: list[Any] = [0.0] * len(layers)  # sums over all tokens seen so far, (I,); 0.0: none was seen
 
     def add(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            squares[index] = squares[index] + args[0].detach().reshape(-1, args[0].shape[-1]).float().pow(2).sum(0)
+            x_TI = args[0].detach().reshape(-1, args[0].shape[-1])
+            squares[index] = squares[index] + x_TI.float().pow(2).sum(0)
 
         return hook
 
@@ -74,7 +75,7 @@ def input_norms(model: Any, layers: Sequence[MaskedLinear], rows: Iterable[Seque
         for row in rows:
             ids = None if isinstance(row, Mapping | str) else torch.as_tensor(row, device=layers[0].weight.device)
             if ids is None or ids.dim() != 1 or ids.dtype.is_floating_point:
-                raise UserError("a calibration row is no list of token ids; give input_ids, without padding")
+                raise UserError("a calibration row is not a list of token ids; give input_ids, without padding")
             model(input_ids=ids[None], use_cache=False)
     finally:
         for hook in hooks:
@@ -82,7 +83,8 @@ def input_norms(model: Any, layers: Sequence[MaskedLinear], rows: Iterable[Seque
     idle = [layer.module_name for layer, total in zip(layers, squares, strict=True) if isinstance(total, float)]
     if idle:
         raise UserError(f"no calibration row reached {idle[0]}; leave it out of target_modules, or give more rows")
-    return [
-        total.sqrt()[:, None] if layer.is_transposed else total.sqrt()[None, :]
-        for total, layer in zip(squares, layers, strict=True)
-    ]
+    norms = []
+    for layer, total in zip(layers, squares, strict=True):
+        norms_I = total.sqrt()
+        norms.append(norms_I[:, None] if layer.is_transposed else norms_I[None, :])
+    return norms

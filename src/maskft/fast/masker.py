@@ -81,9 +81,6 @@ class FastMasker(Masker):
         y_TO = _FastLinear.apply(x_TI, weight, bias, self, list(trained), *trained.values())
         return cast(Tensor, y_TO).view(*x.shape[:-1], y_TO.shape[-1])
 
-    # A weight made inside torch.inference_mode() could not be used in training afterwards.
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The masked weight, up to date; do not write to it."""
         key = self._current_key(dtype)
@@ -183,6 +180,9 @@ class FastMasker(Masker):
             selection.is_soft(config, self.layer.training),
         )
 
+    # A weight made inside torch.inference_mode() could not be used in training afterwards.
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _compute(self, dtype: torch.dtype) -> None:
         """Write the masked weight in place."""
         layer = self.layer
