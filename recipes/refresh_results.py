@@ -2,7 +2,8 @@
 
 python recipes/refresh_results.py [results/NAME ...] [--write]
 
-For every folder with a summary whose models all have their results beside it: the comparison in ``summary.json``, the
+For every folder with a summary whose models all have their results beside it (of others, the words of verdicts alone):
+the comparison in ``summary.json``, the
 tables and sentences in ``table.md``, and those of ``against_mask*.md``, are computed again from the result files, so
 that a page, a table and ``maskft compare`` say the same. Without ``--write`` changed lines are printed alone. Verdicts
 that change ("better", "worse", "not distinguishable") are named, and their folder is left as it is.
@@ -15,6 +16,7 @@ import difflib
 import json
 import re
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from maskft_common.errors import UserError
@@ -23,6 +25,7 @@ from maskft_lab.results.compare import compare
 from maskft_lab.results.comparison import Comparison, Settings
 from maskft_lab.results.reading import read_all
 from maskft_lab.results.render import render
+from maskft_lab.results.verdict import reworded
 
 ROOT = Path(__file__).parents[1]
 LAST_LINE = re.compile(r"^- Differences are method - (?P<baseline>.+), with 95 % intervals of 10,000 .*$", re.MULTILINE)
@@ -32,7 +35,7 @@ def refreshed(folder: Path) -> dict[Path, str]:
     """Return the new text of each file of a published study.
 
     Raises:
-        UserError: If a model has no results beside the summary, or a verdict would change.
+        UserError: If there is no comparison, or a verdict would change.
     """
     summary_file = folder / "summary.json"
     summary = json.loads(summary_file.read_text(encoding="utf-8"))
@@ -43,7 +46,10 @@ def refreshed(folder: Path) -> dict[Path, str]:
     compared = {old.baseline, *old.methods}
     results = [result for result in gather(folder).results if result["name"] in compared]
     if {result["name"] for result in results} != compared:
-        raise UserError("a model has no results here")
+        # Numbers stay, words are those of this version.
+        verdicts = [replace(verdict, text=reworded(verdict)) for verdict in old.verdicts]
+        record["comparison"]["verdicts"] = [asdict(verdict) for verdict in verdicts]
+        return {summary_file: json.dumps(summary, indent=1) + "\n"}
 
     settings = Settings(old.num_resamples, old.seed, old.confidence, old.fixed_seeds)
     new = compare(results, old.baseline, settings=settings)

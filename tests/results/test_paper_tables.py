@@ -141,7 +141,7 @@ def test_a_cell_is_of_one_study():
     [
         (
             [result(name, {"gsm8k": {"accuracy": 1}}, "mask") for name in ("mask a", "mask b")],
-            r"'mask a' and 'mask b' are of one seed and both stand for MFT w/ Best FFT",
+            r"'mask a' and 'mask b' are of one seed and both belong to MFT w/ Best FFT",
         ),
         (
             [result("base", {"gsm8k": {"accuracy": 1}}, "pretrained", training={"base": f"m{n}"}) for n in range(2)],

@@ -1,6 +1,7 @@
 """The verdict on a mask: against its parent and the strongest control; and what the end of a study shows."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -9,6 +10,7 @@ from maskft_lab.results.compare import compare
 from maskft_lab.results.comparison import Comparison, Settings
 from maskft_lab.results.render import render
 from maskft_lab.results.schema import build_result, build_task, items_fingerprint, metric_from_items
+from maskft_lab.results.verdict import reworded
 from maskft_lab.results.words import sentence
 
 NUM_ITEMS, PARENT = 400, "f" * 64
@@ -161,6 +163,16 @@ def test_a_page_shows_the_loss_that_is_better():
     )
     assert "accuracy on sums" in page and "-0.5000 [-0.5000, -0.5000]" in page
     assert "more difference" not in page
+
+
+def test_a_published_verdict_is_reworded_and_keeps_numbers_doubts_and_reasons():
+    results = [*family(300, 320), *family(190, 320, seed=1)]
+    silent = with_losses([result("full", "full", 0), result("mask", "mask", 0)], mask=0.5)
+    for verdict in [*compared(results, fixed_seeds=True).verdicts, *compared(silent).verdicts]:
+        assert reworded(verdict) == verdict.text
+        conclusion = verdict.text.partition(". ")[0].split("; the mask")[-1].partition(" (by ")[0]
+        earlier = replace(verdict, text=verdict.text.replace(conclusion, "earlier words"))
+        assert reworded(earlier) == verdict.text
 
 
 def test_texts_of_a_strangers_comparison_are_printable():

@@ -1,4 +1,4 @@
-"""What a report is made from: runs, results, the comparison with its verdicts, training histories and arrays."""
+"""The evidence of a report: runs, results, the comparison with its verdicts, training histories and arrays."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class NotComputed(Exception):
 
 @dataclass
 class Evidence:
-    """All that is known of a study.
+    """The files of a study, read.
 
     Attributes:
         folder: The study's.
@@ -42,7 +42,7 @@ class Evidence:
         runs: Finished runs.
         results: All of them.
         comparison: Every model against the baseline; None where there is one model only.
-        notes: What the reader must know besides.
+        notes: Remarks for the reader.
     """
 
     folder: Path
@@ -106,10 +106,10 @@ class Evidence:
         return read_text(found) if found else None
 
     def record(self, what: str) -> dict[str, Any]:
-        """What the analysis of this name found.
+        """Return the record of the analysis of this name.
 
         Raises:
-            NotComputed: If it was not made.
+            NotComputed: If it was not computed.
             UserError: If its file is not as ``maskft analyze`` writes it.
         """
         file = self.folder / layout.ANALYSIS / f"{what}.json"
@@ -179,7 +179,10 @@ def _summary(folder: Path, study_name: str | None, base: str) -> tuple[str, dict
         hint = did_you_mean(name, summaries)
         raise UserError(f"no study in {str(folder)!r} is called {name!r}{hint}; there are {', '.join(summaries)}")
     models = summaries[name]
-    return name, models[base] if base in models else next(iter(models.values())) if len(models) == 1 else {}
+    if base in models:
+        return name, models[base]
+    # A summary of one model under another name for it, such as its folder on another machine.
+    return name, next(iter(models.values())) if len(models) == 1 else {}
 
 
 def _tuned_text(tuned: Mapping) -> str:

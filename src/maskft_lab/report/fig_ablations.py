@@ -80,13 +80,16 @@ def _lines(
     masks: Sequence[TrainedRun], runs: Sequence[TrainedRun], varied: Sequence[str], place: tuple[str, str]
 ) -> list[Line]:
     """Lines against the first of the varied settings: one for each choice of the others that has two points."""
-    setting, others = varied[0], [name for name in varied if name != varied[0]]
+    setting = varied[0]
+    others = [name for name in varied if name != setting]
     groups: dict[tuple[str, str], dict[str, list[TrainedRun]]] = {}
     for run in masks:
         start = parent.name if (parent := parent_of(run, runs)) else run.base
-        fixed, value = _key({name: run.settings.get(name) for name in others}), _key(run.settings.get(setting))
+        fixed = _key({name: run.settings.get(name) for name in others})
+        value = _key(run.settings.get(setting))
         groups.setdefault((start, fixed), {}).setdefault(value, []).append(run)
-    has_one_start, lines = len({start for start, _ in groups}) == 1, []
+    has_one_start = len({start for start, _ in groups}) == 1
+    lines = []
     for (start, fixed), points in groups.items():
         if len(points) < 2:
             continue
@@ -108,7 +111,7 @@ def ablation_chart(setting: str | None, evidence: Evidence) -> Chart:
     if not found:
         raise NotComputed(f"no two evaluated masks of this study differ in {setting or 'one other setting'} alone")
     lines = [line for each in found for line in each.lines]
-    # What is equal in all lines need not be said in each.
+    # Settings that are equal in all lines are left out of their names.
     varied = {name for line in lines for name in line.fixed if len({_key(o.fixed.get(name)) for o in lines}) > 1}
     looks = looks_in_turn(_fixed_text(line.fixed, varied) for line in lines)
     table = [

@@ -34,17 +34,21 @@ def plane_chart(evidence: Evidence) -> Chart:
     rows = [(text, *(number(float(f(plane[k]))) for f in (np.min, np.mean, np.max))) for k, text in _SPLITS.items()]
     text = (
         "Loss in nats per token over the plane that holds the three models; axes are distances of all weights "
-        "together. What lies beside the plane it does not show."
+        "together. Models beside the plane are not shown."
     )
     return Chart(text, panels, Table(("rows", "lowest", "mean", "highest"), rows), _MODELS)
 
 
 def _plane(axes: Axes, plane: Mapping[str, Any], split: str) -> None:
-    x, y, values = plane["x"], plane["y"], np.transpose(plane[split])
-    low, high = float(values.min()), float(values.max())
+    x = plane["x"]
+    y = plane["y"]
+    values = np.transpose(plane[split])
+    low = float(values.min())
+    high = float(values.max())
     # Lines of equal loss, closer where it is low: most of the height is at the edges.
     levels = low + max(high - low, 1e-6) * np.linspace(0, 1, 13) ** 2
-    half_x, half_y = (x[1] - x[0]) / 2, (y[1] - y[0]) / 2
+    half_x = (x[1] - x[0]) / 2
+    half_y = (y[1] - y[0]) / 2
     extent = (x[0] - half_x, x[-1] + half_x, y[0] - half_y, y[-1] + half_y)
     norm = PowerNorm(0.5, levels[0], levels[-1])
     image = axes.imshow(values, extent=extent, origin="lower", aspect="auto", norm=norm)

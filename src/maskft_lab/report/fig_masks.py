@@ -59,7 +59,8 @@ def mean_heads_chart(evidence: Evidence) -> Chart:
     entries = looks_in_turn(lines)
 
     def draw(axes: Axes, names: Sequence[str]) -> None:
-        middle, spread = np.mean([lines[name].mean() for name in names]), _chance(masks[names[0]])
+        middle = np.mean([lines[name].mean() for name in names])
+        spread = _chance(masks[names[0]])
         axes.axhspan(middle - 1.96 * spread, middle + 1.96 * spread, color=COLOURS["rule"], zorder=0)
         for name in names:
             entry = entries[name]
@@ -83,7 +84,8 @@ def mean_heads_chart(evidence: Evidence) -> Chart:
 
 def _with_heads(evidence: Evidence) -> dict[str, Mapping]:
     """The first learned masks in the order of the verdict, by name and seed; other masks where none is learned."""
-    masks, names = evidence.record("masks")["masks"], {run.id: f"{run.name}, seed {run.seed}" for run in evidence.runs}
+    masks = evidence.record("masks")["masks"]
+    names = {run.id: f"{run.name}, seed {run.seed}" for run in evidence.runs}
     order = [plain_name(name) for name in evidence.masks]
     learned = [run for run in evidence.runs if run.method == MASK and run.id in masks]
     learned.sort(key=lambda run: order.index(run.name) if run.name in order else len(order))

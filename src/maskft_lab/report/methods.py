@@ -8,7 +8,7 @@ from itertools import cycle, product
 
 from .charts import SERIES, Entry
 
-# As in the paper's Fig. 1, with shapes besides, so that nothing is told by colour alone.
+# As in the paper's Fig. 1, with shapes besides: no difference is shown by colour alone.
 _LOOKS = {
     "full": ("blue", "-", "o"),
     "lora": ("green", "-", "s"),
@@ -18,7 +18,8 @@ _LOOKS = {
     "wanda_mask": ("purple", "--", "h"),
     "pretrained": ("muted", ":", "x"),
 }
-_OTHERS, _MARKERS = SERIES[2:], "^vdXosDPhp*"
+_OTHERS = SERIES[2:]
+_MARKERS = "^vdXosDPhp*"
 _CONTROL = ("teal", "-.", "p")  # anything else: a restart, a part of the weights, models combined
 
 

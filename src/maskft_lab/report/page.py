@@ -16,6 +16,7 @@ from maskft_common.errors import printable
 from ..results.render import cross_domain_table, difference_table
 from ..results.scores import scores
 from ..results.tables import Table
+from ..results.verdict import reworded
 from ..results.words import sentence
 from .catalogue import FIGURES, Figure, draw_figures
 from .charts import COLOURS, DARK, Chart, to_svg
@@ -148,7 +149,8 @@ def _verdicts(evidence: Evidence) -> list[str]:
     if comparison is None:
         return ["There are no results of two models to compare, and nothing is claimed."]
     if comparison.verdicts:
-        return [verdict.text[:1].upper() + verdict.text[1:] for verdict in comparison.verdicts]
+        texts = [printable(reworded(verdict)) for verdict in comparison.verdicts]
+        return [text[:1].upper() + text[1:] for text in texts]
     found = [sentence(row) for row in comparison.differences if row.method in evidence.masks and row.is_main]
     return found or [f"No learned mask is compared with {comparison.baseline}."]
 

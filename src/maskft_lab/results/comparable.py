@@ -54,10 +54,10 @@ def group_by_name(results: Sequence[Result]) -> Groups:
 
 
 def pair_by_seed(group: list[Result], baseline_group: list[Result], fixed_seeds: bool = False) -> Paired:
-    """Return of two sets of seeds those that both have.
+    """Return the results of the seeds that both have.
 
-    A single result stands beside all seeds of the other where nothing in it was drawn: a model that was not trained, or
-    the one that all of the others start from. So does any other where seeds are fixed. Else its own seed would count as
+    A single result is paired with all seeds of the other where nothing in it was drawn: an untrained model, or
+    the one that all of the others start from. So is any other where seeds are fixed. Otherwise its seed would count as
     no source of noise: of equal methods one in ten would be told apart with three seeds, one in four with six.
 
     Raises:
@@ -66,7 +66,8 @@ def pair_by_seed(group: list[Result], baseline_group: list[Result], fixed_seeds:
     if len(group) == len(baseline_group) == 1:
         return group, baseline_group
     single, others = (group, baseline_group) if len(group) == 1 else (baseline_group, group)
-    seeds, baseline_seeds = ([result["model"]["seed"] for result in each] for each in (group, baseline_group))
+    seeds = [result["model"]["seed"] for result in group]
+    baseline_seeds = [result["model"]["seed"] for result in baseline_group]
     common = set(seeds) & set(baseline_seeds)
     if len(single) == 1 and (fixed_seeds or _is_not_drawn(single[0], others)):
         return group, baseline_group
@@ -81,9 +82,8 @@ def pair_by_seed(group: list[Result], baseline_group: list[Result], fixed_seeds:
             f"{group[0]['name']!r} has seeds {quoted(seeds)} and {baseline_group[0]['name']!r} "
             f"{quoted(baseline_seeds)}: give results of the same seeds for both"
         )
-    paired, with_baseline = (
-        [result for result in each if result["model"]["seed"] in common] for each in (group, baseline_group)
-    )
+    paired = [result for result in group if result["model"]["seed"] in common]
+    with_baseline = [result for result in baseline_group if result["model"]["seed"] in common]
     return paired, with_baseline
 
 
@@ -101,7 +101,7 @@ def is_parent(parent: Result, mask: Result) -> bool:
 
 
 def seed_notes(paired: Mapping[str, Paired], groups: Groups) -> list[str]:
-    """Say where only a part of the seeds can be paired, and where one of unknown origin stands for many seeds."""
+    """Note where only a part of the seeds can be paired, and where one result of unknown origin is paired with many."""
     notes: list[str] = []
     for name, (of_method, of_baseline) in paired.items():
         baseline = of_baseline[0]["name"]
@@ -144,7 +144,7 @@ def select(
 
 
 def check_comparable(results: Sequence[Result], tasks: Sequence[str]) -> None:
-    """Refuse results that were not measured alike, naming in one line all that differs from the first result."""
+    """Refuse results that were not measured alike, with all differences from the first result in one line."""
     problems: list[str] = []
     for task in tasks:
         first, *others = (result for result in results if task in result["tasks"])

@@ -35,7 +35,7 @@ class Sample:
 
     @property
     def diffs_SN(self) -> NDArray[np.float64]:
-        """Method - baseline; a single result stands beside all seeds of the other."""
+        """Method - baseline; a single result is paired with all seeds of the other."""
         return np.asarray(self.values_SN - self.baseline_SN)
 
     def block(self) -> Block:
@@ -148,7 +148,7 @@ def measure(paired: Paired, task: str, metric: str, is_main: bool, settings: Set
 def difference_of(
     names: tuple[str, str], measured: Measured, metric: str, higher_is_better: bool, is_main: bool
 ) -> Difference:
-    """Return a difference with all that needs no other; `judge` adds intervals, p and verdict.
+    """Return a difference without interval, p and verdict, which depend on its family: `judge` adds them.
 
     Args:
         names: Of the method and of the baseline.
@@ -198,7 +198,7 @@ def judge(family: Sequence[tuple[Difference, Measured]], settings: Settings) -> 
         settings: Confidence, and the seed of the draws for the simultaneous level.
     """
     confidence = settings.confidence
-    alpha, size = 1 - confidence, len(family)
+    alpha = 1 - confidence
     if not family:
         return []
     p_values = [measured.p_value(confidence) for _, measured in family]
@@ -211,10 +211,13 @@ def judge(family: Sequence[tuple[Difference, Measured]], settings: Settings) -> 
         all_low, all_high = measured.interval(1 - level) if level < alpha else (low, high)
         is_claimed = adjusted[index] <= alpha and (low > 0 or high < 0)
         is_cut = is_claimed and all_low <= 0 <= all_high
-        if not is_claimed or row.difference > 0:
-            all_low = max(all_low, 0.0) if is_claimed else min(all_low, 0.0)
-        if not is_claimed or row.difference <= 0:
-            all_high = min(all_high, 0.0) if is_claimed else max(all_high, 0.0)
+        if not is_claimed:
+            all_low = min(all_low, 0.0)
+            all_high = max(all_high, 0.0)
+        elif row.difference > 0:
+            all_low = max(all_low, 0.0)
+        else:
+            all_high = min(all_high, 0.0)
         won = BETTER if (row.difference > 0) == row.higher_is_better else WORSE
         judged.append(
             replace(
@@ -224,7 +227,7 @@ def judge(family: Sequence[tuple[Difference, Measured]], settings: Settings) -> 
                 confidence=confidence,
                 p_value=p_values[index],
                 p_adjusted=adjusted[index],
-                num_comparisons=size,
+                num_comparisons=len(family),
                 verdict=won if is_claimed else NOT_DISTINGUISHABLE,
                 unadjusted_low=low,
                 unadjusted_high=high,

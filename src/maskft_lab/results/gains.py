@@ -3,8 +3,8 @@
 The figure has three parts, each in the room of what it reads:
 
 - here, `gains_of`: one point for each method of a comparison, on test rows, with simultaneous intervals;
-- ``maskft_lab.study.path`` (`curves`): the points of every method's path (rates, checkpoints, scales, budgets), on held-out rows,
-  written beside the summary as ``curve-STUDY-PROBE.json``;
+- ``maskft_lab.study.path`` (`curves`): the points of every method's path (rates, checkpoints, scales, budgets), on
+  held-out rows, written beside the summary as ``curve-STUDY-PROBE.json``;
 - ``maskft_lab.report.fig_gain``: draws either. A point is an object with ``method``, ``points_gained`` and
   ``nats_forgotten``; all other keys are optional. ``budget`` is the KL to the base that training was allowed
   (``kl_budget``, nats per token): it is drawn as a dotted line.

@@ -1,7 +1,7 @@
 """The paper's tables with one's own figures in them: Tables 1, 2, 4, 5 and 6, from result files only.
 
-The paper's figures are in ``paper.yaml``. A result stands where its ``model.method`` and its block ``training`` say:
-checkpoint, domain, base model; nothing is read from names. A cell is of one study and of one result per seed.
+The paper's figures are in ``paper.yaml``. The row of a result follows from its ``model.method`` and its block
+``training`` (checkpoint, domain, base model), never from its name. A cell is of one study, one result per seed.
 """
 
 from __future__ import annotations
@@ -75,8 +75,9 @@ def render_tables(tables: Sequence[tuple[str, Table]], left_over: Sequence[str],
 
 
 def _fill(number: str, results: Sequence[Result]) -> tuple[str, Table, list[Result]]:
-    """Return caption, cells and the results that stand in them."""
-    spec, benchmarks = paper()["tables"][number], paper()["benchmarks"]
+    """Return caption, cells and the results in them."""
+    spec = paper()["tables"][number]
+    benchmarks = paper()["benchmarks"]
     rows: list[tuple[str, ...]] = []
     used: list[Result] = []
     best: list[Cell] = []
@@ -119,7 +120,7 @@ def _choose(results: Sequence[Result], asked: Mapping[str, Any]) -> list[tuple[R
         other, its_value = by_seed.setdefault(seed, (result, 100 * value))
         if other is not result and not (seed is None and its_value == 100 * value):
             raise UserError(
-                f"{other['name']!r} and {result['name']!r} are of one seed and both stand for {asked['label']}; give "
+                f"{other['name']!r} and {result['name']!r} are of one seed and both belong to {asked['label']}: give "
                 "one of them, or say in their block 'training' how they differ"
             )
     return list(by_seed.values())
@@ -168,9 +169,13 @@ def _name_of(result: Result) -> str:
 
 
 def _cell_text(cell: Cell) -> str:
-    theirs, ours = f"{cell.paper[0]:.1f}", f"{statistics.fmean(cell.ours):.1f}" if cell.ours else NO_RESULT
-    theirs += f" ± {cell.paper[1]:.2f}" if len(cell.paper) > 1 else ""
-    return f"{theirs} / {ours}" + (f" ± {statistics.stdev(cell.ours):.2f}" if len(cell.ours) > 1 else "")
+    theirs = f"{cell.paper[0]:.1f}"
+    if len(cell.paper) > 1:
+        theirs += f" ± {cell.paper[1]:.2f}"
+    ours = f"{statistics.fmean(cell.ours):.1f}" if cell.ours else NO_RESULT
+    if len(cell.ours) > 1:
+        ours += f" ± {statistics.stdev(cell.ours):.2f}"
+    return f"{theirs} / {ours}"
 
 
 def _delta_text(cell: Cell, best: Cell) -> str:

@@ -206,9 +206,12 @@ def metric_from_items(
     values = [item[name] for item in items]
     if unit is None:
         is_share = all(0 <= value <= 1 for value in values if is_finite(value))
-        unit = "nats/token" if name == "nll" else "fraction" if is_share else "score"
+        unit = "fraction" if is_share else "score"
+        if name == "nll":
+            unit = "nats/token"
     weights = item_weights(items, unit)
-    value = stderr = None
+    value = None
+    stderr = None
     if all(is_finite(value) for value in values):
         value, stderr = weighted_mean(values, weights, cluster_ids(items))
         stderr = stderr if math.isfinite(stderr) else None
@@ -362,7 +365,8 @@ def _check_metric(name: str, metric: MetricRecord, items: list[Item]) -> None:
             raise ValueError(f"item {item['id']!r} has {name} {item[name]}, and a fraction is in [0, 1], not percent")
     if metric["num_items"] != len(items):
         raise ValueError(f"{name} has num_items {metric['num_items']} for {len(items)} items")
-    value, expected = metric["value"], metric_from_items(items, name, unit=metric["unit"])["value"]
+    value = metric["value"]
+    expected = metric_from_items(items, name, unit=metric["unit"])["value"]
     if value is None or expected is None:
         agrees = value is expected
     else:

@@ -53,20 +53,24 @@ def _score(group: Sequence[Result], task: str, metric: str, unit: str, fixed_see
     test_set = group[0]["tasks"][task].get("data_file")
     score = Score(group[0]["name"], task, metric, unit, None, None, len(group), test_set=test_set)
     if len(values) < len(records):
-        return score
+        return score  # of a seed that has no value there is no mean
+
     value, stderr = weighted_mean(values) if len(group) > 1 else (values[0], records[0]["stderr"])
-    is_over_items, is_share = fixed_seeds and len(group) > 1, unit == "fraction"
+    is_over_items = fixed_seeds and len(group) > 1
+    is_share = unit == "fraction"
     values_N = _mean_items(group, task, metric) if is_over_items or is_share else None
     items = group[0]["tasks"][task]["items"]
     clusters = None if values_N is None else cluster_ids(items)
     if is_over_items:  # the error over items (clusters) of the mean over seeds
-        stderr = None if values_N is None else weighted_mean(values_N, item_weights(items, unit), clusters)[1]
-        stderr = stderr if stderr is not None and math.isfinite(stderr) else None
+        stderr = None
+        if values_N is not None:
+            over_items = weighted_mean(values_N, item_weights(items, unit), clusters)[1]
+            stderr = over_items if math.isfinite(over_items) else None
     score = replace(score, value=value, stderr=stderr)
     if not is_share or values_N is None:
         return score
-    bounds, at_edge = proportion_interval(values_N, clusters), is_at_edge(values_N, clusters)
-    return replace(score, low=bounds.low, high=bounds.high, is_at_edge=at_edge)
+    interval = proportion_interval(values_N, clusters)
+    return replace(score, low=interval.low, high=interval.high, is_at_edge=is_at_edge(values_N, clusters))
 
 
 def _mean_items(group: Sequence[Result], task: str, metric: str) -> NDArray[np.float64] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -38,6 +39,9 @@ _CONCLUSIONS = {
     (NOT_DISTINGUISHABLE, None): "no improvement is shown, and no control with equal tokens is known",
     (WORSE, None): "the mask makes the model it starts from worse",
 }
+
+_DOUBTS = re.compile(r"(seeds differ in sign against .+? \([-+., \d]+\); )+")
+_REASON = re.compile(r" \(by [^:]+: (?P<reason>[^()]+)\)\. ")
 
 
 class Kin(NamedTuple):
@@ -232,22 +236,35 @@ def _tokens_of(result: Result) -> int:
 
 
 def _text(against: Sequence[Row], reason: str | None) -> str:
-    """Return what follows, after the seeds that contradict it, then the differences from parent and control."""
-    parts: list[str] = []
-    doubts: list[str] = []
+    """Return the words of a verdict, after the seeds that contradict it."""
+    doubts = ""
     for row, measured in against:
-        unit = points_or_unit(row.unit)
-        tokens = " (equal tokens)" if parts else ""
-        parts.append(f"{difference_text(row, unit)} against {row.baseline}{tokens}, {row.verdict}")
         by_seed = measured.by_seed
         if row.verdict != NOT_DISTINGUISHABLE and min(by_seed) < 0 < max(by_seed):
-            doubts.append(f"seeds differ in sign against {row.baseline} ({numbers_text(by_seed, row.unit)}); ")
-
-    first = against[0][0]
+            doubts += f"seeds differ in sign against {row.baseline} ({numbers_text(by_seed, row.unit)}); "
     control = against[1][0] if len(against) > 1 else None
-    conclusion = _CONCLUSIONS[first.verdict, control.verdict if control else None]
-    said = conclusion.format(control=control.baseline if control else "")
+    return doubts + _conclusion(against[0][0], control, reason)
+
+
+def reworded(verdict: MaskVerdict) -> str:
+    """Return a verdict in the words of this version: published ones keep their numbers, and their doubts."""
+    doubts = _DOUBTS.match(verdict.text)
+    reason = _REASON.search(verdict.text)
+    said = _conclusion(verdict.parent, verdict.control, reason["reason"] if reason else None)
+    return (doubts[0] if doubts else "") + said
+
+
+def _conclusion(parent: Difference, control: Difference | None, reason: str | None) -> str:
+    """Return the conclusion, then the differences from parent and control."""
+    said = _CONCLUSIONS[parent.verdict, control.verdict if control else None]
+    said = said.format(control=control.baseline if control else "")
     if reason:
-        said += f" (by {first.metric}: {reason})"
-    seeds = f", {first.num_seeds} seeds" if first.num_seeds > 1 else ""
-    return f"{''.join(doubts)}{said}. {first.method}, {first.metric} on {task_text(first)}{seeds}: {'; '.join(parts)}."
+        said += f" (by {parent.metric}: {reason})"
+    seeds = f", {parent.num_seeds} seeds" if parent.num_seeds > 1 else ""
+    measure = f"{parent.method}, {parent.metric} on {task_text(parent)}{seeds}"
+
+    unit = points_or_unit(parent.unit)
+    parts = f"{difference_text(parent, unit)} against {parent.baseline}, {parent.verdict}"
+    if control is not None:
+        parts += f"; {difference_text(control, unit)} against {control.baseline} (equal tokens), {control.verdict}"
+    return f"{said}. {measure}: {parts}."
