@@ -7,7 +7,7 @@ SOURCES := src tests benchmarks recipes examples docs
 # Two workers of one thread: much of the time is Python starting and importing, and two of two threads would be slower.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test test-slow test-judge test-browser test-browser-if-there test-oldest fuzz mutants bench docs quality style clean gpu
+.PHONY: demo test test-slow test-judge test-browser test-browser-if-there test-oldest test-oldest-method fuzz mutants bench docs quality style clean gpu
 
 demo: $(VENV)/.demo
 	$(BIN)/maskft demo --output_dir runs/demo
@@ -44,6 +44,12 @@ test-browser-if-there:
 # The lowest versions that pyproject.toml admits. TESTS=tests/tuner runs a part.
 test-oldest: $(VENV)-oldest/.test
 	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n 2 --dist loadfile $(TESTS)
+
+# The lowest versions of the method alone: transformers 4, in which neither maskft train nor the GGUF tests run.
+test-oldest-method: $(VENV)-oldest-method/.test
+	OMP_NUM_THREADS=1 $(VENV)-oldest-method/bin/python -m pytest -n 2 --dist loadfile tests/masks tests/test_models.py \
+	  tests/tuner/test_layer.py tests/tuner/test_model.py tests/tuner/test_found_by_peft.py \
+	  --ignore tests/masks/test_gguf.py --ignore tests/masks/test_llama_cpp.py
 
 # Kill-and-resume cycles; random changes of files, for so many minutes each.
 MINUTES ?= 10
@@ -102,6 +108,15 @@ $(VENV)-oldest/.test: pyproject.toml tests/oldest_versions.py
 	UV_NATIVE_TLS=1 $(VENV)-oldest/bin/uv pip install --quiet --python $(VENV)-oldest -c $(VENV)-oldest/lowest.txt -e '.[test,demo]'
 	@touch $@
 
+# TRL, datasets and rich are imported by some of the tests.
+$(VENV)-oldest-method/.test: pyproject.toml tests/oldest_versions.py
+	$(PYTHON) -m venv $(VENV)-oldest-method
+	$(PYTHON) tests/oldest_versions.py method > $(VENV)-oldest-method/lowest.txt
+	$(VENV)-oldest-method/bin/python -m pip install --quiet uv
+	UV_NATIVE_TLS=1 $(VENV)-oldest-method/bin/uv pip install --quiet --python $(VENV)-oldest-method \
+	  -c $(VENV)-oldest-method/lowest.txt -e . trl==1.14 datasets==4.7 rich==14.3 pytest pytest-xdist hypothesis
+	@touch $@
+
 $(VENV)/.ray: $(VENV)/.base
 	$(BIN)/python -m pip install --quiet -e '.[ray]'
 	@touch $@
@@ -132,4 +147,4 @@ $(VENV)/.dev: $(VENV)/.base
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-judge $(VENV)-oldest runs build dist
+	rm -rf $(VENV) $(VENV)-judge $(VENV)-oldest $(VENV)-oldest-method runs build dist

@@ -72,9 +72,10 @@ def load_model(name_or_path: str, dtype: str = "float32", **kwargs) -> PreTraine
     name_or_path = os.path.expanduser(name_or_path)
     with _one_line(f"cannot load model {name_or_path!r}"):
         _check_configuration(name_or_path, revision=kwargs.get("revision"))
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name_or_path, dtype=dtype, output_loading_info=True, **_NO_CODE, **kwargs
         )
+    model, info = loaded
     _check_complete(info, name_or_path)
     return model
 
@@ -312,9 +313,10 @@ def _load_gguf(name_or_path: str, dtype: str, **kwargs) -> PreTrainedModel:
     if hasattr(transformers, "GgufConfig"):  # transformers 5.2x can leave weights in blocks, which do not train
         kwargs.setdefault("quantization_config", transformers.GgufConfig(dequantize=True))
     with _one_line(f"cannot load model {name_or_path!r}"):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=file, dtype=dtype, output_loading_info=True, **_NO_CODE, **kwargs
         )
+    model, info = loaded
     _check_complete(info, name_or_path)
     # The weights are plain floats now, but transformers still calls the model quantised: it would neither train all of
     # it nor save it.

@@ -1,3 +1,3 @@
-"""What every layer of maskft stands on: errors in one line, files written whole, the machine. Imports no torch."""
+"""Shared by every layer of maskft: errors in one line, files written whole, the machine. Imports no torch."""
 
 __version__ = "0.1.0"

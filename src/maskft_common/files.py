@@ -196,9 +196,10 @@ def check_no_link(folder: Path) -> None:
     """Refuse an output folder that is a dangling link, or that holds a link to a file: it would be written through."""
     if folder.is_symlink() and not folder.is_dir():
         raise UserError(f"output_dir {str(folder)!r} is a link that leads to no folder; remove it, or name another")
-    places = (file for parts in ("*", f"{RUNS}/*/*", f"{RESULTS}/*/*", "checkpoint-*/*") for file in folder.glob(parts))
-    if link := next((file for file in places if file.is_symlink() and not file.is_dir()), None):
-        raise UserError(f"{str(link)!r} is a link and no file of ours; remove it, or name another output_dir")
+    for pattern in ("*", f"{RUNS}/*/*", f"{RESULTS}/*/*", "checkpoint-*/*"):
+        for file in folder.glob(pattern):
+            if file.is_symlink() and not file.is_dir():
+                raise UserError(f"{str(file)!r} is a link and no file of ours; remove it, or name another output_dir")
 
 
 @contextmanager
@@ -273,8 +274,10 @@ def digest_file(file: str | Path, is_sampled: bool = False) -> str:
 
 @lru_cache(maxsize=16384)
 def _digest_file(file: Path, mtime_ns: int, is_sampled: bool) -> str:
-    num_blocks, block_bytes = 1024, 4096
-    size, found = file.stat().st_size, hashlib.sha256()
+    num_blocks = 1024
+    block_bytes = 4096
+    size = file.stat().st_size
+    found = hashlib.sha256()
     with file.open("rb") as stream:
         if not is_sampled or size <= num_blocks * block_bytes:
             return hashlib.file_digest(stream, "sha256").hexdigest()

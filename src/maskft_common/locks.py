@@ -25,7 +25,7 @@ def held(folder: Path, name: str, wait_s: float, owner: str) -> Iterator[Hold]:
     """Make a folder and hold it by a locked file in it; the kernel releases it when its owner dies, however it does.
 
     Args:
-        folder: What is held; what of it is new and empty at the end is removed.
+        folder: The folder. Folders that are made for it and empty at the end are removed.
         name: Of the lock's file, which is removed at the end.
         wait_s: Seconds to wait for an owner that is ending.
         owner: Who else may hold it, for the message.
@@ -37,13 +37,15 @@ def held(folder: Path, name: str, wait_s: float, owner: str) -> Iterator[Hold]:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir {str(folder)!r} is a file; name a folder")
     made = [place for place in (folder, *folder.parents) if not place.exists()]
-    hold, deadline = None, time.monotonic() + wait_s
+
+    deadline = time.monotonic() + wait_s
+    hold = _try_to_hold(folder, name)
     while hold is None:
+        if time.monotonic() > deadline:
+            raise UserError(f"another {owner} is running in {str(folder)!r}; wait for it or stop it")
+        time.sleep(0.2)
         hold = _try_to_hold(folder, name)
-        if hold is None:
-            if time.monotonic() > deadline:
-                raise UserError(f"another {owner} is running in {str(folder)!r}; wait for it or stop it")
-            time.sleep(0.2)
+
     try:
         yield hold
     finally:

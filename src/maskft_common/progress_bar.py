@@ -22,7 +22,7 @@ def time_text(seconds: float) -> str:
 
 
 def shortened(text: str, width: int) -> str:
-    """``text`` in at most ``width`` columns of a terminal; what is cut off is an ellipsis."""
+    """``text`` in at most ``width`` columns of a terminal; a text that is cut ends in an ellipsis."""
     shown = Text(text)
     shown.truncate(max(width, 1), overflow="ellipsis")
     return shown.plain
@@ -31,7 +31,7 @@ def shortened(text: str, width: int) -> str:
 class Progress(rich.progress.Progress):
     """The progress of a command: a bar on a terminal; in a log a line about every half a minute.
 
-    Beside the count of each task stand the time left, at the mean speed so far, and a note.
+    Beside the count of each task it shows the time left, at the mean speed so far, and a note.
     """
 
     def __init__(self, console: Console | None = None):
@@ -46,7 +46,7 @@ class Progress(rich.progress.Progress):
             disable=not console.is_terminal,
         )
         self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
-        self._began: dict[TaskID, tuple[float, float]] = {}  # when, and what was completed by then
+        self._began: dict[TaskID, tuple[float, float]] = {}  # time at the start, and the count completed by then
 
     def add_task(self, description: str, *args: Any, **kwargs: Any) -> TaskID:
         """Add a task, whose speed is measured from now on."""
@@ -59,7 +59,7 @@ class Progress(rich.progress.Progress):
         self.move(task_id, self._task(task_id).completed + advance)
 
     def move(self, task_id: TaskID, completed: float, note: str = "", is_news: bool = False) -> None:
-        """Set what is completed of a task.
+        """Set how much of a task is completed.
 
         Args:
             task_id: The task.

@@ -1,4 +1,4 @@
-"""Typed files: pydantic models of what is read from disk, and one line for the first mistake in it."""
+"""Typed files: pydantic models of files, and one line for the first mistake in one."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def read_model(model: type[Model], content: Any, source: str | os.PathLike, reme
 
 
 def first_problem(error: ValidationError, kind: Any) -> str:
-    """Return the first mistake in what was to become ``kind``: the place, the value, and what to write."""
+    """Return the first mistake in content that does not fit ``kind``: the place, the value, and the remedy."""
     problem = error.errors(include_url=False)[0]
     place = printable(".".join(str(part) for part in problem["loc"] if not _is_choice_of_union(part)))
     where = place or "the content"

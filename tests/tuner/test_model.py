@@ -27,6 +27,8 @@ from maskft.tuner.targets import check_targets, maskable_names
 from maskft_common.errors import UserError
 from maskft_common.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
+IS_TRANSFORMERS_4 = transformers.__version__.startswith("4.")
+
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
 
@@ -578,6 +580,9 @@ def test_mixed_models_and_transformers_own_loader(saved):
         get_peft_model(tiny.tiny_llama(), MaskConfig(), mixed=True)
     model = tiny.tiny_llama()
     model.load_adapter(saved[0])
+    if IS_TRANSFORMERS_4:  # its loader calls PEFT's, and with it the hooks
+        assert torch.equal(logits(model), saved[1])
+        return
     with pytest.raises(UserError, match=r"transformers' own model\.load_adapter and add_adapter cannot read masks"):
         logits(model)
 

@@ -166,7 +166,7 @@ def data_identity(options: dict[str, Any]) -> dict[str, Any]:
         if isinstance(out.get(key), str):
             out[key] = _mixture_identity(out[key], data_dir, split)
     if isinstance(options.get("dataset_name"), str) and eval_split:
-        # Without a set of its own the held-out data is another split of this one.
+        # If no other set is held out, another split of this one is.
         identity = _mixture_identity(options["dataset_name"], data_dir, eval_split)
         out["dataset_eval_split"] = f"{eval_split} of {identity}"
     if isinstance(out.get(KL_DATA), str):

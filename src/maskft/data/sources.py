@@ -93,7 +93,7 @@ def _parse_json(text: str, path: Path, first: int) -> Any:
 
 
 def numbered(rows: Iterable[Row]) -> Iterator[tuple[str, Row]]:
-    """Yield each row with its place, counted from 1."""
+    """Yield each row with its place, counted from 1: ``row 1``."""
     return ((f"row {n}", row) for n, row in enumerate(rows, start=1))
 
 
@@ -132,7 +132,7 @@ def _stems(name: str, split: str) -> list[str]:
 
 
 def _registered(name: str) -> TrainingSet | None:
-    """What is registered of a set, by its name here or on the hub."""
+    """The registered set of this name, here or on the hub; None: it is not registered."""
     return TRAINING_SETS.get(name) or next((known for known in TRAINING_SETS.values() if known.hub_id == name), None)
 
 
@@ -145,7 +145,7 @@ def find_rows(
     """Find the rows of a file, a registered set, a file in ``data_dir`` or a hub data set.
 
     Returns:
-        The rows, and what is registered about the set.
+        The rows, and the registered set, or None.
     """
     known = TRAINING_SETS.get(name) if is_hub_name(name) else None
     split = split_of(name, split)

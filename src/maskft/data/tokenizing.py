@@ -53,15 +53,21 @@ def tokenize_example(
         if input_ids[-1:] != [tokenizer.eos_token_id]:
             input_ids.append(tokenizer.eos_token_id)
     labels = [IGNORED] * len(input_ids)
-    for before, until in spans if completion_only_loss else [("", text)]:
-        start = max(1, _common_length(_encode(tokenizer, before, templated), input_ids)) if before else 1
-        end = len(input_ids) if until == text else _common_length(_encode(tokenizer, until, templated), input_ids)
+    if not completion_only_loss:
+        spans = [("", text)]
+    for before, until in spans:
+        start = 1  # no model predicts the first token
+        if before:
+            start = max(1, _common_length(_encode(tokenizer, before, templated), input_ids))
+        end = len(input_ids)
+        if until != text:
+            end = _common_length(_encode(tokenizer, until, templated), input_ids)
         labels[start:end] = input_ids[start:end]
     return {"input_ids": input_ids[:max_length], "labels": labels[:max_length]}
 
 
 def prompt_of(example: Row) -> str | list[dict]:
-    """Return what stands before the (last) assistant turn: a text, or messages.
+    """Return the prompt, all before the last assistant turn: a text, or messages.
 
     Raises:
         UserError: If the example is plain text.
@@ -99,9 +105,11 @@ def tokenize_dataset(
         UserError: If no row has a label, or only some have a ``cluster_id``.
     """
     kwargs = {"max_length": max_length, "completion_only_loss": completion_only_loss}
-    if "cluster_id" in dataset.column_names and None in (clusters := dataset["cluster_id"][:]):
-        row = dataset["id"][clusters.index(None)]
-        raise UserError(f"row {row} has no cluster_id, and others have one; give it to every row, or to none")
+    if "cluster_id" in dataset.column_names:
+        clusters = dataset["cluster_id"][:]
+        if None in clusters:
+            row = dataset["id"][clusters.index(None)]
+            raise UserError(f"row {row} has no cluster_id, and others have one; give it to every row, or to none")
     tokenized = dataset.map(
         lambda example: tokenize_example(example, tokenizer, **kwargs),
         remove_columns=[column for column in dataset.column_names if column not in ("id", "cluster_id")],
@@ -136,7 +144,7 @@ def _warn_of_torn_prompt(example: Row, input_ids: list[int], tokenizer) -> None:
 
 
 def tokenizer_rules(tokenizer) -> dict[str, Any]:
-    """Return what decides the tokens of a text: vocabulary, merges, normalisation, special tokens."""
+    """Return the rules that turn text into tokens: vocabulary, merges, normalisation, special tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
     return {
@@ -153,11 +161,12 @@ def supervised_token_count(dataset: Dataset) -> int:
 
 
 def format_sample(tokenized_row: Row, tokenizer, max_chars: int = 600) -> str:
-    """Return a tokenised row as text for the terminal, with what is trained on in ``[[`` and ``]]``.
+    """Return a tokenised row as text for the terminal, with the supervised parts in ``[[`` and ``]]``.
 
     A stretch longer than ``max_chars`` is shortened in its middle; control characters are shown as escapes.
     """
-    parts, pairs = [], zip(tokenized_row["input_ids"], tokenized_row["labels"], strict=True)
+    parts = []
+    pairs = zip(tokenized_row["input_ids"], tokenized_row["labels"], strict=True)
     for supervised, stretch in itertools.groupby(pairs, lambda pair: pair[1] != IGNORED):
         ids = [token for token, _ in stretch]
         text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -169,15 +178,16 @@ def format_sample(tokenized_row: Row, tokenizer, max_chars: int = 600) -> str:
 
 
 def _render_spans(example: Row, tokenizer) -> tuple[str, list[tuple[str, str]], bool]:
-    """Return the text of an example, what is trained on, and whether the chat template wrote the text.
+    """Return the text of an example, its supervised parts, and whether the chat template wrote the text.
 
-    What is trained on is a list of (before, until): the text up to where a part begins, and up to where it ends.
+    A part is a pair (before, until): the text up to where it begins, and up to where it ends.
     """
     if "messages" in example:
         return *_assistant_turns(example["messages"], tokenizer), True
     if "prompt" not in example:
         return example["text"], [("", example["text"])], False
-    prompt, completion = example["prompt"], example["completion"]
+    prompt = example["prompt"]
+    completion = example["completion"]
     if isinstance(prompt, str):
         return prompt + completion, [(_without_last_spaces(prompt), prompt + completion)], False
     text = _render(prompt + completion, tokenizer)
@@ -211,6 +221,7 @@ def _as_earlier_turn(message: Message, text: str, before: str, until: str) -> st
         return until
     start = _common_length(before, text)
     turn = until[_common_length(before, until) :]
+    # The longest stretch after ``before`` that is in the turn: if one is not, no longer one is, so bisection finds it.
     lengths = range(1, len(turn) + 1)
     length = bisect.bisect_left(lengths, True, key=lambda n: text[start : start + n] not in turn)
     found = text[start : start + length]

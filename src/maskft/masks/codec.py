@@ -80,7 +80,7 @@ def decode_mask(coded: Tensor, name: str = "mask", expected: Sequence[int] | Non
     """Decode what :func:`encode_mask` wrote; bool, True = keep.
 
     Args:
-        coded: What was written.
+        coded: The bytes of a mask, 1-D uint8.
         name: Of the layer, for errors.
         expected: Shape of the layer's weight, compared before memory is taken for it; None: there is no layer, and a
             few bytes cannot claim any shape.
