@@ -152,7 +152,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         """Values that removed weights take, dtype and device of the weight; None: zero."""
         if adapter_name not in self.removed_values:
             return None
-        value = self.removed_values[adapter_name].to(self.weight.device, self.weight.dtype)
+        value = self.removed_values[adapter_name].to(self.weight.device, self.get_base_dtype())
         self.removed_values[adapter_name] = value  # moved once
         return value
 
