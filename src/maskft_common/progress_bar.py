@@ -58,7 +58,9 @@ class Progress(rich.progress.Progress):
         """Move a task, whose total must be known."""
         self.move(task_id, self._task(task_id).completed + advance)
 
-    def move(self, task_id: TaskID, completed: float, note: str = "", is_news: bool = False) -> None:
+    def move(
+        self, task_id: TaskID, completed: float, note: str = "", is_news: bool = False, time_left: str | None = None
+    ) -> None:
         """Set how much of a task is completed.
 
         Args:
@@ -66,10 +68,13 @@ class Progress(rich.progress.Progress):
             completed: All of it so far.
             note: What to show beside it.
             is_news: Whether a log gets a line now.
+            time_left: Text in place of the time left at the mean speed so far; "" shows none.
         """
         task = self._task(task_id)
         count = f"{completed:>{len(f'{task.total:g}')}g}/{task.total:g}"
-        parts = [part for part in (self._left(task_id, completed), note) if part]
+        if time_left is None:
+            time_left = self._left(task_id, completed)
+        parts = [part for part in (time_left, note) if part]
         if self.console.is_terminal:
             room = self.console.width - len(task.description) - len(count) - _BAR_WIDTH - 3
             self.update(task_id, completed=completed, note=shortened("  ".join(parts), room))

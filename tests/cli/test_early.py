@@ -15,6 +15,7 @@ CASES = {
     "train --model_name_or_path ./none --dataset_name rows.jsonl": "model folder './none' does not exist",
     "train none.yaml": "recipe 'none.yaml' does not exist",
     "train --learning_rat 3": "unknown option --learning_rat (did you mean 'learning_rate'?)",
+    "train --model_name_or_path x --seed 1099511627776": "seed is 1099511627776; it must be at most 4294967295",
     "evaluate --model_name_or_path ./none --output_dir out": "model folder './none' does not exist",
     "evaluate --adapter ./none --output_dir out": "adapter folder './none' does not exist",
     "study none.yaml": "recipe 'none.yaml' does not exist",

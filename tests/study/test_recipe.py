@@ -1,5 +1,6 @@
 """Recipes: every mistake is one line before anything runs; names follow settings and nothing else."""
 
+import hashlib
 import json
 import math
 import os
@@ -192,6 +193,24 @@ def test_finished_runs_keep_their_names(file):
     found = {run.id for run in plan.runs}
     found |= {study.result_file(run, role).parent.name for run in plan.runs for role in run.labels}
     assert set(PINNED[file].split()) <= found
+
+
+# Recipe -> digest of the names of all its runs and evaluations, before `study/` was split into today's files.
+ALL_NAMES = {
+    "paper/llama2_7b_mixed.yaml": (173, "e5ce19fdf8cb7b32"),
+    "paper/ablations/six_seeds.yaml": (21, "03f7b308f2e8532a"),
+    "paper/ablations/sparsity_llama31_8b_math.yaml": (24, "eb006dd910b7fecb"),
+}
+
+
+@pytest.mark.parametrize("file", ALL_NAMES)
+def test_no_name_of_a_published_recipe_changes(file):
+    plan = checked_plan(load_recipe(Path(__file__).parents[2] / "recipes" / file))
+    study = Study(Path("runs"), plan.recipe)
+    names = {run.id for run in plan.runs}
+    names |= {study.result_file(run, role).parent.name for run in plan.runs for role in run.labels}
+    digest = hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()[:16]
+    assert (len(names), digest) == ALL_NAMES[file]
 
 
 def test_evaluation_settings_name_evaluations_not_runs(content):

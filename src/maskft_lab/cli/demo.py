@@ -111,9 +111,15 @@ def _run_study(args: argparse.Namespace) -> None:
     started_at = time.monotonic()
     folder = Path(args.output_dir)
     warnings.simplefilter("ignore", FutureWarning)
-    _show_ready_mask()
 
     from maskft_common.environment import num_cores
+
+    from ..study.process import start_server
+
+    if num_cores() > 1:
+        start_server()  # whose imports end while the ready mask answers
+    _show_ready_mask()
+
     from maskft_common.progress_bar import time_text
     from maskft_common.quiet import silence
 

@@ -15,6 +15,7 @@ from maskft_common.errors import UserError, did_you_mean
 from maskft_common.layout import EMBEDDED_MODEL, holds_adapter, no_adapter
 from maskft_common.yaml_file import read_yaml
 
+MAX_SEED = 2**32 - 1  # of numpy, which transformers.set_seed seeds too
 NONE = "none"  # in --adapter and --change: the model itself
 HELP = Path(__file__).parent / "help"  # texts that `python -m maskft_lab.cli.reference` writes
 TRAIN_OPTIONS = HELP / "train_options.json"
@@ -65,6 +66,8 @@ def check_training(words: Sequence[str]) -> None:
             settings = content | settings
 
     _check_names(options)
+    for name in ("seed", "data_seed"):
+        _check_seed(name, settings.get(name))
     check_model(settings.get("model_name_or_path"))
 
 
@@ -75,6 +78,14 @@ def check_model(name: Any) -> None:
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     if is_path and not _exists(name):
         raise UserError(f"model folder {name!r} does not exist")
+
+
+def _check_seed(name: str, value: Any) -> None:
+    """Check a seed that numpy takes; anything but a whole number is left to the parser."""
+    text = str(value)
+    is_too_large = text.isdecimal() and len(text) <= 30 and int(text) > MAX_SEED
+    if is_too_large:
+        raise UserError(f"{name} is {value}; it must be at most {MAX_SEED}")
 
 
 def check_adapters(names: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from maskft_common.progress_bar import Progress
+from maskft_common.progress_bar import Progress, time_text
 
 from .process import last_line
 from .study_run import StudyRun
@@ -27,6 +27,7 @@ class Board:
         console: Where to show it.
         is_brief: In a log, show no lines for runs that start and finish, only for failures.
         failed: Runs that are not tried again, with the reason.
+        costs: Expected cost of each run, in any unit, for the time left; None: all cost the same.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Board:
         console: Console,
         is_brief: bool = False,
         failed: Mapping[StudyRun, str] = {},
+        costs: Mapping[StudyRun, float] | None = None,
     ):
         self.runs = runs
         self.console = console
@@ -44,6 +46,10 @@ class Board:
         self.failed = dict(failed)
         self._log_of = log_of
         self._num_done = len(finished) + len(failed)
+        self._costs = costs or dict.fromkeys(runs, 1.0)
+        self._cost_left = sum(self._costs[run] for run in runs if run not in finished and run not in failed)
+        self._cost_done = 0.0  # since the start
+        self._began_at = time.monotonic()
         self._started_at: dict[StudyRun, float] = {}
         self._progress = Progress(console)
         self._last_shown = time.monotonic()
@@ -74,6 +80,8 @@ class Board:
         started_at = self._started_at.pop(run, time.monotonic())
         seconds = time.monotonic() - started_at
         self._num_done += 1
+        self._cost_done += self._costs[run]
+        self._cost_left -= self._costs[run]
         text = f"{run.title}: {outcome}, {seconds:.0f} s"
         if run in self.failed and self.console.is_terminal:
             # The bar shows only the latest note.
@@ -94,4 +102,12 @@ class Board:
     def _show(self, note: str, is_news: bool) -> None:
         if is_news or self.console.is_terminal:
             self._last_shown = time.monotonic()
-            self._progress.move(self._task, self._num_done, note, is_news)
+            self._progress.move(self._task, self._num_done, note, is_news, self._time_left())
+
+    def _time_left(self) -> str:
+        """Time left at the speed so far, by the cost of the runs that are finished; "" before the first."""
+        has_costs = self._cost_done > 0 and self._cost_left > 0
+        if not has_costs:
+            return ""
+        elapsed = time.monotonic() - self._began_at
+        return f"{time_text(elapsed * self._cost_left / self._cost_done)} left"

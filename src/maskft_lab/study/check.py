@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import fields
+from typing import Any
 
 from maskft.data.arguments import DataArguments, check_sizes
 from maskft.data.mixtures import hub_ids
@@ -20,15 +21,13 @@ from .make import evaluation_words
 from .path import has_path, heldout_options
 from .plan import Plan, build_plan
 from .recipe import Method, Options, Recipe
-from .run_options import parsed_run
+from .run_options import SEEDS, parsed_run
 from .study_run import StudyRun
 
 # Options of `maskft evaluate` that the study itself sets.
 _OF_THE_STUDY = set("models model_name_or_path adapter change scale name seed output_dir overwrite help".split())
 _PLACE_HOLDERS = ["--output_dir", "any", "--model_name_or_path", "any", "--change", "none"]
 _OF_PATH = "path.before."  # begins the name of a section
-# Options with another value in every run: their range is checked when the recipe is read.
-_SEEDS = ("seed", "mask_seed")
 
 
 def checked_plan(recipe: Recipe) -> Plan:
@@ -43,7 +42,9 @@ def checked_plan(recipe: Recipe) -> Plan:
     # One parse of all options of a run checks each of them, so only new values need another parse.
     seen: set[tuple[str, str, str]] = set()
     for run in plan.runs:
-        values = {(run.method.name, name, repr(value)) for name, value in run.options.items() if name not in _SEEDS}
+        values = {
+            (run.method.name, name, repr(value)) for name, value in run.options.items() if not _is_seed(name, value)
+        }
         if not values <= seen:
             _check_run(run, recipe)
         seen |= values
@@ -51,6 +52,11 @@ def checked_plan(recipe: Recipe) -> Plan:
     _evaluation_args(recipe)
     _check_path_rows(plan)
     return plan
+
+
+def _is_seed(name: str, value: Any) -> bool:
+    """Whether an option is a valid seed, which differs in every run."""
+    return name in SEEDS and type(value) is int and value >= 0
 
 
 def _with_num_processes(recipe: Recipe) -> Recipe:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Collection
 from functools import partial
@@ -12,15 +11,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from maskft.training.arguments import TrainConfig
-from maskft.training.method_arguments import UNTRAINED_METHODS
 from maskft_common.progress_bar import time_text
 
 from .folder import Study
 from .make import heldout, is_done
 from .plan import Plan, build_plan
-from .recipe import PRETRAINED, Recipe
-from .run_options import parsed_run
+from .recipe import Recipe
+from .run_options import options_but_seeds, tokens_of
 from .study_run import StudyRun, settings_text
 
 _LOG_WIDTH = 200  # columns where there is no terminal: nothing may be cut off
@@ -118,8 +115,7 @@ class _Costs:
         self._known: dict[str, Cost] = {}
 
     def of(self, run: StudyRun) -> Cost:
-        options = {key: value for key, value in run.options.items() if key not in ("seed", "mask_seed")}
-        key = repr((run.method.name, options))
+        key = options_but_seeds(run)
         if key not in self._known:
             self._known[key] = cost_of(self.recipe, run)
         return self._known[key]
@@ -130,35 +126,8 @@ def cost_of(recipe: Recipe, run: StudyRun) -> Cost:
 
     Every method is assumed to be as slow as full fine-tuning.
     """
-    if run.method.method in (PRETRAINED, *UNTRAINED_METHODS):
+    tokens = tokens_of(recipe, run)
+    if tokens == 0:
         return 0, 0.0
-
-    data = recipe.data[run.method.data or recipe.first_data]
-    if data.tokens_per_row is None:
-        return None, None
-    config = parsed_run(run)
-    num_rows = _num_rows(recipe, config, data.num_rows)
-    if num_rows is None:
-        return None, None
-
-    tokens_per_row = min(data.tokens_per_row, config.training.max_length or math.inf)
-    tokens = round(num_rows * tokens_per_row)
-    seconds = tokens / recipe.tokens_per_s if recipe.tokens_per_s else None
-    return tokens, seconds
-
-
-def _num_rows(recipe: Recipe, config: TrainConfig, num_rows: int | None) -> float | None:
-    """Rows of all epochs or steps."""
-    training = config.training
-    if training.max_steps > 0:
-        num_processes = recipe.launch.num_processes or 1
-        per_process = training.per_device_train_batch_size * training.gradient_accumulation_steps
-        batch_size = training.global_batch_size or per_process * num_processes
-        return training.max_steps * batch_size
-
-    limit = config.data.max_train_samples
-    if num_rows is None:
-        num_rows = limit
-    elif limit is not None:
-        num_rows = min(num_rows, limit)
-    return None if num_rows is None else num_rows * training.num_train_epochs
+    has_speed = tokens is not None and recipe.tokens_per_s
+    return tokens, tokens / recipe.tokens_per_s if has_speed else None

@@ -56,6 +56,13 @@ def command_words(options: dict[str, Any]) -> list[str]:
     return words
 
 
+def start_server() -> None:
+    """Start the fork server, whose imports take seconds, while this process does something else."""
+    if sys.platform == "linux":
+        multiprocessing.get_context("forkserver").set_forkserver_preload(IMPORTED)
+        forkserver.ensure_running()
+
+
 def start_command(words: Sequence[str], log: Path, lock_fd: int | None = None) -> multiprocessing.process.BaseProcess:
     """Start a command, its output appended to ``log``; it holds the study's lock until it ends."""
     log.parent.mkdir(parents=True, exist_ok=True)

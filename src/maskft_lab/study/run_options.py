@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from maskft.training.arguments import TrainConfig
 from maskft.training.launch import launch_options
-from maskft.training.method_arguments import LEARNER_OPTIONS, MASK_METHODS, read_peft_config, removes_a_share
+from maskft.training.method_arguments import (
+    LEARNER_OPTIONS,
+    MASK_METHODS,
+    UNTRAINED_METHODS,
+    read_peft_config,
+    removes_a_share,
+)
 from maskft.training.options import option_defaults, parse_words
 from maskft_common.errors import UserError, did_you_mean
 
@@ -36,6 +43,10 @@ _OF_THE_STUDY = frozenset(
         "seed",
     }
 )
+
+
+# Options that differ in every run; their range is checked when the recipe is read.
+SEEDS = ("seed", "mask_seed")
 
 
 def run_options(
@@ -142,3 +153,42 @@ def parsed_run(run: StudyRun) -> TrainConfig:
         if is_number and isinstance(value, str) and value.replace(".", "", 1).isdigit():
             raise UserError(f"{name} is {value!r}, a text; write the number without quotes")
     return parse_words(command_words(options))[0]
+
+
+def options_but_seeds(run: StudyRun) -> str:
+    """Method and options of a run, for runs that differ in their seeds alone; parsing them takes a while."""
+    options = {key: value for key, value in run.options.items() if key not in SEEDS}
+    return repr((run.method.name, options))
+
+
+def tokens_of(recipe: Recipe, run: StudyRun) -> int | None:
+    """Tokens that a run trains on, without padding; None where the recipe does not say."""
+    if run.method.method in (PRETRAINED, *UNTRAINED_METHODS):
+        return 0
+
+    data = recipe.data[run.method.data or recipe.first_data]
+    if data.tokens_per_row is None:
+        return None
+    config = parsed_run(run)
+    num_rows = _num_rows(recipe, config, data.num_rows)
+    if num_rows is None:
+        return None
+    tokens_per_row = min(data.tokens_per_row, config.training.max_length or math.inf)
+    return round(num_rows * tokens_per_row)
+
+
+def _num_rows(recipe: Recipe, config: TrainConfig, num_rows: int | None) -> float | None:
+    """Rows of all epochs or steps."""
+    training = config.training
+    if training.max_steps > 0:
+        num_processes = recipe.launch.num_processes or 1
+        per_process = training.per_device_train_batch_size * training.gradient_accumulation_steps
+        batch_size = training.global_batch_size or per_process * num_processes
+        return training.max_steps * batch_size
+
+    limit = config.data.max_train_samples
+    if num_rows is None:
+        num_rows = limit
+    elif limit is not None:
+        num_rows = min(num_rows, limit)
+    return None if num_rows is None else num_rows * training.num_train_epochs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from .folder import Study
 from .launchers import Launcher, is_local
 from .make import heldout, is_done, make, prepare_base, prepare_data
 from .plan import Plan, build_plan
+from .recipe import Recipe
+from .run_options import options_but_seeds, tokens_of
 from .study_run import StudyRun
 from .summary import summarise
 
@@ -108,13 +110,27 @@ def _make_stage(
     def log_of(run: StudyRun) -> Path:
         return study.run_folder(run) / layout.LOG
 
-    board = Board(runs, finished, log_of, console, is_brief, failed)
+    board = Board(runs, finished, log_of, console, is_brief, failed, _costs(study.recipe, runs))
     with board:
         if todo:
             prepare_base(study, todo, board.tick)
             prepare_data(study, plan.runs, board.tick)
             _make_runs(study, todo, board, launcher)
     return board.failed, len(todo)
+
+
+def _costs(recipe: Recipe, runs: Sequence[StudyRun]) -> dict[StudyRun, float] | None:
+    """Tokens to train on, for the time left; None if the recipe does not say how many."""
+    known: dict[str, int | None] = {}
+    for run in runs:
+        key = options_but_seeds(run)
+        if key not in known:
+            known[key] = tokens_of(recipe, run)
+    if None in known.values():
+        return None
+    # A run without training still has its evaluation: about a tenth of a training.
+    evaluation = max(known.values(), default=0) / 10 or 1
+    return {run: known[options_but_seeds(run)] + evaluation for run in runs}
 
 
 def failure_of(study: Study, run: StudyRun, tick=lambda: None) -> str | None:
