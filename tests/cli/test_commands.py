@@ -113,7 +113,7 @@ def test_unknown_command_and_option(capsys):
 
 def test_env(capsys):
     status, out, _ = call(["env"], capsys)
-    assert status == 0 and {"python", "packages"} <= set(json.loads(out))
+    assert status == 0 and {"python", "packages", "bfloat16_instructions"} <= set(json.loads(out))
 
 
 # inspect and verify

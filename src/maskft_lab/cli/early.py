@@ -89,10 +89,21 @@ def _check_seed(name: str, value: Any) -> None:
 
 
 def check_adapters(names: Sequence[str]) -> None:
-    """Check that adapters are adapter folders."""
+    """Check that adapters of ``maskft evaluate`` are adapter folders."""
     for name in names:
         if name != NONE and not _is_adapter(name):
             raise no_adapter(name)
+
+
+def check_mask(name: str) -> None:
+    """Check the adapter folder of a command that takes nothing else."""
+    if _is_adapter(name):
+        return
+    if _exists(f"{name}/config.json"):
+        raise UserError(
+            f"{name!r} is not an adapter folder: it is a whole model; name the folder of a mask (adapter_config.json)"
+        )
+    raise no_adapter(name)
 
 
 def _check_names(options: dict[str, list[str]]) -> None:

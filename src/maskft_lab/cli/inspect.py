@@ -17,10 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print size, count and share per kind of module and in total, then base and recipe."""
-    from .early import check_adapters
+    from .early import check_mask
 
     adapter = adapter_of(args)
-    check_adapters([adapter])
+    check_mask(adapter)
 
     from maskft.masks.summary import as_json, summarize, summary_lines
 

@@ -25,9 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Combine and write."""
-    from .early import check_adapters
+    from .early import check_mask
 
-    check_adapters(args.adapters)
+    for adapter in args.adapters:
+        check_mask(adapter)
 
     from maskft.masks.combine import combine_adapters
 

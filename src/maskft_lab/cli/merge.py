@@ -37,10 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Merge and verify."""
-    from .early import check_adapters, check_model
+    from .early import check_mask, check_model
 
     adapter = adapter_of(args)
-    check_adapters([adapter])
+    check_mask(adapter)
     if args.gguf is not None:
         _merge_gguf(adapter, args)
         return

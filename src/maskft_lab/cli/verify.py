@@ -21,10 +21,10 @@ def run(args: argparse.Namespace) -> None:
     """Print each check that passed; the first that fails ends the command."""
     from maskft_common.errors import printable
 
-    from .early import check_adapters
+    from .early import check_mask
 
     adapter = adapter_of(args)
-    check_adapters([adapter])
+    check_mask(adapter)
     for line in _passed_checks(adapter, args):
         print(printable(f"ok  {line}"))
 

@@ -1,0 +1,37 @@
+"""The models of ``maskft evaluate`` by position: adapters, or one model."""
+
+import pytest
+
+from maskft_common.errors import UserError
+from maskft_common.layout import ADAPTER_CONFIG
+from maskft_lab.evaluation.command_line import make_parser, read
+
+
+@pytest.fixture
+def folders(tmp_path):
+    for name in ("a", "b", "model"):
+        (tmp_path / name).mkdir()
+    for name in ("a", "b"):
+        (tmp_path / name / ADAPTER_CONFIG).write_text("{}")
+    return {name: str(tmp_path / name) for name in ("a", "b", "model")}
+
+
+def options(*words):
+    return read(make_parser().parse_args([*words, "--output_dir", "out"]))[0]
+
+
+def test_models_by_position(folders):
+    both = options(folders["a"], folders["b"])
+    assert both.adapter == [folders["a"], folders["b"]] and both.model_name_or_path is None
+    over = options("none", folders["a"], folders["model"])
+    assert (over.adapter, over.model_name_or_path) == (["none", folders["a"]], folders["model"])
+    assert options("owner/name").model_name_or_path == "owner/name"
+    assert options("--adapter", folders["a"]).adapter == [folders["a"]]
+
+
+def test_models_that_are_given_twice(folders):
+    with pytest.raises(UserError, match="as arguments and with --adapter"):
+        options(folders["a"], "--adapter", folders["b"])
+    for words in (("x", "y"), ("x", "--model_name_or_path", "y")):
+        with pytest.raises(UserError, match="one model is evaluated at a time"):
+            options(*words)
