@@ -31,8 +31,8 @@ class Storage(ABC):
 
     kind = ""
 
-    def __init__(self, layer: nn.Module) -> None:
-        self.layer = layer
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer  # torch types its attributes as Tensor | Module
 
     @property
     @abstractmethod
@@ -82,7 +82,7 @@ class Storage(ABC):
 class Bnb4bit(Storage):
     """``bitsandbytes.nn.Linear4bit``: NF4 or FP4, two codes a byte, the first in the high half."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: Any) -> None:
         super().__init__(layer)
         self.kind = f"bitsandbytes {layer.weight.quant_type}"
         state = layer.weight.quant_state
@@ -175,7 +175,7 @@ class Bnb8bit(Storage):
 class Torchao(Storage):
     """Weights of torchao that keep one integer a weight (``qdata``) and whole zero points: int8, int4 and the like."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: Any) -> None:
         super().__init__(layer)
         self.kind = f"torchao {type(layer.weight).__name__}"
 
@@ -208,7 +208,7 @@ class Torchao(Storage):
 class Gguf(Storage):
     """Transformers' ``GgufLinear``: rows of GGUF's blocks."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: Any) -> None:
         super().__init__(layer)
         self.form = FORMATS[layer.ggml_type]
         self.kind = f"GGUF {self.form.name}"
@@ -244,7 +244,7 @@ class Gguf(Storage):
         return self.layer.weight.data.view(-1, self.form.block_bytes)
 
 
-def storage_of(layer: nn.Module) -> Storage | None:
+def storage_of(layer: Any) -> Storage | None:
     """The storage of a layer's codes; None where it has a plain weight, or one that is not supported.
 
     Nothing is imported to find out: a layer of a library that is not loaded cannot be here.
@@ -263,7 +263,7 @@ def storage_of(layer: nn.Module) -> Storage | None:
     return None
 
 
-def is_quantised(layer: nn.Module) -> bool:
+def is_quantised(layer: Any) -> bool:
     """Whether the weight of a layer is stored as codes of a library that is known here, supported or not."""
     package = type(layer).__module__.partition(".")[0]
     name = type(layer).__name__
@@ -273,7 +273,7 @@ def is_quantised(layer: nn.Module) -> bool:
     return is_of_torchao or name in ("GgufLinear", "HQQLinear")
 
 
-def why_not_quantised(layer: nn.Module) -> str | None:
+def why_not_quantised(layer: Any) -> str | None:
     """Why a mask cannot be written into a quantised layer, with the way out; None where it can."""
     if storage_of(layer) is not None:
         return None
