@@ -13,7 +13,7 @@ from maskft.loss import nll_per_item
 from maskft.masks.mask_set import MaskSet, read_config
 from maskft.masks.verify import verify
 from maskft.training.record import read_record
-from maskft.training.verdict import HeldoutLosses, paired_interval, read_heldout
+from maskft.training.verdict import HeldoutLosses, Verdict, paired_interval, read_heldout
 from maskft_common.errors import UserError
 from maskft_lab.cli.main import main
 from maskft_lab.results.statistics import Bootstrap, as_block
@@ -148,3 +148,11 @@ def test_rows_that_depend_on_each_other_count_as_one():
     with pytest.raises(UserError, match="row 1 has no cluster_id, and others have one"):
         tokenize_dataset(rows, tiny_tokenizer())
     assert tokenize_dataset(rows.select([0]), tiny_tokenizer())["cluster_id"][:] == ["x"]
+
+
+def test_no_bound_is_rounded_to_zero():
+    """It said "[-0.0001, -0.0000]" beside "better", which is the whole interval below zero."""
+    verdict = Verdict(difference=-7e-5, ci_low=-1e-4, ci_high=-2e-5, num_rows=9, is_better=True, kept=True)
+    assert "-0.00007 nats/token, 95 % [-0.00010, -0.00002]" in str(verdict)
+    usual = verdict.model_copy(update={"difference": -0.1368, "ci_low": -0.164, "ci_high": -0.1108})
+    assert "-0.1368 nats/token, 95 % [-0.1640, -0.1108]" in str(usual)

@@ -77,9 +77,19 @@ class Verdict(FileModel):
         if self.difference is None or self.ci_low is None:
             return "the mask is not shown to be better than no mask: a held-out loss is not finite"
         said = "better than" if self.is_better else "worse than" if self.ci_low > 0 else "not distinguishable from"
-        interval = f"[{self.ci_low:+.4f}, {self.ci_high:+.4f}]"
+        digits = _digits(self.difference, self.ci_low, self.ci_high)
+        interval = f"[{self.ci_low:+.{digits}f}, {self.ci_high:+.{digits}f}]"
         on_rows = f"on {self.num_rows:,} held-out rows"
-        return f"the mask is {said} no mask: {self.difference:+.4f} nats/token, 95 % {interval}, {on_rows}"
+        return f"the mask is {said} no mask: {self.difference:+.{digits}f} nats/token, 95 % {interval}, {on_rows}"
+
+
+def _digits(*numbers: float | None) -> int:
+    """Four decimals, or so many that no number is rounded to zero: "[-0.0001, -0.0000] better" contradicts itself."""
+    digits = 4
+    smallest = min((abs(number) for number in numbers if number), default=1.0)
+    while smallest < 0.5 * 10**-digits and digits < 8:
+        digits += 1
+    return digits
 
 
 def read_heldout(folder: str | Path) -> HeldoutLosses:
