@@ -349,8 +349,8 @@ def _attached(layers: Sequence[MaskedLinear]) -> list[ShardedMasker]:
 def _check_sharding(layer: MaskedLinear) -> None:
     """Refuse any way of sharding but the plain one, in which scores are never gathered in forward."""
     weight = layer.weight
-    name = next(iter(layer.active_masks), None)
-    scores = layer.mask_scores[name] if name in layer.mask_scores else next(iter(layer.mask_scores.values()))
+    active = [name for name in layer.active_masks if name in layer.mask_scores]
+    scores = layer.mask_scores[active[0]] if active else next(iter(layer.mask_scores.values()))
     by_rows = (Shard(0),)
     is_unit = isinstance(layer.mask_scores, FSDPModule)
     is_by_rows = all(is_sharded(tensor) and tuple(tensor.placements) == by_rows for tensor in (weight, scores))

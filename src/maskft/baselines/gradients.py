@@ -10,8 +10,9 @@ from torch import Tensor
 
 from maskft_common.errors import UserError
 
-from ..data.tokenizing import IGNORED
 from ..tuner import MaskedLinear
+
+_IGNORED = -100  # label of a token without loss, as in torch's cross_entropy
 
 
 def weight_gradients(model: Any, layers: Sequence[MaskedLinear], rows: Iterable[Mapping[str, Any]]) -> list[Tensor]:
@@ -37,7 +38,7 @@ def weight_gradients(model: Any, layers: Sequence[MaskedLinear], rows: Iterable[
         for row in rows:
             ids_BT = torch.as_tensor(row["input_ids"], device=weights[0].device)[None]
             labels_BT = torch.as_tensor(row["labels"], device=weights[0].device)[None]
-            count = int((labels_BT[:, 1:] != IGNORED).sum())
+            count = int((labels_BT[:, 1:] != _IGNORED).sum())
             with torch.enable_grad():
                 loss = model(input_ids=ids_BT, labels=labels_BT, use_cache=False).loss
             gradients = torch.autograd.grad(loss, weights, allow_unused=True)
