@@ -187,7 +187,7 @@ _SHORT = {
     "warmup_steps": f"Optimizer steps of linear warmup{_OF_STEPS}",
     "eval_steps": f"Optimizer steps from one evaluation to the next{_OF_STEPS}",
     "save_steps": f"Optimizer steps from one checkpoint to the next{_OF_STEPS}",
-    "bf16": "Compute in bfloat16, with weights as dtype says [true where the device multiplies bfloat16: see maskft env]",
+    "bf16": "Compute in bfloat16, with weights as dtype says [true where the device multiplies it: see maskft env]",
 }
 
 
