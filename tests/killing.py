@@ -10,6 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
+from maskft_lab.cli.main import main
 from maskft_lab.study.process import PYTHON, start_command
 
 _SRC = str(Path(__file__).parents[1] / "src")
@@ -31,6 +34,29 @@ class Forked:
 
     def poll(self):
         return self._process.exitcode
+
+
+def in_fork(words, err, prepare=lambda: None):
+    """Run a command in a fork of this process, without seconds of imports; returns its exit status.
+
+    Args:
+        words: The command.
+        err: File for what it writes to stderr.
+        prepare: Called in the fork before the command.
+    """
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            torch.set_num_threads(1)  # the threads of this process are not in its fork, which would wait for them
+            sys.stderr = open(err, "w")
+            sys.stdout = open(os.devnull, "w")
+            prepare()
+            status = main(words)
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def kill_now_and_then(file, folder, waits):

@@ -1,12 +1,11 @@
 """``maskft evaluate --tasks`` on tiny models and files."""
 
 import json
+import resource
 import shutil
-import signal
-import subprocess
-import sys
 import time
 
+import psutil
 import pytest
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -14,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import benchmark_files
 import tiny
+from killing import Forked, in_fork
 from maskft import MaskConfig
 from maskft_common.errors import UserError
 from maskft_common.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, JOURNAL, RESULT
@@ -209,14 +209,14 @@ def test_a_killed_evaluation_is_resumed(chat_base, files, tmp_path, capsys, monk
     words = ["evaluate", "--model_name_or_path", chat_base, "--tasks", "gsm8k", "--data_dir", files]
     words += ["--output_dir", tmp_path / "out", "--batch_size", 1]
     words = [str(word) for word in words]
-    process = subprocess.Popen([sys.executable, "-m", "maskft_lab.cli.main", *words], stderr=subprocess.DEVNULL)
+    process = Forked(words, tmp_path / "log")
     journal = tmp_path / "out" / JOURNAL
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         if journal.is_file() and journal.read_text().count("\n") >= 3:  # settings and two answers of four
             break
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     header = json.loads(journal.read_text().splitlines()[0])
     assert "torch" in header["packages"] and "eos_token_id" in header["generation_config"]
@@ -266,28 +266,21 @@ def test_mistakes_are_one_line_and_write_nothing(words, message, chat_base, adap
     assert status == 2 and message in err.strip().splitlines()[-1] and not (tmp_path / "out").exists()
 
 
-OUT_OF_MEMORY = """
-import resource, sys
-import psutil
-import torch
-from maskft_lab.cli.main import main
-import maskft_lab.evaluation.evaluate
-bound = psutil.Process().memory_info().vms + 150_000_000
-resource.setrlimit(resource.RLIMIT_AS, (bound, resource.getrlimit(resource.RLIMIT_AS)[1]))
-sys.exit(main(sys.argv[1:]))
-"""
-
-
 def test_memory_that_runs_out_is_one_line(tmp_path):
     base, rows = tmp_path / "base", tmp_path / "rows.jsonl"
     tiny.tiny_llama(vocab_size=50_000, num_layers=1).save_pretrained(base)
     tiny_tokenizer().save_pretrained(base)
     rows.write_text("".join(json.dumps({"prompt": f"{n}=", "completion": "1" * 200}) + "\n" for n in range(16)))
     words = ["evaluate", "--model_name_or_path", base, "--dataset_name", rows, "--no_generate", "--batch_size", "16"]
-    command = [sys.executable, "-c", OUT_OF_MEMORY, *map(str, words), "--output_dir", str(tmp_path / "out")]
-    ended = subprocess.run(command, capture_output=True, text=True)
-    assert ended.returncode == 2, ended.stderr
-    assert "out of memory (" in ended.stderr.splitlines()[-1] and "Traceback" not in ended.stderr
+    words += ["--output_dir", tmp_path / "out"]
+
+    def limit_memory():
+        bound = psutil.Process().memory_info().vms + 150_000_000
+        resource.setrlimit(resource.RLIMIT_AS, (bound, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+    err = tmp_path / "err"
+    assert in_fork([str(word) for word in words], err, limit_memory) == 2, err.read_text()
+    assert "out of memory (" in err.read_text().splitlines()[-1] and "Traceback" not in err.read_text()
     assert not (tmp_path / "out" / RESULT).exists()
 
 

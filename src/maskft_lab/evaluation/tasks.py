@@ -163,7 +163,7 @@ def run_task(lm, name: str, task, *, limit: int | None = None, apply_chat_templa
 # Building tasks
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=8)  # an index of lm-eval's ten thousand files takes seconds
 def _task_manager(include_path: str | None, include_defaults: bool = True):
     from lm_eval.tasks import TaskManager
 
