@@ -85,13 +85,14 @@ def test_control_characters_of_any_text_reach_no_page(study):
     summary = study / layout.SUMMARY.format("tiny-study")
     record = json.loads(summary.read_text())
     compared = record["models"]["tiny"]["comparison"]
-    compared["verdicts"][0]["text"] = "better \u202e\x1b[2J"
+    compared["notes"] = ["better \u202e\x1b[2J"]
+    compared["verdicts"][0]["parent"]["baseline"] = "parent\u2066"
     for score in compared["scores"]:
         score["test_set"] = "a\x07b"
     summary.write_text(json.dumps(record))
     assert main(["report", str(study), "-o", str(study / "out.html")]) == 0
     text = (study / "out.html").read_text(encoding="utf-8")
-    assert r"\x1b[2J" in text and r"a\x07b" in text
+    assert r"\x1b[2J" in text and r"a\x07b" in text and r"parent\u2066" in text
     assert all(character.isprintable() or character == "\n" for character in text)
 
 
