@@ -78,7 +78,7 @@ def test_a_figure_whose_run_is_missing(study, error):
 
 def test_places_that_cannot_be_read_or_written(study, error):
     assert "is not a folder" in error(study / "nowhere", "-o", "x")
-    assert "say what to write" in error(study)
+    assert "no output: give -o report.html" in error(study)
     assert "is a folder" in error(study, "-o", study)
     assert "--only chooses figures" in error(study, "-o", "x", "--only", "1")
     (study / "a-file").write_text("")
