@@ -22,6 +22,7 @@ from maskft.masks.codec import encode_mask, weights_sha256
 from maskft.masks.mask_set import MaskSet
 from maskft.masks.verify import verify
 from maskft.training.build import with_adapter
+from maskft.training.checkpoints import save_weights
 from maskft.tuner import MaskedLinear, MaskPeftType, adapter_layers
 from maskft.tuner.targets import check_targets, maskable_names
 from maskft_common.errors import UserError
@@ -119,7 +120,7 @@ def test_saving_asks_nobody_about_the_base(tmp_path, monkeypatch):
     """PEFT would look the base up at every save, to see whether its vocabulary was resized."""
     monkeypatch.setattr(peft.utils.save_and_load, "check_file_exists_on_hf_hub", None)
     source = ModelConfig(model_name_or_path="nobody/named-this")
-    with_adapter(tiny.tiny_llama(), MaskConfig(), source).save_pretrained(tmp_path)
+    save_weights(with_adapter(tiny.tiny_llama(), MaskConfig(), source), tmp_path)
     assert PeftConfig.from_pretrained(tmp_path).base_model_name_or_path == "nobody/named-this"
 
 
