@@ -368,7 +368,7 @@ def cases():
     yield {"method": "wanda_mask", "num_calibration_samples": 0}, "num_calibration_samples is 0"
     yield {"partial_layers": [1]}, "partial_layers goes with --method full"
     yield {"trust_remote_code": True}, "code in the folder of a model is not run"
-    yield {"load_in_4bit": True}, "method mask needs weights that are floats"
+    yield {"load_in_4bit": True, "method": "full"}, "method full needs weights that are floats"
     yield {"match_adapter": "x"}, "match_adapter goes with --method random_mask or l1_mask or wanda_mask, not with mask"
     unused = {"eos_token": "<pad>", "truncation_mode": "keep_end", "model_init_kwargs": '{"use_kernels": true}'}
     unused |= dict.fromkeys(("assistant_only_loss", "shuffle_dataset", "push_to_hub", "eval_packing"), True)
