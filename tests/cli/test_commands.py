@@ -97,7 +97,7 @@ def test_a_reader_that_closes_and_a_missing_extra_are_no_tracebacks():
     assert done.stderr == ""
     code = (
         "import sys; sys.modules['datasets'] = None\n"
-        "from maskft_lab.cli.main import main; sys.exit(main(['train', '--help']))"
+        "from maskft_lab.cli.main import main; sys.exit(main(['train', '--help_all']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
