@@ -36,16 +36,20 @@ class Forked:
         return self._process.exitcode
 
 
-def in_fork(words, err, prepare=lambda: None):
-    """Run a command in a fork of this process, without seconds of imports; returns its exit status.
+class Fork:
+    """A command in a fork of this process, without seconds of imports, with what is called of a ``Popen``.
 
     Args:
         words: The command.
         err: File for what it writes to stderr.
         prepare: Called in the fork before the command.
     """
-    pid = os.fork()
-    if pid == 0:
+
+    def __init__(self, words, err, prepare=lambda: None):
+        self.returncode = None
+        self.pid = os.fork()
+        if self.pid > 0:
+            return
         status = 1
         try:
             torch.set_num_threads(1)  # the threads of this process are not in its fork, which would wait for them
@@ -56,7 +60,21 @@ def in_fork(words, err, prepare=lambda: None):
         finally:
             sys.stderr.flush()
             os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    def poll(self):
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self):
+        while self.poll() is None:
+            time.sleep(0.01)
+        return self.returncode
+
+    def kill(self):
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
 
 
 def kill_now_and_then(file, folder, waits):

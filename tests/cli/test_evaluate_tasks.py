@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import benchmark_files
 import tiny
-from killing import Forked, in_fork
+from killing import Fork
 from maskft import MaskConfig
 from maskft_common.errors import UserError
 from maskft_common.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, JOURNAL, RESULT
@@ -209,7 +209,7 @@ def test_a_killed_evaluation_is_resumed(chat_base, files, tmp_path, capsys, monk
     words = ["evaluate", "--model_name_or_path", chat_base, "--tasks", "gsm8k", "--data_dir", files]
     words += ["--output_dir", tmp_path / "out", "--batch_size", 1]
     words = [str(word) for word in words]
-    process = Forked(words, tmp_path / "log")
+    process = Fork(words, tmp_path / "log")
     journal = tmp_path / "out" / JOURNAL
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
@@ -279,7 +279,7 @@ def test_memory_that_runs_out_is_one_line(tmp_path):
         resource.setrlimit(resource.RLIMIT_AS, (bound, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
     err = tmp_path / "err"
-    assert in_fork([str(word) for word in words], err, limit_memory) == 2, err.read_text()
+    assert Fork([str(word) for word in words], err, limit_memory).wait() == 2, err.read_text()
     assert "out of memory (" in err.read_text().splitlines()[-1] and "Traceback" not in err.read_text()
     assert not (tmp_path / "out" / RESULT).exists()
 

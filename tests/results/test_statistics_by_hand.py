@@ -153,3 +153,39 @@ def test_mcnemar_by_hand():
     # One won of four that differ: 2 * (1 + 4) / 16.
     assert mcnemar_exact([1, 0, 0, 0, 1], [0, 1, 1, 1, 1]) == pytest.approx(2 * 5 / 16)
     assert mcnemar_exact([1], [0]) == 1.0
+
+
+def skew(values):
+    """How much farther the upper end lies from the mean than the lower one."""
+    low, high = np.quantile(values, [0.025, 0.975])
+    return (high - values.mean()) - (values.mean() - low)
+
+
+def test_resamples_lean_as_the_values_do():
+    items = np.array([0.0] * 18 + [10.0] * 2)
+    assert skew(Bootstrap(as_block([items]), 5000).resamples(0.95)) > 0.5
+    assert skew(Bootstrap(as_block([-items]), 5000).resamples(0.95)) < -0.5
+    seeds = np.repeat(np.array([[0.0], [0.0], [0.0], [0.0], [10.0]]), 20, axis=1)
+    assert skew(Bootstrap(as_block(seeds), 5000).resamples(0.95)) > 0.5
+    assert skew(Bootstrap(as_block(-seeds), 5000).resamples(0.95)) < -0.5
+
+
+def test_two_seeds_widen_the_interval_and_seeds_that_differ_by_chance_do_not():
+    low, high = Bootstrap(as_block([[0.4] * 20, [0.6] * 20]), 2000).interval()
+    # Both resamples of one seed: 0.1 from the mean, stretched by sqrt(2) * t / z.
+    reach = 0.1 * math.sqrt(2) * stats.t.ppf(0.975, 1) / stats.norm.ppf(0.975)
+    assert (low, high) == (pytest.approx(0.5 - reach), pytest.approx(0.5 + reach))
+    crosswise = Bootstrap(as_block([[1.0, 0.0], [0.0, 1.0]]), 200).resamples(0.95)
+    assert crosswise.tolist() == pytest.approx([0.5] * 200)
+
+
+def test_seeds_without_any_variance():
+    found = Bootstrap(as_block([[0.5] * 20] * 2), 100)
+    assert (found._t_tail(0.0), found._t_tail(0.5), found._t_tail(1.0)) == (0.5, 0.0, 0.0)
+
+
+def test_the_unit_of_the_weights_does_not_matter():
+    diffs = [[3.0, 2.0, 1.0], [0.0, 1.0, 5.0]]
+    one = Bootstrap(as_block(diffs, [1, 2, 3]), 50)
+    ten = Bootstrap(as_block(diffs, [10, 20, 30]), 50)
+    assert ten.between == pytest.approx(one.between) and ten.interaction == pytest.approx(one.interaction)
