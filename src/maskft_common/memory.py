@@ -9,7 +9,9 @@ from pathlib import Path
 
 import psutil
 
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_M_TRIM_THRESHOLD = -1
+_M_TOP_PAD = -2
+_M_MMAP_MAX = -4
 
 
 def peak_memory_bytes() -> int:

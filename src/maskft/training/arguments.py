@@ -106,7 +106,8 @@ class TrainingArguments(SFTConfig):
             # TRL's bf16=True is an error on a machine without an accelerator unless this is said.
             self.use_cpu = True
             if self.bf16 is None and not self.fp16 and not multiplies_bfloat16():
-                self.bf16, self.is_float32_by_machine = False, True
+                self.bf16 = False
+                self.is_float32_by_machine = True
         if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
             self.eval_on_start = self.load_best_model_at_end = False
         if self.metric_for_best_model and not self.metric_for_best_model.startswith("eval_"):

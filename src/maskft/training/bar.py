@@ -45,6 +45,7 @@ class TrainingProgress(TrainerCallback):
     def _losses(self) -> str:
         parts = []
         if self.heldout:
-            last, best = self.heldout[-1], min(self.heldout)
+            last = self.heldout[-1]
+            best = min(self.heldout)
             parts.append(f"held-out {last:.4f}" + (f" (best {best:.4f})" if best < last else ""))
         return "  ".join(parts if self._loss is None else [*parts, f"loss {self._loss:.4f}"])

@@ -28,7 +28,8 @@ class KeepLast(TrainerCallback):
     """Saves the model as the last step left it, before the best checkpoint replaces it."""
 
     def __init__(self, trainer: SFTTrainer, folder: Path):
-        self.trainer, self.folder = trainer, folder
+        self.trainer = trainer
+        self.folder = folder
 
     def on_step_end(self, args, state, control, **kwargs):
         """Save after the last step."""
@@ -50,7 +51,8 @@ class Reference(TrainerCallback):
     """
 
     def __init__(self, trainer: SFTTrainer, console: Console):
-        self.trainer, self.console = trainer, console
+        self.trainer = trainer
+        self.console = console
         self.losses: list[RowLoss] | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):

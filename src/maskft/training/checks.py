@@ -55,7 +55,8 @@ def check_config(config: TrainConfig) -> None:
     Raises:
         UserError: For the first mistake.
     """
-    method, training = config.method.method, config.training
+    method = config.method.method
+    training = config.training
     check_method(config.method)
     mask = mask_config(config.mask) if method in MASK_METHODS else None
     for spec in fields(config.mask) if mask is None else ():
@@ -72,7 +73,8 @@ def check_config(config: TrainConfig) -> None:
         if name.startswith(_OF_LORA) and getattr(config.model, name) != spec.default:
             raise UserError(f"{name} is TRL's option of LoRA; write --method peft --peft_config '{_LORA}'")
     for name, instead in _UNUSED.items():
-        value, default = getattr(training, name), TrainingArguments.__dataclass_fields__[name].default
+        value = getattr(training, name)
+        default = TrainingArguments.__dataclass_fields__[name].default
         if value != default and not (name == "shuffle_dataset" and training.packing):  # which packs in that order
             raise UserError(f"{name} is {value!r}, which maskft train does not use; {instead}")
     if not 0 <= training.kl_to_base < math.inf:

@@ -23,7 +23,8 @@ from .verdict import Verdict
 
 def describe(model, tokenizer, data: Prepared, config: TrainConfig, console: Console) -> None:
     """Print the resolved numbers a person checks before a long run."""
-    method, training = config.method, config.training
+    method = config.method
+    training = config.training
     supervised = supervised_token_count(data.train)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
@@ -74,7 +75,9 @@ def report(
         speed = f"{median(speeds):,.0f} tokens/s; " if speeds else ""
         took = time_text(summary.train_time_s)
         console.print(f"{speed}{took} in total, held-out evaluation included", highlight=False)
-    start, best, step = summary.start_loss, summary.best_loss, summary.best_step
+    start = summary.start_loss
+    best = summary.best_loss
+    step = summary.best_step
     if best is None or summary.method in UNTRAINED_METHODS:
         console.print(f"saved to {folder}")
     elif summary.method != "mask":

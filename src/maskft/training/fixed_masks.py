@@ -43,7 +43,8 @@ def make_fixed_mask(
     Raises:
         UserError: If the mask is not one of a given size, or ``match_adapter`` masks other layers, or of another shape.
     """
-    method, training = run.method, run.training
+    method = run.method
+    training = run.training
     config = mask_config(run.mask, inference_mode=True, sparsity_ramp=0.0)
     check_size(method.method, config)
     masked = with_adapter(model.to(training.device), config, run.model).eval()
@@ -75,7 +76,8 @@ def make_fixed_mask(
     loss, seed, coded = best
     _set_masks(layers, coded)
     masked.peft_config[ADAPTER].mask_seed = seed
-    removed, numel = sum(mask_info(code)["num_removed"] for code in coded), sum(weight.numel() for weight in weights)
+    removed = sum(mask_info(code)["num_removed"] for code in coded)
+    numel = sum(weight.numel() for weight in weights)
     console.print(f"{method.method}: removes {removed:,} of {numel:,} target weights")
     if is_choice:
         console.print(f"best of {method.num_candidates} by held-out loss: seed {seed}, {loss:.4f}")

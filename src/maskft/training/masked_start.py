@@ -28,7 +28,8 @@ def set_removed_to_zero(model: PreTrainedModel, method: MethodArguments) -> None
     if folder is None:
         return
     option = "keep_mask" if method.keep_mask else "start_mask"
-    config, masks = read_config(folder), MaskSet.from_adapter(folder)
+    config = read_config(folder)
+    masks = MaskSet.from_adapter(folder)
     if config.removed_value != "zero":
         raise UserError(
             f"{option} {folder!r} has removed_value {config.removed_value}; name a mask that removes to zero"

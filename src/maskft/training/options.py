@@ -123,7 +123,8 @@ def _check_values(recipe: str, given: Any, parser: TrlParser) -> None:
     groups = (MethodArguments, DataArguments, MaskArguments)
     own = {"model_name_or_path", *(spec.name for group in groups for spec in dataclasses.fields(group))}
     for action in parser._actions if isinstance(given, dict) else ():
-        value, wanted = given.get(action.dest, argparse.SUPPRESS), ""
+        value = given.get(action.dest, argparse.SUPPRESS)
+        wanted = ""
         if value is argparse.SUPPRESS or (value is None and not (action.choices and action.default)):
             continue
         for each in value if action.nargs == "+" and isinstance(value, list) else [value]:
@@ -194,7 +195,10 @@ _SHORT = {
 def _usual(action: argparse.Action) -> argparse.Action:
     """The action with one of its names, a sentence of help, and its default."""
     action = copy.copy(action)
-    action.option_strings, action.choices, action.nargs, action.metavar = action.option_strings[:1], None, None, ""
+    action.option_strings = action.option_strings[:1]
+    action.choices = None
+    action.nargs = None
+    action.metavar = ""
     default = "" if action.default in (None, argparse.SUPPRESS) else f" [{action.default}]"
     first = re.split(r"\.\s(?=[A-Z])", " ".join((action.help or "").split()))[0].rstrip(".")
     action.help = _SHORT.get(action.dest, first) + default

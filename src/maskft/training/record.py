@@ -113,7 +113,8 @@ def make_record(
                 recipe[name] = value
     if datasets := hub_ids(config.data.dataset_name or ""):
         recipe["datasets"] = datasets
-    defaults, given = option_defaults(), vars(config.model) | vars(config.training)
+    defaults = option_defaults()
+    given = vars(config.model) | vars(config.training)
     for name in sorted(given.keys() & defaults.keys() - FREE - _DERIVED):
         if given[name] not in (None, defaults[name]) and isinstance(given[name], str | int | float | list | dict):
             recipe[name] = given[name]
@@ -132,7 +133,8 @@ def make_record(
 
 def summarise(trainer: MaskTrainer, method: str) -> TrainingSummary:
     """Sum up a run of ``method`` that has ended."""
-    state, model = trainer.state, trainer.model
+    state = trainer.state
+    model = trainer.model
     without_mask = trainer.reference.losses if trainer.reference else None
     losses = {row["step"]: row["eval_loss"] for row in state.log_history if "eval_loss" in row}
     best_step = next(reversed(losses), None)

@@ -44,7 +44,8 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self.signal is None:
-            self.signal, self._time = number, now
+            self.signal = number
+            self._time = now
             if is_main():  # not by a console, which may be in the middle of a line and hold its lock
                 os.write(2, b"\nstopping: the step is finished and saved first; a second signal stops immediately\n")
         elif now - self._time > _SAME_SIGNAL_S:

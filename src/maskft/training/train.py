@@ -55,7 +55,8 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainingSummar
 def run(config: TrainConfig, resume_from: str | None, console: Console) -> TrainingSummary:
     """Do what :func:`train` says, in an output folder that no other run writes to."""
     # setup
-    method, training = config.method, config.training
+    method = config.method
+    training = config.training
     tokenizer = load_tokenizer_of(config.model, training)
     data = load_data(config.data, training, tokenizer, console)
     model = load_base(config.model, tokenizer, method.method)

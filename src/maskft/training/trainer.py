@@ -62,7 +62,8 @@ class MaskTrainer(SFTTrainer):
         console: Console,
         kl_rows: KLRows | None = None,
     ):
-        method, training = config.method, config.training
+        method = config.method
+        training = config.training
         self._course = course_of(config, data, kl_rows)
         self._resume_from = resume_from
         if resume_from is not None:
@@ -321,7 +322,8 @@ class MaskTrainer(SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add tokens/s, peak memory and mask metrics to what TRL logs."""
         if "loss" in logs:
-            now, tokens = time.perf_counter(), int(self._total_train_tokens)
+            now = time.perf_counter()
+            tokens = int(self._total_train_tokens)
             logs["tokens_per_s"] = round((tokens - self._window[1]) / max(now - self._window[0], 1e-9), 1)
             logs["peak_memory_bytes"] = memory.peak_memory_bytes()
             logs.update(self.guard.mask_metrics)

@@ -161,10 +161,12 @@ def paired_interval(losses: HeldoutLosses) -> tuple[float | None, float | None, 
         return None, None, None
     if losses.clusters is not None:
         units = np.unique(losses.clusters, return_inverse=True)[1]
-        sums, tokens = np.bincount(units, sums), np.bincount(units, tokens)
+        sums = np.bincount(units, sums)
+        tokens = np.bincount(units, tokens)
     difference = sums.sum() / tokens.sum()
     deviations = _resampled(sums, tokens) - difference
-    count, tail = len(sums), (1 + CONFIDENCE) / 2
+    count = len(sums)
+    tail = (1 + CONFIDENCE) / 2
     stretch = math.sqrt(count / (count - 1)) * _t_quantile(count - 1) / NormalDist().inv_cdf(tail)
     low, high = np.quantile(difference + stretch * deviations, [1 - tail, tail])
     return float(difference), float(low), float(high)
@@ -172,8 +174,10 @@ def paired_interval(losses: HeldoutLosses) -> tuple[float | None, float | None, 
 
 def _resampled(sums: NDArray[np.float64], tokens: NDArray[np.float64]) -> NDArray[np.float64]:
     """Mean per token of each resample of the units."""
-    random, count = np.random.default_rng(0), len(sums)
-    means, chunk = np.empty(NUM_RESAMPLES), max(1, _MAX_DRAWS // count)
+    random = np.random.default_rng(0)
+    count = len(sums)
+    means = np.empty(NUM_RESAMPLES)
+    chunk = max(1, _MAX_DRAWS // count)
     for start in range(0, NUM_RESAMPLES, chunk):
         drawn = random.integers(count, size=(min(chunk, NUM_RESAMPLES - start), count))
         means[start : start + chunk] = sums[drawn].sum(1) / tokens[drawn].sum(1)

@@ -68,7 +68,8 @@ def upper_bounds(
     """
     lengths = code_lengths(d, z, bits)
     phi = {name: complexity_term(lengths[name], num_rows) for name in ("full", "mask")}
-    delta_train, delta_complexity = losses[1] - losses[0], phi["mask"] - phi["full"]
+    delta_train = losses[1] - losses[0]
+    delta_complexity = phi["mask"] - phi["full"]
     return {
         "code_lengths": lengths,
         "phi": phi,
@@ -109,7 +110,8 @@ def analyse_bound(
         num_rows: Of training; None: not known.
     """
     masks, (num_weights, vocab_size) = masks_of(adapter), size
-    z, masked = masks.num_removed, masks.numel
+    z = masks.num_removed
+    masked = masks.numel
     record = {
         "training_loss": {"full": losses[0], "mask": losses[1]},
         "num_weights": num_weights,

@@ -65,7 +65,8 @@ def shares_by_head(masks: MaskSet, num_heads: int, num_kv_heads: int) -> dict[st
         if kind in _PROJECTIONS:
             num_blocks = num_heads if kind == "q_proj" else num_kv_heads
             shares = head_shares(mask, num_blocks, num_heads).tolist()
-            p, total = float((~mask).double().mean()), mask.numel()
+            p = float((~mask).double().mean())
+            total = mask.numel()
             size = total // num_blocks
             variance = p * (1 - p) / size * (total - size) / max(total - 1, 1)
             layer = next((part for part in name.split(".") if part.isdigit()), "other")

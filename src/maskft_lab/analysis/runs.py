@@ -13,8 +13,10 @@ from maskft_common.errors import UserError, did_you_mean
 
 from ..results.schema import Result, read_result
 
-BEST, LAST = "best", "last"
-FULL, MASK = "full", "mask"
+BEST = "best"
+LAST = "last"
+FULL = "full"
+MASK = "mask"
 PUBLISHED_SUMMARY = "summary.json"
 
 
@@ -160,7 +162,8 @@ def _results_of(candidates: Sequence[Path]) -> dict[str, dict[str, Result]]:
 
 
 def _from_record(study: Path, file: Path, results: dict[str, dict[str, Result]]) -> TrainedRun:
-    record, training = files.read_json(file), file.parent / layout.TRAINING
+    record = files.read_json(file)
+    training = file.parent / layout.TRAINING
     known = files.read_json(training) if training.is_file() else {}
     # Paths inside the study are relative to it.
     models = {role: str(study / name) if (study / name).exists() else name for role, name in record["models"].items()}

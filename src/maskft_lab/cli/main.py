@@ -77,7 +77,8 @@ def _run(argv: list[str]) -> int:
         print(f"maskft {__version__}")
         return 0
 
-    name, words = argv[0], argv[1:]
+    name = argv[0]
+    words = argv[1:]
     if name not in COMMANDS:
         print(f"maskft: error: no command {name!r}{did_you_mean(name, COMMANDS)}; see maskft --help", file=sys.stderr)
         return 2

@@ -27,9 +27,11 @@ from .journal import Journal, generated
 from .load_models import Loaded
 
 TASK_VERSION = 2
-HUB_DATASET, HUB_FILE = "tatsu-lab/alpaca_eval", "alpaca_eval_gpt4_baseline.json"
+HUB_DATASET = "tatsu-lab/alpaca_eval"
+HUB_FILE = "alpaca_eval_gpt4_baseline.json"
 # Length is controlled for by a regression with the difficulty of each of these prompts.
-PUBLISHED_REFERENCE, PUBLISHED_NUM_PROMPTS = "gpt4_1106_preview", 805
+PUBLISHED_REFERENCE = "gpt4_1106_preview"
+PUBLISHED_NUM_PROMPTS = 805
 
 
 def alpaca_settings(options: EvaluationArguments) -> dict:
@@ -46,7 +48,8 @@ def load_alpaca(options: EvaluationArguments) -> list[Mapping[str, Any]]:
     Raises:
         UserError: For every problem with the files, and if the package that judges is not installed.
     """
-    given, annotator = options.reference_outputs, options.alpaca_annotator
+    given = options.reference_outputs
+    annotator = options.alpaca_annotator
     path = _published_file() if given is None else Path(given).expanduser()
     references = [row for _, row in read_file(path)]
     if not references or not all(_is_output(row) for row in references):
@@ -97,7 +100,9 @@ def evaluate_alpaca(
     Raises:
         UserError: If the package cannot judge them.
     """
-    model, tokenizer, asked = loaded.model, loaded.tokenizer, [row["instruction"] for row in references]
+    model = loaded.model
+    tokenizer = loaded.tokenizer
+    asked = [row["instruction"] for row in references]
     prompts = [prompt_ids({"prompt": [{"role": "user", "content": text}]}, tokenizer) for text in asked]
     bounds = Bounds(options.alpaca_max_new_tokens, options.batch_size, option="alpaca_max_new_tokens")
     answers = generated(model, tokenizer, prompts, bounds, f"{ALPACA_EVAL}: outputs", journal)
@@ -108,7 +113,8 @@ def evaluate_alpaca(
     file = folder / layout.ALPACA_OUTPUTS
     files.write_text(file, json.dumps(outputs, indent=1, ensure_ascii=False) + "\n")
     items: list[dict[str, Any]] = [{"id": str(index), **row} for index, row in enumerate(outputs)]
-    metrics, note = {}, f"{len(items)} outputs are in {file}, not judged: name a judge with --alpaca_annotator"
+    metrics = {}
+    note = f"{len(items)} outputs are in {file}, not judged: name a judge with --alpaca_annotator"
     if options.alpaca_annotator is not None:
         verdicts = folder / f"alpaca_verdicts_{files.digest(alpaca_settings(options))[:16]}.json"  # of this judge
         metrics, note = _judged(items, outputs, references, options.alpaca_annotator, verdicts)

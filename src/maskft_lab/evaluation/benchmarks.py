@@ -173,7 +173,8 @@ def load_docs(task: str, data_dir: str | Path | None) -> datasets.Dataset:
     """
     if data_dir is None:
         return _from_hub(BENCHMARKS[task])
-    file, fields = find_file(task, Path(data_dir).expanduser()), BENCHMARKS[task].fields
+    file = find_file(task, Path(data_dir).expanduser())
+    fields = BENCHMARKS[task].fields
     rows = []
     for place, row in read_file(file):
         if not isinstance(row, dict) or not all(isinstance(row.get(name), kind) for name, kind in fields.items()):

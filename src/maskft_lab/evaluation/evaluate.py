@@ -58,7 +58,8 @@ def evaluate_loaded(
         test_set: File of the held-out rows, by which tables call them; None: they are no file of their own.
     """
     benchmarks = {task: asked for task, asked in tasks.items() if task not in (HELDOUT, ALPACA_EVAL)}
-    rows, references = tasks.get(HELDOUT), tasks.get(ALPACA_EVAL)
+    rows = tasks.get(HELDOUT)
+    references = tasks.get(ALPACA_EVAL)
     check_chat_template([task for task in tasks if task != HELDOUT], loaded.tokenizer, options.apply_chat_template)
     settings = settings_of(options)
     journal = Journal(target.with_name(layout.JOURNAL), _journal_settings(loaded, settings))
@@ -146,7 +147,8 @@ def finished_result(target: Path, name: str, settings: Mapping, tasks: Iterable[
     if not target.exists():
         return None
     result = read_result(target)
-    found, names = result["settings"], {*result["settings"], *settings} - {"batch_size"}
+    found = result["settings"]
+    names = {*result["settings"], *settings} - {"batch_size"}
     is_same = result["name"] == name and all(found.get(k) == settings.get(k) for k in names)
     if not is_same or not set(tasks) <= set(result["tasks"]):
         raise UserError(
@@ -170,7 +172,8 @@ def check_same_evaluation(
     Raises:
         UserError: If they are not the same.
     """
-    template, problem = chat_template_hash(loaded.tokenizer), None
+    template = chat_template_hash(loaded.tokenizer)
+    problem = None
     if any(result["model"].get(key) != value for key, value in loaded.facts.items()):
         problem = "is of another model, configuration or tokenizer"
     for task, asked in tasks.items():

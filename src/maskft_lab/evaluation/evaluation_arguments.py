@@ -8,7 +8,9 @@ from typing import Any, Literal
 
 from maskft_common.errors import UserError
 
-HELDOUT, ALPACA_EVAL = "heldout", "alpaca_eval"  # tasks that are not lm-eval's
+# tasks that are not lm-eval's
+HELDOUT = "heldout"
+ALPACA_EVAL = "alpaca_eval"
 AND = "+"  # on the command line, between the options of two evaluations
 
 # Fields of DataArguments that change no held-out row, or that are in EvaluationArguments with another default.
@@ -96,7 +98,8 @@ class EvaluationArguments:
     def __post_init__(self):
         """Refuse numbers out of range."""
         for spec in fields(self):
-            value, minimum = getattr(self, spec.name), spec.metadata["minimum"]
+            value = getattr(self, spec.name)
+            minimum = spec.metadata["minimum"]
             if value is not None and minimum is not None and value < minimum:
                 raise UserError(f"{spec.name} is {value}; it must be at least {minimum}")
 

@@ -146,7 +146,8 @@ def evaluate_kl(loaded: Loaded, rows: Sequence[dict], options: EvaluationArgumen
     Returns:
         A task record of the result schema, metric ``kl``.
     """
-    model, tokenizer = loaded.model, loaded.tokenizer
+    model = loaded.model
+    tokenizer = loaded.tokenizer
     prompts = [prompt_ids(row, tokenizer)[: options.max_length] for row in rows]
     check_context(model, max(map(len, prompts)))
 

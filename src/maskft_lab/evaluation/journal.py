@@ -83,7 +83,8 @@ class Resuming:
     """
 
     def __init__(self, lm, journal: Journal):
-        self.lm, self.journal = lm, journal
+        self.lm = lm
+        self.journal = journal
         lm.set_cache_hook(journal)
 
     def __getattr__(self, name: str) -> Any:

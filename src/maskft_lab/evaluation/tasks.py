@@ -136,7 +136,8 @@ def run_task(lm, name: str, task, *, limit: int | None = None, apply_chat_templa
     torch.manual_seed(SEEDS["torch"])
     how: dict[str, Any] = {"apply_chat_template": chat, "fewshot_as_multiturn": chat}
     results = evaluate(lm, {"tasks": {name: task}}, limit=limit, bootstrap_iters=1000, **how)
-    samples, benchmark = results["samples"][name], BENCHMARKS.get(name, _OTHERS)
+    samples = results["samples"][name]
+    benchmark = BENCHMARKS.get(name, _OTHERS)
     items = _items(samples, benchmark)
     confinement = {item.pop("confinement") for item in items if benchmark.program}
     record = build_task(

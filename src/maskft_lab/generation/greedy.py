@@ -73,7 +73,8 @@ def greedy_generate(
     job = _Job(model, tokenizer, prompts, bounds, on_answer)
     if not prompts:
         return []
-    longest, max_new_tokens = max(len(prompt) for prompt in prompts), bounds.max_new_tokens
+    longest = max(len(prompt) for prompt in prompts)
+    max_new_tokens = bounds.max_new_tokens
     check_context(model, longest, max_new_tokens, bounds.option)
     is_known = model.generation_config.to_diff_dict().keys() <= _OBEYED and _attention_is_known(model)
     shared = shared_prefix_length(prompts) if is_known else 0
@@ -105,7 +106,8 @@ def shared_prefix_length(prompts: Sequence[Sequence[int]]) -> int:
     """Return how many tokens all prompts begin with alike; every prompt keeps at least one of its own."""
     if len(prompts) < 2:
         return 0
-    first, last = min(prompts), max(prompts)
+    first = min(prompts)
+    last = max(prompts)
     limit = min(len(prompt) for prompt in prompts) - 1
     shared = next((i for i in range(limit) if first[i] != last[i]), limit)
     return shared if shared >= MIN_SHARED_TOKENS else 0
@@ -140,7 +142,10 @@ class _Job:
     """The prompts, what is known about ending them, and the answers so far."""
 
     def __init__(self, model, tokenizer, prompts: Sequence[Sequence[int]], bounds: Bounds, on_answer: OnAnswer | None):
-        self.model, self.tokenizer, self.prompts, self.bounds = model, tokenizer, prompts, bounds
+        self.model = model
+        self.tokenizer = tokenizer
+        self.prompts = prompts
+        self.bounds = bounds
         self.on_answer, self.out = on_answer, [""] * len(prompts)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         generation = model.generation_config

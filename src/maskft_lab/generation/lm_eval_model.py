@@ -53,7 +53,8 @@ class BatchedLM(HFLM):
 
     def _generate_greedily(self, requests, settings: dict) -> list[str]:
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
-        max_new_tokens, task_name = settings["max_gen_toks"], requests[0].task_name
+        max_new_tokens = settings["max_gen_toks"]
+        task_name = requests[0].task_name
         room = self.max_length - max_new_tokens
         if room < 1:
             raise UserError(

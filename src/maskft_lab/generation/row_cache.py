@@ -44,11 +44,14 @@ class RowCache:
 
     def add(self, rows: Sequence[Sequence[int]], first: int) -> Tensor:
         """Read prompts, the rows from ``first`` on; returns the logits after each, (B, V)."""
-        device, shared = self._model.device, self._prefix_length
+        device = self._model.device
+        shared = self._prefix_length
         ids_BQ, is_own_BQ = pad([ids[shared:] for ids in rows], 0, device, side="left")
-        padded_B1, places_Q = (is_own_BQ == 0).sum(1, keepdim=True), torch.arange(ids_BQ.shape[1], device=device)
+        padded_B1 = (is_own_BQ == 0).sum(1, keepdim=True)
+        places_Q = torch.arange(ids_BQ.shape[1], device=device)
         # Padding attends to itself: with nothing to attend to it would turn NaN, and NaN times zero is NaN.
-        earlier_QQ, itself_QQ = places_Q <= places_Q[:, None], places_Q == places_Q[:, None]
+        earlier_QQ = places_Q <= places_Q[:, None]
+        itself_QQ = places_Q == places_Q[:, None]
         mask_BQQ = (is_own_BQ.bool()[:, None] & earlier_QQ) | itself_QQ
         mask_B1QT = F.pad(mask_BQQ, (shared, 0), value=True)[:, None]
         order_BQ = (places_Q + padded_B1).clamp(max=len(places_Q) - 1)  # without the padding on the left
@@ -92,7 +95,8 @@ class RowCache:
 
     def _add(self, first: int, order_B1Q1: Tensor, mask_B1QT: Tensor, layer: int, scaling: float, query_key_value):
         query, key, value = query_key_value
-        count, width = len(key), key.shape[2]
+        count = len(key)
+        width = key.shape[2]
         for kept, new in zip(self._room(layer, key, value, width), (key, value), strict=True):
             kept[first : first + count, :, :width] = torch.take_along_dim(new, order_B1Q1, 2)
         if layer in self._prefix:
@@ -103,7 +107,8 @@ class RowCache:
     def _step(self, places, is_later_B11T: Tensor, layer: int, scaling: float, query_key_value) -> Tensor:
         query, key, value = query_key_value
         (num_rows, num_heads, _, head_size), num_kv_heads = query.shape, key.shape[1]
-        width, prefix = is_later_B11T.shape[-1], self._prefix.get(layer)
+        width = is_later_B11T.shape[-1]
+        prefix = self._prefix.get(layer)
         room = self._room(layer, key, value, width)
         for kept, new in zip(room, (key, value), strict=True):
             kept[places] = new[:, :, 0]

@@ -63,7 +63,8 @@ def show(folder: Path, name_or_path: str = EMBEDDED_MODEL) -> list[str]:
     prompts = [question["prompt"] for question in questions]
     tokenizer = load_tokenizer(name_or_path)
     model = PeftModel.from_pretrained(load_model(name_or_path, "float32"), folder).eval()
-    masks, size = MaskSet.from_adapter(folder), (folder / ADAPTER_WEIGHTS).stat().st_size
+    masks = MaskSet.from_adapter(folder)
+    size = (folder / ADAPTER_WEIGHTS).stat().st_size
     masked = _answers(model, tokenizer, prompts)
     with model.disable_adapter():
         plain = _answers(model, tokenizer, prompts)
@@ -96,7 +97,8 @@ def ready_mask(task: str | None = None) -> Path:
     Raises:
         UserError: If there is no such mask.
     """
-    task, masks = task or _DEFAULT, ready_masks()
+    task = task or _DEFAULT
+    masks = ready_masks()
     if task not in masks:
         raise UserError(f"no ready mask {task}; there are: {', '.join(masks) or 'none in this installation'}")
     return masks[task]

@@ -28,7 +28,8 @@ from .scale import FAR, Ends, few_ticks, limits, mark_ends_beyond
 PALE = 0.35  # opacity of points that others beat
 MAX_NAMED = 6  # off-scale points with their numbers; further ones are counted
 MAX_LOSS = 1.5  # times the largest gain; points that lose more are off scale
-HELD_OUT, TEST = "held-out", "test"
+HELD_OUT = "held-out"
+TEST = "test"
 
 
 class Point(NamedTuple):

@@ -35,7 +35,8 @@ def series_looks(names: Iterable[str]) -> dict[str, Entry]:
         kind = re.split(r",| (?:of|on|with)\b| [\d(\[]", name)[0]  # without settings, parents and variants
         colours, markers = (["blue"], "osDP") if kind.startswith("full") else (_OTHERS, "sDphP*o")
         if kind.endswith("mask") and not kind.startswith(("random", "L1", "Wanda")):
-            colours, markers = ["red"], "^vdX"
+            colours = ["red"]
+            markers = "^vdX"
         own = zip(cycle(colours), markers * len(colours), strict=False)
         free = [each for each in (*own, *product((*colours, *SERIES), _MARKERS)) if each not in looks.values()]
         looks[name] = free[0] if free else (colours[0], markers[0])

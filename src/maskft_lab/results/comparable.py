@@ -162,7 +162,8 @@ def check_comparable(results: Sequence[Result], tasks: Sequence[str]) -> None:
 
 def _mismatches(a: TaskRecord, b: TaskRecord) -> Iterator[str]:
     for key, label in _ALIKE.items():
-        x, y = a.get(key), b.get(key)
+        x = a.get(key)
+        y = b.get(key)
         if x != y and (None not in (x, y) or key == "chat_template_hash"):  # the others may not be known
             yield f"different {label}, {x} and {y}"
     yield from _item_mismatches(a, b)

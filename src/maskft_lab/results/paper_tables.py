@@ -127,7 +127,8 @@ def _choose(results: Sequence[Result], asked: Mapping[str, Any]) -> list[tuple[R
 
 
 def _fits(result: Result, asked: Mapping[str, Any]) -> bool:
-    training, method = result.get("training", {}), result["model"]["method"]
+    training = result.get("training", {})
+    method = result["model"]["method"]
     if training.get("num_train_tokens") == 0 and method is None:
         method = "pretrained"
     if method != asked["method"] or training.get("variant"):  # controls that the paper does not have
