@@ -1,4 +1,4 @@
-"""``maskft demo``: a packaged study that shows in minutes what a mask is and whether it helps."""
+"""``maskft demo``: a packaged study of some minutes: a mask, its controls, and whether it helps."""
 
 from __future__ import annotations
 

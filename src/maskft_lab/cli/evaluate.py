@@ -91,7 +91,7 @@ def _prepared(options: EvaluationArguments, data: DataArguments, is_alone: bool)
     """Read tasks and data; returns the function that measures each of the models.
 
     Args:
-        options: What is evaluated.
+        options: Options of the evaluation.
         data: The held-out rows.
         is_alone: Whether the command has no other evaluation.
     """

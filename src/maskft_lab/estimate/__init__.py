@@ -1,1 +1,1 @@
-"""What a run needs in memory, time and bytes, before it is started."""
+"""The memory of a run, before it is started; and advice where memory runs out."""

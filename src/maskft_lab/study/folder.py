@@ -147,7 +147,7 @@ class Study:
 def evaluation_id(run: StudyRun, role: str, evaluation: dict, study: str) -> str:
     """Folder name of an evaluation of one of the run's models.
 
-    It ends with a hash of what is measured and a hash of the study's name: studies in one folder copy each other's
+    It ends with a hash of the evaluation and a hash of the study's name: studies in one folder copy each other's
     numbers, but each has its own names of models.
 
     Args:

@@ -83,9 +83,9 @@ class _Planner:
         # A study compares masks, also bad ones; see make.py.
         self.defaults = option_defaults() | {"keep_worse": True}
         self.runs: list[StudyRun] = []
-        self.tunings: dict[tuple, Tuned] = {}  # place -> what is chosen
+        self.tunings: dict[tuple, Tuned] = {}  # place -> the choice
         self._made: dict[tuple, StudyRun] = {}  # place and seed -> run
-        self._trials: dict[tuple, Tuned] = {}  # place -> what was tried
+        self._trials: dict[tuple, Tuned] = {}  # place -> the trials
 
     # Grid and seeds
 
