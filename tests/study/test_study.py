@@ -57,7 +57,7 @@ def test_a_killed_study_ends_as_an_undisturbed_one(base, data, tmp_path, capsys)
     status, lines = stop_when(mask_is_trained, words)
     assert status == 143
     assert lines[-2:] == [
-        "maskft: stopped by SIGTERM; what is finished is kept, to resume:",
+        "maskft: stopped by SIGTERM; finished work is kept, to resume:",
         shlex.join(["maskft", *words]),
     ]
     before = [p.stat().st_mtime_ns for p in cut.glob(f"{layout.RUNS}/*/{layout.TRAINING}")]
