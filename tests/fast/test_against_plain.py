@@ -134,3 +134,22 @@ def test_a_block_that_is_used_twice_in_one_forward_pass():
         return get_peft_model(base, config)
 
     check_same(make, accumulation=2)
+
+
+@pytest.mark.parametrize("name", ["logit", "gumbel"])
+def test_a_gradient_that_is_dropped_without_a_step_takes_its_price_along(name):
+    """As trainers do with a gradient that is not finite."""
+
+    def gradients():
+        model = get_peft_model(tiny.tiny_llama(num_layers=1), MaskConfig(**SETTINGS[name])).train()
+        set_mask_progress(model, 0.5)
+        ids = tiny.token_ids(2, 8)
+        for _ in range(2):
+            model.zero_grad()
+            model(input_ids=ids, labels=ids).loss.backward()
+        return [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+
+    fast = gradients()
+    with maskft.fast.disabled():
+        plain = gradients()
+    assert all(torch.equal(a, b) for a, b in zip(fast, plain, strict=True))

@@ -46,8 +46,8 @@ class FastMasker(Masker):
         self.number = compiled.register(self)
         # Equal keys, equal weights.
         self._key: tuple[Any, ...] | None = None
-        # Adapter name -> count of optimizer steps at which the price was last added to its gradient.
-        self._priced_at: dict[str, int] = {}
+        # Adapter name -> (count of optimizer steps, backward pass) at which the price was last added to its gradient.
+        self._priced_at: dict[str, tuple[int, int]] = {}
         # Adapter name -> where the cut was, which is where the next one is looked for first.
         self._near: dict[str, Near | None] = {}
         # Adapter name -> key and value of a factor of its gradient, see `_kept_factor`.
@@ -284,10 +284,19 @@ class FastMasker(Masker):
         return out
 
     def _is_priced(self, config: MaskConfig, name: str) -> bool:
-        """Whether this backward pass adds the gradient of the price: the first one of an optimizer step."""
-        if config.price == 0 or self._priced_at.get(name) == num_optimizer_steps():
+        """Whether this backward pass adds the gradient of the price: the first one of an optimizer step.
+
+        A gradient that was dropped without a step, as trainers do with one that is not finite, took its price with it.
+        A layer that is used twice comes here twice in one pass, before autograd fills ``.grad``.
+        """
+        if config.price == 0:
             return False
-        self._priced_at[name] = num_optimizer_steps()
+        now = (num_optimizer_steps(), torch._C._current_graph_task_id())
+        before = self._priced_at.get(name)
+        is_same_step = before is not None and before[0] == now[0]
+        if is_same_step and (before == now or self.layer.mask_scores[name].grad is not None):
+            return False
+        self._priced_at[name] = now
         return True
 
     def _kept_factor(self, config: MaskConfig, name: str, weight: Tensor, scores: Tensor) -> Tensor | None:
@@ -305,7 +314,7 @@ class FastMasker(Masker):
             return None
 
         raw = self.layer.weight
-        versions = (scores.data_ptr(), scores._version, raw.data_ptr(), raw._version, num_optimizer_steps())
+        versions = (scores.data_ptr(), _version(scores), raw.data_ptr(), _version(raw), num_optimizer_steps())
         key = (*versions, *self._phase(config))
         known_key, factor = self._kept.get(name, ((), None))
         if known_key == key and factor is not None:
