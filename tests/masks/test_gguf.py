@@ -3,6 +3,7 @@
 import json
 import resource
 import signal
+import struct
 
 import pytest
 import torch
@@ -249,6 +250,24 @@ def test_a_cut_file_is_refused(tmp_path, base, adapter, share):
 def test_what_is_not_gguf_is_refused(tmp_path, adapter, content):
     path = tmp_path / "other.gguf"
     path.write_bytes(content)
+    with pytest.raises(UserError, match=r"other\.gguf"):
+        merge_into_gguf(adapter, path, tmp_path / "task.gguf")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("general.alignment", struct.pack("<II", 4, 0)),
+        ("general.alignment", struct.pack("<Ii", 5, -32)),
+        ("general.alignment", struct.pack("<IIQII", 9, 4, 2, 32, 32)),
+        ("split.count", struct.pack("<IQ2s", 8, 2, b"no")),
+    ],
+    ids=["zero", "negative", "array", "text"],
+)
+def test_a_head_with_values_of_other_kinds_is_refused_in_one_line(tmp_path, adapter, key, value):
+    path = tmp_path / "other.gguf"
+    pair = struct.pack("<Q", len(key)) + key.encode() + value
+    path.write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + pair + bytes(64))
     with pytest.raises(UserError, match=r"other\.gguf"):
         merge_into_gguf(adapter, path, tmp_path / "task.gguf")
 

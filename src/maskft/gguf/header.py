@@ -128,7 +128,7 @@ def read_head(path: str | Path) -> GgufHead:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
                 head = _walk(path, data)
-            except (struct.error, ValueError, KeyError, OverflowError, MemoryError) as error:
+            except (struct.error, ValueError, TypeError, KeyError, ArithmeticError, MemoryError) as error:
                 if isinstance(error, UserError):
                     raise
                 raise UserError(
@@ -164,6 +164,8 @@ def _walk(path: Path, data: mmap.mmap) -> GgufHead:
         found.append((name, shape, kind, offset))
 
     alignment = int(metadata.get("general.alignment", _ALIGNMENT))
+    if alignment < 1:
+        raise ValueError(f"general.alignment is {alignment}")
     data_start = -(-cursor.at // alignment) * alignment
     tensors = {
         name: TensorPlace(shape, kind, data_start + offset, _num_bytes(shape, kind))
@@ -184,7 +186,7 @@ def _num_bytes(shape: tuple[int, ...], kind: int) -> int | None:
 
 def _check_whole(head: GgufHead) -> None:
     num_parts = head.metadata.get("split.count", 0)
-    if num_parts > 1:
+    if isinstance(num_parts, int) and num_parts > 1:
         raise UserError(
             f"{str(head.path)!r} is one of {num_parts} parts of a model; join them first: "
             "llama-gguf-split --merge FIRST_PART WHOLE"
