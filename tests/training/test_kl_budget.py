@@ -7,11 +7,13 @@ import shutil
 
 import pytest
 import torch
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 import tiny
+from maskft import MaskConfig
 from maskft.loss import mean_nll
-from maskft.training.kl import Base, KLOnText, kl_per_row
+from maskft.training.kl import Base, KLOnTask, KLOnText, kl_per_row
 from maskft.training.kl_budget import AIM, KLBudget
 from maskft.training.near_base import KLReport
 from maskft.training.record import read_record
@@ -128,6 +130,14 @@ def test_rows_of_a_batch_follow_from_its_number():
     first, second = sequence(0, 2), sequence(1, 2)
     together = itertools.chain(*(a + b for a, b in zip(first, second, strict=True)))
     assert list(together)[:10] == alone
+
+
+@pytest.mark.parametrize("settings", [{"init_scores": "wanda"}, {"selection": "gumbel"}])
+def test_the_term_can_be_made_before_scores_and_progress_are_there(settings):
+    """A resumed run loads both later."""
+    model = get_peft_model(tiny.tiny_llama(), MaskConfig(**settings)).train()
+    KLOnTask(model, Base(model))
+    assert model.training
 
 
 # Runs

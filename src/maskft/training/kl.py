@@ -86,7 +86,8 @@ class KLOnTask:
         self._logits_NV: Tensor | None = None
         decoder = self._model.get_decoder()
         decoder.register_forward_hook(self._compute_logits)
-        self._check_logits()
+        with base.of(model):  # scores may not be there yet: a resumed run loads them later
+            self._check_logits()
 
     def before_forward(self, model: nn.Module, inputs: Mapping[str, Any], batch_number: int) -> None:
         """Compute the base's log-probabilities of a batch.
