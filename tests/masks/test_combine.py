@@ -111,6 +111,16 @@ def test_the_fingerprint_of_the_base_is_kept_where_an_adapter_has_the_same_modul
     assert "the base's fingerprint is not recorded" in capsys.readouterr().err
 
 
+def test_how_the_base_was_stored_is_kept(adapters, tmp_path):
+    """Else the combination would be refused over floats, where each part warns that it was trained over codes."""
+    for adapter in adapters[:2]:
+        edit(adapter, base_quantisation="bitsandbytes nf4")
+    combine_adapters(adapters[:2], "union", tmp_path / "both")
+    assert json.loads((tmp_path / "both" / ADAPTER_CONFIG).read_text())["base_quantisation"] == "bitsandbytes nf4"
+    combine_adapters([adapters[2], adapters[2]], "union", tmp_path / "floats")
+    assert json.loads((tmp_path / "floats" / ADAPTER_CONFIG).read_text())["base_quantisation"] is None
+
+
 # Bad input
 
 

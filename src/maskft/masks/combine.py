@@ -94,6 +94,7 @@ def combine_adapters(adapters: Sequence[str | Path], combination: str, output_di
         inference_mode=True,
         mask_sha256=mask_fingerprint(coded),
         base_fingerprint=_base_fingerprint(adapters, configs, mask_sets, combined),
+        base_quantisation=_base_quantisation(configs),
         recipe=_recipe(adapters, configs, combination),
     )
     with files.whole_folder(output_dir) as partial:
@@ -156,6 +157,12 @@ def _base_fingerprint(
                 "model"
             )
     return found.get(frozenset(combined), (None, None))[1]
+
+
+def _base_quantisation(configs: Sequence[AdapterConfig]) -> str | None:
+    """How the weights were stored that the masks were trained over, as ``quantisation_of`` says it of all layers."""
+    kinds = {kind for config in configs if config.base_quantisation for kind in config.base_quantisation.split(", ")}
+    return ", ".join(sorted(kinds)) or None
 
 
 def _recipe(adapters: Sequence[str | Path], configs: Sequence[AdapterConfig], combination: str) -> dict[str, Any]:
