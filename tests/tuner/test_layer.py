@@ -1,5 +1,7 @@
 """The masked layer: outputs and gradients against a naive reference, caching, accumulation, precision."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -268,6 +270,55 @@ def test_casting_the_model_does_not_move_the_mask():
     layer.half().float()
     assert torch.equal(layer.mask_scores["default"], values)
     assert layer.half().mask_scores["default"].grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("adapter_names", [None, ["default"] * 3])
+def test_a_weight_that_is_cast_back_to_its_old_address_is_seen(adapter_names):
+    """No version of a tensor says so. The allocator is not to decide this test: the cast is one that stays in place."""
+    layer = make_layer(in_features=64, out_features=64).eval()
+    x = torch.randn(3, 64)
+
+    def rounded(tensor):
+        if tensor.data_ptr() == layer.base_layer.weight.data_ptr():
+            tensor.data.copy_(tensor.bfloat16())
+        return tensor
+
+    with torch.no_grad():
+        layer(x, adapter_names=adapter_names)
+        layer._apply(rounded)
+        found = layer(x, adapter_names=adapter_names)
+        weight = layer.base_layer.weight * layer.get_mask("default")
+    torch.testing.assert_close(found, F.linear(x, weight, layer.base_layer.bias), rtol=1e-5, atol=1e-5)
+
+
+def test_a_copy_keeps_no_plan_of_a_mixed_batch():
+    """Its key holds ids of the layer's objects, which the copy does not keep alive."""
+    layer = make_layer().eval()
+    with torch.no_grad():
+        layer(torch.randn(2, 12), adapter_names=["default", "__base__"])
+    assert layer.mixed_batch.num_bytes > 0
+    assert copy.deepcopy(layer).mixed_batch.num_bytes == 0
+
+
+def test_training_over_a_weight_made_in_inference_mode():
+    with torch.inference_mode():
+        base = nn.Linear(12, 8, bias=False)
+    layer = MaskedLinear(base, "default", MaskConfig(sparsity=0.25), "lin")
+    layer.set_adapter("default")
+    for _ in range(2):
+        layer(torch.randn(2, 12)).sum().backward()
+    assert layer.mask_scores["default"].grad is not None
+
+
+@pytest.mark.parametrize("names", [["default", "other"], ["other", "default"]])
+def test_a_mask_with_values_is_merged_alone_in_either_order(names):
+    layer = make_layer()
+    layer.update_layer("other", MaskConfig(mask_seed=1))
+    layer.removed_values["default"] = torch.ones(8, 12)
+    layer.merge(adapter_names=names[:1])
+    with pytest.raises(UserError, match="merged alone"):
+        layer.merge(adapter_names=names[1:])
+    layer.unmerge()
 
 
 def test_scores_forced_to_bfloat16_are_refused():

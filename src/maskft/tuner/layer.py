@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 import torch
@@ -219,6 +220,17 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         self.masker.refresh()
         return self
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskedLinear:
+        """Move or cast the layer, and drop what was computed from its weight.
+
+        ``model.to(torch.bfloat16).to(torch.float32)`` rounds a weight, raises no version, and often leaves it at the
+        address it had before, so that caches would find nothing changed.
+        """
+        super()._apply(fn, recurse)
+        self.masker.forget()
+        self.mixed_batch.plan = None
+        return self
+
     # Merging
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -234,8 +246,9 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
             )
         self.check_not_wrapped()
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.mask_configs]
-        has_values = any(name in self.removed_values for name in names)
-        if len({*names, *self.merged_adapters}) > 1 and has_values:
+        together = {*names, *self.merged_adapters}
+        has_values = any(name in self.removed_values for name in together)
+        if names and len(together) > 1 and has_values:
             raise UserError(
                 "a mask whose removed_value is base is merged alone; unmerge the others, or name one adapter"
             )
@@ -317,7 +330,8 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
             scores.data = scores.data.to(target)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "cached_masker": None, "place": None}  # a copy finds its own
+        # A copy finds its own masker and place, and makes its own plans: their keys hold ids of objects of this layer.
+        return {**self.__dict__, "cached_masker": None, "place": None, "mixed_batch": MixedBatchCache()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
