@@ -194,6 +194,38 @@ def test_merging_writes_zero_codes_and_unmerging_restores_every_byte(make):
 
 
 @pytest.mark.parametrize("make", LAYERS)
+def test_inputs_in_bfloat16_without_autocast(make):
+    """As in a model of bfloat16, whose int8 and GGUF layers dequantise to float32."""
+    model = masked(make)
+    layer = masked_layer(model)
+    x = inputs().bfloat16()
+    weight = (storage_of(layer.base_layer).dequantise() * layer.get_mask("default")).bfloat16()
+    bias = layer.bias.bfloat16()
+    y = layer(x)
+    assert torch.equal(y, F.linear(x, weight, bias))
+    y.float().square().sum().backward()
+    assert bool(layer.mask_scores["default"].grad.any())
+
+    layer.eval()
+    with torch.no_grad():
+        mixed = layer(x, adapter_names=["default"] * len(x))
+    torch.testing.assert_close(mixed, y.detach(), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("make", LAYERS)
+def test_nothing_computed_from_merged_codes_outlives_them(make):
+    model = masked(make)
+    model.add_adapter("other", MaskConfig(target_modules=["up"], sparsity=0.3, mask_seed=1))
+    layer = masked_layer(model)
+    layer.merge(adapter_names=["default"])
+    layer.set_adapter("other")
+    layer.get_masked_weight()
+    layer.unmerge()
+    expected = storage_of(layer.base_layer).dequantise() * layer.get_mask("other")
+    assert torch.equal(layer.get_masked_weight(), expected)
+
+
+@pytest.mark.parametrize("make", LAYERS)
 def test_merge_and_unload_leaves_a_quantised_model(make):
     model = masked(make)
     layer = masked_layer(model)

@@ -189,6 +189,8 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x = x.to(dtype)
+        elif self.quantization_backend is not None:
+            dtype = x.dtype  # as quantised layers do: int8 and GGUF dequantise to float32, in models of bfloat16 too
         else:
             dtype = self.get_base_dtype()
         bias = None if self.bias is None else self.bias.to(dtype)
@@ -268,6 +270,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
                 weight.copy_(merged)
             self._merge_stash[name] = (removed, values, codes)
             self.merged_adapters.append(name)
+            self.masker.forget()  # codes are written without a version
 
     def unmerge(self) -> None:
         """Undo ``merge``, bit for bit."""
@@ -281,6 +284,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
                 self.quantization_backend.restore(self, codes)
             else:
                 _put_back(self.get_base_weight(), removed, values)
+            self.masker.forget()
 
     def check_not_wrapped(self) -> None:
         """Refuse to merge below another tuner's layer, such as a LoRA over the mask.

@@ -64,6 +64,7 @@ class BatchPlan:
             (float64 for a float64 base).
         base_weight: The dequantised base weight of a quantised layer; None: the layer computes with its weight.
         matrices: The same as sparse tensors over the same memory, where torch has a product with them.
+        base_weights: Dtype of the input -> ``base_weight`` in it.
     """
 
     rows: Tensor | None
@@ -73,6 +74,7 @@ class BatchPlan:
     values: dict[torch.dtype, Tensor]
     base_weight: Tensor | None = None
     matrices: dict[torch.dtype, Tensor] = field(default_factory=dict)
+    base_weights: dict[torch.dtype, Tensor] = field(default_factory=dict)
 
     # Made inside torch.inference_mode() they could not be used outside of it afterwards.
     @torch.inference_mode(False)
@@ -83,6 +85,15 @@ class BatchPlan:
             first = next(iter(self.values.values()))
             self.values[dtype] = first.to(dtype).to(first.dtype)
         return self.values[dtype]
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def base_weight_in(self, dtype: torch.dtype) -> Tensor:
+        """The base weight in the dtype of the input, in which quantised layers compute."""
+        assert self.base_weight is not None
+        if dtype not in self.base_weights:
+            self.base_weights[dtype] = self.base_weight.to(dtype)
+        return self.base_weights[dtype]
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -102,6 +113,7 @@ class BatchPlan:
         tensors = [self.offsets, self.columns, *self.values.values()]
         if self.base_weight is not None:
             tensors.append(self.base_weight)
+        tensors += [weight for weight in self.base_weights.values() if weight is not self.base_weight]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -284,8 +296,8 @@ def mixed_batch_forward(layer: MaskedLinear, x: Tensor, adapter_names: Sequence[
     else:
         # A quantised layer may compute otherwise than with its dequantised weight (int8 rounds x too), from which a
         # mask alone removes.
-        bias = None if layer.bias is None else layer.bias.to(plan.base_weight.dtype)
-        y_rows = F.linear(x_rows, plan.base_weight, bias)
+        bias = None if layer.bias is None else layer.bias.to(x.dtype)
+        y_rows = F.linear(x_rows, plan.base_weight_in(x.dtype), bias)
         if rows is None:
             y = y_rows
         else:
