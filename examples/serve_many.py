@@ -1,6 +1,6 @@
 """Serve many masks over one base with OpenAI's completions interface; requests of different masks share a batch.
 
-python examples/serve_many.py my-model sums=runs/sums intents=runs/intents    # pip install -e '.[train,examples]'
+python examples/serve_many.py my-model sums=runs/sums intents=runs/intents    # pip install -e '.[examples]'
 
 With any client of that interface at http://127.0.0.1:8000/v1, ``model="base:intents"`` is the base with that mask and
 ``model="base"`` the base alone. Answers are greedy. Requests that arrive while a batch runs are the next batch: a
