@@ -137,6 +137,17 @@ class MaskModel(BaseTuner):
         if was_active and self.peft_config:
             self.set_adapter(next(iter(self.peft_config)))
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Tell the layers of a copy their places, which are weak references and do not go with it."""
+        super().__setstate__(state)
+        for name, module in self.model.named_modules():
+            if isinstance(module, MaskedLinear):
+                outermost = name
+                while outermost.endswith(".base_layer"):
+                    outermost = outermost.removesuffix(".base_layer")
+                parent, _, attribute = outermost.rpartition(".")
+                module.place = (weakref.ref(self.model.get_submodule(parent)), attribute)
+
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         # PEFT unloads the outermost layer only, and a mask below another adapter would be lost.
         for layer in adapter_layers(self.model, adapter_name=None).values():
