@@ -11,6 +11,8 @@ from transformers.pytorch_utils import Conv1D
 import reference
 from maskft import MaskConfig
 from maskft.masking import score_gradient
+from maskft.masks.adapter import CodedMask
+from maskft.masks.codec import encode_mask
 from maskft.tuner.layer import MaskedLinear
 from maskft_common.errors import UserError
 from tiny import tiny_llama, token_ids
@@ -289,6 +291,20 @@ def test_a_weight_that_is_cast_back_to_its_old_address_is_seen(adapter_names):
         found = layer(x, adapter_names=adapter_names)
         weight = layer.base_layer.weight * layer.get_mask("default")
     torch.testing.assert_close(found, F.linear(x, weight, layer.base_layer.bias), rtol=1e-5, atol=1e-5)
+
+
+def test_a_saved_mask_that_is_replaced_is_seen():
+    """Also where Python gives the new one the id of an earlier one."""
+    layer = make_layer(in_features=8, sparsity=0.25, inference_mode=True)
+    x = torch.randn(2, 8)
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        masks = [torch.rand(8, 8, generator=generator) > 0.5 for _ in range(2)]
+        for mask in masks:
+            layer.saved_masks["default"] = CodedMask(encode_mask(mask), "lin")
+        with torch.no_grad():
+            expected = F.linear(x, layer.base_layer.weight * masks[-1], layer.base_layer.bias)
+            torch.testing.assert_close(layer(x), expected)
 
 
 def test_a_copy_keeps_no_plan_of_a_mixed_batch():

@@ -111,6 +111,39 @@ def test_lora_over_a_mask_works_and_is_not_merged_below_it():
         torch.testing.assert_close(lora(x), expected)
 
 
+def test_a_copy_is_not_merged_below_lora_either():
+    lora = get_peft_model(two_layers().eval(), LoraConfig(target_modules=["0"], init_lora_weights=False))
+    copied = copy.deepcopy(lora).base_model.model  # the model with the mask
+    with pytest.raises(UserError, match="0 has an adapter of another kind over its mask"):
+        copied.merge_adapter()
+
+
+@pytest.mark.usefixtures("masker")
+def test_scores_that_are_passed_in_one_after_another_are_seen():
+    """Each is freed before the next is made, so that it often has the same address, and the same version."""
+    model = two_layers()
+    x = torch.randn(3, 6)
+    names = [name for name, _ in model.named_parameters() if "mask_scores" in name]
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        given = {}
+        for name in names:
+            shape = model.get_parameter(name).shape
+            given[name] = torch.randn(shape, generator=generator).requires_grad_()
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            for name in names:
+                other.get_parameter(name).copy_(given[name])
+        for _ in range(3):  # from the second backward pass on a factor of the gradient is kept
+            found = functional_call(model, given, (x,))
+            expected = other(x)
+            assert torch.equal(found, expected)
+            found.sum().backward()
+            expected.sum().backward()
+        assert all(torch.equal(given[name].grad, other.get_parameter(name).grad) for name in names)
+        del given, found, expected
+
+
 def test_when_the_active_adapter_is_deleted_all_layers_take_the_same_other_one():
     """Three masks over different modules: PEFT lets each layer choose its own first one."""
     model = two_layers(target_modules=["0"])

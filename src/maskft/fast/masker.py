@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakIdRef
 
 from ..masking import num_removed
 from ..tuner import selection
@@ -46,6 +47,8 @@ class FastMasker(Masker):
         self.number = compiled.register(self)
         # Equal keys, equal weights.
         self._key: tuple[Any, ...] | None = None
+        # How often the weight was made.
+        self._num_computed = 0
         # Adapter name -> (count of optimizer steps, backward pass) at which the price was last added to its gradient.
         self._priced_at: dict[str, tuple[int, int]] = {}
         # Adapter name -> where the cut was, which is where the next one is looked for first.
@@ -87,6 +90,7 @@ class FastMasker(Masker):
         if key != self._key:
             check_can_mask(self.layer)
             self._compute(dtype)
+            self._num_computed += 1
             self._key = key
         return cast(Tensor, self.value)
 
@@ -107,7 +111,7 @@ class FastMasker(Masker):
             return super().mask_version(adapter_name)
         scores = self.layer.mask_scores[adapter_name]
         phase = self._phase(self.layer.mask_configs[adapter_name])
-        return (scores.data_ptr(), scores.device, _version(scores), num_optimizer_steps(), phase)
+        return (scores.data_ptr(), scores.device, _version(scores), num_optimizer_steps(), phase, WeakIdRef(scores))
 
     def removed(self, adapter_name: str) -> Tensor:
         """Entries that the hard mask removes.
@@ -157,16 +161,19 @@ class FastMasker(Masker):
         layer = self.layer
         weight = layer.weight
         names = tuple(layer.active_masks)
-        key: list[Any] = [names, dtype, weight.data_ptr(), weight.device, _version(weight)]
+        # Addresses alone would not do: torch.func.functional_call puts tensors in place of these, each of which may be
+        # where the one before it was, with the same version.
+        key: list[Any] = [names, dtype, weight.data_ptr(), weight.device, _version(weight), WeakIdRef(weight)]
         for name in names:
             if name not in layer.mask_scores:
-                key.append(id(layer.saved_masks.get(name)))
+                # The mask itself, not its id, which the next mask may be given once this one is freed.
+                key.append(layer.saved_masks.get(name))
                 continue
             config = layer.mask_configs[name]
             scores = layer.mask_scores[name]
             # Frozen scores do not change in an optimizer step: the reference of preference training stays.
             steps = num_optimizer_steps() if scores.requires_grad else None
-            key += [scores.data_ptr(), _version(scores), steps, *self._phase(config)]
+            key += [scores.data_ptr(), _version(scores), WeakIdRef(scores), steps, *self._phase(config)]
         return tuple(key)
 
     def _phase(self, config: MaskConfig) -> tuple[object, ...]:
@@ -315,7 +322,7 @@ class FastMasker(Masker):
 
         raw = self.layer.weight
         versions = (scores.data_ptr(), _version(scores), raw.data_ptr(), _version(raw), num_optimizer_steps())
-        key = (*versions, *self._phase(config))
+        key = (*versions, self._num_computed, *self._phase(config))
         known_key, factor = self._kept.get(name, ((), None))
         if known_key == key and factor is not None:
             return factor

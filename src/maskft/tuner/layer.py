@@ -334,7 +334,8 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
             scores.data = scores.data.to(target)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy finds its own masker and place, and makes its own plans: their keys hold ids of objects of this layer.
+        # A copy finds its own masker, is given its place by MaskModel, and makes its own plans, whose keys hold ids of
+        # objects of this layer.
         return {**self.__dict__, "cached_masker": None, "place": None, "mixed_batch": MixedBatchCache()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

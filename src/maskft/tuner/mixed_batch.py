@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdRef
 
 from maskft_common.errors import UserError, did_you_mean
 
@@ -411,4 +412,4 @@ def _places(layer: MaskedLinear, name: str, version: object) -> Places:
 
 def _version(tensor: Tensor) -> tuple[object, ...]:
     count = 0 if tensor.is_inference() else tensor._version
-    return (tensor.data_ptr(), tensor.device, tensor.dtype, count)
+    return (tensor.data_ptr(), tensor.device, tensor.dtype, count, WeakIdRef(tensor))
