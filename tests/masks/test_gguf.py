@@ -1,5 +1,6 @@
 """A mask in a GGUF file: exact, undone bit for bit, checked, and refused in one line."""
 
+import dataclasses
 import json
 import resource
 import signal
@@ -11,7 +12,7 @@ import torch
 import gguf
 from gguf import GGMLQuantizationType as Type
 from maskft.gguf.header import read_head
-from maskft.gguf.names import dequantised
+from maskft.gguf.names import dequantised, find_tensors
 from maskft.masks.fingerprints import weights_fingerprint
 from maskft.masks.gguf import merge_into_gguf, undo_in_gguf, verify_gguf
 from maskft_common import layout
@@ -213,6 +214,27 @@ def test_a_file_of_another_model_is_refused(tmp_path, adapter):
 def test_an_architecture_whose_order_is_unknown_is_refused(tmp_path, model, adapter):
     path = write_gguf(tmp_path / "other.gguf", model, architecture="minicpm")
     with pytest.raises(UserError, match=r"holds a 'minicpm' model; maskft knows .*llama"):
+        merge_into_gguf(adapter, path, tmp_path / "task.gguf")
+
+
+@pytest.mark.parametrize("count", [None, "two", 2**31])
+def test_a_file_without_a_number_of_layers_is_refused(base, count):
+    head = read_head(base)
+    metadata = {**head.metadata, "llama.block_count": count}
+    with pytest.raises(UserError, match=r"llama\.block_count is (None|two|2147483648)"):
+        find_tensors(dataclasses.replace(head, metadata=metadata), {"model.layers.0.mlp.up_proj": (96, 64)})
+
+
+def test_two_modules_over_one_tensor_are_refused(base):
+    """Its bytes would be written twice."""
+    shapes = {"model.layers.0.mlp.up_proj": (96, 64), "transformer.h.0.mlp.c_fc": (96, 64)}
+    with pytest.raises(UserError, match=r"up_proj and transformer.h.0.mlp.c_fc are one tensor, blk.0.ffn_up.weight"):
+        find_tensors(read_head(base), shapes)
+
+
+def test_a_key_of_ours_with_another_type_is_one_line(tmp_path, model, adapter):
+    path = write_gguf(tmp_path / "other.gguf", model, added={"maskft.mask_sha256": 7})
+    with pytest.raises(UserError, match=r"already holds a mask \(7\)"):
         merge_into_gguf(adapter, path, tmp_path / "task.gguf")
 
 

@@ -16,6 +16,7 @@ from .zero_codes import why_no_zero
 _PERMUTED = ("llama", "mistral3")
 _AS_IN_TRANSFORMERS = ("gemma", "gemma2", "gemma3", "phi3", "qwen2", "qwen3")
 ARCHITECTURES = (*_PERMUTED, *_AS_IN_TRANSFORMERS)
+_MAX_BLOCKS = 2_000  # gguf makes a table of names for each
 _HEADS = {"attn_q": "head_count", "attn_k": "head_count_kv"}
 
 
@@ -61,10 +62,15 @@ def _tensor_names(head: GgufHead, modules: Iterable[str]) -> dict[str, str]:
             f"{', '.join(sorted(ARCHITECTURES))}"
         )
     number = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture)
-    num_blocks = int(head.metadata.get(f"{architecture}.block_count", 0))
+    num_blocks = head.metadata.get(f"{architecture}.block_count")
+    if not isinstance(num_blocks, int) or not 0 < num_blocks <= _MAX_BLOCKS:
+        raise UserError(
+            f"{str(head.path)!r} is damaged: {architecture}.block_count is {num_blocks}, and must be a number of layers"
+        )
     known = get_tensor_name_map(number, num_blocks)
 
     names = {}
+    modules_of: dict[str, str] = {}
     for module in modules:
         name = known.get_name(module)
         if name is None:
@@ -72,7 +78,11 @@ def _tensor_names(head: GgufHead, modules: Iterable[str]) -> dict[str, str]:
                 f"{str(head.path)!r} is a file of another model: {module} has no place in a {architecture} of "
                 f"{num_blocks} layers"
             )
-        names[module] = f"{name}.weight"
+        tensor = f"{name}.weight"
+        if tensor in modules_of:
+            raise UserError(f"{modules_of[tensor]} and {module} are one tensor, {tensor}, of {str(head.path)!r}")
+        modules_of[tensor] = module
+        names[module] = tensor
     return names
 
 

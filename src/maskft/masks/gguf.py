@@ -78,8 +78,8 @@ def merge_into_gguf(
     head = read_head(gguf)
     if _MASK in head.metadata:
         raise UserError(
-            f"{str(gguf)!r} already holds a mask ({head.metadata[_MASK][:12]}); merge into its base, or take it out "
-            "first with --undo"
+            f"{str(gguf)!r} already holds a mask ({str(head.metadata[_MASK])[:12]}); merge into its base, or take it "
+            "out first with --undo"
         )
     masks = _Masks.of_adapter(adapter, head)
     known = _check_base(masks, head, accept_other_base)
