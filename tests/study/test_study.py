@@ -447,19 +447,22 @@ def test_a_mistake_of_a_command_in_a_fork_is_its_last_line(tmp_path):
 def test_a_command_in_a_fork_ends_with_its_study(tmp_path):
     import fcntl
 
-    os.mkfifo(tmp_path / "result.json")  # the command waits for somebody to write into it
+    # The command's log is a pipe that nobody reads: all of the help does not fit in (64 KiB), so it waits.
+    os.mkfifo(tmp_path / "log")
     code = (
         "import fcntl, pathlib, sys\n"
-        "from maskft_lab.study.process import PYTHON, last_line, run_command\n"
+        "from maskft_lab.study.process import PYTHON, run_command\n"
         "lock = open(sys.argv[1], 'w')\n"
         "fcntl.flock(lock, fcntl.LOCK_EX)\n"
-        "words = [*PYTHON, 'compare', sys.argv[2]]\n"
-        "run_command(words, pathlib.Path(sys.argv[3]), lambda: print('.', flush=True), lock.fileno())\n"
+        "words = [*PYTHON, 'train', '--help_all']\n"
+        "run_command(words, pathlib.Path(sys.argv[2]), lambda: print('.', flush=True), lock.fileno())\n"
     )
-    words = [sys.executable, "-c", code, *(str(tmp_path / name) for name in ("lock", "result.json", "log"))]
+    words = [sys.executable, "-c", code, *(str(tmp_path / name) for name in ("lock", "log"))]
     with subprocess.Popen(words, stdout=subprocess.PIPE) as study, (tmp_path / "lock").open("w") as lock:
         assert study.stdout.readline()
-        with (tmp_path / "result.json").open("w"):  # opens once the command reads
+        with (tmp_path / "log").open("rb"):  # opens once the command writes
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             study.kill()
             study.wait()
             fcntl.flock(lock, fcntl.LOCK_EX)  # the child held it too
