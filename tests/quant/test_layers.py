@@ -213,6 +213,17 @@ def test_inputs_in_bfloat16_without_autocast(make):
 
 
 @pytest.mark.parametrize("make", LAYERS)
+def test_the_gradient_under_torch_compile(make):
+    """It needs the dequantised weight, and not the codes, which int8 has in the same shape."""
+    layer = masked_layer(masked(make))
+    layer(inputs()).square().sum().backward()
+    expected = layer.mask_scores["default"].grad.clone()
+    layer.mask_scores["default"].grad = None
+    torch.compile(layer, backend="eager")(inputs()).square().sum().backward()
+    torch.testing.assert_close(layer.mask_scores["default"].grad, expected)
+
+
+@pytest.mark.parametrize("make", LAYERS)
 def test_nothing_computed_from_merged_codes_outlives_them(make):
     model = masked(make)
     model.add_adapter("other", MaskConfig(target_modules=["up"], sparsity=0.3, mask_seed=1))

@@ -40,14 +40,17 @@ def is_in_graph(masker: FastMasker) -> bool:
 
 
 def is_supported(masker: FastMasker, names: list[str]) -> bool:
-    """Whether the masked weight can be an input of a graph: one mask, without a price.
+    """Whether the masked weight can be an input of a graph: one mask; if it has scores, no price, and float weights.
 
-    The gradient of a price is added once per optimizer step, which a graph cannot count.
+    The gradient of a price is added once per optimizer step, which a graph cannot count. That of the scores reads the
+    weight of the layer, which a quantised one has as codes.
     """
     if len(names) != 1:
         return False
     layer = masker.layer
-    return names[0] not in layer.mask_scores or not layer.mask_configs[names[0]].price
+    if names[0] not in layer.mask_scores:
+        return True
+    return not layer.mask_configs[names[0]].price and layer.quantization_backend is None
 
 
 def linear(masker: FastMasker, x: Tensor, bias: Tensor | None, dtype: torch.dtype, name: str) -> Tensor:
