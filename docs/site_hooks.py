@@ -53,7 +53,10 @@ def on_post_page(output, page, config):
     output = output.replace(
         'data-md-component="search" role="dialog"', 'data-md-component="search" role="dialog" aria-label="Search"'
     )
-    seen: Counter[str] = Counter()
+    # The theme's own landmarks, such as "Header", and the sections of the navigation come first.
+    landmarks = re.findall(r'<nav class="(?!md-nav")[^"]*" aria-label="([^"]*)"', output)
+    sections = re.findall(r'<label class="md-nav__title".*?</span>\s*([^<]*?)\s*</label>', output, re.DOTALL)
+    seen = Counter(name.lower() for name in (*landmarks, *sections))
 
     def numbered(match: re.Match) -> str:
         name = match[1].lower()  # a module "journal" and its class "Journal" sound alike
