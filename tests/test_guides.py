@@ -121,7 +121,7 @@ def test_the_site_is_whole_and_loads_nothing_from_elsewhere(site):
     page = (site / "reference" / "tuner.html").read_text()
     assert "Fields of MaskConfig" in page and "Fraction of the target weights to REMOVE" in page
     assert ":class:" not in page
-    assert "results/small-products/table.md" in (site / "evidence.html").read_text()
+    assert "results/small-products-tuned/table.md" in (site / "evidence.html").read_text()
     loaded = {url for file in site.rglob("*.html") for pair in LOADED.findall(file.read_text()) for url in pair if url}
     assert loaded and not [url for url in loaded if url.startswith(("http:", "https:", "//"))]
 

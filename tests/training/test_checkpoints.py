@@ -273,7 +273,7 @@ def test_a_record_of_no_run_is_one_line(content, train, tmp_path):
 
 
 def test_a_lock_dies_with_its_owner(tmp_path):
-    code = "import sys, time; from pathlib import Path; from maskft_common import runtime\n"
+    code = "import sys, time; from pathlib import Path; from maskft_common import locks\n"
     code += "with locks.held(Path(sys.argv[1]), 'train.lock', 0, 'run'): time.sleep(600)"
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "out")], env=ENVIRONMENT)
     wait_for(process, (tmp_path / "out" / TRAIN_LOCK).exists)

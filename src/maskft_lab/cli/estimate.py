@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from maskft_common.command_line import OneLineParser
 
+from . import early
+
 if TYPE_CHECKING:
     from ..estimate.estimate import Estimate
 
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
 def main(argv: list[str]) -> None:
     """Parse the options of the estimate, leave the rest to ``maskft train``'s parser, and print."""
     own, rest = make_parser().parse_known_args(argv)
+    early.check_training(early.with_config(rest))
+
+    # From here on torch is imported.
     from .train import parse
 
     config = parse(rest)

@@ -69,7 +69,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("the recipe is missing: maskft study RECIPE.yaml")
     content = read_yaml(file)
     is_mapping = isinstance(content, dict)
-    early.check_model(args.model or (content.get("model") if is_mapping else None))
+    if not args.dry_run:  # which plans before its model is made
+        early.check_model(args.model or (content.get("model") if is_mapping else None))
 
     # From here on torch is imported.
     from maskft_common.quiet import silence

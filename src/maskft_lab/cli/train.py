@@ -50,6 +50,4 @@ def parse(argv: Sequence[str]) -> TrainConfig:
     """The configuration that the words after ``maskft train`` stand for; every mistake is one UserError."""
     from maskft.training.options import parse_words
 
-    words = early.with_config(argv)
-    early.check_training(words)
-    return parse_words(words)[0]
+    return parse_words(early.with_config(argv))[0]
