@@ -106,7 +106,7 @@ def test_a_link_out_of_the_folder_is_not_read(name, load, folder, tmp_path):
 def test_a_tokenizer_that_names_a_file_elsewhere_is_refused(folder, tmp_path):
     """As ``vocab_file`` some versions of transformers would open it, and save its content."""
     (tmp_path / "key").write_text("secret")
-    change(folder / "tokenizer_config.json", vocab_file="/root/.cache/of-its-author/vocab.txt")
+    change(folder / "tokenizer_config.json", vocab_file="/home/author/.cache/vocab.txt")
     load_tokenizer(str(folder))
     change(folder / "tokenizer_config.json", vocab_file=str(tmp_path / "key"))
     with pytest.raises(UserError, match=r"names a file outside of its folder \(vocab_file"):
