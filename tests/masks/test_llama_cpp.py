@@ -73,9 +73,11 @@ def answers_of_transformers(folder, name):
 @pytest.mark.parametrize("name", ["base.gguf", "task.gguf"])
 def test_llama_cpp_answers_as_transformers_does(files, name):
     expected = answers_of_transformers(files, name)
-    assert answers_of_llama_cpp(files / name) == expected
+    found = answers_of_llama_cpp(files / name)
+    # The space before the first word is lost where transformers 5.10 decodes.
+    assert [answer.lstrip() for answer in found] == [answer.lstrip() for answer in expected]
     if name == "base.gguf":
-        assert all(ending.startswith(answer[:5]) for ending, answer in zip(ENDINGS, expected, strict=True))
+        assert all(ending.startswith(answer[:5]) for ending, answer in zip(ENDINGS, found, strict=True))
 
 
 def test_transformers_reads_the_patched_file_as_base_times_mask(files):

@@ -14,7 +14,7 @@ import maskft.fast
 from maskft import MaskConfig, UserError, adapter_layers, current_masks, set_mask_progress
 from maskft.tuner.adapter_files import AdapterFiles, set_adapter_files
 from maskft_common.layout import ADAPTER_WEIGHTS
-from tiny import tiny_llama, token_ids
+from tiny import IS_OLD_TORCH, tiny_llama, token_ids
 
 
 @pytest.fixture
@@ -182,6 +182,7 @@ def test_a_partly_quantised_base_is_not_masked_in_part_in_silence():
     assert len(current_masks(model)) == 6
 
 
+@pytest.mark.skipif(IS_OLD_TORCH, reason="2.7 does not compile the plain model; 2.8 to 2.12 not tried")
 def test_a_mask_with_noise_is_one_graph_and_follows_mode_and_progress():
     torch._dynamo.reset()
     model = get_peft_model(tiny_llama(num_layers=1), MaskConfig(selection="gumbel", task_type="CAUSAL_LM"))
