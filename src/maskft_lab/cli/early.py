@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from maskft_common.errors import UserError, did_you_mean
+from maskft_common.files import is_there
 from maskft_common.layout import EMBEDDED_MODEL, holds_adapter, no_adapter
 from maskft_common.yaml_file import read_yaml
 
@@ -76,7 +77,7 @@ def check_model(name: Any) -> None:
     if not isinstance(name, str) or name == EMBEDDED_MODEL or name.endswith(".json"):
         return  # maskft estimate takes a config.json
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if is_path and not _exists(name):
+    if is_path and not is_there(name):
         raise UserError(f"model folder {name!r} does not exist")
 
 
@@ -99,7 +100,7 @@ def check_mask(name: str) -> None:
     """Check the adapter folder of a command that takes nothing else."""
     if _is_adapter(name):
         return
-    if _exists(f"{name}/config.json"):
+    if is_there(f"{name}/config.json"):
         raise UserError(
             f"{name!r} is not an adapter folder: it is a whole model; name the folder of a mask (adapter_config.json)"
         )
@@ -126,13 +127,6 @@ def installed_versions(packages: Sequence[str]) -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             versions[package] = None
     return versions
-
-
-def _exists(name: str) -> bool:
-    try:
-        return Path(name).expanduser().exists()
-    except (OSError, ValueError, RuntimeError):  # too long, a null byte, an unknown user's home
-        return False
 
 
 def _is_adapter(name: str) -> bool:
