@@ -3,7 +3,8 @@
 python recipes/small/make_inputs.py runs/small
 python recipes/small/make_inputs.py runs/small-1 1     # another initialisation, other rows, another split
 
-Also sums of two numbers of two digits, for recipes/smollm2/study_sums.yaml.
+Also sums of two numbers of two digits, for recipes/smollm2/study_sums.yaml; sums_all_train.jsonl.gz has all of them but
+the test's and those of sums_prompts.jsonl.gz, for the mask that comes with maskft (recipes/smollm2/ready_sums.sh).
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ def main(folder: Path, seed: int = 0) -> None:
     write(folder / "sums_train.jsonl.gz", rows[:NUM_SUMS])
     write(folder / "sums_test.jsonl.gz", rows[NUM_SUMS:last])
     write(folder / "sums_prompts.jsonl.gz", rows[last : last + NUM_SUM_PROMPTS])
+    write(folder / "sums_all_train.jsonl.gz", rows[:NUM_SUMS] + rows[last + NUM_SUM_PROMPTS :])
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

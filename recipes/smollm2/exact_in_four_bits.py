@@ -4,8 +4,8 @@ python recipes/smollm2/exact_in_four_bits.py runs/curve runs/four_bits --seeds 0
 python recipes/smollm2/exact_in_four_bits.py --table results/smollm2-exact-in-four-bits
 
 Inputs in runs/curve: make_curve_inputs.py, and for sums ../small/make_inputs.py. The base is SmolLM2-135M-Instruct with
-its 210 linear layers held as GGUF's Q4_0 (quantised once; that is the base). Each method trains over what the blocks
-hold, and is measured
+its 210 linear layers held as GGUF's Q4_0 (quantised once; that is the base; ``--type Q8_0`` for eight bits). Each
+method trains over what the blocks hold, and is measured
 
 - as trained (LoRA: the adapter unmerged),
 - merged and stored on the base's grid: its scales, the nearest codes,
@@ -13,7 +13,8 @@ hold, and is measured
 
 and once more trained over the float weights, merged there and then quantised. Rates and weights of KL are those of
 study_curve_banking77_kl_seeds.yaml. Accuracy: share of test messages whose every answer token is the likeliest,
-teacher-forced. About 20 minutes of one core with bfloat16 instructions for a task and a seed, 4 GB of memory.
+teacher-forced. Forgetting: nats a token on two probes, above the quantised base. About 30 minutes of one core with
+bfloat16 instructions for a task and a seed, 7 GB of memory.
 """
 
 from __future__ import annotations
@@ -32,19 +33,22 @@ import maskft_lab
 from gguf import GGMLQuantizationType
 from maskft.data.arguments import DataArguments
 from maskft.data.tokenizing import IGNORED, tokenize_example
-from maskft.loss import length_sorted_batches, pad
+from maskft.loss import length_sorted_batches, mean_nll, nll_per_item, pad
 from maskft.masks.mask_set import MaskSet
 from maskft.masks.merge import load_masked
 from maskft.models import load_model, load_tokenizer
 from maskft_common.layout import EMBEDDED_MODEL, TRAINING, holds_adapter
 from maskft_lab.cli.main import main as maskft
 from maskft_lab.evaluation.heldout import heldout_rows
+from maskft_lab.results.statistics import Bootstrap, as_block
 
 READY = Path(maskft_lab.__file__).parent / "ready" / "intents"
-TYPE = GGMLQuantizationType.Q4_0
 BLOCK = 32  # weights that share a scale
+LARGEST_CODE = {"Q4_0": (-8, 7), "Q8_0": (-127, 127)}
 NUM_TEST = 200
+NUM_PROBE = 24
 BATCH = 25
+PROBES = ("instructions", "wikipedia")
 
 MASK = [
     *("--method", "mask", "--mask_selection", "logit", "--mask_gradient", "sigmoid"),
@@ -99,32 +103,38 @@ def linear_weights(model) -> dict[str, torch.Tensor]:
     }
 
 
-def fresh_scales(weight: torch.Tensor) -> torch.Tensor:
-    """Values of a weight after it was stored as Q4_0, as llama-quantize would."""
-    packed = gguf.quantize(weight.numpy(), TYPE)
-    return torch.from_numpy(np.array(gguf.dequantize(packed, TYPE)))
+def fresh_scales(weight: torch.Tensor, type_name: str) -> torch.Tensor:
+    """Values of a weight after it was stored in blocks, as llama-quantize would."""
+    quantization = GGMLQuantizationType[type_name]
+    packed = gguf.quantize(weight.numpy(), quantization)
+    return torch.from_numpy(np.array(gguf.dequantize(packed, quantization)))
 
 
-def scales_of(weight: torch.Tensor) -> torch.Tensor:
-    """Scale of each block of a weight that is stored as Q4_0, shape (num_blocks, 1)."""
-    packed = gguf.quantize(weight.numpy(), TYPE).reshape(-1, 18)
+def scales_of(weight: torch.Tensor, type_name: str) -> torch.Tensor:
+    """Scale of each block of a weight that is stored in blocks, shape (num_blocks, 1); a block begins with it."""
+    quantization = GGMLQuantizationType[type_name]
+    num_bytes = gguf.GGML_QUANT_SIZES[quantization][1]
+    packed = gguf.quantize(weight.numpy(), quantization).reshape(-1, num_bytes)
     return torch.from_numpy(packed[:, :2].copy().view(np.float16).astype(np.float32))
 
 
-def on_grid(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Nearest values of the base's own grid: codes 0 to 15 of (code - 8) * scale."""
+def on_grid(weight: torch.Tensor, scales: torch.Tensor, type_name: str) -> torch.Tensor:
+    """Nearest values of the base's own grid: whole multiples of the scales, within the type's codes."""
     blocks = weight.reshape(-1, BLOCK)
     # A block of zeros has the scale 0, and every code of it is 0.
     inverse = torch.where(scales == 0, 0.0, 1 / scales)
-    codes = (blocks * inverse).round().clamp(-8, 7)
+    codes = (blocks * inverse).round().clamp(*LARGEST_CODE[type_name])
     return (codes * scales).reshape(weight.shape)
 
 
-def store(model, how: str, scales: dict[str, torch.Tensor]) -> int:
-    """Replace the linear weights by what four bits hold of them; returns how many values differ."""
+def store(model, how: str, type_name: str, scales: dict[str, torch.Tensor]) -> int:
+    """Replace the linear weights by what blocks hold of them; returns how many values differ."""
     num_differ = 0
     for name, weight in linear_weights(model).items():
-        stored = fresh_scales(weight) if how == "fresh scales" else on_grid(weight, scales[name])
+        if how == "fresh scales":
+            stored = fresh_scales(weight, type_name)
+        else:
+            stored = on_grid(weight, scales[name], type_name)
         num_differ += int((stored != weight).sum())
         weight.copy_(stored)
     return num_differ
@@ -138,12 +148,15 @@ class Test:
     """Tokenised test rows, and what measures a model on them."""
 
     rows: list[dict]
+    probes: dict[str, list[dict]]
     pad_token_id: int
 
     @torch.inference_mode()
     def measure(self, model) -> dict:
-        """Accuracy and loss (nats a token), and for each row whether it is right."""
+        """Accuracy, loss (nats a token), for each row whether it is right, and nats a token on the probes."""
         model.eval()
+        with torch.autocast("cpu", torch.bfloat16):
+            probes = {name: mean_nll(nll_per_item(model, rows)) for name, rows in self.probes.items()}
         right = [0] * len(self.rows)
         total_loss = 0.0
         num_tokens = 0
@@ -162,31 +175,40 @@ class Test:
             )
             total_loss += float(losses)
             num_tokens += int(supervised.sum())
-        return {"accuracy": sum(right) / len(right), "loss": total_loss / num_tokens, "right": right}
+        return {
+            "accuracy": sum(right) / len(right),
+            "loss": total_loss / num_tokens,
+            "probes": probes,
+            "right": right,
+        }
 
 
 def load_test(data_dir: Path, task: str) -> Test:
-    """The first test rows of a task."""
+    """The first test rows of a task, and of the probes of forgetting."""
     tokenizer = load_tokenizer(EMBEDDED_MODEL)
-    file = data_dir / TASKS[task]["files"][1]
-    arguments = DataArguments(dataset_name=str(file), as_chat=False, max_eval_samples=NUM_TEST)
-    rows = heldout_rows(arguments, None, tokenizer)
-    return Test([tokenize_example(row, tokenizer, max_length=192) for row in rows], tokenizer.pad_token_id)
+
+    def rows_of(file: str, num_rows: int) -> list[dict]:
+        arguments = DataArguments(dataset_name=str(data_dir / file), as_chat=False, max_eval_samples=num_rows)
+        rows = heldout_rows(arguments, None, tokenizer)
+        return [tokenize_example(row, tokenizer, max_length=192) for row in rows]
+
+    probes = {name: rows_of(f"{name}_report.jsonl.gz", NUM_PROBE) for name in PROBES}
+    return Test(rows_of(TASKS[task]["files"][1], NUM_TEST), probes, tokenizer.pad_token_id)
 
 
 # Training
 
 
-def make_bases(folder: Path) -> dict[str, Path]:
-    """Write the float base, and the one that Q4_0 blocks hold, as ordinary checkpoints."""
-    bases = {"float": folder / "base-float", "Q4_0": folder / "base-q4_0"}
+def make_bases(folder: Path, type_name: str) -> dict[str, Path]:
+    """Write the float base, and the one that blocks hold, as ordinary checkpoints."""
+    bases = {"float": folder / "base-float", type_name: folder / f"base-{type_name.lower()}"}
     for name, path in bases.items():
         if (path / "config.json").is_file():
             continue
         model = load_model(EMBEDDED_MODEL, "float32")
-        if name == "Q4_0":
+        if name == type_name:
             for weight in linear_weights(model).values():
-                weight.copy_(fresh_scales(weight))
+                weight.copy_(fresh_scales(weight, type_name))
         load_tokenizer(EMBEDDED_MODEL).save_pretrained(path)
         model.save_pretrained(path)
     return bases
@@ -219,11 +241,13 @@ def trained(base: Path, folder: Path, method: str, is_merged: bool = True):
 # One task and seed
 
 
-def run(data_dir: Path, work: Path, results: Path, task: str, seed: int) -> None:
+def run(args, task: str, seed: int) -> None:
     """Train and measure all methods; writes one JSON file, again after each."""
-    bases = make_bases(work)
-    test = load_test(data_dir, task)
-    file = results / f"{task}-seed{seed}.json"
+    work, results = args.work, args.results
+    type_name = args.type
+    bases = make_bases(work, type_name)
+    test = load_test(args.data_dir, task)
+    file = results / f"{task}-{type_name}-seed{seed}.json"
     results.mkdir(parents=True, exist_ok=True)
     rows = json.loads(file.read_text())["rows"] if file.is_file() else []
     done = {(row["method"], row["trained_over"], row["stored"]) for row in rows}
@@ -233,36 +257,41 @@ def run(data_dir: Path, work: Path, results: Path, task: str, seed: int) -> None
         rows.append(row | test.measure(model))
         print(f"{task} seed {seed}: {method} over {over}, {stored}: {rows[-1]['accuracy']:.1%}, "
               f"loss {rows[-1]['loss']:.4f}, {num_differ} values differ", flush=True)  # fmt: skip
-        content = {"task": task, "seed": seed, "num_linear": num_linear, "rows": rows}
+        content = {"task": task, "type": type_name, "seed": seed, "num_linear": num_linear, "rows": rows}
         file.write_text(json.dumps(content) + "\n")
 
-    base_model = load_model(str(bases["Q4_0"]), "float32")
-    scales = {name: scales_of(weight) for name, weight in linear_weights(base_model).items()}
+    base_model = load_model(str(bases[type_name]), "float32")
+    scales = {name: scales_of(weight, type_name) for name, weight in linear_weights(base_model).items()}
     num_linear = sum(weight.numel() for weight in linear_weights(base_model).values())
-    if ("none", "Q4_0", "as trained") not in done:
-        add("none", "Q4_0", "as trained", base_model, 0)
+    if ("none", type_name, "as trained") not in done:
+        add("none", type_name, "as trained", base_model, 0)
     del base_model
 
-    for over in ("Q4_0", "float"):
+    for over in (type_name, "float"):
         for method in METHODS:
-            stores = ("as trained", "base's grid", "fresh scales") if over == "Q4_0" else ("as trained", "fresh scales")
+            stores = ("as trained", "base's grid", "fresh scales")
+            if over == "float":
+                # The base's grid has nothing to do with what was trained over other values.
+                stores = ("as trained", "fresh scales")
             if all((method, over, stored) in done for stored in stores):
                 continue
             folder = work / f"{task}-{over}-{method}-{seed}".replace(" ", "-")
-            train(bases[over], data_dir, task, method, seed, folder)
+            train(bases[over], args.data_dir, task, method, seed, folder)
             for stored in stores:
                 if (method, over, stored) in done:
                     continue
                 model = trained(bases[over], folder, method, is_merged=stored != "as trained")
-                num_differ = None if stored == "as trained" else store(model, stored, scales)
+                num_differ = None if stored == "as trained" else store(model, stored, type_name, scales)
                 add(method, over, stored, model, num_differ)
                 del model
 
 
-def run_ready(data_dir: Path, work: Path, results: Path) -> None:
-    """Measure the mask of intents that maskft brings, trained over float weights, on its way into four bits."""
-    bases = make_bases(work)
-    test = load_test(data_dir, "intents")
+def run_ready(args) -> None:
+    """Measure the mask of intents that maskft brings, trained over float weights, on its way into blocks."""
+    results = args.results
+    type_name = args.type
+    bases = make_bases(args.work, type_name)
+    test = load_test(args.data_dir, "intents")
     results.mkdir(parents=True, exist_ok=True)
     rows = []
 
@@ -270,45 +299,89 @@ def run_ready(data_dir: Path, work: Path, results: Path) -> None:
         row = {"method": "ready mask", "trained_over": "float", "stored": stored, "num_differ": num_differ}
         rows.append(row | test.measure(model))
         print(f"ready mask, {stored}: {rows[-1]['accuracy']:.1%}, loss {rows[-1]['loss']:.4f}", flush=True)
-        content = {"task": "intents", "seed": "ready", "num_linear": num_linear, "rows": rows}
-        (results / "intents-seed-ready.json").write_text(json.dumps(content) + "\n")
+        content = {"task": "intents", "type": type_name, "seed": "ready", "num_linear": num_linear, "rows": rows}
+        (results / f"intents-{type_name}-seed-ready.json").write_text(json.dumps(content) + "\n")
 
     masks = MaskSet.from_adapter(READY)
     model = load_model(str(bases["float"]), "float32")
     num_linear = sum(weight.numel() for weight in linear_weights(model).values())
     masks.apply_(model)
     add("as trained", model, None)
-    add("fresh scales", model, store(model, "fresh scales", {}))
+    add("fresh scales", model, store(model, "fresh scales", type_name, {}))
 
-    # The zero codes of the mask in the base's own Q4_0: what merging with --accept_other_base does.
-    model = load_model(str(bases["Q4_0"]), "float32")
+    # The zero codes of the mask in the base's own blocks: what merging with --accept_other_base does.
+    model = load_model(str(bases[type_name]), "float32")
     masks.apply_(model)
-    add("zero codes in the base's Q4_0", model, 0)
+    add(f"zero codes in the base's {type_name}", model, 0)
 
 
 # The table
 
 
 def table(results: Path) -> str:
-    """Markdown of all tasks and seeds in a folder; means where there are several seeds."""
+    """Markdown of all tasks, types and seeds in a folder; means over the seeds."""
     runs = [json.loads(file.read_text()) for file in sorted(results.glob("*-seed*.json"))]
     lines = []
-    for task in dict.fromkeys(run["task"] for run in runs):
-        of_task = [run for run in runs if run["task"] == task]
-        seeds = ", ".join(str(run["seed"]) for run in of_task)
-        lines += [f"{task}, {NUM_TEST} test rows, seed {seeds}; {of_task[0]['num_linear']:,} weights in Q4_0", ""]
-        lines += ["| method | trained over | stored | accuracy % | loss | values that differ |"]
-        lines += ["|---|---|---|---|---|---|"]
-        found: dict[tuple, list[dict]] = {}
-        for row in (row for run in of_task for row in run["rows"]):
-            found.setdefault((row["method"], row["trained_over"], row["stored"]), []).append(row)
-        for (method, over, stored), rows in found.items():
-            accuracy = ", ".join(f"{100 * row['accuracy']:.1f}" for row in rows)
-            loss = ", ".join(f"{row['loss']:.4f}" for row in rows)
-            differ = ", ".join("" if row["num_differ"] is None else f"{row['num_differ']:,}" for row in rows)
-            lines.append(f"| {method} | {over} | {stored} | {accuracy} | {loss} | {differ} |")
-        lines.append("")
+    for task, type_name, is_ready in dict.fromkeys(_group(run) for run in runs):
+        lines += _table_of([run for run in runs if _group(run) == (task, type_name, is_ready)])
     return "\n".join(lines)
+
+
+def _group(run: dict) -> tuple[str, str, bool]:
+    return run["task"], run["type"], run["seed"] == "ready"
+
+
+def _table_of(runs: list[dict]) -> list[str]:
+    """Lines of one table: the runs of a task and a type."""
+    first = runs[0]
+    found: dict[tuple, list[dict]] = {}
+    for run in runs:
+        for row in run["rows"]:
+            found.setdefault((row["method"], row["trained_over"], row["stored"]), []).append(row)
+    trained = {key[:2]: rows for key, rows in found.items() if key[2] == "as trained"}
+    base_rows = found.get(("none", first["type"], "as trained"))
+    # Bonferroni: all differences of a table are covered together.
+    num_differences = sum(key[2] != "as trained" for key in found)
+    confidence = 1 - 0.05 / max(num_differences, 1)
+
+    lines = [
+        f"{first['task']}, {first['type']}, {NUM_TEST} test rows, seed {', '.join(str(run['seed']) for run in runs)}; "
+        f"{first['num_linear']:,} weights in {first['type']}",
+        "",
+        "| method | trained over | stored | accuracy % | stored - as trained, points | loss | "
+        "instructions, nats | text, nats | values that differ |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (method, over, stored), rows in found.items():
+        cells = [method, over, stored, f"{100 * _mean(row['accuracy'] for row in rows):.1f}"]
+        before = trained.get((method, over))
+        is_comparable = stored != "as trained" and before is not None and len(before) == len(rows)
+        cells.append(_difference(before, rows, confidence) if is_comparable else "")
+        cells.append(f"{_mean(row['loss'] for row in rows):.4f}")
+        for probe in PROBES:
+            cells.append("" if base_rows is None else f"{_forgotten(base_rows, rows, probe):+.3f}")
+        num_differ = [row["num_differ"] for row in rows]
+        cells.append("" if None in num_differ else f"{round(_mean(num_differ)):,}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _mean(values) -> float:
+    return float(np.mean(list(values)))
+
+
+def _difference(before: list[dict], after: list[dict], confidence: float) -> str:
+    """Accuracy after - before in points, with an interval over seeds and test rows; both in the order of the seeds."""
+    before_SN = np.array([row["right"] for row in before])
+    after_SN = np.array([row["right"] for row in after])
+    bootstrap = Bootstrap(as_block(100 * (after_SN - before_SN)))
+    low, high = bootstrap.interval(confidence)
+    return f"{bootstrap.difference:+.1f} [{low:.1f}, {high:.1f}]"
+
+
+def _forgotten(base_rows: list[dict], rows: list[dict], probe: str) -> float:
+    """Loss on a probe above that of the quantised base, which every seed measures alike."""
+    return _mean(row["probes"][probe] for row in rows) - base_rows[0]["probes"][probe]
 
 
 def main() -> None:
@@ -318,6 +391,7 @@ def main() -> None:
     parser.add_argument("work", nargs="?", type=Path, help="where trained models go")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--tasks", nargs="+", default=["intents"], choices=list(TASKS))
+    parser.add_argument("--type", default="Q4_0", choices=list(LARGEST_CODE), help="what holds the base")
     parser.add_argument("--results", type=Path, default=Path("results/smollm2-exact-in-four-bits"))
     parser.add_argument("--ready", action="store_true", help="only the mask that maskft brings; trains nothing")
     parser.add_argument("--table", type=Path, metavar="FOLDER", help="write and print the table of a folder's results")
@@ -330,11 +404,11 @@ def main() -> None:
     if args.work is None:
         parser.error("give the folder of the inputs, and one for trained models")
     if args.ready:
-        run_ready(args.data_dir, args.work, args.results)
+        run_ready(args)
         return
     for seed in args.seeds:
         for task in args.tasks:
-            run(args.data_dir, args.work, args.results, task, seed)
+            run(args, task, seed)
 
 
 if __name__ == "__main__":
