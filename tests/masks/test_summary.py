@@ -40,7 +40,7 @@ def test_layers_share_a_row_and_come_in_their_order(tmp_path):
         "model.layers.*.mlp.up_proj (3)",
     ]
     assert lines[6].split() == ["total", "28", "7", "25.00%", f"{8 * summary.total['num_bytes'] / 28:.3f}"]
-    assert "on held-out rows: better" in lines and "trained with: seed=3" in lines
+    assert "on held-out rows: better" in lines and "made with: seed=3" in lines
     assert len(summary_lines(summary, all_modules=True)) == len(lines) + 4
     json.dumps(as_json(summary))
 

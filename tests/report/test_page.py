@@ -10,8 +10,9 @@ import pytest
 from finished_study import HOSTILE, Page
 from maskft_common import layout
 from maskft_lab.cli.main import main
+from maskft_lab.report import page as page_module
 from maskft_lab.report.catalogue import FIGURES
-from maskft_lab.report.evidence import gather
+from maskft_lab.report.evidence import Evidence, gather
 from maskft_lab.results.comparison import Comparison, Difference, Score
 from maskft_lab.results.schema import read_result, write_result
 from maskft_lab.results.words import difference_text, score_text
@@ -170,3 +171,16 @@ def test_the_best_of_two_models_of_a_published_run_has_the_verdict():
 def test_the_same_files_give_the_same_page(finished, page, tmp_path):
     assert main(["report", str(finished), "-o", str(tmp_path / "again.html")]) == 0
     assert (tmp_path / "again.html").read_text(encoding="utf-8") == page
+
+
+def test_settings_are_those_that_a_method_uses():
+    """The study gave a learning rate and a start of the scores to all its masks, and an L1 mask has neither."""
+    folder = RESULTS / "small-products-learners"
+    runs = ("full", "mask_30", "mask_10", "l1_mask_of_mask_30")
+    results = [read_result(folder / f"{run}-s0.json.gz") for run in runs]
+    columns, rows = page_module._settings(Evidence(folder, "learners", "model", [], results))
+    shown = {name: dict(zip(columns[1:], cells, strict=True)) for name, *cells in rows}
+    assert shown["mask, 30 %"]["mask_init_scores"] == "normal"
+    assert {shown["L1 mask of mask, 30 %"][key] for key in ("mask_init_scores", "learning_rate")} == {"–"}
+    # The same for all methods that are trained.
+    assert "per_device_train_batch_size" not in columns

@@ -52,7 +52,9 @@ def heldout_losses(folder):
 @pytest.mark.parametrize("method", ["full", "mask", "random_mask", "l1_mask", "wanda_mask"])
 def test_every_method_trains_and_saves_what_loads(method, arguments, base, tmp_path, capsys):
     weights = (base / "model.safetensors").read_bytes()
-    status, err = run(arguments(method=method), capsys)
+    # A study gives this to every mask.
+    of_learner = {} if method == "full" else {"mask_init_scores": "normal"}
+    status, err = run(arguments(method=method, **of_learner), capsys)
     assert status == 0, err
     assert (base / "model.safetensors").read_bytes() == weights
     out = tmp_path / "out"
@@ -68,6 +70,12 @@ def test_every_method_trains_and_saves_what_loads(method, arguments, base, tmp_p
         assert all(int((~m).sum()) == round(0.1 * m.numel()) for m in masks.values()) and len(masks) == 21
     else:
         assert set(heldout_losses(out)) == {0, 2, 4}
+
+    recipe = read_record(out).recipe
+    of_training = {"learning_rate", "max_steps", "num_train_epochs", "warmup_steps", "weight_decay", "best_step"}
+    is_trained = method in ("full", "mask")
+    assert of_training & recipe.keys() == (of_training if is_trained else set())
+    assert ("mask_init_scores" in recipe) == (method == "mask")
 
 
 def test_what_a_run_prints(arguments, capsys, tmp_path):

@@ -151,5 +151,5 @@ def _facts(summary: AdapterSummary) -> dict[str, str]:
         facts["on held-out rows"] = str(config.recipe["verdict"])
     settings = [f"{key}={value}" for key, value in config.recipe.items() if key != "verdict"]
     if settings:
-        facts["trained with"] = ", ".join(settings)
+        facts["made with"] = ", ".join(settings)
     return {name: str(value) for name, value in facts.items() if value is not None}

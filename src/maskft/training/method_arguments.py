@@ -31,12 +31,6 @@ UNTRAINED_METHODS = (*FIXED_MASK_METHODS, INTERPOLATE)
 PEFT = "peft"  # an adapter of PEFT's, which peft_config says
 METHODS = ("full", PEFT, *MASK_METHODS, INTERPOLATE)
 
-# What decides how a mask is learned, and nothing of one that is drawn or ranked.
-LEARNER_OPTIONS = frozenset(
-    f"mask_{name}"
-    for name in "preset selection gradient price sharpness sharpness_end temperature temperature_end threshold "
-    "rank_by init_scores init_std init_value".split()
-)
 # Fields a preset may set; their default is None, "not given on the command line".
 _DECIDED = dict.fromkeys(name for preset in PRESETS.values() for name in preset)
 _SPECS = {spec.name: spec for spec in fields(MaskConfig)}

@@ -10,6 +10,7 @@ from pydantic import ConfigDict
 
 from maskft_common import environment, files, layout, memory
 from maskft_common.files import read_json
+from maskft_common.method_options import unused_options
 from maskft_common.schema import FileModel, read_model
 
 from ..data.mixtures import hub_ids
@@ -19,7 +20,7 @@ from ..tuner import adapter_layers
 from .arguments import TrainConfig
 from .checkpoints import step_of
 from .manifest import FREE
-from .method_arguments import ADAPTER, MASK_METHODS
+from .method_arguments import ADAPTER, MASK_METHODS, UNTRAINED_METHODS
 from .near_base import KLReport
 from .options import option_defaults
 from .trainer import MaskTrainer
@@ -119,7 +120,16 @@ def make_record(
         if given[name] not in (None, defaults[name]) and isinstance(given[name], str | int | float | list | dict):
             recipe[name] = given[name]
     recipe |= {name: getattr(config.training, name) for name in _RECORDED}
-    recipe |= {"best_step": summary.best_step, "best_heldout_loss": summary.best_loss}
+
+    method = config.method
+    is_trained = method.method not in UNTRAINED_METHODS
+    is_matched = method.match_adapter is not None
+    unused = unused_options(method.method, recipe, is_trained=is_trained, is_matched=is_matched)
+    recipe = {name: value for name, value in recipe.items() if name not in unused}
+    if is_trained:
+        recipe["best_step"] = summary.best_step
+    if is_trained or summary.best_loss is not None:
+        recipe["best_heldout_loss"] = summary.best_loss
     if verdict is not None:
         recipe["verdict"] = f"{verdict}{'' if verdict.kept else '; so this adapter removes nothing'}"
     return TrainingRecord(

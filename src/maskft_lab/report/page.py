@@ -12,6 +12,7 @@ import jinja2
 
 from maskft_common import __version__
 from maskft_common.errors import printable
+from maskft_common.method_options import unused_options
 
 from ..results.render import cross_domain_table, difference_table
 from ..results.scores import scores
@@ -163,16 +164,36 @@ def _commands(evidence: Evidence) -> list[str]:
 
 
 def _settings(evidence: Evidence) -> Table:
-    """Settings that differ between methods, of their first seed."""
-    first: dict[str, dict] = {}
+    """Settings that differ between the methods that use them, of the first seed of each."""
+    first: dict[str, dict[str, Any]] = {}
+    unused: dict[str, frozenset[str]] = {}
     for result in evidence.results:
-        settings = result["study"]["settings"] or {}
-        first.setdefault(result["name"], {k: v for k, v in settings.items() if k not in ("seed", "mask_seed")})
-    names = dict.fromkeys(key for settings in first.values() for key in settings)
-    trained = [settings for settings in first.values() if settings]  # a pre-trained model has none
-    differ = [key for key in names if len({_text(settings.get(key)) for settings in trained}) > 1]
+        name = result["name"]
+        if name not in first:
+            unused[name] = _unused(result)
+            settings = result["study"]["settings"] or {}
+            first[name] = {key: value for key, value in settings.items() if key not in unused[name]}
+
+    differ = []
+    for key in dict.fromkeys(key for settings in first.values() for key in settings):
+        # A pre-trained model has no settings.
+        users = [name for name, settings in first.items() if settings and key not in unused[name]]
+        if len({_text(first[name].get(key)) for name in users}) > 1:
+            differ.append(key)
     rows = [(name, *(_text(settings.get(key)) for key in differ)) for name, settings in first.items()]
     return Table(("model", *differ), rows)
+
+
+def _unused(result: dict[str, Any]) -> frozenset[str]:
+    """Settings of a result that its method does not use, and the seeds, which differ in any case."""
+    study = result["study"]
+    of_method = unused_options(
+        result["model"].get("method"),
+        study["settings"] or {},
+        is_trained=bool(study["num_steps"]),
+        is_matched=study["match"] is not None,
+    )
+    return of_method | {"seed", "mask_seed"}
 
 
 def _text(value: Any) -> str:

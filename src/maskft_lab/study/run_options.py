@@ -9,7 +9,6 @@ from typing import Any
 from maskft.training.arguments import TrainConfig
 from maskft.training.launch import launch_options
 from maskft.training.method_arguments import (
-    LEARNER_OPTIONS,
     MASK_METHODS,
     UNTRAINED_METHODS,
     read_peft_config,
@@ -17,6 +16,7 @@ from maskft.training.method_arguments import (
 )
 from maskft.training.options import option_defaults, parse_words
 from maskft_common.errors import UserError, did_you_mean
+from maskft_common.method_options import LEARNER_OPTIONS
 
 from .identity import plain, written_out
 from .process import command_words

@@ -1,0 +1,58 @@
+"""Which options of ``maskft train`` a method uses, so that no record, card or report shows another one.
+
+A study gives the options of its `train` block to all methods, those of training and of learned masks included, although
+a mask that is drawn or ranked (random, L1, Wanda) uses neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# How the scores of a mask are learned. Masks that are drawn or ranked have no scores.
+LEARNER_OPTIONS = frozenset(
+    f"mask_{name}"
+    for name in "preset selection gradient price sharpness sharpness_end temperature temperature_end threshold "
+    "rank_by init_scores init_std init_value".split()
+)
+_RAMP = "mask_sparsity_ramp"
+
+# How weights or scores are trained. Rows, their length, the dtype and the batch size of held-out rows are not among
+# them: methods that are not trained are measured on the same held-out rows.
+_TRAINING_OPTIONS = frozenset(
+    "learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps "
+    "global_batch_size lr_scheduler_type lr_scheduler_kwargs warmup_steps weight_decay max_grad_norm optim optim_args "
+    "adam_beta1 adam_beta2 adam_epsilon label_smoothing_factor neftune_noise_alpha loss_type "
+    "gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing packing padding_free "
+    "kl_to_base kl_budget kl_dataset_name kl_batch_size "
+    "eval_strategy eval_steps eval_on_start save_strategy save_steps save_total_limit load_best_model_at_end "
+    "logging_strategy logging_steps logging_first_step keep_last".split()
+)
+_RANKED = ("l1_mask", "wanda_mask")  # the same for every seed
+_WITHOUT_ROWS = ("random_mask", "l1_mask")
+
+
+def unused_options(
+    method: str | None, options: Mapping[str, Any], *, is_trained: bool, is_matched: bool
+) -> frozenset[str]:
+    """Names of the options that do not change what a method does.
+
+    Args:
+        method: The method, such as ``l1_mask``, or the type of an adapter of PEFT's.
+        options: Its options of ``maskft train``.
+        is_trained: Whether it takes optimizer steps.
+        is_matched: Whether it removes as many weights as another mask (``match_adapter``).
+    """
+    unused: set[str] = set()
+    if not is_trained:
+        unused |= _TRAINING_OPTIONS | LEARNER_OPTIONS | {_RAMP}
+    if is_matched:
+        unused.add("mask_sparsity")
+    if method in _RANKED:
+        unused.add("mask_seed")
+
+    starts_on_rows = is_trained and options.get("mask_init_scores") == "wanda"
+    is_made_from_rows = not is_trained and method not in _WITHOUT_ROWS
+    if not starts_on_rows and not is_made_from_rows:
+        unused.add("num_calibration_samples")
+    return frozenset(unused)
