@@ -46,5 +46,5 @@ def test_a_mask_is_rewarded():
 
 def test_each_is_run():
     tested = re.findall(r"\w+\.py", Path(__file__).read_text())
-    # tiny.py is their model; serve_many.py and route_by_prompt.py have tests of their own names.
+    # tiny.py is their model; serve_many.py, route_by_prompt.py and sample_from_base.py have tests of their own names.
     assert {path.name for path in EXAMPLES.glob("*.py")} <= set(tested)

@@ -1,0 +1,63 @@
+"""Let a base write text of its own, as rows for ``--kl_dataset_name`` where you have no text to stay near to.
+
+python examples/sample_from_base.py my-model own_text.jsonl --num_rows 256
+maskft train ... --kl_budget 0.1 --kl_dataset_name own_text.jsonl
+
+Each row begins after the tokenizer's first token and is sampled at temperature 1, so that the rows are what the base
+expects text to be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from rich.progress import track
+
+from maskft.models import load_model, load_tokenizer
+
+BATCH_SIZE = 32
+
+
+def main() -> None:
+    """Sample rows and write them as JSON lines with a column ``text``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", help="base model, a folder or a hub name")
+    parser.add_argument("file", type=Path, help="file to write, JSON lines")
+    parser.add_argument("--num_rows", type=int, default=256, help="rows to write (default: 256)")
+    parser.add_argument("--num_tokens", type=int, default=64, help="longest row, in tokens (default: 64)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    args = parser.parse_args()
+    if args.file.exists():
+        raise SystemExit(f"{args.file} is there already; give another name or remove it")
+
+    torch.manual_seed(args.seed)
+    tokenizer = load_tokenizer(args.base)
+    model = load_model(args.base).eval()
+    first_token = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+    texts = []
+    for start in track(range(0, args.num_rows, BATCH_SIZE), description="sampling"):
+        prompt_B1 = torch.full((min(BATCH_SIZE, args.num_rows - start), 1), first_token)
+        sampled_BT = model.generate(
+            input_ids=prompt_B1,
+            attention_mask=torch.ones_like(prompt_B1),
+            do_sample=True,
+            temperature=1.0,
+            # No filter of a generation_config.json: the rows are to be the base's own distribution.
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=args.num_tokens - 1,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        texts += tokenizer.batch_decode(sampled_BT, skip_special_tokens=True)
+    # A row that ended at once has nothing to measure.
+    texts = [text for text in texts if text.strip()]
+    args.file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    print(f"{len(texts)} rows: {args.file}")
+
+
+if __name__ == "__main__":
+    main()
