@@ -66,6 +66,9 @@ def test_skills_that_add_up(script, data, base, tmp_path, monkeypatch, capsys):
     assert {task: len(hits) for task, hits in pair["hits"].items()} == {"sums": 6, "powers": 6}
     assert len(pair["heldout_accuracy_of_ways"]) == len(script.WAYS)
     assert pair["way"] in script.WAYS
+    picture = (tmp_path / "out" / "retained.svg").read_text()
+    assert "sums + products + powers" in picture
+    assert (tmp_path / "out" / "retained.dark.svg").is_file()
     printed = capsys.readouterr().out
     assert printed.count("| union |") == printed.count("| LoRA r 16 |") - len(tasks) == len(combined)
 
