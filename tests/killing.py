@@ -35,6 +35,9 @@ class Forked:
     def poll(self):
         return self._process.exitcode
 
+    def send_signal(self, number):
+        os.kill(self._process.pid, number)
+
 
 class Fork:
     """A command in a fork of this process, without seconds of imports, with what is called of a ``Popen``.
@@ -77,26 +80,38 @@ class Fork:
             os.kill(self.pid, signal.SIGKILL)
 
 
-def kill_now_and_then(file, folder, waits):
-    """Start the study and kill it after each wait: a number of seconds, or a condition to become true."""
-    killed = 0
-    for wait in waits:
-        process = start(["study", file, "--output_dir", folder])
-        wait_for(process, wait)
-        if process.poll() is None:
-            process.kill()
-            killed += 1
-        process.communicate()
-    return killed
-
-
 def stop_when(is_time, words):
-    """Send SIGTERM to a command once ``is_time()``; returns its exit status and the lines of its stderr."""
+    """Start a command, send SIGTERM once ``is_time()``; returns its exit status and the lines of its stderr."""
     process = start(words)
     wait_for(process, is_time)
     process.send_signal(signal.SIGTERM)
     err = process.communicate(timeout=120)[1]
     return process.returncode, err.strip().splitlines()
+
+
+def kill_when(is_time, words, log):
+    """Kill a command in a fork that has imported everything once ``is_time()``; its output goes to the file ``log``."""
+    process = Forked(words, log)
+    wait_for(process, is_time)
+    assert process.poll() is None, log.read_text()
+    process.kill()
+    process.wait()
+
+
+def stop_forked_when(is_time, words, log):
+    """The same of a command in a fork that has imported everything; its output goes to the file ``log``."""
+    process = Forked(words, log)
+    wait_for(process, is_time)
+    process.send_signal(signal.SIGTERM)
+    process.wait()
+    return process.poll(), log.read_text().strip().splitlines()
+
+
+def forget(*packages):
+    """Drop packages from the modules that are imported, so that they are imported anew."""
+    for name in list(sys.modules):
+        if any(name == package or name.startswith(f"{package}.") for package in packages):
+            del sys.modules[name]
 
 
 def kill_ten_times(words, folder, seconds, check, begin=start):

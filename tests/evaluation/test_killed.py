@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from killing import Forked, kill_ten_times, stop_when
+from killing import Forked, kill_ten_times, stop_forked_when
 from maskft_common import layout
 from maskft_lab.cli.main import main
 
@@ -28,29 +28,36 @@ def result_in(folder):
     return result["model"], result["tasks"]
 
 
-@pytest.fixture
 def undisturbed(words, tmp_path):
+    """The result of the evaluation when nothing stops it."""
     whole = tmp_path / "whole"
     assert main([str(whole) if word == str(tmp_path / "out") else word for word in words]) == 0
     return result_in(whole)
 
 
-def test_an_evaluation_that_is_stopped_says_how_it_is_resumed(words, undisturbed, tmp_path):
-    out, over = shutil.copytree(tmp_path / "whole", tmp_path / "out"), ["--overwrite", "true"]
-    status, lines = stop_when(lambda: (out / layout.JOURNAL).is_file() and len(answers_in(out)) > 8, [*words, *over])
+def test_an_evaluation_that_is_stopped_says_how_it_is_resumed(words, tmp_path):
+    words = [*words, "--max_eval_samples", "20"]
+    expected = undisturbed(words, tmp_path)
+    out = shutil.copytree(tmp_path / "whole", tmp_path / "out")
+
+    def has_answered_some():
+        return (out / layout.JOURNAL).is_file() and len(answers_in(out)) > 4
+
+    status, lines = stop_forked_when(has_answered_some, [*words, "--overwrite", "true"], tmp_path / "log")
     assert status == 143, lines
     assert lines[-2].startswith("maskft: stopped by SIGTERM;") and lines[-1] == shlex.join(["maskft", *words])
     assert not (out / layout.RESULT).exists()
     assert main(shlex.split(lines[-1])[1:]) == 0
-    assert result_in(out) == undisturbed
+    assert result_in(out) == expected
 
 
 @pytest.mark.slow
-def test_ten_kills_of_an_evaluation(words, undisturbed, tmp_path):
+def test_ten_kills_of_an_evaluation(words, tmp_path):
+    expected = undisturbed(words, tmp_path)
     out = tmp_path / "out"
 
     def check():
-        assert result_in(out) == undisturbed
+        assert result_in(out) == expected
 
     def begin(words):
         return Forked(words, tmp_path / "log")

@@ -154,9 +154,10 @@ def draw_seeds(rng):
 @pytest.mark.parametrize(
     ("draw", "truth", "bootstrap"),
     [
-        (draw_normal, 0.1, one_row),
-        (draw_zero_one, 0.1, one_row),
-        (draw_per_token, 130 / 200, one_row),  # E[w^2] = 130, E[w] = 10
+        # Each takes some 5 s of an idle core. Several seeds use all that one row does, and more.
+        pytest.param(draw_normal, 0.1, one_row, marks=pytest.mark.slow),
+        pytest.param(draw_zero_one, 0.1, one_row, marks=pytest.mark.slow),
+        pytest.param(draw_per_token, 130 / 200, one_row, marks=pytest.mark.slow),  # E[w^2] = 130, E[w] = 10
         (draw_seeds, 0.1, hierarchical_bootstrap),
     ],
 )
@@ -217,7 +218,7 @@ def test_two_seeds_are_no_surer_than_a_t_test_on_them():
     assert p_value == pytest.approx(stats.ttest_1samp([0.10, 0.09], 0).pvalue, rel=0.05)
 
 
-@pytest.mark.parametrize("num_seeds", [2, 3])
+@pytest.mark.parametrize("num_seeds", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_holm_holds_over_methods_whose_seeds_differ_by_chance(num_seeds):
     """Six methods without a true difference, seeds that vary more than items: claims in about 5 % of the families."""
     rng = np.random.default_rng(1)

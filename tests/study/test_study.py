@@ -18,10 +18,11 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file
 
-from killing import kill_now_and_then, kill_ten_times, start, stop_when, wait_for
+from killing import kill_ten_times, kill_when, start, stop_forked_when, wait_for
 from maskft.masks.mask_set import MaskSet
 from maskft_common import layout
 from maskft_common.errors import UserError
+from maskft_lab.cli.early import help_text
 from maskft_lab.cli.main import main
 from maskft_lab.study import board as boards
 from maskft_lab.study.accounts import build_record, is_control
@@ -52,9 +53,9 @@ def test_a_killed_study_ends_as_an_undisturbed_one(base, data, tmp_path, capsys)
     def mask_is_trained():
         return any(cut.glob(f"{layout.RUNS}/mask-*/{layout.RUN}"))
 
-    assert kill_now_and_then(file, cut, [checkpoint_is_there]) == 1
     words = ["study", str(file), "--output_dir", str(cut)]
-    status, lines = stop_when(mask_is_trained, words)
+    kill_when(checkpoint_is_there, words, tmp_path / "killed.log")
+    status, lines = stop_forked_when(mask_is_trained, words, tmp_path / "stopped.log")
     assert status == 143
     assert lines[-2:] == [
         "maskft: stopped by SIGTERM; finished work is kept, to resume:",
@@ -447,20 +448,23 @@ def test_a_mistake_of_a_command_in_a_fork_is_its_last_line(tmp_path):
 def test_a_command_in_a_fork_ends_with_its_study(tmp_path):
     import fcntl
 
-    # The command's log is a pipe that nobody reads: all of the help does not fit in (64 KiB), so it waits.
+    # The command's log is a pipe that nobody reads, and smaller than the help, so it waits. The help is a file that
+    # is printed: the fork server need not import anything for it, which would take seconds.
     os.mkfifo(tmp_path / "log")
     code = (
         "import fcntl, pathlib, sys\n"
-        "from maskft_lab.study.process import PYTHON, run_command\n"
+        "from maskft_lab.study import process\n"
+        "process.IMPORTED.clear()\n"
         "lock = open(sys.argv[1], 'w')\n"
         "fcntl.flock(lock, fcntl.LOCK_EX)\n"
-        "words = [*PYTHON, 'train', '--help_all']\n"
-        "run_command(words, pathlib.Path(sys.argv[2]), lambda: print('.', flush=True), lock.fileno())\n"
+        "words = [*process.PYTHON, 'train', '--help']\n"
+        "process.run_command(words, pathlib.Path(sys.argv[2]), lambda: print('.', flush=True), lock.fileno())\n"
     )
     words = [sys.executable, "-c", code, *(str(tmp_path / name) for name in ("lock", "log"))]
     with subprocess.Popen(words, stdout=subprocess.PIPE) as study, (tmp_path / "lock").open("w") as lock:
         assert study.stdout.readline()
-        with (tmp_path / "log").open("rb"):  # opens once the command writes
+        with (tmp_path / "log").open("rb") as log:  # opens once the command has opened it
+            assert fcntl.fcntl(log, fcntl.F_SETPIPE_SZ, 4096) == 4096 < len(help_text("train"))
             with pytest.raises(BlockingIOError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             study.kill()
@@ -626,9 +630,10 @@ def test_a_board_shows_one_bar_on_a_terminal_and_lines_in_a_log(is_terminal, bas
         ]
 
 
-def test_an_unknown_benchmark_stops_before_the_first_run(base, data, tmp_path, capsys):
-    content, message = recipe(base, data, {"full": FULL}), "unknown task 'gsm8kk' (did you mean 'gsm8k'?)"
-    content["evaluation"]["tasks"] = ["gsm8kk"]
+def test_a_mistake_in_its_benchmarks_stops_a_study_before_the_first_run(base, data, tmp_path, capsys):
+    """Their names are checked by the same call, tests/evaluation/test_tasks.py; lm-eval's index of them takes 7 s."""
+    content, message = recipe(base, data, {"full": FULL}), "include_path 'nowhere' is not a folder"
+    content["evaluation"] |= {"tasks": ["gsm8k"], "include_path": "nowhere"}
     capsys.readouterr()
     assert main(["study", str(write(tmp_path, content)), "--output_dir", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
@@ -638,7 +643,11 @@ def test_a_run_that_was_cut_off_goes_on_without_its_prepared_rows(base, data, tm
     """Also where a default was written out in between, which names the same run."""
     content = recipe(base, data, {"full": FULL})
     file, folder = write(tmp_path, content), tmp_path / "out"
-    assert kill_now_and_then(file, folder, [lambda: any(folder.glob(f"{layout.RUNS}/full-*/checkpoint-3/*.json"))]) == 1
+    kill_when(
+        lambda: any(folder.glob(f"{layout.RUNS}/full-*/checkpoint-3/*.json")),
+        ["study", file, "--output_dir", folder],
+        tmp_path / "killed.log",
+    )
     shutil.rmtree(folder / layout.PREPARED)
     content["data"]["sums"]["dataset_train_split"] = "train"
     assert main(["study", str(write(tmp_path, content)), "--output_dir", str(folder)]) == 0

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from killing import Forked, stop_when, wait_for
+from killing import Forked, stop_forked_when, wait_for
 from maskft.masks.mask_set import MaskSet
 from maskft.training import checkpoints
 from maskft.training.manifest import FREE, damage, read_manifest, seal
@@ -310,7 +310,8 @@ def test_sigterm_saves_the_step_and_says_how_to_resume(base, data, tmp_path):
     options = {"max_steps": 60, "eval_steps": 30, "save_steps": 30}
     assert main(words_of(base, data, tmp_path / "whole", **options)) == 0
     out = tmp_path / "out"
-    status, lines = stop_when((out / "checkpoint-0" / MANIFEST).exists, words_of(base, data, out, **options))
+    is_time = (out / "checkpoint-0" / MANIFEST).exists
+    status, lines = stop_forked_when(is_time, words_of(base, data, out, **options), tmp_path / "log")
     assert status == 143, lines
     assert any("stopping: the step is finished and saved first" in line for line in lines)
     assert lines[-2].startswith("maskft: stopped by SIGTERM after step ") and lines[-2].endswith("to resume:")
