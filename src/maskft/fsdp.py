@@ -217,7 +217,7 @@ class ShardedMasker(FastMasker):
             self.removed_rows = rows_of(value, parameter).to(self.original)
 
     def is_current(self) -> bool:
-        """Whether the rows show what the layer's scores and adapter switches ask for."""
+        """Whether the rows are up to date with the layer's scores and its active adapters."""
         return self._shown is not None and self._shown == self._state()
 
     def show(self) -> None:

@@ -16,7 +16,7 @@ PACKAGES = (
 
 
 def environment() -> dict:
-    """Return what the numbers were made with: Python, platform, processor, threads, versions of installed packages."""
+    """Describe the environment of a result: Python, platform, processor, threads, versions of installed packages."""
     packages = {}
     for name in PACKAGES:
         try:

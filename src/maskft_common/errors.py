@@ -1,4 +1,4 @@
-"""Errors that the user can fix: one line that says what is wrong, the value, and what to do."""
+"""Errors that the user can fix: one line with the problem, the value and the remedy."""
 
 from __future__ import annotations
 

@@ -173,6 +173,6 @@ def mix(parts: Sequence[Dataset], seed: int) -> Dataset:
         columns = sorted(set().union(*layouts) - {"id"})
         raise UserError(
             f"a mixture must be all messages or all plain text, not {', '.join(columns)}; "
-            "set as_chat to true, or leave out what is plain text"
+            "set as_chat to true, or leave out the plain text"
         )
     return concatenate_datasets(list(parts)).shuffle(seed=seed)

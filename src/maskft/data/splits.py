@@ -54,7 +54,7 @@ class Splits(NamedTuple):
 
 
 def load_splits(args: DataArguments, seed: int, tokenizer=None, text_field: str = "text") -> Splits:
-    """Read the training data and the held-out data, and remove from training what is held out.
+    """Read the training data and the held-out data, and remove the held-out rows from training.
 
     The held-out rows are chosen first and never reduced. The same arguments and seed give the same rows: runs that are
     compared item by item need the same seed here, whatever seed they train with.

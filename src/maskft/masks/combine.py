@@ -166,7 +166,7 @@ def _base_quantisation(configs: Sequence[AdapterConfig]) -> str | None:
 
 
 def _recipe(adapters: Sequence[str | Path], configs: Sequence[AdapterConfig], combination: str) -> dict[str, Any]:
-    """What the card says of how it was made: each part by its folder's name and its mask's fingerprint."""
+    """The card's paragraph on its making: each part by its folder's name and its mask's fingerprint."""
     parts = {}
     for number, (adapter, config) in enumerate(zip(adapters, configs, strict=True), 1):
         # Of a folder the last part: the rest is nobody else's business.

@@ -68,7 +68,7 @@ def merge_into_gguf(
         accept_other_base: Also write the mask into other weights than it was trained over; warns of the difference.
 
     Returns:
-        What was done, in lines.
+        Lines that report it.
 
     Raises:
         UserError: If something does not fit; nothing is left half-written then.
@@ -221,7 +221,7 @@ class _Masks:
     """The masks of an adapter over the tensors of one file.
 
     Attributes:
-        config: What the adapter says of itself.
+        config: The adapter's configuration.
         coded: Module name -> its mask, coded.
         head: The file's.
         tensors: Module name -> name of its tensor.

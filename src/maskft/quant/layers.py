@@ -1,4 +1,4 @@
-"""Linear layers whose weight is stored as codes: what a mask reads of them, and where it writes zero.
+"""Linear layers whose weight is stored as codes: the weight that a mask reads, and the codes that it sets to zero.
 
 PEFT's quantisation backends dequantise a weight and quantise it again after a merge, with fresh scales. A mask needs
 less: it replaces codes by the code of zero and leaves scales alone, so that nothing is rounded and every code can be

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .config import MaskConfig
 
 StateDict = dict[str, Tensor]
-_SCORES = ".mask_scores"  # in the names of what is trained
+_SCORES = ".mask_scores"  # in the names of trained parameters
 
 
 class AdapterFiles:
@@ -95,7 +95,7 @@ def adapter_files() -> AdapterFiles:
 
 
 def set_adapter_files(files: AdapterFiles) -> AdapterFiles:
-    """Save and load adapters with ``files``; returns what was used before."""
+    """Save and load adapters with ``files``; returns the functions used before."""
     global _current
     before = _current
     _current = files

@@ -43,7 +43,8 @@ def _option(default: Any, text: str, *, is_option: bool = True, is_of_removal: b
         default: Its default.
         text: Its help.
         is_option: Whether ``maskft train`` has an option for it; others are for Python, or filled in when it is saved.
-        is_of_removal: Whether it decides or describes what is removed: an adapter that removes nothing has its default.
+        is_of_removal: Whether it decides or describes which weights are removed. An adapter that removes none has its
+            default.
     """
     metadata = {"help": text, "is_option": is_option, "is_of_removal": is_of_removal}
     return field(default=default, metadata=metadata)

@@ -48,7 +48,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         mask_configs: Adapter name -> configuration.
         removed_values: Adapter name -> values that removed weights take, shape of the weight; missing: zero.
         masker: Applies the masks, and owns everything that is computed from the scores.
-        mixed_batch: What is kept between batches whose rows use different masks.
+        mixed_batch: State kept between batches whose rows use different masks.
         place: Parent module and attribute name, by which the layer knows another tuner's layer over it; None: unknown.
     """
 
@@ -223,7 +223,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskedLinear:
-        """Move or cast the layer, and drop what was computed from its weight.
+        """Move or cast the layer, and drop the tensors computed from its weight.
 
         ``model.to(torch.bfloat16).to(torch.float32)`` rounds a weight, raises no version, and often leaves it at the
         address it had before, so that caches would find nothing changed.
@@ -236,7 +236,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
     # Merging
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write the masked weight into the base layer; keep what is overwritten, so that ``unmerge`` is bit-exact.
+        """Write the masked weight into the base layer; keep the overwritten values, so that ``unmerge`` is bit-exact.
 
         Args:
             safe_merge: Raise if the masked weight is not finite.

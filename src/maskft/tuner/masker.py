@@ -86,7 +86,7 @@ class Masker:
         return ~self.layer.get_mask(adapter_name)
 
     def forget(self) -> None:
-        """Drop what was computed from scores and weights: they have changed, and not by an optimizer."""
+        """Drop tensors computed from scores and weights: these have changed, and not by an optimizer."""
 
     def refresh(self) -> None:
         """Bring up to date what must not wait for the next forward pass: adapters, progress or mode have changed."""

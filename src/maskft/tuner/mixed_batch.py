@@ -124,7 +124,7 @@ class MixedBatchCache:
     Attributes:
         places: Adapter name -> (version of its mask, the saved mask or None, the places of the mask). The saved mask
             is held because its id is the version, and a freed id may be given to the next mask.
-        plan: (what it was made from, the corrections of the latest batch), or None.
+        plan: (its inputs, the corrections of the latest batch), or None.
     """
 
     def __init__(self) -> None:

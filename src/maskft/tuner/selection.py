@@ -116,7 +116,7 @@ def logit_kept_slope(config: MaskConfig, scores: Tensor, slope: Tensor | None) -
 
 
 def _just_below_threshold(config: MaskConfig) -> float:
-    # A score equal to the threshold is kept, and `cut` keeps what is above it.
+    # A score equal to the threshold is kept, and `cut` keeps scores above it.
     return torch.nextafter(torch.tensor(config.threshold), torch.tensor(-math.inf)).item()
 
 
@@ -180,7 +180,7 @@ def check_progress(config: MaskConfig, is_training: bool) -> None:
         )
 
 
-# What a configuration computes from scores
+# From a configuration and its scores
 
 
 def cut(config: MaskConfig) -> float | None:
