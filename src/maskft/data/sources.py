@@ -113,9 +113,15 @@ def split_of(name: str, asked: str | None) -> str:
 
 
 def local_file(name: str, data_dir: str | None, split: str) -> Path | None:
-    """The file that a set is read from: ``name``, or in ``data_dir`` one of `_stems`; None where it is on the hub."""
+    """The file that a set is read from, here or in ``data_dir``; None where the set is on the hub.
+
+    A file's name is looked for in the current folder first. A set's name stands for the files of `_stems`.
+    """
     if not is_hub_name(name):
-        return Path(name).expanduser()
+        file = Path(name).expanduser()
+        if data_dir is None or file.exists():
+            return file
+        return Path(data_dir).expanduser() / file
     if data_dir is None:
         return None
     folder = Path(data_dir).expanduser()
