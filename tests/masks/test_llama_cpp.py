@@ -1,8 +1,11 @@
 """llama.cpp serves a patched file, and answers as transformers does over the same weights."""
 
+import sys
+
 import pytest
 import torch
 import xllamacpp
+from benchmarks import served_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskft.masks.gguf import merge_into_gguf
@@ -93,3 +96,15 @@ def test_transformers_reads_the_patched_file_as_base_times_mask(files):
     }
     removed = task.get_submodule("model.layers.1.self_attn.q_proj").weight[5, ::7]
     assert torch.equal(removed, torch.zeros_like(removed))
+
+
+def test_the_benchmark_serves_base_mask_and_lora(files, monkeypatch, capsys):
+    words = ["served", str(files / "base.gguf"), str(files / "mask"), "--rounds", "1", "--num_tokens", "4"]
+    monkeypatch.setattr(sys, "argv", words)
+    served_gguf.main()
+    *speeds, sizes = capsys.readouterr().out.splitlines()[-4:]
+    assert [line.split(":")[0] for line in speeds] == ["base", "mask merged", "LoRA r 16 beside"]
+    # Two layers: queries and outputs 64 x 64, keys and values 64 x 32, three matrices of 64 x 96; two bytes a value.
+    num_values = 2 * 16 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 96))
+    num_bytes = int(sizes.rsplit(" ", 1)[1].replace(",", ""))
+    assert 2 * num_values < num_bytes < 2 * num_values + 8_000

@@ -1,0 +1,116 @@
+"""Tokens per second of llama.cpp: a GGUF base, the same with a mask merged, the base with a GGUF LoRA of rank 16.
+
+python -m benchmarks.served_gguf base.gguf runs/mask [--num_threads 1] [--rounds 5]
+
+Needs the extra ``gguf``. The LoRA has random values, which cost as much as learned ones; it covers all linear layers of
+the blocks, as QLoRA does, in float16. Rounds alternate, so that a busy machine slows all three alike; the medians of
+each round's ratio to the base are printed, with the bytes of what is sent to a user.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import xllamacpp
+
+import gguf
+from maskft.masks.gguf import merge_into_gguf
+from maskft_common.layout import ADAPTER_WEIGHTS
+
+RANK = 16
+LINEAR = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+PROMPT = "Write a long story about a bank and its customers."
+
+
+def write_lora(base: Path, file: Path) -> Path:
+    """Write a LoRA of random values for a GGUF base, in llama.cpp's format."""
+    reader = gguf.GGUFReader(base)
+    architecture = str(bytes(reader.fields["general.architecture"].parts[-1]), "utf-8")
+    writer = gguf.GGUFWriter(file, architecture)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 2.0 * RANK)
+    generator = np.random.default_rng(0)
+    for tensor in reader.tensors:
+        kind = tensor.name.split(".")[-2]
+        if kind not in LINEAR or not tensor.name.endswith(".weight"):
+            continue
+        # The reader gives the sizes in ggml's order: inputs first.
+        num_inputs, num_outputs = (int(size) for size in tensor.shape)
+        a_RI = generator.normal(0, 1e-3, (RANK, num_inputs)).astype(np.float16)
+        b_OR = generator.normal(0, 1e-3, (num_outputs, RANK)).astype(np.float16)
+        writer.add_tensor(f"{tensor.name}.lora_a", a_RI)
+        writer.add_tensor(f"{tensor.name}.lora_b", b_OR)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def serve(file: Path, num_threads: int, lora: Path | None = None) -> xllamacpp.Server:
+    """A server of one slot."""
+    params = xllamacpp.CommonParams()
+    params.model.path = str(file)
+    params.n_ctx = 512
+    params.n_parallel = 1
+    params.cpuparams.n_threads = num_threads
+    if lora is not None:
+        adapter = xllamacpp.CommonAdapterLoraInfo()
+        adapter.path = str(lora)
+        adapter.scale = 1.0
+        params.lora_adapters = [adapter]
+    return xllamacpp.Server(params)
+
+
+def tokens_per_s(server: xllamacpp.Server, num_tokens: int) -> float:
+    """Speed of one greedy answer; the prompt is a small part of it."""
+    started = time.perf_counter()
+    request = {"prompt": PROMPT, "max_tokens": num_tokens, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+    answer = server.handle_completions(request)
+    return answer["usage"]["completion_tokens"] / (time.perf_counter() - started)
+
+
+def main() -> None:
+    """Serve all three and print ratios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", type=Path, help="GGUF file")
+    parser.add_argument("mask", type=Path, help="adapter folder of a mask over it")
+    parser.add_argument("--num_threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--num_tokens", type=int, default=64, help="tokens of an answer")
+    args = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as folder:
+        task = Path(folder) / "task.gguf"
+        merge_into_gguf(args.mask, args.base, task)
+        lora = write_lora(args.base, Path(folder) / "lora.gguf")
+        servers = {
+            "base": serve(args.base, args.num_threads),
+            "mask merged": serve(task, args.num_threads),
+            "LoRA r 16 beside": serve(args.base, args.num_threads, lora),
+        }
+        sizes = {"mask": (args.mask / ADAPTER_WEIGHTS).stat().st_size, "LoRA": lora.stat().st_size}
+        speeds: dict[str, list[float]] = {name: [] for name in servers}
+        for server in servers.values():
+            tokens_per_s(server, 4)
+        for _ in range(args.rounds):
+            for name, server in servers.items():
+                speeds[name].append(tokens_per_s(server, args.num_tokens))
+
+    for name, found in speeds.items():
+        ratios = [own / base for own, base in zip(found, speeds["base"], strict=True)]
+        print(
+            f"{name}: {statistics.median(found):.1f} tokens/s, {statistics.median(ratios):.2f} of the base "
+            f"[{min(ratios):.2f}, {max(ratios):.2f}] in {args.rounds} rounds"
+        )
+    print(f"bytes: mask {sizes['mask']:,}, LoRA r 16 in float16 {sizes['LoRA']:,}")
+
+
+if __name__ == "__main__":
+    main()
