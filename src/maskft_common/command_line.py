@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Container, Sequence
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -11,6 +12,9 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from .errors import UserError, did_you_mean
 
 Arguments = TypeVar("Arguments")
+
+# A default at the end of a help text.
+DEFAULT = re.compile(r"\s*\(default: (?P<default>.*)\)\.?$")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -45,6 +49,22 @@ class OneLineParser(argparse.ArgumentParser):
         return f"unknown option {word}{did_you_mean(option, known)}"
 
 
+def with_default(text: str, default: Any = "%(default)s") -> str:
+    """A help text that ends in ``(default: X)``, the one way in which help states a default.
+
+    Args:
+        text: The help of an option; returned as it is if it states a default.
+        default: Its default in words; by default the parser's own, which argparse fills in.
+    """
+    return text if DEFAULT.search(text) else f"{text} (default: {default})"
+
+
+def has_default(action: argparse.Action) -> bool:
+    """Whether help has a default to state: an option that is not set, or a switch that is off, has none."""
+    is_unset = action.default is None or action.default is False or action.default == argparse.SUPPRESS
+    return bool(action.option_strings) and not is_unset
+
+
 def add_options(parser, arguments: type, leave_out: Container[str] = ()) -> None:
     """Give ``parser`` an option for every field of the dataclass ``arguments``, apart from those in ``leave_out``.
 
@@ -54,10 +74,10 @@ def add_options(parser, arguments: type, leave_out: Container[str] = ()) -> None
     for field in dataclasses.fields(arguments):
         if field.name in leave_out:
             continue
-        text = field.metadata["help"]
-        if field.default is not None and field.default is not False:
-            text += " (default: %(default)s)"
-        parser.add_argument(f"--{field.name}", default=field.default, help=text, **_keywords(hints[field.name]))
+        keywords = _keywords(hints[field.name])
+        action = parser.add_argument(f"--{field.name}", default=field.default, help=field.metadata["help"], **keywords)
+        if has_default(action):
+            action.help = with_default(action.help)
 
 
 def read_options(arguments: type[Arguments], namespace: argparse.Namespace) -> Arguments:

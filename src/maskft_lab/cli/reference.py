@@ -8,10 +8,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import get_args
+
+from maskft_common.command_line import DEFAULT, has_default
 
 from .early import HELP, TRAIN_OPTIONS, installed_versions
 from .main import COMMANDS, make_parser
@@ -36,10 +37,6 @@ processes, the options of `accelerate launch` are taken too, and `--accelerate_c
 """
 _OF_TRL = "### Options of TRL and transformers"
 _ABOUT_TRL = "As of {}. A default that maskft changes is the one shown."
-
-_DEFAULT = re.compile(r"\s*\(default: (?P<default>.*)\)\.?$")
-# A default at the end of a help text of `maskft train`: [0.1], or `Default: 0.1.`
-_DEFAULT_OF_TRAIN = re.compile(r"\s*(?:\[(?P<bracket>[^\[\]]*)\]|Default: (?P<sentence>[^:]*?))\.?$")
 
 
 def write() -> None:
@@ -173,11 +170,10 @@ def _cells(action: argparse.Action) -> tuple[str, str, str, str]:
     option = ", ".join(f"`{name}`" for name in names) or f"`{action.metavar or action.dest}`"
 
     text = (action.help or "").replace("%%", "%")
-    found = _DEFAULT.search(text) or _DEFAULT_OF_TRAIN.search(text)
+    found = DEFAULT.search(text)
     if found:
         text = text[: found.start()]
-        default = next(value for value in found.groups() if value is not None)
-        default = default.replace("%(default)s", str(action.default))
+        default = found["default"].replace("%(default)s", _default(action))
     else:
         default = _default(action)
     return option, _value(action), _text(default), _text(text)
@@ -185,8 +181,7 @@ def _cells(action: argparse.Action) -> tuple[str, str, str, str]:
 
 def _default(action: argparse.Action) -> str:
     value = getattr(action.default, "value", action.default)  # of an enum
-    is_unset = value is None or value is False or value == argparse.SUPPRESS or not action.option_strings
-    return "" if is_unset else f"{value}"
+    return f"{value}" if has_default(action) else ""
 
 
 def _value(action: argparse.Action) -> str:

@@ -238,7 +238,7 @@ def _check_option(name: str, value: str | int | None, owner: str, kind: str) -> 
     if value is None:
         return
     if kind != owner:
-        raise UserError(f"--{name} is for --launcher {owner}; drop it, or --launcher {kind}")
+        raise UserError(f"--{name} is an option of --launcher {owner}, not of {kind}; remove it, or name that launcher")
     if isinstance(value, int) and value < 1:
         raise UserError(f"{name} is {value}; it must be at least 1")
 

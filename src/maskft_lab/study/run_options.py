@@ -109,7 +109,10 @@ def _check_allowed(recipe: Recipe, method: Method, own: Options) -> None:
     refused = recipe.train.keys() & (_OF_THE_STUDY | {"mask_seed"})
     refused |= own.keys() & (_OF_THE_STUDY | {REVISION})
     if refused:
-        raise UserError(f"method {method.name!r} sets {min(refused)}, which seeds, from, last or train decide; drop it")
+        raise UserError(
+            f"method {method.name!r} sets {min(refused)}, which the study decides (by seeds, from, last or train); "
+            "remove it from the method"
+        )
 
 
 def _as_matched(options: Options, own: Options, method: Method, match: StudyRun) -> Options:
