@@ -138,6 +138,17 @@ def test_inspect(adapter, capsys):
     assert rows["total"]["num_bytes"] == sum(row["num_bytes"] for row in rows["modules"])
 
 
+def test_inspect_needs_no_statistics(adapter, tmp_path):
+    """Its table once came from the room of results, which imports scipy."""
+
+    def without_scipy():
+        forget("maskft_lab.results", "maskft_lab.cli.inspect", "scipy")
+        sys.modules["scipy"] = None  # importing it raises ImportError
+
+    err = tmp_path / "err"
+    assert Fork(["inspect", str(adapter)], err, without_scipy).wait() == 0, err.read_text()
+
+
 def test_verify(adapter, base, tmp_path, capsys):
     """The base is compared whatever the configuration says, which may be a stranger's."""
     status, out, _ = call(["verify", adapter, "--base", base], capsys)

@@ -173,6 +173,12 @@ def test_the_same_files_give_the_same_page(finished, page, tmp_path):
     assert (tmp_path / "again.html").read_text(encoding="utf-8") == page
 
 
+def test_a_long_table_says_that_it_scrolls(finished, monkeypatch):
+    monkeypatch.setattr(page_module, "MAX_OPEN_ROWS", 3)
+    text = page_module.render_report(gather(finished))
+    assert text.count('class="scroll long"') == text.count(" rows: the table scrolls.") > 0
+
+
 def test_settings_are_those_that_a_method_uses():
     """The study gave a learning rate and a start of the scores to all its masks, and an L1 mask has neither."""
     folder = RESULTS / "small-products-learners"

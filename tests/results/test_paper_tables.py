@@ -174,6 +174,10 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert main(["report", "tables", *places, "--format", "markdown", "--output", str(output)]) == 0
     assert "| MFT w/ Best FFT | 47.3 ± 0.19 / 50.0 | 7.4 ± 0.24 / – |" in output.read_text()
     capsys.readouterr()
+    assert main(["report", "tables", *places, "--format", "latex"]) == 0
+    latex = capsys.readouterr().out
+    assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 5 and "% Table 1 " in latex
+    capsys.readouterr()
     for words, message in (
         (["report"], "the following arguments are required: STUDY"),
         (["report", "tables", "--formt", "markdown"], "unknown option --formt (did you mean '--format'?)"),
