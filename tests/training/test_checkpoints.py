@@ -269,7 +269,7 @@ def test_a_record_of_no_run_is_one_line(content, train, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / layout.TRAINING).write_text(content)
     status, err = train(resume_from_checkpoint="auto")
-    assert status == 2 and "training.json' is no record of a run; name another output_dir" in err
+    assert status == 2 and "training.json' is not the record of a run; name another output_dir" in err
 
 
 def test_a_lock_dies_with_its_owner(tmp_path):

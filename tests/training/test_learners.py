@@ -51,7 +51,7 @@ def test_scores_start_in_an_order_taken_from_training_rows(train, base, tmp_path
 
 def test_the_preset_of_deletion_tuning_trains_and_options_beside_it_win(train, tmp_path):
     status, err = train(mask_preset="deletion_tuning", mask_sharpness_end=50.0)
-    assert status == 0 and "logit: removes what scores 0 or less" in err, err
+    assert status == 0 and "logit: removes weights with a score of 0 or less" in err, err
     assert "preset deletion_tuning, but {'sharpness_end': 50.0}" in err
     masks = MaskSet.from_adapter(tmp_path / "out")
     assert all(name.endswith("gate_proj") for name in masks) and len(masks) == 3

@@ -1,4 +1,4 @@
-"""What a run is configured by."""
+"""The configuration of a run."""
 
 from __future__ import annotations
 
@@ -20,9 +20,17 @@ from ..data.arguments import DataArguments, option
 from ..tuner.config import DATA_STARTS
 from .method_arguments import MaskArguments, MethodArguments, default_start, removes_a_share
 
-_LEAST = dict.fromkeys("per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps".split(), 1)
-_LARGEST_SEED = 2**32 - 1  # of numpy's
-_LEAST |= {"max_length": 1, "seed": 0, "data_seed": 0, "dataloader_num_workers": 0}
+# Smallest values of options that TRL does not check.
+_LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "max_length": 1,
+    "seed": 0,
+    "data_seed": 0,
+    "dataloader_num_workers": 0,
+}
+_LARGEST_SEED = 2**32 - 1  # of numpy, which transformers seeds too
 
 
 def _default(name: str, value: Any) -> Any:
@@ -32,7 +40,7 @@ def _default(name: str, value: Any) -> Any:
 
 @dataclass
 class TrainingArguments(SFTConfig):
-    """TRL's SFTConfig with the defaults that Mask Fine-Tuning needs: held-out loss from step 0 on, best one kept."""
+    """TRL's SFTConfig with defaults for masks: held-out loss from step 0 on, and the best checkpoint is kept."""
 
     output_dir: str | None = _default("output_dir", "runs/mask")
     learning_rate: float | None = option(
@@ -49,10 +57,10 @@ class TrainingArguments(SFTConfig):
     save_total_limit: int | None = _default("save_total_limit", 2)
     load_best_model_at_end: bool = _default("load_best_model_at_end", True)
     metric_for_best_model: str | None = _default("metric_for_best_model", "eval_loss")
-    logging_nan_inf_filter: bool = _default("logging_nan_inf_filter", False)  # a NaN stops training
-    ddp_find_unused_parameters: bool | None = _default("ddp_find_unused_parameters", False)  # all have a gradient
+    logging_nan_inf_filter: bool = _default("logging_nan_inf_filter", False)
+    ddp_find_unused_parameters: bool | None = _default("ddp_find_unused_parameters", False)
     log_level_replica: str = _default("log_level_replica", "error")
-    project: str = _default("project", "maskft")  # of trackio
+    project: str = _default("project", "maskft")
     # "weight decay to 0.0", "linear schedule", "warm-up ratio of 0.03" (appendix A)
     warmup_steps: float = _default("warmup_steps", 0.03)
     kl_to_base: float = option(
@@ -67,8 +75,8 @@ class TrainingArguments(SFTConfig):
     )
     kl_dataset_name: str | None = option(
         None,
-        "Rows that kl_to_base and kl_budget are taken on, named like dataset_name; plain text is enough. A quarter (at "
-        "most 100 rows) is held out and measured (default: the completion tokens of the task's rows)",
+        "Rows on which kl_to_base and kl_budget are computed, named like dataset_name; plain text is enough. A quarter "
+        "(at most 100 rows) is held out and measured (default: the completion tokens of the task's rows)",
     )
     kl_batch_size: int = option(
         4, "With kl_dataset_name: rows of it that go with every batch of per_device_train_batch_size rows, at least 1."
@@ -104,30 +112,36 @@ class TrainingArguments(SFTConfig):
         # Whether float32 was chosen here because of this machine's processor.
         self.is_float32_by_machine = False
         if self.use_cpu or not torch.accelerator.is_available():
-            # TRL's bf16=True is an error on a machine without an accelerator unless this is said.
+            # Without it, TRL's bf16=True is an error on a machine without an accelerator.
             self.use_cpu = True
             if self.bf16 is None and not self.fp16 and not multiplies_bfloat16():
                 self.bf16 = False
                 self.is_float32_by_machine = True
         if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
-            self.eval_on_start = self.load_best_model_at_end = False
+            self.eval_on_start = False
+            self.load_best_model_at_end = False
         if self.metric_for_best_model and not self.metric_for_best_model.startswith("eval_"):
             self.metric_for_best_model = f"eval_{self.metric_for_best_model}"
         with warnings.catch_warnings():
-            # TRL's own default has the old name of activation_checkpointing: a warning nobody could act on.
+            # TRL's own default has the old name of activation_checkpointing, so users cannot avoid the warning.
             warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
             super().__post_init__()
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether this processor has instructions for bfloat16 products; without, they take five times those of float32."""
+    """Whether this processor has bfloat16 instructions; without, products take five times as long as in float32."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return True
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def default_learning_rate(method: str, options: Mapping[str, Any]) -> float:
-    """Highest rate of a method where none is given: of scores a starting point, else TRL's; ``options``: the mask's."""
+    """Peak learning rate if none is given.
+
+    Args:
+        method: The method.
+        options: Options of the mask.
+    """
     if method != "mask":
         return SFTConfig.learning_rate
     if not removes_a_share(options):
@@ -138,7 +152,7 @@ def default_learning_rate(method: str, options: Mapping[str, Any]) -> float:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything one run is configured by."""
+    """The whole configuration of a run."""
 
     method: MethodArguments
     model: ModelConfig
@@ -148,16 +162,17 @@ class TrainConfig:
 
     def __post_init__(self):
         if self.training.learning_rate is None:
-            training = copy.copy(self.training)  # the caller's own stays as it is
+            # A copy: the caller's arguments do not change.
+            training = copy.copy(self.training)
             training.learning_rate = default_learning_rate(self.method.method, vars(self.mask))
             object.__setattr__(self, "training", training)
 
 
 def with_accumulation(args: TrainingArguments) -> TrainingArguments:
-    """A copy whose accumulation steps give ``global_batch_size``, if that is given, on this many processes.
+    """A copy with the accumulation steps that ``global_batch_size``, if given, needs on these processes.
 
     Raises:
-        UserError: If no number of steps does.
+        UserError: If it is not a multiple of the batch of one step.
     """
     args = copy.copy(args)
     if args.global_batch_size is None:
@@ -173,17 +188,23 @@ def with_accumulation(args: TrainingArguments) -> TrainingArguments:
 
 
 def trainer_arguments(args: TrainingArguments, is_resumed: bool) -> TrainingArguments:
-    """A copy for TRL's trainer, which is given rows that are tokenised and truncated already."""
+    """A copy for TRL's trainer, whose rows are already tokenised and truncated."""
     args = copy.copy(args)
-    args.eval_packing = False  # held-out rows are measured one by one
+    # Held-out rows are measured one by one.
+    args.eval_packing = False
     if not args.packing:
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         if args.padding_free:
-            args.max_length = None  # TRL would have to cut rows to it, and refuses
+            # TRL raises, because it would have to truncate rows to it.
+            args.max_length = None
     if args.run_name is None:
-        args.run_name = args.output_dir  # by which trackers continue the line of a resumed run
-    args.use_cache = True  # in what is saved, for generation; steps and measurements say that they use none
-    args.save_total_limit = None  # the oldest are deleted once a new one is whole
+        # Trackers continue the curve of a resumed run by this name.
+        args.run_name = args.output_dir
+    # Saved with the model, for generation. Training steps and measurements pass use_cache=False.
+    args.use_cache = True
+    # MaskTrainer deletes old checkpoints, once a new one is complete.
+    args.save_total_limit = None
     if is_resumed:
-        args.eval_on_start = False  # it was measured before the first step; the checkpoint knows it
+        # The checkpoint has this measurement.
+        args.eval_on_start = False
     return args

@@ -1,4 +1,4 @@
-"""The parts of a run: rows, the base model, and what of it is trained."""
+"""The parts of a run: rows, the base model, and its trainable parameters."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ from .peft_config import adapter_config
 
 
 def unpack_embedded(folder: str) -> None:
-    """Write the embedded model as an ordinary checkpoint, whole or not at all."""
+    """Write the embedded model as an ordinary checkpoint; after an error there is no folder."""
     with whole_folder(Path(folder)) as unpacked:
         load_tokenizer(EMBEDDED_MODEL).save_pretrained(unpacked)
         load_model(EMBEDDED_MODEL, "float32").save_pretrained(unpacked)
 
 
 def load_tokenizer_of(source: ModelConfig, training: TrainingArguments):
-    """Tokenizer of the base model, with the chat template that was asked for."""
+    """Tokenizer of the base model, with the chat template of the arguments."""
     check_model_source(source.model_name_or_path)
     return load_tokenizer(source.model_name_or_path, training.chat_template_path, revision=source.model_revision)
 
 
 def load_data(args: DataArguments, training: TrainingArguments, tokenizer, console: Console) -> Prepared:
-    """Rows as text and as tokens, read from where ``args`` says."""
+    """Read and tokenise the rows that ``args`` names."""
     data = prepare(
         args,
         tokenizer,
@@ -68,7 +68,7 @@ def load_base(args: ModelConfig, tokenizer, method: str) -> PreTrainedModel:
     """Load the base model that ``args`` names; it must have a row for every token of ``tokenizer``.
 
     Raises:
-        UserError: Also if it is a quantised one, and ``method`` is neither a learned mask nor an adapter of PEFT's.
+        UserError: Also if it is quantised, and ``method`` is neither a learned mask nor an adapter of PEFT's.
     """
     given = {
         "revision": args.model_revision,
@@ -84,40 +84,45 @@ def load_base(args: ModelConfig, tokenizer, method: str) -> PreTrainedModel:
 
 
 def build_model(model: PreTrainedModel, method: MethodArguments, source: ModelConfig, mask: MaskArguments, seed: int):
-    """Make trainable what the method trains: all weights, some layers, an adapter of PEFT's, or mask scores.
+    """Prepare the trainable parameters of the method: all weights, some layers, an adapter of PEFT's, or mask scores.
 
     Args:
         model: The base model.
         method: The method and its settings.
         source: Where the base model came from.
         mask: The settings of a mask.
-        seed: Seed of what is drawn, the start of an adapter; the Trainer seeds later.
+        seed: Seed of an adapter's random start; the Trainer sets its seed later.
     """
     set_seed(seed)
     set_removed_to_zero(model, method)
+
     if method.method == "full":
         model.requires_grad_(True)
         if method.partial_layers is not None:
             _train_only_layers(model, method.partial_layers)
         return model
+
     if method.method == PEFT:
         config = adapter_config(method.peft_config or {})
         try:
             return with_adapter(model, config, source)
         except (*ONE_LINE, ImportError) as error:
             raise UserError(f"peft_config: PEFT does not take it for this model: {first_line(error)}") from error
+
     masked = with_adapter(model, mask_config(mask), source)
     check_zero_levels(masked, source.model_name_or_path)
     return masked
 
 
 def check_zero_levels(model: PeftModel, name_or_path: str) -> None:
-    """Refuse, before training, a mask that could not be written into the GGUF file that it is trained over.
+    """Check, before training over a GGUF file, that the mask can be written into it.
 
     Raises:
-        UserError: For the first masked layer whose tensor has no code for zero, or no place in the file.
+        UserError: For the first masked layer whose tensor has no code for zero, or is not in the file.
     """
-    file = gguf_file(name_or_path) if is_gguf(name_or_path) else None
+    if not is_gguf(name_or_path):
+        return
+    file = gguf_file(name_or_path)
     if file is None:
         return
     layers = adapter_layers(model, ADAPTER)
@@ -126,7 +131,7 @@ def check_zero_levels(model: PeftModel, name_or_path: str) -> None:
 
 
 def with_adapter(model: PreTrainedModel, config: PeftConfig, source: ModelConfig) -> PeftModel:
-    """Add an adapter that names its base model as ``source`` does, and its revision unless it is the newest."""
+    """Add an adapter whose configuration names the base model and, unless it is `main`, its revision."""
     revision = None if source.model_revision == "main" else source.model_revision
     adapted = get_peft_model(model, config, revision=revision)
     adapted.peft_config[ADAPTER].base_model_name_or_path = from_anywhere(source.model_name_or_path)
@@ -134,35 +139,39 @@ def with_adapter(model: PreTrainedModel, config: PeftConfig, source: ModelConfig
 
 
 def heldout_loss(model, tokenizer, args: TrainingArguments) -> HeldoutLoss:
-    """What measures held-out rows where nothing is trained, in the dtype that training computes in."""
+    """Measures held-out rows without a trainer, in the dtype that training computes in."""
     dtype = torch.float16 if args.fp16 else torch.bfloat16
-    context = partial(torch.autocast, args.device.type, dtype, enabled=bool(args.fp16 or args.bf16))
-    return HeldoutLoss(model, args.per_device_eval_batch_size, tokenizer.pad_token_id or 0, context)
+    is_autocast = bool(args.fp16 or args.bf16)
+    context = partial(torch.autocast, args.device.type, dtype, enabled=is_autocast)
+    pad_token_id = tokenizer.pad_token_id or 0
+    return HeldoutLoss(model, args.per_device_eval_batch_size, pad_token_id, context)
 
 
 def start_on_data(model: PeftModel, rows: Dataset, num_samples: int, device: torch.device) -> None:
-    """Let scores start in the order that ``init_scores`` asks for, if that order needs data.
+    """Initialise scores in the order of ``init_scores``, if that order needs data.
 
     Args:
-        model: The model, its adapter not yet trained.
+        model: The model with an untrained adapter.
         rows: Tokenised training rows.
-        num_samples: How many of them to look at, at least 1.
-        device: Where to compute; the model is moved back.
+        num_samples: Number of rows to use, at least 1.
+        device: Device to compute on; the model is moved back.
     """
     if model.peft_config[ADAPTER].init_scores not in DATA_STARTS:
         return
     before = model.device
     model.to(device).eval()
-    start_scores(model, wanda_keys(model, rows["input_ids"][:num_samples], ADAPTER), ADAPTER)
+    keys = wanda_keys(model, rows["input_ids"][:num_samples], ADAPTER)
+    start_scores(model, keys, ADAPTER)
     model.to(before).train()
 
 
 def _train_only_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
-    """Freeze all but the linear layers a mask of the same decoder layers would have scores for."""
+    """Freeze all weights but those for which a mask of the same decoder layers would have scores."""
     config = MaskConfig(layers_to_transform=list(layers), target_modules="all-linear")
     try:
         resolve_targets(config, model)
-    except UserError as error:  # names the option of masks
+    except UserError as error:
+        # The message names the option of masks.
         raise UserError(str(error).replace("layers_to_transform", "partial_layers")) from None
     model.requires_grad_(False)
     for name, module in model.named_modules():

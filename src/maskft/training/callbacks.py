@@ -1,4 +1,4 @@
-"""What happens around the steps of training: checks of every step, loss without the mask, the last model."""
+"""Callbacks of training: checks of every step, held-out loss without the mask, and the model of the last step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .stopping import StopRequest
 
 
 class KeepLast(TrainerCallback):
-    """Saves the model as the last step left it, before the best checkpoint replaces it."""
+    """Saves the model of the last step, before the best checkpoint replaces it."""
 
     def __init__(self, trainer: SFTTrainer, folder: Path):
         self.trainer = trainer
@@ -34,17 +34,19 @@ class KeepLast(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         """Save after the last step."""
         if state.global_step >= state.max_steps:
-            if processes.is_main():  # first, for the card of a mask names its tokenizer
+            if processes.is_main():
+                # Before the mask, whose card names its tokenizer.
                 self.trainer.processing_class.save_pretrained(self.folder)
             save_final(self.trainer.model, self.folder, trainer=self.trainer)
 
-    on_train_begin = on_step_end  # of a run that is resumed after its last step, and takes none
+    # A run that is resumed after its last step takes no step.
+    on_train_begin = on_step_end
 
 
 class Reference(TrainerCallback):
-    """Measures held-out loss without the mask, which the mask has to beat, before the first step.
+    """Measures the held-out loss without the mask, which the mask has to beat, before the first step.
 
-    By then the model is spread over the processes.
+    The model is sharded over the processes by then.
 
     Attributes:
         losses: Of the held-out rows; None where they are not measured.
@@ -56,7 +58,7 @@ class Reference(TrainerCallback):
         self.losses: list[RowLoss] | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Measure."""
+        """Measure it, unless held-out rows are not measured."""
         if args.eval_strategy == "no":
             return
         with self.trainer.accelerator.unwrap_model(self.trainer.model).disable_adapter():
@@ -65,11 +67,11 @@ class Reference(TrainerCallback):
 
 
 class StepGuard(TrainerCallback):
-    """Checks every step just before and after the optimizer: is it finite, how many mask entries flipped?
+    """Checks every step before and after the optimizer: are loss and gradient finite, how many mask entries flipped?
 
     Attributes:
-        mask_metrics: Of the last step that is logged.
-        stop: Whether a signal asks the run to stop.
+        mask_metrics: Metrics of the last logged step.
+        stop: Records a signal that asks the run to stop.
     """
 
     def __init__(self, trainer: SFTTrainer):
@@ -87,51 +89,62 @@ class StepGuard(TrainerCallback):
         self._loss_is_finite = torch.isfinite(loss) & self._loss_is_finite.to(loss.device)
 
     def see_gradient_norm(self, norm: torch.Tensor | float) -> None:
-        """Note whether the norm of all gradients is finite, as it was before clipping.
+        """Note whether the norm of all gradients, before clipping, is finite.
 
-        A norm of inf is none to continue with either: clipping divides by it, so all gradients would be 0.
+        Training cannot continue with a norm of inf either: clipping divides by it, so all gradients would be 0.
         """
-        # float16 gradients overflow now and then; the scaler skips such a step itself.
-        if self.trainer.accelerator.scaler is None:
-            norm = torch.as_tensor(norm).detach()
-            if hasattr(norm, "full_tensor"):  # FSDP2 gives a part of it to each process
-                norm = norm.full_tensor()
-            self._gradient_is_finite = torch.isfinite(norm)
+        if self.trainer.accelerator.scaler is not None:
+            # float16 gradients overflow now and then, and the scaler skips such a step itself.
+            return
+        norm = torch.as_tensor(norm).detach()
+        if hasattr(norm, "full_tensor"):
+            # FSDP2 gives each process a part of the norm.
+            norm = norm.full_tensor()
+        self._gradient_is_finite = torch.isfinite(norm)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        """Resume the counts of the log; add the hook on the embeddings."""
+        """Restore the counters of the log; add the hook on the embeddings."""
         self.trainer.resume_counts()
-        if args.gradient_checkpointing and not (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        is_reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+        if args.gradient_checkpointing and not is_reentrant:
             self._undo = stop_gradient_at_frozen_embeddings(self.trainer.accelerator.unwrap_model(model))
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Remove the hook on the embeddings; stop where a signal came after the last step and that step is saved."""
+        """Remove the hook on the embeddings; stop if a signal came after the last step and that step is saved."""
         if self._undo is not None:
             self._undo.remove()
+
         is_asked_to_stop = torch.tensor(self.stop.signal is not None, device=args.device)
+        is_asked_to_stop = processes.largest(is_asked_to_stop)
         last = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if processes.largest(is_asked_to_stop) and last.is_dir() and not args.save_only_model:  # it could not resume
+        can_resume = last.is_dir() and not args.save_only_model
+        if is_asked_to_stop and can_resume:
             self._stop(state)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        """Stop before a loss or gradient that is not finite is applied; ask all processes for a signal."""
+        """Stop before a loss or gradient that is not finite is applied, or if a process received a signal."""
         bad_loss = ~self._loss_is_finite
         bad_gradient = ~self._gradient_is_finite.to(bad_loss.device)
         self._loss_is_finite = torch.tensor(True)
         self._gradient_is_finite = torch.tensor(True)
-        # The same verdict in every process, or the others would wait for the one that stopped.
+
+        # All processes must decide the same, or the others would wait for the one that stopped. The number of the
+        # last of these that holds in any process, counted from 1; 0 if none does.
         is_asked_to_stop = torch.full_like(bad_loss, self.stop.signal is not None)
         verdict = processes.largest(is_asked_to_stop, bad_gradient, bad_loss)
-        if verdict > 1:
-            raise NotFiniteError(f"{('gradient', 'loss')[verdict - 2]} is not finite")
+        if verdict == 3:
+            raise NotFiniteError("loss is not finite")
+        if verdict == 2:
+            raise NotFiniteError("gradient is not finite")
         self._is_stopping = verdict == 1
+
         if self._is_logged(args, state):
             layers = adapter_layers(model, ADAPTER).values()
             self._before = [(layer, layer.masker.removed(ADAPTER)) for layer in layers]
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        """Save the start, which may stay the best."""
-        # The Trainer would not take the start for the best, also when every step made it worse.
+        """Save the model before the first step, which may remain the best."""
+        # The Trainer never chooses it, even if every step made the model worse.
         loss = (metrics or {}).get(args.metric_for_best_model, math.nan)
         if state.global_step == 0 and args.load_best_model_at_end and math.isfinite(loss):
             state.best_metric = loss
@@ -139,28 +152,31 @@ class StepGuard(TrainerCallback):
             self.trainer.save_start()
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Keep the number of tokens where checkpoints keep it; save before stopping."""
+        """Store the number of tokens in the trainer's state, which checkpoints hold; save before stopping."""
         state.num_input_tokens_seen = int(self.trainer._total_train_tokens)
         control.should_save = control.should_save or self._is_stopping
 
     def on_save(self, args, state, control, **kwargs):
-        """Stop after the step that a signal interrupted is saved."""
+        """Stop once the step during which a signal came is saved."""
         if self._is_stopping:
             self._stop(state, args.save_only_model)
 
     def _stop(self, state, is_lost=False):
-        self.trainer.accelerator.wait_for_everyone()  # a launcher ends the others when one has ended
-        asked = self.stop.signal or signal.SIGTERM
+        # A launcher ends all processes when one of them has ended.
+        self.trainer.accelerator.wait_for_everyone()
+        number = self.stop.signal or signal.SIGTERM
         if is_lost:
-            raise KeyboardInterrupt(asked)  # without the promise that it can be resumed
-        name = signal.Signals(asked).name
-        raise Stopped(asked, f"stopped by {name} after step {state.global_step} of {state.max_steps}, which is saved")
+            # Stopped would print how to resume.
+            raise KeyboardInterrupt(number)
+        name = signal.Signals(number).name
+        raise Stopped(number, f"stopped by {name} after step {state.global_step} of {state.max_steps}, which is saved")
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         """Count flipped and removed mask entries."""
         if not self._before:
             return
         refresh_masks(model)
+
         flips = 0
         removed = 0
         numel = 0
@@ -170,12 +186,15 @@ class StepGuard(TrainerCallback):
                 flips += int(torch.count_nonzero(after ^ before))
                 removed += int(after.sum())
                 numel += after.numel()
-        layer = self._before[0][0]
-        if is_sharded(layer.weight):  # counted on this rank's rows
+
+        first_layer, _ = self._before[0]
+        has_all_rows = not is_sharded(first_layer.weight)
+        if not has_all_rows:
             counts = torch.tensor([flips, removed, numel], device=after.device)
             flips, removed, numel = processes.reduce_(counts).tolist()
-        config = layer.mask_configs[ADAPTER]
-        is_exact = config.selection == "topk" and not is_sharded(layer.weight)
+
+        config = first_layer.mask_configs[ADAPTER]
+        is_exact = config.selection == "topk" and has_all_rows
         self.mask_metrics = {
             "mask_removed_share": current_sparsity(config) if is_exact else removed / numel,
             "mask_flips_per_step": flips,
@@ -185,17 +204,22 @@ class StepGuard(TrainerCallback):
     @staticmethod
     def _is_logged(args, state) -> bool:
         every = max(int(state.logging_steps or 1), 1)
-        return (state.global_step + 1) % every == 0 or (args.logging_first_step and state.global_step == 0)
+        is_first = state.global_step == 0
+        return (state.global_step + 1) % every == 0 or (args.logging_first_step and is_first)
 
 
 def stop_gradient_at_frozen_embeddings(model):
-    """Undo what TRL and transformers do to a checkpointed model: let its embeddings require a gradient.
+    """Detach the output of frozen embeddings, which TRL and transformers let require a gradient for checkpointing.
 
-    Only reentrant checkpointing needs that, and it sends the backward pass through the frozen layers below the mask.
-    Returns the handle of the hook.
+    Only reentrant checkpointing needs that gradient, and it sends the backward pass through the frozen layers below the
+    mask.
+
+    Returns:
+        The handle of the hook.
     """
 
     def stop(module, args, output):
-        return output if any(p.requires_grad for p in module.parameters()) else output.detach()
+        is_trained = any(parameter.requires_grad for parameter in module.parameters())
+        return output if is_trained else output.detach()
 
     return model.get_input_embeddings().register_forward_hook(stop)

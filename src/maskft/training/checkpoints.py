@@ -1,4 +1,4 @@
-"""The output folder and its checkpoints: who may write there, which one is resumed, which are kept."""
+"""The output folder and its checkpoints: which run may write there, which checkpoint is resumed, which are kept."""
 
 from __future__ import annotations
 
@@ -24,19 +24,20 @@ from ..tuner import MaskConfig
 from .manifest import damage
 from .method_arguments import ADAPTER, UNTRAINED_METHODS
 
-LOCK_WAIT_S = 10  # the workers that load data outlive a killed run by some seconds
+# Seconds to wait for the lock of the folder: data workers outlive a killed run by some seconds.
+LOCK_WAIT_S = 10
 DAMAGED = ".damaged"
 TRAINER_STATE = "trainer_state.json"
 _OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "optimizer_*")  # as the Trainer and FSDP write it
-# What torch says when a file cannot be written; it does not tell why.
+# Parts of torch's messages when a file cannot be written; they do not say why.
 _WRITE_ERRORS = ("iostream", "inline_container", "PytorchStreamWriter", "file write failed", "No space")
 
 
 @contextmanager
 def held_output(args: SFTConfig, method: str, console: Console) -> Iterator[str | None]:
-    """Hold the output folder against other runs, and yield the checkpoint to resume from, if any.
+    """Lock the output folder against other runs, and yield the checkpoint to resume from, if any.
 
-    The main process looks; what it finds, or its error, is that of every process.
+    The main process searches, and every process gets its result or its error.
     """
     hold = locks.held(Path(args.output_dir), layout.TRAIN_LOCK, LOCK_WAIT_S, "run")
     is_ours = processes.decided_by_main(lambda: hold.__enter__().is_left_over)
@@ -53,8 +54,8 @@ def prepare_output_dir(args: SFTConfig, method: str, is_ours: bool, console: Con
     Args:
         args: The arguments of training.
         method: The method.
-        is_ours: Whether a run that was killed has left its lock there.
-        console: Where to tell of damaged checkpoints.
+        is_ours: Whether a killed run has left its lock there.
+        console: Where damaged checkpoints are reported.
 
     Raises:
         UserError: If the folder holds something else, or there is nothing to resume from.
@@ -70,16 +71,23 @@ def prepare_output_dir(args: SFTConfig, method: str, is_ours: bool, console: Con
     if resume not in ("", "auto", "true", "1"):
         raise UserError(f"resume_from_checkpoint is {args.resume_from_checkpoint!r}; write true, or auto")
     _check_owner(folder, there, method, is_ours)
-    last = _last_whole_checkpoint(folder, console) if resume and method not in UNTRAINED_METHODS else None
+
+    last = None
+    if resume and method not in UNTRAINED_METHODS:
+        last = _last_whole_checkpoint(folder, console)
     if last is None and resume not in ("", "auto"):
-        raise UserError(f"there is no checkpoint to resume from in {str(folder)!r}; drop --resume_from_checkpoint")
+        raise UserError(
+            f"there is no checkpoint to resume from in {str(folder)!r}; run the command without "
+            "--resume_from_checkpoint, or with auto"
+        )
     return last
 
 
 def _check_owner(folder: Path, there: list[str], method: str, is_ours: bool) -> None:
-    """Refuse to write over what no run, or one of another method, has left in the folder."""
+    """Raise if the folder holds files that are not from a run, or a run of another method."""
     has_checkpoints = any(name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") for name in there)
-    strangers = [name for name in there if name != layout.LOG]  # which a study writes before its run begins
+    # A study writes the log before its run begins.
+    strangers = [name for name in there if name != layout.LOG]
     record = folder / layout.TRAINING
     if strangers and not (is_ours or has_checkpoints or record.is_file()):
         raise UserError(
@@ -89,7 +97,9 @@ def _check_owner(folder: Path, there: list[str], method: str, is_ours: bool) -> 
     try:
         other = files.read_json(record)["summary"]["method"] if record.is_file() else method
     except (KeyError, TypeError):
-        raise UserError(f"{str(record)!r} is no record of a run; name another output_dir, or remove it") from None
+        raise UserError(
+            f"{str(record)!r} is not the record of a run; name another output_dir, or remove the file"
+        ) from None
     if other != method or (has_checkpoints and method in UNTRAINED_METHODS):
         raise UserError(f"output_dir {str(folder)!r} holds a run of another method, not {method}; name another folder")
 
@@ -98,21 +108,29 @@ def _last_whole_checkpoint(folder: Path, console: Console) -> str | None:
     """The newest checkpoint that can be resumed exactly; damaged ones, as a kill leaves them, are renamed.
 
     Raises:
-        UserError: If nothing is left because of a damaged best: it would cost all that was trained.
+        UserError: If no checkpoint is left because the best one is damaged. Starting over would lose the whole run, and
+            the user may be able to restore it.
     """
+    # Checkpoint -> problem of the best checkpoint that it names.
     without_best = {}
     found = None
     for path in reversed(checkpoints_in(folder)):
         if problem := damage(path):
             _rename_damaged(path, problem, console)
             continue
+
         best = best_beside(path) or path
-        if best != path and (of_best := damage(best)):
-            without_best[path] = f"{best.name}, the best until then: {of_best}"
+        problem_of_best = damage(best) if best != path else None
+        if problem_of_best:
+            without_best[path] = f"{best.name}, the best until then: {problem_of_best}"
             continue
-        if any(any(path.glob(pattern)) for pattern in _OPTIMIZER_FILES):  # none with save_only_model
+
+        # A checkpoint of save_only_model has no optimizer state.
+        has_optimizer = any(any(path.glob(pattern)) for pattern in _OPTIMIZER_FILES)
+        if has_optimizer:
             found = str(path)
             break
+
     if without_best and found is None:
         path, problem = next(iter(without_best.items()))
         raise UserError(f"{path} cannot be resumed: {problem}; restore it, or remove {folder} to start over")
@@ -122,7 +140,7 @@ def _last_whole_checkpoint(folder: Path, console: Console) -> str | None:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Folders of checkpoints by step, the newest last; damaged ones that were renamed are left out."""
+    """Folders of checkpoints by step, the newest last, without renamed damaged ones."""
     found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()]
     return sorted(found, key=step_of)
 
@@ -133,46 +151,64 @@ def step_of(checkpoint: Path) -> int:
 
 
 def _rename_damaged(checkpoint: Path, problem: str, console: Console) -> None:
-    """Rename a damaged checkpoint, so that nothing takes it for a whole one, and say so."""
+    """Rename a damaged checkpoint, so that it is not used again, and report it."""
     target = checkpoint.with_name(checkpoint.name + DAMAGED)
-    shutil.rmtree(target, ignore_errors=True)  # what was left of this step before
+    # An earlier damaged checkpoint of the same step.
+    shutil.rmtree(target, ignore_errors=True)
     checkpoint.rename(target)
     console.print(f"{checkpoint.name} is damaged ({printable(problem)}); it is {target.name} now", highlight=False)
 
 
 def delete_oldest(newest: Path, best: str | None, limit: int | None) -> None:
-    """Keep at most ``limit`` checkpoints, of which the newest and the best; None, 0 or less: all."""
+    """Delete the oldest checkpoints until at most ``limit`` are left; the newest and the best are always kept.
+
+    Args:
+        newest: The checkpoint that was just written.
+        best: The best checkpoint so far; None without one.
+        limit: Number of checkpoints to keep; None, 0 or less keeps all.
+    """
+    if not limit or limit < 0:
+        return
     kept = {newest.name, Path(best or newest).name}
     others = [path for path in checkpoints_in(newest.parent) if path.name not in kept]
-    old = others[: max(0, len(others) + len(kept) - limit)] if limit and limit > 0 else []
-    for path in newest.rglob("*") if old else ():  # on the disk before another is gone: a power cut may follow
+    num_excess = max(0, len(others) + len(kept) - limit)
+    if num_excess == 0:
+        return
+
+    # Flush the newest to disk before an older one is deleted, so that a power cut leaves at least one complete.
+    for path in newest.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-    for path in old:
+    for path in others[:num_excess]:
         shutil.rmtree(path, ignore_errors=True)
 
 
 def best_beside(checkpoint: Path) -> Path | None:
-    """The best checkpoint that ``checkpoint`` names, in the folder where both are now."""
+    """The best checkpoint that the state of ``checkpoint`` names, in the present folder of both.
+
+    Raises:
+        UserError: If the file is not the state of a run.
+    """
     state = files.read_json(checkpoint / TRAINER_STATE)
-    name = state.get("best_model_checkpoint") if isinstance(state, dict) else state
-    if not isinstance(name, str | None) or state is None:
+    name = state.get("best_model_checkpoint") if isinstance(state, dict) else None
+    if not isinstance(state, dict) or not isinstance(name, str | None):
         raise UserError(f"{checkpoint / TRAINER_STATE} is not the state of a run; remove {checkpoint}")
     return checkpoint.parent / Path(name).name if name else None
 
 
 @contextmanager
 def written_whole(checkpoint: Path) -> Iterator[None]:
-    """Write a checkpoint inside; where the disk does not take it, it is removed.
+    """Context in which a checkpoint is written; if the disk is full, the incomplete checkpoint is removed.
 
     Raises:
-        UserError: One line with the bytes that are free.
+        UserError: With the number of free bytes.
     """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and not any(words in str(error) for words in _WRITE_ERRORS):
+        is_of_disk = any(words in str(error) for words in _WRITE_ERRORS)
+        if isinstance(error, RuntimeError) and not is_of_disk:
             raise
         shutil.rmtree(checkpoint, ignore_errors=True)
         free = files.size(shutil.disk_usage(checkpoint.parent).free)
@@ -185,43 +221,47 @@ def written_whole(checkpoint: Path) -> Iterator[None]:
 def save_final(
     model, folder: str | Path, recipe: dict[str, Any] | None = None, trainer: SFTTrainer | None = None
 ) -> None:
-    """Write weights or adapter from the main process; all processes that train must call it.
+    """Write weights or adapter from the main process; all training processes must call it.
 
     Args:
-        model: What to save.
-        folder: Where to.
+        model: The model.
+        folder: Folder to write to.
         recipe: How a mask was trained, for its configuration.
-        trainer: What trained ``model``; None: nothing did.
+        trainer: The trainer of ``model``; None if it was not trained.
     """
     config = getattr(model, "peft_config", {}).get(ADAPTER)
     if isinstance(config, MaskConfig):
         config.recipe = recipe
-        refresh_masks(model)  # of a run that is resumed at its end, without a forward pass
-    state = trainable_state(model) if trainer is not None and trainer.is_fsdp_enabled else None
+        # A run that is resumed at its end has made no forward pass yet.
+        refresh_masks(model)
+
+    state = None
+    if trainer is not None and trainer.is_fsdp_enabled:
+        state = trainable_state(model)
     if processes.is_main():
         save_weights(model, folder, state)
 
 
 def save_weights(model, folder: str | Path, state: dict[str, Any] | None = None) -> None:
-    """Write weights or adapter, readable by whom other files of the folder are readable by.
+    """Write weights or adapter, with the file mode of the other files in the folder.
 
     Args:
-        model: What to save.
-        folder: Where to.
-        state: Its state, where that is gathered already.
+        model: The model.
+        folder: Folder to write to.
+        state: Its state dict, if it is gathered already.
     """
     given: dict[str, Any] = {} if state is None else {"state_dict": state}
     if isinstance(model, PeftModel):
-        # "auto" asks the hub, at every save, whether the base has as many tokens, and warns when it cannot.
+        # "auto" would ask the hub about the base's vocabulary at every save, and warn when it cannot.
         given["save_embedding_layers"] = False
     model.save_pretrained(folder, **given)
     files.use_default_modes(folder)
 
 
 def trainable_state(model) -> dict[str, Any]:
-    """What an FSDP2 checkpoint holds, gathered into the memory of the main process; all processes must call it.
+    """State dict of an FSDP2 model, gathered into the memory of the main process; all processes must call it.
 
-    The frozen weights of a model with an adapter are left out.
+    It has no frozen weights if the model has an adapter.
     """
     options = StateDictOptions(
         full_state_dict=True, cpu_offload=True, ignore_frozen_params=hasattr(model, "peft_config")

@@ -35,7 +35,7 @@ _ONLY_WITH = {
     "num_candidates": ("random_mask",),
     "before_model": (INTERPOLATE,),
 }
-# Options of TRL's that do nothing where rows are tokenised and models loaded by maskft, with what to do instead.
+# Options of TRL that have no effect, because maskft tokenises rows and loads models; and the remedy.
 _UNUSED = {
     "eos_token": "set it in the tokenizer's own files",
     "truncation_mode": "remove the option: rows always keep their beginning",
@@ -54,7 +54,7 @@ _LORA = '{"peft_type": "LORA", "r": 16, "target_modules": "all-linear"}'
 
 
 def check_config(config: TrainConfig) -> None:
-    """Refuse what TRL or torch would do differently than meant, or refuse only after the model is loaded.
+    """Check settings that TRL or torch would misread, or reject only after the model is loaded.
 
     Raises:
         UserError: For the first mistake.
@@ -89,7 +89,7 @@ def check_config(config: TrainConfig) -> None:
     if method == "mask" or config.method.keep_mask is not None:
         check_mask_sharding()
     check_trackers(training.report_to)
-    # Fixed masks run on one of them, and preparing data on none.
+    # Fixed masks use one GPU, and preparing data none.
     if method not in UNTRAINED_METHODS and not config.data.prepare_only and training.n_gpu > 1:
         raise UserError(
             f"this process sees {training.n_gpu} GPUs, and trains on one: add --accelerate_config multi_gpu, "
@@ -189,10 +189,10 @@ def check_context(model, *sets) -> None:
 
 
 def check_processes(model, train_set, heldout_set) -> None:
-    """Refuse what cannot train in several processes before one waits for another: lacking weights, unlike models, rows.
+    """Check that all processes have the same model, with all weights, and the same data, before the first collective.
 
     Raises:
-        UserError: The same one in every process.
+        UserError: The same error in every process.
     """
     configs = getattr(model, "peft_config", {}).values()
     if processes.uses_fsdp() and any(getattr(config, "modules_to_save", None) for config in configs):

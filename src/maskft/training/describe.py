@@ -1,4 +1,4 @@
-"""What a run prints: resolved numbers before it starts, the verdict when it ends."""
+"""Output of a run: resolved settings before it starts, the verdict when it ends."""
 
 from __future__ import annotations
 
@@ -22,20 +22,22 @@ from .verdict import Verdict
 
 
 def describe(model, tokenizer, data: Prepared, config: TrainConfig, console: Console) -> None:
-    """Print the resolved numbers a person checks before a long run."""
+    """Print the resolved settings, data and one row, to be checked before a long run."""
     method = config.method
     training = config.training
     supervised = supervised_token_count(data.train)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+
     console.print(f"method {method.method}: {trainable:,} trainable parameters")
     if training.is_float32_by_machine:
         console.print("computing in float32: this CPU has no bfloat16 instructions (--bf16 true asks for it anyway)")
     if method.method == "mask":
         targets = sum(layer.in_features * layer.out_features for layer in adapter_layers(model).values())
-        console.print(mask_line(model.peft_config[ADAPTER], targets))
-        if beside := model.peft_config[ADAPTER].beside_preset:
-            console.print(f"preset {model.peft_config[ADAPTER].preset}, but {beside}", markup=False, highlight=False)
+        mask = model.peft_config[ADAPTER]
+        console.print(mask_line(mask, targets))
+        if mask.beside_preset:
+            console.print(f"preset {mask.preset}, but {mask.beside_preset}", markup=False, highlight=False)
     console.print(
         f"data: {len(data.train):,} training rows ({supervised:,} supervised tokens), {len(data.heldout):,} held out "
         f"({supervised_token_count(data.heldout):,} supervised tokens); {batch} sequences per step"
@@ -45,36 +47,47 @@ def describe(model, tokenizer, data: Prepared, config: TrainConfig, console: Con
 
 
 def mask_line(config: MaskConfig, num_target_weights: int) -> str:
-    """The line every run prints about what it removes."""
+    """The line that every run prints about removed weights."""
     of_weights = f"of {num_target_weights:,} target weights"
     if config.removed_value == "base":
         of_weights += f"; a removed weight takes its value in {config.removed_value_model}"
     if config.selection == "threshold":
-        return f"threshold {config.threshold:g}: removes what scores below it, {of_weights}"
+        return f"threshold {config.threshold:g}: removes weights with a lower score, {of_weights}"
     if is_free(config.selection):
-        return f"{config.selection}: removes what scores 0 or less, {of_weights}"
-    ramp = f", reached after {config.sparsity_ramp:.0%} of training" if config.sparsity_ramp else ""
-    return f"sparsity {config.sparsity:g}: removes {100 * config.sparsity:g} % {of_weights}{ramp}"
+        return f"{config.selection}: removes weights with a score of 0 or less, {of_weights}"
+    text = f"sparsity {config.sparsity:g}: removes {100 * config.sparsity:g} % {of_weights}"
+    if config.sparsity_ramp:
+        text += f", reached after {config.sparsity_ramp:.0%} of training"
+    return text
 
 
 def report(
     summary: TrainingSummary, verdict: Verdict | None, config: TrainConfig, failure: str | None, console: Console
 ) -> None:
-    """Print the outcome of the run, where it is saved, and what to try next if a mask is not better than no mask.
+    """Print the outcome of the run, the folder, and the next command.
+
+    Args:
+        summary: Results of the run.
+        verdict: Verdict on a mask.
+        config: The run.
+        failure: Why training stopped early, followed by the name of the checkpoint that is kept; None without failure.
+        console: Where to print.
 
     Raises:
-        UserError: If training ended with a ``failure``, a text that ends with what is saved.
+        UserError: If there is a ``failure``.
     """
     folder = config.training.output_dir
     if failure is not None:
         if verdict is not None and not verdict.kept and not verdict.is_better:
             raise UserError(f"{failure}: {verdict}. Saved in {folder}: an adapter that removes nothing")
         raise UserError(f"{failure} is saved in {folder}")
+
     speeds = [row["tokens_per_s"] for row in summary.history if "tokens_per_s" in row]
     if summary.num_steps:
         speed = f"{median(speeds):,.0f} tokens/s; " if speeds else ""
         took = time_text(summary.train_time_s)
         console.print(f"{speed}{took} in total, held-out evaluation included", highlight=False)
+
     start = summary.start_loss
     best = summary.best_loss
     step = summary.best_step
@@ -92,7 +105,8 @@ def report(
     if verdict is None or verdict.is_better or verdict.kept:
         model = "--adapter" if layout.holds_adapter(folder) else "--model_name_or_path"
         advice = f"next: maskft evaluate {model} {folder} --dataset_name TEST.jsonl --output_dir results/NAME"
-        console.print(advice, soft_wrap=True)  # one line, which is pasted
+        # Not wrapped: it is a command to paste.
+        console.print(advice, soft_wrap=True)
 
 
 def _report_verdict(summary: TrainingSummary, verdict: Verdict | None, config: TrainConfig, console: Console) -> None:
@@ -122,7 +136,7 @@ def _report_verdict(summary: TrainingSummary, verdict: Verdict | None, config: T
 
 
 def too_few_steps(summary: TrainingSummary, config: TrainConfig) -> str | None:
-    """Why hardly a score can have reached 0, from which on it removes its weight; None where it can, or needs not.
+    """A hint if hardly any score can have reached 0, below which its weight is removed; else None.
 
     Adam moves a score by about the learning rate in a step, and a linear schedule halves that on average.
     """

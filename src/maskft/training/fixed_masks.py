@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from peft import PeftModel
 from rich.console import Console
@@ -29,31 +31,46 @@ from .method_arguments import ADAPTER, mask_config
 from .record import TrainingSummary
 
 
+class _Candidate(NamedTuple):
+    """A random mask among several.
+
+    Attributes:
+        loss: Held-out loss, nats per token; inf if it is not finite.
+        seed: Seed of the mask.
+        coded: Coded masks of the layers.
+    """
+
+    loss: float
+    seed: int
+    coded: list[Tensor]
+
+
 def make_fixed_mask(
     model: PreTrainedModel, data: Prepared, run: TrainConfig, tokenizer, console: Console
 ) -> tuple[PeftModel, TrainingSummary]:
-    """Make the mask that the method of ``run`` names.
+    """Make the mask of the run's method.
 
-    Norms of inputs (Wanda) and gradients are taken over the first training rows; the held-out rows choose the best of
+    Norms of inputs (Wanda) and gradients are computed on the first training rows. Held-out rows choose the best of
     several random masks.
 
     Returns:
-        The masked model and what was done.
+        The masked model and a summary of the run.
 
     Raises:
-        UserError: If the mask is not one of a given size, or ``match_adapter`` masks other layers, or of another shape.
+        UserError: If the size of the mask is not given, or ``match_adapter`` masks other layers or shapes.
     """
     method = run.method
-    training = run.training
     config = mask_config(run.mask, inference_mode=True, sparsity_ramp=0.0)
     check_size(method.method, config)
-    masked = with_adapter(model.to(training.device), config, run.model).eval()
+    masked = with_adapter(model.to(run.training.device), config, run.model).eval()
     layers = list(adapter_layers(masked, ADAPTER).values())
     weights = [layer.weight.detach() for layer in layers]
     counts = _counts(method.match_adapter, layers)
+
     norms: Sequence[Tensor] = ()
     gradients: Sequence[Tensor] = ()
-    rows = data.train.select(range(min(method.num_calibration_samples, len(data.train))))
+    num_rows = min(method.num_calibration_samples, len(data.train))
+    rows = data.train.select(range(num_rows))
     if FIXED_MASKS[method.method].of_inputs:
         with masked.disable_adapter():
             norms = input_norms(masked, layers, rows["input_ids"][:])
@@ -61,29 +78,31 @@ def make_fixed_mask(
         with masked.disable_adapter():
             gradients = weight_gradients(masked, layers, rows)
 
-    measure = heldout_loss(masked, tokenizer, training)
+    measure = heldout_loss(masked, tokenizer, run.training)
     is_choice = method.num_candidates > 1
     history = []
-    best = (0.0, config.mask_seed, list[Tensor]())
+    best: _Candidate | None = None
     for seed in range(config.mask_seed, config.mask_seed + method.num_candidates):
         masks = fixed_masks(method.method, weights, config.sparsity, seed, counts, norms, gradients)
         coded = [encode_mask(mask) for mask in masks]
         _set_masks(layers, coded)
         loss = mean_nll(measure(data.heldout)) if is_choice else 0.0
         history.append({"mask_seed": seed, "eval_loss": loss})
-        if not best[2] or loss < best[0]:
-            best = (loss if loss < float("inf") else float("inf"), seed, coded)
-    loss, seed, coded = best
-    _set_masks(layers, coded)
-    masked.peft_config[ADAPTER].mask_seed = seed
-    removed = sum(mask_info(code)["num_removed"] for code in coded)
+        if best is None or loss < best.loss:
+            # A loss of NaN counts as the highest, so that any later candidate is better.
+            best = _Candidate(loss if math.isfinite(loss) else math.inf, seed, coded)
+
+    assert best is not None
+    _set_masks(layers, best.coded)
+    masked.peft_config[ADAPTER].mask_seed = best.seed
+    removed = sum(mask_info(code)["num_removed"] for code in best.coded)
     numel = sum(weight.numel() for weight in weights)
     console.print(f"{method.method}: removes {removed:,} of {numel:,} target weights")
     if is_choice:
-        console.print(f"best of {method.num_candidates} by held-out loss: seed {seed}, {loss:.4f}")
+        console.print(f"best of {method.num_candidates} by held-out loss: seed {best.seed}, {best.loss:.4f}")
     return masked, TrainingSummary(
         method=method.method,
-        best_loss=loss if is_choice else None,
+        best_loss=best.loss if is_choice else None,
         num_target_weights=numel,
         peak_memory_bytes=peak_memory_bytes(),
         history=history if is_choice else [],
@@ -91,14 +110,19 @@ def make_fixed_mask(
 
 
 def _counts(match_adapter: str | None, layers: Sequence[MaskedLinear]) -> list[int] | None:
-    """How many weights the mask in an adapter folder removes from each layer; None without one."""
+    """Number of weights that the mask in an adapter folder removes from each layer; None without a folder."""
     if match_adapter is None:
         return None
     learned = MaskSet.from_adapter(match_adapter)
     if not learned.num_removed:
         raise UserError(f"match_adapter {match_adapter!r} removes nothing; name a mask that does")
+
     shapes = {layer.module_name: layer.weight.shape for layer in layers}
-    if different := sorted(n for n in {*learned, *shapes} if n not in learned or learned[n].shape != shapes.get(n)):
+    different = []
+    for name in sorted({*learned, *shapes}):
+        if name not in learned or learned[name].shape != shapes.get(name):
+            different.append(name)
+    if different:
         raise UserError(
             f"match_adapter {match_adapter!r} masks other layers than this run, or of another shape: "
             f"{listed(different)}; give the mask_target_modules and mask_layers_to_transform of that adapter"

@@ -1,4 +1,4 @@
-"""A fine-tuned model and the one it was made from, mixed without training: a control for a mask.
+"""Interpolation of a fine-tuned model with the model before, without training: a control for a mask.
 
 With t0 all weights before fine-tuning and t1 those after it: (1 - a) * t0 + a * t1 with one a for all weights
 (WiSE-FT, arXiv:2109.01903), which the held-out rows choose.
@@ -6,6 +6,7 @@ With t0 all weights before fine-tuning and t1 those after it: (1 - a) * t0 + a *
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -28,7 +29,7 @@ from .record import TrainingSummary
 def interpolate(
     model: PreTrainedModel, before_model: str, data: Prepared, measure: HeldoutLoss, console: Console
 ) -> TrainingSummary:
-    """Interpolate ``model``, in place, with what it was made from, as is best on the held-out rows.
+    """Interpolate ``model``, in place, with the model before fine-tuning, at the share with the lowest held-out loss.
 
     Args:
         model: The fine-tuned model, on the device to compute on.
@@ -38,22 +39,27 @@ def interpolate(
         console: Where to print.
 
     Returns:
-        What was done; ``history`` has the held-out loss at each share of the fine-tuned model that was tried.
+        Summary of the run; ``history`` has the held-out loss at each share of the fine-tuned model that was tried.
 
     Raises:
         UserError: If the two models differ in a parameter's name or shape.
     """
-    before = dict(load_model(before_model, str(model.dtype).removeprefix("torch.")).named_parameters())
+    dtype = str(model.dtype).removeprefix("torch.")
+    before = dict(load_model(before_model, dtype).named_parameters())
     after = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    odd = next((n for n in {**before, **after} if n not in before or n not in after), None)
-    odd = odd or next((name for name in after if before[name].shape != after[name].shape), None)
-    if odd:
-        raise UserError(f"before_model {before_model!r} is another model: {odd} is not in both, or of another shape")
+    for name in {**before, **after}:
+        if name not in before or name not in after or before[name].shape != after[name].shape:
+            raise UserError(
+                f"before_model {before_model!r} is another model: {name} is not in both, or of another shape"
+            )
+
     history = []
     for share in SHARES:
         _set(model, before, after, share)
         history.append({"value": share, "eval_loss": mean_nll(measure(data.heldout))})
-    best = min(history, key=lambda row: (not row["eval_loss"] < float("inf"), row["eval_loss"]))
+
+    # A loss that is not finite is the worst: NaN compares with nothing.
+    best = min(history, key=lambda row: row["eval_loss"] if math.isfinite(row["eval_loss"]) else math.inf)
     _set(model, before, after, best["value"])
     console.print(f"{INTERPOLATE}: {best['value']:g} is the best of {len(history)} shares by held-out loss")
     return TrainingSummary(

@@ -1,8 +1,8 @@
-"""KL(base || model): a term of the loss that holds a model near its base, and the measurement of it.
+"""KL(base || model): a term of the loss that keeps a model near its base, and its measurement on held-out rows.
 
 KL(base || model) in nats per token is how much better the base predicts its own continuations than the model does: on
-text that the base writes, it is what is forgotten. It is taken on the tokens with a label, either those of the task's
-rows (:class:`KLOnTask`) or those of rows that the user names (:class:`KLOnText`).
+text that the base writes, it measures forgetting. It is computed on the tokens with a label, either of the task's rows
+(:class:`KLOnTask`) or of rows that the user names (:class:`KLOnText`).
 
 Shapes: B rows, T tokens, N tokens with a label, D hidden size, V vocabulary.
 """
@@ -30,7 +30,7 @@ class KLSum(NamedTuple):
 
     Attributes:
         total: Nats, 0-dimensional, float32, with a gradient to the model.
-        num_tokens: Number of tokens it is the sum of.
+        num_tokens: Number of tokens in the sum.
     """
 
     total: Tensor
@@ -38,7 +38,7 @@ class KLSum(NamedTuple):
 
 
 class Base:
-    """The model before training: the model without its adapter, else a frozen copy.
+    """The model before training: the model without its adapter, or a frozen copy of a model without one.
 
     Args:
         model: The model to train, before its first step.
@@ -66,9 +66,9 @@ class Base:
 class KLOnTask:
     """KL on the tokens with a label of each training batch.
 
-    The forward pass that computes the task's loss returns no logits (TRL's fused head), and a second one would cost as
-    much again. So a hook on the decoder computes the logits of the labelled tokens within that forward pass, where FSDP
-    has gathered the head's weight and autocast is on.
+    The forward pass that computes the task's loss returns no logits (TRL's fused head), and a second forward pass would
+    double the cost. So a hook on the decoder computes the logits of the labelled tokens within that forward pass, where
+    FSDP has gathered the head's weight and autocast is on.
 
     Args:
         model: The model to train, before its first step.
@@ -84,16 +84,18 @@ class KLOnTask:
         self._is_supervised_BT: Tensor | None = None
         self._base_log_probs_NV: Tensor | None = None
         self._logits_NV: Tensor | None = None
+
         decoder = self._model.get_decoder()
         decoder.register_forward_hook(self._compute_logits)
-        with base.of(model):  # scores may not be there yet: a resumed run loads them later
+        # With the base: a resumed run loads its scores later.
+        with base.of(model):
             self._check_logits()
 
     def before_forward(self, model: nn.Module, inputs: Mapping[str, Any], batch_number: int) -> None:
         """Compute the base's log-probabilities of a batch.
 
-        It comes before the forward pass of ``model``: under FSDP2 the base's one unmasks the weights which the backward
-        pass gathers again.
+        Call it before the forward pass of ``model``. Under FSDP2, the base's forward pass unmasks weights that the
+        backward pass gathers again.
 
         Args:
             model: The model to train, not wrapped by accelerate.
@@ -120,7 +122,7 @@ class KLOnTask:
         if self._is_supervised_BT is None:
             return
         hidden_ND = output.last_hidden_state[self._is_supervised_BT]
-        # Gradient checkpointing runs layers of the decoder again, not the decoder: the hook runs once.
+        # Once per batch: gradient checkpointing repeats layers of the decoder, not the decoder and its hook.
         self._is_supervised_BT = None
         self._logits_NV = head_logits(self._model, hidden_ND)
 
@@ -132,7 +134,8 @@ class KLOnTask:
         self._is_supervised_BT = torch.ones_like(ids_BT, dtype=torch.bool)
         expected_BTV = self._model(input_ids=ids_BT, use_cache=False).logits
         assert self._logits_NV is not None
-        if not torch.allclose(self._logits_NV.float(), expected_BTV[0].float(), rtol=1e-2, atol=1e-2):
+        is_equal = torch.allclose(self._logits_NV.float(), expected_BTV[0].float(), rtol=1e-2, atol=1e-2)
+        if not is_equal:
             kind = self._model.config.model_type
             raise UserError(
                 f"kl_to_base and kl_budget on the task's rows: the logits of a {kind} model are not its head's output, "
@@ -142,18 +145,18 @@ class KLOnTask:
 
 
 class KLOnText:
-    """KL on the tokens with a label of rows that the user names, some of which go with every training batch.
+    """KL on the tokens with a label of rows that the user names; every training batch gets a batch of them.
 
-    It costs a forward pass of the base and a forward and backward pass of the model over these rows.
+    The cost is a forward pass of the base, and a forward and backward pass of the model, over these rows.
 
     Args:
         base: The model before training.
         rows: Rows with ``input_ids`` and ``labels``.
         batch_size: Rows of one batch on one process.
-        pad_token_id: Padding on the right; it changes no number.
+        pad_token_id: Token for padding on the right, which does not change results.
         seed: Seed of the order of the rows.
-        rank: Number of this process.
-        num_processes: Processes that train together.
+        rank: Rank of this process.
+        num_processes: Number of processes.
     """
 
     def __init__(
@@ -177,17 +180,24 @@ class KLOnText:
         self._base_log_probs_NV: Tensor | None = None
 
     def before_forward(self, model: nn.Module, inputs: Mapping[str, Any], batch_number: int) -> None:
-        """Compute the base's log-probabilities of the batch of this number; see :meth:`KLOnTask.before_forward`."""
+        """Compute the base's log-probabilities of a batch; see :meth:`KLOnTask.before_forward`.
+
+        Args:
+            model: The model to train, not wrapped by accelerate.
+            inputs: The training batch; only its device is used.
+            batch_number: Number of the batch since the start of training.
+        """
         device = inputs["input_ids"].device
         self._batch = _batch(self.rows_of(batch_number), self._pad_token_id, device)
         with torch.no_grad(), self._base.of(model) as base:
-            self._base_log_probs_NV = _supervised_logits(base, self._batch).float().log_softmax(-1)
+            logits_NV = _supervised_logits(base, self._batch)
+        self._base_log_probs_NV = logits_NV.float().log_softmax(-1)
 
     def after_forward(self, model: nn.Module) -> KLSum:
         """KL of that batch.
 
-        ``model`` is called without DDP's wrapper, whose reducer expects one forward pass in each backward pass; the
-        gradients are still reduced, as they are accumulated in the same parameters.
+        ``model`` is called without DDP's wrapper, whose reducer expects one forward pass per backward pass. The
+        gradients are still reduced, because they accumulate in the same parameters.
         """
         assert self._base_log_probs_NV is not None
         logits_NV = _supervised_logits(model, self._batch)
@@ -196,7 +206,7 @@ class KLOnText:
         return KLSum(total, len(logits_NV))
 
     def rows_of(self, batch_number: int) -> list[Mapping[str, Any]]:
-        """Rows of a batch; of its number alone, so that a resumed run sees the same ones."""
+        """Rows of a batch. They depend on its number alone, so that a resumed run sees the same rows."""
         first = (batch_number * self._num_processes + self._rank) * self._batch_size
         chosen = []
         for position in range(first, first + self._batch_size):
@@ -220,7 +230,7 @@ def kl_per_row(
         base: The model before training.
         rows: Rows with ``input_ids`` and ``labels``.
         batch_size: Rows of a forward pass.
-        pad_token_id: Padding on the right; it changes no number.
+        pad_token_id: Token for padding on the right, which does not change results.
 
     Returns:
         Per row: nats per token, and the number of tokens.
@@ -233,12 +243,14 @@ def kl_per_row(
         with base.of(model) as unchanged:
             base_logits_NV = _supervised_logits(unchanged, batch)
         logits_NV = _supervised_logits(model, batch)
+
+        # Row by row, to save memory: log-probabilities are float32 copies of logits that may be bfloat16.
         counts = is_before_label(batch["labels"]).sum(1).tolist()
-        # Row by row: log-probabilities are copies in float32 of what may be bfloat16.
         parts = zip(indices, counts, base_logits_NV.split(counts), logits_NV.split(counts), strict=True)
         for index, count, base_part, part in parts:
-            total = kl_sum(base_part.float().log_softmax(-1), part)
-            found[index] = (float(total) / max(count, 1), count)
+            base_log_probs = base_part.float().log_softmax(-1)
+            total = float(kl_sum(base_log_probs, part))
+            found[index] = (total / max(count, 1), count)
     return found
 
 
@@ -249,27 +261,31 @@ def kl_sum(base_log_probs_NV: Tensor, logits_NV: Tensor) -> Tensor:
 
 
 def is_before_label(labels_BT: Tensor) -> Tensor:
-    """Which tokens come just before one with a label, bool (B, T): their logits predict it."""
+    """Tokens just before a token with a label, bool (B, T): their logits predict it."""
     next_labels_BT = nn.functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORED)
     return next_labels_BT != IGNORED
 
 
 def head_logits(model: nn.Module, hidden_ND: Tensor) -> Tensor:
-    """Logits (N, V) of the decoder's hidden states, scaled and capped as the model's own forward does.
+    """Logits (N, V) of the decoder's hidden states, scaled and capped as in the model's own forward pass.
 
-    The names of the settings are those that transformers' models have; TRL's ``add_fused_lm_head`` reads the same.
+    The names of the settings are those of transformers' models; TRL's ``add_fused_lm_head`` reads the same ones.
     """
     config = model.config.get_text_config()
     logits_NV = model.get_output_embeddings()(hidden_ND)
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if (scale := getattr(config, name, None)) is not None:
-            logits_NV = logits_NV * scale
-            break
-    else:
-        if (divisor := getattr(config, "logits_scaling", None)) is not None:
-            # Granite and MiniCPM3 divide by it; HyperCLOVA X multiplies.
-            logits_NV = logits_NV * divisor if config.model_type == "hyperclovax" else logits_NV / divisor
-    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+
+    # A model has at most one of these factors.
+    scales = [getattr(config, name, None) for name in ("logit_scale", "output_multiplier", "lm_head_multiplier")]
+    scale = next((each for each in scales if each is not None), None)
+    divisor = getattr(config, "logits_scaling", None)
+    if scale is not None:
+        logits_NV = logits_NV * scale
+    elif divisor is not None:
+        # Granite and MiniCPM3 divide by it; HyperCLOVA X multiplies.
+        logits_NV = logits_NV * divisor if config.model_type == "hyperclovax" else logits_NV / divisor
+
+    cap = getattr(config, "final_logit_softcapping", None)
+    if cap is not None:
         logits_NV = cap * torch.tanh(logits_NV / cap)
     return logits_NV
 
@@ -281,9 +297,10 @@ def _batch(rows: Sequence[Mapping[str, Any]], pad_token_id: int, device) -> dict
 
 
 def _supervised_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Logits (N, V) of the tokens that predict a label, row by row; from the first such column on only.
+    """Logits (N, V) of the tokens that predict a label, row by row.
 
-    The head of a large vocabulary is a good part of a forward pass, and prompts need none of it.
+    The head runs from the first such column on: with a large vocabulary it is a good part of a forward pass, and
+    prompts do not need it.
     """
     is_supervised_BT = is_before_label(batch["labels"])
     columns = is_supervised_BT.any(0).nonzero()

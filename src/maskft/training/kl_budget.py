@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-# The controller aims below the budget, so that what is measured stays within it.
+# The controller aims below the budget, so that the measured KL stays within it.
 AIM = 0.9
 # The aim rises to that during this share of training: from 0, KL would overshoot before the multiplier has grown.
 _RAMP = 0.5
@@ -14,7 +14,7 @@ _NEWEST = 0.7
 # Gains of the proportional and the integral part, per step and per unit of log(KL / aim).
 _PROPORTIONAL = 3.0
 _INTEGRAL = 0.2
-# Bounds of the error. KL starts at 0, whose logarithm has none; while it rises, the integral is not to wind down far.
+# Bounds of the error. KL starts at 0, where the logarithm is unbounded. While it rises, the integral must not fall far.
 _LOWEST_ERROR = -math.log(3.0)
 _HIGHEST_ERROR = math.log(10.0)
 _LARGEST_LOG = math.log(1e4)
@@ -50,22 +50,27 @@ class KLBudget:
         """
         self.kl += _NEWEST * (kl - self.kl)
         aim = AIM * self.budget * min(1.0, progress / _RAMP)
-        error = math.log(max(self.kl, 1e-12) / aim)
-        error = min(max(error, _LOWEST_ERROR), _HIGHEST_ERROR)
-        # What the integral takes is bounded on both sides: wound up early, it would need the rest of the run to unwind.
-        self._integral += _INTEGRAL * min(error, -_LOWEST_ERROR)
-        self._integral = min(max(self._integral, -_LARGEST_LOG), _LARGEST_LOG)
+        error = _clamp(math.log(max(self.kl, 1e-12) / aim), _LOWEST_ERROR, _HIGHEST_ERROR)
+
+        # The integral adds a bounded error in both directions (anti-windup): after a large early error, it would need
+        # the rest of the run to return.
+        integral = self._integral + _INTEGRAL * min(error, -_LOWEST_ERROR)
+        self._integral = _clamp(integral, -_LARGEST_LOG, _LARGEST_LOG)
         self.multiplier = self._multiplier_at(error)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps; JSON keeps every bit of a float."""
+        """State for a checkpoint; JSON keeps every bit of a float."""
         return {"kl": self.kl, "integral": self._integral, "multiplier": self.multiplier}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Resume from what :meth:`state` returned."""
+        """Restore a state that :meth:`state` returned."""
         self.kl = state["kl"]
         self._integral = state["integral"]
         self.multiplier = state["multiplier"]
 
     def _multiplier_at(self, error: float) -> float:
         return math.exp(self._integral + _PROPORTIONAL * error)
+
+
+def _clamp(value: float, low: float, high: float) -> float:
+    return min(max(value, low), high)

@@ -1,4 +1,4 @@
-"""Several processes: ``accelerate launch`` with the names of TRL's configurations, and what a mask cannot share."""
+"""Several processes: ``accelerate launch`` with TRL's named configurations, and settings that masks do not support."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from maskft_common.errors import UserError
 from maskft_common.processes import COMMAND, uses_fsdp
 from maskft_common.yaml_file import read_yaml
 
-# Set in the processes that are launched, so that launch settings of a recipe do not launch again.
+# Set in launched processes, so that launch settings of a recipe do not launch again.
 _LAUNCHED = "MASKFT_LAUNCHED"
 
 
@@ -33,7 +33,7 @@ def is_launched() -> bool:
 
 @functools.cache
 def launch_options() -> frozenset[str]:
-    """Names, without dashes, of what ``accelerate launch`` takes, and ``accelerate_config``."""
+    """Options of ``accelerate launch``, without dashes, and ``accelerate_config``."""
     options = {option for action in launch_command_parser()._actions for option in action.option_strings}
     return frozenset({"accelerate_config", *(option.lstrip("-") for option in options if option.startswith("--"))})
 
@@ -43,23 +43,26 @@ def launch(launch_words: Sequence[str], module: str, command: Sequence[str]) -> 
 
     Args:
         launch_words: Options of ``accelerate launch``, and ``--accelerate_config NAME_OR_FILE``.
-        module: What ``python -m`` runs for ``maskft``.
+        module: Module of the ``maskft`` command, for ``python -m``.
         command: Words after ``maskft``.
 
     Returns:
-        The exit status of the process that failed first, or 0. It has printed why.
+        The exit status of the process that failed first, which has printed its error, or 0.
 
     Raises:
-        UserError: If accelerate does not start them.
+        UserError: If accelerate rejects the options.
     """
     words = _resolve(launch_words)
     parser = launch_command_parser()
     parser.error = _refused
     args = parser.parse_args([*words, "--module", module, *command])
-    kind = _read_config(args.config_file).get("distributed_type") if args.config_file else None
-    is_shared = kind not in (None, "NO") or args.multi_gpu or args.use_fsdp or torch.cuda.device_count() > 1
-    if (args.num_processes or 1) > 1 and not is_shared:
-        # accelerate would start one process and say nothing.
+
+    kind = None
+    if args.config_file:
+        kind = _read_config(args.config_file).get("distributed_type")
+    has_strategy = kind not in (None, "NO") or args.multi_gpu or args.use_fsdp or torch.cuda.device_count() > 1
+    if (args.num_processes or 1) > 1 and not has_strategy:
+        # accelerate would silently start one process.
         raise UserError(
             f"num_processes is {args.num_processes}, but no strategy for them: add --accelerate_config fsdp2, or "
             "multi_gpu (on CPUs too)"
@@ -74,26 +77,34 @@ def launch(launch_words: Sequence[str], module: str, command: Sequence[str]) -> 
         return _status(error)
     except ValueError as error:
         raise UserError(str(error)) from error
-    finally:  # accelerate sets more; a later run in this process is no launched one
+    finally:
+        # accelerate sets more variables, and a later run in this process is not a launched one.
         os.environ.clear()
         os.environ.update(before)
     return 0
 
 
 def config_processes(name: str) -> int:
-    """Processes that a configuration, a file or one of TRL's names, starts where nothing else is said."""
-    config = _read_config(_resolve(["--accelerate_config", name])[1])
-    return 1 if config.get("distributed_type") in (None, "NO") else config.get("num_processes") or 1
+    """Default number of processes of an accelerate configuration, a file or one of TRL's names."""
+    _, file = _resolve(["--accelerate_config", name])
+    config = _read_config(file)
+    if config.get("distributed_type") in (None, "NO"):
+        return 1
+    return config.get("num_processes") or 1
 
 
 def _status(error: ChildFailedError | SignalException | subprocess.CalledProcessError) -> int:
-    """Exit status as a shell gives it: 128 and the signal for a process that was killed."""
+    """Exit status as in a shell: 128 plus the signal for a killed process."""
     if isinstance(error, ChildFailedError):
-        code = (failure := error.get_first_failure()[1]).exitcode
-        if code < 0:  # it could not say why
+        _, failure = error.get_first_failure()
+        code = failure.exitcode
+        if code < 0:
+            # A killed process has printed no error.
             print(f"maskft: error: rank {failure.local_rank} was ended by {failure.signal_name()}", file=sys.stderr)
+    elif isinstance(error, SignalException):
+        code = -error.sigval
     else:
-        code = -error.sigval if isinstance(error, SignalException) else error.returncode
+        code = error.returncode
     return 128 - code if code < 0 else max(1, code)
 
 
@@ -116,7 +127,7 @@ def _read_config(file: str) -> dict:
 
 
 def check_mask_sharding() -> None:
-    """Refuse what other methods may use and a mask may not: FSDP1, FSDP's own checkpointing, files in shards."""
+    """Raise for settings that masks do not support: FSDP1, FSDP's activation checkpointing, sharded state dicts."""
     if not uses_fsdp():
         return
     if os.environ.get("FSDP_VERSION", "1") == "1":
@@ -129,7 +140,7 @@ def check_mask_sharding() -> None:
 
 
 def let_cpu_shard() -> None:
-    """Let accelerate use FSDP2 where there is no accelerator; by itself it would fall back to DDP without a word."""
+    """Let accelerate use FSDP2 on CPUs, where it would silently fall back to DDP."""
     state = PartialState._shared_state
     if uses_fsdp() and state.get("distributed_type") == DistributedType.MULTI_CPU:
         state["distributed_type"] = DistributedType.MULTI_GPU

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: its files by sha256, and what decides its run's course; written last."""
+"""The manifest of a checkpoint: sha256 of its files, and the settings that a resumed run must keep; written last."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from .arguments import TrainConfig
 from .near_base import KLRows
 from .options import option_defaults
 
-# What may change when a run is resumed: where it writes and reports, how many workers serve it, on what machine. Of
-# two of these something else tells: the base of its weights, the accumulation steps of the global batch size.
+# Options that may change when a run is resumed: folders, logging, workers, the machine. Two of them are covered by
+# other entries: model_name_or_path by the identity of the base, global_batch_size by the accumulation steps.
 FREE = frozenset(
     "output_dir resume_from_checkpoint kl_dataset_name prepared_data_dir prepare_only keep_last keep_worse "
     "model_name_or_path global_batch_size save_total_limit "
@@ -33,20 +33,26 @@ FREE = frozenset(
 )
 _ADAPTERS = ("keep_mask", "start_mask", "match_adapter")
 _MODELS = ("mask_removed_value_model", "before_model")
-_ROWS = 10_000
+_ROWS = 10_000  # per digest
 
-# What a resumed run must have in common with the one that it resumes: every option of ``maskft train`` but those of
-# FREE, files and folders by their content; ``data``, digest of the tokens and labels of all rows, in their order;
-# ``base``, identity of the model that the run starts from; ``num_processes``: with others, rows and noise are others.
+# The configuration and data that a resumed run must keep: every option of ``maskft train`` except FREE, with files and
+# folders by their content; ``data``, a digest of the tokens and labels of all rows, in order; ``base``, the identity of
+# the base model; ``num_processes``, on which the order of rows and the noise depend.
 Course = dict[str, Any]
 
 
 class Manifest(FileModel):
-    """Content of ``manifest.json``: a checkpoint that has one was written to its end."""
+    """Content of ``manifest.json``; only a complete checkpoint has one.
+
+    Attributes:
+        format: Version of the format.
+        course: Configuration and data of the run.
+        files: sha256 of each file, by its path in the checkpoint.
+    """
 
     format: Literal[2] = 2
     course: Course
-    files: dict[str, str]  # sha256 by name
+    files: dict[str, str]
 
 
 def seal(folder: Path, course: Course) -> None:
@@ -69,7 +75,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, every byte of which is read; None if nothing is."""
+    """Problem of a checkpoint's files, of which every byte is read; None if they are intact."""
     if not (folder / layout.MANIFEST).is_file():
         return f"it has no {layout.MANIFEST}, which is written last"
     try:
@@ -80,15 +86,15 @@ def damage(folder: Path) -> str | None:
         if not (folder / name).is_file():
             return f"{name} is missing"
         if files.digest_now(folder / name) != sha256:
-            return f"{name} is not what was written (sha256)"
+            return f"{name} has changed since it was written (sha256)"
     return None
 
 
 def course_of(config: TrainConfig, data: Prepared, kl_rows: KLRows | None = None) -> Course:
-    """What a resumed run must have in common with the one that it resumes.
+    """The configuration and data that a resumed run must keep.
 
     Args:
-        config: The run, with the accumulation steps that are taken.
+        config: The run, with its actual accumulation steps.
         data: The rows.
         kl_rows: Rows of ``kl_dataset_name``.
     """
@@ -98,6 +104,7 @@ def course_of(config: TrainConfig, data: Prepared, kl_rows: KLRows | None = None
             if spec.init and spec.name not in FREE:
                 options[spec.name] = getattr(group, spec.name)
     options = {name: _plain(_content(name, value)) for name, value in data_identity(options).items()}
+
     return options | {
         "data": _data_digest(data),
         "kl_data": None if kl_rows is None else _data_digest(kl_rows),
@@ -107,19 +114,22 @@ def course_of(config: TrainConfig, data: Prepared, kl_rows: KLRows | None = None
 
 
 def check_course(checkpoint: Path, now: Course) -> None:
-    """Raise if the run differs from that of a checkpoint; options that this version no longer has do not count.
+    """Raise if the run differs from the run of a checkpoint; options that no longer exist are ignored.
 
     Raises:
         UserError: One message with all differences.
     """
-    was = _plain(option_defaults()) | read_manifest(checkpoint).course  # it may be older than an option
-    differences = "; ".join(
-        f"{name}: {_shown(was.get(name))} -> {_shown(now[name])}" for name in sorted(now) if was.get(name) != now[name]
-    )
+    # The checkpoint may have been written before an option existed.
+    before = _plain(option_defaults()) | read_manifest(checkpoint).course
+
+    differences = []
+    for name in sorted(now):
+        if before.get(name) != now[name]:
+            differences.append(f"{name}: {_shown(before.get(name))} -> {_shown(now[name])}")
     if differences:
         raise UserError(
-            f"{str(checkpoint)!r} is of a run that differs ({differences}); give the options of that run to resume it, "
-            "or name another output_dir"
+            f"{str(checkpoint)!r} is of a run that differs ({'; '.join(differences)}); give the options of that run to "
+            "resume it, or name another output_dir"
         )
 
 
@@ -129,24 +139,32 @@ def _shown(value: Any) -> str:
 
 
 def _content(name: str, value: Any) -> Any:
-    """An option that names a file or folder as what is in it: a moved one is the same, another is not."""
+    """The content of a file or folder that an option names, so that moving it changes nothing; else the value."""
     if not isinstance(value, str):
         return value
     if name in _MODELS:
         return model_identity(value)
     adapter = Path(value).expanduser() / layout.ADAPTER_WEIGHTS
-    return f"sha256:{files.digest_file(adapter)}" if name in _ADAPTERS and adapter.is_file() else value
+    if name in _ADAPTERS and adapter.is_file():
+        return f"sha256:{files.digest_file(adapter)}"
+    return value
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON gives it back."""
+    """The value as JSON stores it."""
 
-    def other(part: Any) -> Any:
-        return dataclasses.asdict(part) if dataclasses.is_dataclass(part) else getattr(part, "value", str(type(part)))
+    def as_json(part: Any) -> Any:
+        if dataclasses.is_dataclass(part) and not isinstance(part, type):
+            return dataclasses.asdict(part)
+        # The value of an enum; of other objects only their type is compared.
+        return getattr(part, "value", str(type(part)))
 
-    return json.loads(json.dumps(value, default=other))
+    return json.loads(json.dumps(value, default=as_json))
 
 
 def _data_digest(data: Prepared | KLRows) -> str:
-    sets = (rows.select_columns(["input_ids", "labels"]) for rows in (data.train, data.heldout))
-    return files.digest([[files.digest(part) for part in rows.iter(batch_size=_ROWS)] for rows in sets])
+    digests = []
+    for rows in (data.train, data.heldout):
+        tokens = rows.select_columns(["input_ids", "labels"])
+        digests.append([files.digest(part) for part in tokens.iter(batch_size=_ROWS)])
+    return files.digest(digests)

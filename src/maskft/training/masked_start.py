@@ -1,4 +1,4 @@
-"""Mask, then weights: full fine-tuning from a model without the weights that a mask removes."""
+"""Training that starts from a model without the weights that a mask removes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .method_arguments import MethodArguments
 
 
 def set_removed_to_zero(model: PreTrainedModel, method: MethodArguments) -> None:
-    """Zero what the mask of ``keep_mask`` or ``start_mask`` removes; does nothing without one.
+    """Zero the weights that the mask of ``keep_mask`` or ``start_mask`` removes, if one is given.
 
     Args:
         model: The base model of that mask.
-        method: Names the mask.
+        method: The settings that name the mask.
 
     Raises:
-        UserError: If the mask is one of another model, or its removed weights are not zero.
+        UserError: If the mask is of another model, or its removed weights are not zero.
     """
     folder = method.keep_mask or method.start_mask
     if folder is None:
@@ -30,6 +30,7 @@ def set_removed_to_zero(model: PreTrainedModel, method: MethodArguments) -> None
     option = "keep_mask" if method.keep_mask else "start_mask"
     config = read_config(folder)
     masks = MaskSet.from_adapter(folder)
+
     if config.removed_value != "zero":
         raise UserError(
             f"{option} {folder!r} has removed_value {config.removed_value}; name a mask that removes to zero"
@@ -41,6 +42,7 @@ def set_removed_to_zero(model: PreTrainedModel, method: MethodArguments) -> None
         )
     if not masks.num_removed:
         raise UserError(f"{option} {folder!r} removes nothing; name a mask that does (--keep_worse true keeps one)")
+
     modules = dict(model.named_modules())
     weights = {name: getattr(modules.get(name), "weight", None) for name in sorted(masks)}
     base = config.base_model_name_or_path
@@ -50,6 +52,7 @@ def set_removed_to_zero(model: PreTrainedModel, method: MethodArguments) -> None
             raise UserError(
                 f"{option} {folder!r} is a mask of another model: {name} {has}; name the model it was made for ({base})"
             )
+
     found = weights_fingerprint((name, weight.detach()) for name, weight in weights.items())
     dtypes = {weight.dtype for weight in weights.values()}
     if config.base_fingerprint and not is_the_base(found, dtypes, config):
@@ -57,35 +60,36 @@ def set_removed_to_zero(model: PreTrainedModel, method: MethodArguments) -> None
             f"{option} {folder!r} is a mask of another model: it was made for {base} (fingerprint "
             f"{config.base_fingerprint[:12]}), and the weights of this one differ ({found[:12]})"
         )
+
     masks.apply_(model)
 
 
 class RemovedStayZero(TrainerCallback):
-    """Holds removed weights at exactly zero, from step to step."""
+    """Keeps removed weights at exactly zero during training."""
 
     def __init__(self, masks: MaskSet):
         self._masks = masks
         self._removed: list[tuple[nn.Parameter, Tensor]] = []
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        """Find the weights, which may have been spread over processes since the masks were applied."""
+        """Find the weights, which may have been sharded over processes since the masks were applied."""
         for name, mask in self._masks.items():
             weight = model.get_submodule(name).weight
             removed = rows_of(~mask, weight) if is_sharded(weight) else ~mask
             self._removed.append((weight, removed.to(local_part(weight).device)))
 
     def clear_gradients(self) -> None:
-        """Zero the gradients of removed weights: they are not to count in the norm that the others are clipped by."""
+        """Zero the gradients of removed weights, which must not count in the norm that clips the others."""
         for weight, removed in self._removed:
             if weight.grad is not None:
                 local_part(weight.grad).masked_fill_(removed, 0.0)
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        """Zero what the optimizer has moved, as weight decay and moments of a resumed run may."""
+        """Zero removed weights that the optimizer moved, as the moments of a resumed run may."""
         for weight, removed in self._removed:
             local_part(weight).masked_fill_(removed, 0.0)
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor that may be spread over processes."""
+    """This process's part of a tensor that may be sharded over processes."""
     return tensor.detach().to_local() if is_sharded(tensor) else tensor.detach()

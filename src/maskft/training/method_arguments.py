@@ -1,4 +1,4 @@
-"""What ``maskft train`` adds to TRL's arguments: the method, and the mask's settings with the prefix ``mask_``."""
+"""Options of ``maskft train`` beside TRL's: the method, and the mask's settings with the prefix ``mask_``."""
 
 # ruff: noqa: RUF009 -- an option is a dataclasses.field
 
@@ -22,21 +22,22 @@ from ..masking import ScoreStart
 from ..tuner.config import MaskConfig
 from ..tuner.presets import PRESETS
 
-ADAPTER = "default"  # the name PEFT gives an adapter, every run has one adapter
+ADAPTER = "default"  # PEFT's name of an adapter; every run has at most one
 
 FIXED_MASK_METHODS = tuple(FIXED_MASKS)
 MASK_METHODS = ("mask", *FIXED_MASK_METHODS)
-INTERPOLATE = "interpolate"  # a model and the one it was made from, not trained
-SHARES = tuple(n / 10 for n in range(1, 11))  # of the fine-tuned one, among which the held-out rows choose
+INTERPOLATE = "interpolate"  # a fine-tuned model with the model before, not trained
+SHARES = tuple(n / 10 for n in range(1, 11))  # of the fine-tuned model; held-out rows choose one
 UNTRAINED_METHODS = (*FIXED_MASK_METHODS, INTERPOLATE)
-PEFT = "peft"  # an adapter of PEFT's, which peft_config says
+PEFT = "peft"  # an adapter of PEFT's, configured by peft_config
 METHODS = ("full", PEFT, *MASK_METHODS, INTERPOLATE)
 
 # Fields a preset may set; their default is None, "not given on the command line".
 _DECIDED = dict.fromkeys(name for preset in PRESETS.values() for name in preset)
 _SPECS = {spec.name: spec for spec in fields(MaskConfig)}
 _SETTINGS = [name for name, spec in _SPECS.items() if spec.metadata.get("is_option")]
-_NAME = re.compile(r"(?!all-linear$)[\w.-]+")  # of a layer; anything else that stands alone is an expression
+# The name of a layer. A single entry that is not one is a regular expression, or PEFT's "all-linear".
+_NAME = re.compile(r"(?!all-linear$)[\w.-]+")
 
 
 def _argument(name: str) -> str:
@@ -44,10 +45,12 @@ def _argument(name: str) -> str:
 
 
 def _kind(hint: Any) -> Any:
-    """A type for TrlParser: of several the list, and text for a choice, which MaskConfig checks."""
-    parts = [part for part in get_args(hint) if part is not NoneType] if get_origin(hint) is UnionType else [hint]
-    kind = next((part for part in parts if get_origin(part) is list), parts[0])
-    return str if get_origin(kind) is Literal else kind
+    """The type of an option for TrlParser: the list of a union, and text for a choice, which MaskConfig checks."""
+    if get_origin(hint) is UnionType:
+        parts = [part for part in get_args(hint) if part is not NoneType]
+        lists = [part for part in parts if get_origin(part) is list]
+        hint = lists[0] if lists else parts[0]
+    return str if get_origin(hint) is Literal else hint
 
 
 def _mask_argument(name: str, hint: Any) -> tuple[str, Any, Any]:
@@ -60,9 +63,9 @@ def _mask_argument(name: str, hint: Any) -> tuple[str, Any, Any]:
     return _argument(name), kind, option(default, text)
 
 
-# Defaults without a preset, but for those that are recommended then.
+# Defaults without a preset, except those of the recommended preset.
 UNSAID = {_argument(n): _SPECS[n].default for n in _DECIDED if n not in ("sparsity", "init_scores")}
-# Those that are recommended then, as the help says them: see default_start.
+# The recommended ones, in words for the help; see default_start.
 _SHOWN = {
     "sparsity": PRESETS["recommended"]["sparsity"],
     "init_scores": "magnitude for top-k masks that remove to zero, else normal",
@@ -74,7 +77,7 @@ MaskArguments.__doc__ = "Settings of the mask; each is the field of MaskConfig w
 
 @dataclass
 class MethodArguments:
-    """Which method is trained."""
+    """The method and its settings."""
 
     method: str = option(
         "mask",
@@ -104,7 +107,7 @@ class MethodArguments:
         "the one with the lowest held-out loss; at least 1.",
     )
     num_calibration_samples: int = option(
-        128, "With wanda_mask and mask_init_scores wanda: training rows that are looked at; at least 1."
+        128, "With wanda_mask and mask_init_scores wanda: number of calibration rows, at least 1."
     )
     before_model: str | None = option(None, "With interpolate: the model that model_name_or_path was fine-tuned from.")
     partial_layers: list[int] | None = option(
@@ -125,16 +128,17 @@ class MethodArguments:
         "Write the mask also when it is not better than no mask on the held-out rows. Without it, an adapter "
         "that removes nothing is written instead.",
     )
-    keep_last: bool = option(False, "Also save the model as the last step left it, in the folder `last` of output_dir.")
+    keep_last: bool = option(False, "Also save the model of the last step, in the folder `last` of output_dir.")
 
     def __post_init__(self) -> None:
         self.peft_config = read_peft_config(self.peft_config)
-        if isinstance(self.partial_layers, int):  # as YAML has one
+        if isinstance(self.partial_layers, int):
+            # YAML may have a number for a list of one.
             self.partial_layers = [self.partial_layers]
 
 
 def read_peft_config(given: dict | str | None) -> dict[str, Any] | None:
-    """The content of ``peft_config``, of which a file may be named."""
+    """The content of ``peft_config``, which may be a file."""
     if given is None or isinstance(given, dict):
         return given
     content = None
@@ -144,35 +148,41 @@ def read_peft_config(given: dict | str | None) -> dict[str, Any] | None:
     elif is_there(given):
         content = read_json(Path(given).expanduser())
     if not isinstance(content, dict):
-        raise UserError(f'peft_config {given!r} is no JSON object such as {{"peft_type": "LORA"}}, nor a file of one')
+        raise UserError(
+            f'peft_config {given!r} is neither a JSON object such as {{"peft_type": "LORA"}} nor a file with one'
+        )
     return content
 
 
 def method_label(method: str, options: Mapping[str, Any]) -> str:
-    """A method's name in results: of an adapter of PEFT's its type, such as ``lora``."""
-    return str((options.get("peft_config") or {}).get("peft_type", method)).lower() if method == PEFT else method
+    """A method's name in results; for an adapter of PEFT's its type, such as ``lora``."""
+    if method != PEFT:
+        return method
+    content = options.get("peft_config") or {}
+    return str(content.get("peft_type", method)).lower()
 
 
 def selection_of(options: Mapping[str, Any]) -> str:
-    """What removes weights, by the mask's own option or its preset."""
+    """The learner of a mask, by its option or its preset."""
     preset = PRESETS.get(str(options.get("mask_preset")), {})
     return options.get("mask_selection") or preset.get("selection", "topk")
 
 
 def removes_a_share(options: Mapping[str, Any]) -> bool:
-    """Whether the mask is cut at a rank."""
+    """Whether the mask removes a given share of the weights (top-k)."""
     return selection_of(options) == "topk"
 
 
 def default_start(options: Mapping[str, Any]) -> ScoreStart:
-    """Where scores start if ``mask_init_scores`` is not given: as the preset says, without one as is recommended.
+    """Initialisation of the scores if ``mask_init_scores`` is not given: the preset's, or the recommended one.
 
     Args:
-        options: The mask's options, ``mask_preset`` and so on; what is missing stands at its default.
+        options: The mask's options, such as ``mask_preset``; missing ones have their defaults.
     """
     if options.get("mask_preset"):
         return PRESETS.get(str(options["mask_preset"]), {}).get("init_scores", "normal")
-    # A small weight is no small change, which is what a difference mask takes back; and what is cut at 0 has no rank.
+    # The recommended order of magnitudes needs a rank, and small weights that may go to zero. A difference mask undoes
+    # changes of weights, and a small weight may have changed much.
     is_plain = removes_a_share(options) and options.get("mask_removed_value", "zero") == "zero"
     return PRESETS["recommended"]["init_scores"] if is_plain else "normal"
 
@@ -184,9 +194,13 @@ def mask_config(arguments: MaskArguments, **overrides) -> MaskConfig:
     if not arguments.mask_preset:
         start = default_start(vars(arguments))
         values = {"sparsity": PRESETS["recommended"]["sparsity"], "init_scores": start} | values
+
+    # PEFT takes a list for names and a string for a regular expression. The command line gives lists, and YAML may have
+    # a string for one name.
     for name in ("target_modules", "exclude_modules"):
-        if isinstance(names := values.get(name), list) and len(names) == 1 and not _NAME.fullmatch(names[0]):
+        names = values.get(name)
+        if isinstance(names, list) and len(names) == 1 and not _NAME.fullmatch(names[0]):
             values[name] = names[0]
         elif isinstance(names, str) and _NAME.fullmatch(names):
-            values[name] = [names]  # as YAML has one name
+            values[name] = [names]
     return MaskConfig(task_type="CAUSAL_LM", **{**values, **overrides})

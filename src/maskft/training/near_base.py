@@ -1,4 +1,4 @@
-"""The KL term of a run: on which rows, with which coefficient, and which checkpoints are within the budget."""
+"""The KL term of a run: its rows, its coefficient, and which checkpoints are within the budget."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from .arguments import TrainConfig
 from .kl import Base, KLOnTask, KLOnText, kl_per_row
 from .kl_budget import KLBudget
 
-# Of the rows that the user names, those that are measured and not trained near; they are never in a batch.
+# Share of the rows that the user names on which KL is measured, and their largest number; no batch contains them.
 _HELDOUT_SHARE = 0.25
-_MOST_HELDOUT = 100
+_MAX_HELDOUT = 100
 
 
 class KLRows(NamedTuple):
-    """Rows that KL is taken on, where the user names some.
+    """Rows that the user names for KL.
 
     Attributes:
-        train: Tokenised rows of the term.
-        heldout: Tokenised rows that KL is measured on.
+        train: Tokenised rows of the loss term.
+        heldout: Tokenised rows of the measurement.
     """
 
     train: Dataset
@@ -42,16 +42,16 @@ class KLRows(NamedTuple):
 
 
 class KLReport(FileModel):
-    """What ``training.json`` says of a run's KL(base || model), in nats per token.
+    """KL(base || model) of a run in ``training.json``, in nats per token.
 
     Attributes:
-        budget: What was asked for; None with ``kl_to_base``.
-        reached: Of the checkpoint that is kept, on held-out rows.
-        at_end: At the last measurement.
+        budget: ``kl_budget``; None with ``kl_to_base``.
+        reached: KL of the kept checkpoint on held-out rows.
+        at_end: KL at the last measurement.
         multiplier: Coefficient of KL in the loss after the last step.
         rows: ``task``, or the name of the rows.
-        num_tokens: Tokens that ``reached`` is the mean of.
-        step: Step of that checkpoint; None where none was measured.
+        num_tokens: Number of tokens in the mean ``reached``.
+        step: Step of the kept checkpoint; None if no checkpoint was measured.
     """
 
     model_config = ConfigDict(allow_inf_nan=True)
@@ -66,7 +66,7 @@ class KLReport(FileModel):
 
     @property
     def is_met(self) -> bool:
-        """Whether what is kept is within the budget."""
+        """Whether the kept checkpoint is within the budget."""
         return self.budget is None or self.reached <= self.budget
 
     def __str__(self) -> str:
@@ -75,6 +75,7 @@ class KLReport(FileModel):
             text += f" of {self.rows}"
         if self.budget is None:
             return text
+
         text += f", budget {self.budget:g}, multiplier at the end {self.multiplier:.3g}"
         remedy = "raise kl_budget, lower learning_rate, or evaluate more often (eval_steps)"
         if not self.is_met:
@@ -87,10 +88,10 @@ class KLReport(FileModel):
 
 
 def load_kl_rows(config: TrainConfig, tokenizer) -> KLRows | None:
-    """Read and tokenise the rows of ``kl_dataset_name``; None without one.
+    """Read and tokenise the rows of ``kl_dataset_name``; None if it is not given.
 
     Raises:
-        UserError: If there are fewer than two different rows, or rows without a token to measure KL on.
+        UserError: If there are fewer than two different rows, or a row without a supervised token.
     """
     training = config.training
     name = training.kl_dataset_name
@@ -113,16 +114,21 @@ def load_kl_rows(config: TrainConfig, tokenizer) -> KLRows | None:
         )
     except UserError as error:
         raise UserError(f"kl_dataset_name {name!r}: {error}") from None
-    # A row that is there twice would be in both parts.
-    first_places = {tuple(ids): place for place, ids in reversed(list(enumerate(rows["input_ids"])))}
-    rows = rows.select(sorted(first_places.values()))
+
+    # The first of equal rows; copies could be in both parts.
+    first_positions: dict[tuple[int, ...], int] = {}
+    for position, ids in enumerate(rows["input_ids"]):
+        first_positions.setdefault(tuple(ids), position)
+    rows = rows.select(sorted(first_positions.values()))
     if len(rows) < 2:
         raise UserError(
             f"kl_dataset_name {name!r} has {len(rows)} different row; give at least 2: one part is trained near, the "
             "other measured"
         )
-    num_heldout = min(max(1, round(_HELDOUT_SHARE * len(rows))), _MOST_HELDOUT)
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.data.split_seed)).tolist()
+
+    num_heldout = min(max(1, round(_HELDOUT_SHARE * len(rows))), _MAX_HELDOUT)
+    generator = torch.Generator().manual_seed(config.data.split_seed)
+    order = torch.randperm(len(rows), generator=generator).tolist()
     columns = ["input_ids", "labels"]
     return KLRows(
         train=rows.select(sorted(order[num_heldout:])).select_columns(columns),
@@ -131,17 +137,17 @@ def load_kl_rows(config: TrainConfig, tokenizer) -> KLRows | None:
 
 
 class NearBase(TrainerCallback):
-    """Holds a model near its base by a KL term in its loss, with a fixed coefficient or a budget.
+    """Keeps a model near its base by a KL term in its loss, with a fixed coefficient or a budget.
 
     Args:
         model: The model to train, before its first step.
         data: Rows of the task.
-        kl_rows: Rows that the user names; None: those of the task.
+        kl_rows: Rows that the user names; None for those of the task.
         config: The run.
-        pad_token_id: Padding.
+        pad_token_id: Token for padding.
 
     Attributes:
-        budget: Adapts the coefficient; None: it is ``kl_to_base``.
+        budget: Adapts the coefficient; None if it is ``kl_to_base``.
     """
 
     def __init__(
@@ -182,7 +188,7 @@ class NearBase(TrainerCallback):
         return self._weight if self.budget is None else self.budget.multiplier
 
     def before_forward(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
-        """Run the base on a micro-batch; before the forward pass of ``model``."""
+        """Run the base on a micro-batch; call it before the forward pass of ``model``."""
         batch_number = self._step * self._batches_per_step + self._batch_in_step
         self._term.before_forward(model, inputs, batch_number)
         self._batch_in_step += 1
@@ -192,19 +198,22 @@ class NearBase(TrainerCallback):
 
         Args:
             model: The model to train, not wrapped by accelerate.
-            num_items: Tokens with a label in the step's batches, by which the task's loss is divided; None: those of
-                this micro-batch, and the Trainer divides by the micro-batches.
+            num_items: Number of tokens with a label in the step's batches, which divides the task's loss. None: the
+                loss is a mean over this micro-batch, and the Trainer divides by the number of micro-batches.
             num_micro_batches: Micro-batches of the step.
         """
         kl = self._term.after_forward(model)
-        sums = torch.stack([kl.total.detach().double(), torch.tensor(kl.num_tokens, device=kl.total.device).double()])
+        num_tokens = torch.tensor(kl.num_tokens, device=kl.total.device)
+        sums = torch.stack([kl.total.detach().double(), num_tokens.double()])
         self._sums = sums if self._sums is None else self._sums + sums
+
         if num_items is None:
             return self.multiplier * kl.total / max(kl.num_tokens, 1)
         if self._is_on_task:
             return self.multiplier * kl.total / torch.as_tensor(num_items).clamp(min=1)
-        # Named rows have a count of their own, and every micro-batch the same number of them.
-        return self.multiplier * kl.total / max(kl.num_tokens, 1) / num_micro_batches
+        # The mean over named rows, of which every micro-batch has the same number.
+        mean = kl.total / max(kl.num_tokens, 1)
+        return self.multiplier * mean / num_micro_batches
 
     @property
     def is_divided_by_all_tokens(self) -> bool:
@@ -212,7 +221,7 @@ class NearBase(TrainerCallback):
         return self._is_on_task
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Count batches from the step that the run begins or resumes at."""
+        """Count batches from the first step of the run, or the step that it resumes at."""
         self._step = state.global_step
         self._batch_in_step = 0
 
@@ -225,7 +234,8 @@ class NearBase(TrainerCallback):
         total, count = processes.reduce_(self._sums).tolist()
         self._sums = None
         if self.budget is not None and math.isfinite(total):
-            self.budget.update(total / max(count, 1), state.global_step / state.max_steps)
+            mean = total / max(count, 1)
+            self.budget.update(mean, state.global_step / state.max_steps)
 
     def metrics(self) -> dict[str, float]:
         """For the log: the running mean of KL in training, and the coefficient of the next step."""
@@ -240,27 +250,27 @@ class NearBase(TrainerCallback):
         return mean_nll(shared_rows(self._heldout, kl_of))
 
     def prefers(self, kl: float, best_kl: float | None) -> bool | None:
-        """Whether KL alone decides that a checkpoint is better than the best one so far; None: the loss decides.
+        """Whether a checkpoint is better than the best one so far by its KL; None if the loss decides.
 
         Args:
-            kl: Of the checkpoint.
-            best_kl: Of the best one; None: there is none.
+            kl: KL of the checkpoint.
+            best_kl: KL of the best one; None if there is none yet.
         """
         if self.budget is None or best_kl is None:
             return None
         limit = self.budget.budget
         if kl <= limit:
             return None if best_kl <= limit else True
-        # Nothing is within the budget yet: the nearest one is the best.
+        # This one exceeds the budget: the smaller KL is better.
         return kl < best_kl
 
     def report(self, reached: float, at_end: float, best_step: int | None) -> KLReport:
-        """What the record says.
+        """The entry of the record.
 
         Args:
-            reached: KL of the checkpoint that is kept.
+            reached: KL of the kept checkpoint.
             at_end: KL of the last measurement.
-            best_step: Step of that checkpoint.
+            best_step: Step of the kept checkpoint.
         """
         return KLReport(
             budget=None if self.budget is None else self.budget.budget,

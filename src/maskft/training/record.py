@@ -1,4 +1,4 @@
-"""``training.json``: what a run did, how it was made, on what data and which machine."""
+"""``training.json``: results of a run, its settings, its data and its machine."""
 
 from __future__ import annotations
 
@@ -26,37 +26,39 @@ from .options import option_defaults
 from .trainer import MaskTrainer
 from .verdict import Verdict
 
-# Of TRL's hundreds of arguments, those that decide what is learned.
+# The arguments of TRL, among hundreds, that decide the outcome.
 _RECORDED = (
     "learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps "
     "lr_scheduler_type warmup_steps weight_decay max_grad_norm max_length bf16 kl_to_base seed"
 ).split()
-_DERIVED = {"activation_checkpointing", "greater_is_better"}  # from others
-# The Trainer's mean over the steps since it was started, divided by all steps: another number where a run was resumed.
-_OF_ONE_PROCESS = ("train_loss",)
+# Set from other arguments.
+_DERIVED = {"activation_checkpointing", "greater_is_better"}
+# The Trainer sums the loss since it was started and divides by all steps, so a resumed run has another number.
+_DIFFERS_WHEN_RESUMED = ("train_loss",)
 
 
 class TrainingSummary(FileModel):
-    """What a run did.
+    """Results of a run.
 
     Attributes:
         method: The method.
-        start_loss: Held-out loss in nats per token before the first step; of a mask: without it.
-        best_loss: Held-out loss of the best checkpoint, of a mask at the sparsity it was trained with.
-        best_step: The step it was saved at.
+        start_loss: Held-out loss before the first step, in nats per token; for a mask, of the model without it.
+        best_loss: Held-out loss of the best checkpoint; for a mask, at the sparsity of its training.
+        best_step: Step of the best checkpoint.
         end_loss: Held-out loss at the last measurement.
         num_steps: Optimizer steps.
         num_epochs: Passes over the training rows.
-        num_train_tokens: Tokens trained on, those without a label included.
-        num_trainable: Parameters that were trained.
-        num_target_weights: Weights a mask could remove; 0 for other methods.
-        train_time_s: Seconds, evaluation included; of a resumed run with those before its checkpoint.
-        peak_memory_bytes: Of this process: of the GPU where there is one.
-        history: What was logged, a dict per time.
+        num_train_tokens: Tokens of training, including those without a label.
+        num_trainable: Number of trainable parameters.
+        num_target_weights: Number of weights that a mask can remove; 0 for other methods.
+        train_time_s: Seconds, including evaluation and, for a resumed run, the time before its checkpoint.
+        peak_memory_bytes: Peak memory of this process; GPU memory if there is a GPU.
+        history: The log, one dict per entry.
         kl: KL(base || model) of a run with ``kl_to_base`` or ``kl_budget``.
     """
 
-    model_config = ConfigDict(allow_inf_nan=True)  # a diverged run is recorded as well
+    # A diverged run is recorded too.
+    model_config = ConfigDict(allow_inf_nan=True)
 
     method: str
     start_loss: float | None = None
@@ -78,11 +80,11 @@ class TrainingRecord(FileModel):
     """Content of ``training.json``.
 
     Attributes:
-        summary: What the run did.
-        recipe: How it was trained: what decides the outcome, and every other setting that is not a default.
-        data: Counts of rows read, kept and left out.
+        summary: Results of the run.
+        recipe: Settings that decide the outcome, and every other one that the method uses and that is not a default.
+        data: Numbers of rows read, kept and left out.
         environment: Versions and machine.
-        verdict: Of a mask: whether it is better than its parent, and whether it was written.
+        verdict: For a mask: whether it is better than its parent, and whether it was written.
     """
 
     summary: TrainingSummary
@@ -110,15 +112,19 @@ def make_record(
     for group in (config.data, config.mask, config.method):
         for name, spec in type(group).__dataclass_fields__.items():
             value = getattr(group, name)
-            if value is not None and value != spec.default and name not in ("prepared_data_dir", "prepare_only"):
+            is_given = value is not None and value != spec.default
+            if is_given and name not in ("prepared_data_dir", "prepare_only"):
                 recipe[name] = value
     if datasets := hub_ids(config.data.dataset_name or ""):
         recipe["datasets"] = datasets
+
     defaults = option_defaults()
     given = vars(config.model) | vars(config.training)
     for name in sorted(given.keys() & defaults.keys() - FREE - _DERIVED):
-        if given[name] not in (None, defaults[name]) and isinstance(given[name], str | int | float | list | dict):
-            recipe[name] = given[name]
+        value = given[name]
+        is_plain = isinstance(value, str | int | float | list | dict)
+        if value not in (None, defaults[name]) and is_plain:
+            recipe[name] = value
     recipe |= {name: getattr(config.training, name) for name in _RECORDED}
 
     method = config.method
@@ -131,7 +137,8 @@ def make_record(
     if is_trained or summary.best_loss is not None:
         recipe["best_heldout_loss"] = summary.best_loss
     if verdict is not None:
-        recipe["verdict"] = f"{verdict}{'' if verdict.kept else '; so this adapter removes nothing'}"
+        recipe["verdict"] = str(verdict) if verdict.kept else f"{verdict}; so this adapter removes nothing"
+
     return TrainingRecord(
         summary=summary,
         recipe={name: _plain(value) for name, value in recipe.items()},
@@ -142,18 +149,27 @@ def make_record(
 
 
 def summarise(trainer: MaskTrainer, method: str) -> TrainingSummary:
-    """Sum up a run of ``method`` that has ended."""
+    """Summary of a run of ``method`` that has ended."""
     state = trainer.state
     model = trainer.model
-    without_mask = trainer.reference.losses if trainer.reference else None
     losses = {row["step"]: row["eval_loss"] for row in state.log_history if "eval_loss" in row}
+
+    start_loss = losses.get(0)
+    if trainer.reference is not None and trainer.reference.losses:
+        start_loss = mean_nll(trainer.reference.losses)
+
     best_step = next(reversed(losses), None)
     if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
         best_step = step_of(Path(state.best_model_checkpoint))
+
     layers = adapter_layers(model, ADAPTER) if method in MASK_METHODS else {}
+    history = []
+    for row in state.log_history:
+        history.append({key: value for key, value in row.items() if key not in _DIFFERS_WHEN_RESUMED})
+
     return TrainingSummary(
         method=method,
-        start_loss=mean_nll(without_mask) if without_mask else losses.get(0),
+        start_loss=start_loss,
         best_loss=losses.get(best_step),
         best_step=best_step,
         end_loss=next(reversed(losses.values()), None),
@@ -165,12 +181,12 @@ def summarise(trainer: MaskTrainer, method: str) -> TrainingSummary:
         train_time_s=round(time.perf_counter() - trainer.started, 1),
         peak_memory_bytes=memory.peak_memory_bytes(),
         kl=_kl_report(trainer, best_step),
-        history=[{key: value for key, value in row.items() if key not in _OF_ONE_PROCESS} for row in state.log_history],
+        history=history,
     )
 
 
 def _kl_report(trainer: MaskTrainer, best_step: int | None) -> KLReport | None:
-    """KL of the kept checkpoint and of the last one, as they were measured; where nothing was, measured now."""
+    """KL of the kept checkpoint and at the last measurement; if the checkpoint was not measured, it is measured now."""
     if trainer.near_base is None:
         return None
     measured = {row["step"]: row["eval_kl"] for row in trainer.state.log_history if "eval_kl" in row}
@@ -181,6 +197,7 @@ def _kl_report(trainer: MaskTrainer, best_step: int | None) -> KLReport | None:
 
 
 def _plain(value: Any) -> Any:
-    """An enum as its value, and a path as its last part: a recipe is shared, folders are not."""
+    """An enum as its value, and a path as its last part: recipes are shared, folders of a machine are not."""
     value = getattr(value, "value", value)
-    return Path(value).name if isinstance(value, str) and files.is_there(value) else value
+    is_path = isinstance(value, str) and files.is_there(value)
+    return Path(value).name if is_path else value

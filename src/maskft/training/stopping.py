@@ -17,10 +17,10 @@ _SAME_SIGNAL_S = 1.0
 
 
 class StopRequest:
-    """Notes the first signal inside its context, and leaves a second one to what was there before.
+    """Records the first signal inside its context; a second one goes to the handler from before.
 
     Attributes:
-        signal: The first signal; None: none has come.
+        signal: The first signal; None if none has come.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,8 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():  # the only one that may
+        # Only the main thread may set handlers.
+        if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
         return self
 
@@ -46,7 +47,8 @@ class StopRequest:
         if self.signal is None:
             self.signal = number
             self._time = now
-            if is_main():  # not by a console, which may be in the middle of a line and hold its lock
+            if is_main():
+                # Not with a console, which may be in the middle of a line and hold its lock.
                 os.write(2, b"\nstopping: the step is finished and saved first; a second signal stops immediately\n")
         elif now - self._time > _SAME_SIGNAL_S:
             self._restore()

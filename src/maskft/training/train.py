@@ -30,17 +30,17 @@ from .verdict import HeldoutLosses, never_worse
 
 
 def train(config: TrainConfig, console: Console | None = None) -> TrainingSummary | None:
-    """Train (or, for fixed masks, make) what ``config`` describes and save the best of it to its output folder.
+    """Train the model of ``config`` (or make a fixed mask) and save the best checkpoint to its output folder.
 
     Args:
-        config: What to train, on what, and how.
+        config: Method, model, data and settings.
         console: Where to print; default stderr.
 
     Returns:
-        What was done; None where only data was to be prepared.
+        Results of the run; None with ``prepare_only``.
 
     Raises:
-        UserError: For every mistake in the input, and when the loss stops being finite.
+        UserError: For every mistake in the input, and if the loss becomes non-finite.
     """
     console = console or Console(stderr=True, quiet=not processes.is_main())
     check_config(config)
@@ -53,7 +53,13 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainingSummar
 
 
 def run(config: TrainConfig, resume_from: str | None, console: Console) -> TrainingSummary:
-    """Do what :func:`train` says, in an output folder that no other run writes to."""
+    """Train in an output folder that is locked against other runs; see :func:`train`.
+
+    Args:
+        config: The run, with its actual accumulation steps.
+        resume_from: The checkpoint to resume from; None starts from step 0.
+        console: Where to print.
+    """
     # setup
     method = config.method
     training = config.training
@@ -61,9 +67,13 @@ def run(config: TrainConfig, resume_from: str | None, console: Console) -> Train
     data = load_data(config.data, training, tokenizer, console)
     model = load_base(config.model, tokenizer, method.method)
     kl_rows = load_kl_rows(config, tokenizer)
-    check_context(model, data.train, data.heldout, *([kl_rows.train, kl_rows.heldout] if kl_rows else []))
+    check_context(model, data.train, data.heldout)
+    if kl_rows is not None:
+        check_context(model, kl_rows.train, kl_rows.heldout)
+
     # build and fit
-    trainer = failure = None
+    trainer = None
+    failure = None
     if method.method in FIXED_MASK_METHODS:
         model, summary = make_fixed_mask(model, data, config, tokenizer, console)
     elif method.method == INTERPOLATE:
@@ -75,12 +85,18 @@ def run(config: TrainConfig, resume_from: str | None, console: Console) -> Train
             start_on_data(model, data.train, method.num_calibration_samples, training.device)
         describe(model, tokenizer, data, config, console)
         trainer, summary, failure = fit(model, tokenizer, data, config, resume_from, console, kl_rows)
-    # judge and save
+
+    # compare with the parent
     measure = heldout_loss(model, tokenizer, training) if trainer is None else trainer.heldout_loss()
-    parent = trainer.reference.losses if trainer is not None and trainer.reference is not None else None
+    parent = None
+    if trainer is not None and trainer.reference is not None:
+        parent = trainer.reference.losses
     losses, verdict = never_worse(model, data, config, measure, parent)
+
+    # save
     if method.method == PEFT and method.start_mask is not None:
-        model = model.merge_and_unload()  # over the base as it is, the adapter would be another model
+        # The adapter was trained over pruned weights, so over the base it would be another model.
+        model = model.merge_and_unload()
     record = make_record(config, summary, data, verdict)
     save(model, tokenizer, record, losses, training.output_dir, trainer)
     report(summary, verdict, config, failure, console)
@@ -96,28 +112,40 @@ def fit(
     console: Console,
     kl_rows: KLRows | None = None,
 ) -> tuple[MaskTrainer, TrainingSummary, str | None]:
-    """Train what requires a gradient of ``model``, from a checkpoint where the run is resumed, and keep the best.
+    """Train the trainable parameters of ``model`` and load the best checkpoint.
+
+    Args:
+        model: The model, with its trainable parameters.
+        tokenizer: Its tokenizer.
+        data: The rows.
+        config: The run.
+        resume_from: The checkpoint to resume from; None starts from step 0.
+        console: Where to print.
+        kl_rows: Rows of ``kl_dataset_name``; None if it is not given.
 
     Returns:
-        The trainer, what was done, and why training stopped too early, if it did.
+        The trainer, the results, and why training stopped early, or None.
 
     Raises:
-        UserError: If processes hold different things, a resumed run differs from what it began with, or the loss is
-            not finite before there is a checkpoint.
+        UserError: If processes have different models or data, a resumed run differs from its checkpoint, or the loss
+            is not finite before there is a checkpoint.
     """
     check_processes(model, data.train, data.heldout)
     if config.training.device.type == "cpu":
         memory.keep_freed_memory()
     try:
         trainer = MaskTrainer(model, tokenizer, data, config, resume_from, console, kl_rows)
-    except ValueError as error:  # what TRL or torch does not take
+    except ValueError as error:
+        # Settings that TRL or torch rejects.
         raise UserError(first_line(error)) from None
+
     failure = None
     try:
         with closing(trainer.progress), trainer.guard.stop, _readable(resume_from):
             trainer.train(resume_from_checkpoint=resume_from)
-        if resume_from is not None and step_of(Path(resume_from)) >= trainer.state.max_steps:
-            console.print(f"already finished: all {trainer.state.max_steps} steps had been trained")
+        num_steps = trainer.state.max_steps
+        if resume_from is not None and step_of(Path(resume_from)) >= num_steps:
+            console.print(f"already finished: all {num_steps} steps had been trained")
     except NotFiniteError as error:
         failure = trainer.back_to_best(error)
     return trainer, summarise(trainer, config.method.method), failure
@@ -125,10 +153,10 @@ def fit(
 
 @contextmanager
 def _readable(checkpoint: str | None) -> Iterator[None]:
-    """Turn what a checkpoint raises that holds other pickles than a run writes into one line; torch runs no code of it.
+    """Turn errors of a checkpoint with foreign pickles into one line; torch does not run code in it.
 
     Raises:
-        UserError: Names the checkpoint.
+        UserError: With the name of the checkpoint.
     """
     try:
         yield
@@ -147,14 +175,15 @@ def save(
     """Write the trained model or adapter, its tokenizer, ``training.json`` and ``heldout.json``.
 
     Args:
-        model: What to save.
+        model: The model.
         tokenizer: Its tokenizer.
-        record: What ``training.json`` will hold.
-        losses: What ``heldout.json`` will hold; None: it is not written.
-        folder: Where to.
-        trainer: What trained ``model``, if anything did; all processes must then call this.
+        record: Content of ``training.json``.
+        losses: Content of ``heldout.json``; None if it is not written.
+        folder: Folder to write to.
+        trainer: The trainer of ``model``, if it was trained; all processes must then call this function.
     """
-    if processes.is_main():  # first, for the card of a mask names its tokenizer
+    if processes.is_main():
+        # Before the mask, whose card names its tokenizer.
         tokenizer.save_pretrained(folder)
     save_final(model, folder, record.recipe, trainer)
     if processes.is_main():

@@ -1,4 +1,4 @@
-"""TRL's SFT trainer with what a mask needs: checks at every step, and checkpoints that are whole."""
+"""TRL's SFT trainer with checks at every step, atomic checkpoints, and one held-out loss for all methods."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from accelerate.utils import save_fsdp_model
 from rich.console import Console
-from transformers import PrinterCallback, ProgressCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
@@ -37,19 +37,19 @@ T = TypeVar("T")
 
 
 class MaskTrainer(SFTTrainer):
-    """Stops before a non-finite step, measures the one held-out loss, and logs speed, memory and what the mask did.
+    """Stops before a non-finite step, measures the held-out loss, and logs speed, memory and changes of the mask.
 
     Args:
-        model: What to train; its adapter, if any, is :data:`ADAPTER`.
+        model: The model to train; its adapter, if any, is :data:`ADAPTER`.
         tokenizer: Its tokenizer.
         data: Tokenised rows.
         config: The run.
-        resume_from: The checkpoint that the run is resumed from; None: it begins.
+        resume_from: The checkpoint to resume from; None starts from step 0.
         console: Where progress is shown.
-        kl_rows: Rows of ``kl_dataset_name``; None: it is not given.
+        kl_rows: Rows of ``kl_dataset_name``; None if it is not given.
 
     Raises:
-        UserError: If an option, the data or the base differs from what the resumed run began with.
+        UserError: If an option, the data or the base differs from the run that is resumed.
     """
 
     def __init__(
@@ -62,24 +62,17 @@ class MaskTrainer(SFTTrainer):
         console: Console,
         kl_rows: KLRows | None = None,
     ):
-        method = config.method
-        training = config.training
         self._course = course_of(config, data, kl_rows)
         self._resume_from = resume_from
         if resume_from is not None:
             processes.decided_by_main(lambda: check_course(Path(resume_from), self._course))
-        self._save_total_limit = training.save_total_limit
-        self.near_base = None
-        if training.kl_to_base or training.kl_budget is not None:
-            self.near_base = NearBase(model, data, kl_rows, config, tokenizer.pad_token_id or 0)
+
+        self._save_total_limit = config.training.save_total_limit
         self._heldout = data.heldout.select_columns(["input_ids", "labels"])
-        self._window = (time.perf_counter(), 0)  # when the last line of the log was written, and tokens by then
-        self.guard, self.progress = StepGuard(self), TrainingProgress(console)
-        self.stay_zero = RemovedStayZero(MaskSet.from_adapter(method.keep_mask)) if method.keep_mask else None
-        self.reference = Reference(self, console) if method.method == "mask" else None
-        last = KeepLast(self, Path(training.output_dir) / layout.LAST) if method.keep_last else None
-        callbacks = (MaskProgress(), self.near_base, self.guard, self.stay_zero, self.progress, last, self.reference)
-        # Over a base in four or eight bits TRL casts what is trained to bfloat16, in which scores would tie at the cut.
+        # Time and number of tokens at the last line of the log, for tokens/s.
+        self._window = (time.perf_counter(), 0)
+        self.near_base = _near_base(model, tokenizer, data, config, kl_rows)
+
         scores = {
             name: parameter.data
             for name, parameter in model.named_parameters()
@@ -87,42 +80,67 @@ class MaskTrainer(SFTTrainer):
         }
         super().__init__(
             model=model,
-            args=trainer_arguments(training, resume_from is not None),
+            args=trainer_arguments(config.training, resume_from is not None),
             processing_class=tokenizer,
             train_dataset=data.train.select_columns(["input_ids", "labels"]),
             eval_dataset=self._heldout,
-            callbacks=[callback for callback in callbacks if callback is not None],
+            callbacks=self._make_callbacks(config, console),
         )
+
+        # TRL casts trainable parameters to bfloat16 over a base in four or eight bits. Scores stay in float32: rounded,
+        # many would tie at the threshold.
         for name, parameter in model.named_parameters():
             if name in scores and parameter.dtype != scores[name].dtype:
                 parameter.data = scores[name].to(parameter.device)
+
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.started = time.perf_counter()
 
+    def _make_callbacks(self, config: TrainConfig, console: Console) -> list[TrainerCallback]:
+        """The callbacks, in the order in which they run."""
+        method = config.method
+        self.guard = StepGuard(self)
+        self.progress = TrainingProgress(console)
+
+        self.stay_zero = None
+        if method.keep_mask:
+            self.stay_zero = RemovedStayZero(MaskSet.from_adapter(method.keep_mask))
+
+        self.reference = None
+        if method.method == "mask":
+            self.reference = Reference(self, console)
+
+        last = None
+        if method.keep_last:
+            last = KeepLast(self, Path(config.training.output_dir) / layout.LAST)
+
+        callbacks = (MaskProgress(), self.near_base, self.guard, self.stay_zero, self.progress, last, self.reference)
+        return [callback for callback in callbacks if callback is not None]
+
     # Each override below says which behaviour of transformers or TRL it changes, and why.
 
-    # accelerate falls back to DDP for FSDP without an accelerator, and says nothing.
+    # accelerate silently falls back to DDP when FSDP runs without an accelerator.
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator, also for FSDP on CPUs."""
         let_cpu_shard()
         super().create_accelerator_and_postprocess()
 
-    # torch and transformers raise errors of several types for an optimizer or a schedule that cannot be made; users see
-    # a traceback.
+    # torch and transformers raise errors of several types for an optimizer or a schedule that they cannot create, and
+    # users would see a traceback.
     def create_optimizer(self, *args, **kwargs):
-        """Create the optimizer; what torch does not take is one line."""
+        """Create the optimizer; settings that torch rejects are one line."""
         return _made("optimizer", super().create_optimizer, *args, **kwargs)
 
     def create_scheduler(self, *args, **kwargs):
-        """Create the schedule of the learning rate; what transformers does not take is one line."""
+        """Create the learning rate schedule; settings that transformers rejects are one line."""
         return _made("scheduler", super().create_scheduler, *args, **kwargs)
 
     # TRL reports each use of a trainer, unless telemetry is off by an environment variable.
     def _send_telemetry(self) -> None:
-        """Nothing of TRL's report on the machine."""
+        """Send nothing."""
 
-    # The Trainer clips by the norm of all gradients; those of weights that stay removed are not to count in it.
+    # The Trainer clips by the norm of all gradients. Those of weights that stay removed must not count.
     def _clip_grad_norm(self, model):
         if self.stay_zero is not None:
             self.stay_zero.clear_gradients()
@@ -130,7 +148,7 @@ class MaskTrainer(SFTTrainer):
 
     # The Trainer logs the norm and takes the step even where it is not finite: clipping by inf makes all gradients 0.
     def _get_grad_norm(self, model, grad_norm=None):
-        """The norm before clipping, which the Trainer computes for its log; the guard checks it before the step."""
+        """Norm of the gradients before clipping, which the Trainer computes for its log; checked before the step."""
         norm = super()._get_grad_norm(model, grad_norm)
         self.guard.see_gradient_norm(norm)
         return norm
@@ -146,12 +164,18 @@ class MaskTrainer(SFTTrainer):
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         with self.accelerator.autocast():
             term = self.near_base.after_forward(whole, num_items_in_batch, self.current_gradient_accumulation_steps)
-        is_of_all_processes = self.args.average_tokens_across_devices and num_items_in_batch is not None
-        if is_of_all_processes and self.near_base.is_divided_by_all_tokens:
-            term = term * self.accelerator.num_processes  # as TRL's loss: DDP averages the gradients
-        return (result[0] + term, result[1]) if return_outputs else result + term
 
-    # The Trainer replaces a loss that is not finite in its log (logging_nan_inf_filter), or goes on with it.
+        counts_all_processes = self.args.average_tokens_across_devices and num_items_in_batch is not None
+        if counts_all_processes and self.near_base.is_divided_by_all_tokens:
+            # As TRL does with its own loss: DDP averages the gradients over processes.
+            term = term * self.accelerator.num_processes
+
+        if return_outputs:
+            loss, outputs = result
+            return loss + term, outputs
+        return result + term
+
+    # The Trainer hides a non-finite loss in its log (logging_nan_inf_filter), and continues with it.
     def training_step(self, *args, **kwargs):
         """One micro-batch; its loss is checked once per optimizer step, so that a GPU is not made to wait."""
         loss = super().training_step(*args, **kwargs)
@@ -159,7 +183,7 @@ class MaskTrainer(SFTTrainer):
         return loss
 
     def heldout_loss(self) -> HeldoutLoss:
-        """What measures held-out rows, with the model and the autocast of this training."""
+        """Measures held-out rows, with the model and the autocast of this training."""
         whole = self.accelerator.unwrap_model(self.model)
         pad_token_id = self.processing_class.pad_token_id or 0
         size = self.args.per_device_eval_batch_size
@@ -178,24 +202,26 @@ class MaskTrainer(SFTTrainer):
     # The Trainer's evaluation loss is a mean over batches, so it depends on which rows share a batch, and on padding.
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         """Measure the held-out rows, one by one; TRL's loss would depend on which rows share a batch."""
-        loss = mean_nll(self.measure_heldout())
-        metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_num_tokens": int(self._total_train_tokens)}
+        metrics = {
+            f"{metric_key_prefix}_loss": mean_nll(self.measure_heldout()),
+            f"{metric_key_prefix}_num_tokens": int(self._total_train_tokens),
+        }
         if self.near_base is not None:
             metrics[f"{metric_key_prefix}_kl"] = self.measure_kl()
         return EvalLoopOutput(None, None, metrics, len(self._heldout))
 
-    # The Trainer looks at max_steps after a step: a run resumed at its last step would take one more.
+    # The Trainer compares with max_steps after a step, so a run resumed at its last step would take one more.
     def _run_epoch(self, *args, **kwargs):
-        """Train nothing when resumed from the checkpoint of the last step; transformers would take one step more."""
+        """Train an epoch; nothing if the run was resumed from the checkpoint of its last step."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
 
-    # The Trainer takes an evaluation for the best even where no checkpoint is saved at its step, and loads another one
-    # at the end (huggingface/transformers#39560).
+    # The Trainer accepts an evaluation as the best even if no checkpoint is saved at its step, and loads another one at
+    # the end (huggingface/transformers#39560).
     def _determine_best_metric(self, metrics, trial) -> bool:
-        """Whether this evaluation is the best so far, of those whose step is saved: an unsaved one cannot be kept."""
+        """Whether this evaluation is the best so far, among those whose step is saved."""
         is_saved = self.control.should_save or self.args.save_strategy == "best"
         if not is_saved:
             return False
@@ -204,44 +230,52 @@ class MaskTrainer(SFTTrainer):
             if prefers is False:
                 return False
             if prefers:
-                self.state.best_metric = None  # transformers compares losses, and takes any for better than none
+                # transformers compares losses, and without a best one any loss is better.
+                self.state.best_metric = None
         return super()._determine_best_metric(metrics, trial)
 
     def kl_of_best(self) -> float | None:
-        """KL of the best checkpoint so far, as it was measured; None: there is none, or nothing was measured."""
+        """KL of the best checkpoint so far; None without one, or if its KL was not measured."""
         best = self.state.best_model_checkpoint
         if best is None:
             return None
         step = step_of(Path(best))
-        return next(
-            (row["eval_kl"] for row in self.state.log_history if row["step"] == step and "eval_kl" in row), None
-        )
+        for row in self.state.log_history:
+            if row["step"] == step and "eval_kl" in row:
+                return row["eval_kl"]
+        return None
 
     def resume_counts(self) -> None:
-        """Resume what the log counts: TRL counts tokens from zero, transformers the loss since its last line."""
+        """Restore the counters of the log: TRL counts tokens from 0, transformers sums the loss since its last line."""
         self._total_train_tokens = self.state.num_input_tokens_seen
         self._window = (time.perf_counter(), self.state.num_input_tokens_seen)
-        if self._resume_from is not None:
-            best = best_beside(Path(self._resume_from))
-            self.state.best_model_checkpoint = str(best) if best else None  # where the folder is now
-            kept = files.read_json(Path(self._resume_from) / layout.LOGGED)
-            self._tr_loss.fill_(kept["loss"])
-            self._globalstep_last_logged = kept["step"]
-            self.started -= kept["seconds"]
-            if self.near_base is not None and self.near_base.budget is not None:
-                self.near_base.budget.load(kept["kl_budget"])
+        if self._resume_from is None:
+            return
+
+        # The output folder may have been moved since.
+        best = best_beside(Path(self._resume_from))
+        self.state.best_model_checkpoint = None if best is None else str(best)
+
+        kept = files.read_json(Path(self._resume_from) / layout.LOGGED)
+        self._tr_loss.fill_(kept["loss"])
+        self._globalstep_last_logged = kept["step"]
+        self.started -= kept["seconds"]
+        if self.near_base is not None and self.near_base.budget is not None:
+            self.near_base.budget.load(kept["kl_budget"])
 
     # The Trainer's checkpoints are not atomic (huggingface/transformers#27820), and it deletes
     # the oldest before the newest is whole.
     def _save_checkpoint(self, model, trial) -> None:
-        """Write a checkpoint whole; its manifest, which is written last, says that it is; then delete the oldest."""
+        """Write a checkpoint and then its manifest, which marks it as complete; then delete the oldest."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
-            (folder / layout.MANIFEST).unlink(missing_ok=True)  # of one of the same step, which is written over
+            # A checkpoint of the same step is overwritten, and not complete meanwhile.
+            (folder / layout.MANIFEST).unlink(missing_ok=True)
         with written_whole(folder):
             super()._save_checkpoint(model, trial)
-            self._save_loss_since_log(folder)
-            self.accelerator.wait_for_everyone()  # all processes write to it
+            self._save_log_state(folder)
+            # Every process writes files of its own.
+            self.accelerator.wait_for_everyone()
             if processes.is_main():
                 seal(folder, self._course)
                 delete_oldest(folder, self.state.best_model_checkpoint, self._save_total_limit)
@@ -250,17 +284,20 @@ class MaskTrainer(SFTTrainer):
         """Save a checkpoint before the first step."""
         self._save_checkpoint(self.model, trial=None)
 
-    def _save_loss_since_log(self, folder: Path) -> None:
-        """Keep the time so far, and what the next line of the log is the mean of, which transformers forgets."""
-        sums = processes.reduce_(self._tr_loss.detach().double().clone()) / processes.num_processes()
+    def _save_log_state(self, folder: Path) -> None:
+        """Save the time so far and the loss since the last line of the log, which transformers does not save."""
+        loss = processes.reduce_(self._tr_loss.detach().double().clone()) / processes.num_processes()
         if processes.is_main():
-            seconds = time.perf_counter() - self.started
-            content = {"loss": sums.item(), "step": self._globalstep_last_logged, "seconds": seconds}
+            content = {
+                "loss": loss.item(),
+                "step": self._globalstep_last_logged,
+                "seconds": time.perf_counter() - self.started,
+            }
             if self.near_base is not None and self.near_base.budget is not None:
                 content["kl_budget"] = self.near_base.budget.state()
             files.write_text(folder / layout.LOGGED, json.dumps(content) + "\n")
 
-    # Under FSDP the Trainer saves the frozen weights of an adapter's base too.
+    # Under FSDP, the Trainer also saves the frozen weights of an adapter's base.
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save weights or adapter; under FSDP without the frozen weights of an adapter's base."""
         if self.is_fsdp_enabled:
@@ -280,19 +317,17 @@ class MaskTrainer(SFTTrainer):
         self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / TRAINING_ARGS_NAME)
 
-    # The Trainer warns of tied weights as of missing ones (huggingface/transformers#27972).
+    # The Trainer reports tied weights as missing (huggingface/transformers#27972): it leaves out the names in
+    # `_keys_to_ignore_on_save`, where `tie_weights` no longer lists them.
     def _issue_warnings_after_load(self, load_result) -> None:
-        """Warn of keys that a checkpoint lacks, but not of tied weights, which are saved once.
-
-        transformers leaves out those of ``_keys_to_ignore_on_save`` only, where ``tie_weights`` no longer lists them.
-        """
+        """Warn of keys that a checkpoint lacks, except tied weights, which are saved once."""
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}
         missing = [name for name in load_result.missing_keys if name not in tied]
         super()._issue_warnings_after_load(
             SimpleNamespace(missing_keys=missing, unexpected_keys=load_result.unexpected_keys)
         )
 
-    # torch takes a dummy optimizer step under FSDP to have a state to save, and counts it.
+    # Under FSDP, torch runs a dummy optimizer step to create the state that it saves, and counts it.
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_fsdp_enabled and not self.optimizer.state:
             plugin = self.accelerator.state.fsdp_plugin
@@ -301,42 +336,57 @@ class MaskTrainer(SFTTrainer):
             super()._save_optimizer_and_scheduler(output_dir)
 
     def back_to_best(self, error: NotFiniteError) -> str:
-        """Load the best checkpoint after a step that could not be taken; returns why it could not, and what there is.
+        """Load the best checkpoint after a step with a non-finite loss or gradient.
+
+        Returns:
+            The reason, and the step of that checkpoint.
 
         Raises:
-            UserError: If no checkpoint is the best yet.
+            UserError: If no checkpoint was measured yet.
         """
         reason = f"{error} at step {self.state.global_step + 1}: {NOT_UPDATED}; lower learning_rate or check the data"
         if self.state.best_model_checkpoint is None:
             raise UserError(f"{reason}; no checkpoint was measured yet") from None
         self._load_best_model()
         step = step_of(Path(self.state.best_model_checkpoint))
-        set_mask_progress(self.model, step / self.state.max_steps)  # as MaskProgress does at an end without an error
+        # MaskProgress does this when training ends without an error.
+        set_mask_progress(self.model, step / self.state.max_steps)
         return f"{reason}; the best so far (step {step})"
 
-    # TRL writes a card whose lines load no mask, and which names no base that is a local folder.
+    # TRL's card has lines that do not load a mask, and does not name a base in a local folder.
     def create_model_card(self, *args, **kwargs) -> None:
-        """Not TRL's, whose lines do not load a mask, nor a base that is on no hub."""
+        """Write no card; saving an adapter writes its own."""
 
     # TRL counts tokens from 0 in a resumed run, so its tokens/s would be wrong (as huggingface/transformers#40560).
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add tokens/s, peak memory and mask metrics to what TRL logs."""
+        """Add tokens/s, peak memory and mask metrics to TRL's log."""
         if "loss" in logs:
             now = time.perf_counter()
             tokens = int(self._total_train_tokens)
-            logs["tokens_per_s"] = round((tokens - self._window[1]) / max(now - self._window[0], 1e-9), 1)
+            last_time, last_tokens = self._window
+            seconds = max(now - last_time, 1e-9)
+            logs["tokens_per_s"] = round((tokens - last_tokens) / seconds, 1)
             logs["peak_memory_bytes"] = memory.peak_memory_bytes()
             logs.update(self.guard.mask_metrics)
             if self.near_base is not None:
                 logs.update(self.near_base.metrics())
             self._window = (now, tokens)
         elif "eval_loss" in logs and self.lr_scheduler is not None:
-            logs["learning_rate"] = self._get_learning_rate()  # of the next step: a schedule may be continued from it
+            # The rate of the next step, from which a study may continue the schedule.
+            logs["learning_rate"] = self._get_learning_rate()
         super().log(logs, start_time)
 
 
-def _made(what: str, make: Callable[..., T], *args, **kwargs) -> T:
+def _near_base(model, tokenizer, data: Prepared, config: TrainConfig, kl_rows: KLRows | None) -> NearBase | None:
+    """The KL term of the loss; None without ``kl_to_base`` and ``kl_budget``."""
+    training = config.training
+    if not training.kl_to_base and training.kl_budget is None:
+        return None
+    return NearBase(model, data, kl_rows, config, tokenizer.pad_token_id or 0)
+
+
+def _made(name: str, make: Callable[..., T], *args, **kwargs) -> T:
     try:
         return make(*args, **kwargs)
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"the {what} cannot be made: {first_line(error)}") from error
+        raise UserError(f"the {name} cannot be made: {first_line(error)}") from error

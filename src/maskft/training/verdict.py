@@ -1,4 +1,4 @@
-"""Never worse: the trained mask against its unmasked parent, on held-out rows, row by row."""
+"""Never worse: a trained mask is compared with its unmasked parent on held-out rows, row by row."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from ..tuner import MaskConfig
 from .arguments import TrainConfig
 from .method_arguments import ADAPTER
 
-MIN_ROWS = 2  # of a paired interval
+MIN_ROWS = 2  # for a paired interval
 NUM_RESAMPLES = 10_000
 CONFIDENCE = 0.95
-_MAX_DRAWS = 2**22  # row numbers in memory at a time
+_MAX_DRAWS = 2**22  # row indices in memory at a time
 
 Measure = Callable[[Sequence[Mapping[str, Any]]], list[RowLoss]]
 
@@ -39,10 +39,10 @@ class HeldoutLosses(FileModel):
     Attributes:
         ids: Ids of the rows, in the order of the lists below.
         num_tokens: Supervised tokens of each row.
-        nll: Loss of each row under the best checkpoint, in nats per token; of a mask also where it was not kept.
-        parent_nll: Loss without the adapter; None for full fine-tuning, which leaves no parent behind.
-        clusters: ``cluster_id`` of each row: rows of one label (questions on one passage) depend on each other; None
-            where they have none.
+        nll: Loss of each row under the best checkpoint, in nats per token; of a mask even if it was not kept.
+        parent_nll: Loss without the adapter; None for full fine-tuning, which changes its parent.
+        clusters: ``cluster_id`` of each row: rows of one cluster (questions on one passage) depend on each other; None
+            if rows have none.
     """
 
     model_config = ConfigDict(allow_inf_nan=True)
@@ -58,12 +58,12 @@ class Verdict(FileModel):
     """The mask minus its parent on held-out rows, in nats per token: below 0 the mask is better.
 
     Attributes:
-        difference: Of the losses, weighted by tokens; None where a loss is not finite.
+        difference: Difference of the losses, weighted by tokens; None if a loss is not finite.
         ci_low: Lower end of the paired 95 % interval.
         ci_high: Upper end.
         num_rows: Rows compared.
         is_better: Whether the whole interval is below 0.
-        kept: Whether the mask was written; False: an adapter that removes nothing was.
+        kept: Whether the mask was written; else the adapter removes nothing.
     """
 
     difference: float | None
@@ -76,15 +76,21 @@ class Verdict(FileModel):
     def __str__(self) -> str:
         if self.difference is None or self.ci_low is None:
             return "the mask is not shown to be better than no mask: a held-out loss is not finite"
-        said = "better than" if self.is_better else "worse than" if self.ci_low > 0 else "not distinguishable from"
+        if self.is_better:
+            comparison = "better than"
+        elif self.ci_low > 0:
+            comparison = "worse than"
+        else:
+            comparison = "not distinguishable from"
         digits = _digits(self.difference, self.ci_low, self.ci_high)
         interval = f"[{self.ci_low:+.{digits}f}, {self.ci_high:+.{digits}f}]"
         on_rows = f"on {self.num_rows:,} held-out rows"
-        return f"the mask is {said} no mask: {self.difference:+.{digits}f} nats/token, 95 % {interval}, {on_rows}"
+        difference = f"{self.difference:+.{digits}f} nats/token"
+        return f"the mask is {comparison} no mask: {difference}, 95 % {interval}, {on_rows}"
 
 
 def _digits(*numbers: float | None) -> int:
-    """Four decimals, or so many that no number is rounded to zero: "[-0.0001, -0.0000] better" contradicts itself."""
+    """Four decimals, or more if a number would round to zero: "[-0.0001, -0.0000] better" contradicts itself."""
     digits = 4
     smallest = min((abs(number) for number in numbers if number), default=1.0)
     while smallest < 0.5 * 10**-digits and digits < 8:
@@ -101,23 +107,27 @@ def read_heldout(folder: str | Path) -> HeldoutLosses:
 def never_worse(
     model, data: Prepared, config: TrainConfig, measure: Measure, parent: list[RowLoss] | None = None
 ) -> tuple[HeldoutLosses | None, Verdict | None]:
-    """Compare what was trained with its parent on the held-out rows; a learned mask that is not better removes nothing.
+    """Compare a model with its parent on the held-out rows; a learned mask that is not better is set to remove nothing.
 
     Args:
-        model: What was trained or made; its mask is changed in place.
+        model: The model; its mask is changed in place.
         data: The rows.
         config: The run.
         measure: Measures held-out rows under ``model``.
-        parent: Their losses without the adapter, where these are known.
+        parent: Their losses without the adapter, if they are known.
 
     Returns:
-        The losses, None where held-out rows are not measured; and the verdict, None of what is no mask, and of fewer
-        than two rows, or clusters of them.
+        The losses, None if held-out rows are not measured. The verdict, None for other methods than masks, and for
+        fewer than two rows or clusters of rows.
     """
     if config.training.eval_strategy == "no":
         return None, None
-    clusters = data.heldout["cluster_id"][:] if "cluster_id" in data.heldout.column_names else None
+
     ids = row_ids(data.heldout)
+    clusters = None
+    if "cluster_id" in data.heldout.column_names:
+        clusters = data.heldout["cluster_id"][:]
+
     adapter = getattr(model, "peft_config", {}).get(ADAPTER)
     if adapter is not None and parent is None:
         with model.disable_adapter():
@@ -130,6 +140,7 @@ def never_worse(
         parent_nll=None if parent is None else [nll for nll, _ in parent],
         clusters=clusters,
     )
+
     if not isinstance(adapter, MaskConfig) or len(set(clusters or ids)) < MIN_ROWS:
         return losses, None
     difference, low, high = paired_interval(losses)
@@ -142,19 +153,21 @@ def never_worse(
 
 
 def row_ids(rows: Dataset) -> list[str]:
-    """Ids of the rows; their positions where they have none."""
-    return list(map(str, rows["id"] if "id" in rows.column_names else range(len(rows))))
+    """Ids of the rows; their positions if they have none."""
+    ids = rows["id"] if "id" in rows.column_names else range(len(rows))
+    return [str(row_id) for row_id in ids]
 
 
 # The interval
 
 
 def paired_interval(losses: HeldoutLosses) -> tuple[float | None, float | None, float | None]:
-    """Mean difference to the parent, weighted by tokens, and its 95 % interval; None: not finite.
+    """Mean difference to the parent, weighted by tokens, and its 95 % interval; all None if a loss is not finite.
 
     A percentile bootstrap of rows, or of clusters of rows; deviations are stretched to the width of a t interval.
     """
     assert losses.parent_nll is not None
+    # Differences summed over the tokens of a row; below, over those of a cluster.
     tokens = np.array(losses.num_tokens, dtype=float)
     sums = tokens * (np.array(losses.nll) - np.array(losses.parent_nll))
     if not np.isfinite(sums).all():
@@ -163,11 +176,16 @@ def paired_interval(losses: HeldoutLosses) -> tuple[float | None, float | None, 
         units = np.unique(losses.clusters, return_inverse=True)[1]
         sums = np.bincount(units, sums)
         tokens = np.bincount(units, tokens)
+
     difference = sums.sum() / tokens.sum()
     deviations = _resampled(sums, tokens) - difference
+
+    # The variance of a resampled mean is (n - 1) / n of the unbiased estimate, and percentiles take the estimate for
+    # the true variance: hence the two factors.
     count = len(sums)
     tail = (1 + CONFIDENCE) / 2
-    stretch = math.sqrt(count / (count - 1)) * _t_quantile(count - 1) / NormalDist().inv_cdf(tail)
+    t_to_normal = _t_quantile(count - 1) / NormalDist().inv_cdf(tail)
+    stretch = math.sqrt(count / (count - 1)) * t_to_normal
     low, high = np.quantile(difference + stretch * deviations, [1 - tail, tail])
     return float(difference), float(low), float(high)
 
@@ -179,24 +197,28 @@ def _resampled(sums: NDArray[np.float64], tokens: NDArray[np.float64]) -> NDArra
     means = np.empty(NUM_RESAMPLES)
     chunk = max(1, _MAX_DRAWS // count)
     for start in range(0, NUM_RESAMPLES, chunk):
-        drawn = random.integers(count, size=(min(chunk, NUM_RESAMPLES - start), count))
-        means[start : start + chunk] = sums[drawn].sum(1) / tokens[drawn].sum(1)
+        stop = min(start + chunk, NUM_RESAMPLES)
+        drawn = random.integers(count, size=(stop - start, count))
+        means[start:stop] = sums[drawn].sum(1) / tokens[drawn].sum(1)
     return means
 
 
 def _t_quantile(degrees: int) -> float:
-    """The value that Student's t stays below in absolute value with probability ``CONFIDENCE``, to six digits.
+    """Two-sided quantile of Student's t at ``CONFIDENCE``, to six digits; scipy is not a dependency of training.
 
-    With t = sqrt(degrees) * tan(angle), the density of the angle is proportional to cos(angle) ** (degrees - 1).
+    With t = sqrt(degrees) * tan(angle), the density of the angle is proportional to cos(angle) ** (degrees - 1). It is
+    integrated numerically and inverted.
     """
-    angles = np.linspace(0, min(math.pi / 2, 12 / math.sqrt(degrees)), 2**18 + 1)
-    middle = (angles[1:] + angles[:-1]) / 2
-    mass = np.concatenate([[0.0], np.cumsum(np.cos(middle) ** (degrees - 1))])
-    return math.sqrt(degrees) * math.tan(np.interp(CONFIDENCE * mass[-1], mass, angles))
+    largest_angle = min(math.pi / 2, 12 / math.sqrt(degrees))
+    angles = np.linspace(0, largest_angle, 2**18 + 1)
+    middles = (angles[1:] + angles[:-1]) / 2
+    mass = np.concatenate([[0.0], np.cumsum(np.cos(middles) ** (degrees - 1))])
+    angle = np.interp(CONFIDENCE * mass[-1], mass, angles)
+    return math.sqrt(degrees) * math.tan(angle)
 
 
 def remove_nothing(model) -> None:
-    """Make the adapter one that changes nothing: it removes no weight, and modules trained beside it are reset."""
+    """Make the adapter remove no weight, and reset modules that were trained beside it."""
     config = model.peft_config[ADAPTER]
     for spec in fields(MaskConfig):
         if spec.metadata.get("is_of_removal"):
@@ -205,6 +227,7 @@ def remove_nothing(model) -> None:
     config.sparsity_ramp = 0.0
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
-            copies = zip(module.modules_to_save[ADAPTER].parameters(), module.original_module.parameters(), strict=True)
-            for copy, original in copies:
+            trained = module.modules_to_save[ADAPTER].parameters()
+            originals = module.original_module.parameters()
+            for copy, original in zip(trained, originals, strict=True):
                 copy.data.copy_(original.data)
