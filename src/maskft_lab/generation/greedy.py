@@ -1,10 +1,14 @@
-"""Batched greedy generation: a shared prefix once, every row stops by itself, and its place goes to the next prompt."""
+"""Batched greedy generation: a shared prefix is computed once, and finished rows make room for the next prompts.
+
+Shapes: B rows, T tokens, V vocabulary, N logits that are compared.
+"""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -18,14 +22,39 @@ from maskft_common.errors import UserError
 from .row_cache import RowCache, attention
 
 MAX_BATCH_SIZE = 64
-MIN_SHARED_TOKENS = 16  # a shorter common beginning is not worth a pass of its own
-_PROBE_TOKENS = 24
-# Settings of a model's generation that this obeys, or that change no greedy answer; others are left to transformers.
-_OBEYED = set(
-    "repetition_penalty no_repeat_ngram_size eos_token_id pad_token_id bos_token_id do_sample temperature top_p top_k "
-    "min_p typical_p max_length max_new_tokens use_cache cache_implementation output_attentions output_hidden_states "
-    "output_scores output_logits return_dict_in_generate transformers_version _from_model_config".split()
-)
+MIN_SHARED_TOKENS = 16  # a shorter prefix is not worth a separate forward pass
+PROBE_TOKENS = 24
+
+# Settings in a model's generation_config that this code follows, or that change no greedy answer. A model with any
+# other setting is left to transformers.
+SUPPORTED_SETTINGS = {
+    # followed
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "eos_token_id",
+    "pad_token_id",
+    # of sampling
+    "do_sample",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "typical_p",
+    # replaced by Bounds
+    "max_length",
+    "max_new_tokens",
+    # without influence on the answer
+    "bos_token_id",
+    "use_cache",
+    "cache_implementation",
+    "output_attentions",
+    "output_hidden_states",
+    "output_scores",
+    "output_logits",
+    "return_dict_in_generate",
+    "transformers_version",
+    "_from_model_config",
+}
 
 OnAnswer = Callable[[int, str], None]
 
@@ -49,12 +78,16 @@ class Bounds:
 
 @torch.inference_mode()
 def greedy_generate(
-    model, tokenizer, prompts: Sequence[Sequence[int]], bounds: Bounds, on_answer: OnAnswer | None = None
+    model,
+    tokenizer,
+    prompts: Sequence[Sequence[int]],
+    bounds: Bounds,
+    on_answer: OnAnswer | None = None,
 ) -> list[str]:
     """Continue each prompt greedily until end of text, a stop string, or ``max_new_tokens``.
 
-    What the prompts have in common at their beginning is computed once. Finished rows leave the batch, and the next
-    prompts take their places. Models whose attention this does not know are given to ``model.generate``.
+    The prefix that all prompts share is computed once. Finished rows leave the batch, and the next prompts take their
+    places. Models whose attention is not supported are given to ``model.generate``.
 
     Args:
         model: A causal language model; put into evaluation mode.
@@ -64,26 +97,35 @@ def greedy_generate(
         on_answer: Called with index and text of each prompt when it is done, in the order in which they are.
 
     Returns:
-        The generated texts in the order of ``prompts``, without special tokens and without what follows a stop string.
+        The generated texts in the order of ``prompts``, without special tokens, cut before the first stop string.
 
     Raises:
         UserError: If a prompt and its answer may be longer than the model's context.
     """
     model.eval()
-    job = _Job(model, tokenizer, prompts, bounds, on_answer)
     if not prompts:
         return []
+
     longest = max(len(prompt) for prompt in prompts)
     max_new_tokens = bounds.max_new_tokens
     check_context(model, longest, max_new_tokens, bounds.option)
-    is_known = model.generation_config.to_diff_dict().keys() <= _OBEYED and _attention_is_known(model)
-    shared = shared_prefix_length(prompts) if is_known else 0
-    size = min(len(prompts), bounds.batch_size or memory_bound_rows(model, longest - shared, max_new_tokens))
+
+    settings = model.generation_config.to_diff_dict().keys()
+    is_known = settings <= SUPPORTED_SETTINGS and _attention_is_known(model)
+    num_shared = shared_prefix_length(prompts) if is_known else 0
+
+    batch_size = bounds.batch_size
+    if not batch_size:
+        batch_size = memory_bound_rows(model, longest - num_shared, max_new_tokens)
+    batch_size = min(batch_size, len(prompts))
+
+    job = _Job(model, tokenizer, prompts, bounds, on_answer)
     if is_known:
         with attention(model):
-            _generate_in_rows(job, RowCache(model, size, prompts[0][:shared]), size)
+            cache = RowCache(model, batch_size, prompts[0][:num_shared])
+            _generate_in_rows(job, cache, batch_size)
     else:
-        _generate_in_batches(job, size)
+        _generate_in_batches(job, batch_size)
     return job.out
 
 
@@ -92,43 +134,65 @@ def check_context(model, longest: int, max_new_tokens: int = 0, option: str = "m
     if not longest:
         raise UserError("every prompt is empty, and a model answers something; give rows with prompts")
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
-    if 0 < context < longest + max_new_tokens:
-        answer = f" and its answer may have {max_new_tokens}" if max_new_tokens else ""
-        advice = f"lower {option} to {context - longest}, or " if longest < context else ""  # prompts are never cut
-        advice = advice if max_new_tokens else "lower max_length, or "
-        raise UserError(
-            f"the longest item has {longest} tokens{answer}, the model's context {context}; {advice}leave out items "
-            "that long"
-        )
+    is_limited = context > 0
+    if not is_limited or longest + max_new_tokens <= context:
+        return
+
+    if max_new_tokens:
+        answer = f" and its answer may have {max_new_tokens}"
+        # Prompts are never cut: if one fills the context, a shorter answer does not help.
+        advice = f"lower {option} to {context - longest}, or " if longest < context else ""
+    else:
+        answer = ""
+        advice = "lower max_length, or "
+    raise UserError(
+        f"the longest item has {longest} tokens{answer}, the model's context {context}; {advice}leave out items "
+        "that long"
+    )
 
 
 def shared_prefix_length(prompts: Sequence[Sequence[int]]) -> int:
-    """Return how many tokens all prompts begin with alike; every prompt keeps at least one of its own."""
+    """Return the length of the prefix that all prompts share; at least one token of each prompt is not part of it."""
     if len(prompts) < 2:
         return 0
+
+    # The first and the last in lexicographic order differ at least as early as any other two.
     first = min(prompts)
     last = max(prompts)
     limit = min(len(prompt) for prompt in prompts) - 1
-    shared = next((i for i in range(limit) if first[i] != last[i]), limit)
-    return shared if shared >= MIN_SHARED_TOKENS else 0
+    length = 0
+    while length < limit and first[length] == last[length]:
+        length += 1
+    return length if length >= MIN_SHARED_TOKENS else 0
 
 
 def memory_bound_rows(model, num_tokens: int, max_new_tokens: int = 0) -> int:
-    """Return how many rows fit into half of the free memory.
+    """Return how many rows fit into half of the free memory, 1 to `MAX_BATCH_SIZE`.
 
-    Each has its keys and values, the activations of a layer and its logits: of its last token, or of all tokens in
-    float32 and in float64 where no new ones are generated and the loss is wanted.
+    A row needs its keys and values, the activations of one layer, and logits: those of its last token in generation;
+    for a loss (``max_new_tokens`` is 0) those of all tokens, in float32 and float64.
+
+    Args:
+        model: A causal language model.
+        num_tokens: Tokens of the longest row.
+        max_new_tokens: Upper bound on generated tokens.
     """
     config = model.config.get_text_config()
-    itemsize = torch.empty((), dtype=model.dtype).element_size()
-    heads = getattr(config, "num_attention_heads", None) or 1  # Mamba has none
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    cached = 2 * config.num_hidden_layers * kv_heads * head_size * itemsize * (num_tokens + max_new_tokens)
-    activations = num_tokens * 16 * config.hidden_size * itemsize
-    logits = 3 * 4 * config.vocab_size * (1 if max_new_tokens else num_tokens + 1)
-    row = 2 * cached + activations + logits  # twice: where the cache of a batch grows, it is copied
-    return int(max(1, min(MAX_BATCH_SIZE, free_memory_bytes(model.device) / 2 // row)))
+    itemsize = model.dtype.itemsize
+    num_heads = getattr(config, "num_attention_heads", None) or 1  # Mamba has none
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+
+    key_bytes = config.num_hidden_layers * num_kv_heads * head_size * itemsize  # per token
+    cache_bytes = 2 * key_bytes * (num_tokens + max_new_tokens)
+    activation_bytes = 16 * config.hidden_size * itemsize * num_tokens
+    num_logits = config.vocab_size * (1 if max_new_tokens else num_tokens + 1)
+    logit_bytes = 3 * 4 * num_logits
+
+    # Twice the cache: when that of a batch grows, it is copied.
+    row_bytes = 2 * cache_bytes + activation_bytes + logit_bytes
+    num_rows = free_memory_bytes(model.device) / 2 // row_bytes
+    return int(max(1, min(MAX_BATCH_SIZE, num_rows)))
 
 
 def free_memory_bytes(device: torch.device) -> int:
@@ -139,33 +203,52 @@ def free_memory_bytes(device: torch.device) -> int:
 
 
 class _Job:
-    """The prompts, what is known about ending them, and the answers so far."""
+    """The prompts, the conditions that end an answer, and the answers so far."""
 
-    def __init__(self, model, tokenizer, prompts: Sequence[Sequence[int]], bounds: Bounds, on_answer: OnAnswer | None):
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        prompts: Sequence[Sequence[int]],
+        bounds: Bounds,
+        on_answer: OnAnswer | None,
+    ):
         self.model = model
         self.tokenizer = tokenizer
         self.prompts = prompts
         self.bounds = bounds
-        self.on_answer, self.out = on_answer, [""] * len(prompts)
-        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        generation = model.generation_config
-        ends = generation.eos_token_id
-        self.eos_ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-        # A stop string cannot span more tokens than it has bytes.
+        self.on_answer = on_answer
+        self.out = [""] * len(prompts)
+
+        self.pad_id = tokenizer.pad_token_id
+        if self.pad_id is None:
+            self.pad_id = tokenizer.eos_token_id
+
+        config = model.generation_config
+        eos_ids = config.eos_token_id  # a number, a list, or None
+        if not isinstance(eos_ids, list):
+            eos_ids = [eos_ids]
+        self.eos_ids = {tokenizer.eos_token_id, *eos_ids} - {None}
+
         self.stop_strings = list(bounds.stop_strings)
+        # A stop string cannot span more tokens than it has bytes.
         self.lookback = max((len(stop.encode()) for stop in self.stop_strings), default=0)
+
         self.processors: list = []
-        if generation.repetition_penalty not in (None, 1.0):
-            self.processors.append(RepetitionPenaltyLogitsProcessor(generation.repetition_penalty))
-        if generation.no_repeat_ngram_size:
-            self.processors.append(NoRepeatNGramLogitsProcessor(generation.no_repeat_ngram_size))
+        if config.repetition_penalty not in (None, 1.0):
+            self.processors.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
+        if config.no_repeat_ngram_size:
+            self.processors.append(NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size))
 
     def next_tokens(self, rows: list[list[int]], logits_BV: Tensor) -> list[int]:
         """The most likely token after each row."""
         for process in self.processors:
-            logits_BV = logits_BV.float()  # as transformers' own; bfloat16 would round a penalty away
+            # In float32, as in transformers: bfloat16 would round a penalty away.
+            logits_BV = logits_BV.float()
+            # Row by row, because a processor takes a matrix of ids, and rows differ in length.
             for row, ids in enumerate(rows):
-                logits_BV[row] = process(torch.tensor([ids], device=logits_BV.device), logits_BV[row][None])[0]
+                ids_1T = torch.tensor([ids], device=logits_BV.device)
+                logits_BV[row] = process(ids_1T, logits_BV[row : row + 1])[0]
         return logits_BV.argmax(-1).tolist()
 
     def is_over(self, tokens: list[int]) -> bool:
@@ -181,73 +264,110 @@ class _Job:
         """Keep the answer of one prompt."""
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
         ends = [text.find(stop) for stop in self.stop_strings if stop in text]
-        self.out[index] = text[: min(ends)] if ends else text
+        if ends:
+            text = text[: min(ends)]
+
+        self.out[index] = text
         if self.on_answer:
-            self.on_answer(index, self.out[index])
+            self.on_answer(index, text)
 
 
-def _generate_in_rows(job: _Job, cache: RowCache, size: int) -> None:
-    waiting = deque(length_sorted_batches([len(ids) for ids in job.prompts], len(job.prompts))[0])
-    rows: list[tuple[int, list[int]]] = []  # each prompt's index, and its tokens with those of the answer
-    num_open = 0  # rows behind these are done
+class _Row(NamedTuple):
+    """A prompt that is being answered."""
+
+    index: int  # of the prompt
+    ids: list[int]  # its tokens, then those of the answer
+
+
+def _generate_in_rows(job: _Job, cache: RowCache, batch_size: int) -> None:
+    """Answer the prompts with a shared prefix, row by row.
+
+    ``rows`` are in the order of their places in the cache: first the open ones, which are still being answered, then
+    those that are done and whose places are free.
+    """
+    lengths = [len(prompt) for prompt in job.prompts]
+    waiting = deque(length_sorted_batches(lengths, len(lengths))[0])
+    rows: list[_Row] = []
+    num_open = 0
     while waiting or num_open:
-        # Prompts are read, and take the places of rows that are done, an eighth of the batch at a time.
-        first = 0
-        if waiting and num_open < size - size // 8:
+        # New prompts take the free places once an eighth of the batch is free: reading one at a time is slow.
+        if waiting and num_open < batch_size - batch_size // 8:
             first = num_open
-            taken = [waiting.popleft() for _ in range(min(len(waiting), size - first))]
-            rows[first:] = [(index, list(job.prompts[index])) for index in taken]
+            del rows[first:]
+            while waiting and len(rows) < batch_size:
+                index = waiting.popleft()
+                rows.append(_Row(index, list(job.prompts[index])))
             num_open = len(rows)
-            logits_BV = cache.add([ids for _, ids in rows[first:]], first)
+            logits_BV = cache.add([row.ids for row in rows[first:]], first)
         else:
-            # With one that is done where that makes 8, 16, ...: products with a row less take longer.
-            logits_BV = cache.step([ids for _, ids in rows[: num_open + (num_open % 8 == 7)]])
-        tokens = job.next_tokens([ids for _, ids in rows[first:num_open]], logits_BV)
+            first = 0
+            # With 7, 15, ... open rows, one that is done is computed too: products of 8, 16, ... rows are faster.
+            num_computed = num_open + 1 if num_open % 8 == 7 else num_open
+            logits_BV = cache.step([row.ids for row in rows[:num_computed]])
+
+        tokens = job.next_tokens([row.ids for row in rows[first:num_open]], logits_BV)
+        # From the last to the first, so that a row which is done can change places with the last open one.
         for place in reversed(range(first, num_open)):
-            index, ids = rows[place]
-            ids.append(tokens[place - first])
-            answer = ids[len(job.prompts[index]) :]
+            row = rows[place]
+            row.ids.append(tokens[place - first])
+            answer = row.ids[len(job.prompts[row.index]) :]
             if job.is_over(answer):
-                job.finish(index, answer)
+                job.finish(row.index, answer)
                 num_open -= 1
-                rows[place], rows[num_open] = rows[num_open], rows[place]
+                rows[place] = rows[num_open]
+                rows[num_open] = row
                 cache.move(num_open, place)
 
 
 def _attention_is_known(model) -> bool:
     """Try it: logits with a shared prefix, rows of two lengths and one step must be those of the plain forward pass."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(0, vocabulary, (_PROBE_TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocab_size, (PROBE_TOKENS,), generator=generator).tolist()
     shorter = ids[:-4]
     try:
-        if {type(layer) for layer in DynamicCache(config=model.config).layers} != {DynamicLayer}:
-            return False  # a state that is no keys and values, or a window over them
-        plain = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0].float()
-        expected = plain[[len(ids) - 2, len(shorter) - 2, len(ids) - 1]]
+        layers = {type(layer) for layer in DynamicCache(config=model.config).layers}
+        if layers != {DynamicLayer}:
+            return False  # a recurrent state, or a window over keys and values
+
+        ids_1T = torch.tensor([ids], device=model.device)
+        plain_TV = model(input_ids=ids_1T, use_cache=False).logits[0].float()
+        # After the two prompts that are added below, and after the step.
+        expected_NV = plain_TV[[len(ids) - 2, len(shorter) - 2, len(ids) - 1]]
+
         with attention(model):
-            cache = RowCache(model, 2, ids[: _PROBE_TOKENS // 2])
-            found = torch.cat([cache.add([ids[:-1], shorter[:-1]], 0), cache.step([ids])]).float()
+            cache = RowCache(model, 2, ids[: PROBE_TOKENS // 2])
+            added_BV = cache.add([ids[:-1], shorter[:-1]], 0)
+            stepped_BV = cache.step([ids])
+            found_NV = torch.cat([added_BV, stepped_BV]).float()
     except (TypeError, ValueError, AttributeError, RuntimeError, KeyError, IndexError):
-        return False  # an architecture with another kind of cache, mask or attention: nothing to report
-    return bool(((found - expected).abs().mean(1) <= 0.02 * expected.std()).all())
+        # An architecture with another kind of cache, mask or attention: transformers generates, no need to report it.
+        return False
 
-
-# In batches, by transformers
+    errors_N = (found_NV - expected_NV).abs().mean(1)
+    return bool((errors_N <= 0.02 * expected_NV.std()).all())
 
 
 def _generate_in_batches(job: _Job, batch_size: int) -> None:
-    for indices in length_sorted_batches([len(prompt) for prompt in job.prompts], batch_size):
-        ids_BT, mask_BT = pad([job.prompts[i] for i in indices], job.pad_id, job.model.device, side="left")
+    """Answer the prompts by ``model.generate``."""
+    lengths = [len(prompt) for prompt in job.prompts]
+    for indices in length_sorted_batches(lengths, batch_size):
+        prompts = [job.prompts[index] for index in indices]
+        ids_BT, mask_BT = pad(prompts, job.pad_id, job.model.device, side="left")
         generated_BT = job.model.generate(
             input_ids=ids_BT,
             attention_mask=mask_BT,
             max_new_tokens=job.bounds.max_new_tokens,
             do_sample=False,
-            **dict.fromkeys(("temperature", "top_p", "top_k")),
+            # A model's settings of sampling would be warned about.
+            temperature=None,
+            top_p=None,
+            top_k=None,
             pad_token_id=job.pad_id,
             eos_token_id=sorted(job.eos_ids),
             stop_strings=job.stop_strings or None,
             tokenizer=job.tokenizer if job.stop_strings else None,
-        )[:, ids_BT.shape[1] :]
-        for index, tokens in zip(indices, generated_BT.tolist(), strict=True):
+        )
+        answers_BT = generated_BT[:, ids_BT.shape[1] :]
+        for index, tokens in zip(indices, answers_BT.tolist(), strict=True):
             job.finish(index, tokens)

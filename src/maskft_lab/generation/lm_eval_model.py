@@ -1,4 +1,4 @@
-"""The model that lm-eval asks: its own for transformers, generating with `greedy_generate`."""
+"""lm-eval's model class for transformers, with `greedy_generate` for greedy generation."""
 
 from __future__ import annotations
 
@@ -13,56 +13,68 @@ from maskft_common.progress_bar import Progress
 
 from .greedy import Bounds, greedy_generate, memory_bound_rows
 
-# What greedy generation has to know, or does not depend on.
+# Settings of a request that `greedy_generate` follows, or that do not change a greedy answer.
 _GREEDY_SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "num_beams"}
 
 
 class BatchedLM(HFLM):
-    """lm-eval's model for transformers with our greedy generation; log-likelihoods and anything else are lm-eval's own.
+    """lm-eval's model for transformers with our greedy generation; everything else is lm-eval's own code.
 
     Args:
         model: A loaded causal language model.
         tokenizer: Its tokenizer.
         batch_size: Requests at one time; None: what half of the free memory allows.
-        bf16: Compute in bfloat16, also where lm-eval opens an autocast of its own.
+        bf16: Compute in bfloat16, also where lm-eval opens an autocast itself.
     """
 
     def __init__(self, model, tokenizer, batch_size: int | None = None, bf16: bool = False):
-        dtype = torch.bfloat16 if bf16 else None
-        super().__init__(model, tokenizer=tokenizer, batch_size=batch_size or "auto", mixed_precision_dtype=dtype)
+        super().__init__(
+            model,
+            tokenizer=tokenizer,
+            batch_size=batch_size or "auto",
+            mixed_precision_dtype=torch.bfloat16 if bf16 else None,
+        )
         self.rows = batch_size
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """Answer the requests, those of one setting together."""
-        out: list[str] = [""] * len(requests)
+        """Answer the requests; those with the same settings are answered together."""
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
-            groups.setdefault(repr(request.args[1]), []).append(index)
+            _, settings = request.args
+            groups.setdefault(repr(settings), []).append(index)
+
+        out: list[str] = [""] * len(requests)
         for indices in groups.values():
-            group = [requests[i] for i in indices]
-            settings = normalize_gen_kwargs(group[0].args[1], self.max_gen_toks)
+            group = [requests[index] for index in indices]
+            _, settings = group[0].args
+            settings = normalize_gen_kwargs(settings, self.max_gen_toks)
             is_greedy = not settings["do_sample"] and settings.get("num_beams", 1) == 1
-            answers = (
-                self._generate_greedily(group, settings)
-                if is_greedy and settings.keys() <= _GREEDY_SETTINGS
-                else super().generate_until(group, disable_tqdm)
-            )
+            if is_greedy and settings.keys() <= _GREEDY_SETTINGS:
+                answers = self._generate_greedily(group, settings)
+            else:
+                answers = super().generate_until(group, disable_tqdm)
             for index, answer in zip(indices, answers, strict=True):
                 out[index] = answer
         return out
 
     def _generate_greedily(self, requests, settings: dict) -> list[str]:
-        eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         max_new_tokens = settings["max_gen_toks"]
         task_name = requests[0].task_name
-        room = self.max_length - max_new_tokens
-        if room < 1:
+        max_prompt_tokens = self.max_length - max_new_tokens
+        if max_prompt_tokens < 1:
             raise UserError(
                 f"task {task_name} generates up to {max_new_tokens} tokens, the model's context is {self.max_length}, "
                 "which leaves no room for a prompt"
             )
-        prompts = [self._prompt_ids(request.args[0])[-room:] for request in requests]
-        stops = [stop for stop in (*settings["until"], eos) if stop]
+
+        prompts = []
+        for request in requests:
+            text, _ = request.args
+            prompts.append(self._prompt_ids(text)[-max_prompt_tokens:])
+
+        eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        stop_strings = [stop for stop in (*settings["until"], eos) if stop]
+        bounds = Bounds(max_new_tokens, self.rows, stop_strings)
         with Progress() as progress:
             bar = progress.add_task(task_name or "answers", total=len(prompts))
 
@@ -70,24 +82,28 @@ class BatchedLM(HFLM):
                 self.cache_hook.add_partial("generate_until", requests[index].args, text)
                 progress.advance(bar)
 
-            bounds = Bounds(max_new_tokens, self.rows, stops)
             return greedy_generate(self.model, self.tokenizer, prompts, bounds, on_answer)
 
     def _prompt_ids(self, text: str) -> list[int]:
         return self.tok_batch_encode([text])[0][0].tolist()
 
     def num_truncated(self, arguments: Iterable[tuple[str, dict]]) -> int:
-        """How many of these requests for generation have a prompt that is cut on its left, for room for the answer."""
+        """How many of these requests have a prompt that is cut on its left to leave room for the answer.
+
+        Args:
+            arguments: Prompt and settings of each request for generation.
+        """
         count = 0
         for text, settings in arguments:
-            room = self.max_length - normalize_gen_kwargs(settings, self.max_gen_toks)["max_gen_toks"]
-            count += len(self._prompt_ids(text)) > room
+            max_new_tokens = normalize_gen_kwargs(settings, self.max_gen_toks)["max_gen_toks"]
+            if len(self._prompt_ids(text)) > self.max_length - max_new_tokens:
+                count += 1
         return count
 
     def _detect_batch_size(self, requests=None, pos: int = 0) -> int:
-        """Rows for log-likelihoods by a bound on memory; lm-eval tries until the machine has none left."""
-        length = self.max_length
+        """Rows for log-likelihoods, by a bound on memory; lm-eval itself tries until memory runs out."""
+        num_tokens = self.max_length
         if requests:
-            _, context, continuation = requests[pos]
-            length = min(length, len(context) + len(continuation))
-        return min(memory_bound_rows(self.model, length), self.max_batch_size)
+            _, context_ids, continuation_ids = requests[pos]
+            num_tokens = min(num_tokens, len(context_ids) + len(continuation_ids))
+        return min(memory_bound_rows(self.model, num_tokens), self.max_batch_size)
