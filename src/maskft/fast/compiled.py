@@ -47,10 +47,11 @@ def is_supported(masker: FastMasker, names: list[str]) -> bool:
     """
     if len(names) != 1:
         return False
+    name = names[0]
     layer = masker.layer
-    if names[0] not in layer.mask_scores:
+    if name not in layer.mask_scores:
         return True
-    return not layer.mask_configs[names[0]].price and layer.quantization_backend is None
+    return not layer.mask_configs[name].price and layer.quantization_backend is None
 
 
 def linear(masker: FastMasker, x: Tensor, bias: Tensor | None, dtype: torch.dtype, name: str) -> Tensor:
@@ -60,10 +61,15 @@ def linear(masker: FastMasker, x: Tensor, bias: Tensor | None, dtype: torch.dtyp
     weight = cast(Tensor, masker.value)
     scores = layer.mask_scores[name] if name in layer.mask_scores else None
     if scores is not None and scores.requires_grad and torch.is_grad_enabled():
-        slope = masker.slopes.get(name)
-        removed_value = layer.removed_values.get(name)
-        ranks_by = layer.mask_configs[name].ranks_by
-        weight = cast(Tensor, _StraightThrough.apply(weight, scores, layer.weight, slope, removed_value, ranks_by))
+        masked = _StraightThrough.apply(
+            weight,
+            scores,
+            layer.weight,
+            masker.slopes.get(name),
+            layer.removed_values.get(name),
+            layer.mask_configs[name].ranks_by,
+        )
+        weight = cast(Tensor, masked)
     return F.linear(x, weight.t() if layer.is_transposed else weight, bias)
 
 
@@ -101,9 +107,10 @@ class _StraightThrough(torch.autograd.Function):
 @torch.compiler.assume_constant_result
 def _refresh_at_trace(number: int, dtype: str, is_training: bool) -> bool:
     """Bring the weight of a layer up to date; runs while a graph is traced, and is not part of it."""
-    masker = _maskers[number]
     if torch.compiler.is_exporting():
         raise UserError("a model with a mask cannot be exported; merge it first: model.merge_and_unload()")
+
+    masker = _maskers[number]
     masker.weight(getattr(torch, dtype))
     masker.add_hard_slopes()
     _in_graphs.add(number)

@@ -81,8 +81,8 @@ class FastMasker(Masker):
 
         # On a matrix: a view made inside the function could not be changed in place, as ReLU(inplace=True) does.
         x_TI = x.reshape(-1, x.shape[-1])
-        y_TO = _FastLinear.apply(x_TI, weight, bias, self, list(trained), *trained.values())
-        return cast(Tensor, y_TO).view(*x.shape[:-1], y_TO.shape[-1])
+        y_TO = cast(Tensor, _FastLinear.apply(x_TI, weight, bias, self, list(trained), *trained.values()))
+        return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The masked weight, up to date; do not write to it."""
@@ -110,8 +110,14 @@ class FastMasker(Masker):
         if adapter_name not in self.layer.mask_scores:
             return super().mask_version(adapter_name)
         scores = self.layer.mask_scores[adapter_name]
-        phase = self._phase(self.layer.mask_configs[adapter_name])
-        return (scores.data_ptr(), scores.device, _version(scores), num_optimizer_steps(), phase, WeakIdRef(scores))
+        return (
+            scores.data_ptr(),
+            scores.device,
+            _version(scores),
+            num_optimizer_steps(),
+            self._phase(self.layer.mask_configs[adapter_name]),
+            WeakIdRef(scores),
+        )
 
     def removed(self, adapter_name: str) -> Tensor:
         """Entries that the hard mask removes.
@@ -135,7 +141,9 @@ class FastMasker(Masker):
 
     def refresh(self) -> None:
         """Bring the weight that a compiled graph reads up to date, if one does."""
-        if compiled.is_in_graph(self) and self.value is not None and self.layer.weight.device.type != "meta":
+        if not compiled.is_in_graph(self) or self.value is None:
+            return
+        if self.layer.weight.device.type != "meta":
             self.weight(self.value.dtype)
             self.add_hard_slopes()
 
@@ -148,11 +156,14 @@ class FastMasker(Masker):
     @torch.inference_mode(False)
     def add_hard_slopes(self) -> None:
         """Compute the slopes that a graph reads."""
-        for name in self.layer.active_masks:
-            if name in self.layer.mask_scores and name not in self.slopes:
-                slope = selection.hard_slope(self.layer.mask_configs[name], self.layer.mask_scores[name].detach())
-                if slope is not None:
-                    self.slopes[name] = slope
+        layer = self.layer
+        for name in layer.active_masks:
+            if name not in layer.mask_scores or name in self.slopes:
+                continue
+            scores = layer.mask_scores[name].detach()
+            slope = selection.hard_slope(layer.mask_configs[name], scores)
+            if slope is not None:
+                self.slopes[name] = slope
 
     # The masked weight
 
@@ -163,7 +174,14 @@ class FastMasker(Masker):
         names = tuple(layer.active_masks)
         # Addresses alone would not do: torch.func.functional_call puts tensors in place of these, each of which may be
         # where the one before it was, with the same version.
-        key: list[Any] = [names, dtype, weight.data_ptr(), weight.device, _version(weight), WeakIdRef(weight)]
+        key: list[Any] = [
+            names,
+            dtype,
+            weight.data_ptr(),
+            weight.device,
+            _version(weight),
+            WeakIdRef(weight),
+        ]
         for name in names:
             if name not in layer.mask_scores:
                 # The mask itself, not its id, which the next mask may be given once this one is freed.
@@ -173,11 +191,17 @@ class FastMasker(Masker):
             scores = layer.mask_scores[name]
             # Frozen scores do not change in an optimizer step: the reference of preference training stays.
             steps = num_optimizer_steps() if scores.requires_grad else None
-            key += [scores.data_ptr(), _version(scores), WeakIdRef(scores), steps, *self._phase(config)]
+            key += [
+                scores.data_ptr(),
+                _version(scores),
+                WeakIdRef(scores),
+                steps,
+                *self._phase(config),
+            ]
         return tuple(key)
 
     def _phase(self, config: MaskConfig) -> tuple[object, ...]:
-        """What a gate depends on besides its scores."""
+        """The settings on which a gate depends besides its scores."""
         selection.check_progress(config, self.layer.training)
         return (
             config.selection,
@@ -209,13 +233,13 @@ class FastMasker(Masker):
 
     def _buffer(self, weight: Tensor, dtype: torch.dtype, names: tuple[str, ...]) -> Tensor:
         """Where to write: the old value, unless it is of other adapters, whose graph may still need it."""
-        old = self.value
+        out = self.value
         is_of_others = self._key is not None and self._key[0] != names
-        is_alike = old is not None and (old.shape, old.dtype, old.device) == (weight.shape, dtype, weight.device)
         self._key = None  # until it is written
-        if old is None or is_of_others or not is_alike:
-            self.value = old = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-        return old
+        if out is None or is_of_others or (out.shape, out.dtype, out.device) != (weight.shape, dtype, weight.device):
+            out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+            self.value = out
+        return out
 
     def _write(self, name: str, out: Tensor, weight: Tensor) -> None:
         """Write the weight with the gate of one adapter that has scores."""
@@ -224,17 +248,22 @@ class FastMasker(Masker):
         scores = check_scores(layer.mask_scores[name], layer.module_name, config)
         if selection.is_soft(config, layer.training):
             noise = selection.draw_noise(config, layer.module_name, scores.shape, scores.device)
-            gate, self.slopes[name] = selection.soft_gate(config, scores, noise)
+            gate, slope = selection.soft_gate(config, scores, noise)
+            self.slopes[name] = slope
             out.copy_(selection.blend(weight, gate, layer.removed_value(name)))
-        elif config.removed_value != "zero":
+            return
+        if config.removed_value != "zero":
             out.copy_(selection.blend(weight, self.mask(name), layer.removed_value(name)))
+            return
+
+        # Zeros are written without making a mask first.
+        cut = selection.cut(config)
+        if cut is not None:
+            keep_above_(out, weight, scores, cut, config.ranks_by)
         else:
-            cut = selection.cut(config)
-            if cut is not None:
-                keep_above_(out, weight, scores, cut, config.ranks_by)
-            else:
-                num = num_removed(scores.numel(), selection.current_sparsity(config))
-                self._near[name] = keep_highest_(out, weight, scores, num, config.rank_by, self._near.get(name))
+            num = num_removed(scores.numel(), selection.current_sparsity(config))
+            near = self._near.get(name)
+            self._near[name] = keep_highest_(out, weight, scores, num, config.rank_by, near)
 
     # The gradient of the scores
 
@@ -261,11 +290,14 @@ class FastMasker(Masker):
         weight = layer.get_base_weight()
         removed_value = layer.removed_value(name)
         is_priced = self._is_priced(config, name)
-        factor = self._kept_factor(config, name, weight, scores)
-        is_signed = factor is not None and _keeps_signed_weight(config)
-        slopes = None if is_signed else slopes_of.get(name, factor)
-        others = [~layer.get_mask(other) for other in active if other != name]
+        removed_by_others = [~layer.get_mask(other) for other in active if other != name]
 
+        # A kept factor is the weight with the signs of the scores, or the slopes.
+        factor = self._kept_factor(config, name, weight, scores)
+        signed_weight = factor if _keeps_signed_weight(config) else None
+        slopes = slopes_of.get(name, factor) if signed_weight is None else None
+
+        # In place where the dtype allows it, and some rows at a time: they stay in the cache between the operations.
         out = grad_weight
         if grad_weight.dtype != torch.float32:
             out = torch.empty_like(grad_weight, dtype=torch.float32)
@@ -274,8 +306,8 @@ class FastMasker(Masker):
             if out is not grad_weight:
                 gradient.copy_(grad_weight[part])
 
-            if is_signed:
-                gradient.mul_(cast(Tensor, factor)[part])
+            if signed_weight is not None:
+                gradient.mul_(signed_weight[part])
             else:
                 difference = weight[part] if removed_value is None else weight[part] - removed_value[part]
                 score_gradient_(gradient, difference, scores[part], config.ranks_by)
@@ -283,8 +315,9 @@ class FastMasker(Masker):
             slope = selection.hard_slope(config, scores[part]) if slopes is None else slopes[part]
             if slope is not None:
                 gradient.mul_(slope)
-            for other in others:  # what another mask removes does not depend on these scores
-                gradient.masked_fill_(other[part], 0.0)
+            # An entry that another mask removes does not depend on these scores.
+            for removed in removed_by_others:
+                gradient.masked_fill_(removed[part], 0.0)
             if is_priced:
                 slope = None if selection.has_soft_gate(config) else slope
                 gradient.add_(selection.price_gradient(config, scores[part], scores.numel(), slope))
@@ -306,7 +339,13 @@ class FastMasker(Masker):
         self._priced_at[name] = now
         return True
 
-    def _kept_factor(self, config: MaskConfig, name: str, weight: Tensor, scores: Tensor) -> Tensor | None:
+    def _kept_factor(
+        self,
+        config: MaskConfig,
+        name: str,
+        weight: Tensor,
+        scores: Tensor,
+    ) -> Tensor | None:
         """A factor of the gradient that is kept if steps have several micro-batches; None: nothing is kept.
 
         It is ``weight * sign(scores)`` where that is all, and else the slope of the gate. Multiplying by the product
@@ -320,13 +359,22 @@ class FastMasker(Masker):
         if not is_wanted:
             return None
 
+        # The weight as it is stored: a quantised one is a new tensor each time that it is dequantised.
         raw = self.layer.weight
-        versions = (scores.data_ptr(), _version(scores), raw.data_ptr(), _version(raw), num_optimizer_steps())
-        key = (*versions, self._num_computed, *self._phase(config))
+        key = (
+            scores.data_ptr(),
+            _version(scores),
+            raw.data_ptr(),
+            _version(raw),
+            num_optimizer_steps(),
+            self._num_computed,
+            *self._phase(config),
+        )
         known_key, factor = self._kept.get(name, ((), None))
         if known_key == key and factor is not None:
             return factor
-        if known_key != key and factor is None and is_on_cpu:  # so far no step has had a second backward pass
+        # So far no step has had a second backward pass: the key is kept alone, by which the next pass knows.
+        if known_key != key and factor is None and is_on_cpu:
             self._kept[name] = (key, None)
             return None
 
@@ -347,7 +395,13 @@ class _FastLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_TI: Tensor, weight: Tensor, bias: Tensor | None, masker: FastMasker, names: list[str], *scores: Any
+        ctx: Any,
+        x_TI: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        masker: FastMasker,
+        names: list[str],
+        *scores: Any,
     ) -> Tensor:
         ctx.save_for_backward(x_TI, weight, *scores)
         ctx.masker = masker
@@ -369,12 +423,12 @@ class _FastLinear(torch.autograd.Function):
             grad_x = grad_y_TO.matmul(weight.t() if is_transposed else weight)
         grad_bias = grad_y_TO.sum(0) if ctx.needs_input_grad[2] else None
 
-        left, right = (x_TI, grad_y_TO) if is_transposed else (grad_y_TO, x_TI)
         grad_scores = []
         for name, scores_of_name in zip(ctx.names, scores, strict=True):
             # Anew for each adapter: score_gradient overwrites it.
-            grad_weight = left.t().mm(right)
-            grad_scores.append(masker.score_gradient(name, grad_weight, scores_of_name, ctx.slopes, ctx.active))
+            grad_weight = x_TI.t().mm(grad_y_TO) if is_transposed else grad_y_TO.t().mm(x_TI)
+            gradient = masker.score_gradient(name, grad_weight, scores_of_name, ctx.slopes, ctx.active)
+            grad_scores.append(gradient)
         return grad_x, None, grad_bias, None, None, *grad_scores
 
 

@@ -50,20 +50,34 @@ class Near(NamedTuple):
 def mask_without_lowest(scores: Tensor, num: int, rank_by: RankBy = "abs") -> Tensor:
     """Bool mask, True = keep, that removes the ``num`` lowest of ``scores``."""
     mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
-    keep_highest_(mask, scores.new_ones((), dtype=torch.bool).expand(scores.numel()), scores, num, rank_by)
+    # A weight of True everywhere, of which memory holds one entry.
+    ones = scores.new_ones((), dtype=torch.bool).expand(scores.numel())
+    keep_highest_(mask, ones, scores, num, rank_by)
     return mask
 
 
-def keep_above_(out: Tensor, weight: Tensor, scores: Tensor, cut: float, rank_by: RankBy = "abs") -> None:
+def keep_above_(
+    out: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    cut: float,
+    rank_by: RankBy = "abs",
+) -> None:
     """Write into ``out`` (contiguous) the ``weight``, +0 where the ranking value is not above ``cut``."""
     # _split_ keeps entries of at least its lower bound.
     low = torch.nextafter(torch.tensor(cut), torch.tensor(math.inf)).item()
-    _split_(out, weight, scores, low, -math.inf, rank_by)
+    # With -inf above it the band is empty, and nothing is searched.
+    _split_(out, weight, scores, (low, -math.inf), rank_by)
 
 
 @torch.no_grad()
 def keep_highest_(
-    out: Tensor, weight: Tensor, scores: Tensor, num: int, rank_by: RankBy = "abs", near: Near | None = None
+    out: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    num: int,
+    rank_by: RankBy = "abs",
+    near: Near | None = None,
 ) -> Near | None:
     """Write into ``out`` the ``weight`` without the ``num`` entries that have the lowest scores.
 
@@ -86,20 +100,28 @@ def keep_highest_(
         raise UserError(f"cannot remove {num} of {total} entries")
     if total == 0:
         return None
+
+    # The first band that holds the cut: as many entries as are below it, or a few more, have to go.
     last_band = [near.band] if near and near.band else []
     for band in chain(last_band, _probable_bands(scores, num, rank_by)):
-        num_below, indices, values = _split_(out, weight, scores, *band, rank_by)
+        num_below, indices, values = _split_(out, weight, scores, band, rank_by)
         if num_below <= num <= num_below + len(values):
             break
-    else:  # no band holds the cut
+    else:
+        # None does. The plain way, over all scores: the band is the cut itself, with all that tie there.
         cut = _kth_smallest(scores, max(num, 1), rank_by)
         band = (cut, cut)
-        num_below, indices, values = _split_(out, weight, scores, *band, rank_by)
+        num_below, indices, values = _split_(out, weight, scores, band, rank_by)
+
     if num == num_below:
         return near
+    # Entries below the band are gone; of those in the band, the lowest go too.
     keep = remove_lowest(values, num - num_below)
     out.view(-1)[indices[~keep]] = 0
-    return _near(near, band, values[~keep].amax().item(), len(values) / total)
+
+    cut = values[~keep].amax().item()
+    share = len(values) / total
+    return _near(near, band, cut, share)
 
 
 def _near(last: Near | None, band: tuple[float, float], cut: float, share: float) -> Near:
@@ -129,22 +151,28 @@ def _probable_bands(scores: Tensor, num: int, rank_by: RankBy) -> Iterator[tuple
     # visits every column of a matrix whose width is a power of two.
     stride = int(total ** (1 / 3)) | 1
     sample = ranking_keys(scores.detach().reshape(-1)[::stride], rank_by)
+
+    # The rank of the cut in the sample is binomial: the band is four standard deviations to each side.
     share = num / total
-    middle = share * len(sample)
-    spread = 4 * math.sqrt(len(sample) * share * (1 - share)) + 2  # four standard deviations of a binomial
-    first = int(middle - spread)
-    last = int(middle + spread)
+    expected = share * len(sample)
+    spread = 4 * math.sqrt(len(sample) * share * (1 - share)) + 2
+    first = int(expected - spread)
+    last = int(expected + spread)
     low = sample.kthvalue(first).values.item() if first >= 1 else -math.inf
     high = sample.kthvalue(last).values.item() if last <= len(sample) else math.inf
+
     num_in_band = (last - first) * stride
     is_wide = num_in_band >= _NARROWED_MIN_NUMEL and -math.inf < low < high < math.inf
     if is_wide and scores.device.type == "cpu":
-        # A narrower band, from the exact number of scores below the middle of this one and its density. The number of
-        # scores between the middle and the cut has the error of the sampled density and its own.
+        # A narrower band, from the exact number of scores below the middle of this one, and from its density.
         middle = (low + high) / 2
         density = num_in_band / (high - low)
         excess = num - _num_below(scores, middle, rank_by)
-        margin = 4 * (math.sqrt(abs(excess)) + abs(excess) / math.sqrt(last - first)) + _ROWS
+        # Four standard deviations again, of the number of scores between the middle and the cut and of the density.
+        error_of_number = math.sqrt(abs(excess))
+        error_of_density = abs(excess) / math.sqrt(last - first)
+        margin = 4 * (error_of_number + error_of_density) + _ROWS
+
         bounds = [middle + (excess - margin) / density, middle + (excess + margin) / density]
         narrow_low, narrow_high = torch.tensor(bounds, dtype=torch.float32).tolist()
         yield max(low, narrow_low), min(high, narrow_high)
@@ -170,14 +198,19 @@ def _kth_smallest(scores: Tensor, k: int, rank_by: RankBy) -> float:
 
 
 def _split_(
-    out: Tensor, weight: Tensor, scores: Tensor, low: float, high: float, rank_by: RankBy
+    out: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    band: tuple[float, float],
+    rank_by: RankBy,
 ) -> tuple[int, Tensor, Tensor]:
-    """``out = weight`` where the score is at least ``low``, else 0.
+    """``out = weight`` where the score is at least the lower bound of the ``band``, else 0.
 
     Returns:
-        How many scores are below ``low``; and flat indices (int64) and values (float32) of those from ``low`` to
-        ``high``, in index order.
+        How many scores are below the band; and flat indices (int64) and values (float32) of those in it, in index
+        order. A band whose bounds are in the wrong order is empty.
     """
+    low, high = band
     scores_flat = scores.detach().reshape(-1)
     weight_flat = weight.detach().reshape(-1)
     out_flat = out.view(-1)
@@ -189,9 +222,11 @@ def _split_(
     indices = [scores_flat.new_empty(0, dtype=torch.int64)]
     values = [torch.empty(0, device=device)]
 
+    # Without scores, too, range() below needs a step of at least 1.
     chunk = max(1, min(CHUNK_NUMEL, numel) if device.type == "cpu" else numel)
     keys_buffer = torch.empty(chunk, device=device)
     sign_buffer = torch.empty(chunk, device=device)
+    # A key is in the band or above where it is greater than the float below the band.
     just_below = torch.nextafter(torch.tensor(low), torch.tensor(-math.inf))
     furthest = int((just_below - high).view(torch.int32))
     just_below = just_below.to(device)
@@ -212,6 +247,7 @@ def _split_(
             found = _find_in_band(keys, low, high, signs, furthest)
             indices.append(found + start)
             values.append(keys[found])
+        # Nothing is below -inf, where the difference above is NaN for a key of -inf.
         stays = signs.fill_(-1) if low == -math.inf else torch.bitwise_right_shift(signs, 31, out=signs)
         # A sum of -1, one for each that stays; exact in int32, and ten times faster than counting flags.
         num_below += len(keys) + int(stays.sum(dtype=torch.int32))
@@ -234,11 +270,17 @@ def _find_in_band(keys: Tensor, low: float, high: float, signs: Tensor, furthest
     floats, the closer one is to 0, the lower its bits are as an integer.
     """
     if len(keys) % _ROWS or low == -math.inf:
-        return ((keys >= low) & (keys <= high)).nonzero().squeeze(1)
-    columns = (signs.view(_ROWS, -1).amin(0) <= furthest).nonzero().squeeze(1)
+        is_in_band = (keys >= low) & (keys <= high)
+        return is_in_band.nonzero().squeeze(1)
+
+    num_columns = len(keys) // _ROWS
+    lowest = signs.view(_ROWS, -1).amin(0)
+    columns = (lowest <= furthest).nonzero().squeeze(1)
     close = keys.view(_ROWS, -1).index_select(1, columns)
-    row, column = ((close >= low) & (close <= high)).nonzero(as_tuple=True)
-    return row * (len(keys) // _ROWS) + columns[column]
+    is_in_band = (close >= low) & (close <= high)
+    row, column = is_in_band.nonzero(as_tuple=True)
+    # nonzero() goes row by row, so that these indices are in order.
+    return row * num_columns + columns[column]
 
 
 def score_gradient_(grad: Tensor, weight: Tensor, scores: Tensor, rank_by: RankBy) -> Tensor:
