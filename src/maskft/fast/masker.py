@@ -236,7 +236,8 @@ class FastMasker(Masker):
         out = self.value
         is_of_others = self._key is not None and self._key[0] != names
         self._key = None  # until it is written
-        if out is None or is_of_others or (out.shape, out.dtype, out.device) != (weight.shape, dtype, weight.device):
+        wanted = (weight.shape, dtype, weight.device)
+        if out is None or is_of_others or (out.shape, out.dtype, out.device) != wanted:
             out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
             self.value = out
         return out

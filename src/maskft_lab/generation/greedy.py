@@ -232,7 +232,8 @@ class _Job:
 
         self.stop_strings = list(bounds.stop_strings)
         # A stop string cannot span more tokens than it has bytes.
-        self.lookback = max((len(stop.encode()) for stop in self.stop_strings), default=0)
+        num_bytes = [len(stop.encode()) for stop in self.stop_strings]
+        self.lookback = max(num_bytes, default=0)
 
         self.processors: list = []
         if config.repetition_penalty not in (None, 1.0):
@@ -333,7 +334,8 @@ def _attention_is_known(model) -> bool:
         ids_1T = torch.tensor([ids], device=model.device)
         plain_TV = model(input_ids=ids_1T, use_cache=False).logits[0].float()
         # After the two prompts that are added below, and after the step.
-        expected_NV = plain_TV[[len(ids) - 2, len(shorter) - 2, len(ids) - 1]]
+        places = [len(ids) - 2, len(shorter) - 2, len(ids) - 1]
+        expected_NV = plain_TV[places]
 
         with attention(model):
             cache = RowCache(model, 2, ids[: PROBE_TOKENS // 2])

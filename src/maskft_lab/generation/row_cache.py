@@ -98,8 +98,8 @@ class RowCache:
         """
         device = self._model.device
         ids_B1 = torch.tensor([ids[-1:] for ids in rows], device=device)
-        places_B = torch.tensor([len(ids) - 1 - self._prefix_length for ids in rows], device=device)
-        positions_B1 = (self._prefix_length + places_B)[:, None]
+        positions_B = torch.tensor([len(ids) - 1 for ids in rows], device=device)
+        places_B = positions_B - self._prefix_length
 
         width = int(places_B.max()) + 1
         is_later_BT = torch.arange(width, device=device) > places_B[:, None]
@@ -109,7 +109,7 @@ class RowCache:
         new_places = (rows_B, slice(None), places_B)
 
         attend = partial(self._attend_in_step, new_places, is_later_B11T)
-        return self._forward(ids_B1, positions_B1, attend)
+        return self._forward(ids_B1, positions_B[:, None], attend)
 
     def move(self, source: int, target: int) -> None:
         """Copy a row to the place of another."""
@@ -152,9 +152,11 @@ class RowCache:
         kept_values[first : first + num_rows, :, :width] = torch.take_along_dim(value, order_B1Q1, 2)
 
         if layer in self._prefix:
-            prefix_key, prefix_value = self._prefix[layer]
-            key = torch.cat([prefix_key.expand(num_rows, -1, -1, -1), key], 2)
-            value = torch.cat([prefix_value.expand(num_rows, -1, -1, -1), value], 2)
+            prefix_key_KPD, prefix_value_KPD = self._prefix[layer]
+            prefix_key_BKPD = prefix_key_KPD.expand(num_rows, -1, -1, -1)
+            prefix_value_BKPD = prefix_value_KPD.expand(num_rows, -1, -1, -1)
+            key = torch.cat([prefix_key_BKPD, key], 2)
+            value = torch.cat([prefix_value_BKPD, value], 2)
         return _attention(query, key, value, scaling, mask_B1QT)
 
     def _attend_in_step(
@@ -211,11 +213,13 @@ class RowCache:
             if capacity >= width:
                 return rows
         else:
-            rows = [new.new_zeros(self._num_rows, *new.shape[1:]) for new in (key, value)]
+            _, *key_shape = key.shape
+            _, *value_shape = value.shape
+            rows = [key.new_zeros(self._num_rows, *key_shape), value.new_zeros(self._num_rows, *value_shape)]
             capacity = key.shape[2]
 
-        more = width + SPARE_TOKENS - capacity
-        self._rows[layer] = [F.pad(tensor, (0, 0, 0, more)) for tensor in rows]
+        more_tokens = (0, 0, 0, width + SPARE_TOKENS - capacity)
+        self._rows[layer] = [F.pad(tensor, more_tokens) for tensor in rows]
         return self._rows[layer]
 
 
