@@ -1,4 +1,4 @@
-"""Which results may be compared, and what the reader must know where they were not measured alike."""
+"""Which results may be compared, and notes for the reader where they were not measured alike."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _GUESSED_UNITS = {"fraction", "score"}
 # A score above this beside a fraction is taken for a percentage: ratings of 0 to 10 are common, and by luck below 1.
 _LARGEST_RATING = 10
 
-# What must be the same of a task: its key, and what a message calls it.
+# Keys of a task whose values must be the same in all results, and their names in messages.
 _ALIKE = {
     "version": "task version",
     "num_fewshot": "num_fewshot (shots)",
     "chat_template_hash": "chat_template_hash (prompts)",
     "generation_kwargs": "generation_kwargs",
 }
-# Packages whose version may change answers or scores; a task's own version does not tell.
+# Packages whose version may change answers or scores without a change of the task's own version.
 _DECIDING_PACKAGES = ("lm_eval", "transformers", "torch", "maskft", "math-verify", "langdetect", "alpaca_eval")
 
 
@@ -35,6 +35,7 @@ def group_by_name(results: Sequence[Result]) -> Groups:
     groups: Groups = {}
     for result in results:
         groups.setdefault(result["name"], []).append(result)
+
     for name, group in groups.items():
         seeds = [result["model"]["seed"] for result in group]
         for index, seed in enumerate(seeds):
@@ -53,25 +54,32 @@ def group_by_name(results: Sequence[Result]) -> Groups:
     return groups
 
 
-def pair_by_seed(group: list[Result], baseline_group: list[Result], fixed_seeds: bool = False) -> Paired:
+def pair_by_seed(
+    group: list[Result],
+    baseline_group: list[Result],
+    fixed_seeds: bool = False,
+) -> Paired:
     """Return the results of the seeds that both have.
 
-    A single result is paired with all seeds of the other where nothing in it was drawn: an untrained model, or
-    the one that all of the others start from. So is any other where seeds are fixed. Otherwise its seed would count as
-    no source of noise: of equal methods one in ten would be told apart with three seeds, one in four with six.
+    A single result is paired with all seeds of the other if it does not depend on a seed (an untrained model, or the
+    model that all of the others start from), or if seeds are fixed. Otherwise the noise of its own seed would be
+    ignored: of equal methods one in ten would be called different with three seeds, one in four with six.
 
     Raises:
         UserError: If the two have no seed in common.
     """
     if len(group) == len(baseline_group) == 1:
         return group, baseline_group
+
     single, others = (group, baseline_group) if len(group) == 1 else (baseline_group, group)
+    is_single = len(single) == 1
+    if is_single and (fixed_seeds or _is_without_seed(single[0], others)):
+        return group, baseline_group
+
     seeds = [result["model"]["seed"] for result in group]
     baseline_seeds = [result["model"]["seed"] for result in baseline_group]
     common = set(seeds) & set(baseline_seeds)
-    if len(single) == 1 and (fixed_seeds or _is_not_drawn(single[0], others)):
-        return group, baseline_group
-    if not common and len(single) == 1:
+    if not common and is_single:
         raise UserError(
             f"{name_and_seed(single[0])} is one result beside {len(others)} seeds of {others[0]['name']!r}, and how "
             "much its own seed matters is not known: give results of the same seeds for both, or claim something about "
@@ -82,15 +90,20 @@ def pair_by_seed(group: list[Result], baseline_group: list[Result], fixed_seeds:
             f"{group[0]['name']!r} has seeds {quoted(seeds)} and {baseline_group[0]['name']!r} "
             f"{quoted(baseline_seeds)}: give results of the same seeds for both"
         )
-    paired = [result for result in group if result["model"]["seed"] in common]
-    with_baseline = [result for result in baseline_group if result["model"]["seed"] in common]
-    return paired, with_baseline
+
+    of_method = [result for result in group if result["model"]["seed"] in common]
+    of_baseline = [result for result in baseline_group if result["model"]["seed"] in common]
+    return of_method, of_baseline
 
 
-def _is_not_drawn(result: Result, others: Sequence[Result]) -> bool:
+def _is_without_seed(result: Result, others: Sequence[Result]) -> bool:
+    """Whether no seed shaped a model, as far as it differs from the others."""
     model = result["model"]
-    is_untrained = model["method"] == "pretrained" or (model["method"] is None and model["seed"] is None)
-    return is_untrained or all(is_parent(result, other) for other in others)
+    if model["method"] == "pretrained":
+        return True
+    if model["method"] is None and model["seed"] is None:
+        return True
+    return all(is_parent(result, other) for other in others)
 
 
 def is_parent(parent: Result, mask: Result) -> bool:
@@ -105,15 +118,16 @@ def seed_notes(paired: Mapping[str, Paired], groups: Groups) -> list[str]:
     notes: list[str] = []
     for name, (of_method, of_baseline) in paired.items():
         baseline = of_baseline[0]["name"]
-        if (len(of_method), len(of_baseline)) != (len(groups[name]), len(groups[baseline])):
+        num_left_out = len(groups[name]) - len(of_method) + len(groups[baseline]) - len(of_baseline)
+        if num_left_out > 0:
             seeds = ", ".join(str(result["model"]["seed"]) for result in of_method)
             notes.append(f"{name} is compared at seed {seeds} only, which {baseline} has too")
-        single = of_method if len(of_method) < len(of_baseline) else of_baseline
-        if len(of_method) != len(of_baseline) and single[0]["model"]["method"] is None:
-            number = max(len(of_method), len(of_baseline))
+
+        single, others = sorted((of_method, of_baseline), key=len)
+        if len(single) != len(others) and single[0]["model"]["method"] is None:
             notes.append(
-                f"{single[0]['name']} is one result beside {number} seeds, which is right for a model that no seed "
-                "has shaped, such as a pre-trained one"
+                f"{single[0]['name']} is one result beside {len(others)} seeds, which is right for a model that no "
+                "seed has shaped, such as a pre-trained one"
             )
     return list(dict.fromkeys(notes))
 
@@ -126,19 +140,35 @@ def check_known(what: str, names: Iterable[str], known: Iterable[str]) -> None:
 
 
 def select(
-    results: Sequence[Result], tasks: Sequence[str] | None, metrics: Sequence[str] | None, only_items: bool = True
+    results: Sequence[Result],
+    tasks: Sequence[str] | None,
+    metrics: Sequence[str] | None,
+    only_items: bool = True,
 ) -> tuple[list[str], list[str]]:
-    """Return the tasks and metrics asked for, or all that any result has, in the order of their appearance."""
-    all_tasks = dict.fromkeys(task for result in results for task in result["tasks"])
+    """Return the tasks and metrics asked for, or all that any result has, in the order of their appearance.
+
+    Args:
+        results: The results.
+        tasks: Tasks asked for; None: all.
+        metrics: Metrics asked for; None: all.
+        only_items: Leave out metrics that are summaries of a task and have no value per item.
+    """
+    # Dictionaries for their keys: sets do not keep the order.
+    all_tasks: dict[str, None] = {}
+    for result in results:
+        all_tasks |= dict.fromkeys(result["tasks"])
     check_known("task", tasks or [], all_tasks)
     tasks = list(dict.fromkeys(tasks or all_tasks))
-    records = [result["tasks"][task] for task in tasks for result in results if task in result["tasks"]]
-    all_metrics = dict.fromkeys(
-        metric
-        for record in records
-        for metric in record["metrics"]
-        if not only_items or has_items(record["items"], metric)
-    )
+
+    all_metrics: dict[str, None] = {}
+    for task in tasks:
+        for result in results:
+            record = result["tasks"].get(task)
+            if record is None:
+                continue
+            for metric in record["metrics"]:
+                if not only_items or has_items(record["items"], metric):
+                    all_metrics[metric] = None
     check_known("metric", metrics or [], all_metrics)
     return tasks, list(dict.fromkeys(metrics or all_metrics))
 
@@ -150,9 +180,8 @@ def check_comparable(results: Sequence[Result], tasks: Sequence[str]) -> None:
         first, *others = (result for result in results if task in result["tasks"])
         for other in others:
             names = f"{name_and_seed(first)} and {name_and_seed(other)}"
-            problems += [
-                f"{task}: {text} ({names})" for text in _mismatches(first["tasks"][task], other["tasks"][task])
-            ]
+            for mismatch in _mismatches(first["tasks"][task], other["tasks"][task]):
+                problems.append(f"{task}: {mismatch} ({names})")
     if problems:
         raise UserError(
             f"these results cannot be compared, they were not measured alike: {'; '.join(problems)}: "
@@ -161,51 +190,74 @@ def check_comparable(results: Sequence[Result], tasks: Sequence[str]) -> None:
 
 
 def _mismatches(a: TaskRecord, b: TaskRecord) -> Iterator[str]:
+    """Return all differences in how a task was measured."""
     for key, label in _ALIKE.items():
         x = a.get(key)
         y = b.get(key)
-        if x != y and (None not in (x, y) or key == "chat_template_hash"):  # the others may not be known
+        # None: no chat template, or of the other keys: not known.
+        is_unknown = (x is None or y is None) and key != "chat_template_hash"
+        if x != y and not is_unknown:
             yield f"different {label}, {x} and {y}"
+
     yield from _item_mismatches(a, b)
+
     for name in a["metrics"].keys() & b["metrics"].keys():
-        for key in ("unit", "higher_is_better"):
-            values = (a["metrics"][name].get(key), b["metrics"][name].get(key))
-            if values[0] != values[1] and set(values) != _GUESSED_UNITS:
-                yield f"different {key} of {name}, {values[0]} and {values[1]}"
-        if {a["metrics"][name]["unit"], b["metrics"][name]["unit"]} == _GUESSED_UNITS:
-            highest = sorted(_highest(task, name) for task in (a, b))
-            if highest[1] > _LARGEST_RATING:
-                yield f"{name} goes up to {highest[0]:g} in one and up to {highest[1]:g} in the other (percent?)"
+        metric_a = a["metrics"][name]
+        metric_b = b["metrics"][name]
+        are_guessed = {metric_a["unit"], metric_b["unit"]} == _GUESSED_UNITS
+        if metric_a["unit"] != metric_b["unit"] and not are_guessed:
+            yield f"different unit of {name}, {metric_a['unit']} and {metric_b['unit']}"
+        if metric_a["higher_is_better"] != metric_b["higher_is_better"]:
+            directions = f"{metric_a['higher_is_better']} and {metric_b['higher_is_better']}"
+            yield f"different higher_is_better of {name}, {directions}"
+        if are_guessed:
+            low, high = sorted([_highest(a, name), _highest(b, name)])
+            if high > _LARGEST_RATING:
+                yield f"{name} goes up to {low:g} in one and up to {high:g} in the other (percent?)"
 
 
 def _highest(task: TaskRecord, metric: str) -> float:
+    """Return the highest value of a metric among the items; 0 if none has one."""
     values = [item.get(metric) for item in task["items"]]
     return max((value for value in values if is_finite(value)), default=0.0)
 
 
 def _item_mismatches(a: TaskRecord, b: TaskRecord) -> Iterator[str]:
-    items_a, items_b = ({item["id"]: item for item in task["items"]} for task in (a, b))
+    items_a = {item["id"]: item for item in a["items"]}
+    items_b = {item["id"]: item for item in b["items"]}
     if items_a.keys() != items_b.keys():
-        only = next(name for name in [*items_a, *items_b] if (name in items_a) != (name in items_b))
-        yield f"different items, {len(items_a)} and {len(items_b)} of them, {only!r} in one only"
+        in_one = items_a.keys() ^ items_b.keys()
+        first = next(name for name in [*items_a, *items_b] if name in in_one)
+        yield f"different items, {len(items_a)} and {len(items_b)} of them, {first!r} in one only"
         return
+
     if a["items_fingerprint"] != b["items_fingerprint"]:
         yield "different prompts or references of the same items"
+
     for key, label in (("num_tokens", "num_tokens (tokenizers?)"), ("cluster_id", "cluster_id")):
-        pairs = ((name, item.get(key), items_b[name].get(key)) for name, item in items_a.items())
-        if found := next(((name, x, y) for name, x, y in pairs if x != y), None):
-            yield f"different {label}, {found[1]} and {found[2]} in item {found[0]!r}"
+        for name, item in items_a.items():
+            x = item.get(key)
+            y = items_b[name].get(key)
+            if x != y:
+                yield f"different {label}, {x} and {y} in item {name!r}"
+                break
 
 
 def setting_notes(results: Sequence[Result]) -> list[str]:
     """Name settings and package versions that are not the same in all results: allowed, but the reader should know."""
     notes: list[str] = []
-    for key in dict.fromkeys(key for result in results for key in result["settings"]):
-        if values := _if_different(results, [result["settings"].get(key) for result in results]):
-            notes.append(f"the results differ in the setting {key}: {values}")
+    keys: dict[str, None] = {}
+    for result in results:
+        keys |= dict.fromkeys(result["settings"])
+    for key in keys:
+        values = [result["settings"].get(key) for result in results]
+        if text := _if_different(results, values):
+            notes.append(f"the results differ in the setting {key}: {text}")
+
     for package in _DECIDING_PACKAGES:
-        if values := _if_different(results, [result["environment"]["packages"].get(package) for result in results]):
-            notes.append(f"the results were made with different versions of {package}: {values}")
+        versions = [result["environment"]["packages"].get(package) for result in results]
+        if text := _if_different(results, versions):
+            notes.append(f"the results were made with different versions of {package}: {text}")
     return notes
 
 
@@ -213,12 +265,18 @@ def _if_different(results: Sequence[Result], values: Sequence[Any]) -> str:
     """Return the value of each result where they are not all the same, and otherwise nothing."""
     if all(value == values[0] for value in values):
         return ""
-    return ", ".join(f"{value} for {name_and_seed(result)}" for result, value in zip(results, values, strict=True))
+    texts = [f"{value} for {name_and_seed(result)}" for result, value in zip(results, values, strict=True)]
+    return ", ".join(texts)
 
 
 def having(results: Iterable[Result], task: str, metric: str) -> list[Result]:
     """Return those of the results that have a metric of a task."""
-    return [result for result in results if task in result["tasks"] and metric in result["tasks"][task]["metrics"]]
+    out: list[Result] = []
+    for result in results:
+        record = result["tasks"].get(task)
+        if record is not None and metric in record["metrics"]:
+            out.append(result)
+    return out
 
 
 def unit_of(results: Iterable[Result], task: str, metric: str) -> str:
@@ -228,9 +286,10 @@ def unit_of(results: Iterable[Result], task: str, metric: str) -> str:
 
 
 def name_and_seed(result: Result) -> str:
-    """Return what a message calls a result."""
+    """Return a result's name for a message."""
+    name = repr(result["name"])
     seed = result["model"]["seed"]
-    return repr(result["name"]) + ("" if seed is None else f" seed {seed}")
+    return name if seed is None else f"{name} seed {seed}"
 
 
 def quoted(names: Iterable[object]) -> str:

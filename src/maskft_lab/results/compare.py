@@ -1,4 +1,4 @@
-"""Compare results on the same items: what the differences are, how sure they are, and what may be claimed.
+"""Compare results on the same items: differences, their uncertainty, and the claims that they support.
 
 Results with one name and different seeds are training seeds of one method. Every other name is compared with the
 baseline, task by task and metric by metric. The difference is always method - baseline, in the metric's own unit.
@@ -6,7 +6,6 @@ baseline, task by task and metric by metric. The difference is always method - b
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import product
 
@@ -14,6 +13,7 @@ from maskft_common.errors import UserError
 
 from .comparable import (
     Groups,
+    Paired,
     check_comparable,
     check_known,
     group_by_name,
@@ -24,11 +24,11 @@ from .comparable import (
     select,
     setting_notes,
 )
-from .comparison import Comparison, Settings
+from .comparison import Comparison, Difference, Settings
 from .differences import judge, measure
 from .schema import Result, has_items
 from .scores import scores
-from .verdict import verdicts_on_masks
+from .verdict import Row, verdicts_on_masks
 
 Pair = tuple[str, str, str]  # method, task, metric
 
@@ -58,55 +58,94 @@ def compare(
         UserError: If there is nothing to compare, a name is unknown, or items, prompts, shots or versions differ.
     """
     settings = settings or Settings()
-    looks = settings.looks
+    num_looks = settings.looks
     settings = settings.of_one_look()
+
     groups = group_by_name(results)
-    baseline = next(iter(groups)) if baseline is None else baseline
+    if baseline is None:
+        baseline = next(iter(groups))
     check_known("baseline", [baseline], groups)
     if len(groups) < 2:
         raise UserError(f"only {baseline!r} was given, nothing to compare it with: give results of another name too")
+    others = [name for name in groups if name != baseline]
+
     tasks, item_metrics = select(results, tasks, metrics)
     check_comparable(results, tasks)
     pairs, notes = _pairs(groups, baseline, tasks, item_metrics)
     main = _main_metrics(groups[baseline][0], pairs)
-    sizes = Counter(main[task] == metric for _, task, metric in pairs)
-    settings = settings.with_resamples(max(sizes.values()))
-    others = [name for name in groups if name != baseline]
-    paired = {name: pair_by_seed(groups[name], groups[baseline], settings.fixed_seeds) for name in others}
-    rows = [measure(paired[name], task, metric, main[task] == metric, settings) for name, task, metric in pairs]
-    families = [[pair for pair in rows if pair[0].is_main == is_main] for is_main in (True, False)]
-    places = {(row.method, row.task, row.metric): row for family in families for row in judge(family, settings)}
-    differences = [places[pair] for pair in pairs]
-    notes += [
-        f"{name} and {baseline} differ on no item: are they one model, such as a mask that removes nothing?"
-        for name in dict.fromkeys(row.method for row in differences)
-        if all(row.num_identical == row.num_items for row in differences if row.method == name)
-    ]
-    if looks > 1:
-        notes.insert(0, f"judged as one of {looks} looks: each at {100 * settings.confidence:.4g} % (Bonferroni)")
+    is_main = [main[task] == metric for _, task, metric in pairs]
+    largest_family = max(is_main.count(True), is_main.count(False))
+    settings = settings.with_resamples(largest_family)
+
+    paired: dict[str, Paired] = {}
+    for name in others:
+        paired[name] = pair_by_seed(groups[name], groups[baseline], settings.fixed_seeds)
+    rows: list[Row] = []
+    for (name, task, metric), is_main_one in zip(pairs, is_main, strict=True):
+        rows.append(measure(paired[name], task, metric, is_main_one, settings))
+    rows = _with_verdicts(rows, settings)
+    differences = [difference for difference, _ in rows]
+
+    notes += _identical_notes(differences, baseline)
+    if num_looks > 1:
+        notes.insert(0, f"judged as one of {num_looks} looks: each at {100 * settings.confidence:.4g} % (Bonferroni)")
+    compared = {name: paired[name] for name, _, _ in pairs}
+    notes += seed_notes(compared, groups)
+    notes += setting_notes(results)
+
     return Comparison(
         baseline=baseline,
         methods=others,
         differences=differences,
         scores=scores(results, tasks, metrics, settings.fixed_seeds),
-        notes=notes + seed_notes({name: paired[name] for name, _, _ in pairs}, groups) + setting_notes(results),
+        notes=notes,
         confidence=settings.confidence,
         num_resamples=settings.num_resamples,
         seed=settings.seed,
         fixed_seeds=settings.fixed_seeds,
-        verdicts=verdicts_on_masks(
-            groups, [(row, measured) for row, (_, measured) in zip(differences, rows, strict=True)], settings
-        ),
+        verdicts=verdicts_on_masks(groups, rows, settings),
     )
 
 
-def _pairs(groups: Groups, baseline: str, tasks: Sequence[str], metrics: Sequence[str]) -> tuple[list[Pair], list[str]]:
-    """Return every (method, task, metric) that the method and the baseline both have, and notes of what is left out."""
+def _with_verdicts(rows: Sequence[Row], settings: Settings) -> list[Row]:
+    """Return the rows in their order with verdicts; main metrics are one family, all other metrics another."""
+    judged: dict[Pair, Difference] = {}
+    for is_main in (True, False):
+        family = [row for row in rows if row[0].is_main == is_main]
+        for difference in judge(family, settings):
+            judged[difference.method, difference.task, difference.metric] = difference
+    out: list[Row] = []
+    for row, measured in rows:
+        out.append((judged[row.method, row.task, row.metric], measured))
+    return out
+
+
+def _identical_notes(differences: Sequence[Difference], baseline: str) -> list[str]:
+    """Note the methods that answer every item as the baseline does."""
+    notes: list[str] = []
+    for name in dict.fromkeys(row.method for row in differences):
+        of_method = [row for row in differences if row.method == name]
+        if all(row.num_identical == row.num_items for row in of_method):
+            notes.append(
+                f"{name} and {baseline} differ on no item: are they one model, such as a mask that removes nothing?"
+            )
+    return notes
+
+
+def _pairs(
+    groups: Groups,
+    baseline: str,
+    tasks: Sequence[str],
+    metrics: Sequence[str],
+) -> tuple[list[Pair], list[str]]:
+    """Return every (method, task, metric) that the method and the baseline both have, and notes on those left out."""
     pairs: list[Pair] = []
     notes: list[str] = []
     for task, metric in product(tasks, metrics):
         measured = [name for name in groups if _is_measured(groups[name], task, metric)]
-        methods = [name for name in measured if name != baseline] if baseline in measured else []
+        methods: list[str] = []
+        if baseline in measured:
+            methods = [name for name in measured if name != baseline]
         pairs += [(method, task, metric) for method in methods]
         if measured and not methods:
             notes.append(f"{metric} on {task} is not compared, only {quoted(measured)} has it")
@@ -122,13 +161,17 @@ def _pairs(groups: Groups, baseline: str, tasks: Sequence[str], metrics: Sequenc
 
 
 def _is_measured(group: Sequence[Result], task: str, metric: str) -> bool:
-    return having(group, task, metric) == group and all(has_items(r["tasks"][task]["items"], metric) for r in group)
+    """Whether all results of a group have a metric, with a value per item."""
+    if having(group, task, metric) != group:
+        return False
+    return all(has_items(result["tasks"][task]["items"], metric) for result in group)
 
 
 def _main_metrics(result: Result, pairs: Iterable[Pair]) -> dict[str, str]:
     """Return task -> its main metric: the first of a result's that is compared."""
+    main: dict[str, str] = {}
     compared = {(task, metric) for _, task, metric in pairs}
-    return {
-        task: next(metric for metric in result["tasks"][task]["metrics"] if (task, metric) in compared)
-        for task in {task for task, _ in compared}
-    }
+    for task, _ in compared:
+        metrics = result["tasks"][task]["metrics"]
+        main[task] = next(metric for metric in metrics if (task, metric) in compared)
+    return main

@@ -1,4 +1,4 @@
-"""What a comparison holds: differences from one baseline, their verdicts, and the scores of all models."""
+"""A comparison: differences from one baseline, their verdicts, and the scores of all models."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ class Comparison:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Comparison:
-        """Return what `to_dict` gave.
+        """Return the comparison of which this is the `to_dict`.
 
         The record may be a stranger's: its texts come back without control characters and the like, so that none
         reaches a terminal or a page.

@@ -1,4 +1,7 @@
-"""Families of comparisons: the level at which all their intervals hold at once (max-T)."""
+"""Families of comparisons: the level at which all their intervals hold at once (max-T).
+
+Shapes: N units, R draws, J comparisons.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,10 @@ def noise_of(drawn: Bootstrap, task: str) -> Noise:
     block = drawn.block
     shares_N = block.weights_N / block.weights_N.sum()
     centred_N = block.diffs_SN.mean(axis=0) - block.means_S.mean()
-    return Noise(task, shares_N * centred_N, drawn.seed_excess / drawn.num_seeds if drawn.num_seeds > 1 else 0.0)
+    own_variance = 0.0
+    if drawn.num_seeds > 1:
+        own_variance = drawn.seed_excess / drawn.num_seeds
+    return Noise(task, shares_N * centred_N, own_variance)
 
 
 def simultaneous_level(family: Sequence[Noise], alpha: float, seed: int = 0) -> float:
@@ -36,9 +42,9 @@ def simultaneous_level(family: Sequence[Noise], alpha: float, seed: int = 0) -> 
     The maximum of all |T| is drawn from the normal law with the correlations of the differences (a bootstrap of the
     items with normal multipliers, done for all comparisons of a task with the same multipliers); its quantile is the
     critical value of max-T (Westfall and Young 1993; Hothorn, Bretz and Westfall 2008,
-    https://doi.org/10.1002/bimj.200810425), its tail the level. Methods that share a baseline correlate, and so less is
-    paid than Bonferroni's ``alpha / m``. Seeds are too few for correlations and count as independent, which for
-    normal variables is the widest case (Šidák).
+    https://doi.org/10.1002/bimj.200810425), and the tail beyond it the level. Methods that share a baseline correlate,
+    which makes the level higher than Bonferroni's ``alpha / m``. Seeds are too few for correlations and count as
+    independent, which for normal variables is the widest case (Šidák).
 
     Args:
         family: One entry per comparison, at least 1.
@@ -48,22 +54,29 @@ def simultaneous_level(family: Sequence[Noise], alpha: float, seed: int = 0) -> 
     Returns:
         A level in [alpha / m, alpha].
     """
-    if len(family) == 1:
+    num_comparisons = len(family)
+    if num_comparisons == 1:
         return alpha
-    draws_RJ = np.random.default_rng(seed).standard_normal((NUM_DRAWS, len(family))) @ _root(_correlation(family)).T
-    critical = float(np.quantile(np.abs(draws_RJ).max(axis=1), 1 - alpha))
-    return float(min(alpha, max(alpha / len(family), 2 * stats.norm.sf(critical))))
+
+    independent_RJ = np.random.default_rng(seed).standard_normal((NUM_DRAWS, num_comparisons))
+    draws_RJ = independent_RJ @ _root(_correlation(family)).T
+    maxima_R = np.abs(draws_RJ).max(axis=1)
+    critical = float(np.quantile(maxima_R, 1 - alpha))
+    level = 2 * stats.norm.sf(critical)
+    # The draws have an error; these bounds hold exactly.
+    return float(min(alpha, max(alpha / num_comparisons, level)))
 
 
 def _correlation(family: Sequence[Noise]) -> NDArray[np.float64]:
-    covariance = np.array([[_covariance(a, b) for b in family] for a in family])
-    covariance += np.diag([noise.own_variance for noise in family])
-    deviations = np.sqrt(np.diag(covariance))
+    covariance_JJ = np.array([[_covariance(a, b) for b in family] for a in family])
+    covariance_JJ += np.diag([noise.own_variance for noise in family])
+    deviations_J = np.sqrt(np.diag(covariance_JJ))
+
     # Models that never differ have no correlation: independent, the widest case.
-    scale = np.divide(1, deviations, out=np.zeros_like(deviations), where=deviations > 0)
-    correlation = covariance * scale[:, None] * scale
-    np.fill_diagonal(correlation, 1.0)
-    return np.asarray(correlation)
+    scale_J = np.divide(1, deviations_J, out=np.zeros_like(deviations_J), where=deviations_J > 0)
+    correlation_JJ = covariance_JJ * scale_J[:, None] * scale_J
+    np.fill_diagonal(correlation_JJ, 1.0)
+    return np.asarray(correlation_JJ)
 
 
 def _covariance(a: Noise, b: Noise) -> float:
@@ -73,7 +86,10 @@ def _covariance(a: Noise, b: Noise) -> float:
 def _root(correlation: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return R with ``R R^T`` the correlation, which may be singular (two metrics that are the same).
 
-    The symmetric root: there is but one, where signs and order of eigenvectors are other ones on another processor.
+    R is the symmetric root, of which there is only one. Others would depend on the signs and the order of eigenvectors,
+    which differ between processors.
     """
     values, vectors = np.linalg.eigh(correlation)
-    return np.asarray((vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T)
+    # Rounding may leave eigenvalues of a singular matrix slightly below 0.
+    roots = np.sqrt(np.maximum(values, 0))
+    return np.asarray((vectors * roots) @ vectors.T)

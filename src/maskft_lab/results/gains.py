@@ -6,7 +6,7 @@ The figure has three parts, each in the room of what it reads:
 - ``maskft_lab.study.path`` (`curves`): the points of every method's path (rates, checkpoints, scales, budgets), on
   held-out rows, written beside the summary as ``curve-STUDY-PROBE.json``;
 - ``maskft_lab.report.fig_gain``: draws either. A point is an object with ``method``, ``points_gained`` and
-  ``nats_forgotten``; all other keys are optional. ``budget`` is the KL to the base that training was allowed
+  ``nats_forgotten``; all other keys are optional. ``budget`` is the limit on the KL to the base during training
   (``kl_budget``, nats per token): it is drawn as a dotted line.
 """
 
@@ -21,31 +21,45 @@ from .words import task_text
 
 
 def gains_of(differences: Sequence[Difference]) -> list[dict[str, Any]]:
-    """The curve of each probe of earlier abilities, with one point for each method; none where there is no probe.
+    """Return the curve of each probe of earlier abilities, with one point for each method; empty without a probe.
 
     The gain is that in the first metric of the test that is a fraction, else in the first. Forgetting is measured by
-    the probe's loss, where it has one: an ability that is gone has no accuracy left to differ in.
+    the loss of the probe, if it has one: when an ability is lost, accuracies no longer differ.
     """
     tests = [row for row in differences if not row.task.startswith(BEFORE)]
-    tests.sort(key=lambda row: row.unit != "fraction")
-    gains = {row.method: row for row in tests if (row.task, row.metric) == (tests[0].task, tests[0].metric)}
+    if not tests:
+        return []
+    test = min(tests, key=lambda row: row.unit != "fraction")
+    place = (test.task, test.metric)
+    gains = {row.method: row for row in tests if (row.task, row.metric) == place}
+
     probes: dict[str, list[Difference]] = {}
     for row in differences:
         if row.task.startswith(BEFORE) and row.method in gains:
             probes.setdefault(row.task, []).append(row)
+
     curves = []
     for task, rows in probes.items():
-        finest = min(rows, key=lambda row: row.unit == "fraction")
-        points = [_point(gains[row.method], row) for row in rows if row.metric == finest.metric]
-        units = {"unit": _unit(tests[0]), "forgotten_unit": _unit(finest)}
-        curves.append({"task": task_text(tests[0]), "probe": task.removeprefix(BEFORE), **units, "points": points})
+        probe = min(rows, key=lambda row: row.unit == "fraction")
+        points = [_point(gains[row.method], row) for row in rows if row.metric == probe.metric]
+        curves.append(
+            {
+                "task": task_text(test),
+                "probe": task.removeprefix(BEFORE),
+                "unit": _unit(test),
+                "forgotten_unit": _unit(probe),
+                "points": points,
+            }
+        )
     return curves
 
 
 def _point(gain: Difference, kept: Difference) -> dict[str, Any]:
+    """Return the point of a method, from its differences on the test and on a probe."""
     gained, gained_ends = _scaled(gain, 1 if gain.higher_is_better else -1)
     forgotten, forgotten_ends = _scaled(kept, -1 if kept.higher_is_better else 1)
-    has_intervals = gain.num_seeds != 2 or gain.by_seed is not None  # over two seeds they are wider than any picture
+    # Intervals over two seeds are wider than any picture.
+    has_intervals = gain.num_seeds != 2 or gain.by_seed is not None
     return {
         "method": gain.method,
         "path": gain.method,
@@ -61,8 +75,11 @@ def _point(gain: Difference, kept: Difference) -> dict[str, Any]:
 
 
 def _scaled(row: Difference, sign: int) -> tuple[float, list[float]]:
-    scale = sign * (100.0 if row.unit == "fraction" else 1.0)
-    return scale * row.difference, sorted([scale * row.ci_low, scale * row.ci_high])
+    """Return a difference and its interval, shares in points; ``sign`` -1 turns both around."""
+    scale = 100.0 if row.unit == "fraction" else 1.0
+    scale = sign * scale
+    ends = sorted([scale * row.ci_low, scale * row.ci_high])
+    return scale * row.difference, ends
 
 
 def _unit(row: Difference) -> str:

@@ -53,7 +53,7 @@ def read_samples(files: Sequence[Path], name: str | None = None) -> Result:
     packages: dict[str, Any] = {}
     for file in files:
         found = _FILE_NAME.fullmatch(file.name)
-        assert found is not None
+        assert found is not None  # the caller asks is_samples_file
         task = found["task"]
         if task in tasks:
             raise UserError(f"{file}: the folder has a second log of task {task}: name single files")
@@ -65,10 +65,17 @@ def read_samples(files: Sequence[Path], name: str | None = None) -> Result:
         except _DAMAGE as error:
             raise UserError(f"{file}: not a whole samples file of lm-eval ({first_line(error)})") from None
 
-        said = {**summary, **(summary.get("config") or {})}
-        settings |= {key: said[key] for key in _SETTINGS if said.get(key) is not None}
-        packages |= {key: said[f"{key}_version"] for key in ("lm_eval", "transformers") if said.get(f"{key}_version")}
-        name = name or str(summary.get("model_name") or file.resolve().parent.name)
+        known = {**summary, **(summary.get("config") or {})}
+        for key in _SETTINGS:
+            if known.get(key) is not None:
+                settings[key] = known[key]
+        for package in ("lm_eval", "transformers"):
+            version = known.get(f"{package}_version")
+            if version:
+                packages[package] = version
+        if not name:
+            name = str(summary.get("model_name") or file.resolve().parent.name)
+
     assert name is not None
     result = build_result(name, {"name_or_path": name}, settings, tasks)
     result["environment"] = {"packages": packages}  # of the evaluation, not of this process
@@ -91,19 +98,27 @@ def _task(file: Path, task: str, summary: Mapping[str, Any]) -> TaskRecord:
     directions = summary["higher_is_better"].get(task) or {}
     reported = summary["results"].get(task) or {}
 
+    names: dict[str, None] = {}
+    for item in items:
+        names |= dict.fromkeys(item)
+    del names["id"]
+
     metrics = {}
-    names = dict.fromkeys(key for item in items for key in item if key != "id")
     for name in names:
         values = [item.get(name) for item in items]
-        direction = directions.get(name.partition(",")[0])
-        # Others are no numbers, have no direction, or are parts of a score of the whole corpus.
-        if isinstance(direction, bool) and all(map(is_finite, values)) and _is_mean(reported, name, values):
+        metric, _, _ = name.partition(",")  # without its filter
+        direction = directions.get(metric)
+        # Left out are metrics that are no numbers, have no direction, or are parts of a score of the whole corpus.
+        if not isinstance(direction, bool) or not all(map(is_finite, values)):
+            continue
+        if _is_mean(reported, name, values):
             metrics[name] = metric_from_items(items, name, higher_is_better=direction)
     if not metrics:
         raise UserError(f"{file}: no metric is a number per item, so there is nothing to compare")
 
+    kept = ("id", *metrics)
     record = build_task(
-        [{key: item[key] for key in ("id", *metrics)} for item in items],
+        [{key: item[key] for key in kept} for item in items],
         metrics,
         version=(summary.get("versions") or {}).get(task),
         num_fewshot=(summary.get("n-shot") or {}).get(task),
@@ -124,10 +139,15 @@ def _items(file: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         missing = [key for key in _NEEDED if key not in row]
         if missing:
             raise UserError(f"{file}: no samples of lm-eval 0.4.5 or later, {missing[0]!r} is missing")
+
         identity = str(row["doc_id"])
+        questions[identity] = {
+            "id": identity,
+            "prompt": [row["doc_hash"], row["prompt_hash"]],
+            "reference": row["target_hash"],
+        }
+        # One row for each filter.
         item = items.setdefault(identity, {"id": identity})
-        prompt = [row["doc_hash"], row["prompt_hash"]]
-        questions[identity] = {"id": identity, "prompt": prompt, "reference": row["target_hash"]}
         for metric in row["metrics"]:
             value = row.get(metric)
             name = metric if row["filter"] == _NO_FILTER else f"{metric},{row['filter']}"
@@ -153,7 +173,9 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
 
 def _is_mean(reported: Mapping[str, Any], name: str, values: Sequence[Any]) -> bool:
     """Whether lm-eval reports the mean over the items, where it reports anything (it does not for perplexities)."""
-    expected = reported.get(name if "," in name else f"{name},{_NO_FILTER}")
+    key = name if "," in name else f"{name},{_NO_FILTER}"
+    expected = reported.get(key)
     if not is_finite(expected):
         return True
-    return math.isclose(expected, math.fsum(values) / len(values), rel_tol=1e-6, abs_tol=1e-9)
+    mean = math.fsum(values) / len(values)
+    return math.isclose(expected, mean, rel_tol=1e-6, abs_tol=1e-9)

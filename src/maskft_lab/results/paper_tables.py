@@ -1,4 +1,4 @@
-"""The paper's tables with one's own figures in them: Tables 1, 2, 4, 5 and 6, from result files only.
+"""The paper's Tables 1, 2, 4, 5 and 6 with the user's figures beside the paper's, from result files only.
 
 The paper's figures are in ``paper.yaml``. The row of a result follows from its ``model.method`` and its block
 ``training`` (checkpoint, domain, base model), never from its name. A cell is of one study, one result per seed.
@@ -25,7 +25,7 @@ _BACKBONES = {"llama27b": "LLaMA2-7B", "llama318b": "LLaMA3.1-8B"}  # in a base 
 
 
 class Cell(NamedTuple):
-    """The paper's score, with what it writes after ±, and ours of each seed, of one study; in percent."""
+    """The paper's score and the number that it gives after ±; and ours of each seed, of one study; in percent."""
 
     paper: list[float]
     ours: list[float]
@@ -43,7 +43,7 @@ def paper_tables(results: Sequence[Result]) -> tuple[list[tuple[str, Table]], li
     """Fill the paper's tables.
 
     Args:
-        results: Results of this schema, none at all included; of several studies for one cell the first counts.
+        results: Results of this schema, maybe none; of several studies for one cell the first counts.
 
     Returns:
         Caption and cells of each table, and the names of the results that are in none of them.
@@ -51,10 +51,15 @@ def paper_tables(results: Sequence[Result]) -> tuple[list[tuple[str, Table]], li
     Raises:
         UserError: If two results of one study and seed claim one cell.
     """
-    filled = [_fill(number, results) for number in paper()["tables"]]
-    used = {id(result) for *_, of_table in filled for result in of_table}  # others may have the same name
+    tables: list[tuple[str, Table]] = []
+    used: set[int] = set()  # by identity: several results may have one name
+    for number in paper()["tables"]:
+        caption, table, in_table = _fill(number, results)
+        tables.append((caption, table))
+        used |= {id(result) for result in in_table}
+
     left_over = dict.fromkeys(_name_of(result) for result in results if id(result) not in used)
-    return [(caption, table) for caption, table, _ in filled], list(left_over)
+    return tables, list(left_over)
 
 
 def render_tables(tables: Sequence[tuple[str, Table]], left_over: Sequence[str], output_format: str) -> str:
@@ -63,7 +68,9 @@ def render_tables(tables: Sequence[tuple[str, Table]], left_over: Sequence[str],
     def plain(text: str) -> str:
         if output_format == "terminal":
             return wrap(printable(text))
-        return f"% {latex_text(text)}" if output_format == "latex" else markdown_text(text)
+        if output_format == "latex":
+            return f"% {latex_text(text)}"
+        return markdown_text(text)
 
     parts = []
     for caption, table in tables:
@@ -78,47 +85,65 @@ def _fill(number: str, results: Sequence[Result]) -> tuple[str, Table, list[Resu
     """Return caption, cells and the results in them."""
     spec = paper()["tables"][number]
     benchmarks = paper()["benchmarks"]
+    columns = spec["columns"]
     rows: list[tuple[str, ...]] = []
     used: list[Result] = []
     best: list[Cell] = []
     block = None
     for row in spec["rows"]:
-        fitting = _of_backbone(results, row.get("backbone", spec.get("backbone")))
+        # A block begins with its heading.
         heading = row.get("block", row.get("backbone"))
         if heading != block:
             block = heading
-            rows.append((block, *[""] * len(spec["columns"])))
-        line: list[Cell] = []
-        for key, figure in zip(spec["columns"], row["cells"], strict=True):
+            rows.append((block, *[""] * len(columns)))
+
+        fitting = _of_backbone(results, row.get("backbone", spec.get("backbone")))
+        cells: list[Cell] = []
+        for key, figure in zip(columns, row["cells"], strict=True):
             chosen = _choose(fitting, benchmarks[key] | row)
-            used += [result for result, _ in chosen]
             study = _study_of(chosen[0][0]) if chosen else None
-            line.append(Cell(figure, [value for _, value in chosen], study))
-        rows.append((row["label"], *map(_cell_text, line)))
+            cells.append(Cell(figure, [value for _, value in chosen], study))
+            used += [result for result, _ in chosen]
+        rows.append((row["label"], *map(_cell_text, cells)))
+
         if row["method"] == "full" and "checkpoint" not in row:
-            best = line
+            best = cells
         if row.get("delta"):
-            rows.append(("  against Best FFT", *map(_delta_text, line, best)))
-    bases = sorted({_base(result) or "a base model that is not stated" for result in used})
-    caption = f"Table {number} ({spec['place']}): {spec['title']}. The paper's figure, "
+            rows.append(("  against Best FFT", *map(_delta_text, cells, best)))
+
     theirs = spec.get("backbone", "of the block's model")
-    caption += f"{theirs} / ours, {', '.join(bases) or 'no results'}"
-    return caption, Table(("Method", *(benchmarks[key]["label"] for key in spec["columns"])), rows), used
+    bases = sorted({_base(result) or "a base model that is not stated" for result in used})
+    ours = ", ".join(bases) or "no results"
+    caption = f"Table {number} ({spec['place']}): {spec['title']}. The paper's figure, {theirs} / ours, {ours}"
+    labels = [benchmarks[key]["label"] for key in columns]
+    return caption, Table(("Method", *labels), rows), used
 
 
 def _choose(results: Sequence[Result], asked: Mapping[str, Any]) -> list[tuple[Result, float]]:
-    """Return the results of one study, one per seed, that stand in a cell, each with its score in percent."""
+    """Return the results of one study for a cell, one per seed, each with its score in percent.
+
+    Args:
+        results: Results to choose from.
+        asked: The row and the column of the cell, as in ``paper.yaml``.
+    """
     by_seed: dict[int | None, tuple[Result, float]] = {}
-    for result in (result for result in results if _fits(result, asked)):
-        metrics = next((result["tasks"][name]["metrics"] for name in asked["tasks"] if name in result["tasks"]), {})
-        value = next((metrics[name]["value"] for name in asked["metrics"] if name in metrics), None)
-        first = next(iter(by_seed.values()))[0] if by_seed else result
-        if value is None or _study_of(result) != _study_of(first):
+    study: str | None = None
+    for result in results:
+        value = _value(result, asked)
+        if value is None or not _fits(result, asked):
             continue
-        # Nothing was trained in a pre-trained model, whatever its seed.
+        if not by_seed:
+            study = _study_of(result)
+        elif _study_of(result) != study:
+            continue
+
+        score = 100 * value
+        # The seed of a pre-trained model means nothing.
         seed = None if asked["method"] == "pretrained" else result["model"]["seed"]
-        other, its_value = by_seed.setdefault(seed, (result, 100 * value))
-        if other is not result and not (seed is None and its_value == 100 * value):
+        other, other_score = by_seed.setdefault(seed, (result, score))
+        # Several studies may have measured the same model without a seed.
+        is_same = other is result or (seed is None and other_score == score)
+        if not is_same:
             raise UserError(
                 f"{other['name']!r} and {result['name']!r} are of one seed and both belong to {asked['label']}: give "
                 "one of them, or say in their block 'training' how they differ"
@@ -126,29 +151,59 @@ def _choose(results: Sequence[Result], asked: Mapping[str, Any]) -> list[tuple[R
     return list(by_seed.values())
 
 
+def _value(result: Result, asked: Mapping[str, Any]) -> float | None:
+    """Return the score of the column's first metric that the first of its tasks has; None if there is none."""
+    for task in asked["tasks"]:
+        if task not in result["tasks"]:
+            continue
+        metrics = result["tasks"][task]["metrics"]
+        for metric in asked["metrics"]:
+            if metric in metrics:
+                return metrics[metric]["value"]
+        return None
+    return None
+
+
 def _fits(result: Result, asked: Mapping[str, Any]) -> bool:
+    """Whether a result was trained as the row and the column say."""
     training = result.get("training", {})
     method = result["model"]["method"]
     if training.get("num_train_tokens") == 0 and method is None:
         method = "pretrained"
-    if method != asked["method"] or training.get("variant"):  # controls that the paper does not have
+    if method != asked["method"]:
         return False
-    return method == "pretrained" or (
-        (training.get("mixed") or False) == asked["mixed"]
-        and (training.get("selection") or "topk") == asked.get("selection", "topk")
-        and (training.get("checkpoint") or "best") == asked.get("checkpoint", "best")
-        and training.get("domain") in ([asked["trained_on"]] if "trained_on" in asked else [asked["domain"], None])
+    if training.get("variant"):  # a control that the paper does not have
+        return False
+    if method == "pretrained":
+        return True
+
+    is_mixed = training.get("mixed") or False
+    selection = training.get("selection") or "topk"
+    checkpoint = training.get("checkpoint") or "best"
+    domains = [asked["trained_on"]] if "trained_on" in asked else [asked["domain"], None]
+    return (
+        is_mixed == asked["mixed"]
+        and selection == asked.get("selection", "topk")
+        and checkpoint == asked.get("checkpoint", "best")
+        and training.get("domain") in domains
     )
 
 
 def _of_backbone(results: Sequence[Result], backbone: str) -> list[Result]:
-    """Choose the results of the paper's base model, or, where there is none, those of one that is not in the paper."""
+    """Choose the results of the paper's base model; if there are none, those of a base model not in the paper."""
     theirs = [result for result in results if _backbone(result) == backbone]
+    if theirs:
+        return theirs
+
     others = [result for result in results if _backbone(result) is None]
-    bases = sorted({base for result in others if (base := _base(result)) and not result["training"].get("variant")})
-    if not theirs and len(bases) > 1:
-        raise UserError(f"the results are of several base models, {', '.join(bases)}; give those of one")
-    return theirs or others
+    bases: set[str] = set()
+    for result in others:
+        base = _base(result)
+        if base and not result["training"].get("variant"):
+            bases.add(base)
+    if len(bases) > 1:
+        raise UserError(f"the results are of several base models, {', '.join(sorted(bases))}; give those of one")
+    return others
 
 
 def _base(result: Result) -> str | None:
@@ -156,8 +211,12 @@ def _base(result: Result) -> str | None:
 
 
 def _backbone(result: Result) -> str | None:
-    text = re.sub(r"[^a-z0-9]", "", (_base(result) or "").lower())
-    return next((name for word, name in _BACKBONES.items() if word in text), None)
+    base = (_base(result) or "").lower()
+    letters = re.sub(r"[^a-z0-9]", "", base)
+    for word, name in _BACKBONES.items():
+        if word in letters:
+            return name
+    return None
 
 
 def _study_of(result: Result) -> str | None:
@@ -165,23 +224,29 @@ def _study_of(result: Result) -> str | None:
 
 
 def _name_of(result: Result) -> str:
+    name = result["name"]
     study = _study_of(result)
-    return result["name"] if study is None else f"{result['name']} of {study}"
+    return name if study is None else f"{name} of {study}"
 
 
 def _cell_text(cell: Cell) -> str:
+    """Return ``paper / ours``, with the deviation between seeds where there are several."""
     theirs = f"{cell.paper[0]:.1f}"
     if len(cell.paper) > 1:
         theirs += f" ± {cell.paper[1]:.2f}"
-    ours = f"{statistics.fmean(cell.ours):.1f}" if cell.ours else NO_RESULT
+    ours = NO_RESULT
+    if cell.ours:
+        ours = f"{statistics.fmean(cell.ours):.1f}"
     if len(cell.ours) > 1:
         ours += f" ± {statistics.stdev(cell.ours):.2f}"
     return f"{theirs} / {ours}"
 
 
 def _delta_text(cell: Cell, best: Cell) -> str:
+    """Return the difference from the best full fine-tuning, ``paper / ours``."""
     theirs = f"{cell.paper[0] - best.paper[0]:+.1f}"
     # Figures of two studies may be of two models.
     if not cell.ours or not best.ours or cell.study != best.study:
         return f"{theirs} / {NO_RESULT}"
-    return f"{theirs} / {statistics.fmean(cell.ours) - statistics.fmean(best.ours):+.1f}"
+    difference = statistics.fmean(cell.ours) - statistics.fmean(best.ours)
+    return f"{theirs} / {difference:+.1f}"

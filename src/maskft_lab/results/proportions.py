@@ -1,6 +1,6 @@
 """Proportions where a standard error misleads: few right, few wrong, few items on which two models differ.
 
-Also shares of several samples per item (avg@k). Shapes: N items.
+Also shares of several samples per item (avg@k). Shapes: N items, G clusters.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ class Interval(NamedTuple):
     high: float
 
 
-def proportion_interval(values: ArrayLike, clusters: ArrayLike | None = None, confidence: float = 0.95) -> Interval:
+def proportion_interval(
+    values: ArrayLike,
+    clusters: ArrayLike | None = None,
+    confidence: float = 0.95,
+) -> Interval:
     """Return an interval of the mean of values in [0, 1] that holds at the edges and for dependent items.
 
     It is Wilson's score interval (1927, https://doi.org/10.1080/01621459.1927.10502953; recommended for language models
@@ -32,9 +36,9 @@ def proportion_interval(values: ArrayLike, clusters: ArrayLike | None = None, co
     values without clusters that number is N, and the interval Wilson's own: of 0 of 300 it is [0, 0.0126]. An average
     over samples of one item brings more than one item.
 
-    At an edge (fewer than `FEW` clusters with anything right, or anything wrong) nothing can be known of how alike the
-    items of a cluster are; the number of items is then at most that of the clusters. So it is where fewer than `FEW`
-    values are not the median: two samples of each item of which one is right do not make the rate known exactly.
+    At an edge (fewer than `FEW` clusters with anything right, or anything wrong) the data cannot tell how alike the
+    items of a cluster are; the effective number of items is then at most that of the clusters. The same holds if fewer
+    than `FEW` values differ from the median: one right answer of two for each item does not tell the rate exactly.
 
     Args:
         values: One value in [0, 1] per item: right or wrong, or the share of its samples that are right.
@@ -47,32 +51,42 @@ def proportion_interval(values: ArrayLike, clusters: ArrayLike | None = None, co
     values_N = np.asarray(values, dtype=float)
     if not values_N.size or not ((values_N >= 0) & (values_N <= 1)).all():
         raise ValueError("a proportion needs values in [0, 1], at least one")
-    labels_N = np.arange(values_N.size) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
+    labels_N = np.arange(values_N.size)
+    if clusters is not None:
+        _, labels_N = np.unique(np.asarray(clusters), return_inverse=True)
     num_clusters = int(labels_N.max()) + 1
+
+    # Of G clusters: an item alone is one, too.
     share = float(values_N.mean())
     residuals_G = np.bincount(labels_N, values_N - share)
     variance = float(residuals_G @ residuals_G) / values_N.size**2
-    effective = share * (1 - share) / variance if variance > 0 else math.inf
-    if is_at_edge(values_N, labels_N) or np.count_nonzero(values_N != np.median(values_N)) < FEW:
-        effective = min(effective, num_clusters)
-    z = float(stats.norm.ppf((1 + confidence) / 2))
+    effective_num = share * (1 - share) / variance if variance > 0 else math.inf
+    num_not_median = np.count_nonzero(values_N != np.median(values_N))
+    if is_at_edge(values_N, labels_N) or num_not_median < FEW:
+        effective_num = min(effective_num, num_clusters)
+
+    tail = (1 + confidence) / 2
     if clusters is not None and num_clusters > 1:
-        z = float(stats.t.ppf((1 + confidence) / 2, num_clusters - 1))
-    return _wilson(share, effective, z)
+        z = float(stats.t.ppf(tail, num_clusters - 1))
+    else:
+        z = float(stats.norm.ppf(tail))
+    return _wilson(share, effective_num, z)
 
 
 def is_at_edge(values: ArrayLike, clusters: ArrayLike | None = None) -> bool:
     """Tell whether fewer than `FEW` items (clusters) hold anything right, or anything wrong."""
     values_N = np.asarray(values, dtype=float)
     labels_N = np.arange(values_N.size) if clusters is None else np.asarray(clusters)
-    return min(np.unique(labels_N[values_N > 0]).size, np.unique(labels_N[values_N < 1]).size) < FEW
+    num_with_right = np.unique(labels_N[values_N > 0]).size
+    num_with_wrong = np.unique(labels_N[values_N < 1]).size
+    return min(num_with_right, num_with_wrong) < FEW
 
 
 def tango_interval(won: float, lost: float, num_items: int, confidence: float = 0.95) -> Interval:
     """Return Tango's score interval of the difference of two proportions on the same items, (won - lost) / N.
 
-    All differences are in it whose score test does not reject them. Unlike resampling it does not take a kind of item
-    that was not seen for one that does not exist: without any item that differs, of 300, it is [-0.0126, 0.0126].
+    It holds all differences that the score test does not reject. Resampling takes a kind of item that was not seen for
+    one that does not exist; this does not: without any item that differs, of 300, it is [-0.0126, 0.0126].
     Tango (1998), https://doi.org/10.1002/(SICI)1097-0258(19980430)17:8%3C891::AID-SIM780%3E3.0.CO;2-B.
 
     Args:
@@ -87,12 +101,13 @@ def tango_interval(won: float, lost: float, num_items: int, confidence: float = 
     limit = 1 - 1e-12
 
     def root(sign: int, end: float) -> float:
-        """Where the score is ``sign * z``, between the difference and an end; the end itself where it is nowhere."""
+        """Return the difference at which the score is ``sign * z``, -1 or 1 if there is none."""
 
         def score(delta: float) -> float:
             return tango_score(won, lost, num_items, delta) - sign * z
 
-        if abs(difference - end) < 1e-9 or score(end) * sign < 0:
+        is_at_end = abs(difference - end) < 1e-9
+        if is_at_end or score(end) * sign < 0:
             return float(np.sign(end))
         return float(optimize.brentq(score, difference, end, xtol=1e-12))
 
@@ -104,16 +119,26 @@ def tango_score(won: float, lost: float, num_items: int, delta: float) -> float:
     distance = won - lost - num_items * delta
     if abs(distance) < 1e-9:  # the variance may be 0 there too
         return 0.0
+
+    # The share of lost items if the difference is delta, by maximum likelihood: the root of a x^2 + b x + c.
     a = 2 * num_items
     b = (a - won + lost) * delta - won - lost
     c = -lost * delta * (1 - delta)
-    lost_share = (math.sqrt(max(0.0, b * b - 4 * a * c)) - b) / (2 * a)  # expected where the difference is delta
+    discriminant = max(0.0, b * b - 4 * a * c)
+    lost_share = (math.sqrt(discriminant) - b) / (2 * a)
+
     variance = num_items * (2 * lost_share + delta * (1 - delta))
-    return distance / math.sqrt(variance) if variance > 0 else math.copysign(math.inf, distance)
+    if variance <= 0:
+        return math.copysign(math.inf, distance)
+    return distance / math.sqrt(variance)
 
 
 def _wilson(share: float, num_items: float, z: float) -> Interval:
-    centre = (share + z * z / (2 * num_items)) / (1 + z * z / num_items)
-    half = z / (1 + z * z / num_items) * math.sqrt(share * (1 - share) / num_items + (z / (2 * num_items)) ** 2)
+    shrinkage = 1 + z * z / num_items
+    centre = (share + z * z / (2 * num_items)) / shrinkage
+    variance = share * (1 - share) / num_items
+    half = z / shrinkage * math.sqrt(variance + (z / (2 * num_items)) ** 2)
     # At the edges the exact bound is 0 or 1; the formula leaves some 1e-18.
-    return Interval(0.0 if share == 0 else max(0.0, centre - half), 1.0 if share == 1 else min(1.0, centre + half))
+    low = 0.0 if share == 0 else max(0.0, centre - half)
+    high = 1.0 if share == 1 else min(1.0, centre + half)
+    return Interval(low, high)

@@ -14,12 +14,15 @@ from maskft_common.files import parse_json, read_text
 from .lm_eval_samples import is_samples_file, read_samples, samples_in
 from .schema import Result, check_result, read_result, result_file
 
+# Points of a path, and results that are still being measured.
+_LEFT_OUT = re.compile(r"(^|/)path/|\.partial/")
+
 
 def read_all(paths: Iterable[str]) -> list[Result]:
     """Return the results of files and folders, in the order given.
 
-    A folder is one of results: its ``result.json``, or all in it and below but points of paths and partial results;
-    or one of lm-eval's ``samples_*.jsonl``, which are the tasks of one model.
+    A folder holds results: its ``result.json``, or all results in it and below, except points of paths and partial
+    results. Or it holds lm-eval's ``samples_*.jsonl``, which are the tasks of one model.
 
     Args:
         paths: Paths, or ``NAME=PATH``.
@@ -28,19 +31,28 @@ def read_all(paths: Iterable[str]) -> list[Result]:
         UserError: If something is no result.
     """
     results: list[Result] = []
-    for name, path in map(_name_and_path, paths):
+    for text in paths:
+        name, path = _name_and_path(text)
         found = _files_of(path)
         if is_samples_file(found[0]):
             results.append(read_samples(found, name))
             continue
-        for result in map(read_result, found):
-            results.append(check_result({**result, "name": name}, path) if name else result)
+        for file in found:
+            result = read_result(file)
+            if name:
+                # Checked again, because the name is the user's.
+                result = check_result({**result, "name": name}, path)
+            results.append(result)
     return results
 
 
 def input_files(paths: Iterable[str]) -> set[Path]:
     """Return every file that would be read, resolved."""
-    return {file.resolve() for _, path in map(_name_and_path, paths) for file in _files_of(path)}
+    out: set[Path] = set()
+    for text in paths:
+        _, path = _name_and_path(text)
+        out |= {file.resolve() for file in _files_of(path)}
+    return out
 
 
 def check_output(output: str | None, results: Iterable[str]) -> None:
@@ -53,29 +65,41 @@ def _name_and_path(text: str) -> tuple[str | None, Path]:
     name, separator, path = text.partition("=")
     if not text or (separator and not path):
         raise UserError(f"{text!r} names no file; give a result, a folder of results, or NAME=PATH")
-    if separator and name and not files.is_there(text) and "/" not in name:
-        return name, Path(path)
-    return None, Path(text)
+    if not separator or not name:
+        return None, Path(text)
+    # A path may have an equals sign in it.
+    if "/" in name or files.is_there(text):
+        return None, Path(text)
+    return name, Path(path)
 
 
 def _files_of(path: Path) -> list[Path]:
-    """Return the files that a path stands for, at least one."""
+    """Return the files of a path, at least one; it need not exist."""
     if not path.is_dir() or (path / layout.RESULT).is_file():
         return [result_file(path)]
-    if samples := samples_in(path):
+    samples = samples_in(path)
+    if samples:
         return samples
-    found = sorted([*path.rglob("*.json"), *path.rglob("*.json.gz")])
-    below = [f for f in found if not re.search(r"(^|/)path/|\.partial/", f"{f.relative_to(path)}") and _is_result(f)]
-    return below or [result_file(path)]
+
+    found: list[Path] = []
+    for file in sorted([*path.rglob("*.json"), *path.rglob("*.json.gz")]):
+        is_left_out = _LEFT_OUT.search(str(file.relative_to(path)))
+        if not is_left_out and _is_result(file):
+            found.append(file)
+    return found or [result_file(path)]
 
 
 def _is_result(file: Path) -> bool:
-    if file.name == layout.RESULT or not file.is_file():
-        return file.is_file()  # also a damaged result.json, so that reading it says so
+    if not file.is_file():
+        return False
+    if file.name == layout.RESULT:
+        return True  # a damaged one too: reading it reports the damage
     try:
         text = read_text(file)
         # A folder of runs is full of tokenizers, which would take long to parse.
-        content = parse_json(text) if '"evaluation"' in text else None
+        if '"evaluation"' not in text:
+            return False
+        content = parse_json(text)
     except (ValueError, OSError, EOFError, zlib.error):
         return False
     return isinstance(content, dict) and content.get("kind") == "evaluation"

@@ -46,17 +46,24 @@ def render(comparison: Comparison, output_format: str) -> str:
     tables = [cross_domain_table(comparison.scores), difference_table(comparison)]
 
     if output_format == "latex":
-        # Comments: a paper takes the tables, and its author the sentences that say what may be claimed.
-        lines = [f"% {latex_text(line)}" for line in sentences]
-        return "\n".join([*(draw(table, "latex") for table in tables), *lines]) + "\n"
-    lines = [f"- {markdown_text(line)}" for line in sentences]
-    return "\n".join([*(draw(table, "markdown") for table in tables), *lines]) + "\n"
+        # Comments: the paper takes the tables, its author reads the claims.
+        lines = [f"% {latex_text(text)}" for text in sentences]
+    else:
+        output_format = "markdown"
+        lines = [f"- {markdown_text(text)}" for text in sentences]
+    blocks = [draw(table, output_format) for table in tables]
+    return "\n".join([*blocks, *lines]) + "\n"
 
 
 def render_scores(scores: Sequence[Score], output_format: str) -> str:
-    """Return scores as text: one model has nothing to be compared with."""
+    """Return scores as text: for one model there is no comparison."""
     if output_format == "json":
-        return to_json({"schema_version": SCHEMA_VERSION, "kind": "scores", "scores": [asdict(s) for s in scores]})
+        record = {
+            "schema_version": SCHEMA_VERSION,
+            "kind": "scores",
+            "scores": [asdict(score) for score in scores],
+        }
+        return to_json(record)
     return draw(cross_domain_table(scores), output_format)
 
 
@@ -103,41 +110,48 @@ def cross_domain_table(scores: Sequence[Score]) -> Table:
     At an edge, where an error would say nothing, a cell is ``value [low, high]`` with the bounds of a 95 % interval.
     A model that has a metric of one task at some of its seeds only counts as without.
     """
-    tasks = list(dict.fromkeys(score.task for score in scores))
-    task_names = {score.task: task_text(score) for score in scores}
-
-    # A task's metrics side by side.
+    # Columns, the metrics of a task side by side.
     units = {(score.task, score.metric): score.unit for score in scores}
-    units = dict(sorted(units.items(), key=lambda entry: tasks.index(entry[0][0])))
-    labels = [
-        f"{task_names[task]} {metric}".strip() + f" ({unit_text(unit)})" for (task, metric), unit in units.items()
-    ]
+    tasks = list(dict.fromkeys(score.task for score in scores))
+    places = sorted(units, key=lambda place: tasks.index(place[0]))
 
-    rows: dict[str, dict[Place, str]] = {}
+    task_names = {score.task: task_text(score) for score in scores}
+    labels = []
+    for task, metric in places:
+        name = f"{task_names[task]} {metric}".strip()
+        labels.append(f"{name} ({unit_text(units[task, metric])})")
+
+    texts: dict[str, dict[Place, str]] = {}
     for score in scores:
         seeds = f" ({score.num_seeds} seeds)" if score.num_seeds > 1 else ""
-        rows.setdefault(score.model + seeds, {})[score.task, score.metric] = score_text(score)
-    cells = [(label, *(of_model.get(column, "–") for column in units)) for label, of_model in rows.items()]
-    return Table(("model", *labels), cells)
+        of_model = texts.setdefault(score.model + seeds, {})
+        of_model[score.task, score.metric] = score_text(score)
+
+    rows: list[tuple[str, ...]] = []
+    for label, of_model in texts.items():
+        cells = [of_model.get(place, "–") for place in places]
+        rows.append((label, *cells))
+    return Table(("model", *labels), rows)
 
 
 # The page
 
 
 def _page(comparison: Comparison) -> str:
-    """Return a page of 80 columns, 25 lines: one metric of each task, masks first, the verdict, and what is left out.
+    """Return a page of 80 columns, 25 lines: one metric of each task, masks first, the verdict, a count of the rest.
 
-    Metrics beside the first of a task follow where something is claimed in them and the page has room: a loss that got
-    better is not to hide behind an accuracy that cannot tell.
+    Further metrics of a task follow if they support a claim and the page has room, so that a better loss is not hidden
+    behind an accuracy that is not distinguishable.
     """
     rows = comparison.differences
     first = brief_metric(rows)
     places = _first_places(comparison, first)
     shown = [row for row in rows if (row.task, row.metric) in places]
+    of_first_method = [row for row in rows if row.method == rows[0].method]
 
-    tail_sentences = _page_sentences(comparison, shown, [row for row in rows if row.method == rows[0].method])
-    tail = _wrapped(tail_sentences)
+    tail = _wrapped(_page_sentences(comparison, shown, of_first_method))
     room = max(MIN_TABLE_LINES, PAGE_LINES - 1 - len(tail))
+
     lines = _page_lines(comparison, places)
     for place in _claiming_places(comparison, places):
         longer = _page_lines(comparison, [*places, place])
@@ -151,12 +165,15 @@ def _page(comparison: Comparison) -> str:
 
 
 def _first_places(comparison: Comparison, first: Place) -> list[Place]:
-    """Return the place that the comparison is told by, those of the verdicts, and one of each other task."""
+    """Return the place that represents the comparison, that of the first verdict, and one of each other task."""
     rows = sorted(comparison.differences, key=lambda row: (row.task, row.metric) != first)
     places = [first]
-    places += [(verdict.parent.task, verdict.parent.metric) for verdict in comparison.verdicts[:1]]
+    for verdict in comparison.verdicts[:1]:
+        places.append((verdict.parent.task, verdict.parent.metric))
     for task in dict.fromkeys(row.task for row in rows):
-        places.append(brief_metric([row for row in rows if row.task == task]))
+        of_task = [row for row in rows if row.task == task]
+        places.append(brief_metric(of_task))
+
     in_rows = {(row.task, row.metric) for row in rows}
     return [place for place in dict.fromkeys(places) if place in in_rows]
 
@@ -168,14 +185,21 @@ def _claiming_places(comparison: Comparison, shown: Sequence[Place]) -> list[Pla
     return [place for place in places if place not in shown]
 
 
-def _page_sentences(comparison: Comparison, shown: Sequence[Difference], of_first: Sequence[Difference]) -> list[str]:
+def _page_sentences(
+    comparison: Comparison,
+    shown: Sequence[Difference],
+    of_first_method: Sequence[Difference],
+) -> list[str]:
     if comparison.verdicts:
         sentences = [f"Verdict: {comparison.verdicts[0].text}"]
     else:
-        sentences = [sentence(row) for row in of_first if row in shown][:2]
-    if not comparison.fixed_seeds and any(row.num_seeds == 2 for row in shown):
+        sentences = [sentence(row) for row in of_first_method if row in shown][:2]
+
+    has_two_seeds = any(row.num_seeds == 2 for row in shown)
+    if has_two_seeds and not comparison.fixed_seeds:
         sentences.append("Two seeds: what is not distinguishable is no claim over seeds.")
-    return [*sentences, *map(_note, comparison.notes[:2])]
+    sentences += [_note(note) for note in comparison.notes[:2]]
+    return sentences
 
 
 def _wrapped(sentences: Sequence[str]) -> list[str]:
@@ -191,16 +215,18 @@ def _page_lines(comparison: Comparison, places: Sequence[Place]) -> list[str]:
 
 def _left_out(comparison: Comparison, lines: Sequence[str]) -> str:
     """Return how many differences, and how many claims among them, have no line on the page."""
-    num_left = len(comparison.differences)
-    num_left -= sum(line.endswith((BETTER, WORSE, NOT_DISTINGUISHABLE)) for line in lines)
+    # A line of the page ends with its verdict.
+    num_shown = sum(line.endswith((BETTER, WORSE, NOT_DISTINGUISHABLE)) for line in lines)
+    num_shown_claims = sum(line.endswith((BETTER, WORSE)) for line in lines)
     num_claims = sum(row.verdict != NOT_DISTINGUISHABLE for row in comparison.differences)
-    num_claims -= sum(line.endswith((BETTER, WORSE)) for line in lines)
+    num_left = len(comparison.differences) - num_shown
+    num_claims_left = num_claims - num_shown_claims
 
     text = "P-values, errors"
     if num_left:
         text = f"{num_left} more difference{'s' if num_left > 1 else ''}"
-        if num_claims:
-            text += f" ({num_claims} better or worse)"
+        if num_claims_left:
+            text += f" ({num_claims_left} better or worse)"
     return f"{text}: --format markdown, or a study's table."
 
 
@@ -215,13 +241,22 @@ def _page_table(comparison: Comparison, places: Sequence[Place]) -> Table:
 
     over = " over items" if comparison.fixed_seeds else ""
     columns = ("", "value", f"difference, {100 * comparison.confidence:g} %{over}", "verdict")
-    others = sum(2 + max(len(row[index]) for row in [columns, *table]) for index in (1, 2, 3))
-    width = max(MIN_NAME, PAGE_WIDTH - others)
-    rows = [(_cut(row[0], width) if any(row[1:]) else row[0], *row[1:]) for row in table]
+    # The width that the other columns leave to names, two blanks before each.
+    width = PAGE_WIDTH
+    for index in (1, 2, 3):
+        width -= 2 + max(len(row[index]) for row in [columns, *table])
+    width = max(MIN_NAME, width)
+
+    rows: list[tuple[str, ...]] = []
+    for name, *cells in table:
+        is_heading = not any(cells)
+        shown = name if is_heading else _cut(name, width)
+        rows.append((shown, *cells))
     return Table(columns, rows)
 
 
 def _block(comparison: Comparison, rows: Sequence[Difference]) -> list[tuple[str, ...]]:
+    """Return a heading, a row per method, and the row of the baseline."""
     most = max(rows, key=lambda row: row.num_seeds)
     scale, digits = scale_and_digits(most.unit)
     seeds = f", {most.num_seeds} seeds" if most.num_seeds > 1 else ""
@@ -237,11 +272,14 @@ def _block(comparison: Comparison, rows: Sequence[Difference]) -> list[tuple[str
 
 
 def _cut(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"
+    if len(text) <= width:
+        return text
+    return text[: width - 1] + "…"
 
 
 def _note(note: str) -> str:
-    return f"Note: {note}" + ("" if note.endswith("?") else ".")
+    end = "" if note.endswith("?") else "."
+    return f"Note: {note}{end}"
 
 
 def _how_to_read(comparison: Comparison) -> str:
@@ -255,7 +293,9 @@ def _how_to_read(comparison: Comparison) -> str:
         text += "a round bracket at 0 claims a sign and no size; "
     if comparison.fixed_seeds:
         text += "seeds are fixed, so all of it is about these trained models and not about other seeds; "
-    text += "± is one standard error, over items" + ("" if comparison.fixed_seeds else " or several seeds")
+    text += "± is one standard error, over items"
+    if not comparison.fixed_seeds:
+        text += " or several seeds"
     if any(shows_interval(score) for score in comparison.scores):
         text += "; brackets beside a score are its 95 % interval, where an error would say nothing"
     return text + "."

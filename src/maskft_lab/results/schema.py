@@ -1,4 +1,4 @@
-"""The result file: what one evaluation of one model measured, item by item. ``docs/results.md`` shows one in full.
+"""The result file: one evaluation of one model, item by item. ``docs/results.md`` shows one in full.
 
 Results are plain dictionaries, in memory as on disk; the types below name their fields, and pydantic checks a file
 against them. Keys that are not named here are kept and ignored.
@@ -96,11 +96,11 @@ class TaskRecord(TypedDict):
     items: Annotated[list[Item], Field(min_length=1)]
     data_sha256: NotRequired[str]
     generation_kwargs: NotRequired[dict[str, Any] | None]
-    data_file: NotRequired[str]  # of rows of one's own: the test set's file, by which tables name it
+    data_file: NotRequired[str]  # of the user's own rows: the test set's file, by which tables name it
 
 
 class EnvironmentRecord(TypedDict):
-    """What a result was made with; more than the versions is kept, and not read."""
+    """The software that made a result; further keys are kept and ignored."""
 
     packages: dict[str, Any]
 
@@ -114,7 +114,7 @@ class Result(TypedDict):
     created: str  # ISO 8601, UTC
     maskft_version: str
     model: ModelRecord
-    settings: dict[str, Any]  # what else shaped the numbers: dtype, batch size, ...
+    settings: dict[str, Any]  # other influences on the numbers: dtype, batch size, ...
     environment: EnvironmentRecord
     tasks: Annotated[
         dict[schema.Name, Annotated[TaskRecord, AfterValidator(lambda task: _check_task(task))]], Field(min_length=1)
@@ -136,10 +136,10 @@ def build_result(
     Args:
         name: Label of the model in tables, e.g. ``"mask"``.
         model: The fields of `ModelRecord`; those left out are null.
-        settings: What else shaped the numbers (JSON-able).
+        settings: Other influences on the numbers (JSON-able).
         tasks: Task name -> `build_task`.
         training: How the model came about, where known.
-        device: What the model ran on, where known: the name of a GPU, or ``cpu``.
+        device: Device that the model ran on, where known: the name of a GPU, or ``cpu``.
 
     Raises:
         UserError: If it is not of this schema.
@@ -181,7 +181,11 @@ def build_task(
 
 
 def metric_from_items(
-    items: Sequence[Mapping[str, Any]], name: str, *, unit: str | None = None, higher_is_better: bool | None = None
+    items: Sequence[Mapping[str, Any]],
+    name: str,
+    *,
+    unit: str | None = None,
+    higher_is_better: bool | None = None,
 ) -> MetricRecord:
     """Summarise the per-item numbers called ``name`` as a metric with its standard error.
 
@@ -204,22 +208,27 @@ def metric_from_items(
         if name not in item:
             raise UserError(f"item {item.get('id')!r} has no {name!r}: give every item a number, or null")
     values = [item[name] for item in items]
+    is_nll = name == "nll"
     if unit is None:
         is_share = all(0 <= value <= 1 for value in values if is_finite(value))
         unit = "fraction" if is_share else "score"
-        if name == "nll":
+        if is_nll:
             unit = "nats/token"
+    if higher_is_better is None:
+        higher_is_better = not is_nll
+
     weights = item_weights(items, unit)
     value = None
     stderr = None
     if all(is_finite(value) for value in values):
         value, stderr = weighted_mean(values, weights, cluster_ids(items))
-        stderr = stderr if math.isfinite(stderr) else None
+        if not math.isfinite(stderr):
+            stderr = None
     return {
         "value": value,
         "stderr": stderr,
         "num_items": len(items),
-        "higher_is_better": name != "nll" if higher_is_better is None else higher_is_better,
+        "higher_is_better": higher_is_better,
         "unit": unit,
     }
 
@@ -261,13 +270,17 @@ def items_fingerprint(items: Iterable[Mapping[str, Any]]) -> str:
     Two results with the same fingerprint were measured on the same questions, worded alike. Prompts and references may
     be anything JSON can hold (text, a list of messages, None).
     """
-    lines = sorted(json.dumps([item["id"], item["prompt"], item["reference"]], sort_keys=True) for item in items)
-    return digest("\n".join(lines))
+    lines: list[str] = []
+    for item in items:
+        question = [item["id"], item["prompt"], item["reference"]]
+        lines.append(json.dumps(question, sort_keys=True))
+    return digest("\n".join(sorted(lines)))
 
 
 def data_sha256(rows: Iterable[Any]) -> str:
-    """Return the sha256 of rows of data in their order: the identity of a data source, wherever its files lie."""
-    return digest("".join(json.dumps(row, sort_keys=True, default=str) + "\n" for row in rows))
+    """Return the sha256 of rows of data in their order: the identity of a data source, whatever its path."""
+    lines = [json.dumps(row, sort_keys=True, default=str) + "\n" for row in rows]
+    return digest("".join(lines))
 
 
 def write_result(path: str | os.PathLike[str], result: Result) -> None:
@@ -306,7 +319,8 @@ def read_result(path: str | os.PathLike[str]) -> Result:
 
 def result_file(path: str | os.PathLike[str]) -> Path:
     """Return ``path``, or the result file in it if it is a folder."""
-    return Path(path) / layout.RESULT if Path(path).is_dir() else Path(path)
+    path = Path(path)
+    return path / layout.RESULT if path.is_dir() else path
 
 
 def check_result(result: Any, source: str | os.PathLike[str] = "result") -> Result:
@@ -317,10 +331,10 @@ def check_result(result: Any, source: str | os.PathLike[str] = "result") -> Resu
     """
     if not isinstance(result, dict) or not isinstance(result.get("schema_version"), int):
         raise UserError(f"{source}: not a result file, no schema_version: give one that `maskft evaluate` wrote")
-    if result["schema_version"] > SCHEMA_VERSION:
+    version = result["schema_version"]
+    if version > SCHEMA_VERSION:
         raise UserError(
-            f"{source}: schema version {result['schema_version']} is newer than this maskft reads "
-            f"({SCHEMA_VERSION}): upgrade maskft"
+            f"{source}: schema version {version} is newer than this maskft reads ({SCHEMA_VERSION}): upgrade maskft"
         )
     try:
         _adapter().validate_python(result, strict=True)
@@ -337,21 +351,26 @@ def _adapter() -> TypeAdapter[Result]:
 
 
 def _check_task(task: TaskRecord) -> TaskRecord:
-    """Refuse items without or with equal ids, and metrics that are not those of the items."""
+    """Refuse items without an id or with equal ids, and metrics that differ from those of the items."""
+    items = task["items"]
     seen: set[str] = set()
-    for index, item in enumerate(task["items"]):
-        if not isinstance(item.get("id"), str):
-            raise ValueError(f"item {index} has id {item.get('id')!r}: every item needs a text")
-        if item["id"] in seen:
-            raise ValueError(f"two items have the id {item['id']!r}")
-        seen.add(item["id"])
+    for index, item in enumerate(items):
+        identity = item.get("id")
+        if not isinstance(identity, str):
+            raise ValueError(f"item {index} has id {identity!r}: every item needs a text")
+        if identity in seen:
+            raise ValueError(f"two items have the id {identity!r}")
+        seen.add(identity)
+
     try:
-        cluster_ids(task["items"])
+        cluster_ids(items)
     except UserError as error:
+        # pydantic reports a ValueError with its place in the file.
         raise ValueError(str(error)) from None
+
     for name, metric in task["metrics"].items():
-        if has_items(task["items"], name):
-            _check_metric(name, metric, task["items"])
+        if has_items(items, name):
+            _check_metric(name, metric, items)
     return task
 
 
@@ -359,12 +378,15 @@ def _check_metric(name: str, metric: MetricRecord, items: list[Item]) -> None:
     for item in items:
         if name not in item or not isinstance(item[name], int | float | None):
             raise ValueError(f"item {item['id']!r} has {name} {item.get(name)!r}, not a number or null")
-        if item[name] is not None and abs(item[name]) > sys.float_info.max:  # 1e400 is read as infinity
+        value = item[name]
+        if value is not None and abs(value) > sys.float_info.max:  # 1e400 is read as infinity
             raise ValueError(f"item {item['id']!r} has a {name} of more than {sys.float_info.max:.0e}")
-        if metric["unit"] == "fraction" and is_finite(item[name]) and not 0 <= item[name] <= 1:
-            raise ValueError(f"item {item['id']!r} has {name} {item[name]}, and a fraction is in [0, 1], not percent")
+        if metric["unit"] == "fraction" and is_finite(value) and not 0 <= value <= 1:
+            raise ValueError(f"item {item['id']!r} has {name} {value}, and a fraction is in [0, 1], not percent")
+
     if metric["num_items"] != len(items):
         raise ValueError(f"{name} has num_items {metric['num_items']} for {len(items)} items")
+
     value = metric["value"]
     expected = metric_from_items(items, name, unit=metric["unit"])["value"]
     if value is None or expected is None:

@@ -37,46 +37,81 @@ def scores(
     groups = group_by_name(results)
     tasks, metrics = select(results, tasks, metrics, only_items=False)
     check_comparable(results, tasks)
-    shown = [(task, metric) for task, metric in product(tasks, metrics) if having(results, task, metric)]
-    units = {(task, metric): unit_of(having(results, task, metric), task, metric) for task, metric in shown}
-    return [
-        _score(group, task, metric, units[task, metric], fixed_seeds)
-        for group in groups.values()
-        for task, metric in shown
-        if having(group, task, metric) == group
-    ]
+    units: dict[tuple[str, str], str] = {}
+    for task, metric in product(tasks, metrics):
+        measured = having(results, task, metric)
+        if measured:
+            units[task, metric] = unit_of(measured, task, metric)
+
+    out: list[Score] = []
+    for group in groups.values():
+        for (task, metric), unit in units.items():
+            if having(group, task, metric) == group:
+                out.append(_score(group, task, metric, unit, fixed_seeds))
+    return out
 
 
 def _score(group: Sequence[Result], task: str, metric: str, unit: str, fixed_seeds: bool) -> Score:
+    num_seeds = len(group)
+    score = Score(
+        model=group[0]["name"],
+        task=task,
+        metric=metric,
+        unit=unit,
+        value=None,
+        stderr=None,
+        num_seeds=num_seeds,
+        test_set=group[0]["tasks"][task].get("data_file"),
+    )
     records = [result["tasks"][task]["metrics"][metric] for result in group]
     values = [record["value"] for record in records if record["value"] is not None]
-    test_set = group[0]["tasks"][task].get("data_file")
-    score = Score(group[0]["name"], task, metric, unit, None, None, len(group), test_set=test_set)
-    if len(values) < len(records):
-        return score  # of a seed that has no value there is no mean
+    if len(values) < num_seeds:
+        return score  # one seed without a value, and there is no mean
 
-    value, stderr = weighted_mean(values) if len(group) > 1 else (values[0], records[0]["stderr"])
-    is_over_items = fixed_seeds and len(group) > 1
+    if num_seeds == 1:
+        value = values[0]
+        stderr = records[0]["stderr"]
+    else:
+        value, stderr = weighted_mean(values)
+
     is_share = unit == "fraction"
-    values_N = _mean_items(group, task, metric) if is_over_items or is_share else None
+    is_over_items = fixed_seeds and num_seeds > 1
+    values_N = None
+    clusters = None
     items = group[0]["tasks"][task]["items"]
-    clusters = None if values_N is None else cluster_ids(items)
-    if is_over_items:  # the error over items (clusters) of the mean over seeds
+    if is_share or is_over_items:
+        values_N = _mean_items(group, task, metric)
+    if values_N is not None:
+        clusters = cluster_ids(items)
+
+    if is_over_items:
+        # The error over items (clusters) of the mean over seeds.
         stderr = None
         if values_N is not None:
-            over_items = weighted_mean(values_N, item_weights(items, unit), clusters)[1]
+            _, over_items = weighted_mean(values_N, item_weights(items, unit), clusters)
             stderr = over_items if math.isfinite(over_items) else None
+
     score = replace(score, value=value, stderr=stderr)
     if not is_share or values_N is None:
         return score
     interval = proportion_interval(values_N, clusters)
-    return replace(score, low=interval.low, high=interval.high, is_at_edge=is_at_edge(values_N, clusters))
+    return replace(
+        score,
+        low=interval.low,
+        high=interval.high,
+        is_at_edge=is_at_edge(values_N, clusters),
+    )
 
 
 def _mean_items(group: Sequence[Result], task: str, metric: str) -> NDArray[np.float64] | None:
     """Return the items' means over the seeds, in the order of the first result; None where it has no items."""
-    tables = [result["tasks"][task]["items"] for result in group]
-    if not all(has_items(items, metric) for items in tables):
+    of_seeds = [result["tasks"][task]["items"] for result in group]
+    if not all(has_items(items, metric) for items in of_seeds):
         return None
-    by_id = [{item["id"]: item[metric] for item in items} for items in tables]
-    return np.asarray(np.mean([[row[item["id"]] for item in tables[0]] for row in by_id], axis=0))
+
+    ids = [item["id"] for item in of_seeds[0]]
+    values_SN: list[list[float]] = []
+    for items in of_seeds:
+        by_id = {item["id"]: item[metric] for item in items}
+        values_SN.append([by_id[each] for each in ids])
+    return np.asarray(np.mean(values_SN, axis=0))

@@ -20,7 +20,9 @@ MAX_CHUNK_COUNTS = 2**21  # resamples x items held at once: about 50 MB, whateve
 
 
 def weighted_mean(
-    values: ArrayLike, weights: ArrayLike | None = None, clusters: Sequence[str] | None = None
+    values: ArrayLike,
+    weights: ArrayLike | None = None,
+    clusters: Sequence[str] | None = None,
 ) -> tuple[float, float]:
     """Return ``sum(w * x) / sum(w)`` over the items and its standard error.
 
@@ -29,18 +31,23 @@ def weighted_mean(
     it is the usual ``sd / sqrt(n)`` (sd with n - 1). Items of one cluster count as one (`as_block`). It is NaN for a
     single item or cluster.
     """
-    if clusters is not None and len(set(clusters)) > 1:
-        block = as_block(np.asarray(values, dtype=float)[None], weights, clusters)
-        return weighted_mean(block.diffs_SN[0], block.weights_N)
     values_N = np.asarray(values, dtype=float)
+    if clusters is not None and len(set(clusters)) > 1:
+        block = as_block(values_N[None], weights, clusters)
+        return weighted_mean(block.diffs_SN[0], block.weights_N)
+
     weights_N = np.ones_like(values_N) if weights is None else np.asarray(weights, dtype=float)
     mean = float(values_N @ weights_N / weights_N.sum())
-    if values_N.size < 2 or clusters is not None:
+    num_items = values_N.size
+    if num_items < 2 or clusters is not None:
         return mean, math.nan
-    residuals_N = weights_N * (values_N - mean) / weights_N.mean()
+
     # The residuals have mean 0 by construction, so their variance needs no second centring.
-    with np.errstate(over="ignore"):  # values near the largest float; the error is then infinite
-        return mean, float(np.sqrt(residuals_N @ residuals_N / (values_N.size - 1) / values_N.size))
+    residuals_N = weights_N * (values_N - mean) / weights_N.mean()
+    # Near the largest float the squares overflow, and the error is infinite.
+    with np.errstate(over="ignore"):
+        variance = residuals_N @ residuals_N / (num_items - 1) / num_items
+        return mean, float(np.sqrt(variance))
 
 
 class Block(NamedTuple):
@@ -70,12 +77,16 @@ def mean_over_seeds(values_SN: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(np.abs(means_N) <= ROUNDING * largest_N, 0.0, means_N)
 
 
-def as_block(diffs_SN: ArrayLike, weights: ArrayLike | None = None, clusters: Sequence[str] | None = None) -> Block:
+def as_block(
+    diffs_SN: ArrayLike,
+    weights: ArrayLike | None = None,
+    clusters: Sequence[str] | None = None,
+) -> Block:
     """Return differences as a block, checked; dependent items become one unit.
 
-    A cluster is a unit whose difference is the weighted mean of its items' and whose weight is their sum. Whatever
-    treats units as independent (an error, a bootstrap, a number of items needed) is then robust to clusters, as in
-    https://arxiv.org/abs/2411.00640, Sec. 2.2.
+    A cluster is a unit whose difference is the weighted mean of its items' and whose weight is their sum. An error or a
+    bootstrap that treats units as independent is then robust to clusters, as in https://arxiv.org/abs/2411.00640,
+    Sec. 2.2.
 
     Args:
         diffs_SN: Differences (or values), one row per seed, one column per item.
@@ -88,6 +99,7 @@ def as_block(diffs_SN: ArrayLike, weights: ArrayLike | None = None, clusters: Se
     diffs_SN = np.asarray(diffs_SN, dtype=float)
     if diffs_SN.ndim != 2 or diffs_SN.shape[0] < 1 or diffs_SN.shape[1] < 2:
         raise ValueError(f"differences of shape {diffs_SN.shape}: a bootstrap needs seeds x items, at least 2 items")
+
     num_items = diffs_SN.shape[1]
     weights_N = np.ones(num_items) if weights is None else np.asarray(weights, dtype=float)
     if weights_N.shape != (num_items,) or not (weights_N > 0).all():
@@ -96,7 +108,9 @@ def as_block(diffs_SN: ArrayLike, weights: ArrayLike | None = None, clusters: Se
         raise ValueError("a difference is NaN or infinite: leave no item without a value")
     if clusters is None:
         return Block(diffs_SN, weights_N)
-    labels_N = np.unique(np.asarray(clusters), return_inverse=True)[1]
+
+    # Clusters by number: 0, 1, 2, ...
+    _, labels_N = np.unique(np.asarray(clusters), return_inverse=True)
     if labels_N.shape != (num_items,) or labels_N.max() == 0:
         raise ValueError(f"{labels_N.size} items of {len(set(clusters))} clusters: errors need at least 2 clusters")
     totals_G = np.bincount(labels_N, weights_N)
@@ -107,8 +121,8 @@ def as_block(diffs_SN: ArrayLike, weights: ArrayLike | None = None, clusters: Se
 class Bootstrap:
     """The resamples of a mean difference over training seeds and units, from which intervals of any level are read.
 
-    Every seed is evaluated on the same items, so seeds and items are resampled independently of each other (rows and
-    columns of the matrix), not items anew within each seed: an item that is easy for one seed is easy for the others.
+    Every seed is evaluated on the same items, and an item that is easy for one seed is easy for the others. So seeds
+    and items are resampled independently of each other (rows and columns of the matrix), not items within each seed.
     With one row, only items are resampled and the result speaks of that one pair of models.
 
     The interval is the percentile interval of the resamples after two corrections, without which a percentile interval
@@ -131,25 +145,34 @@ class Bootstrap:
         self.num_resamples = num_resamples
         self.difference = block.mean
         self.num_seeds = block.means_S.size
-        self.between, self.interaction = _variance_components(*block) if self.num_seeds > 1 else (0.0, 0.0)
+        self.between = 0.0
+        self.interaction = 0.0
+        if self.num_seeds > 1:
+            self.between, self.interaction = _variance_components(block.diffs_SN, block.weights_N)
         self._resample(np.random.default_rng(seed))
 
     def _resample(self, rng: np.random.Generator) -> None:
+        """Draw items and seeds; deviations are kept apart, because `resamples` stretches them differently."""
         block = self.block
-        shape = (self.num_resamples, self.num_seeds)
-        self._item_deviations = np.empty(shape)
-        self._seed_deviations = np.zeros(shape)
+        num_units = block.weights_N.size
+        means_RS = np.empty((self.num_resamples, self.num_seeds))
+        shares_RS = np.ones((self.num_resamples, self.num_seeds))
         weighted_NS = (block.diffs_SN * block.weights_N).T
-        chunk = max(1, MAX_CHUNK_COUNTS // block.weights_N.size)
+        # In chunks, because the counts of all resamples at once would fill the memory.
+        chunk = max(1, MAX_CHUNK_COUNTS // num_units)
         for start in range(0, self.num_resamples, chunk):
-            rows = slice(start, min(start + chunk, self.num_resamples))
-            count = rows.stop - rows.start
-            counts_RN = _resample_counts(rng, count, block.weights_N.size)
-            self._item_deviations[rows] = (counts_RN @ weighted_NS) / (counts_RN @ block.weights_N)[:, None]
+            stop = min(start + chunk, self.num_resamples)
+            counts_RN = _resample_counts(rng, stop - start, num_units)
+            sums_RS = counts_RN @ weighted_NS
+            weights_R = counts_RN @ block.weights_N
+            means_RS[start:stop] = sums_RS / weights_R[:, None]
             if self.num_seeds > 1:
-                self._seed_deviations[rows] = _resample_counts(rng, count, self.num_seeds) / self.num_seeds
-        self._item_deviations -= block.means_S
-        self._seed_deviations -= 1 / self.num_seeds if self.num_seeds > 1 else 0.0
+                shares_RS[start:stop] = _resample_counts(rng, stop - start, self.num_seeds) / self.num_seeds
+
+        means_RS -= block.means_S
+        shares_RS -= 1 / self.num_seeds
+        self._item_deviations = means_RS
+        self._seed_deviations = shares_RS
 
     @property
     def seed_excess(self) -> float:
@@ -162,13 +185,15 @@ class Bootstrap:
         values_RS = self.block.means_S + stretch * self._item_deviations
         shares_RS = np.full(values_RS.shape, 1 / self.num_seeds)
         if self.num_seeds > 1:
+            # A variance is reduced to a part of it by the square root of that part.
             excess = self.seed_excess / self.between if self.between > 0 else 0.0
             shares_RS += _stretch(self.num_seeds, confidence) * math.sqrt(excess) * self._seed_deviations
         return np.asarray((shares_RS * values_RS).sum(axis=1))
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
         """Return the interval of the difference; ``confidence`` is its coverage, in (0, 1)."""
-        low, high = np.quantile(self.resamples(confidence), [(1 - confidence) / 2, (1 + confidence) / 2])
+        tails = [(1 - confidence) / 2, (1 + confidence) / 2]
+        low, high = np.quantile(self.resamples(confidence), tails)
         return float(low), float(high)
 
     def p_value(self, confidence: float = 0.95) -> float:
@@ -179,13 +204,16 @@ class Bootstrap:
         that. With several seeds it is not below that of a t-test over the seeds' differences either: the stretch fits
         the resamples to one confidence, and further out, where Holm's correction looks, three seeds have no resamples.
         """
-        resampled_R = self.resamples(confidence)
         num_differing = np.count_nonzero(mean_over_seeds(self.block.diffs_SN))
         smallest_p = float(2.0 ** (1 - num_differing))
         if self.num_seeds > 1:
             smallest_p = max(smallest_p, 2 * self._t_tail(abs(self.difference)))
-        beyond = min((resampled_R <= 0).sum(), (resampled_R >= 0).sum())
-        return float(min(1.0, max(2 * (beyond + 1) / (self.num_resamples + 1), smallest_p)))
+
+        resampled_R = self.resamples(confidence)
+        num_beyond = min((resampled_R <= 0).sum(), (resampled_R >= 0).sum())
+        # The data itself counts as one of the resamples, so that no p is 0.
+        p_value = 2 * (num_beyond + 1) / (self.num_resamples + 1)
+        return float(min(1.0, max(p_value, smallest_p)))
 
     def _t_tail(self, distance: float) -> float:
         """One-sided p of a t-test over the seeds, whose mean lies ``distance`` above the hypothesis."""
@@ -228,10 +256,14 @@ def _variance_components(diffs_SN: NDArray[np.float64], weights_N: NDArray[np.fl
     """
     num_seeds, num_items = diffs_SN.shape
     means_S = diffs_SN @ weights_N / weights_N.sum()
+    between = means_S.var(ddof=1)
+
+    # What is left of a two-way table when the effects of its rows and columns are taken out.
     residuals_SN = weights_N * (diffs_SN - means_S[:, None]) / weights_N.mean()
     residuals_SN = residuals_SN - residuals_SN.mean(axis=0)
-    interaction = (residuals_SN**2).sum() / ((num_seeds - 1) * (num_items - 1) * num_items)
-    return float(means_S.var(ddof=1)), float(interaction)
+    degrees_of_freedom = (num_seeds - 1) * (num_items - 1)
+    interaction = (residuals_SN**2).sum() / (degrees_of_freedom * num_items)
+    return float(between), float(interaction)
 
 
 def _stretch(num_units: int, confidence: float) -> float:
@@ -243,11 +275,15 @@ def _stretch(num_units: int, confidence: float) -> float:
     instead of the level, because resamples of three units have no percentiles far out.
     """
     tail = (1 + confidence) / 2
-    return float(math.sqrt(num_units / (num_units - 1)) * stats.t.ppf(tail, num_units - 1) / stats.norm.ppf(tail))
+    t = stats.t.ppf(tail, num_units - 1)
+    z = stats.norm.ppf(tail)
+    return float(math.sqrt(num_units / (num_units - 1)) * t / z)
 
 
 def _resample_counts(rng: np.random.Generator, rows: int, num_units: int) -> NDArray[np.float64]:
     """Return how often each unit is drawn in each of ``rows`` resamples with replacement, shape (rows, num_units)."""
     drawn = rng.integers(num_units, size=(rows, num_units))
+    # One bincount for all resamples: each has its own range of numbers.
     drawn += num_units * np.arange(rows)[:, None]
-    return np.bincount(drawn.ravel(), minlength=rows * num_units).reshape(rows, num_units).astype(float)
+    counts = np.bincount(drawn.ravel(), minlength=rows * num_units)
+    return counts.reshape(rows, num_units).astype(float)

@@ -1,6 +1,6 @@
 r"""A table of text and its forms: columns for a terminal, Markdown, LaTeX.
 
-Texts of a table may come from a stranger's result file. Each form escapes whatever it would not take for plain text.
+Texts of a table may come from a stranger's result file. Each form escapes everything that is not plain text in it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from maskft_common.errors import printable
 
-# What Markdown would take for an escape, code, a tag or a link.
+# Characters that Markdown reads as an escape, code, a tag or a link.
 MARKDOWN_SPECIAL = re.compile(r"[\\`]|<(?=[a-zA-Z/!?])|(?<=\])\(")
 
 _LATEX_SPECIAL = {
@@ -65,18 +65,19 @@ def wrap(line: str) -> str:
 
 
 def markdown_text(text: str) -> str:
-    """Escape what Markdown would read as more than text."""
+    """Escape the characters that Markdown gives a meaning."""
     return MARKDOWN_SPECIAL.sub(r"\\\g<0>", printable(text))
 
 
 def markdown_cell(text: str) -> str:
-    """Escape also what would end a cell of a table."""
+    """Escape for a cell of a table, which a bar would end."""
     return markdown_text(text).replace("|", r"\|")
 
 
 def latex_text(text: str) -> str:
-    """Escape what LaTeX would read as a command."""
-    return "".join(_LATEX_SPECIAL.get(character, character) for character in printable(text))
+    """Escape the characters that LaTeX reads as commands."""
+    characters = [_LATEX_SPECIAL.get(character, character) for character in printable(text)]
+    return "".join(characters)
 
 
 def _cleaned(table: Table, clean: Callable[[str], str]) -> Table:
@@ -116,8 +117,10 @@ def _latex_table(table: Table) -> str:
 
 def _latex_row(cells: tuple[str, ...]) -> str:
     # A bracket or a star at the start of a row would be an argument of the \\ before it.
-    first = "{}" + cells[0] if cells[0].startswith(("[", "*")) else cells[0]
-    return " & ".join([first, *cells[1:]]) + r" \\"
+    first, *others = cells
+    if first.startswith(("[", "*")):
+        first = "{}" + first
+    return " & ".join([first, *others]) + r" \\"
 
 
 def _terminal_width() -> int:
@@ -125,8 +128,10 @@ def _terminal_width() -> int:
 
 
 def _terminal_table(table: Table, width: int) -> str:
-    """Return columns side by side; those for which the width does not suffice follow below, with the labels again."""
-    measured = [table.columns, *(row for row in table.rows if not _is_heading(row))]
+    """Return columns side by side; if the width is too small, further ones follow below, with the labels again."""
+    # Headings may be longer than their column.
+    measured = [table.columns]
+    measured += [row for row in table.rows if not _is_heading(row)]
     widths = [max(map(len, column)) for column in zip(*measured, strict=True)]
 
     # Indices of the columns of each block; the first column is in all of them.
@@ -143,8 +148,9 @@ def _terminal_table(table: Table, width: int) -> str:
             cells = [row[0].ljust(widths[0])]
             cells += [row[index].rjust(widths[index]) for index in block]
             drawn.append("  ".join(cells).rstrip())
+        heads, *others = drawn
         rule = "─" * _width_of(block, widths)
-        lines += [drawn[0], rule, *drawn[1:], ""]
+        lines += [heads, rule, *others, ""]
     return "\n".join(lines)
 
 

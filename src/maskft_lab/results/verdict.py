@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from .comparable import Groups, is_parent, pair_by_seed
+from .comparable import Groups, having, is_parent, pair_by_seed
 from .comparison import BETTER, NOT_DISTINGUISHABLE, WORSE, Difference, MaskVerdict, Settings
 from .differences import Measured, judge, measure
 from .proportions import FEW
@@ -21,7 +21,7 @@ FLOOR = 0.01  # accuracies below it, or above 1 - it, of fewer than `FEW` items 
 Row = tuple[Difference, Measured]
 Pair = tuple[str, str]  # names of a mask and of the model beside it
 
-# What follows: (against the parent, against the control) -> a sentence about {control}.
+# The conclusion from both verdicts: (against the parent, against the control) -> a sentence about {control}.
 _CONCLUSIONS = {
     (BETTER, BETTER): "the mask improves the model it starts from, and more than {control} does",
     (BETTER, NOT_DISTINGUISHABLE): "the mask improves the model it starts from, not distinguishably from {control}",
@@ -52,15 +52,17 @@ class Kin(NamedTuple):
 
 
 def brief_metric(differences: Sequence[Difference]) -> tuple[str, str]:
-    """Return task and metric that stand for a comparison where there is room for one.
+    """Return the task and metric that represent a comparison where there is room for one.
 
-    What was trained for goes before probes of earlier abilities, accuracy before other metrics; all 0 says nothing.
+    The trained task goes before probes of earlier abilities, a metric that is not 0 for all models before one that is,
+    accuracy before other metrics, and main metrics before others.
     """
     not_all_zero = {(row.task, row.metric) for row in differences if row.value or row.baseline_value}
 
     def order(row: Difference) -> tuple[bool, ...]:
-        is_silent = (row.task, row.metric) not in not_all_zero
-        return row.task.startswith(BEFORE), is_silent, row.metric != "accuracy", not row.is_main
+        is_probe = row.task.startswith(BEFORE)
+        is_all_zero = (row.task, row.metric) not in not_all_zero
+        return is_probe, is_all_zero, row.metric != "accuracy", not row.is_main
 
     first = min(differences, key=order)
     return first.task, first.metric
@@ -82,25 +84,33 @@ def verdicts_on_masks(groups: Groups, rows: Sequence[Row], settings: Settings) -
     """
     task, metric = brief_metric([row for row, _ in rows])
     baseline = rows[0][0].baseline
-    from_baseline = {(row.method, row.metric): (row, measured) for row, measured in rows if row.task == task}
-    known = {method for method, of in from_baseline if of == metric} | {baseline}
+    from_baseline: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        difference, _ = row
+        if difference.task == task:
+            from_baseline[difference.method, difference.metric] = row
+    known = {method for method, its_metric in from_baseline if its_metric == metric} | {baseline}
     kin = _kin(groups, known, baseline)
 
     def against_parents(metrics: Mapping[str, str]) -> dict[str, Row]:
-        others = [(mask, parent) for mask, parent in kin.parents.items() if parent != baseline]
-        found = _judged(groups, others, task, metrics, settings)
-        return {
-            mask: from_baseline[mask, metrics[mask]] if parent == baseline else found[mask, parent]
-            for mask, parent in kin.parents.items()
-        }
+        pairs = [(mask, parent) for mask, parent in kin.parents.items() if parent != baseline]
+        judged = _judged(groups, pairs, task, metrics, settings)
+        found: dict[str, Row] = {}
+        for mask, parent in kin.parents.items():
+            if parent == baseline:
+                found[mask] = from_baseline[mask, metrics[mask]]
+            else:
+                found[mask] = judged[mask, parent]
+        return found
 
     metrics = dict.fromkeys(kin.parents, metric)
     of_parents = against_parents(metrics)
 
+    # Where the metric cannot tell a mask from its parent, the loss decides.
     reasons: dict[str, str] = {}
-    for mask, (row, _) in of_parents.items():
+    for mask, (difference, _) in of_parents.items():
         loss = _loss_of(rows, task, mask, kin.parents[mask])
-        reason = silence(row)
+        reason = silence(difference)
         if loss is not None and reason is not None:
             metrics[mask] = loss
             reasons[mask] = reason
@@ -108,16 +118,30 @@ def verdicts_on_masks(groups: Groups, rows: Sequence[Row], settings: Settings) -
         of_parents = against_parents(metrics)
 
     of_controls = _judged(groups, kin.controls, task, metrics, settings)
-    verdicts = []
+    verdicts: list[MaskVerdict] = []
     for mask in kin.parents:
-        against = [of_parents[mask]]
-        own = [of_controls[pair] for pair in kin.controls if pair[0] == mask]
-        if own:
-            sign = 1 if against[0][0].higher_is_better else -1
-            against.append(max(own, key=lambda row: sign * row[0].baseline_value))
-        control = against[1][0] if own else None
-        verdicts.append(MaskVerdict(against[0][0], control, _text(against, reasons.get(mask))))
+        of_parent = of_parents[mask]
+        controls = [of_controls[pair] for pair in kin.controls if pair[0] == mask]
+        strongest = _strongest(controls)
+
+        against = [of_parent]
+        if strongest is not None:
+            against.append(strongest)
+        text = _text(against, reasons.get(mask))
+        control = None if strongest is None else strongest[0]
+        verdicts.append(MaskVerdict(of_parent[0], control, text))
     return verdicts
+
+
+def _strongest(controls: Sequence[Row]) -> Row | None:
+    """Return the control with the best value; None if there is none."""
+
+    def strength(row: Row) -> float:
+        difference, _ = row
+        sign = 1 if difference.higher_is_better else -1
+        return sign * difference.baseline_value
+
+    return max(controls, key=strength, default=None)
 
 
 def silence(row: Difference) -> str | None:
@@ -127,12 +151,15 @@ def silence(row: Difference) -> str | None:
     """
     if row.unit != "fraction" or row.verdict != NOT_DISTINGUISHABLE:
         return None
-    shares = (row.value, row.baseline_value)
-    is_at_floor = max(shares) < FLOOR and max(shares) * row.num_items < FEW
-    is_at_ceiling = min(shares) > 1 - FLOOR and (1 - min(shares)) * row.num_items < FEW
-    scale, digits = scale_and_digits(row.unit)
-    value, other = (f"{scale * share:.{digits}f} {unit_text(row.unit)}" for share in shares)
+    higher = max(row.value, row.baseline_value)
+    lower = min(row.value, row.baseline_value)
+    is_at_floor = higher < FLOOR and higher * row.num_items < FEW
+    is_at_ceiling = lower > 1 - FLOOR and (1 - lower) * row.num_items < FEW
     if is_at_floor or is_at_ceiling:
+        scale, digits = scale_and_digits(row.unit)
+        unit = unit_text(row.unit)
+        value = f"{scale * row.value:.{digits}f} {unit}"
+        other = f"{scale * row.baseline_value:.{digits}f} {unit}"
         return f"{row.metric} is {value} of both" if value == other else f"{row.metric} is {value} and {other}"
     if is_alike(row):
         return f"{row.metric} is the same on all {row.num_items:,} items"
@@ -142,10 +169,12 @@ def silence(row: Difference) -> str | None:
 def _loss_of(rows: Sequence[Row], task: str, mask: str, parent: str) -> str | None:
     """Return the first metric of the task that is no share and that both models were measured in."""
     baseline = rows[0][0].baseline
-    has = {(row.method, row.metric) for row, _ in rows if row.task == task}
+    measured = {(row.method, row.metric) for row, _ in rows if row.task == task}
+    others = {mask, parent} - {baseline}  # all metrics here are the baseline's too
     for row, _ in rows:
-        is_measured = all(name == baseline or (name, row.metric) in has for name in (mask, parent))
-        if row.task == task and row.unit != "fraction" and is_measured:
+        if row.task != task or row.unit == "fraction":
+            continue
+        if all((name, row.metric) in measured for name in others):
             return row.metric
     return None
 
@@ -160,13 +189,18 @@ def _kin(groups: Groups, known: set[str], baseline: str) -> Kin:
     names.sort(key=lambda name: name != baseline)
 
     kin = Kin({}, [])
-    for mask in (name for name in groups if name in known and groups[name][0]["model"]["method"] == MASK):
-        others = [name for name in names if name != mask]
-        parent = next((name for name in others if _all_paired(groups, mask, name, is_parent)), None)
-        if parent is None and mask != baseline and _all_paired(groups, mask, baseline, _may_be_parent):
-            parent = baseline
-        if parent is None:
+    for mask in groups:
+        if mask not in known or groups[mask][0]["model"]["method"] != MASK:
             continue
+        others = [name for name in names if name != mask]
+        parents = [name for name in others if _all_paired(groups, mask, name, is_parent)]
+        if parents:
+            parent = parents[0]
+        elif mask != baseline and _all_paired(groups, mask, baseline, _may_be_parent):
+            parent = baseline
+        else:
+            continue
+
         kin.parents[mask] = parent
         for name in others:
             if name != parent and _all_paired(groups, mask, name, _is_control):
@@ -175,42 +209,61 @@ def _kin(groups: Groups, known: set[str], baseline: str) -> Kin:
 
 
 def _judged(
-    groups: Groups, pairs: Sequence[Pair], task: str, metrics: Mapping[str, str], settings: Settings
+    groups: Groups,
+    pairs: Sequence[Pair],
+    task: str,
+    metrics: Mapping[str, str],
+    settings: Settings,
 ) -> dict[Pair, Row]:
     """Return the differences of masks from other models, as one family, each in the metric of its mask."""
     pairs = [pair for pair in pairs if _have(groups, pair, task, metrics[pair[0]])]
     needed = round(4 * len(pairs) / (1 - settings.confidence))  # see Settings.with_resamples
     settings = replace(settings, num_resamples=max(settings.num_resamples, needed))
-    family = []
+    family: list[Row] = []
     for mask, name in pairs:
         paired = pair_by_seed(groups[mask], groups[name], settings.fixed_seeds)
         family.append(measure(paired, task, metrics[mask], True, settings))
-    rows = judge(family, settings)
-    return {pair: (row, measured) for pair, row, (_, measured) in zip(pairs, rows, family, strict=True)}
+
+    differences = judge(family, settings)
+    judged: dict[Pair, Row] = {}
+    for pair, difference, (_, measured) in zip(pairs, differences, family, strict=True):
+        judged[pair] = (difference, measured)
+    return judged
 
 
 def _have(groups: Groups, pair: Pair, task: str, metric: str) -> bool:
     """Whether all results of a pair have a metric: a control may lack the loss that decides."""
-    results = [result for name in pair for result in groups[name]]
-    return all(metric in result["tasks"].get(task, {"metrics": {}})["metrics"] for result in results)
+    return all(having(groups[name], task, metric) == groups[name] for name in pair)
 
 
-def _all_paired(groups: Groups, mask: str, name: str, is_so: Callable[[Result, Result], bool]) -> bool:
-    """Whether something holds of another model's results and the mask's at all seeds that both have.
+def _all_paired(
+    groups: Groups,
+    mask: str,
+    name: str,
+    is_so: Callable[[Result, Result], bool],
+) -> bool:
+    """Whether a relation between another model's result and the mask's holds at all seeds that both have.
 
-    A parent may be one result beside all seeds of its masks; how much the seed of a control matters is not known.
+    A parent may be one result beside all seeds of its masks. A control may not: the influence of its seed is unknown.
     """
-    by_seed = {result["model"]["seed"]: result for result in groups[mask]}
-    pairs = [(other, by_seed[seed]) for other in groups[name] if (seed := other["model"]["seed"]) in by_seed]
-    if len(groups[name]) == 1 and not pairs and is_so is not _is_control:
-        pairs = [(groups[name][0], result) for result in groups[mask]]
+    of_mask = groups[mask]
+    of_other = groups[name]
+    by_seed = {result["model"]["seed"]: result for result in of_mask}
+    pairs: list[tuple[Result, Result]] = []
+    for result in of_other:
+        seed = result["model"]["seed"]
+        if seed in by_seed:
+            pairs.append((result, by_seed[seed]))
+    if not pairs and len(of_other) == 1 and is_so is not _is_control:
+        pairs = [(of_other[0], result) for result in of_mask]
     return bool(pairs) and all(is_so(other, result) for other, result in pairs)
 
 
 def _may_be_parent(other: Result, mask: Result) -> bool:
-    """Whether nothing is known that says that a mask was not made on a model."""
-    fingerprints = (other["model"]["fingerprint"], mask["model"]["fingerprint"])
-    return other["model"]["adapter"] is None and None in fingerprints
+    """Whether a mask may have been trained over a model: one of their fingerprints is not known."""
+    if other["model"]["adapter"] is not None:
+        return False
+    return other["model"]["fingerprint"] is None or mask["model"]["fingerprint"] is None
 
 
 def _is_control(other: Result, mask: Result) -> bool:
@@ -225,7 +278,9 @@ def _is_control(other: Result, mask: Result) -> bool:
 def _start_of(result: Result) -> tuple[Any, Any] | None:
     """Return the base model and the run from which a model of a study was trained."""
     study = result.get("study")
-    return (study.get("model"), study.get("start")) if study else None
+    if not study:
+        return None
+    return study.get("model"), study.get("start")
 
 
 def _tokens_of(result: Result) -> int:
@@ -242,8 +297,10 @@ def _text(against: Sequence[Row], reason: str | None) -> str:
         by_seed = measured.by_seed
         if row.verdict != NOT_DISTINGUISHABLE and min(by_seed) < 0 < max(by_seed):
             doubts += f"seeds differ in sign against {row.baseline} ({numbers_text(by_seed, row.unit)}); "
-    control = against[1][0] if len(against) > 1 else None
-    return doubts + _conclusion(against[0][0], control, reason)
+
+    parent, *controls = [row for row, _ in against]
+    control = controls[0] if controls else None
+    return doubts + _conclusion(parent, control, reason)
 
 
 def reworded(verdict: MaskVerdict) -> str:
@@ -251,13 +308,15 @@ def reworded(verdict: MaskVerdict) -> str:
     doubts = _DOUBTS.match(verdict.text)
     reason = _REASON.search(verdict.text)
     said = _conclusion(verdict.parent, verdict.control, reason["reason"] if reason else None)
-    return (doubts[0] if doubts else "") + said
+    return doubts[0] + said if doubts else said
 
 
 def _conclusion(parent: Difference, control: Difference | None, reason: str | None) -> str:
     """Return the conclusion, then the differences from parent and control."""
-    said = _CONCLUSIONS[parent.verdict, control.verdict if control else None]
-    said = said.format(control=control.baseline if control else "")
+    if control is None:
+        said = _CONCLUSIONS[parent.verdict, None]
+    else:
+        said = _CONCLUSIONS[parent.verdict, control.verdict].format(control=control.baseline)
     if reason:
         said += f" (by {parent.metric}: {reason})"
     seeds = f", {parent.num_seeds} seeds" if parent.num_seeds > 1 else ""

@@ -27,6 +27,7 @@ def sentence(row: Difference) -> str:
         where += f", {row.num_clusters:,} clusters"
 
     difference = difference_text(row, points_or_unit(row.unit)) + _unadjusted_text(row)
+
     p_value = f"{row.test} p {p_text(row.p_value)}"
     if row.num_comparisons > 1:
         p_value += f" ({p_text(row.p_adjusted)} after Holm over {row.num_comparisons} comparisons)"
@@ -42,13 +43,13 @@ def sentence(row: Difference) -> str:
 def difference_text(row: Difference, unit: str = "") -> str:
     """Return ``+1.2 [0.3, 2.1]`` with the interval that agrees with the verdict: the simultaneous one.
 
-    A round bracket is the bound at zero of a difference whose sign is claimed and no more. ``+0.0, all 200 alike``:
-    the two agree on every item at every seed. ``(no interval)``: it would be all that is possible, -100 to 100 points.
-    Comparisons written before intervals were simultaneous have only unadjusted ones, which then say so.
+    A round bracket is the bound at zero of a difference of which only the sign is claimed. ``+0.0, all 200 alike``:
+    the two agree on every item at every seed. ``(no interval)``: it would be the whole range, -100 to 100 points.
+    Published comparisons from before intervals were simultaneous have only unadjusted ones, and their text says so.
     """
-    is_unadjusted = row.num_comparisons > 1 and row.unadjusted_low is None
     text = _with_interval(row, (row.ci_low, row.ci_high), unit)
-    return text + (" unadjusted" if is_unadjusted else "")
+    is_unadjusted = row.num_comparisons > 1 and row.unadjusted_low is None
+    return f"{text} unadjusted" if is_unadjusted else text
 
 
 def is_alike(row: Difference) -> bool:
@@ -62,7 +63,7 @@ def is_alike(row: Difference) -> bool:
 
 
 def _unadjusted_text(row: Difference) -> str:
-    """Return ``, unadjusted [0.6, 1.8]`` where another interval stands beside the verdict."""
+    """Return ``, unadjusted [0.6, 1.8]`` if that interval differs from the one beside the verdict."""
     if row.num_comparisons == 1 or row.unadjusted_low is None or row.unadjusted_high is None:
         return ""
     bounds = (row.unadjusted_low, row.unadjusted_high)
@@ -73,7 +74,7 @@ def _unadjusted_text(row: Difference) -> str:
 
 
 def _with_interval(row: Difference, bounds: Ends, unit: str = "") -> str:
-    """Return a difference and bounds, with so many decimals that no number which is not zero is rounded to it."""
+    """Return a difference and bounds, with enough decimals that only a zero is written as zero."""
     scale, digits = scale_and_digits(row.unit)
     numbers = [scale * number for number in (row.difference, *bounds)]
     smallest = min((abs(number) for number in numbers if number), default=1.0)
@@ -96,12 +97,13 @@ def _with_interval(row: Difference, bounds: Ends, unit: str = "") -> str:
 
 
 def _is_everything(row: Difference, bounds: Ends) -> bool:
-    """Whether an interval holds all that a difference of shares can be: two seeds that disagree."""
+    """Whether an interval is the whole range of a difference of shares: two seeds that disagree."""
     return row.unit == "fraction" and bounds[0] <= -1 and bounds[1] >= 1
 
 
 def _rounded(number: float, digits: int) -> float:
-    return round(number, digits) + 0.0  # + 0.0: no minus before zero
+    # -0.0 + 0.0 is 0.0: no minus before zero.
+    return round(number, digits) + 0.0
 
 
 def score_text(score: Score) -> str:
@@ -124,7 +126,7 @@ def shows_interval(score: Score) -> bool:
 
 
 def task_text(row: Difference | Score) -> str:
-    """Return what a task is called: rows of one's own by the file of the test set."""
+    """Return the name of a task in tables: for the user's own rows, the file of the test set."""
     return row.test_set or row.task
 
 
@@ -135,7 +137,7 @@ def numbers_text(numbers: Sequence[float], unit: str) -> str:
 
 
 def scale_and_digits(unit: str) -> tuple[float, int]:
-    """Return by what values of a unit are multiplied to be shown, and with how many decimals at least."""
+    """Return the factor by which values of a unit are multiplied in tables, and the least number of decimals."""
     return (100.0, 1) if unit == "fraction" else (1.0, 4)
 
 
@@ -145,7 +147,7 @@ def unit_text(unit: str) -> str:
 
 
 def points_or_unit(unit: str) -> str:
-    """Return the unit of a difference: of percentages points."""
+    """Return the unit of a difference: points for percentages."""
     return "points" if unit == "fraction" else unit
 
 
