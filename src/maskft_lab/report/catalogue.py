@@ -51,8 +51,15 @@ _ANALYZE = "maskft analyze STUDY --what "
 
 
 def _ablation(key: str, title: str, setting: str | None, values: str, *numbers: int) -> Figure:
-    command = f"{_STUDY} # with a grid of " + (f"mask.{setting}: {values}" if setting else "any other setting of mask")
-    return Figure(key, "ablations", f"Ablation: {title}", partial(ablation_chart, setting), command, numbers)
+    grid = f"mask.{setting}: {values}" if setting else "any other setting of mask"
+    return Figure(
+        key=key,
+        section="ablations",
+        title=f"Ablation: {title}",
+        draw=partial(ablation_chart, setting),
+        command=f"{_STUDY} # with a grid of {grid}",
+        numbers=numbers,
+    )
 
 
 FIGURES = (
@@ -84,8 +91,11 @@ class Missing:
     command: str
 
 
-def draw_figures(evidence: Evidence, figures: Iterable[Figure]) -> tuple[list[tuple[Figure, Chart]], list[Missing]]:
-    """Draw what can be drawn, and say why the others cannot.
+def draw_figures(
+    evidence: Evidence,
+    figures: Iterable[Figure],
+) -> tuple[list[tuple[Figure, Chart]], list[Missing]]:
+    """Draw the figures whose data is there, and return the others with the reason.
 
     Raises:
         UserError: If the file of an analysis is not as ``maskft analyze`` writes it.
@@ -96,9 +106,10 @@ def draw_figures(evidence: Evidence, figures: Iterable[Figure]) -> tuple[list[tu
         try:
             drawn.append((figure, figure.draw(evidence)))
         except NotComputed as error:
-            missing.append(Missing(figure, str(error), figure.command.replace("STUDY", evidence.place)))
+            command = figure.command.replace("STUDY", evidence.place)
+            missing.append(Missing(figure, str(error), command))
         except UserError:
-            raise
+            raise  # which is a ValueError
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             problem = f"{type(error).__name__}: {error}"
             raise UserError(
@@ -113,12 +124,22 @@ def select_figures(wanted: Sequence[str]) -> list[Figure]:
     Raises:
         UserError: If there is no such figure.
     """
-    chosen = []
+    if not wanted:
+        return list(FIGURES)
+
+    chosen: dict[Figure, None] = {}  # each once, in the order of the words
     for word in wanted:
-        found = [each for each in FIGURES if word == each.key or (word.isdecimal() and int(word) in each.numbers)]
+        number = int(word) if word.isdecimal() else None
+        found = [figure for figure in FIGURES if figure.key == word or number in figure.numbers]
         if not found:
-            numbers = sorted({number for figure in FIGURES for number in figure.numbers})
-            known = ", ".join([*map(str, numbers), *(figure.key for figure in FIGURES)])
-            raise UserError(f"--only: no figure {word!r}; there are {known}")
-        chosen += found
-    return list(dict.fromkeys(chosen)) if wanted else list(FIGURES)
+            raise UserError(f"--only: no figure {word!r}; there are {_known_figures()}")
+        chosen |= dict.fromkeys(found)
+    return list(chosen)
+
+
+def _known_figures() -> str:
+    numbers: set[int] = set()
+    for figure in FIGURES:
+        numbers.update(figure.numbers)
+    keys = [figure.key for figure in FIGURES]
+    return ", ".join([*map(str, sorted(numbers)), *keys])

@@ -13,7 +13,6 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -89,7 +88,13 @@ _STYLE = {
     "savefig.dpi": 300,
 }
 
-_ON_A_PAGE = {"font.size": 9, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "axes.labelsize": 9}  # read on a phone
+# Larger, because a page is read on a phone.
+_ON_A_PAGE = {
+    "font.size": 9,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "axes.labelsize": 9,
+}
 
 
 @dataclass(frozen=True)
@@ -114,11 +119,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Chart:
-    """What is drawn together.
+    """Panels with one legend and one table.
 
     Attributes:
-        text: How to read it, and what it does not show.
-        panels: None for what is a table only.
+        text: How to read it, and its limits.
+        panels: Empty for a table alone.
         table: The numbers.
         legend: Common to all panels.
         records: The numbers for other programs, written beside the pictures as JSON.
@@ -132,7 +137,7 @@ class Chart:
 
 
 def plain(text: str) -> str:
-    """A text without what matplotlib would read as mathematics."""
+    """A text in which matplotlib reads no mathematics."""
     return text.replace("$", r"\$")
 
 
@@ -143,54 +148,70 @@ def row_name(name: str) -> str:
 
 def to_svg(panel: Panel, prefix: str) -> str:
     """One panel as an SVG element for a page: colours by name, sizes by the page, ids beginning with ``prefix``."""
+    width = PAGE if panel.is_wide else NARROW
     with matplotlib.rc_context(_STYLE | _ON_A_PAGE):
-        figure = Figure((PAGE if panel.is_wide else NARROW, panel.height), layout="constrained")
+        figure = Figure((width, panel.height), layout="constrained")
         panel.draw(figure.add_subplot())
         text = _saved(figure, "svg", is_transparent=True).decode()  # the page has the ground
-    text = text[text.index("<svg") :]
+
+    text = text[text.index("<svg") :]  # without the XML declaration
     for name, value in COLOURS.items():
         text = text.replace(value, f"var(--{name})")
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    # Ids and references to them: a page holds many pictures.
     text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{prefix}-", text)
+    # The size of the page's column; the viewBox keeps the proportions.
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     text = re.sub(r"\n\s*", "\n", text)
-    # Two decimals of a coordinate are enough; texts, which hold the numbers that are read, stay as they are.
-    text = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d+\.\d{2})\d+", r"\1", tag[0]), text)
+    # Texts, which hold the numbers that are read, stay as they are.
+    text = re.sub(r"<[^>]*>", _with_short_coordinates, text)
     return text.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)
+
+
+def _with_short_coordinates(tag: re.Match) -> str:
+    """A tag whose coordinates have two decimals: enough, and a third of the bytes."""
+    return re.sub(r"(\d+\.\d{2})\d+", r"\1", tag[0])
 
 
 def draw_panel(panel: Panel, legend: Sequence[Entry]) -> Figure:
     """A panel for a paper: its title above, the legend of its chart below."""
     width = PAGE if panel.is_wide else NARROW
     longest = max((len(entry.name) for entry in legend), default=0)
-    num_entries = min(3, max(1, int(17 * width / (longest + 8))))  # 17 characters of a legend are an inch
+    # 17 characters of a legend are an inch, and its line takes 8 of them.
+    num_columns = min(3, max(1, int(17 * width / (longest + 8))))
+    num_lines = math.ceil(len(legend) / num_columns)
     with matplotlib.rc_context(_STYLE):
-        height = panel.height + 0.2 * math.ceil(len(legend) / num_entries)
-        figure = Figure((width, height), layout="constrained")
+        figure = Figure((width, panel.height + 0.2 * num_lines), layout="constrained")
         axes = figure.add_subplot()
         panel.draw(axes)
-        axes.set_title(plain(textwrap.fill(panel.title, int(width * TITLE_CHARACTERS), break_on_hyphens=False)))
+        title = textwrap.fill(panel.title, int(width * TITLE_CHARACTERS), break_on_hyphens=False)
+        axes.set_title(plain(title))
         if legend:
             lines = [Line2D([], [], **line_style(entry)) for entry in legend]
             names = [plain(entry.name) for entry in legend]
-            figure.legend(lines, names, loc="outside lower center", ncols=min(num_entries, len(names)))
+            figure.legend(lines, names, loc="outside lower center", ncols=min(num_columns, len(names)))
     return figure
 
 
 def files_of(chart: Chart, key: str) -> dict[str, bytes]:
     """A chart's panels, ``KEY``, ``KEY_2``, as SVG (light and dark), PDF and PNG (300 dots per inch), by file name.
 
-    Of what is a table only, Markdown.
+    Without panels, its table as Markdown.
     """
     if not chart.panels:
         return {f"{key}.md": draw_table(chart.table, "markdown").encode()}
-    contents = {f"{key}.json": (json.dumps(chart.records, indent=1) + "\n").encode()} if chart.records else {}
-    for index, panel in enumerate(chart.panels):
+
+    contents: dict[str, bytes] = {}
+    if chart.records:
+        text = json.dumps(chart.records, indent=1) + "\n"
+        contents[f"{key}.json"] = text.encode()
+    for number, panel in enumerate(chart.panels, 1):
+        name = key if number == 1 else f"{key}_{number}"
         figure = draw_panel(panel, chart.legend)
-        name = f"{key}_{index + 1}" if index else key
         with matplotlib.rc_context(_STYLE):
-            contents |= {f"{name}.{suffix}": _saved(figure, suffix) for suffix in FORMATS}
+            for suffix in FORMATS:
+                contents[f"{name}.{suffix}"] = _saved(figure, suffix)
     return contents
 
 
@@ -204,12 +225,12 @@ _NO_METADATA = {
 
 def _saved(figure: Figure, suffix: str, is_transparent: bool = False) -> bytes:
     """The bytes of a file; with a ground, so that it can be read wherever it is opened."""
-    FigureCanvasAgg(figure)
     out = io.BytesIO()
     form = suffix.removeprefix("dark.")
     figure.savefig(out, format=form, metadata=_NO_METADATA[form], transparent=is_transparent)
     if suffix != "dark.svg":
         return out.getvalue()
+
     text = out.getvalue().decode()
     for name, value in COLOURS.items():
         text = text.replace(value, DARK[name])
@@ -218,4 +239,8 @@ def _saved(figure: Figure, suffix: str, is_transparent: bool = False) -> bytes:
 
 def line_style(of: Entry) -> dict[str, Any]:
     """Arguments of matplotlib's ``plot``."""
-    return {"color": COLOURS[of.colour], "linestyle": of.dash or "none", "marker": of.marker or None}
+    return {
+        "color": COLOURS[of.colour],
+        "linestyle": of.dash or "none",
+        "marker": of.marker or None,
+    }

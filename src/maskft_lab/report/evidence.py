@@ -22,13 +22,12 @@ from ..results.schema import Result
 
 CURVES = "curve*.json"  # beside the summary, one for each probe: every method's rates, checkpoints and scales
 
-
-# Beyond so many values (items x seeds x differences) another comparison takes minutes, and a page seconds.
+# With more values (items x seeds x differences) a further comparison takes minutes, where a page takes seconds.
 MAX_COMPARED = 1_000_000
 
 
 class NotComputed(Exception):
-    """Why a figure cannot be drawn: its data is not there."""
+    """A figure cannot be drawn, because its data is missing; the text is the reason."""
 
 
 @dataclass
@@ -55,55 +54,78 @@ class Evidence:
 
     @property
     def place(self) -> str:
-        """The folder for a command line; without the folders above it where it was named from the root."""
-        return shlex.quote(self.folder.name if self.folder.is_absolute() else str(self.folder))
+        """The folder for a command line; of an absolute path only the last part, so that a page shows no others."""
+        place = self.folder.name if self.folder.is_absolute() else str(self.folder)
+        return shlex.quote(place)
 
     @property
     def methods(self) -> dict[str, tuple[str, bool]]:
         """Name of a run -> its method, and whether others start from it (or it is full fine-tuning of the base)."""
         starts = {run.start for run in self.runs}
-        firsts = ("full", "pretrained")
-        parents = {run.name for run in self.runs if run.id in starts or (run.start is None and run.method in firsts)}
+        parents: set[str] = set()
+        for run in self.runs:
+            is_first = run.start is None and run.method in ("full", "pretrained")
+            if is_first or run.id in starts:
+                parents.add(run.name)
         return {run.name: (run.method, run.name in parents) for run in self.runs}
 
     @property
     def masks(self) -> list[str]:
         """Names of the learned masks that are compared."""
-        methods = self.comparison.methods if self.comparison else []
-        return [name for name in methods if self.methods.get(plain_name(name), ("", False))[0] == MASK]
+        if self.comparison is None:
+            return []
+        masks: list[str] = []
+        for name in self.comparison.methods:
+            method, _ = self.methods.get(plain_name(name), ("", False))
+            if method == MASK:
+                masks.append(name)
+        return masks
 
     @cached_property
     def against_mask(self) -> Comparison | None:
-        """Every other model against the first learned mask of a verdict: None where its answers are not here.
+        """Every other model against the first learned mask of a verdict; None if the answers of one are not here.
 
         The same as ``maskft compare RESULTS --baseline MASK``: a table of differences from the pre-trained model does
-        not say how two trained models differ.
+        not tell how two trained models differ.
         """
         comparison = self.comparison
         if comparison is None or not comparison.verdicts:
             return None
+
         mask = comparison.verdicts[0].parent.method
         compared = {comparison.baseline, *comparison.methods}
         results = [result for result in self.results if result["name"] in compared]
         # In the order of their files, as `maskft compare` reads them: the last digit of a simultaneous interval, whose
         # level is drawn at random, depends on the order of the family.
         results.sort(key=lambda result: (result["study"]["run"], result["study"]["role"]))
-        if {result["name"] for result in results} != compared or mask == comparison.baseline:
+        with_answers = {result["name"] for result in results}
+        if with_answers != compared or mask == comparison.baseline:
             return None
-        num_values = sum(
-            len(task["items"]) * len(task["metrics"]) for each in results for task in each["tasks"].values()
-        )
+
+        num_values = 0
+        for result in results:
+            for task in result["tasks"].values():
+                num_values += len(task["items"]) * len(task["metrics"])
         if num_values > MAX_COMPARED:
             return None
-        settings = Settings(comparison.num_resamples, comparison.seed, comparison.confidence, comparison.fixed_seeds)
+
+        settings = Settings(
+            num_resamples=comparison.num_resamples,
+            seed=comparison.seed,
+            confidence=comparison.confidence,
+            fixed_seeds=comparison.fixed_seeds,
+        )
         return compare(results, mask, settings=settings)
 
     @property
     def recipe(self) -> str | None:
         """The study's recipe, where its folder has a copy."""
-        files = [self.folder / layout.STUDY_RECIPE.format(self.name), *sorted(self.folder.glob("recipe*.yaml"))]
-        found = next((file for file in files if file.is_file()), None)
-        return read_text(found) if found else None
+        own = self.folder / layout.STUDY_RECIPE.format(self.name)
+        published = sorted(self.folder.glob("recipe*.yaml"))
+        for file in [own, *published]:
+            if file.is_file():
+                return read_text(file)
+        return None
 
     def record(self, what: str) -> dict[str, Any]:
         """Return the record of the analysis of this name.
@@ -113,22 +135,23 @@ class Evidence:
             UserError: If its file is not as ``maskft analyze`` writes it.
         """
         file = self.folder / layout.ANALYSIS / f"{what}.json"
-        if not file.is_file():
-            is_published = not any(run.models for run in self.runs)
-            where = "published results hold no models, so it is made where the study ran"
-            raise NotComputed(where if is_published else f"there is no {layout.ANALYSIS}/{what}.json")
-        return read_record(file)
+        if file.is_file():
+            return read_record(file)
+        is_published = not any(run.models for run in self.runs)
+        if is_published:
+            raise NotComputed("published results hold no models, so it is made where the study ran")
+        raise NotComputed(f"there is no {layout.ANALYSIS}/{what}.json")
 
 
 def test_name(evidence: Evidence, task: str) -> str:
-    """The name of a task in a picture: rows of one's own by the file of the test set, as tables call it.
+    """The name of a task in a picture: for the user's own rows, the file of the test set, as in tables.
 
-    A study calls its test ``heldout``, which would be read as the rows that chose the settings.
+    The task of a study's test is called ``heldout``, which readers would take for the rows that chose the settings.
     """
-    records = [result["tasks"][task] for result in evidence.results if task in result["tasks"]]
-    files = [record["data_file"] for record in records if record.get("data_file")]
-    if files:
-        return files[0]
+    for result in evidence.results:
+        record = result["tasks"].get(task)
+        if record is not None and record.get("data_file"):
+            return record["data_file"]
     return "test" if task == HELDOUT else task
 
 
@@ -145,31 +168,50 @@ def gather(folder: str | Path, *, base: str | None = None, study_name: str | Non
     """
     folder = Path(folder)
     curves = sorted(folder.glob(CURVES))
-    if curves and not (folder / layout.RUNS).is_dir() and not (folder / PUBLISHED_SUMMARY).is_file():
-        return Evidence(folder, folder.resolve().name, read_json(curves[0])["model"], [], [])  # its paths alone
+    has_runs = (folder / layout.RUNS).is_dir() or (folder / PUBLISHED_SUMMARY).is_file()
+    if curves and not has_runs:
+        # Of this study only the paths were published.
+        base = read_json(curves[0])["model"]
+        return Evidence(folder, folder.resolve().name, base, [], [])
+
     runs = read_study(folder, base, study_name)
-    name, summary = _summary(folder, study_name, runs[0].base)
-    names = {(row["run"], row["role"]): row["name"] for row in summary.get("runs", [])}  # studies share runs
-    results = [
-        cast(Result, {**result, "name": names.get((result["study"]["run"], result["study"]["role"]), result["name"])})
-        for run in runs
-        for result in run.results.values()
-    ]
-    evidence = Evidence(folder, name, runs[0].base, runs, results)
+    base = runs[0].base
+    name, summary = _summary(folder, study_name, base)
+
+    # Studies that share a folder share runs, each under the study's own name.
+    names: dict[tuple[str, str], str] = {}
+    for row in summary.get("runs", []):
+        names[row["run"], row["role"]] = row["name"]
+    results: list[Result] = []
+    for run in runs:
+        for result in run.results.values():
+            place = (result["study"]["run"], result["study"]["role"])
+            renamed = {**result, "name": names.get(place, result["name"])}
+            results.append(cast(Result, renamed))
+
+    evidence = Evidence(folder, name, base, runs, results)
     if "not_compared" in summary:
         raise UserError(f"{folder}: the study's results cannot be compared: {summary['not_compared']}")
     if "comparison" in summary:
         evidence.comparison = Comparison.from_dict(summary["comparison"])
     elif len({result["name"] for result in results}) > 1:
         evidence.notes = ["the study has written no comparison yet: finish it with maskft study"]
-    evidence.notes += [_tuned_text(tuned) for tuned in summary.get("tuning", []) if tuned.get("winner")]
+    for tuned in summary.get("tuning", []):
+        if tuned.get("winner"):
+            evidence.notes.append(_tuned_text(tuned))
     return evidence
 
 
 def _summary(folder: Path, study_name: str | None, base: str) -> tuple[str, dict]:
     """Name of the study, and its summary of one base model; empty where it has none yet."""
-    found = sorted(folder.glob(layout.SUMMARY.format("*"))) or list(folder.glob(PUBLISHED_SUMMARY))
-    summaries = {record["study"]: record["models"] for record in map(read_json, found)}
+    files = sorted(folder.glob(layout.SUMMARY.format("*")))
+    if not files:
+        files = list(folder.glob(PUBLISHED_SUMMARY))
+    summaries: dict[str, dict] = {}
+    for file in files:
+        record = read_json(file)
+        summaries[record["study"]] = record["models"]
+
     if not summaries:
         return study_name or folder.resolve().name, {}
     if study_name is None and len(summaries) > 1:
@@ -181,11 +223,15 @@ def _summary(folder: Path, study_name: str | None, base: str) -> tuple[str, dict
     models = summaries[name]
     if base in models:
         return name, models[base]
-    # A summary of one model under another name for it, such as its folder on another machine.
-    return name, next(iter(models.values())) if len(models) == 1 else {}
+    # The same model may have another name here, such as its folder on another machine.
+    if len(models) == 1:
+        (summary,) = models.values()
+        return name, summary
+    return name, {}
 
 
 def _tuned_text(tuned: Mapping) -> str:
     settings = ", ".join(f"{name}={value}" for name, value in tuned["winner"].items())
-    number = tuned.get("num_settings", len(tuned["trials"]))  # a summary without it is of a grid
+    # A summary without the number is of a grid, which tried every setting.
+    number = tuned.get("num_settings", len(tuned["trials"]))
     return f"{tuned['method']} was tuned: {settings} is the best of {number} on held-out rows"

@@ -17,7 +17,7 @@ from .fig_curves import spent_before, spent_until
 from .methods import look, number
 from .scale import few_ticks
 
-NEARLY_EQUAL = 1.15  # largest bar over smallest: below, a sentence says it better than bars
+NEARLY_EQUAL = 1.15  # largest bar over smallest; up to here a sentence replaces the bars
 
 
 class Quantity(NamedTuple):
@@ -73,29 +73,34 @@ def costs_of(runs: Sequence[TrainedRun]) -> list[Cost]:
     for run in runs:
         if run.summary.get("num_steps"):
             for role in (BEST, LAST):
-                groups.setdefault((run.name, role), []).append(cost_of(run, role, runs))
-    found = []
-    for (name, role), each in groups.items():
-        means = {quantity: fmean([cost[quantity] for cost in each]) for quantity in each[0]}
-        found.append(Cost(name, role, len(each), means))
-    return found
+                of_seeds = groups.setdefault((run.name, role), [])
+                of_seeds.append(cost_of(run, role, runs))
+
+    costs: list[Cost] = []
+    for (name, role), of_seeds in groups.items():
+        means: dict[str, float] = {}
+        for quantity in of_seeds[0]:
+            means[quantity] = fmean([spent[quantity] for spent in of_seeds])
+        costs.append(Cost(name, role, len(of_seeds), means))
+    return costs
 
 
 def cost_chart(evidence: Evidence) -> Chart:
     """Bars for each method up to its best checkpoint, and for the baseline also up to its end.
 
-    A quantity in which all methods are nearly equal is a sentence and no picture.
+    A quantity in which all methods are nearly equal is a sentence instead of a picture.
     """
     costs = costs_of(evidence.runs)
     if not costs:
         raise NotComputed("no run tells memory, tokens and time: it needs training.json")
-    rows = _rows(costs, evidence)
-    columns = ("method", "until", "seeds", *_COLUMNS)
-    table = []
+
+    cells: list[tuple[str, ...]] = []
     for cost in costs:
         numbers = [number(cost.spent[quantity] / scale) for quantity, scale in _COLUMNS.values()]
-        table.append((cost.name, cost.role, str(cost.num_seeds), *numbers))
+        cells.append((cost.name, cost.role, str(cost.num_seeds), *numbers))
+    table = Table(("method", "until", "seeds", *_COLUMNS), cells)
 
+    rows = _rows(costs, evidence)
     equal = [quantity for quantity in _QUANTITIES if _is_nearly_equal(rows, quantity)]
     text = " ".join(_equal_text(rows, quantity) for quantity in equal)
     drawn = [quantity for quantity in _QUANTITIES if quantity not in equal]
@@ -105,20 +110,17 @@ def cost_chart(evidence: Evidence) -> Chart:
             "its dark part is the method's share."
         )
     text += " Times are comparable between runs of one machine only, memory between runs of one device."
+
     height = 0.65 + ROW_HEIGHT * len(rows)
-    panels = [
-        Panel(
-            f"{quantity.title} ({quantity.unit})",
-            partial(_draw, rows=rows, quantity=quantity, methods=evidence.methods),
-            True,
-            height,
-        )
-        for quantity in drawn
-    ]
+    panels: list[Panel] = []
+    for quantity in drawn:
+        draw = partial(_draw, rows=rows, quantity=quantity, methods=evidence.methods)
+        panels.append(Panel(f"{quantity.title} ({quantity.unit})", draw, True, height))
+
     legend = []
     if any(_has_parts(rows, quantity) for quantity in drawn):
         legend.append(Entry("spent before this method", "rule", "", "s"))
-    return Chart(text.strip(), panels, Table(columns, table), legend)
+    return Chart(text.strip(), panels, table, legend)
 
 
 def _rows(costs: Sequence[Cost], evidence: Evidence) -> list[Cost]:
@@ -132,15 +134,22 @@ def _rows(costs: Sequence[Cost], evidence: Evidence) -> list[Cost]:
     tokens = {cost.name: cost.spent["total_tokens"] for cost in rows}
     for cost in costs:
         is_end_of_start = cost.role == LAST and cost.name == start
-        if is_end_of_start and cost.spent["total_tokens"] != tokens.get(start):  # else the best is the end
+        is_also_best = cost.spent["total_tokens"] == tokens.get(start)
+        if is_end_of_start and not is_also_best:
             rows.append(cost)
-    rows.sort(key=lambda cost: order.index(cost.name) if cost.name in order else len(order))
+
+    def place(cost: Cost) -> int:
+        return order.index(cost.name) if cost.name in order else len(order)
+
+    rows.sort(key=place)
     return rows
 
 
 def _is_nearly_equal(rows: Sequence[Cost], quantity: Quantity) -> bool:
+    if _has_parts(rows, quantity):
+        return False
     values = [cost.spent[quantity.total] for cost in rows]
-    return not _has_parts(rows, quantity) and max(values) <= NEARLY_EQUAL * min(values)
+    return max(values) <= NEARLY_EQUAL * min(values)
 
 
 def _has_parts(rows: Sequence[Cost], quantity: Quantity) -> bool:
@@ -157,16 +166,26 @@ def _equal_text(rows: Sequence[Cost], quantity: Quantity) -> str:
     return f"{title}: {values_text} {quantity.unit}, nearly equal."
 
 
-def _draw(axes: Axes, rows: Sequence[Cost], quantity: Quantity, methods: Mapping[str, tuple[str, bool]]) -> None:
+def _draw(
+    axes: Axes,
+    rows: Sequence[Cost],
+    quantity: Quantity,
+    methods: Mapping[str, tuple[str, bool]],
+) -> None:
     for place, cost in enumerate(rows):
         total = cost.spent[quantity.total] / quantity.scale
         own = cost.spent[quantity.own] / quantity.scale
-        colour = look(*methods.get(cost.name, (None, False)))[0]
+        method, is_start = methods.get(cost.name, (None, False))
+        colour, _, _ = look(method, is_start)
         axes.barh(place, total, color=COLOURS["rule"], height=0.7)
         axes.barh(place, own, left=total - own, color=COLOURS[colour], height=0.7)
         axes.text(total, place, f" {number(total, 3)}", va="center", fontsize="small")
-    names = [cost.name + (" (to the end)" if cost.role == LAST else "") for cost in rows]
-    axes.set_yticks(range(len(rows)), list(map(row_name, names)))
+
+    names: list[str] = []
+    for cost in rows:
+        name = f"{cost.name} (to the end)" if cost.role == LAST else cost.name
+        names.append(row_name(name))
+    axes.set_yticks(range(len(rows)), names)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0, labelcolor=COLOURS["ink"])
     axes.grid(False, axis="y")

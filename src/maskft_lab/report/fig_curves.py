@@ -11,31 +11,40 @@ from matplotlib.axes import Axes
 
 from ..analysis.runs import TrainedRun, parent_of
 from ..results.tables import Table
-from .charts import Chart, Panel, line_style
+from .charts import Chart, Entry, Panel, line_style
 from .evidence import Evidence, NotComputed
 from .methods import entries_of, look, number
 from .scale import few_ticks
 
 LOSS = "eval_loss"
-MIN_POINTS = 3  # of the longest line: two points are two numbers of the table, and no curve
-_CUT = 1.6  # the axis ends so many times the spread of what was measured after the first tenth of a run
+MIN_POINTS = 3  # of the longest line: two points are not a curve, the table has them
+_CUT = 1.6  # the axis ends at so many times the spread of the values after the first tenth of a run
 _NOT_METRICS = ("runtime", "samples_per_second", "steps_per_second", "num_tokens", "mean_token_accuracy", "entropy")
 
-Lines = dict[str, list[tuple[float, float]]]  # metric -> (steps from the pre-trained model, value)
+Line = list[tuple[float, float]]  # (steps from the pre-trained model, value)
+Lines = dict[str, Line]  # by metric
 
 
 def spent_until(run: TrainedRun, step: float | None) -> dict[str, float]:
-    """Steps, tokens and seconds of a run up to a step; 0 where nothing was trained.
+    """Steps, tokens and seconds of a run up to a step; 0 if nothing was trained.
 
-    Tokens are as counted there, else by the share of the steps, as seconds are; measuring on held-out rows is in these.
+    Tokens are as counted at that step, else the share of the steps in all tokens. Seconds are always by that share, and
+    contain the measurements on held-out rows.
     """
     num_steps = run.summary.get("num_steps")
     if not num_steps or not step:
         return {"steps": 0.0, "tokens": 0.0, "time_s": 0.0}
-    counted = {row["step"]: row["eval_num_tokens"] for row in run.history if row.get("eval_num_tokens")}
+
     share = step / num_steps
-    tokens = counted.get(step, run.summary["num_train_tokens"] * share)
-    return {"steps": step, "tokens": tokens, "time_s": run.summary["train_time_s"] * share}
+    tokens = run.summary["num_train_tokens"] * share
+    for row in run.history:
+        if row.get("eval_num_tokens") and row["step"] == step:
+            tokens = row["eval_num_tokens"]
+    return {
+        "steps": step,
+        "tokens": tokens,
+        "time_s": run.summary["train_time_s"] * share,
+    }
 
 
 def spent_before(run: TrainedRun, runs: Sequence[TrainedRun]) -> dict[str, float]:
@@ -53,11 +62,13 @@ def lines_of(run: TrainedRun, runs: Sequence[TrainedRun]) -> Lines:
     before = spent_before(run, runs)["steps"]
     lines: Lines = {}
     for row in run.history:
+        if "step" not in row:
+            continue  # a candidate of the best of several random masks
+        step = before + row["step"]
         for name, value in row.items():
-            # The candidates that a best of several random masks was chosen from were measured at no step.
             is_metric = name.startswith("eval_") and not name.endswith(_NOT_METRICS)
-            if is_metric and "step" in row and value is not None:
-                lines.setdefault(name, []).append((before + row["step"], value))
+            if is_metric and value is not None:
+                lines.setdefault(name, []).append((step, value))
     return lines
 
 
@@ -66,88 +77,134 @@ def curves_chart(evidence: Evidence) -> Chart:
     groups: dict[str, list[Lines]] = {}
     for run in evidence.runs:
         groups.setdefault(run.name, []).append(lines_of(run, evidence.runs))
-    metrics = dict.fromkeys(name for lines in groups.values() for each in lines for name in each)
+    metrics: dict[str, None] = {}
+    for group in groups.values():
+        for lines in group:
+            metrics |= dict.fromkeys(lines)
     if not metrics:
         raise NotComputed("no run has a training history with measurements: it needs training.json")
+
     kinds = evidence.methods
-    chosen = sorted(_one_of_each_kind(groups, kinds), key=lambda name: not kinds[name][1])  # starts first
+    chosen = _one_of_each_kind(groups, kinds)
+    chosen.sort(key=lambda name: not kinds[name][1])  # starts first
     entries = entries_of({name: kinds[name] for name in chosen})
 
-    def draw(axes: Axes, metric: str) -> None:
-        lines = {name: _mean_line(_alike(groups[name], metric)) for name in groups if name in entries}
-        for name, line in lines.items():
-            if line:
-                axes.plot(*np.transpose(line), **line_style(entries[name]), markevery=max(1, len(line) // 8))
-        _cut(axes, [[y for _, y in line] for line in lines.values() if line], metric == LOSS)
-        few_ticks(axes, "x", 7)
-        axes.set_xlabel("optimizer steps from the pre-trained model")
-        axes.set_ylabel("held-out loss (nats/token)" if metric == LOSS else _short(metric))
+    rows: list[tuple[str, ...]] = []
+    for name, group in groups.items():
+        for metric in metrics:
+            of_seeds = _alike(group, metric)
+            num_seeds = str(len(of_seeds))
+            for step, value in _mean_line(of_seeds):
+                rows.append((name, _short(metric), number(step, 6), number(value), num_seeds))
+    table = Table(("method", "measure", "step", "mean", "seeds"), rows)
 
-    rows = [
-        (name, _short(metric), number(x, 6), number(y), str(len(alike)))
-        for name, group in groups.items()
-        for metric in metrics
-        for alike in [_alike(group, metric)]
-        for x, y in _mean_line(alike)
-    ]
+    panels: list[Panel] = []
+    for metric in metrics:
+        if _longest(groups, entries, metric) >= MIN_POINTS:
+            draw = partial(_draw, groups=groups, entries=entries, metric=metric)
+            panels.append(Panel(_short(metric), draw, True, 2.6))
+    if not panels:
+        text = f"Measured at fewer than {MIN_POINTS} steps, so there is no curve: the numbers are in the table."
+        return Chart(text, panels, table)
     text = (
         "Full fine-tuning of the base, what others start from, and what was trained; means over seeds where all seeds "
         "were measured at the same steps, else the first. Of several masks or controls of one kind, the one with the "
         "lowest held-out loss is drawn; the table has all. Held-out rows choose checkpoints; they are no test items."
     )
-    drawn = [metric for metric in metrics if _longest(groups, entries, metric) >= MIN_POINTS]
-    panels = [Panel(_short(metric), partial(draw, metric=metric), True, 2.6) for metric in drawn]
-    if not panels:
-        text = f"Measured at fewer than {MIN_POINTS} steps, so there is no curve: the numbers are in the table."
-    legend = list(entries.values()) if panels else []
-    return Chart(text, panels, Table(("method", "measure", "step", "mean", "seeds"), rows), legend)
+    return Chart(text, panels, table, list(entries.values()))
+
+
+def _draw(axes: Axes, groups: Mapping[str, Sequence[Lines]], entries: Mapping[str, Entry], metric: str) -> None:
+    drawn: list[Line] = []
+    for name, group in groups.items():
+        line = _mean_line(_alike(group, metric)) if name in entries else []
+        if line:
+            steps, values = np.transpose(line)
+            num_between = max(1, len(line) // 8)  # markers at about eight of the points
+            axes.plot(steps, values, **line_style(entries[name]), markevery=num_between)
+            drawn.append(line)
+
+    is_loss = metric == LOSS
+    if is_loss:
+        _cut(axes, drawn)
+    few_ticks(axes, "x", 7)
+    axes.set_xlabel("optimizer steps from the pre-trained model")
+    axes.set_ylabel("held-out loss (nats/token)" if is_loss else _short(metric))
 
 
 def _longest(groups: Mapping[str, Sequence[Lines]], names: Iterable[str], metric: str) -> int:
     """The number of points of the longest line that would be drawn."""
-    return max((len(lines.get(metric, [])) for name in names for lines in groups[name]), default=0)
+    longest = 0
+    for name in names:
+        for lines in groups[name]:
+            longest = max(longest, len(lines.get(metric, [])))
+    return longest
 
 
 def _one_of_each_kind(groups: Mapping[str, Sequence[Lines]], kinds: Mapping[str, tuple[str, bool]]) -> list[str]:
     """Names to draw: every start, and of each look the method with the lowest held-out loss."""
-    lowest: dict[tuple[str, str, str], tuple[float, str]] = {}
-    drawn = set()
+    lowest: dict[tuple[str, str, str], tuple[float, str]] = {}  # look -> loss and name
+    drawn: set[str] = set()
     for name, group in groups.items():
         losses = [min(value for _, value in lines[LOSS]) for lines in group if LOSS in lines]
-        if losses and kinds[name][1]:
+        if not losses:
+            continue
+        method, is_start = kinds[name]
+        if is_start:
             drawn.add(name)
-        elif losses:
-            kind = look(*kinds[name])
-            lowest[kind] = min(lowest.get(kind, (fmean(losses), name)), (fmean(losses), name))
+            continue
+        own = (fmean(losses), name)
+        kind = look(method, is_start)
+        lowest[kind] = min(lowest.get(kind, own), own)
     drawn |= {name for _, name in lowest.values()}
     return [name for name in groups if name in drawn]
 
 
-def _alike(group: Sequence[Lines], metric: str) -> list[list[tuple[float, float]]]:
-    """The line of each seed that has one; the first alone where the seeds were not measured alike."""
-    lines = [line[metric] for line in group if metric in line]
-    return lines[:1] if len({len(line) for line in lines}) > 1 else lines
+def _alike(group: Sequence[Lines], metric: str) -> list[Line]:
+    """The line of each seed that has one; only the first if the seeds have different numbers of points."""
+    lines = [lines[metric] for lines in group if metric in lines]
+    lengths = {len(line) for line in lines}
+    return lines if len(lengths) <= 1 else lines[:1]
 
 
-def _mean_line(lines: Sequence[list[tuple[float, float]]]) -> list[tuple[float, float]]:
+def _mean_line(lines: Sequence[Line]) -> Line:
     """Mean of steps and values over seeds."""
-    return [(fmean([p[0] for p in points]), fmean([p[1] for p in points])) for points in zip(*lines, strict=True)]
+    means: Line = []
+    for points in zip(*lines, strict=True):
+        step = fmean([step for step, _ in points])
+        value = fmean([value for _, value in points])
+        means.append((step, value))
+    return means
 
 
-def _cut(axes: Axes, lines: Sequence[Sequence[float]], is_loss: bool) -> None:
-    """End the axis where early losses would hide what happens later; say so on it."""
-    values = [value for line in lines for value in line]
-    settled = [value for line in lines for value in line[max(1, len(line) // 10) :]] or values
-    if not values or not is_loss:
+def _cut(axes: Axes, lines: Sequence[Line]) -> None:
+    """End the axis lower if early losses would squash the later ones, and say so on it."""
+    values: list[float] = []
+    settled: list[float] = []  # without the first tenth of each line
+    for line in lines:
+        losses = [loss for _, loss in line]
+        values += losses
+        settled += losses[max(1, len(line) // 10) :]
+    if not values:
         return
+
     low = min(values)
     high = max(values)
-    top = low + _CUT * (float(np.quantile(settled, 0.9)) - low)
-    if 0 < top - low < 0.6 * (high - low) and 5 * sum(value > top for value in values) <= len(values):
+    top = low + _CUT * (float(np.quantile(settled or values, 0.9)) - low)
+    is_much_lower = 0 < top - low < 0.6 * (high - low)
+    num_above = sum(value > top for value in values)
+    if is_much_lower and 5 * num_above <= len(values):
         margin = 0.05 * (top - low)
         axes.set_ylim(low - margin, top + margin)
-        text = f"clipped (max {high:.3g})"
-        axes.text(0.99, 0.98, text, ha="right", va="top", fontsize="small", transform=axes.transAxes)
+        axes.text(
+            0.99,
+            0.98,
+            f"clipped (max {high:.3g})",
+            ha="right",
+            va="top",
+            fontsize="small",
+            transform=axes.transAxes,
+        )
 
 
 def _short(metric: str) -> str:

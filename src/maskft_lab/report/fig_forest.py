@@ -21,8 +21,8 @@ from .methods import look, number
 from .scale import few_ticks, limits, mark_ends_beyond, near
 
 LONG_NAME = 0.31  # inches of a row whose name has two lines
-INTERVAL_SHARE = 1.0  # of the span of the values, that intervals may add on each side: they are the point here
-PALE = 0.45  # opacity of differences that nothing is claimed of
+INTERVAL_SHARE = 1.0  # part of the span of the values that intervals may add on each side
+PALE = 0.45  # opacity of differences that are not distinguishable
 
 Kinds = Mapping[str, tuple[str, bool]]
 
@@ -33,7 +33,7 @@ class Line(NamedTuple):
     name: str
     method: str  # by which it is coloured
     value: float
-    ends: tuple[float, float] | None  # None: of two seeds that say nothing
+    ends: tuple[float, float] | None  # None: the interval would be the whole range, as that of two seeds
     is_claimed: bool
     text: str
 
@@ -43,15 +43,18 @@ def forest_chart(evidence: Evidence) -> Chart:
     comparison = evidence.comparison
     if comparison is None or not comparison.differences:
         raise NotComputed("there is no comparison of two models")
-    panels = []
+
+    controls = [verdict.control for verdict in comparison.verdicts if verdict.control is not None]
+    panels: list[Panel] = []
     for place in _places_of_the_test(comparison):
-        rows = [row for row in comparison.differences if (row.task, row.metric) == place]
-        lines = _sorted_lines(rows)
-        controls = [verdict.control for verdict in comparison.verdicts if verdict.control is not None]
-        below = [_line(row, f"{row.method} - {row.baseline}") for row in controls if (row.task, row.metric) == place]
-        panels.append(
-            _panel(f"{_title(rows[0])}: difference from {comparison.baseline}", lines, below, evidence, rows[0])
-        )
+        rows = _rows_of(comparison, place)
+        below = [
+            _line(control, f"{control.method} - {control.baseline}")
+            for control in controls
+            if (control.task, control.metric) == place
+        ]
+        title = f"{_title(rows[0])}: difference from {comparison.baseline}"
+        panels.append(_panel(title, _sorted_lines(rows), below, evidence, rows[0]))
 
     over = "items" if comparison.fixed_seeds else "seeds and items"
     text = (
@@ -63,20 +66,26 @@ def forest_chart(evidence: Evidence) -> Chart:
 
 
 def against_mask_chart(evidence: Evidence) -> Chart:
-    """All other models against the mask: the test's metrics, and what each probe says of forgetting."""
+    """All other models against the mask, in the metrics of the test and of each probe of earlier abilities."""
     comparison = evidence.against_mask
     if comparison is None:
         raise NotComputed("there is no verdict on a mask, or the answers of a model are not here")
+
     places = dict.fromkeys((row.task, row.metric) for row in comparison.differences)
-    panels = []
+    panels: list[Panel] = []
     for place in places:
-        rows = [row for row in comparison.differences if (row.task, row.metric) == place]
+        rows = _rows_of(comparison, place)
         panels.append(_panel(_title(rows[0]), _sorted_lines(rows), [], evidence, rows[0]))
+
     text = (
         f"Each model minus {comparison.baseline}. Intervals hold together over all rivals and metrics of a family, so "
         "they are wider than those of the verdict, which is about controls alone."
     )
     return Chart(text, panels, _table(comparison.differences))
+
+
+def _rows_of(comparison: Comparison, place: tuple[str, str]) -> list[Difference]:
+    return [row for row in comparison.differences if (row.task, row.metric) == place]
 
 
 def _places_of_the_test(comparison: Comparison) -> list[tuple[str, str]]:
@@ -98,13 +107,13 @@ def _sorted_lines(rows: Sequence[Difference]) -> list[Line]:
 
 def _line(row: Difference, name: str) -> Line:
     scale = 100.0 if row.unit == "fraction" else 1.0
-    ends = (scale * row.ci_low, scale * row.ci_high)
     text = difference_text(row)
+    has_interval = "no interval" not in text
     return Line(
         name=name,
         method=row.method,
         value=scale * row.difference,
-        ends=None if "no interval" in text else ends,
+        ends=(scale * row.ci_low, scale * row.ci_high) if has_interval else None,
         is_claimed=row.verdict != NOT_DISTINGUISHABLE,
         text=text,
     )
@@ -119,30 +128,54 @@ def _title(row: Difference) -> str:
     return f"{row.metric} on {'test' if task == HELDOUT else task}"
 
 
-def _panel(title: str, lines: Sequence[Line], below: Sequence[Line], evidence: Evidence, row: Difference) -> Panel:
+def _panel(
+    title: str,
+    lines: Sequence[Line],
+    below: Sequence[Line],
+    evidence: Evidence,
+    row: Difference,
+) -> Panel:
+    """A panel of one metric.
+
+    Args:
+        title: Its title.
+        lines: Its rows.
+        below: Rows below a line that separates them.
+        evidence: The study.
+        row: Any difference in this metric.
+    """
     better = "right" if row.higher_is_better else "left"
     label = f"{points_or_unit(row.unit)} ({better} is better)"
-    num_rows = len(lines) + len(below) + (1 if below else 0)
+
+    num_rows = len(lines)
+    if below:
+        num_rows += 1 + len(below)
     has_long_names = any("\n" in row_name(line.name) for line in [*lines, *below])
-    height = 0.75 + (LONG_NAME if has_long_names else ROW_HEIGHT) * num_rows
+    row_height = LONG_NAME if has_long_names else ROW_HEIGHT
+    height = 0.75 + row_height * num_rows
+
     draw = partial(_draw, lines=lines, below=below, label=label, kinds=evidence.methods)
     return Panel(title, draw, True, height)
 
 
 def _draw(axes: Axes, lines: Sequence[Line], below: Sequence[Line], label: str, kinds: Kinds) -> None:
     every = [*lines, *below]
-    shown = set(near([line.value for line in every]))
-    in_range = [line for line in every if line.value in shown]
-    values = [line.value for line in in_range]
-    ends = [end for line in in_range for end in line.ends or ()]
+    values = near([line.value for line in every])
+    ends: list[float] = []
+    for line in every:
+        if line.value in values:
+            ends += line.ends or ()
     axes.set_xlim(limits(values, ends, INTERVAL_SHARE))
     axes.axvline(0, color=COLOURS["ink"], linewidth=0.8, zorder=1)
 
-    places = [*range(len(lines)), *range(len(lines) + 1, len(lines) + 1 + len(below))]
+    places = list(range(len(lines)))
     if below:
-        axes.axhline(len(lines), color=COLOURS["rule"], linewidth=0.8)
+        separator = len(lines)
+        axes.axhline(separator, color=COLOURS["rule"], linewidth=0.8)
+        places += range(separator + 1, separator + 1 + len(below))
     for place, line in zip(places, every, strict=True):
         _draw_line(axes, place, line, kinds)
+
     axes.set_yticks(places, [row_name(line.name) for line in every])
     axes.set_ylim(places[-1] + 0.6, -0.6)
     axes.tick_params(axis="y", length=0, labelcolor=COLOURS["ink"])
@@ -152,18 +185,29 @@ def _draw(axes: Axes, lines: Sequence[Line], below: Sequence[Line], label: str, 
 
 
 def _draw_line(axes: Axes, place: int, line: Line, kinds: Kinds) -> None:
-    colour, _, marker = look(*kinds.get(plain_name(line.method), (None, False)))
+    method, is_start = kinds.get(plain_name(line.method), (None, False))
+    colour, _, marker = look(method, is_start)
     left, right = axes.get_xlim()
-    x = min(max(line.value, left), right)
+    x = min(max(line.value, left), right)  # one beyond the axes is drawn at their end
     opacity = 1.0 if line.is_claimed else PALE
     if line.ends:
         axes.plot(line.ends, [place, place], color=COLOURS[colour], linewidth=1.3, alpha=opacity)
         mark_ends_beyond(axes, line.ends, (x, place), "x", colour)
-    axes.plot(x, place, marker, color=COLOURS[colour], markersize=5, alpha=opacity, clip_on=False, zorder=3)
+    axes.plot(
+        x,
+        place,
+        marker,
+        color=COLOURS[colour],
+        markersize=5,
+        alpha=opacity,
+        clip_on=False,
+        zorder=3,
+    )
     if x != line.value:
         is_left = line.value < left
+        value = number(line.value, 3)
         axes.annotate(
-            f"← {number(line.value, 3)}" if is_left else f"{number(line.value, 3)} →",
+            f"← {value}" if is_left else f"{value} →",
             (x, place),
             (8, 0) if is_left else (-8, 0),
             textcoords="offset points",
@@ -176,5 +220,7 @@ def _draw_line(axes: Axes, place: int, line: Line, kinds: Kinds) -> None:
 
 
 def _table(rows: Sequence[Difference]) -> Table:
-    cells = [(row.method, row.baseline, _title(row), difference_text(row), row.verdict) for row in rows]
+    cells: list[tuple[str, ...]] = []
+    for row in rows:
+        cells.append((row.method, row.baseline, _title(row), difference_text(row), row.verdict))
     return Table(("method", "minus", "measure", "difference", "verdict"), cells)

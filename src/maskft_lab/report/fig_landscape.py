@@ -27,11 +27,15 @@ _MODELS = (
 def plane_chart(evidence: Evidence) -> Chart:
     """The plane through three models: a panel of held-out rows, one of training rows."""
     plane = evidence.record("landscape")["plane"]
-    panels = [
-        Panel(f"Loss on {rows}", partial(_plane, plane=plane, split=split), height=2.7)
-        for split, rows in _SPLITS.items()
-    ]
-    rows = [(text, *(number(float(f(plane[k]))) for f in (np.min, np.mean, np.max))) for k, text in _SPLITS.items()]
+    panels: list[Panel] = []
+    rows: list[tuple[str, ...]] = []
+    for split, name in _SPLITS.items():
+        draw = partial(_plane, plane=plane, split=split)
+        panels.append(Panel(f"Loss on {name}", draw, height=2.7))
+        losses = np.asarray(plane[split])
+        summary = (losses.min(), losses.mean(), losses.max())
+        rows.append((name, *(number(float(value)) for value in summary)))
+
     text = (
         "Loss in nats per token over the plane that holds the three models; axes are distances of all weights "
         "together. Models beside the plane are not shown."
@@ -47,17 +51,50 @@ def _plane(axes: Axes, plane: Mapping[str, Any], split: str) -> None:
     high = float(values.max())
     # Lines of equal loss, closer where it is low: most of the height is at the edges.
     levels = low + max(high - low, 1e-6) * np.linspace(0, 1, 13) ** 2
+    norm = PowerNorm(0.5, levels[0], levels[-1])
+
+    # The image has a cell around each point, so that it ends half a cell beyond the outer ones.
     half_x = (x[1] - x[0]) / 2
     half_y = (y[1] - y[0]) / 2
-    extent = (x[0] - half_x, x[-1] + half_x, y[0] - half_y, y[-1] + half_y)
-    norm = PowerNorm(0.5, levels[0], levels[-1])
-    image = axes.imshow(values, extent=extent, origin="lower", aspect="auto", norm=norm)
-    axes.contour(x, y, values, levels=levels[1:-1], colors="#ffffff", linewidths=0.4, alpha=0.7)
-    bar = axes.figure.colorbar(image, ax=axes, ticks=levels[::3], format="%.3g", label="nats/token")
+    left = x[0] - half_x
+    right = x[-1] + half_x
+    bottom = y[0] - half_y
+    top = y[-1] + half_y
+    image = axes.imshow(
+        values,
+        extent=(left, right, bottom, top),
+        origin="lower",
+        aspect="auto",
+        norm=norm,
+    )
+    axes.contour(
+        x,
+        y,
+        values,
+        levels=levels[1:-1],
+        colors="#ffffff",
+        linewidths=0.4,
+        alpha=0.7,
+    )
+    bar = axes.figure.colorbar(
+        image,
+        ax=axes,
+        ticks=levels[::3],
+        format="%.3g",
+        label="nats/token",
+    )
     bar.outline.set_visible(False)
+
     for (at_x, at_y), entry in zip(plane["points"], _MODELS, strict=True):
-        size = 9 if entry.marker == "*" else 6
-        axes.plot(at_x, at_y, entry.marker, color=COLOURS[entry.colour], markersize=size, markeredgecolor="#ffffff")
+        axes.plot(
+            at_x,
+            at_y,
+            entry.marker,
+            color=COLOURS[entry.colour],
+            markersize=9 if entry.marker == "*" else 6,
+            markeredgecolor="#ffffff",
+        )
+
     axes.set_xlabel("distance of weights (L2)")
     axes.set_ylabel("distance of weights (L2)")
     axes.grid(False)

@@ -23,11 +23,15 @@ def curvature_chart(evidence: Evidence) -> Chart:
     """Trace and largest eigenvalue of the Hessians, with one standard error, as a table: the paper draws none."""
     record = evidence.record("curvature")
     rows: list[tuple[str, ...]] = []
-    for text, each in ((text, record[name]) for name, text in _HESSIANS.items()):
-        ends = (each["largest"]["eigenvalue"], each["largest"]["smallest"])
-        rows.append((text, *_trace(each), *map(number, ends)))
-        if "less_start_all" in each:
-            rows.append((f"{text}, less that before the mask", *_trace(each["less_start_all"]), "–", "–"))
+    for key, name in _HESSIANS.items():
+        hessian = record[key]
+        eigenvalues = hessian["largest"]
+        largest = number(eigenvalues["eigenvalue"])
+        smallest = number(eigenvalues["smallest"])
+        rows.append((name, *_trace(hessian), largest, smallest))
+        if "less_start_all" in hessian:
+            difference = _trace(hessian["less_start_all"])
+            rows.append((f"{name}, less that before the mask", *difference, "–", "–"))
     text = (
         "Whether the mask's own point is flatter is the third line against the first. The second has a smaller largest "
         "eigenvalue than the first for any mask, a random one included: Eq. 17 projects the Hessian at a point where "
@@ -40,23 +44,42 @@ def curvature_chart(evidence: Evidence) -> Chart:
 def bound_chart(evidence: Evidence) -> Chart:
     """Both upper bounds per width of a weight, as a table: a vacuous bound is no result to draw."""
     record = evidence.record("bound")
-    rows = [
-        (
-            *(where.replace("_", " "), width, number(each["phi"]["full"]), number(each["phi"]["mask"])),
-            *(number(each[name]) for name in ("delta_train", "delta_complexity", "difference")),
-            "vacuous" if each["is_vacuous"] else "informative",
-        )
-        for where in _SIZES
-        for width, each in record[where].items()
-    ]
-    vacuous = sum(row[-1] == "vacuous" for row in rows)
+    rows: list[tuple[str, ...]] = []
+    num_vacuous = 0
+    for size in _SIZES:
+        for width, bound in record[size].items():
+            verdict = "informative"
+            if bound["is_vacuous"]:
+                verdict = "vacuous"
+                num_vacuous += 1
+            rows.append(
+                (
+                    size.replace("_", " "),
+                    width,
+                    number(bound["phi"]["full"]),
+                    number(bound["phi"]["mask"]),
+                    number(bound["delta_train"]),
+                    number(bound["delta_complexity"]),
+                    number(bound["difference"]),
+                    verdict,
+                )
+            )
     text = (
-        f"Training loss and complexity term of Eq. 6. Of {len(rows)} bounds, {vacuous} are vacuous: the complexity "
+        f"Training loss and complexity term of Eq. 6. Of {len(rows)} bounds, {num_vacuous} are vacuous: the complexity "
         "term alone exceeds the loss of guessing. It is the same for every mask of one sparsity, a random one too. "
         f"The adapter has {record['adapter_bytes']:,} bytes."
     )
-    columns = ("over", "bits", "term, full", "term, mask", "change of training loss", "change of term", "difference")
-    return Chart(text, [], Table((*columns, "verdict"), rows))
+    columns = (
+        "over",
+        "bits",
+        "term, full",
+        "term, mask",
+        "change of training loss",
+        "change of term",
+        "difference",
+        "verdict",
+    )
+    return Chart(text, [], Table(columns, rows))
 
 
 def _trace(record: Mapping[str, Any]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle, product
 
 from .charts import SERIES, Entry
@@ -20,12 +20,21 @@ _LOOKS = {
 }
 _OTHERS = SERIES[2:]
 _MARKERS = "^vdXosDPhp*"
+_LINE_MARKERS = "o^sDvP"
 _CONTROL = ("teal", "-.", "p")  # anything else: a restart, a part of the weights, models combined
 
 
 def look(method: str | None, is_start: bool = True) -> tuple[str, str, str]:
-    """Colour, dash and marker of a method; full fine-tuning that begins at another run's model is a control."""
-    return _CONTROL if method == "full" and not is_start else _LOOKS.get(method or "", _CONTROL)
+    """Colour, dash and marker of a method.
+
+    Args:
+        method: Its name; None: not known.
+        is_start: Whether it begins at the base model or others begin at it. Full fine-tuning that does neither is a
+            control.
+    """
+    if method is None or (method == "full" and not is_start):
+        return _CONTROL
+    return _LOOKS.get(method, _CONTROL)
 
 
 def series_looks(names: Iterable[str]) -> dict[str, Entry]:
@@ -33,36 +42,68 @@ def series_looks(names: Iterable[str]) -> dict[str, Entry]:
     looks: dict[str, tuple[str, str]] = {}
     for name in names:
         kind = re.split(r",| (?:of|on|with)\b| [\d(\[]", name)[0]  # without settings, parents and variants
-        colours, markers = (["blue"], "osDP") if kind.startswith("full") else (_OTHERS, "sDphP*o")
-        if kind.endswith("mask") and not kind.startswith(("random", "L1", "Wanda")):
+        is_learned_mask = kind.endswith("mask") and not kind.startswith(("random", "L1", "Wanda"))
+        colours: Sequence[str]
+        if is_learned_mask:
             colours = ["red"]
             markers = "^vdX"
-        own = zip(cycle(colours), markers * len(colours), strict=False)
-        free = [each for each in (*own, *product((*colours, *SERIES), _MARKERS)) if each not in looks.values()]
-        looks[name] = free[0] if free else (colours[0], markers[0])
-    return {name: Entry(name, colour, "", marker) for name, (colour, marker) in looks.items()}
+        elif kind.startswith("full"):
+            colours = ["blue"]
+            markers = "osDP"
+        else:
+            colours = _OTHERS
+            markers = "sDphP*o"
+
+        # Colours and markers of the kind in turn; then any others.
+        candidates = list(zip(cycle(colours), markers * len(colours), strict=False))
+        candidates += product((*colours, *SERIES), _MARKERS)
+        free = [each for each in candidates if each not in looks.values()]
+        looks[name] = free[0] if free else candidates[0]
+
+    entries: dict[str, Entry] = {}
+    for name, (colour, marker) in looks.items():
+        entries[name] = Entry(name, colour, "", marker)
+    return entries
 
 
 def looks_in_turn(names: Iterable[str]) -> dict[str, Entry]:
-    """A look for each of lines that are no methods."""
-    distinct = enumerate(dict.fromkeys(names))
-    return {name: Entry(name, SERIES[index % len(SERIES)], "-", "o^sDvP"[index % 6]) for index, name in distinct}
+    """A look for each of several lines that are not methods."""
+    looks: dict[str, Entry] = {}
+    for index, name in enumerate(dict.fromkeys(names)):
+        colour = SERIES[index % len(SERIES)]
+        marker = _LINE_MARKERS[index % len(_LINE_MARKERS)]
+        looks[name] = Entry(name, colour, "-", marker)
+    return looks
 
 
 def entries_of(kinds: Mapping[str, tuple[str, bool]]) -> dict[str, Entry]:
-    """Lines of a legend, by the arguments of `look`; further methods of one look have its colour alone."""
-    looks: dict[str, tuple[str, ...]] = {}
-    for name, kind in kinds.items():
-        own = look(*kind)
-        free = (each for each in (own, *product(own[:1], ("--", "-.", ":"), "sDPvX")) if each not in looks.values())
-        looks[name] = next(free, own)
+    """Lines of a legend.
+
+    Args:
+        kinds: Name -> arguments of `look`. Of several names with one look, the first has it, others only its colour.
+    """
+    looks: dict[str, tuple[str, str, str]] = {}
+    for name, (method, is_start) in kinds.items():
+        own = look(method, is_start)
+        colour, _, _ = own
+        candidates = [own, *product([colour], ("--", "-.", ":"), "sDPvX")]
+        free = [each for each in candidates if each not in looks.values()]
+        looks[name] = free[0] if free else own
     return {name: Entry(name, *each) for name, each in looks.items()}
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """A number as tables show it: ``digits`` significant ones, thousands apart; a dash for none."""
+    """A number for tables, with commas between thousands; a dash for None.
+
+    Args:
+        value: The number.
+        digits: Significant digits; integers and whole numbers of 1000 or more have all of theirs.
+    """
     if value is None:
         return "–"
-    if isinstance(value, int) or (abs(value) >= 1000 and value == int(value)):
+    is_large_whole = abs(value) >= 1000 and value == int(value)
+    if isinstance(value, int) or is_large_whole:
         return f"{int(value):,}"
-    return f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
+    if abs(value) >= 10**digits:
+        return f"{value:,.0f}"
+    return f"{value:.{digits}g}"

@@ -1,4 +1,4 @@
-"""The report of a study as one HTML file, which loads nothing: it shows before it tells.
+"""The report of a study as one HTML file, which loads nothing from elsewhere.
 
 Verdict and pictures of it come first, then curves, then tables.
 """
@@ -23,8 +23,8 @@ from .catalogue import FIGURES, Figure, draw_figures
 from .charts import COLOURS, DARK, Chart, to_svg
 from .evidence import Evidence, test_name
 
-MAX_VERDICTS = 3  # that are open; the others are one click away
-MAX_OPEN_ROWS = 40  # of a table of numbers; longer ones scroll, and say so
+MAX_VERDICTS = 3  # that are visible at once; a click opens the others
+MAX_OPEN_ROWS = 40  # of a table of numbers; longer tables scroll, and say so
 SECTIONS = {
     "verdict": "Verdict",
     "curves": "Curves",
@@ -41,19 +41,40 @@ SECTIONS = {
 def render_report(evidence: Evidence) -> str:
     """The page as text."""
     comparison = evidence.comparison
+    verdicts = _verdicts(evidence)
+    notes = list(evidence.notes)
+    if comparison is not None:
+        notes += comparison.notes
+
     drawn, missing = draw_figures(evidence, FIGURES)
     charts: dict[str, list[dict[str, Any]]] = {section: [] for section in SECTIONS}
     for figure, chart in drawn:
         charts[figure.section].append(_drawn(figure, chart))
-    has_content = {"verdict", "table", "recipe"}
+    not_drawn: list[dict[str, Any]] = []
+    for each in missing:
+        head = _head(each.figure)
+        not_drawn.append(head | {"reason": each.reason, "command": each.command})
 
-    verdicts = _verdicts(evidence)
+    # Verdict, table and recipe have more than figures.
+    sections: dict[str, str] = {}
+    for key, title in SECTIONS.items():
+        if charts[key] or key in ("verdict", "table", "recipe"):
+            sections[key] = title
+
     if comparison is not None:
         reached = comparison.scores
+    elif evidence.results:
+        reached = scores(evidence.results)
     else:
-        reached = scores(evidence.results) if evidence.results else []  # none where nothing but paths was published
-    # Comparisons that were published first have unadjusted intervals only.
-    is_unadjusted = comparison is not None and any(row.unadjusted_low is None for row in comparison.differences)
+        reached = []  # only paths were published
+
+    over = "seeds where there are several, else over items"
+    if comparison is not None and comparison.fixed_seeds:
+        over = "items"
+    # The first published comparisons have only unadjusted intervals.
+    interval = "simultaneous"
+    if comparison is not None and any(row.unadjusted_low is None for row in comparison.differences):
+        interval = "unadjusted"
     seeds = {result["model"]["seed"] for result in evidence.results} - {None}
 
     environment = jinja2.Environment(
@@ -69,18 +90,18 @@ def render_report(evidence: Evidence) -> str:
         version=__version__,
         title=evidence.name,
         facts=_facts(evidence),
-        sections={key: title for key, title in SECTIONS.items() if charts[key] or key in has_content},
+        sections=sections,
         place=evidence.place,
         verdicts=verdicts[:MAX_VERDICTS],
         more_verdicts=verdicts[MAX_VERDICTS:],
         baseline=comparison.baseline if comparison else "nothing",
-        notes=[*evidence.notes, *(comparison.notes if comparison else [])],
+        notes=notes,
         scores=cross_domain_table(reached),
         differences=difference_table(comparison) if comparison else None,
-        over="items" if comparison and comparison.fixed_seeds else "seeds where there are several, else over items",
-        interval="unadjusted" if is_unadjusted else "simultaneous",
+        over=over,
+        interval=interval,
         charts=charts,
-        missing=[_head(each.figure) | {"reason": each.reason, "command": each.command} for each in missing],
+        missing=not_drawn,
         commands=_commands(evidence),
         recipe=evidence.recipe,
         seeds=", ".join(map(str, sorted(seeds))) or "none",
@@ -91,9 +112,11 @@ def render_report(evidence: Evidence) -> str:
 
 def _visible(value: Any) -> Any:
     """A text of any file without control characters; escaping for HTML comes after it."""
-    if type(value) is not str:  # Markup, which `safe` and macros give, is ours
+    # Not isinstance: Markup, a subclass that `safe` and macros return, is ours.
+    if type(value) is not str:
         return value
-    return "\n".join(map(printable, value.split("\n")))
+    lines = [printable(line) for line in value.split("\n")]
+    return "\n".join(lines)
 
 
 def _palettes() -> str:
@@ -108,22 +131,34 @@ def _palettes() -> str:
 
 
 def _head(figure: Figure) -> dict[str, Any]:
-    numbers = ", ".join(map(str, figure.numbers))
-    of_paper = f"Fig{'s' if len(figure.numbers) > 1 else '.'} {numbers}" if numbers else ""
+    of_paper = ""
+    if figure.numbers:
+        numbers = ", ".join(map(str, figure.numbers))
+        of_paper = f"Figs {numbers}" if len(figure.numbers) > 1 else f"Fig. {numbers}"
     return {"key": figure.key, "title": figure.title, "of_paper": of_paper}
 
 
 def _drawn(figure: Figure, chart: Chart) -> dict[str, Any]:
-    """A figure as the template wants it: panels as SVG."""
-    panels = [
-        {"title": panel.title, "is_wide": panel.is_wide, "svg": to_svg(panel, f"{figure.key}-{index}")}
-        for index, panel in enumerate(chart.panels)
-    ]
-    return _head(figure) | {"text": chart.text, "legend": chart.legend, "panels": panels, "table": chart.table}
+    """A figure for the template, with panels as SVG."""
+    panels: list[dict[str, Any]] = []
+    for index, panel in enumerate(chart.panels):
+        panels.append(
+            {
+                "title": panel.title,
+                "is_wide": panel.is_wide,
+                "svg": to_svg(panel, f"{figure.key}-{index}"),
+            }
+        )
+    return _head(figure) | {
+        "text": chart.text,
+        "legend": chart.legend,
+        "panels": panels,
+        "table": chart.table,
+    }
 
 
 def _facts(evidence: Evidence) -> list[str]:
-    """Base, models, items and dates; models are counted as the comparison has them, whose files may not all be here."""
+    """Base, models, items and dates; models of the comparison count even if their files are missing."""
     comparison = evidence.comparison
     with_files = {result["name"] for result in evidence.results}
     compared = {comparison.baseline, *comparison.methods} if comparison else with_files
@@ -132,15 +167,17 @@ def _facts(evidence: Evidence) -> list[str]:
         models += f" ({len(compared & with_files)} with their answers here)"
 
     facts = [f"base model: {evidence.base}", models, f"{len(evidence.results)} result files"]
-    tasks = dict.fromkeys(
-        f"{len(record['items']):,} items of {test_name(evidence, task)}"
-        for result in evidence.results
-        for task, record in result["tasks"].items()
-    )
-    facts += tasks
+    for result in evidence.results:
+        for task, record in result["tasks"].items():
+            fact = f"{len(record['items']):,} items of {test_name(evidence, task)}"
+            if fact not in facts:
+                facts.append(fact)
+
     dates = sorted(result["created"][:10] for result in evidence.results)
     if dates:
-        facts.append(f"measured {' to '.join(dict.fromkeys((dates[0], dates[-1])))}")
+        first = dates[0]
+        last = dates[-1]
+        facts.append(f"measured {first}" if first == last else f"measured {first} to {last}")
     return facts
 
 
@@ -152,8 +189,9 @@ def _verdicts(evidence: Evidence) -> list[str]:
     if comparison.verdicts:
         texts = [printable(reworded(verdict)) for verdict in comparison.verdicts]
         return [text[:1].upper() + text[1:] for text in texts]
-    found = [sentence(row) for row in comparison.differences if row.method in evidence.masks and row.is_main]
-    return found or [f"No learned mask is compared with {comparison.baseline}."]
+    masks = evidence.masks
+    sentences = [sentence(row) for row in comparison.differences if row.method in masks and row.is_main]
+    return sentences or [f"No learned mask is compared with {comparison.baseline}."]
 
 
 def _commands(evidence: Evidence) -> list[str]:
@@ -165,23 +203,32 @@ def _commands(evidence: Evidence) -> list[str]:
 
 def _settings(evidence: Evidence) -> Table:
     """Settings that differ between the methods that use them, of the first seed of each."""
-    first: dict[str, dict[str, Any]] = {}
+    settings_of: dict[str, dict[str, Any]] = {}
     unused: dict[str, frozenset[str]] = {}
     for result in evidence.results:
         name = result["name"]
-        if name not in first:
+        if name not in settings_of:
             unused[name] = _unused(result)
             settings = result["study"]["settings"] or {}
-            first[name] = {key: value for key, value in settings.items() if key not in unused[name]}
+            settings_of[name] = {key: value for key, value in settings.items() if key not in unused[name]}
 
-    differ = []
-    for key in dict.fromkeys(key for settings in first.values() for key in settings):
-        # A pre-trained model has no settings.
-        users = [name for name, settings in first.items() if settings and key not in unused[name]]
-        if len({_text(first[name].get(key)) for name in users}) > 1:
-            differ.append(key)
-    rows = [(name, *(_text(settings.get(key)) for key in differ)) for name, settings in first.items()]
-    return Table(("model", *differ), rows)
+    keys: dict[str, None] = {}
+    for settings in settings_of.values():
+        keys |= dict.fromkeys(settings)
+    differing: list[str] = []
+    for key in keys:
+        values: set[str] = set()
+        for name, settings in settings_of.items():
+            # A pre-trained model has no settings.
+            if settings and key not in unused[name]:
+                values.add(_text(settings.get(key)))
+        if len(values) > 1:
+            differing.append(key)
+
+    rows: list[tuple[str, ...]] = []
+    for name, settings in settings_of.items():
+        rows.append((name, *(_text(settings.get(key)) for key in differing)))
+    return Table(("model", *differing), rows)
 
 
 def _unused(result: dict[str, Any]) -> frozenset[str]:
@@ -201,4 +248,6 @@ def _text(value: Any) -> str:
         return "–"
     if isinstance(value, float):
         return f"{value:.6g}"
-    return value if isinstance(value, str) else json.dumps(value)
+    if isinstance(value, str):
+        return value
+    return json.dumps(value)

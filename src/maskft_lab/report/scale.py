@@ -1,8 +1,9 @@
-"""Where axes end: one point far away is not to squash all others, and what lies beyond an end is still told."""
+"""Limits of axes: one point far away must not squash all others, and points beyond an end are marked there."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -26,7 +27,13 @@ def near(values: Sequence[float], far: float = FAR) -> list[float]:
 
 
 def limits(values: Sequence[float], ends: Sequence[float] = (), share: float = 0.25) -> Ends:
-    """Room for zero, all values, and intervals as far as they do not add more than a share of the span each side."""
+    """Ends of an axis with room for zero, all values, and intervals.
+
+    Args:
+        values: Shown values.
+        ends: Ends of their intervals.
+        share: Part of the span of the values that intervals may add at most on each side.
+    """
     low = min(0.0, *values)
     high = max(0.0, *values)
     span = (high - low) or 1.0
@@ -34,7 +41,8 @@ def limits(values: Sequence[float], ends: Sequence[float] = (), share: float = 0
     highest_end = max([high, *ends])
     wide_low = max(low - share * span, lowest_end)
     wide_high = min(high + share * span, highest_end)
-    return wide_low - ROOM * span, wide_high + ROOM * span
+    room = ROOM * span
+    return wide_low - room, wide_high + room
 
 
 def few_ticks(axes: Axes, along: str = "x", count: int = 5) -> None:
@@ -44,11 +52,27 @@ def few_ticks(axes: Axes, along: str = "x", count: int = 5) -> None:
 
 
 def mark_ends_beyond(axes: Axes, ends: Ends, place: tuple[float, float], along: str, colour: str) -> None:
-    """An arrow where an interval goes on beyond the axes."""
-    edges, markers = (axes.get_xlim(), "<>") if along == "x" else (axes.get_ylim(), "v^")
-    for end, edge, marker in zip(ends, edges, markers, strict=True):
-        is_low = marker in "<v"
-        is_beyond = end < edge if is_low else end > edge
-        if is_beyond:
-            at = (edge, place[1]) if along == "x" else (place[0], edge)
-            axes.plot(*at, marker, color=COLOURS[colour], markersize=3.5, clip_on=False)
+    """An arrow where an interval continues beyond the axes.
+
+    Args:
+        axes: The axes, whose limits are set.
+        ends: The interval.
+        place: The point of the interval's value.
+        along: Axis of the interval, ``x`` or ``y``.
+        colour: Name of its colour.
+    """
+    low, high = ends
+    x, y = place
+    style: dict[str, Any] = {"color": COLOURS[colour], "markersize": 3.5, "clip_on": False}
+    if along == "x":
+        left, right = axes.get_xlim()
+        if low < left:
+            axes.plot(left, y, "<", **style)
+        if high > right:
+            axes.plot(right, y, ">", **style)
+    else:
+        bottom, top = axes.get_ylim()
+        if low < bottom:
+            axes.plot(x, bottom, "v", **style)
+        if high > top:
+            axes.plot(x, top, "^", **style)
