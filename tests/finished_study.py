@@ -67,6 +67,7 @@ def write_summary(study, results, baseline="full (best)"):
     rows = [
         {"name": result["name"], "seed": result["model"]["seed"]}
         | {key: result["study"][key] for key in keys}
+        | {"result": f"{result['study']['run']}-{result['study']['role']}"}
         | {"metrics": {f"sums/{name}": metric["value"] for name, metric in result["tasks"]["sums"]["metrics"].items()}}
         for result in results
     ]

@@ -1,9 +1,9 @@
-"""The paper's generalisation bound (Eqs. 6-15, Table 7): code lengths, complexity terms, and the real file beside them.
+"""The paper's generalisation bound (Eqs. 6-15, Table 7): code lengths, complexity terms, and the mask's file size.
 
-The paper compares U(h) = training loss + Phi(C(h)) of full fine-tuning and of the mask. Beside its figures stands what
-its argument leaves out: Eq. 6 holds for losses in [0, 1], not for nats per token, and wants C in nats (bits x ln 2);
-with fewer rows than weights Phi alone exceeds the loss of guessing (``is_vacuous``); and d[H(p) - b p] is the same for
-every mask of one sparsity, also a random one.
+The paper compares U(h) = training loss + Phi(C(h)) of full fine-tuning and of the mask. Its argument has limits: Eq. 6
+holds for losses in [0, 1], not for nats per token, and needs C in nats (bits x ln 2); with fewer rows than weights Phi
+alone exceeds the loss of guessing (``is_vacuous``); and d[H(p) - b p] is the same for every mask of one sparsity, also
+of a random one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ TAIL_SHARE = 0.25  # "the mean training loss after training stabilizes" (Table 7
 
 def log2_binomial(d: int, z: int) -> float:
     """log2 of the number of ways to choose ``z`` of ``d`` weights, in bits, by ``lgamma``: d H(p) but for log2 d."""
-    return (math.lgamma(d + 1) - math.lgamma(z + 1) - math.lgamma(d - z + 1)) / math.log(2)
+    log_binomial = math.lgamma(d + 1) - math.lgamma(z + 1) - math.lgamma(d - z + 1)
+    return log_binomial / math.log(2)
 
 
 def code_lengths(d: int, z: int, bits: float) -> dict[str, float]:
@@ -45,7 +46,8 @@ def code_lengths(d: int, z: int, bits: float) -> dict[str, float]:
 def complexity_term(code_length: float, num_rows: int | None) -> float:
     """Phi of Eq. 6, of a code length in bits (as the paper puts it), for at least 2 training rows."""
     check_num_rows(num_rows)
-    return math.sqrt((code_length + math.log(1 / DELTA)) / (2 * (num_rows - 1)))
+    numerator = code_length + math.log(1 / DELTA)
+    return math.sqrt(numerator / (2 * (num_rows - 1)))
 
 
 def check_num_rows(num_rows: int | None) -> None:
@@ -55,29 +57,41 @@ def check_num_rows(num_rows: int | None) -> None:
 
 
 def upper_bounds(
-    losses: tuple[float, float], d: int, z: int, bits: float, num_rows: int | None, vocab_size: int
+    losses: tuple[float, float],
+    d: int,
+    z: int,
+    bits: float,
+    num_rows: int | None,
+    vocab_size: int,
 ) -> dict:
     """Both upper bounds and their difference, Eqs. 7-10 and 15.
 
-    ``losses``: training loss after full fine-tuning and with the mask, nats per token; ``d`` weights, ``z`` removed,
-    ``bits`` wide; guessing has a loss of ln ``vocab_size``.
+    Args:
+        losses: Training loss after full fine-tuning, and with the mask, nats per token.
+        d: Number of weights.
+        z: How many are removed.
+        bits: Width b of one weight, in bits.
+        num_rows: Of training; None: not known.
+        vocab_size: Size of the vocabulary, whose logarithm is the loss of guessing.
 
     Returns:
         ``code_lengths``; ``phi`` and ``bound``, of ``full`` and ``mask``; ``delta_train`` and ``delta_complexity`` of
         Eq. 10, and ``difference``, their sum; ``is_vacuous``, whether the smaller Phi exceeds the loss of guessing.
     """
+    loss_full, loss_mask = losses
     lengths = code_lengths(d, z, bits)
-    phi = {name: complexity_term(lengths[name], num_rows) for name in ("full", "mask")}
-    delta_train = losses[1] - losses[0]
-    delta_complexity = phi["mask"] - phi["full"]
+    phi_full = complexity_term(lengths["full"], num_rows)
+    phi_mask = complexity_term(lengths["mask"], num_rows)
+    delta_train = loss_mask - loss_full
+    delta_complexity = phi_mask - phi_full
     return {
         "code_lengths": lengths,
-        "phi": phi,
-        "bound": {name: loss + phi[name] for name, loss in zip(phi, losses, strict=True)},
+        "phi": {"full": phi_full, "mask": phi_mask},
+        "bound": {"full": loss_full + phi_full, "mask": loss_mask + phi_mask},
         "delta_train": delta_train,
         "delta_complexity": delta_complexity,
         "difference": delta_train + delta_complexity,
-        "is_vacuous": min(phi.values()) > math.log(vocab_size),
+        "is_vacuous": min(phi_full, phi_mask) > math.log(vocab_size),
     }
 
 
@@ -87,18 +101,28 @@ def stable_training_loss(history: Sequence[Mapping], until_step: int | None = No
     Raises:
         UserError: If none was logged by then.
     """
-    losses = [row["loss"] for row in history if "loss" in row and (until_step is None or row["step"] <= until_step)]
+    losses: list[float] = []
+    for row in history:
+        is_in_time = until_step is None or row["step"] <= until_step
+        if "loss" in row and is_in_time:
+            losses.append(row["loss"])
     if not losses:
         raise UserError(
             f"no training loss was logged up to the best checkpoint (step {until_step}), and the bound needs it: train "
             "with smaller logging_steps, or until a step lowers held-out loss"
         )
-    tail = losses[-max(1, round(TAIL_SHARE * len(losses))) :]
+
+    num_in_tail = max(1, round(TAIL_SHARE * len(losses)))
+    tail = losses[-num_in_tail:]
     return sum(tail) / len(tail)
 
 
 def analyse_bound(
-    file: Path, adapter: str, losses: tuple[float, float], size: tuple[int, int], num_rows: int | None
+    file: Path,
+    adapter: str,
+    losses: tuple[float, float],
+    size: tuple[int, int],
+    num_rows: int | None,
 ) -> None:
     """Write the bounds over the whole model and over the masked matrices alone, and the mask's file size (``.json``).
 
@@ -109,16 +133,29 @@ def analyse_bound(
         size: All weights of the model, and its vocabulary.
         num_rows: Of training; None: not known.
     """
-    masks, (num_weights, vocab_size) = masks_of(adapter), size
+    loss_full, loss_mask = losses
+    num_weights, vocab_size = size
+    masks = masks_of(adapter)
     z = masks.num_removed
-    masked = masks.numel
+
+    of_model: dict[str, dict] = {}
+    of_matrices: dict[str, dict] = {}
+    for bits in BITS:
+        of_model[str(bits)] = upper_bounds(losses, num_weights, z, bits, num_rows, vocab_size)
+        of_matrices[str(bits)] = upper_bounds(losses, masks.numel, z, bits, num_rows, vocab_size)
+
     record = {
-        "training_loss": {"full": losses[0], "mask": losses[1]},
+        "training_loss": {"full": loss_full, "mask": loss_mask},
         "num_weights": num_weights,
-        "num_masked_weights": masked,
+        "num_masked_weights": masks.numel,
         "num_removed": z,
-        "model": {f"{b}": upper_bounds(losses, num_weights, z, b, num_rows, vocab_size) for b in BITS},
-        "masked_matrices": {f"{b}": upper_bounds(losses, masked, z, b, num_rows, vocab_size) for b in BITS},
+        "model": of_model,
+        "masked_matrices": of_matrices,
         "adapter_bytes": (Path(adapter) / ADAPTER_WEIGHTS).stat().st_size,
     }
-    write_record(file, record, {"what": "bound", "adapter": digest_folder(adapter), "num_rows": num_rows})
+    settings = {
+        "what": "bound",
+        "adapter": digest_folder(adapter),
+        "num_rows": num_rows,
+    }
+    write_record(file, record, settings)

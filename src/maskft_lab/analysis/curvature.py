@@ -1,13 +1,14 @@
 """Curvature of the loss in the masked matrices: trace and largest eigenvalue of Hessians (Eqs. 16-18).
 
 The paper argues that a mask's minimum is flatter because H_mask = P H_fft P (Eq. 17), P the projection onto the kept
-weights. Four Hessians are computed, so that the argument can be told from the fact:
+weights. Four Hessians are computed, so that the argument can be compared with the fact:
 
 * ``start_all``: at the weights under the mask, over all entries of the masked matrices: H_fft.
 * ``start_kept``: P H_fft P, Eq. 17. Its largest eigenvalue is at most that of H_fft for every projection (Cauchy), and
-  its trace (1 - sparsity) Tr(H_fft) for a random mask on average. So it tells which weights the mask took away, and
-  nothing about the point to which the mask leads: Eq. 17 takes H where the masked model no longer is.
-* ``mask_all``: at the weights with the mask, over all entries. Against ``start_all`` this is the question itself.
+  its trace (1 - sparsity) Tr(H_fft) for a random mask on average. So it describes the removed weights, and not the
+  point to which the mask leads: Eq. 17 takes H at a point that the masked model has left.
+* ``mask_all``: at the weights with the mask, over all entries. Whether this is flatter than ``start_all`` is the
+  question.
 * ``mask_kept``: the same over kept entries: the directions that the masked model still has.
 
 None of them says that flatter generalises better: a rescaling that leaves the function as it is changes curvature
@@ -46,7 +47,7 @@ TOLERANCE = 1e-3  # of eigenvalues, relative
 
 
 class _SiLU(nn.Module):
-    """SiLU of parts that have a forward mode; without a gradient tape, torch's own backward of it has none."""
+    """SiLU from operations that can be differentiated in forward mode, unlike the backward pass of torch's own."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(x)
@@ -60,7 +61,8 @@ class _Logits(nn.Module):
         self.model = model
 
     def forward(self, ids_BT: Tensor) -> Tensor:
-        return self.model(input_ids=ids_BT, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+        logits_BTV = self.model(input_ids=ids_BT, use_cache=False).logits
+        return logits_BTV[:, :-1].flatten(0, 1).float()
 
 
 def hessian_products(model, names: Sequence[str], batches: Sequence[Batch]) -> list[Product]:
@@ -75,10 +77,15 @@ def hessian_products(model, names: Sequence[str], batches: Sequence[Batch]) -> l
         for name, child in list(parent.named_children()):
             if type(child).__name__ in ("SiLU", "SiLUActivation"):
                 setattr(parent, name, _SiLU())
+
     model.requires_grad_(False)
     weights = [model.get_submodule(name).weight.requires_grad_(True) for name in names]
     loss = nn.CrossEntropyLoss(ignore_index=IGNORED)
-    return [operator_product(_Logits(model), loss, weights, ids, labels[:, 1:].flatten()) for ids, labels in batches]
+    products: list[Product] = []
+    for ids_BT, labels_BT in batches:
+        targets = labels_BT[:, 1:].flatten()
+        products.append(operator_product(_Logits(model), loss, weights, ids_BT, targets))
+    return products
 
 
 def operator_product(model, loss, parameters: list[nn.Parameter], inputs: Tensor, targets: Tensor) -> Product:
@@ -86,13 +93,19 @@ def operator_product(model, loss, parameters: list[nn.Parameter], inputs: Tensor
     check_curvlinops()
     from curvlinops import HessianLinearOperator
 
-    # One batch is all the data: its mean is not scaled.
-    data = [(inputs, targets)]
-    operator = HessianLinearOperator(model, loss, parameters, data, check_deterministic=False, num_data=len(inputs))
+    operator = HessianLinearOperator(
+        model,
+        loss,
+        parameters,
+        [(inputs, targets)],
+        check_deterministic=False,
+        num_data=len(inputs),  # one batch is all the data: its mean is not scaled
+    )
+    like = parameters[0]
 
     def product(vector: np.ndarray) -> np.ndarray:
-        moved = torch.as_tensor(vector, dtype=parameters[0].dtype, device=parameters[0].device)
-        return (operator @ moved).double().cpu().numpy()
+        on_device = torch.as_tensor(vector, dtype=like.dtype, device=like.device)
+        return (operator @ on_device).double().cpu().numpy()
 
     return product
 
@@ -119,12 +132,14 @@ def quadratic_forms(
     """
 
     def forms_of(index: int) -> list[float]:
-        z = kept * np.random.default_rng([seed, index]).choice([-1.0, 1.0], len(kept))
+        generator = np.random.default_rng([seed, index])
+        z = kept * generator.choice([-1.0, 1.0], len(kept))
         return [float(z @ product(z)) for product in products]
 
     forms = []
     for index in range(num_probes):
-        forms.append(pieces.get(f"{name} {index}", lambda index=index: forms_of(index)))
+        compute = functools.partial(forms_of, index)
+        forms.append(pieces.get(f"{name} {index}", compute))
         on_probe()
     return np.array(forms)
 
@@ -140,16 +155,26 @@ def trace_estimate(forms: np.ndarray, shares: np.ndarray) -> dict[str, float | N
         ``trace``; its standard errors ``stderr_probes``, over probes on these rows (None for one probe), and
         ``stderr_rows``, over rows, from the spread between batches (None for one batch).
     """
-    per_probe, (num_probes, num_batches) = forms @ shares, forms.shape
+    num_probes, num_batches = forms.shape
+    per_probe = forms @ shares
+    stderr_probes = None
+    if num_probes > 1:
+        stderr_probes = float(per_probe.std(ddof=1) / num_probes**0.5)
+    stderr_rows = None
+    if num_batches > 1:
+        _, stderr_rows = weighted_mean(forms.mean(0), shares)
     return {
         "trace": float(per_probe.mean()),
-        "stderr_probes": float(per_probe.std(ddof=1) / num_probes**0.5) if num_probes > 1 else None,
-        "stderr_rows": weighted_mean(forms.mean(0), shares)[1] if num_batches > 1 else None,
+        "stderr_probes": stderr_probes,
+        "stderr_rows": stderr_rows,
     }
 
 
 def largest_eigenvalue(
-    products: Sequence[Product], shares: np.ndarray, kept: np.ndarray, seed: int
+    products: Sequence[Product],
+    shares: np.ndarray,
+    kept: np.ndarray,
+    seed: int,
 ) -> dict[str, float | None]:
     """Largest eigenvalue of P H P by Lanczos (ARPACK), H the token-weighted mean of the batches' Hessians.
 
@@ -166,18 +191,30 @@ def largest_eigenvalue(
 
     def apply(vector: np.ndarray) -> np.ndarray:
         inner = kept * vector.reshape(-1)
-        return kept * sum(share * product(inner) for share, product in zip(shares, products, strict=True))
+        mean = np.zeros_like(inner)
+        for share, product in zip(shares, products, strict=True):
+            mean += share * product(inner)
+        return kept * mean
 
-    start = kept * np.random.default_rng(seed).standard_normal(len(kept))
-    operator = LinearOperator((len(kept), len(kept)), matvec=apply, dtype=np.float64)
-    try:  # both ends of the spectrum from one Krylov space
+    num_weights = len(kept)
+    start = kept * np.random.default_rng(seed).standard_normal(num_weights)
+    operator = LinearOperator((num_weights, num_weights), matvec=apply, dtype=np.float64)
+    try:
+        # BE: both ends of the spectrum, from one Krylov space.
         (smallest, largest), vectors = eigsh(operator, k=2, which="BE", v0=start, tol=TOLERANCE)
     except (ArpackNoConvergence, TypeError) as error:
         raise UserError(f"the largest eigenvalue cannot be computed ({error}); take more --num_rows") from error
+
     v = kept * vectors[:, 1]
     forms = np.array([v @ product(v) for product in products])
-    error = weighted_mean(forms, shares)[1] if len(products) > 1 else None
-    return {"eigenvalue": float(largest), "stderr_rows": error, "smallest": float(smallest)}
+    stderr_rows = None
+    if len(products) > 1:
+        _, stderr_rows = weighted_mean(forms, shares)
+    return {
+        "eigenvalue": float(largest),
+        "stderr_rows": stderr_rows,
+        "smallest": float(smallest),
+    }
 
 
 def analyse_curvature(
@@ -221,7 +258,11 @@ def analyse_curvature(
     model = load_model(start, "float32", attn_implementation="eager").to(sampling.device).eval()
     batches = make_batches(rows, sampling.batch_size, sampling.device)
     products = hessian_products(model, names, batches)
-    tokens = np.array([int((labels[:, 1:] != IGNORED).sum()) for _, labels in batches], dtype=np.float64)
+    num_tokens: list[int] = []
+    for _, labels_BT in batches:
+        is_supervised = labels_BT[:, 1:] != IGNORED
+        num_tokens.append(int(is_supervised.sum()))
+    tokens = np.array(num_tokens, dtype=np.float64)
     shares = tokens / tokens.sum()
     kept = torch.cat([masks[name].flatten() for name in names]).numpy()
     pieces = pieces_of(file, settings)
@@ -242,16 +283,27 @@ def analyse_curvature(
         count()
         return {**trace_estimate(forms, shares), "largest": largest, "forms": forms}
 
+    # Products are at the present weights: first those under the mask, then those with it.
     every = np.ones_like(kept)
-    record = {"start_all": describe("start_all", every), "start_kept": describe("start_kept", kept)}
+    hessians = {
+        "start_all": describe("start_all", every),
+        "start_kept": describe("start_kept", kept),
+    }
     masks.apply_(model)
-    record |= {"mask_all": describe("mask_all", every), "mask_kept": describe("mask_kept", kept)}
+    hessians["mask_all"] = describe("mask_all", every)
+    hessians["mask_kept"] = describe("mask_kept", kept)
 
-    moved = record["mask_all"]["forms"] - record["start_all"]["forms"]
-    for each in record.values():
-        del each["forms"]
-    record["mask_all"]["less_start_all"] = trace_estimate(moved, shares)
-    write_record(file, record | {"density": 1 - masks.sparsity, "num_weights": masks.numel}, settings)
+    difference = hessians["mask_all"]["forms"] - hessians["start_all"]["forms"]
+    for hessian in hessians.values():
+        del hessian["forms"]
+    hessians["mask_all"]["less_start_all"] = trace_estimate(difference, shares)
+
+    record = {
+        **hessians,
+        "density": 1 - masks.sparsity,
+        "num_weights": masks.numel,
+    }
+    write_record(file, record, settings)
     pieces.remove()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from .records import Report, digest_folder, is_finished, no_report, pieces_of, w
 Rows = Mapping[str, Sequence[dict]]  # split -> tokenised rows
 Weights = dict[str, Tensor]  # parameter name -> values, on the model's device and in its dtype
 
-MARGIN = 0.25  # the plane goes on beyond its models by this share of their distance
+MARGIN = 0.25  # the plane extends beyond its models by this share of their distance
 
 
 def plane_through(first: Weights, second: Weights, third: Weights) -> tuple[Weights, Weights, np.ndarray]:
@@ -37,6 +38,8 @@ def plane_through(first: Weights, second: Weights, third: Weights) -> tuple[Weig
     """
     u = {name: second[name] - first[name] for name in first}
     v = {name: third[name] - first[name] for name in first}
+
+    # Gram-Schmidt.
     length_u = _dot(u, u) ** 0.5
     u = {name: each / max(length_u, 1e-30) for name, each in u.items()}
     along = _dot(u, v)
@@ -45,7 +48,9 @@ def plane_through(first: Weights, second: Weights, third: Weights) -> tuple[Weig
     if length_v <= 1e-6 * length_u or length_u <= 1e-6 * length_v:
         raise UserError("three models on one line span no plane: are two of them the same?")
     v = {name: each / length_v for name, each in v.items()}
-    return u, v, np.array([[0.0, 0.0], [length_u, 0.0], [along, length_v]])
+
+    coordinates = np.array([[0.0, 0.0], [length_u, 0.0], [along, length_v]])
+    return u, v, coordinates
 
 
 @torch.no_grad()
@@ -57,9 +62,9 @@ def set_weights(model, center: Weights, steps: Sequence[tuple[float, Weights]]) 
     for name, parameter in model.named_parameters():
         parameter.copy_(center[name])
         for amount, direction in steps:
-            if amount == 0:  # an addition of 0 would make +0.0 of -0.0
-                continue
-            parameter.add_(direction[name], alpha=amount)
+            # Adding 0 would make +0.0 of -0.0.
+            if amount != 0:
+                parameter.add_(direction[name], alpha=amount)
 
 
 def analyse_landscape(
@@ -103,32 +108,35 @@ def analyse_landscape(
     model = load_model(best, "float32").to(sampling.device).eval()
     origin = weights_of(model)
     continued = weights_of(load_model(end, "float32").to(sampling.device))
-    if {name: each.shape for name, each in origin.items()} != {name: each.shape for name, each in continued.items()}:
+    if _shapes(origin) != _shapes(continued):
         raise UserError(f"{end!r} is not of the architecture of the model under the mask")
     masks.apply_(model)
     u, v, coordinates = plane_through(origin, continued, weights_of(model))
 
     def losses_at(x: float, y: float) -> dict[str, float]:
         set_weights(model, origin, [(x, u), (y, v)])
-        losses = {}
-        for split, each in rows.items():
-            losses[split] = mean_nll(nll_per_item(model, each, batch_size=sampling.batch_size))
+        losses: dict[str, float] = {}
+        for split, rows_of_split in rows.items():
+            losses[split] = mean_nll(nll_per_item(model, rows_of_split, batch_size=sampling.batch_size))
         return losses
 
     low = coordinates.min(0)
     high = coordinates.max(0)
     margin = MARGIN * (high - low)
     x, y = np.linspace(low - margin, high + margin, grid).T.tolist()
+
     pieces = pieces_of(file, settings)
-    found = []
+    found: list[dict[str, float]] = []
     for i, x_i in enumerate(x):
         for j, y_j in enumerate(y):
-            found.append(pieces.get(f"plane {i} {j}", lambda x_i=x_i, y_j=y_j: losses_at(x_i, y_j)))
+            compute = partial(losses_at, x_i, y_j)
+            found.append(pieces.get(f"plane {i} {j}", compute))
             report(len(found), grid**2)
 
     plane: dict[str, Any] = {"points": coordinates.tolist(), "x": x, "y": y}
     for split in rows:
-        plane[split] = np.reshape([each[split] for each in found], (grid, grid)).tolist()
+        losses = [losses_of_point[split] for losses_of_point in found]
+        plane[split] = np.reshape(losses, (grid, grid)).tolist()
     write_record(file, {"plane": plane}, settings)
     pieces.remove()
 
@@ -139,5 +147,15 @@ def check_grid(grid: int) -> None:
         raise UserError(f"--grid is {grid}; give 3 points of an axis or more")
 
 
+def _shapes(weights: Weights) -> dict[str, torch.Size]:
+    return {name: each.shape for name, each in weights.items()}
+
+
 def _dot(a: Weights, b: Weights) -> float:
-    return sum(float(torch.dot(a[name].flatten().double(), b[name].flatten().double())) for name in a)
+    """Inner product over all weights, in float64."""
+    total = 0.0
+    for name in a:
+        own = a[name].flatten().double()
+        other = b[name].flatten().double()
+        total += float(torch.dot(own, other))
+    return total

@@ -20,7 +20,7 @@ Batch = tuple[Tensor, Tensor]  # input_ids and labels, (rows, tokens), int64
 
 
 class Sampling(NamedTuple):
-    """How losses are taken: rows of one forward pass, the device, and the seed of what is drawn at random."""
+    """How losses are measured: rows of one forward pass, the device, and the seed of all random draws."""
 
     batch_size: int = 8
     device: str = "cpu"
@@ -33,8 +33,12 @@ def rows_folder(study: Path, given: str | None) -> Path:
     Raises:
         UserError: If there is none, or a study has several.
     """
-    found = [Path(given)] if given else sorted(path.parent for path in (study / PREPARED).glob(f"*/{SPLITS[0]}"))
-    if len(found) != 1 or not all((found[0] / split).is_dir() for split in SPLITS):
+    if given:
+        found = [Path(given)]
+    else:
+        found = sorted(path.parent for path in (study / PREPARED).glob(f"*/{SPLITS[0]}"))
+    is_complete = len(found) == 1 and all((found[0] / split).is_dir() for split in SPLITS)
+    if not is_complete:
         names = ", ".join(map(str, found)) or "none"
         raise UserError(
             f"losses need one folder with tokenised rows ({' and '.join(SPLITS)}), got {names}: name it with --rows; "
@@ -57,8 +61,10 @@ def load_rows(folder: Path, num_rows: int, seed: int = 0) -> dict[str, list[dict
     out = {}
     for split in SPLITS:
         data = load_from_disk(str(folder / split)).select_columns(["input_ids", "labels"])
-        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:num_rows]
-        out[split] = data.select(order.sort().values.tolist()).to_list()
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randperm(len(data), generator=generator)[:num_rows]
+        in_order = drawn.sort().values.tolist()
+        out[split] = data.select(in_order).to_list()
     return out
 
 
@@ -67,8 +73,10 @@ def make_batches(rows: Sequence[Mapping], batch_size: int, device: str | torch.d
 
     Not sorted by length: the spread between batches tells the error of a mean over rows.
     """
-    out = []
+    batches: list[Batch] = []
     for start in range(0, len(rows), batch_size):
-        ids, labels = ([row[key] for row in rows[start : start + batch_size]] for key in ("input_ids", "labels"))
-        out.append((pad(ids, 0, device)[0], pad(labels, IGNORED, device)[0]))
-    return out
+        batch = rows[start : start + batch_size]
+        ids_BT, _ = pad([row["input_ids"] for row in batch], 0, device)
+        labels_BT, _ = pad([row["labels"] for row in batch], IGNORED, device)
+        batches.append((ids_BT, labels_BT))
+    return batches

@@ -1,4 +1,4 @@
-"""Where masks remove (Figs 13 and 14)."""
+"""Shares that masks remove of each attention head (Figs 13 and 14)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
 def masks_of(adapter: str) -> MaskSet:
-    """The masks of an adapter that sets weights to 0, and does no more.
+    """The masks of an adapter that only sets weights to 0.
 
     Raises:
         UserError: If the model with these weights at 0 is not the one that was trained.
@@ -49,44 +49,59 @@ def head_shares(mask: Tensor, num_blocks: int, num_heads: int) -> Tensor:
     """
     if mask.shape[0] % num_blocks or num_heads % num_blocks:
         raise UserError(f"a matrix of shape {tuple(mask.shape)} does not divide into {num_blocks} of {num_heads} heads")
-    return (~mask).float().reshape(num_blocks, -1).mean(1).repeat_interleave(num_heads // num_blocks)
+    shares_of_blocks = (~mask).float().reshape(num_blocks, -1).mean(1)
+    return shares_of_blocks.repeat_interleave(num_heads // num_blocks)
 
 
 def shares_by_head(masks: MaskSet, num_heads: int, num_kv_heads: int) -> dict[str, dict[str, Any]]:
     """Layer -> ``shares`` removed per query head and their ``chance``, of layers whose Q, K and V are all masked.
 
-    A share is the mean over Q, K and V: a cell of Fig. 13, a point of Fig. 14. ``chance`` is its standard deviation,
-    were the removed places of each matrix drawn at random: the number removed of a head's n weights, of N of which a
-    share p is removed, is hypergeometric.
+    A share is the mean over Q, K and V: a cell of Fig. 13, a point of Fig. 14. ``chance`` is its standard deviation if
+    the removed places of each matrix were drawn at random.
     """
-    found: dict[str, list[tuple[list[float], float]]] = {}
+    # Layer -> shares of each of its matrices, and their variances.
+    shares: dict[str, list[list[float]]] = {}
+    variances: dict[str, list[float]] = {}
     for name, mask in masks.items():
-        kind = name.rpartition(".")[2]
-        if kind in _PROJECTIONS:
-            num_blocks = num_heads if kind == "q_proj" else num_kv_heads
-            shares = head_shares(mask, num_blocks, num_heads).tolist()
-            p = float((~mask).double().mean())
-            total = mask.numel()
-            size = total // num_blocks
-            variance = p * (1 - p) / size * (total - size) / max(total - 1, 1)
-            layer = next((part for part in name.split(".") if part.isdigit()), "other")
-            found.setdefault(layer, []).append((shares, variance))
-    return {
-        layer: {
-            "shares": np.mean([shares for shares, _ in each], axis=0).tolist(),
-            "chance": sum(variance for _, variance in each) ** 0.5 / len(each),
-        }
-        for layer, each in found.items()
-        if len(each) == len(_PROJECTIONS)
-    }
+        *parts, kind = name.split(".")
+        if kind not in _PROJECTIONS:
+            continue
+        num_blocks = num_heads if kind == "q_proj" else num_kv_heads
+        layer = next((part for part in parts if part.isdigit()), "other")
+        shares.setdefault(layer, []).append(head_shares(mask, num_blocks, num_heads).tolist())
+        variances.setdefault(layer, []).append(_variance_by_chance(mask, num_blocks))
+
+    found: dict[str, dict[str, Any]] = {}
+    for layer in shares:
+        num_matrices = len(shares[layer])
+        if num_matrices == len(_PROJECTIONS):
+            found[layer] = {
+                "shares": np.mean(shares[layer], axis=0).tolist(),
+                "chance": sum(variances[layer]) ** 0.5 / num_matrices,
+            }
+    return found
+
+
+def _variance_by_chance(mask: Tensor, num_blocks: int) -> float:
+    """Variance of the share removed of a block, if the places were drawn at random.
+
+    The number removed of a block's n weights, of N of which a share p is removed, is hypergeometric.
+    """
+    p = float((~mask).double().mean())
+    total = mask.numel()
+    size = total // num_blocks
+    return p * (1 - p) / size * (total - size) / max(total - 1, 1)
 
 
 def describe_mask(masks: MaskSet, config) -> dict:
-    """``num_weights``, ``num_removed``, and `shares_by_head` where the model's text configuration tells heads."""
+    """``num_weights``, ``num_removed``, and `shares_by_head` if the model's text configuration has heads."""
     num_heads = getattr(config, "num_attention_heads", None)
     num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
-    by_head = shares_by_head(masks, num_heads, num_kv_heads) if num_heads else {}
-    return {"num_weights": masks.numel, "num_removed": masks.num_removed, "by_head": by_head}
+    return {
+        "num_weights": masks.numel,
+        "num_removed": masks.num_removed,
+        "by_head": shares_by_head(masks, num_heads, num_kv_heads) if num_heads else {},
+    }
 
 
 def analyse_masks(file: Path, adapters: Mapping[str, tuple[str, str]], report: Report = no_report) -> None:
@@ -97,11 +112,14 @@ def analyse_masks(file: Path, adapters: Mapping[str, tuple[str, str]], report: R
         adapters: Name -> adapter folder, and the model that it was trained over.
         report: Called after each mask.
     """
-    settings: dict[str, Any] = {"what": "masks by head"}
-    settings["masks"] = {name: [digest_folder(folder) for folder in pair] for name, pair in adapters.items()}
+    digests: dict[str, list[str]] = {}
+    for name, (adapter, start) in adapters.items():
+        digests[name] = [digest_folder(adapter), digest_folder(start)]
+    settings: dict[str, Any] = {"what": "masks by head", "masks": digests}
     if is_finished(file, settings):
         return
-    found = {}
+
+    found: dict[str, dict] = {}
     for name, (adapter, start) in adapters.items():
         config = load_config(start).get_text_config()
         found[name] = describe_mask(MaskSet.from_adapter(adapter), config)

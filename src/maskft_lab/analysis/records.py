@@ -1,4 +1,4 @@
-"""Files of analyses: JSON, whole, finite, with their settings; and the pieces of what is still being computed."""
+"""Files of analyses: JSON, whole, finite, with their settings; and the finished pieces of an unfinished one."""
 
 from __future__ import annotations
 
@@ -22,19 +22,23 @@ def no_report(num_done: int, total: int) -> None:
 
 
 def digest_folder(folder: str | Path) -> str:
-    """Digest of a folder's weight files: the identity of a model wherever it lies. Of a hub model its name."""
-    weights = sorted([*Path(folder).glob("*.safetensors"), *Path(folder).glob("*.bin")])
-    return digest([digest_file(file) for file in weights]) if weights else str(folder)
+    """Digest of a folder's weight files: the identity of a model, whatever its path. Of a hub model its name."""
+    path = Path(folder)
+    weights = sorted([*path.glob("*.safetensors"), *path.glob("*.bin")])
+    if not weights:
+        return str(folder)
+    return digest([digest_file(file) for file in weights])
 
 
 def write_record(file: Path, record: Mapping, settings: Mapping) -> None:
-    """Write plain values and lists as JSON, whole or not at all, with what decides them under ``settings``.
+    """Write plain values and lists as JSON, whole or not at all, with ``settings`` beside them.
 
     Raises:
         UserError: If a number is NaN or infinite; nothing is written then.
     """
+    content = {"settings": _with_version(settings), **record}
     try:
-        text = json.dumps({"settings": _with_version(settings), **record}, allow_nan=False)
+        text = json.dumps(content, allow_nan=False)
     except ValueError as error:
         raise UserError(
             f"{file.name}: a number is NaN or infinite ({error}), and nothing was written: check the losses of the "
@@ -44,25 +48,29 @@ def write_record(file: Path, record: Mapping, settings: Mapping) -> None:
 
 
 def read_record(file: Path) -> dict[str, Any]:
-    """What an analysis wrote.
+    """The record that an analysis wrote.
 
     Raises:
         UserError: If it is no JSON object, or holds NaN or infinity.
     """
     try:
-        return dict(parse_json(file.read_text(encoding="utf-8"), parse_constant=refuse_constant))
+        content = parse_json(file.read_text(encoding="utf-8"), parse_constant=refuse_constant)
+        return dict(content)
     except (ValueError, TypeError) as error:
         raise UserError(f"{file} is not as maskft analyze writes it ({error}): remove it, make it again") from error
 
 
 def is_finished(file: Path, settings: Mapping) -> bool:
     """Whether ``file`` is there and was made with the same settings by the same version."""
+    if not file.is_file():
+        return False
+    # As JSON gives them back: a tuple becomes a list.
     wanted = json.loads(json.dumps(_with_version(settings)))
-    return file.is_file() and read_record(file).get("settings") == wanted
+    return read_record(file).get("settings") == wanted
 
 
 def pieces_of(file: Path, settings: Mapping) -> Store:
-    """What is finished of the record that ``file`` will hold; pieces of other settings are thrown away."""
+    """The finished pieces of the record that ``file`` will hold; pieces of other settings are deleted."""
     return Store(file.with_name(f".{file.name}.parts.jsonl"), _with_version(settings), discard=True)
 
 

@@ -22,7 +22,7 @@ PUBLISHED_SUMMARY = "summary.json"
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """One run: what it is, what it did, its models and their results.
+    """One run: its method and settings, its training history, its models and their results.
 
     Attributes:
         id: Unique name, e.g. ``mask-s0-1f2e3d4c5b``.
@@ -52,8 +52,10 @@ class TrainedRun:
 
     @property
     def best_step(self) -> int | None:
-        """Of the model that was evaluated, which may be another point of the run's path than the best."""
-        return self.results[BEST]["study"]["best_step"] if BEST in self.results else self.summary.get("best_step")
+        """Step of the model that was evaluated, which may be another point of the run's path than the best."""
+        if BEST in self.results:
+            return self.results[BEST]["study"]["best_step"]
+        return self.summary.get("best_step")
 
     @property
     def history(self) -> list[dict]:
@@ -70,28 +72,57 @@ def read_study(folder: str | Path, base: str | None = None, study_name: str | No
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{str(folder)!r} is not a folder; name the output_dir of a study")
-    records = sorted((folder / layout.RUNS).glob(f"*/{layout.RUN}"))
-    summaries = map(files.read_json, folder.glob(layout.SUMMARY.format("*")) if records else ())
-    models = [m for each in summaries if study_name in (None, each["study"]) for m in each["models"].values()]
-    rows = [row for model in models for row in model["runs"]]
-    named = {row.get("result") for row in rows} or {None}  # None: in a summary of an earlier version
-    found = (folder / layout.RESULTS).glob(f"*/{layout.RESULT}") if records else folder.glob("*.json*")
-    results = _results_of(sorted(file for file in found if None in named or file.parent.name in named))
-    runs = [_from_record(folder, file, results) for file in records] or _published(folder, results)
+
+    is_published = not any((folder / layout.RUNS).glob(f"*/{layout.RUN}"))
+    runs = _published(folder) if is_published else _runs_in(folder, study_name)
     if not runs:
         raise UserError(f"{str(folder)!r} holds neither finished runs (runs/*/run.json) nor results of a study")
-    if rows:
-        ids = {_identity(row["run"]) for row in rows}
-        while parents := {_identity(r.start) for r in runs if r.start and _identity(r.id) in ids} - ids:
-            ids |= parents
-        runs = [run for run in runs if _identity(run.id) in ids]
-    # Runs that tuning tried and did not take have the name and the seed of the one it took, and no results.
-    evaluated = {(run.name, run.seed) for run in runs if run.results}
-    runs = [run for run in runs if run.results or not records or (run.name, run.seed) not in evaluated]
+
     bases = list(dict.fromkeys(run.base for run in runs))
     if base is None and len(bases) > 1:
         raise UserError(f"runs of different base models cannot be compared ({', '.join(bases)}): name one with --base")
-    return [run for run in runs if run.base == _known("base model", base or bases[0], bases)]
+    base = _known("base model", base or bases[0], bases)
+    return [run for run in runs if run.base == base]
+
+
+def _runs_in(folder: Path, study_name: str | None) -> list[TrainedRun]:
+    """The finished runs in a study's folder."""
+    # Several studies may share the folder; the summary of each, once it is written, names its runs and results.
+    rows: list[dict] = []
+    for file in folder.glob(layout.SUMMARY.format("*")):
+        summary = files.read_json(file)
+        if study_name is None or summary["study"] == study_name:
+            for model in summary["models"].values():
+                rows += model["runs"]
+
+    candidates = sorted((folder / layout.RESULTS).glob(f"*/{layout.RESULT}"))
+    if rows:
+        named = {row["result"] for row in rows}
+        candidates = [file for file in candidates if file.parent.name in named]
+    results = _results_of(candidates)
+    records = sorted((folder / layout.RUNS).glob(f"*/{layout.RUN}"))
+    runs = [_from_record(folder, file, results) for file in records]
+    if rows:
+        ids = _with_starts({_identity(row["run"]) for row in rows}, runs)
+        runs = [run for run in runs if _identity(run.id) in ids]
+
+    # Runs that tuning tried and did not choose have the name and the seed of the one it chose, and no results.
+    evaluated = {(run.name, run.seed) for run in runs if run.results}
+    return [run for run in runs if run.results or (run.name, run.seed) not in evaluated]
+
+
+def _with_starts(ids: set[str], runs: Sequence[TrainedRun]) -> set[str]:
+    """Identities of runs, with those of the runs that they start from, and so on."""
+    starts = {_identity(run.id): _identity(run.start) for run in runs if run.start}
+    found: set[str] = set()
+    waiting = list(ids)
+    while waiting:
+        each = waiting.pop()
+        if each not in found:
+            found.add(each)
+            if each in starts:
+                waiting.append(starts[each])
+    return found
 
 
 def find_mask(runs: Sequence[TrainedRun], wanted: str | None = None) -> TrainedRun:
@@ -104,9 +135,13 @@ def find_mask(runs: Sequence[TrainedRun], wanted: str | None = None) -> TrainedR
     if not masks:
         methods = ", ".join(dict.fromkeys(str(run.method) for run in runs))
         raise UserError(f"there is no learned mask with its adapter folder among these runs (methods: {methods})")
-    names = list(dict.fromkeys(name for run in masks for name in (run.name, run.id)))
-    name = _known("mask", wanted or masks[0].name, names)
-    return min((run for run in masks if name in (run.id, run.name)), key=lambda run: run.seed or 0)
+
+    names: dict[str, None] = {}
+    for run in masks:
+        names |= {run.name: None, run.id: None}
+    name = _known("mask", wanted or masks[0].name, list(names))
+    of_name = [run for run in masks if name in (run.id, run.name)]
+    return min(of_name, key=lambda run: run.seed or 0)
 
 
 def parent_of(run: TrainedRun, runs: Sequence[TrainedRun]) -> TrainedRun | None:
@@ -117,18 +152,22 @@ def parent_of(run: TrainedRun, runs: Sequence[TrainedRun]) -> TrainedRun | None:
     """
     if run.start is None:
         return None
-    found = next((other for other in runs if _identity(other.id) == _identity(run.start)), None)
-    if found is None:
-        raise UserError(f"{run.id} starts from {run.start}, which is not among these runs")
-    return found
+    start = _identity(run.start)
+    for other in runs:
+        if _identity(other.id) == start:
+            return other
+    raise UserError(f"{run.id} starts from {run.start}, which is not among these runs")
 
 
 def start_model(run: TrainedRun, runs: Sequence[TrainedRun]) -> str:
     """Folder or name of the model under a mask: of its start, else what its adapter says, else the base."""
-    from maskft.masks.mask_set import read_config  # torch: reading published results takes seconds without it
+    # It imports torch, without which reading published results saves seconds.
+    from maskft.masks.mask_set import read_config
 
     parent = parent_of(run, runs)
-    return parent.models[BEST] if parent else read_config(run.models[BEST]).base_model_name_or_path or run.base
+    if parent is not None:
+        return parent.models[BEST]
+    return read_config(run.models[BEST]).base_model_name_or_path or run.base
 
 
 def full_run(mask: TrainedRun, runs: Sequence[TrainedRun]) -> TrainedRun:
@@ -145,7 +184,7 @@ def full_run(mask: TrainedRun, runs: Sequence[TrainedRun]) -> TrainedRun:
 
 
 def _identity(run_id: str) -> str:
-    """The hash in a run's id: studies that share a folder share runs, each under its own name for the method."""
+    """The hash in a run's id: studies that share a folder share runs, and each may name the method differently."""
     found = re.search(r"-([0-9a-f]{10})$", run_id)
     return found[1] if found else run_id
 
@@ -154,49 +193,73 @@ def _results_of(candidates: Sequence[Path]) -> dict[str, dict[str, Result]]:
     """Identity of a run -> role -> result; a published folder holds other JSON files beside its results."""
     found: dict[str, dict[str, Result]] = {}
     for file in candidates:
-        if '"kind": "evaluation"' in files.read_text(file)[:200]:
-            result = read_result(file)
-            if "study" in result:
-                found.setdefault(_identity(result["study"]["run"]), {})[result["study"]["role"]] = result
+        if '"kind": "evaluation"' not in files.read_text(file)[:200]:
+            continue
+        result = read_result(file)
+        study = result.get("study")
+        if study is not None:
+            roles = found.setdefault(_identity(study["run"]), {})
+            roles[study["role"]] = result
     return found
 
 
 def _from_record(study: Path, file: Path, results: dict[str, dict[str, Result]]) -> TrainedRun:
     record = files.read_json(file)
-    training = file.parent / layout.TRAINING
-    known = files.read_json(training) if training.is_file() else {}
-    # Paths inside the study are relative to it.
-    models = {role: str(study / name) if (study / name).exists() else name for role, name in record["models"].items()}
+    training = _read_if_there(file.parent / layout.TRAINING)
+
+    models: dict[str, str] = {}
+    for role, path in record["models"].items():
+        # Paths inside the study are relative to it.
+        inside = study / path
+        models[role] = str(inside) if inside.exists() else path
+
     return TrainedRun(
         id=record["run"],
+        name=record["name"],
+        method=record["method"],
+        seed=record["seed"],
         base=record["model"],
-        summary=known.get("summary", {}),
-        data=known.get("data", {}),
+        start=record["start"],
+        settings=record["settings"],
+        summary=training.get("summary", {}),
+        data=training.get("data", {}),
         models=models,
         results=results.get(_identity(record["run"]), {}),
-        **{key: record[key] for key in ("name", "method", "seed", "start", "settings")},
     )
 
 
-def _published(folder: Path, results: dict[str, dict[str, Result]]) -> list[TrainedRun]:
-    """The rows of the published summary are the list of runs; not each has its result file beside it."""
-    published = {name: folder / name for name in (PUBLISHED_SUMMARY, layout.TRAINING)}
-    content = {name: files.read_json(file) if file.is_file() else {} for name, file in published.items()}
+def _published(folder: Path) -> list[TrainedRun]:
+    """The rows of the published summary are the list of runs; some lack their result file."""
+    results = _results_of(sorted(folder.glob("*.json*")))
+    training = _read_if_there(folder / layout.TRAINING)
+    models = _read_if_there(folder / PUBLISHED_SUMMARY).get("models", {})
+
     runs: dict[str, TrainedRun] = {}
-    for base, summary in content[PUBLISHED_SUMMARY].get("models", {}).items():
+    for base, summary in models.items():
         for row in summary["runs"]:
-            roles = results.get(_identity(row["run"]), {})
-            run = TrainedRun(
-                id=row["run"],
+            run_id = row["run"]
+            if run_id in runs:
+                continue  # its last model; the row of its best one comes first
+            roles = results.get(_identity(run_id), {})
+            settings: dict[str, Any] = {}
+            if roles:
+                settings = next(iter(roles.values()))["study"]["settings"]
+            runs[run_id] = TrainedRun(
+                id=run_id,
                 name=plain_name(row["name"]),
+                method=row["method"],
+                seed=row["seed"],
                 base=base,
-                settings=next(iter(roles.values()))["study"]["settings"] if roles else {},
-                summary=content[layout.TRAINING].get(row["run"], {}),
+                start=row["start"],
+                settings=settings,
+                summary=training.get(run_id, {}),
                 results=roles,
-                **{key: row[key] for key in ("method", "seed", "start")},
             )
-            runs.setdefault(run.id, run)  # the row of its best model comes before that of its last
     return list(runs.values())
+
+
+def _read_if_there(file: Path) -> dict[str, Any]:
+    return files.read_json(file) if file.is_file() else {}
 
 
 def plain_name(label: str) -> str:
