@@ -1,7 +1,7 @@
 """AlpacaEval 2.0: answers in the published format, and their win rate by the `alpaca_eval` package.
 
-The judge is one of the package's annotators, or a file of the user's in its format: server, key and prompt are matters
-of the package. It keeps verdicts 128 at a time, so that a run that was killed does not ask for them twice.
+The judge is one of the package's annotators, or the user's file in its format: server, key and prompt are configured
+there. The package saves verdicts 128 at a time, so that a killed run does not ask for them twice.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from .load_models import Loaded
 TASK_VERSION = 2
 HUB_DATASET = "tatsu-lab/alpaca_eval"
 HUB_FILE = "alpaca_eval_gpt4_baseline.json"
-# Length is controlled for by a regression with the difficulty of each of these prompts.
+# The length-controlled rate is a regression, for which the package has the difficulty of each of these prompts.
 PUBLISHED_REFERENCE = "gpt4_1106_preview"
 PUBLISHED_NUM_PROMPTS = 805
 
 
 def alpaca_settings(options: EvaluationArguments) -> dict:
-    """What else shapes the numbers, for the result file."""
+    """Further options that influence the numbers, for the result file."""
     annotator = options.alpaca_annotator
     if annotator and Path(annotator).is_file():
         annotator = f"{Path(annotator).name} {files.digest_file(annotator)[:16]}"
@@ -43,17 +43,20 @@ def alpaca_settings(options: EvaluationArguments) -> dict:
 
 
 def load_alpaca(options: EvaluationArguments) -> list[Mapping[str, Any]]:
-    """The instructions, with the outputs that answers are compared with; checked, as the judge is, before any model.
+    """The instructions with the reference outputs; they and the judge are checked before a model is loaded.
 
     Raises:
         UserError: For every problem with the files, and if the package that judges is not installed.
     """
-    given = options.reference_outputs
-    annotator = options.alpaca_annotator
-    path = _published_file() if given is None else Path(given).expanduser()
+    if options.reference_outputs is None:
+        path = _published_file()
+    else:
+        path = Path(options.reference_outputs).expanduser()
     references = [row for _, row in read_file(path)]
     if not references or not all(_is_output(row) for row in references):
         raise UserError(f"{path}: AlpacaEval's files are JSON lists of objects with instruction and output")
+
+    annotator = options.alpaca_annotator
     if annotator is not None:
         if importlib.util.find_spec("alpaca_eval") is None:
             raise UserError(f"alpaca_annotator needs alpaca_eval, which is not installed; {install_hint('alpaca')}")
@@ -65,7 +68,9 @@ def load_alpaca(options: EvaluationArguments) -> list[Mapping[str, Any]]:
 
 
 def _is_output(row: Any) -> bool:
-    return isinstance(row, dict) and all(isinstance(row.get(name), str) for name in ("instruction", "output"))
+    if not isinstance(row, dict):
+        return False
+    return isinstance(row.get("instruction"), str) and isinstance(row.get("output"), str)
 
 
 def _published_file() -> Path:
@@ -94,48 +99,77 @@ def evaluate_alpaca(
         journal: Keeps the answers.
 
     Returns:
-        A task record of the result schema; without a judge it has outputs and no metric. ``preference`` is the judge's
-        probability that the model's output is the better one, item by item, and 0.5 where it gave no verdict.
+        A task record of the result schema; without a judge it has outputs and no metric. ``preference`` is, item by
+        item, the judge's probability that the model's output is better, and 0.5 without a verdict.
 
     Raises:
         UserError: If the package cannot judge them.
     """
     model = loaded.model
     tokenizer = loaded.tokenizer
-    asked = [row["instruction"] for row in references]
-    prompts = [prompt_ids({"prompt": [{"role": "user", "content": text}]}, tokenizer) for text in asked]
+    instructions = [row["instruction"] for row in references]
+    prompts: list[list[int]] = []
+    for instruction in instructions:
+        message = {"role": "user", "content": instruction}
+        prompts.append(prompt_ids({"prompt": [message]}, tokenizer))
     bounds = Bounds(options.alpaca_max_new_tokens, options.batch_size, option="alpaca_max_new_tokens")
     answers = generated(model, tokenizer, prompts, bounds, f"{ALPACA_EVAL}: outputs", journal)
-    outputs = [
-        {"instruction": text, "output": answer.strip(), "generator": name}
-        for text, answer in zip(asked, answers, strict=True)
-    ]
+
+    outputs: list[dict[str, Any]] = []
+    for instruction, answer in zip(instructions, answers, strict=True):
+        outputs.append({"instruction": instruction, "output": answer.strip(), "generator": name})
     file = folder / layout.ALPACA_OUTPUTS
     files.write_text(file, json.dumps(outputs, indent=1, ensure_ascii=False) + "\n")
-    items: list[dict[str, Any]] = [{"id": str(index), **row} for index, row in enumerate(outputs)]
-    metrics = {}
+
+    items: list[dict[str, Any]] = []
+    for index, output in enumerate(outputs):
+        items.append({"id": str(index), **output})
+    metrics: dict[str, Any] = {}
     note = f"{len(items)} outputs are in {file}, not judged: name a judge with --alpaca_annotator"
     if options.alpaca_annotator is not None:
-        verdicts = folder / f"alpaca_verdicts_{files.digest(alpaca_settings(options))[:16]}.json"  # of this judge
+        judge = files.digest(alpaca_settings(options))[:16]
+        verdicts = folder / f"alpaca_verdicts_{judge}.json"
         metrics, note = _judged(items, outputs, references, options.alpaca_annotator, verdicts)
-    asked_for = (({"id": index, "answer": row["output"]}, row["instruction"]) for index, row in enumerate(references))
-    record = task_record(items, metrics, asked_for, tokenizer, TASK_VERSION)
-    more = {"data_sha256": data_sha256(references), "generation_kwargs": {"max_gen_toks": bounds.max_new_tokens}}
-    return record | more | ({"note": note} if note else {})
+
+    asked: list[tuple[dict, str]] = []
+    for index, reference in enumerate(references):
+        row = {"id": index, "answer": reference["output"]}
+        asked.append((row, reference["instruction"]))
+    record = task_record(items, metrics, asked, tokenizer, TASK_VERSION)
+    record["data_sha256"] = data_sha256(references)
+    record["generation_kwargs"] = {"max_gen_toks": bounds.max_new_tokens}
+    if note:
+        record["note"] = note
+    return record
 
 
 def _judged(
-    items: list[dict], outputs: list[dict], references: Sequence[Mapping], annotator: str, verdicts: Path
+    items: list[dict],
+    outputs: list[dict],
+    references: Sequence[Mapping],
+    annotator: str,
+    verdicts: Path,
 ) -> tuple[dict, str]:
-    """Have outputs judged and give each item its preference; returns the metrics and a note.
+    """Have outputs judged.
 
-    The package reads verdicts there are from ``verdicts``, and writes its own there.
+    Args:
+        items: The items; each gets its ``preference``.
+        outputs: The model's outputs.
+        references: Outputs that they are compared with.
+        annotator: The judge.
+        verdicts: File of verdicts; the package reads earlier ones from it, and adds its own.
+
+    Returns:
+        The metrics and a note.
     """
     from alpaca_eval import evaluate
 
     name = outputs[0]["generator"]
-    is_published = [row.get("generator") for row in references] == [PUBLISHED_REFERENCE] * PUBLISHED_NUM_PROMPTS
-    length = {"fn_metric": "get_length_controlled_winrate", "metric_kwargs": {"save_weights_dir": None}}
+    generators = [row.get("generator") for row in references]
+    is_published = generators == [PUBLISHED_REFERENCE] * PUBLISHED_NUM_PROMPTS
+    how: dict[str, Any] = {"fn_metric": "get_winrate"}
+    if is_published:
+        how = {"fn_metric": "get_length_controlled_winrate", "metric_kwargs": {"save_weights_dir": None}}
     try:
         leaderboard, annotations = evaluate(
             model_outputs=outputs,
@@ -148,7 +182,7 @@ def _judged(
             sort_by="win_rate",
             annotation_kwargs={"is_ordered": True},
             caching_path=str(verdicts),
-            **(length if is_published else {"fn_metric": "get_winrate"}),
+            **how,
         )
     except Exception as error:  # of the package, of a server's client, of the network
         raise UserError(
@@ -157,17 +191,29 @@ def _judged(
         ) from error
     for file in verdicts.parent.glob("alpaca_verdicts_*.json"):
         file.unlink()
-    missing = 0
+
+    num_missing = 0
     for item, row in zip(items, annotations, strict=True):
-        is_judged = row["preference"] is not None and not math.isnan(row["preference"])
-        item["preference"] = float(row["preference"]) - 1 if is_judged else 0.5  # 1: the reference is better, 2: ours
-        missing += not is_judged
+        verdict = row["preference"]  # 1: the reference is better, 2: ours
+        if verdict is None or math.isnan(verdict):
+            item["preference"] = 0.5
+            num_missing += 1
+        else:
+            item["preference"] = float(verdict) - 1
+
     preference = metric_from_items(items, "preference", unit="fraction")
-    # The package's own: items without verdict do not count. Of the length-controlled rate it gives no error.
-    rate = {"value": leaderboard.loc[name, "win_rate"] / 100, "stderr": leaderboard.loc[name, "standard_error"] / 100}
-    metrics = {"win_rate": preference | {key: float(value) for key, value in rate.items()}}
+    metrics: dict[str, Any] = {}
+    # The rates are the package's, in which items without verdict do not count.
+    rates = leaderboard.loc[name]
     if is_published:
-        value = float(leaderboard.loc[name, "length_controlled_winrate"]) / 100
-        metrics = {"length_controlled_win_rate": preference | {"value": value, "stderr": None}} | metrics
-    note = f"{missing} of {len(items)} items without verdict" if missing else ""
-    return metrics | {"preference": preference}, note
+        metrics["length_controlled_win_rate"] = preference | {
+            "value": float(rates["length_controlled_winrate"]) / 100,
+            "stderr": None,  # which the package does not give
+        }
+    metrics["win_rate"] = preference | {
+        "value": float(rates["win_rate"] / 100),
+        "stderr": float(rates["standard_error"] / 100),
+    }
+    metrics["preference"] = preference
+    note = f"{num_missing} of {len(items)} items without verdict" if num_missing else ""
+    return metrics, note

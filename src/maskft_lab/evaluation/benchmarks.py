@@ -1,6 +1,6 @@
-"""The benchmarks of ``maskft evaluate``: which task of lm-eval each is, and its items from files or the hub.
+"""The benchmarks of ``maskft evaluate``: their tasks in lm-eval, and their items from files or the hub.
 
-A benchmark is one entry of `BENCHMARKS`; everything else follows from it. Other tasks of lm-eval need none.
+A benchmark is one entry of `BENCHMARKS`; everything else follows from it. Other tasks of lm-eval need no entry.
 """
 
 from __future__ import annotations
@@ -24,8 +24,14 @@ ENDINGS = r"\.(jsonl|jsonl\.gz|json|json\.gz|parquet)"
 _PUNKT_INSTRUCTIONS = ("length_constraints:number_sentences", "change_case:capital_word_frequency")
 _IFEVAL_METRICS = ("prompt_level_strict", "prompt_level_loose", "inst_level_strict", "inst_level_loose")
 
-MATH_SUBJECTS = tuple(
-    "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus".split()
+MATH_SUBJECTS = (
+    "algebra",
+    "counting_and_probability",
+    "geometry",
+    "intermediate_algebra",
+    "number_theory",
+    "prealgebra",
+    "precalculus",
 )
 
 Row = Mapping[str, Any]
@@ -33,7 +39,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A task of lm-eval, and where its items come from.
+    """A task of lm-eval, and the source of its items.
 
     Args:
         config: lm-eval's YAML file, below its folder of tasks.
@@ -47,7 +53,7 @@ class Benchmark:
         use_chat_template: Whether prompts are put into the chat template unless the user decides.
         id_field: Field that identifies an item; None: its position.
         program: Of tasks that run the answer: the program that scores an answer to an item.
-        prepare: Called with the items and the data folder before the task is built; raises where something is missing.
+        prepare: Called with the items and the data folder before the task is built; raises if something is missing.
     """
 
     config: str
@@ -70,13 +76,14 @@ def code_with_tests(row: Row, completion: str) -> str:
 
 
 def without_nltk_downloads():
-    """A context in which importing lm-eval's IFEval does not download NLTK's tables, unasked."""
-    is_there = importlib.util.find_spec("nltk") is not None
-    return mock.patch("nltk.download", return_value=False) if is_there else contextlib.nullcontext()
+    """A context in which importing lm-eval's IFEval does not download NLTK's tables without being asked."""
+    if importlib.util.find_spec("nltk") is None:
+        return contextlib.nullcontext()
+    return mock.patch("nltk.download", return_value=False)
 
 
 def _prepare_ifeval(docs: datasets.Dataset, data_dir: str | Path | None) -> None:
-    """Make IFEval's checks repeatable, and find out now whether they have the data they need."""
+    """Make IFEval's checks repeatable, and check that their data is installed."""
     try:
         import langdetect
         import nltk
@@ -84,12 +91,16 @@ def _prepare_ifeval(docs: datasets.Dataset, data_dir: str | Path | None) -> None
         raise UserError(f"task ifeval lacks a package ({error}); {install_hint('eval')}") from error
 
     langdetect.DetectorFactory.seed = 0  # it draws at random: the same answer could get another score
-    tables = [str(Path(data_dir).expanduser() / "nltk_data")] if data_dir else []
-    nltk.data.path += [folder for folder in tables if folder not in nltk.data.path]
+    if data_dir:
+        tables = str(Path(data_dir).expanduser() / "nltk_data")
+        if tables not in nltk.data.path:
+            nltk.data.path.append(tables)
     try:
         nltk.data.find("tokenizers/punkt_tab")
     except LookupError:
-        needed = {kind for doc in docs for kind in doc["instruction_id_list"]} & set(_PUNKT_INSTRUCTIONS)
+        needed: set[str] = set()
+        for doc in docs:
+            needed |= set(doc["instruction_id_list"]) & set(_PUNKT_INSTRUCTIONS)
         if needed:
             raise UserError(
                 f"task ifeval needs NLTK's punkt_tab for {', '.join(sorted(needed))}, which is not installed; run: "
@@ -152,7 +163,7 @@ BENCHMARKS = {
 
 @contextlib.contextmanager
 def asking_hub(name: str, otherwise: str) -> Iterator[None]:
-    """Say in one line what the hub did not give, and what to do."""
+    """A context in which an error of the hub becomes one line, with the remedy."""
     try:
         yield
     except Exception as error:  # many types: no network, no such name
@@ -166,18 +177,19 @@ def load_docs(task: str, data_dir: str | Path | None) -> datasets.Dataset:
 
     Args:
         task: Key of ``BENCHMARKS``.
-        data_dir: Folder that holds the published files, searched with all its folders; None: the hub.
+        data_dir: Folder that holds the published files, searched with all folders below it; None: the hub.
 
     Raises:
         UserError: If there is no such file, several, or a row is no item of the benchmark.
     """
     if data_dir is None:
         return _from_hub(BENCHMARKS[task])
+
     file = find_file(task, Path(data_dir).expanduser())
     fields = BENCHMARKS[task].fields
-    rows = []
+    rows: list[dict[str, Any]] = []
     for place, row in read_file(file):
-        if not isinstance(row, dict) or not all(isinstance(row.get(name), kind) for name, kind in fields.items()):
+        if not _is_item(row, fields):
             wanted = ", ".join(f"{name} ({kind.__name__})" for name, kind in fields.items())
             raise UserError(f"{file}: {place} is no item of {task}, which has {wanted}; is it the published file?")
         rows.append({name: row[name] for name in fields})
@@ -186,29 +198,43 @@ def load_docs(task: str, data_dir: str | Path | None) -> datasets.Dataset:
     return datasets.Dataset.from_list(rows)
 
 
+def _is_item(row: Any, fields: Mapping[str, type]) -> bool:
+    if not isinstance(row, dict):
+        return False
+    return all(isinstance(row.get(name), kind) for name, kind in fields.items())
+
+
 def find_file(task: str, folder: Path) -> Path:
-    """The one file of a benchmark in a folder and its folders.
+    """The file of a benchmark in a folder and the folders below it.
 
     Raises:
         UserError: If there is none, or several.
     """
     found = benchmark_files(task, folder)
-    if len(found) != 1:
-        names = f"several test files of {task} ({', '.join(path.name for path in found)}); keep one"
-        none = f"no test file of {task}; its name must match {BENCHMARKS[task].files!r} (.jsonl, .jsonl.gz, .parquet)"
-        raise UserError(f"data_dir {str(folder)!r} holds {names if found else none}")
-    return found[0]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = ", ".join(path.name for path in found)
+        problem = f"several test files of {task} ({names}); keep one"
+    else:
+        pattern = BENCHMARKS[task].files
+        problem = f"no test file of {task}; its name must match {pattern!r} (.jsonl, .jsonl.gz, .parquet)"
+    raise UserError(f"data_dir {str(folder)!r} holds {problem}")
 
 
 def benchmark_files(task: str, folder: Path) -> list[Path]:
-    """Every file of a benchmark in a folder and its folders; none for tasks that are not read from files."""
+    """Every file of a benchmark in a folder and the folders below it; none for tasks that are not read from files."""
     if task not in BENCHMARKS:
         return []
     pattern = re.compile(f"({BENCHMARKS[task].files}){ENDINGS}", re.IGNORECASE)
-    return sorted(path for path in folder.rglob("*") if path.is_file() and pattern.fullmatch(path.name))
+    named = [path for path in folder.rglob("*") if pattern.fullmatch(path.name)]
+    return sorted(path for path in named if path.is_file())
 
 
 def _from_hub(benchmark: Benchmark) -> datasets.Dataset:
     with asking_hub(benchmark.hub, "with the files on this machine, name their folder: --data_dir"):
-        parts = [datasets.load_dataset(benchmark.hub, config, split=benchmark.split) for config in benchmark.configs]
-    return datasets.concatenate_datasets([part.select_columns(list(benchmark.fields)) for part in parts])
+        parts: list[datasets.Dataset] = []
+        for config in benchmark.configs:
+            parts.append(datasets.load_dataset(benchmark.hub, config, split=benchmark.split))
+    fields = list(benchmark.fields)
+    return datasets.concatenate_datasets([part.select_columns(fields) for part in parts])

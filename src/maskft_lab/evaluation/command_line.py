@@ -11,7 +11,7 @@ from maskft_common.layout import holds_adapter
 
 from .evaluation_arguments import ALPACA_EVAL, HELDOUT, NOT_OF_HELDOUT_DATA, EvaluationArguments
 
-NONE = "none"  # in the place of an adapter: the model itself
+NONE = "none"  # instead of an adapter: the model itself
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -87,7 +87,7 @@ def check_inputs(args: argparse.Namespace) -> list[dict]:
     from .heldout import heldout_rows
 
     options, data = read(args)
-    load_all_tasks(options)
+    load_all_tasks(options)  # raises for mistakes in their data
     if HELDOUT not in options.task_names:
         return []
     return heldout_rows(data, options.eval_split_size, None, options.dataset_text_field)
@@ -100,7 +100,9 @@ def load_all_tasks(options: EvaluationArguments) -> dict:
 
     benchmarks = [name for name in options.task_names if name not in (HELDOUT, ALPACA_EVAL)]
     check_names(benchmarks, options.include_path)
-    alpaca = {ALPACA_EVAL: load_alpaca(options)} if ALPACA_EVAL in options.task_names else {}
+    alpaca = {}
+    if ALPACA_EVAL in options.task_names:
+        alpaca = {ALPACA_EVAL: load_alpaca(options)}
     tasks = load_tasks(
         benchmarks,
         options.data_dir,

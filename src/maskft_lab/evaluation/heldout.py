@@ -1,4 +1,7 @@
-"""Held-out items: negative log-likelihood of each, and exact-match accuracy where an answer can be checked."""
+"""Held-out items: negative log-likelihood of each, and exact-match accuracy where an answer can be checked.
+
+Shapes: B rows, T tokens, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +36,16 @@ MAX_LOSS_BATCH_SIZE = 16  # a larger one is no faster, and the loss needs logits
 _LOSS = "heldout_loss"  # in the journal
 
 
-def heldout_rows(data: DataArguments, eval_split_size: float | None, tokenizer, text_field: str = "text") -> list[dict]:
-    """The rows to evaluate: held-out data where some is named or held out of ``dataset_name``, else all of that.
+def heldout_rows(
+    data: DataArguments,
+    eval_split_size: float | None,
+    tokenizer,
+    text_field: str = "text",
+) -> list[dict]:
+    """The rows to evaluate: the named held-out data, or the part held out of ``dataset_name``, or all of that.
 
     Args:
-        data: What to read.
+        data: The data options.
         eval_split_size: Size of the part that training holds out of ``dataset_name``, see `DataArguments`; None: there
             is no such part.
         tokenizer: Of the model; None: rows as for one with a chat template.
@@ -49,7 +57,9 @@ def heldout_rows(data: DataArguments, eval_split_size: float | None, tokenizer, 
     if is_split or not name:
         if eval_split_size is not None:
             data = replace(data, eval_split_size=eval_split_size)
-        return list(load_splits(data, data.split_seed, tokenizer, text_field).heldout)
+        splits = load_splits(data, data.split_seed, tokenizer, text_field)
+        return list(splits.heldout)
+
     rows = load_examples(
         name,
         data.dataset_train_split,
@@ -59,14 +69,21 @@ def heldout_rows(data: DataArguments, eval_split_size: float | None, tokenizer, 
         text_field=text_field,
         data_dir=data.data_dir,
     )
-    return list(rows.select(range(min(len(rows), data.max_eval_samples or len(rows)))))
+    num_rows = len(rows)
+    if data.max_eval_samples:
+        num_rows = min(num_rows, data.max_eval_samples)
+    return list(rows.select(range(num_rows)))
 
 
 def name_of_test_set(data: DataArguments, eval_split_size: float | None) -> str | None:
-    """Name of the file that is the test set; None where the rows are a part of one, of several, or no file."""
-    name = data.eval_dataset_name or ("" if eval_split_size is not None else data.dataset_name or "")
-    is_file = name.lower().endswith(FILE_ENDINGS) and (Path(name).is_file() or data.data_dir is not None)
-    return Path(name).name if is_file and not data.dataset_eval_split else None
+    """Name of the file that is the test set; None if the rows are a part of a file, of several files, or of none."""
+    name = data.eval_dataset_name
+    if not name and eval_split_size is None:
+        name = data.dataset_name
+    if not name or data.dataset_eval_split or not name.lower().endswith(FILE_ENDINGS):
+        return None
+    is_file = Path(name).is_file() or data.data_dir is not None
+    return Path(name).name if is_file else None
 
 
 def evaluate_rows(
@@ -91,47 +108,92 @@ def evaluate_rows(
     rows = list(rows)
     if not rows:
         raise UserError("there are no items to evaluate; check eval_split_size and max_eval_samples")
-    unanswered = 0 if options.no_generate else sum(row.get("answer") is None for row in rows)
-    generate = not options.no_generate and not unanswered
+    num_unanswered = 0
+    if not options.no_generate:
+        num_unanswered = sum(row.get("answer") is None for row in rows)
+    has_answers = not options.no_generate and num_unanswered == 0
+
+    # Both checks come before the first forward pass: a loss over all rows may take an hour.
     tokenized = [tokenize_example(row, tokenizer, max_length=options.max_length) for row in rows]
     check_context(model, max(len(row["input_ids"]) for row in tokenized))
-    prompts = [prompt_ids(row, tokenizer) for row in rows] if generate else []
-    if generate:
+    prompts: list[list[int]] = []
+    if has_answers:
+        prompts = [prompt_ids(row, tokenizer) for row in rows]
         check_context(model, max(map(len, prompts)), options.max_new_tokens)
-    items = []
-    for row, (nll, count) in zip(rows, _losses(model, tokenizer, tokenized, options.batch_size, journal), strict=True):
-        items.append({"id": str(row["id"]), "nll": nll if math.isfinite(nll) else None, "num_tokens": count})
+
+    items: list[dict[str, Any]] = []
+    losses = _losses(model, tokenizer, tokenized, options.batch_size, journal)
+    for row, (nll, num_tokens) in zip(rows, losses, strict=True):
+        item = {
+            "id": str(row["id"]),
+            "nll": nll if math.isfinite(nll) else None,
+            "num_tokens": num_tokens,
+        }
         if row.get("cluster_id") is not None:
-            items[-1]["cluster_id"] = row["cluster_id"]
-    if generate:
+            item["cluster_id"] = row["cluster_id"]
+        items.append(item)
+    if has_answers:
         bounds = Bounds(options.max_new_tokens, options.batch_size)
         outputs = generated(model, tokenizer, prompts, bounds, "answers", journal)
         for item, row, output in zip(items, rows, outputs, strict=True):
-            correct = check_answer(output, row["answer"], row.get("answer_type") or "exact")
-            item.update(accuracy=int(correct), prompt=_question(row), answer=row["answer"], output=output)
+            is_correct = check_answer(output, row["answer"], row.get("answer_type") or "exact")
+            item["accuracy"] = int(is_correct)
+            item["prompt"] = _question(row)
+            item["answer"] = row["answer"]
+            item["output"] = output
+
     kept = [item for item in items if item["num_tokens"] > 0]
-    without = f"{len(items) - len(kept)} of {len(items)} items have no supervised token within --max_length"
+    num_without = len(items) - len(kept)
+    without = f"{num_without} of {len(items)} items have no supervised token within --max_length"
     if not kept:
         raise UserError(f"{without} {options.max_length}; raise it")
-    metrics = {name: metric_from_items(kept, name) for name in ("nll", "accuracy") if name in kept[0]}
-    asked = zip(rows, (ids["input_ids"] for ids in tokenized), strict=True)
-    record = task_record(kept, metrics, asked, tokenizer, TASK_VERSION) | {"data_sha256": data_sha256(rows)}
-    if generate:
+
+    names = ("nll", "accuracy") if has_answers else ("nll",)
+    metrics = {name: metric_from_items(kept, name) for name in names}
+    asked = [(row, each["input_ids"]) for row, each in zip(rows, tokenized, strict=True)]
+    record = task_record(kept, metrics, asked, tokenizer, TASK_VERSION)
+    record["data_sha256"] = data_sha256(rows)
+    if has_answers:
         record["generation_kwargs"] = {"max_gen_toks": options.max_new_tokens}
-    notes = [f"{without} and count in no metric"] if len(kept) < len(items) else []
-    if 0 < unanswered < len(rows):
-        notes.append(f"no accuracy: {unanswered} of {len(rows)} rows have no answer")
-    return record | ({"note": "; ".join(notes)} if notes else {})
+
+    notes: list[str] = []
+    if num_without:
+        notes.append(f"{without} and count in no metric")
+    if 0 < num_unanswered < len(rows):
+        notes.append(f"no accuracy: {num_unanswered} of {len(rows)} rows have no answer")
+    if notes:
+        record["note"] = "; ".join(notes)
+    return record
 
 
-def task_record(items: list[dict], metrics: dict, asked: Iterable[tuple[dict, Any]], tokenizer, version: int) -> dict:
-    """A task record of items that were ``asked``: each row with its prompt."""
-    fingerprint = items_fingerprint(
-        {"id": str(row["id"]), "prompt": prompt, "reference": row.get("answer")} for row, prompt in asked
+def task_record(
+    items: list[dict],
+    metrics: dict,
+    asked: Iterable[tuple[dict, Any]],
+    tokenizer,
+    version: int,
+) -> dict:
+    """A task record.
+
+    Args:
+        items: The items.
+        metrics: Their metrics.
+        asked: Each row with its prompt.
+        tokenizer: Of the model.
+        version: Of the task.
+    """
+    questions: list[dict[str, Any]] = []
+    for row, prompt in asked:
+        questions.append({"id": str(row["id"]), "prompt": prompt, "reference": row.get("answer")})
+    record = build_task(
+        items,
+        metrics,
+        version=version,
+        num_fewshot=0,
+        fingerprint=items_fingerprint(questions),
+        chat_template_hash=chat_template_hash(tokenizer),
     )
-    template = chat_template_hash(tokenizer)
-    how = {"version": version, "num_fewshot": 0, "fingerprint": fingerprint, "chat_template_hash": template}
-    return dict(build_task(items, metrics, **how))
+    return dict(record)
 
 
 def evaluate_kl(loaded: Loaded, rows: Sequence[dict], options: EvaluationArguments, journal: Journal) -> dict:
@@ -153,50 +215,77 @@ def evaluate_kl(loaded: Loaded, rows: Sequence[dict], options: EvaluationArgumen
 
     def compute(missing: list[int], keep: Callable) -> None:
         lengths = [len(prompts[index]) for index in missing]
-        for places in length_sorted_batches(lengths, _rows_at_once(model, lengths, options.batch_size)):
-            ids_BT, mask_BT = pad([prompts[missing[p]] for p in places], tokenizer.pad_token_id or 0, model.device)
-            of_before = _log_probs(model, loaded.before or {}, ids_BT, mask_BT)
-            kl_BT = (of_before.exp() * (of_before - _log_probs(model, {}, ids_BT, mask_BT))).sum(-1) * mask_BT
-            for place, value in zip(places, (kl_BT.sum(1) / mask_BT.sum(1)).tolist(), strict=True):
+        batch_size = _rows_at_once(model, lengths, options.batch_size)
+        for places in length_sorted_batches(lengths, batch_size):
+            batch = [prompts[missing[place]] for place in places]
+            ids_BT, mask_BT = pad(batch, tokenizer.pad_token_id or 0, model.device)
+            before_BTV = _log_probs(model, loaded.before or {}, ids_BT, mask_BT)
+            after_BTV = _log_probs(model, {}, ids_BT, mask_BT)
+            kl_BT = (before_BTV.exp() * (before_BTV - after_BTV)).sum(-1) * mask_BT
+            kl_B = kl_BT.sum(1) / mask_BT.sum(1)
+            for place, value in zip(places, kl_B.tolist(), strict=True):
                 keep(place, value)
 
     values = resumed("kl", [[ids] for ids in prompts], compute, "KL", journal)
-    finite = [value if math.isfinite(value) else None for value in values]
-    items = [{"id": str(row["id"]), "kl": value} for row, value in zip(rows, finite, strict=True)]
+    items: list[dict[str, Any]] = []
+    for row, value in zip(rows, values, strict=True):
+        items.append({"id": str(row["id"]), "kl": value if math.isfinite(value) else None})
+
     metrics = {"kl": metric_from_items(items, "kl", unit="nats", higher_is_better=False)}
     record = task_record(items, metrics, zip(items, prompts, strict=True), tokenizer, TASK_VERSION)
-    return record | {"data_sha256": data_sha256(rows)}
+    record["data_sha256"] = data_sha256(rows)
+    return record
 
 
 @torch.inference_mode()
 def _log_probs(model, weights: Mapping[str, torch.Tensor], ids_BT, mask_BT) -> torch.Tensor:
-    """Of each next token; ``weights`` stand in the place of the model's own of their names."""
+    """Log-probabilities of each next token, (B, T, V), float32; ``weights`` replace the model's of the same names."""
     inputs = {"input_ids": ids_BT, "attention_mask": mask_BT, "use_cache": False}
-    return functional_call(model, dict(weights), kwargs=inputs).logits.float().log_softmax(-1)
+    logits_BTV = functional_call(model, dict(weights), kwargs=inputs).logits
+    return logits_BTV.float().log_softmax(-1)
 
 
 def _question(row: dict) -> str:
-    """The prompt as a reader of the items wants it: its text, or the last message, and of long ones the beginning."""
+    """The prompt for a reader of the items: its text, or the last message; the beginning of a long one."""
     prompt = prompt_of(row)
-    return str(prompt if isinstance(prompt, str) else prompt[-1]["content"])[:MAX_QUESTION]
+    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    return str(text)[:MAX_QUESTION]
 
 
-def _losses(model, tokenizer, rows: Sequence[dict], batch_size: int | None, journal: Journal | None) -> list[RowLoss]:
+def _losses(
+    model,
+    tokenizer,
+    rows: Sequence[dict],
+    batch_size: int | None,
+    journal: Journal | None,
+) -> list[RowLoss]:
     """`nll_per_item` of tokenised rows, resumed."""
 
     def compute(indices: list[int], keep: Callable) -> None:
-        chosen = [rows[index] for index in indices]
-        size = _rows_at_once(model, [len(row["input_ids"]) for row in chosen], batch_size)
-        nll_per_item(model, chosen, batch_size=size, pad_token_id=tokenizer.pad_token_id or 0, on_loss=keep)
+        missing = [rows[index] for index in indices]
+        lengths = [len(row["input_ids"]) for row in missing]
+        nll_per_item(
+            model,
+            missing,
+            batch_size=_rows_at_once(model, lengths, batch_size),
+            pad_token_id=tokenizer.pad_token_id or 0,
+            on_loss=keep,
+        )
 
-    return resumed(_LOSS, [[row["input_ids"], row["labels"]] for row in rows], compute, "held-out loss", journal)
+    requests = [[row["input_ids"], row["labels"]] for row in rows]
+    return resumed(_LOSS, requests, compute, "held-out loss", journal)
 
 
 def _rows_at_once(model, lengths: Sequence[int], batch_size: int | None) -> int:
-    return batch_size or min(memory_bound_rows(model, max(lengths)), MAX_LOSS_BATCH_SIZE)
+    """The batch size of the user, else one by memory."""
+    if batch_size:
+        return batch_size
+    return min(memory_bound_rows(model, max(lengths)), MAX_LOSS_BATCH_SIZE)
 
 
 def chat_template_hash(tokenizer) -> str | None:
     """sha256 of the tokenizer's chat template, or None without one."""
     template = getattr(tokenizer, "chat_template", None)
-    return digest(str(template)) if template else None
+    if not template:
+        return None
+    return digest(str(template))

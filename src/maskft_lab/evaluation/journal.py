@@ -1,4 +1,4 @@
-"""Answers already given, on disk, so that an evaluation that was killed is resumed where it was."""
+"""Finished answers on disk, from which a killed evaluation is resumed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _REQUEST_KINDS = ("generate_until", "loglikelihood", "loglikelihood_rolling")
 
 
 class Journal(Store):
-    """Finished answers by what was asked; lm-eval's models call it, as their cache hook, with each answer they have."""
+    """Finished answers by their requests; lm-eval's models call it, as their cache hook, with each answer."""
 
     @staticmethod
     def key(kind: str, arguments: Sequence) -> str:
@@ -34,28 +34,32 @@ def resumed(
     title: str,
     journal: Journal | None,
 ) -> list:
-    """Answers to requests: those that the journal knows, and the others computed and kept one by one.
+    """Answers to requests: those in the journal, and the others computed and kept one by one.
 
     Args:
-        kind: What is asked, for the journal.
-        requests: What each answer depends on, JSON-able.
+        kind: Kind of the requests, for the journal.
+        requests: Everything on which each answer depends, JSON-able.
         compute: Given the indices of the requests to compute, it calls its second argument with the position among
             these and the answer; a request for which it does not has the answer None.
         title: Of the progress bar.
         journal: Keeps the answers, so that a run that ended early is resumed; None: nothing is kept.
     """
-    answers = {}
+    answers: dict[int, Any] = {}
     if journal:
-        keys = [journal.key(kind, request) for request in requests]
-        answers = {index: journal.values[key] for index, key in enumerate(keys) if key in journal.values}
+        for index, request in enumerate(requests):
+            key = journal.key(kind, request)
+            if key in journal.values:
+                answers[index] = journal.values[key]
     missing = [index for index in range(len(requests)) if index not in answers]
+
     with Progress() as progress:
         bar = progress.add_task(title, total=len(requests), completed=len(answers))
 
         def keep(position: int, answer: Any) -> None:
-            answers[missing[position]] = answer
+            index = missing[position]
+            answers[index] = answer
             if journal:
-                journal.add_partial(kind, requests[missing[position]], answer)
+                journal.add_partial(kind, requests[index], answer)
             progress.advance(bar)
 
         if missing:
@@ -64,18 +68,25 @@ def resumed(
 
 
 def generated(
-    model, tokenizer, prompts: Sequence[list[int]], bounds: Bounds, title: str, journal: Journal | None
+    model,
+    tokenizer,
+    prompts: Sequence[list[int]],
+    bounds: Bounds,
+    title: str,
+    journal: Journal | None,
 ) -> list[str]:
     """Greedy answers to prompts of token ids, see `resumed` and `generation.greedy_generate`."""
 
     def generate(indices: list[int], keep: Callable[[int, str], None]) -> None:
-        greedy_generate(model, tokenizer, [prompts[index] for index in indices], bounds, keep)
+        missing = [prompts[index] for index in indices]
+        greedy_generate(model, tokenizer, missing, bounds, keep)
 
-    return resumed("answer", [[ids, bounds.max_new_tokens] for ids in prompts], generate, title, journal)
+    requests = [[ids, bounds.max_new_tokens] for ids in prompts]
+    return resumed("answer", requests, generate, title, journal)
 
 
 class Resuming:
-    """An lm-eval model that asks the wrapped one only what the journal does not know.
+    """An lm-eval model that asks the wrapped one only for answers that are not in the journal.
 
     Args:
         lm: The model; it calls the journal, its cache hook, with each answer.
@@ -93,18 +104,29 @@ class Resuming:
         return lambda requests: self._answer(name, requests)
 
     def _answer(self, kind: str, requests: list) -> list:
-        keys = [None if _is_sampled(request) else self.journal.key(kind, request.args) for request in requests]
-        known = [key in self.journal.values for key in keys]
-        missing = [request for request, is_known in zip(requests, known, strict=True) if not is_known]
-        fresh = iter(getattr(self.lm, kind)(missing) if missing else [])
-        return [
-            self.journal.values[key] if is_known else next(fresh) for key, is_known in zip(keys, known, strict=True)
-        ]
+        answers: list[Any] = [None] * len(requests)
+        missing: list[int] = []
+        for index, request in enumerate(requests):
+            key = None if _is_sampled(request) else self.journal.key(kind, request.args)
+            if key in self.journal.values:
+                answers[index] = self.journal.values[key]
+            else:
+                missing.append(index)
+
+        if missing:
+            answer = getattr(self.lm, kind)
+            fresh = answer([requests[index] for index in missing])
+            for index, each in zip(missing, fresh, strict=True):
+                answers[index] = each
+        return answers
 
 
 def _is_sampled(request) -> bool:
-    """Whether the answer is drawn at random, and each repetition of the request wants another."""
-    from lm_eval.models.utils import normalize_gen_kwargs  # a temperature alone is enough
+    """Whether the answer is drawn at random, so that each repetition of the request needs another one."""
+    from lm_eval.models.utils import normalize_gen_kwargs
 
     settings = request.args[1] if len(request.args) > 1 else None
-    return isinstance(settings, dict) and normalize_gen_kwargs(settings)["do_sample"]
+    if not isinstance(settings, dict):
+        return False
+    # lm-eval's rules: a temperature alone is enough.
+    return normalize_gen_kwargs(settings)["do_sample"]

@@ -36,12 +36,12 @@ from .model_facts import (
 
 @dataclass
 class Loaded:
-    """A model ready to evaluate, and what is known of it.
+    """A model ready to evaluate, with its identity.
 
     Args:
         model: The model.
         tokenizer: Its tokenizer.
-        facts: What goes into its result file.
+        facts: The block ``model`` of its result file.
         identity: A text that changes with the weights.
         before: Of `load_changes`, the weights of the base model by name.
     """
@@ -59,15 +59,18 @@ def load_each(options: EvaluationArguments) -> Iterator[Loaded]:
     The yielded model is modified in place by the next iteration.
 
     Raises:
-        UserError: If a folder is not what it should be, or the adapters belong to different base models.
+        UserError: If a folder holds no adapter, or the adapters belong to different base models.
     """
     adapters = options.adapter or [NO_ADAPTER]
     name, revision = base_and_revision(options.model_name_or_path, adapters)
     base = _Base(options, name, revision)
     model = base.model
     for adapter in adapters:
-        if model is not base.model and model_fingerprint(model.unload()) != base.fingerprint:
-            raise RuntimeError(f"unloading the adapter before {adapter!r} did not restore the base model")
+        if model is not base.model:
+            restored = model_fingerprint(model.unload())
+            if restored != base.fingerprint:
+                raise RuntimeError(f"unloading the adapter before {adapter!r} did not restore the base model")
+
         if adapter == NO_ADAPTER:
             model = base.model
             yield base.loaded(model, adapter, facts_of(base.name), base.fingerprint)
@@ -75,7 +78,11 @@ def load_each(options: EvaluationArguments) -> Iterator[Loaded]:
         with one_line(adapter, f"does not fit {base.name!r}"):
             model = PeftModel.from_pretrained(base.model, adapter)
         sha256 = adapter_sha256(adapter)
-        facts = {"adapter": portable_name(adapter), "adapter_sha256": sha256, **facts_of(adapter)}
+        facts = {
+            "adapter": portable_name(adapter),
+            "adapter_sha256": sha256,
+            **facts_of(adapter),
+        }
         yield base.loaded(model, adapter, facts, f"{base.fingerprint}+{sha256}")
 
 
@@ -86,7 +93,7 @@ def load_changes(options: EvaluationArguments) -> Iterator[Loaded]:
     The yielded model is modified in place by the next iteration.
 
     Raises:
-        UserError: If a folder is not what it should be, or of another model.
+        UserError: If a folder holds neither an adapter nor a model, or one of another model.
     """
     changes = options.change or []
     scales = options.scale or [1.0] * len(changes)
@@ -96,20 +103,25 @@ def load_changes(options: EvaluationArguments) -> Iterator[Loaded]:
     before = weights_of(model)
     sha256_of: dict[str, str] = {}
     for change, scale in zip(changes, scales, strict=True):
-        facts = {"scale": scale}
-        identity = f"{base.fingerprint}+0"
         _set_weights(model, before)
-        if change != NO_ADAPTER:
-            model = _with_change(model, before, change, options.dtype)
-            if change not in sha256_of:
-                sha256_of[change] = adapter_sha256(change) if holds_adapter(change) else _weights_sha256(model)
-            facts["adapter"] = portable_name(change)
-            facts["adapter_sha256"] = sha256_of[change]
-            facts["num_bytes"] = _stored_bytes(change, model)
-            identity = f"{base.fingerprint}+{scale}*{sha256_of[change]}"
-            for name, parameter in model.named_parameters():
-                lerp(before[name], parameter.data, scale, out=parameter.data)
-        facts |= facts_of(change if change != NO_ADAPTER else base.name)
+        if change == NO_ADAPTER:
+            facts = {"scale": scale, **facts_of(base.name)}
+            yield base.loaded(model, change, facts, f"{base.fingerprint}+0", before)
+            continue
+
+        model = _with_change(model, before, change, options.dtype)
+        if change not in sha256_of:
+            sha256_of[change] = adapter_sha256(change) if holds_adapter(change) else _weights_sha256(model)
+        facts = {
+            "scale": scale,
+            "adapter": portable_name(change),
+            "adapter_sha256": sha256_of[change],
+            "num_bytes": _stored_bytes(change, model),
+            **facts_of(change),
+        }
+        for name, parameter in model.named_parameters():
+            lerp(before[name], parameter.data, scale, out=parameter.data)
+        identity = f"{base.fingerprint}+{scale}*{sha256_of[change]}"
         yield base.loaded(model, change, facts, identity, before)
 
 
@@ -117,9 +129,9 @@ class _Base:
     """The model that adapters and changes belong to, loaded, with its identity.
 
     Args:
-        options: What is evaluated, and how.
+        options: The options of the evaluation.
         name: Folder or hub name of the model.
-        revision: Of a hub model, as an adapter names it; the user's own goes first.
+        revision: Of a hub model, as an adapter names it; the user's option goes first.
     """
 
     def __init__(self, options: EvaluationArguments, name: str, revision: str | None = None):
@@ -133,12 +145,12 @@ class _Base:
         self.configuration = {**self.model.config.to_diff_dict(), "generation": generation}
 
     def loaded(self, model, source: str, facts: dict, identity: str, before=None) -> Loaded:
-        """Complete what is known of a model.
+        """Add the tokenizer, and the facts about the base model.
 
         Args:
             model: This model, with the adapter or the change of ``source``.
             source: Folder of the adapter or of the changed model, or ``none``.
-            facts: What is known of ``source``.
+            facts: Facts about ``source``.
             identity: A text that changes with the weights.
             before: Weights of the base by name, for a change.
         """
@@ -147,13 +159,18 @@ class _Base:
         else:
             tokenizer = adapter_tokenizer(source, self.name, self.template, revision=self.revision)
         check_tokenizer_fits(model, tokenizer)
-        facts = {"name_or_path": portable_name(self.name), "fingerprint": self.fingerprint} | facts
-        facts["config_sha256"] = config_sha256(self.configuration, tokenizer)
-        return Loaded(model.to(self.device).eval(), tokenizer, facts, identity, before)
+        facts = {
+            "name_or_path": portable_name(self.name),
+            "fingerprint": self.fingerprint,
+            **facts,
+            "config_sha256": config_sha256(self.configuration, tokenizer),
+        }
+        model = model.to(self.device).eval()
+        return Loaded(model, tokenizer, facts, identity, before)
 
 
 def _with_change(model, before: Mapping[str, torch.Tensor], change: str, dtype: str) -> Any:
-    """The model with the weights it has after a change: those of a merged adapter, or of another whole model.
+    """The model after a change: with a merged adapter, or with the weights of another whole model.
 
     Args:
         model: Holds the weights ``before``; modified in place.
@@ -182,8 +199,9 @@ def _with_change(model, before: Mapping[str, torch.Tensor], change: str, dtype: 
 
 def _check_same_shapes(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], change: str) -> None:
     """Raise if two sets of weights differ in a name or a shape."""
-    for name in {**before, **after}:
-        if name not in before or name not in after or before[name].shape != after[name].shape:
+    for name in {**before, **after}:  # in order, which a set would not keep
+        is_in_both = name in before and name in after
+        if not is_in_both or before[name].shape != after[name].shape:
             raise UserError(f"change {change!r} is of another model: {name} is not in both, or of another shape")
 
 
@@ -195,13 +213,18 @@ def _stored_bytes(change: str, model) -> int:
     """Bytes that have to be stored for a change: masks coded, all other numbers in bfloat16."""
     if not holds_adapter(change):
         return sum(2 * parameter.numel() for parameter in model.parameters())
+
     tensors = load_file(Path(change) / ADAPTER_WEIGHTS)
     if facts_of(change)["method"] in MASK_METHODS:
         # Without scores, which only further training needs; modules trained beside the mask count.
         tensors = {name: tensor for name, tensor in tensors.items() if not is_of_mask(name)}
         for name, mask in MaskSet.from_adapter(change).items():
             tensors[name] = encode_mask(mask)
-    return sum(t.numel() * 2 if t.is_floating_point() else t.nbytes for t in tensors.values())
+
+    num_bytes = 0
+    for tensor in tensors.values():
+        num_bytes += 2 * tensor.numel() if tensor.is_floating_point() else tensor.nbytes
+    return num_bytes
 
 
 def weights_of(model) -> dict[str, torch.Tensor]:
@@ -216,8 +239,9 @@ def _set_weights(model, weights: Mapping[str, torch.Tensor]) -> None:
 
 
 def check_device(device: str | None) -> str:
-    """The device to run on; one that is not here is refused before a model is loaded for it."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    """The device to run on; an unknown one is refused before a model is loaded for it."""
+    if not device:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -1,4 +1,4 @@
-"""What identifies a model or an adapter, and what its folder says of its training."""
+"""Digests that identify a model or an adapter, and facts that its folder holds about its training."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def model_fingerprint(model) -> str:
 
 
 def config_sha256(configuration: Mapping, tokenizer) -> str:
-    """sha256 over what changes outputs in a model's configuration and in its tokenizer, chat template apart."""
+    """sha256 over the parts of a model's configuration and tokenizer that change outputs, without chat template."""
     return digest({"configuration": _without_unused(configuration), **tokenizer_rules(tokenizer)})
 
 
@@ -66,7 +66,7 @@ def _without_unused(value: Any) -> Any:
 
 
 def adapter_sha256(folder: str) -> str:
-    """sha256 over an adapter's weights and what its ``adapter_config.json`` says about their use."""
+    """sha256 over an adapter's weights, and the parts of ``adapter_config.json`` that change outputs."""
     config = read_json(Path(folder) / ADAPTER_CONFIG)
     used = {}
     for key, value in config.items():
@@ -88,7 +88,7 @@ def base_and_revision(name: str | None, adapters: Sequence[str]) -> tuple[str, s
         adapters: Folders, or ``none``.
 
     Raises:
-        UserError: If a folder is not what it should be, or the adapters belong to different models or revisions.
+        UserError: If a folder holds no adapter, or the adapters belong to different models or revisions.
     """
     configs = {adapter: _peft_config(adapter) for adapter in adapters if adapter != NO_ADAPTER}
     named: dict[str, str | None] = {}
@@ -120,9 +120,9 @@ def _peft_config(adapter: str) -> PeftConfig:
 
 
 def facts_of(source: str) -> dict:
-    """Method and seed of a model or an adapter as its folder says, and the fingerprint of a mask.
+    """Method and seed of a model or an adapter, and the fingerprint of a mask, as its folder states them.
 
-    Nothing is said by a folder from elsewhere, whose ``training.json`` is another file.
+    Empty for a folder of another program, whose ``training.json``, if any, has another content.
     """
     kind = None
     if holds_adapter(source):

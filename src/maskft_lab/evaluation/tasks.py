@@ -1,4 +1,4 @@
-"""Benchmarks by lm-eval: which of its tasks, on what data, and its scores as a record of our result file.
+"""Benchmarks by lm-eval: its tasks, built on data from files or the hub, and its scores as records of a result file.
 
 Prompts, stop strings, answer extraction and scores are lm-eval's. Two things differ. Data may come from files, and
 model-written code runs in our sandbox: lm-eval's own scorer downloads a metric and runs code in a plain process.
@@ -34,14 +34,14 @@ _OTHERS = Benchmark("", "", {}, "", {}, "")  # all other tasks of lm-eval
 
 
 def check_names(names: Sequence[str], include_path: str | None = None) -> None:
-    """Refuse unknown tasks, and say what is missing when lm-eval is not installed.
+    """Refuse unknown tasks, and all tasks if lm-eval is not installed.
 
     Args:
         names: Of tasks.
-        include_path: Folder with lm-eval task YAMLs of the user's own.
+        include_path: Folder with the user's lm-eval task YAMLs.
 
     Raises:
-        UserError: In both cases, with what to do.
+        UserError: In both cases, with the remedy.
     """
     if not names:
         return
@@ -50,14 +50,19 @@ def check_names(names: Sequence[str], include_path: str | None = None) -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if include_path is not None and not Path(include_path).expanduser().is_dir():
         raise UserError(f"include_path {include_path!r} is not a folder; name one with lm-eval task YAMLs")
+
     for name in names:
-        if name in BENCHMARKS and include_path and name in _task_manager(include_path, False).all_tasks:
-            raise UserError(
-                f"include_path {include_path!r} holds a task {name}, the name of a benchmark of maskft; give yours "
-                "another name"
-            )
-        if name not in BENCHMARKS and name not in _task_manager(include_path).all_tasks:
-            options = [HELDOUT, ALPACA_EVAL, *BENCHMARKS, *_task_manager(include_path).all_tasks]
+        if name in BENCHMARKS:
+            own_tasks = _task_manager(include_path, include_defaults=False).all_tasks if include_path else []
+            if name in own_tasks:
+                raise UserError(
+                    f"include_path {include_path!r} holds a task {name}, the name of a benchmark of maskft; give yours "
+                    "another name"
+                )
+            continue
+        known = _task_manager(include_path).all_tasks
+        if name not in known:
+            options = [HELDOUT, ALPACA_EVAL, *BENCHMARKS, *known]
             raise UserError(f"unknown task {name!r}{did_you_mean(name, options)}; lm-eval has no such task either")
 
 
@@ -75,20 +80,23 @@ def load_tasks(
         names: From ``check_names``.
         data_dir: Folder with the benchmarks' files; None: the hub.
         limit: First items of each task only.
-        include_path: Folder with lm-eval task YAMLs of the user's own.
+        include_path: Folder with the user's lm-eval task YAMLs.
         allow_unconfined: Run model-written code even where it cannot be confined.
 
     Raises:
         UserError: For every problem with the data.
     """
-    tasks = {}
+    tasks: dict[str, Any] = {}
     for name in names:
         if name in BENCHMARKS:
             docs = load_docs(name, data_dir)
-            BENCHMARKS[name].prepare(docs.select(range(min(limit or len(docs), len(docs)))), data_dir)
+            num_docs = min(limit or len(docs), len(docs))
+            BENCHMARKS[name].prepare(docs.select(range(num_docs)), data_dir)
             tasks[name] = _build(name, docs, allow_unconfined)
         else:
             tasks |= _build_other(name, include_path)
+
+    # As lm_eval.simple_evaluate does, which is not called here.
     for task in tasks.values():
         if task.get_config("num_fewshot") is None:
             task.set_config("num_fewshot", 0)
@@ -99,25 +107,37 @@ def wants_chat_template(name: str, choice: bool | None) -> bool:
     """Whether prompts of task ``name`` go into the chat template; ``choice`` is the user's, None: the task's own."""
     if name == ALPACA_EVAL:
         return True
-    return BENCHMARKS.get(name, _OTHERS).use_chat_template if choice is None else choice
+    if choice is not None:
+        return choice
+    return BENCHMARKS.get(name, _OTHERS).use_chat_template
 
 
 def check_chat_template(names: Sequence[str], tokenizer, choice: bool | None) -> None:
     """Refuse a chat task for a tokenizer without chat template."""
     for name in names:
         if wants_chat_template(name, choice) and not getattr(tokenizer, "chat_template", None):
+            alternative = "" if name == ALPACA_EVAL else ", or pass --apply_chat_template false"
             raise UserError(
                 f"task {name} puts its prompts into the chat template, and this model's tokenizer has none; give "
-                f"--chat_template_path{'' if name == ALPACA_EVAL else ', or pass --apply_chat_template false'}"
+                f"--chat_template_path{alternative}"
             )
 
 
 def task_data_sha256(task, limit: int | None) -> str:
     """`data_sha256` of rows, or of the first ``limit`` items of a task from ``load_tasks``."""
-    return data_sha256(task if isinstance(task, list) else islice(task.eval_docs, limit))
+    if isinstance(task, list):
+        return data_sha256(task)
+    return data_sha256(islice(task.eval_docs, limit))
 
 
-def run_task(lm, name: str, task, *, limit: int | None = None, apply_chat_template: bool | None = None) -> dict:
+def run_task(
+    lm,
+    name: str,
+    task,
+    *,
+    limit: int | None = None,
+    apply_chat_template: bool | None = None,
+) -> dict:
     """Evaluate one task and return its record of the result schema.
 
     Args:
@@ -129,36 +149,50 @@ def run_task(lm, name: str, task, *, limit: int | None = None, apply_chat_templa
     """
     from lm_eval.evaluator import evaluate
 
-    chat = wants_chat_template(name, apply_chat_template)
-    task.set_fewshot_seed(seed=SEEDS["fewshot"])  # every model sees the same examples, whichever comes first
+    is_chat = wants_chat_template(name, apply_chat_template)
+    # Every model sees the same examples, whichever comes first.
+    task.set_fewshot_seed(seed=SEEDS["fewshot"])
     random.seed(SEEDS["random"])
     np.random.seed(SEEDS["numpy"])
     torch.manual_seed(SEEDS["torch"])
-    how: dict[str, Any] = {"apply_chat_template": chat, "fewshot_as_multiturn": chat}
-    results = evaluate(lm, {"tasks": {name: task}}, limit=limit, bootstrap_iters=1000, **how)
-    samples = results["samples"][name]
+    results = evaluate(
+        lm,
+        {"tasks": {name: task}},
+        limit=limit,
+        bootstrap_iters=1000,
+        apply_chat_template=is_chat,
+        fewshot_as_multiturn=is_chat,
+    )
+
     benchmark = BENCHMARKS.get(name, _OTHERS)
+    samples = results["samples"][name]
     items = _items(samples, benchmark)
-    confinement = {item.pop("confinement") for item in items if benchmark.program}
+    confinement: set[str] = set()
+    if benchmark.program:
+        confinement = {item.pop("confinement") for item in items}
+
+    questions: list[dict[str, Any]] = []
+    for item in items:
+        questions.append({"id": item["id"], "prompt": item["prompt_hash"], "reference": item["answer_hash"]})
     record = build_task(
         items,
         _metrics(items, results["results"][name], results["higher_is_better"][name], benchmark),
         version=results["versions"][name],
         num_fewshot=results["n-shot"][name],
-        fingerprint=items_fingerprint(
-            {"id": item["id"], "prompt": item["prompt_hash"], "reference": item["answer_hash"]} for item in items
-        ),
-        chat_template_hash=chat_template_hash(lm.tokenizer) if chat else None,
+        fingerprint=items_fingerprint(questions),
+        chat_template_hash=chat_template_hash(lm.tokenizer) if is_chat else None,
     )
-    return {
+    out: dict[str, Any] = {
         **record,
         **_truncation(lm, task, samples),
         "data_sha256": task_data_sha256(task, limit),
         "lm_eval_task": benchmark.lm_eval_task or name,
         "generation_kwargs": task.get_config("generation_kwargs"),
         "seeds": SEEDS,
-        **({"confinement": ", ".join(sorted(confinement))} if confinement else {}),
     }
+    if confinement:
+        out["confinement"] = ", ".join(sorted(confinement))
+    return out
 
 
 # Building tasks
@@ -178,12 +212,12 @@ def _build(name: str, docs, allow_unconfined: bool):
     from lm_eval.tasks._yaml_loader import load_yaml
 
     benchmark = BENCHMARKS[name]
+    file = Path(lm_eval.tasks.__file__).parent / benchmark.config
+    # Resolving HumanEval's functions would import its scorer, which asks the hub for a metric.
+    has_functions = benchmark.program is None
     try:
-        # Resolving HumanEval's functions would import its scorer, which asks the hub for a metric.
         with without_nltk_downloads():
-            config = load_yaml(
-                Path(lm_eval.tasks.__file__).parent / benchmark.config, resolve_func=benchmark.program is None
-            )
+            config = load_yaml(file, resolve_func=has_functions)
     except (ImportError, AssertionError) as error:
         raise UserError(f"task {name} lacks a package ({error}); {install_hint('eval')}") from error
     config |= {
@@ -195,10 +229,12 @@ def _build(name: str, docs, allow_unconfined: bool):
     }
     if benchmark.program is not None:
         check_allowed(allow_unconfined)  # now, and not after the answers
+        # The program runs as a filter, and its status is the score.
         run = partial(_run_answers, name=name, allow_unconfined=allow_unconfined)
+        run_filter = {"function": "custom", "filter_fn": run}
         config |= {
             "unsafe_code": False,  # ours is confined
-            "filter_list": [{"name": "create_test", "filter": [{"function": "custom", "filter_fn": run}]}],
+            "filter_list": [{"name": "create_test", "filter": [run_filter]}],
             "metric_list": [{"metric": "pass_at_1", "aggregation": "mean", "higher_is_better": True}],
             "process_results": lambda doc, results: {"pass_at_1": int(results[0]["status"] == "passed")},
         }
@@ -207,11 +243,20 @@ def _build(name: str, docs, allow_unconfined: bool):
 
 def _run_answers(resps, docs, *, name: str, allow_unconfined: bool) -> list[dict]:
     """Run each item's answer with its tests."""
-    programs = [BENCHMARKS[name].program(doc, resp[0]) for resp, doc in zip(resps, docs, strict=True)]
+    program_of = BENCHMARKS[name].program
+    programs = [program_of(doc, resp[0]) for resp, doc in zip(resps, docs, strict=True)]
     with Progress() as progress:
         bar = progress.add_task(f"{name}: running code", total=len(programs))
-        ended = run_many(programs, allow_unconfined=allow_unconfined, progress=lambda *_: progress.advance(bar))
-    return [{name: getattr(result, name) for name in ("status", "reason", "confinement")} for result in ended]
+        results = run_many(
+            programs,
+            allow_unconfined=allow_unconfined,
+            progress=lambda *_: progress.advance(bar),
+        )
+
+    ends: list[dict] = []
+    for result in results:
+        ends.append({"status": result.status, "reason": result.reason, "confinement": result.confinement})
+    return ends
 
 
 def _build_other(name: str, include_path: str | None) -> dict:
@@ -241,40 +286,56 @@ def _truncation(lm, task, samples: Sequence[Mapping]) -> dict:
     """How many prompts were truncated; null where it is not counted: log-likelihoods, and lm-eval's own models."""
     if task.OUTPUT_TYPE != "generate_until" or not hasattr(lm, "num_truncated"):
         return {"num_truncated": None}
-    by_id = {sample["doc_id"]: sample["arguments"] for sample in samples}  # a sample for each filter
-    arguments = [request for requests in by_id.values() for request in requests]
+
+    # An item has a sample for each filter, all with the same requests.
+    by_id = {sample["doc_id"]: sample["arguments"] for sample in samples}
+    arguments: list = []
+    for requests in by_id.values():
+        arguments += requests
+
     count = lm.num_truncated(arguments)
+    if count == 0:
+        return {"num_truncated": 0}
     note = f"{count} of {len(arguments)} prompts were too long for the model's context and were truncated on the left"
-    return {"num_truncated": count} | ({"note": note} if count else {})
+    return {"num_truncated": count, "note": note}
 
 
 def _items(samples: Sequence[Mapping], benchmark: Benchmark) -> list[dict]:
+    """The items with their scores, from a sample for each filter of an item."""
     items: dict[int, dict] = {}
     for sample in samples:
         item = items.setdefault(sample["doc_id"], _new_item(sample, benchmark))
         for metric in sample["metrics"]:
             value = sample[metric]
             if isinstance(value, (bool, int, float, np.number)):
-                item[_metric_name(f"{metric},{sample['filter']}", benchmark)] = _number(value)
+                name = _metric_name(f"{metric},{sample['filter']}", benchmark)
+                item[name] = _number(value)
             elif isinstance(value, list) and all(isinstance(part, bool) for part in value):
                 item[f"{metric}_each"] = [int(part) for part in value]
     return list(items.values())
 
 
 def _new_item(sample: Mapping, benchmark: Benchmark) -> dict:
-    identity = sample["doc"][benchmark.id_field] if benchmark.id_field else sample["doc_id"]
-    responses = [response for group in sample["resps"] for response in group]
+    """An item without scores."""
+    doc = sample["doc"]
+    responses: list = []
+    for of_request in sample["resps"]:
+        responses += of_request
+
     item = {
-        "id": str(identity),
+        "id": str(doc[benchmark.id_field] if benchmark.id_field else sample["doc_id"]),
         "prompt_hash": sample["prompt_hash"],
         "answer_hash": sample["target_hash"],
-        # The tests of a program are long, and everybody has them.
-        **({} if benchmark.program else {"answer": sample["target"]}),
-        "output": responses[0] if len(responses) == 1 else responses,
     }
-    if isinstance(sample["doc"], Mapping) and sample["doc"].get("cluster_id") is not None:
-        item["cluster_id"] = str(sample["doc"]["cluster_id"])
-    return item | (sample["filtered_resps"][0] if benchmark.program else {})
+    # For a program the answer is its tests, which are long and published.
+    if not benchmark.program:
+        item["answer"] = sample["target"]
+    item["output"] = responses[0] if len(responses) == 1 else responses
+    if isinstance(doc, Mapping) and doc.get("cluster_id") is not None:
+        item["cluster_id"] = str(doc["cluster_id"])
+    if benchmark.program:
+        item |= sample["filtered_resps"][0]
+    return item
 
 
 def _is_higher_better(metric: str, higher: Mapping) -> bool:
@@ -284,40 +345,56 @@ def _is_higher_better(metric: str, higher: Mapping) -> bool:
 
 
 def _metrics(items: list[dict], summary: Mapping, higher: Mapping, benchmark: Benchmark) -> dict:
-    """Metrics item by item where their mean is what lm-eval reports, and as a summary where it is not."""
-    metrics = {}
+    """Metrics item by item if their mean is the number that lm-eval reports, else as a summary of the task."""
+    metrics: dict[str, Any] = {}
     for key, value in summary.items():
         metric, _, filter_name = key.partition(",")
-        if not filter_name or metric.endswith("_stderr") or not isinstance(value, (int, float, np.number)):
+        is_number = isinstance(value, (int, float, np.number))
+        if not filter_name or metric.endswith("_stderr") or not is_number:
             continue
+
         name = _metric_name(key, benchmark)
         if all(name in item for item in items):
             metrics[name] = metric_from_items(items, name, higher_is_better=_is_higher_better(metric, higher))
             mean = metrics[name]["value"]
             if mean is not None and math.isclose(mean, value, rel_tol=1e-6, abs_tol=1e-9):
                 continue
+
         for item in items:
             item.pop(name, None)
         stderr = summary.get(f"{metric}_stderr,{filter_name}")
-        each = [item.get(f"{metric}_each") for item in items]
-        if all(each):  # a mean over the parts of all items, for which lm-eval has no error
-            stderr = weighted_mean([np.mean(parts) for parts in each], [len(parts) for parts in each])[1]
+        parts_of = [item.get(f"{metric}_each") for item in items]
+        if all(parts_of):
+            # A mean over the parts of all items, for which lm-eval has no error.
+            means = [np.mean(parts) for parts in parts_of]
+            _, stderr = weighted_mean(means, [len(parts) for parts in parts_of])
+        has_stderr = isinstance(stderr, (int, float, np.number))
         metrics[name] = {
             "value": _number(value),
-            "stderr": _number(stderr) if isinstance(stderr, (int, float, np.number)) else None,
+            "stderr": _number(stderr) if has_stderr else None,
             "num_items": len(items),
             "higher_is_better": _is_higher_better(metric, higher),
             "unit": "fraction" if metric.endswith("acc") else "score",
         }
-    order = list(benchmark.metrics.values())
-    return dict(sorted(metrics.items(), key=lambda entry: order.index(entry[0]) if entry[0] in order else len(order)))
+
+    # The main metric first, others in lm-eval's order.
+    first = [name for name in benchmark.metrics.values() if name in metrics]
+    others = [name for name in metrics if name not in first]
+    return {name: metrics[name] for name in [*first, *others]}
 
 
 def _metric_name(key: str, benchmark: Benchmark) -> str:
+    """Our name of lm-eval's ``metric,filter``."""
+    if key in benchmark.metrics:
+        return benchmark.metrics[key]
     metric, _, filter_name = key.partition(",")
-    return benchmark.metrics.get(key) or (metric if filter_name == "none" else f"{metric},{filter_name}")
+    return metric if filter_name == "none" else f"{metric},{filter_name}"
 
 
 def _number(value) -> float | int | None:
-    value = value.item() if isinstance(value, np.number) else int(value) if isinstance(value, bool) else value
+    """A value for JSON; None if it is NaN or infinite."""
+    if isinstance(value, np.number):
+        value = value.item()
+    elif isinstance(value, bool):
+        value = int(value)
     return value if math.isfinite(value) else None
