@@ -3,9 +3,9 @@
 ``sandbox.py`` starts this file as a fresh, single-threaded interpreter and writes the job as JSON to its standard
 input. Standard library only: nothing else can be imported here. Three processes, each the parent of the next:
 
-- launcher: enters new namespaces, waits for init, and kills it when told to stop;
+- launcher: enters new namespaces, waits for init, and kills it on SIGTERM;
 - init: process 1 of the new process namespace. It builds the file system, reports how the program ended, and exits;
-  its exit makes the kernel kill everything the program left behind. Absent when the run is unconfined;
+  its exit makes the kernel kill all processes that the program left. Absent when the run is unconfined;
 - program: gives up every privilege, takes on the limits and the system-call filter, and runs the code. It is forked,
   not started by exec, so that exec can be refused to it.
 """
@@ -36,6 +36,7 @@ CLONE_NEWNET = 0x40000000
 ALL_NAMESPACES = (
     CLONE_NEWNS | CLONE_NEWCGROUP | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNET
 )
+
 # linux/mount.h
 MS_NOSUID = 2
 MS_NODEV = 4
@@ -49,6 +50,7 @@ AT_RECURSIVE = 0x8000
 MOUNT_ATTR_RDONLY = 1
 MOUNT_ATTR_NOSUID = 2
 SYS_MOUNT_SETATTR = 442  # the same number on every architecture; glibc has a wrapper only since 2.36
+
 # linux/prctl.h, linux/seccomp.h, linux/capability.h
 PR_SET_PDEATHSIG = 1
 PR_SET_SECCOMP = 22
@@ -147,12 +149,12 @@ def write_file(path: str, text: str) -> None:
 def build_file_system(folders: list[str], files: list[str]) -> None:
     """Make a new root: ``folders`` and ``files`` at their own paths, read-only, and one empty writable folder.
 
-    Everything is in memory and in this mount namespace; nothing of it is ever on the disk outside.
+    Everything is in memory and in this mount namespace; the disk outside is never written to.
     """
     os.umask(0o022)
     real_paths = {path: os.path.realpath(path) for path in (*folders, *files)}
 
-    # The new root. Below /old it has the old one whole, whose own /tmp is visible there.
+    # The new root. Below /old it has all of the old one; its /tmp is visible there.
     call("mount", None, b"/", None, MS_REC | MS_PRIVATE, None)
     call("mount", b"tmpfs", b"/tmp", b"tmpfs", MS_NOSUID | MS_NODEV, b"size=1m,mode=755")
     os.mkdir("/tmp/old")
@@ -195,7 +197,8 @@ def set_mount_attributes(path: str, flags: int, *, add: int = 0, remove: int = 0
 
 def set_limits(job: dict) -> None:
     """Set the kernel's limits, hard, on this process and its children."""
-    cpu_time_s = math.ceil(job["cpu_time_s"]) + 1  # the watch outside counts exactly, and is to decide
+    # Later than the watch outside, which counts exactly and should decide.
+    cpu_time_s = math.ceil(job["cpu_time_s"]) + 1
     limits = {
         resource.RLIMIT_CPU: (cpu_time_s, cpu_time_s + 1),
         resource.RLIMIT_AS: (job["memory_bytes"],) * 2,
@@ -204,8 +207,9 @@ def set_limits(job: dict) -> None:
         RLIMIT_SIGPENDING: (MAX_PENDING_SIGNALS,) * 2,
         resource.RLIMIT_CORE: (1, 1),  # with 0 the kernel still starts a program that takes core dumps
     }
-    if job["confined"]:  # elsewhere it would count everything that the user runs
-        num_helpers = 0 if os.getuid() == 0 else 2  # launcher and init are the program's user, unless started by root
+    if job["confined"]:  # unconfined, it would count all processes of the user
+        # Launcher and init have the same user as the program, unless root started them.
+        num_helpers = 0 if os.getuid() == 0 else 2
         limits[resource.RLIMIT_NPROC] = (job["max_processes"] + num_helpers,) * 2
 
     for which, values in limits.items():
@@ -228,7 +232,7 @@ def drop_privileges() -> None:
 
 
 def filter_system_calls(code: bytes) -> None:
-    """Install a filter made by ``system_calls.py``; it holds for this process and all that come from it."""
+    """Install a filter made by ``system_calls.py``, for this process and all of its descendants."""
     buffer = ctypes.create_string_buffer(code, len(code))
     num_instructions = len(code) // 8
     header = struct.pack("HxxxxxxQ", num_instructions, ctypes.addressof(buffer))  # struct sock_fprog
@@ -241,8 +245,8 @@ def filter_system_calls(code: bytes) -> None:
 def run_program(job: dict, token_fd: int) -> None:
     """Run ``job["code"]`` and never return.
 
-    Only a program whose last line was reached writes the token. An early exit writes none, whatever its exit status or
-    output, and so shows none to a program that replaced our pipe by its own.
+    The token is written only after the last line of the program. An early exit writes none, whatever its exit status or
+    output, and so shows none to a program that replaced our pipe.
     """
     code = job.pop("code")
     token = job.pop("token").encode()
@@ -253,8 +257,10 @@ def run_program(job: dict, token_fd: int) -> None:
     getpid = os.getpid
 
     def tell(outcome: bytes, reason: str = "") -> None:
-        if getpid() == pid:  # not a child that the program forked and that came this far too
-            write(token_fd, outcome + b" " + reason[:MAX_REASON].encode("utf-8", "replace"))
+        # A child that the program forked comes here too.
+        if getpid() == pid:
+            text = reason[:MAX_REASON].encode("utf-8", "replace")
+            write(token_fd, outcome + b" " + text)
 
     sys.path += job["import_paths"]
     sys.argv[:] = [FILE_NAME]
@@ -269,6 +275,7 @@ def run_program(job: dict, token_fd: int) -> None:
         exec(compile(code, FILE_NAME, "exec", dont_inherit=True), module.__dict__)
         tell(token)
     except SystemExit as error:
+        # As the interpreter does: None is 0, a text is 1.
         exit_code = error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException as error:
         exit_code = 1
@@ -276,7 +283,7 @@ def run_program(job: dict, token_fd: int) -> None:
         error.__traceback__ = error.__traceback__.tb_next  # from the program's first frame on
         if isinstance(error, MemoryError):
             outcome = b"out_of_memory"
-            error.__traceback__ = None  # lets go of the frames and of the memory they hold
+            error.__traceback__ = None  # frees the frames and their memory
             module.__dict__.clear()
         tell(outcome, traceback.format_exception_only(error)[-1].strip())
         traceback.print_exception(error)
@@ -296,13 +303,14 @@ def launcher(job: dict, report_fd: int) -> None:
     if job["confined"]:
         enter_namespaces()
     if sys.platform == "linux":
-        # After the change of identity, which would clear it: end with the process that started us.
+        # End with the process that started us. After the change of identity, which would clear it.
         call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # it ended before that
         os._exit(1)
+
     if not job["confined"]:
         supervise(job, report_fd)
-        os.killpg(0, signal.SIGKILL)  # this process and what the program left in its group
+        os.killpg(0, signal.SIGKILL)  # this process and all that are left in its group
 
     child = os.fork()
     if child == 0:
@@ -330,15 +338,18 @@ def supervise(job: dict, report_fd: int) -> None:
     program = os.fork()
     if program == 0:
         become_program(job, report_fd, write_end)
+
     report(report_fd, {"started": True})
     os.close(write_end)
     if not job["confined"]:
         signal.signal(signal.SIGTERM, lambda *_: os.kill(program, signal.SIGKILL))
 
-    while True:  # init also inherits, and must reap, the processes whose parents are gone
+    # Any child, not the program alone: init also inherits, and must reap, the processes whose parents are gone.
+    while True:
         pid, status, usage = os.wait4(-1, 0)
         if pid == program:
             break
+
     outcome, reason = read_outcome(read_end, job["token"])
     report(
         report_fd,
@@ -352,11 +363,11 @@ def supervise(job: dict, report_fd: int) -> None:
 
 
 def become_program(job: dict, report_fd: int, token_fd: int) -> None:
-    """Confine this process, close what it inherited, and run the code; never return."""
+    """Confine this process, close inherited descriptors, and run the code; never return."""
     try:
         set_limits(job)
         if job["confined"]:
-            os.setsid()  # out of the group of the processes above, which kill(0) would end
+            os.setsid()  # a separate process group: kill(0) would end the processes above too
             drop_privileges()
             filter_system_calls(bytes.fromhex(job["seccomp_filter"]))
     except (OSError, ValueError) as error:
@@ -368,7 +379,7 @@ def become_program(job: dict, report_fd: int, token_fd: int) -> None:
 
 
 def read_outcome(read_end: int, token: str) -> tuple[str, str]:
-    """Read what the program said of its end: ``passed`` with the token, ``failed`` or ``out_of_memory``, or nothing."""
+    """Read the outcome from the program's pipe: ``passed`` with the token, ``failed``, ``out_of_memory``, or empty."""
     os.set_blocking(read_end, False)
     try:
         message = os.read(read_end, 4096)
@@ -398,6 +409,8 @@ def main() -> None:
     """Read the job from standard input and run it; the report goes to the descriptor named on the command line."""
     report_fd = int(sys.argv[1])
     job = json.load(sys.stdin)
+
+    # The program has no standard input.
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)

@@ -2,8 +2,8 @@
 
 A program runs in its own Linux namespaces with no network, no file system but a read-only view of the Python
 installation and an empty folder in memory, and limits on memory, processes, CPU time, wall time and output.
-What is confined, how, and what it does not protect against: docs/evaluation.md. ``child.py`` is the inside,
-``system_calls.py`` says which system calls are refused there, and ``watch.py`` follows a program from outside.
+docs/evaluation.md describes the protection and its limits. ``child.py`` is the inside, ``system_calls.py`` lists the
+system calls that are refused there, and ``watch.py`` follows a program from outside.
 """
 
 from __future__ import annotations
@@ -34,18 +34,30 @@ from .watch import Limits, SandboxResult, Watch
 _CHILD = Path(__file__).with_name("child.py")
 # Not /dev/zero: mapped, it is memory that belongs to no process.
 _VISIBLE_FILES = ("/dev/null", "/dev/random", "/dev/urandom", "/etc/ld.so.cache")
+# Where Python's own libraries are, on one system or another.
+_LIBRARIES = (
+    "/lib",
+    "/lib64",
+    "/usr/lib",
+    "/usr/lib64",
+    "/nix/store",
+    "/gnu/store",
+    "/usr/share/zoneinfo",
+)
 
 
 @functools.lru_cache(maxsize=1)
 def why_unconfined() -> str | None:
-    """Why this machine cannot confine a program, or None: an empty one is run, once per process."""
+    """Why this machine cannot confine a program, or None; an empty program is run once per process to find out."""
     if sys.platform != "linux":
         return f"it takes Linux namespaces, and this is {sys.platform}"
     try:
         result = _run("import decimal", Limits(), confined=True)
     except UserError as error:
         return str(error)
-    return None if result.passed else f"an empty program did not run: {result.reason} {result.stderr[-500:]}".strip()
+    if result.passed:
+        return None
+    return f"an empty program did not run: {result.reason} {result.stderr[-500:]}".strip()
 
 
 def check_allowed(allow_unconfined: bool) -> bool:
@@ -60,8 +72,9 @@ def check_allowed(allow_unconfined: bool) -> bool:
 
 
 def run_code(code: str, *, allow_unconfined: bool = False, **limits: Any) -> SandboxResult:
-    """Run one Python program confined and say how it ended; see `run_many`."""
-    return run_many([code], num_workers=1, allow_unconfined=allow_unconfined, **limits)[0]
+    """Run one Python program confined and return how it ended; see `run_many`."""
+    (result,) = run_many([code], num_workers=1, allow_unconfined=allow_unconfined, **limits)
+    return result
 
 
 def run_many(
@@ -72,7 +85,7 @@ def run_many(
     allow_unconfined: bool = False,
     **limits: Any,
 ) -> list[SandboxResult]:
-    """Run Python programs confined, several at a time, and say how each ended.
+    """Run Python programs confined, several at a time, and return how each ended.
 
     Args:
         programs: Sources. Each runs as a module named ``program`` with no standard input; ``__name__`` is not
@@ -100,7 +113,8 @@ def run_many(
                 result = future.result()
                 if progress is not None:
                     progress(num_done, len(futures), result)
-        except BaseException:  # Ctrl-C in particular: do not wait for programs that may run for minutes
+        except BaseException:
+            # Ctrl-C in particular: do not wait for programs that may run for minutes.
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
@@ -114,12 +128,14 @@ def _run(code: str, limits: Limits, *, confined: bool, stop: threading.Event | N
         UserError: If it could not be started.
     """
     with contextlib.ExitStack() as opened:
-        folder = "/"
-        home = "/tmp"  # the program's own, in memory
-        if not confined:
+        if confined:
+            folder = "/"
+            home = "/tmp"  # the program's, in memory
+        else:
             temporary = tempfile.TemporaryDirectory(prefix="maskft-sandbox-", ignore_cleanup_errors=True)
             home = opened.enter_context(temporary)
             folder = home
+
         job_file = opened.enter_context(tempfile.TemporaryFile("w+"))
         json.dump(_job(code, limits, confined), job_file)
         job_file.seek(0)
@@ -154,7 +170,7 @@ def _run(code: str, limits: Limits, *, confined: bool, stop: threading.Event | N
 
 
 def _job(code: str, limits: Limits, confined: bool) -> dict[str, Any]:
-    """What ``child.py`` reads."""
+    """The job for ``child.py``."""
     folders, import_paths = _python_folders()
     return {
         "code": code,
@@ -190,10 +206,17 @@ def _python_folders() -> tuple[list[str], list[str]]:
     if site.ENABLE_USER_SITE and os.path.isdir(site.getusersitepackages()):
         site_packages.append(site.getusersitepackages())
     standard_library = [os.path.dirname(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")]
-    libraries = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/nix/store", "/gnu/store", "/usr/share/zoneinfo"]
-    wanted = {path for path in (*site_packages, *standard_library, *libraries) if os.path.isdir(path)}
+    candidates = [*site_packages, *standard_library, *_LIBRARIES]
+
+    wanted: set[str] = set()
+    for path in candidates:
+        if os.path.isdir(path):
+            wanted |= {path, os.path.realpath(path)}
+
+    # Sorted, a folder comes before those inside of it, which it makes visible.
     folders: list[str] = []
-    for path in sorted(wanted | {os.path.realpath(path) for path in wanted}):
-        if not any(path.startswith(folder.rstrip("/") + "/") for folder in folders):  # not inside one already there
+    for path in sorted(wanted):
+        is_inside = any(path.startswith(folder.rstrip("/") + "/") for folder in folders)
+        if not is_inside:
             folders.append(path)
     return folders, site_packages

@@ -43,8 +43,8 @@ REFUSED_CALLS = {
     "setns": (308, 268),
     "umount2": (166, 39),
     "unshare": (272, 97),
-    # Sockets with a name: what clients sent waits in the listener's queue, though every client has closed its end.
-    # Two listeners held 1,779 MB. A socketpair has no queue of connections, and its memory goes with its ends.
+    # Sockets with a name: data of clients stays in the listener's queue after every client has closed its end. Two
+    # listeners held 1,779 MB. A socketpair has no queue of connections, and its memory is freed with its ends.
     "accept": (43, 202),
     "accept4": (288, 242),
     "bind": (49, 200),
@@ -64,7 +64,7 @@ REFUSED_CALLS = {
     "splice": (275, 76),
     "tee": (276, 77),
     "vmsplice": (278, 75),
-    # The page cache, and what other programs have read of it.
+    # The page cache, which shows the files that other programs have read.
     "cachestat": (451, 451),
     "fadvise64": (221, 223),
     "readahead": (187, 213),
@@ -127,7 +127,7 @@ JUMP_IF_ANY_BIT = 0x45
 AND = 0x54
 RETURN = 0x06
 
-# What it returns (linux/seccomp.h).
+# Values that the filter returns (linux/seccomp.h).
 ALLOW = 0x7FFF0000
 FAIL = 0x00050000
 KILL = 0x80000000
@@ -171,7 +171,10 @@ def seccomp_filter(machine_name: str | None = None) -> bytes:
         program += _refuse_if(numbers[machine], 0, [(JUMP_IF_EQUAL, 1, 0, AF_UNIX)])
     for numbers, position, values in REFUSED_VALUES.values():
         program += _refuse_if(numbers[machine], position, _is_one_of(values))
-    is_shared_and_anonymous = [(AND, 0, 0, SHARED_AND_ANONYMOUS), (JUMP_IF_EQUAL, 0, 1, SHARED_AND_ANONYMOUS)]
+    is_shared_and_anonymous = [
+        (AND, 0, 0, SHARED_AND_ANONYMOUS),
+        (JUMP_IF_EQUAL, 0, 1, SHARED_AND_ANONYMOUS),
+    ]
     program += _refuse_if(MMAP[machine], 3, is_shared_and_anonymous)
     program.append((RETURN, 0, 0, ALLOW))
 

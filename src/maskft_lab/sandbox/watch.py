@@ -1,4 +1,4 @@
-"""Watch one running program from outside: read its output, add up what it uses, end it when it is over a limit."""
+"""Watch one running program from outside: read its output, add up its memory and time, end it over a limit."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from typing import Any, Literal
 from maskft_common.errors import UserError
 
 INTERVAL_S = 0.05  # how often the memory and CPU time of all of a program's processes are added up
-STOP_PATIENCE_S = 5.0  # from asking the launcher to stop until it is killed; its end takes everything below with it
-# What the kernel keeps of a mapping, for which no process is charged: 250 bytes by itself, and up to 64 more for each
-# ancestor that wrote to it. A process may have 65,530 mappings; an ordinary program has some hundreds.
+STOP_PATIENCE_S = 5.0  # from asking the launcher to stop until it is killed, which ends all processes below it
+# Memory of the kernel for a mapping, which counts for no process: 250 bytes, and up to 64 more for each ancestor that
+# wrote to it. A process may have 65,530 mappings; an ordinary program has some hundreds.
 MAPPING_BYTES = 1024
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -35,8 +35,8 @@ class SandboxResult:
         status: ``passed`` only if the last line of the program was reached.
         reason: Why it did not pass, such as the exception with its message; empty if it passed.
         exit_code: Exit status of the program; minus the signal's number when a signal ended it.
-        stdout: The first ``max_output_bytes`` of what it printed.
-        stderr: The same for its errors, a traceback included.
+        stdout: The first ``max_output_bytes`` of its standard output.
+        stderr: The same of its standard error, a traceback included.
         cpu_time_s: CPU time of the program and the children it waited for, in seconds.
         confinement: ``unconfined`` only where the caller accepted the risk.
     """
@@ -59,8 +59,8 @@ class SandboxResult:
 class Limits:
     """Limits of a program.
 
-    The one that decides about an endless loop is CPU time, which a busy machine does not shorten; the wall limit only
-    ends programs that wait. Output beyond its limit is read and thrown away, so it does not end the program.
+    CPU time, which a busy machine does not shorten, ends an endless loop; the wall limit only ends programs that wait.
+    Output beyond its limit is read and thrown away, so it does not end the program.
 
     Args:
         cpu_time_s: CPU seconds, for each process of the program and for all together.
@@ -100,11 +100,14 @@ class Watch:
     cpu_time_s: float = 0.0
 
     def __post_init__(self) -> None:
-        descriptors = (self.process.stdout.fileno(), self.process.stderr.fileno(), self.report_fd)
-        self.kept = {descriptor: bytearray() for descriptor in descriptors}
+        self.kept = {
+            self.process.stdout.fileno(): bytearray(),
+            self.process.stderr.fileno(): bytearray(),
+            self.report_fd: bytearray(),
+        }
 
     def until_end(self) -> None:
-        """Return when the launcher is gone, which is when the report ends: nothing else holds it to the last."""
+        """Return when the launcher has ended: then the report ends, because no other process holds it open so long."""
         start_s = time.monotonic()
         next_check_s = start_s + INTERVAL_S
         kill_s = math.inf
@@ -162,7 +165,7 @@ class Watch:
         return None
 
     def end_everything(self) -> None:
-        """Make sure that nothing of the run is left, also when an exception is on its way."""
+        """Make sure that no process of the run is left, also after an exception."""
         if self.process.poll() is not None:
             return
         self.process.terminate()
@@ -179,7 +182,13 @@ class Watch:
             UserError: If the program was not started.
         """
         stdout, stderr, report_text = (bytes(kept).decode("utf-8", "replace") for kept in self.kept.values())
-        end: dict[str, Any] = {"outcome": "", "reason": "", "exit_code": -9, "cpu_time_s": self.cpu_time_s}
+        # As of a program that was killed, until a report says otherwise.
+        end: dict[str, Any] = {
+            "outcome": "",
+            "reason": "",
+            "exit_code": -9,
+            "cpu_time_s": self.cpu_time_s,
+        }
         reports = [json.loads(line) for line in report_text.splitlines()]
         for report in reports:
             end |= report
@@ -204,8 +213,8 @@ class Watch:
         """Status and reason of a run.
 
         Args:
-            end: What was reported of its end.
-            has_ended: Whether its end was reported at all, and not only its start.
+            end: The report of its end.
+            has_ended: Whether there was one, and not only the report of its start.
         """
         exit_code = end["exit_code"]
         if end["outcome"] == "passed" and exit_code == 0:
@@ -225,7 +234,8 @@ class Watch:
 def tree_usage(launcher: int, num_helpers: int) -> tuple[int, float]:
     """Add up the memory in bytes and the CPU seconds of the processes below ``launcher``.
 
-    The first ``num_helpers`` generations are ours: of them only the time of children they already reaped counts.
+    The first ``num_helpers`` generations are not the program's: of them only the time of children that they already
+    reaped counts.
     """
     memory_bytes = 0
     ticks = 0
@@ -238,7 +248,7 @@ def tree_usage(launcher: int, num_helpers: int) -> tuple[int, float]:
         except OSError:  # it ended meanwhile
             continue
 
-        # A first thread that has ended shows no pages, though the others still hold them all.
+        # A first thread that has ended shows no pages, but the other threads still hold them all.
         most_pages = 0
         of_most_pages = f"/proc/{pid}"
         for thread in threads:
@@ -274,4 +284,5 @@ def _stat(folder: str) -> list[bytes]:
     11, 12: user and system time; 13, 14: the same of reaped children; 21: resident pages. As bytes: the program can
     give itself a name that is not valid text.
     """
-    return Path(f"{folder}/stat").read_bytes().rpartition(b")")[2].split()
+    _, _, numbers = Path(f"{folder}/stat").read_bytes().rpartition(b")")
+    return numbers.split()
