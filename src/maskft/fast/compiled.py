@@ -54,7 +54,13 @@ def is_supported(masker: FastMasker, names: list[str]) -> bool:
     return not layer.mask_configs[name].price and layer.quantization_backend is None
 
 
-def linear(masker: FastMasker, x: Tensor, bias: Tensor | None, dtype: torch.dtype, name: str) -> Tensor:
+def linear(
+    masker: FastMasker,
+    x: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    name: str,
+) -> Tensor:
     """Map x (..., I) to (..., O) with the weight that is up to date; x and bias have the ``dtype``."""
     layer = masker.layer
     _refresh_at_trace(masker.number, str(dtype).removeprefix("torch."), layer.training)

@@ -69,7 +69,13 @@ class FastMasker(Masker):
         return cast(Tensor, self._linear(x, bias, dtype, names))
 
     @torch.compiler.disable
-    def _linear(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype, names: list[str]) -> Tensor:
+    def _linear(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        names: list[str],
+    ) -> Tensor:
         layer = self.layer
         weight = self.weight(dtype)
         trained = {}

@@ -30,7 +30,12 @@ _NARROWED_MIN_NUMEL = 1 << 12
 # Keys of a chunk are laid out in so many rows, and searched by columns: see _find_in_band.
 _ROWS = 32
 # Integers of the size of a float, by bytes: their bits are copied with AND.
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGERS = {
+    1: torch.int8,
+    2: torch.int16,
+    4: torch.int32,
+    8: torch.int64,
+}
 
 
 class Near(NamedTuple):
@@ -124,7 +129,12 @@ def keep_highest_(
     return _near(near, band, cut, share)
 
 
-def _near(last: Near | None, band: tuple[float, float], cut: float, share: float) -> Near:
+def _near(
+    last: Near | None,
+    band: tuple[float, float],
+    cut: float,
+    share: float,
+) -> Near:
     """Where to look next, given the ``share`` of all scores that lay in the ``band`` around the ``cut``."""
     width = band[1] - band[0]
     reach = 0.4 * width
@@ -261,7 +271,13 @@ def _split_(
     return num_below, torch.cat(indices), torch.cat(values)
 
 
-def _find_in_band(keys: Tensor, low: float, high: float, signs: Tensor, furthest: int) -> Tensor:
+def _find_in_band(
+    keys: Tensor,
+    low: float,
+    high: float,
+    signs: Tensor,
+    furthest: int,
+) -> Tensor:
     """Indices of the few keys from ``low`` to ``high``, in order.
 
     The plain way, flags of all keys, would cost more than the rest of a refresh. So the keys are laid out in a few
@@ -283,7 +299,12 @@ def _find_in_band(keys: Tensor, low: float, high: float, signs: Tensor, furthest
     return row * num_columns + columns[column]
 
 
-def score_gradient_(grad: Tensor, weight: Tensor, scores: Tensor, rank_by: RankBy) -> Tensor:
+def score_gradient_(
+    grad: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    rank_by: RankBy,
+) -> Tensor:
     """:func:`maskft.masking.score_gradient`, written into ``grad`` (float32)."""
     grad.mul_(weight)
     return grad.mul_(torch.sign(scores)) if rank_by == "abs" else grad

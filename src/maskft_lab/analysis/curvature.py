@@ -88,7 +88,13 @@ def hessian_products(model, names: Sequence[str], batches: Sequence[Batch]) -> l
     return products
 
 
-def operator_product(model, loss, parameters: list[nn.Parameter], inputs: Tensor, targets: Tensor) -> Product:
+def operator_product(
+    model,
+    loss,
+    parameters: list[nn.Parameter],
+    inputs: Tensor,
+    targets: Tensor,
+) -> Product:
     """Hessian-vector product of ``loss(model(inputs), targets)`` in ``parameters``, at their present values."""
     check_curvlinops()
     from curvlinops import HessianLinearOperator
@@ -201,7 +207,13 @@ def largest_eigenvalue(
     operator = LinearOperator((num_weights, num_weights), matvec=apply, dtype=np.float64)
     try:
         # BE: both ends of the spectrum, from one Krylov space.
-        (smallest, largest), vectors = eigsh(operator, k=2, which="BE", v0=start, tol=TOLERANCE)
+        (smallest, largest), vectors = eigsh(
+            operator,
+            k=2,
+            which="BE",
+            v0=start,
+            tol=TOLERANCE,
+        )
     except (ArpackNoConvergence, TypeError) as error:
         raise UserError(f"the largest eigenvalue cannot be computed ({error}); take more --num_rows") from error
 
@@ -281,7 +293,11 @@ def analyse_curvature(
         find = functools.partial(largest_eigenvalue, products, shares, diagonal, sampling.seed)
         largest = pieces.get(f"{name} eigenvalue", find)
         count()
-        return {**trace_estimate(forms, shares), "largest": largest, "forms": forms}
+        return {
+            **trace_estimate(forms, shares),
+            "largest": largest,
+            "forms": forms,
+        }
 
     # Products are at the present weights: first those under the mask, then those with it.
     every = np.ones_like(kept)

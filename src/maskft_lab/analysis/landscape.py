@@ -27,7 +27,11 @@ Weights = dict[str, Tensor]  # parameter name -> values, on the model's device a
 MARGIN = 0.25  # the plane extends beyond its models by this share of their distance
 
 
-def plane_through(first: Weights, second: Weights, third: Weights) -> tuple[Weights, Weights, np.ndarray]:
+def plane_through(
+    first: Weights,
+    second: Weights,
+    third: Weights,
+) -> tuple[Weights, Weights, np.ndarray]:
     """Orthonormal directions of the plane through three models, with ``first`` as its origin.
 
     Returns:
@@ -133,7 +137,11 @@ def analyse_landscape(
             found.append(pieces.get(f"plane {i} {j}", compute))
             report(len(found), grid**2)
 
-    plane: dict[str, Any] = {"points": coordinates.tolist(), "x": x, "y": y}
+    plane: dict[str, Any] = {
+        "points": coordinates.tolist(),
+        "x": x,
+        "y": y,
+    }
     for split in rows:
         losses = [losses_of_point[split] for losses_of_point in found]
         plane[split] = np.reshape(losses, (grid, grid)).tolist()

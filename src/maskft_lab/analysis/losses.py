@@ -68,7 +68,11 @@ def load_rows(folder: Path, num_rows: int, seed: int = 0) -> dict[str, list[dict
     return out
 
 
-def make_batches(rows: Sequence[Mapping], batch_size: int, device: str | torch.device = "cpu") -> list[Batch]:
+def make_batches(
+    rows: Sequence[Mapping],
+    batch_size: int,
+    device: str | torch.device = "cpu",
+) -> list[Batch]:
     """Batches of rows in their order, padded on the right: a causal model never sees the padding.
 
     Not sorted by length: the spread between batches tells the error of a mean over rows.

@@ -104,7 +104,11 @@ def describe_mask(masks: MaskSet, config) -> dict:
     }
 
 
-def analyse_masks(file: Path, adapters: Mapping[str, tuple[str, str]], report: Report = no_report) -> None:
+def analyse_masks(
+    file: Path,
+    adapters: Mapping[str, tuple[str, str]],
+    report: Report = no_report,
+) -> None:
     """Write shares of each mask (``.json``): ``masks`` NAME: `describe_mask`.
 
     Args:

@@ -63,7 +63,11 @@ class TrainedRun:
         return self.summary.get("history", [])
 
 
-def read_study(folder: str | Path, base: str | None = None, study_name: str | None = None) -> list[TrainedRun]:
+def read_study(
+    folder: str | Path,
+    base: str | None = None,
+    study_name: str | None = None,
+) -> list[TrainedRun]:
     """All finished runs of one base model: in a study's folder, where it has a summary those of it; or published ones.
 
     Raises:

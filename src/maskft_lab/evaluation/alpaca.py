@@ -117,7 +117,13 @@ def evaluate_alpaca(
 
     outputs: list[dict[str, Any]] = []
     for instruction, answer in zip(instructions, answers, strict=True):
-        outputs.append({"instruction": instruction, "output": answer.strip(), "generator": name})
+        outputs.append(
+            {
+                "instruction": instruction,
+                "output": answer.strip(),
+                "generator": name,
+            }
+        )
     file = folder / layout.ALPACA_OUTPUTS
     files.write_text(file, json.dumps(outputs, indent=1, ensure_ascii=False) + "\n")
 

@@ -104,13 +104,23 @@ def _evaluate_benchmarks(
     records: dict[str, dict] = {}
     for name, task in benchmarks.items():
         started_at = time.perf_counter()
-        record = run_task(lm, name, task, limit=options.limit, apply_chat_template=options.apply_chat_template)
+        record = run_task(
+            lm,
+            name,
+            task,
+            limit=options.limit,
+            apply_chat_template=options.apply_chat_template,
+        )
         time_s = time.perf_counter() - started_at
         records[name] = record | {"time_s": round(time_s, 1)}
     return records
 
 
-def labelled_files(output_dir: str, sources: Sequence[str], names: Sequence[str]) -> list[tuple[str, Path]]:
+def labelled_files(
+    output_dir: str,
+    sources: Sequence[str],
+    names: Sequence[str],
+) -> list[tuple[str, Path]]:
     """A label and a result file per model: in ``output_dir``, or of several models in a folder for each label.
 
     Training seeds of one method have one label; their folders have the seed in their names.
@@ -172,7 +182,12 @@ def _check_writable(folder: Path) -> None:
     raise UserError(f"output_dir {str(folder)!r} cannot be written below {first_there}: {problem}; name another")
 
 
-def finished_result(target: Path, name: str, settings: Mapping, tasks: Iterable[str]) -> Result | None:
+def finished_result(
+    target: Path,
+    name: str,
+    settings: Mapping,
+    tasks: Iterable[str],
+) -> Result | None:
     """The result of an earlier run with this name, these settings and tasks, or None.
 
     Raises:

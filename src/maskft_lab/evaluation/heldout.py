@@ -184,7 +184,13 @@ def task_record(
     """
     questions: list[dict[str, Any]] = []
     for row, prompt in asked:
-        questions.append({"id": str(row["id"]), "prompt": prompt, "reference": row.get("answer")})
+        questions.append(
+            {
+                "id": str(row["id"]),
+                "prompt": prompt,
+                "reference": row.get("answer"),
+            }
+        )
     record = build_task(
         items,
         metrics,
@@ -196,7 +202,12 @@ def task_record(
     return dict(record)
 
 
-def evaluate_kl(loaded: Loaded, rows: Sequence[dict], options: EvaluationArguments, journal: Journal) -> dict:
+def evaluate_kl(
+    loaded: Loaded,
+    rows: Sequence[dict],
+    options: EvaluationArguments,
+    journal: Journal,
+) -> dict:
     """KL(before || model) of the next token, the mean over the tokens of each row's prompt, in nats.
 
     Args:
@@ -238,9 +249,18 @@ def evaluate_kl(loaded: Loaded, rows: Sequence[dict], options: EvaluationArgumen
 
 
 @torch.inference_mode()
-def _log_probs(model, weights: Mapping[str, torch.Tensor], ids_BT, mask_BT) -> torch.Tensor:
+def _log_probs(
+    model,
+    weights: Mapping[str, torch.Tensor],
+    ids_BT,
+    mask_BT,
+) -> torch.Tensor:
     """Log-probabilities of each next token, (B, T, V), float32; ``weights`` replace the model's of the same names."""
-    inputs = {"input_ids": ids_BT, "attention_mask": mask_BT, "use_cache": False}
+    inputs = {
+        "input_ids": ids_BT,
+        "attention_mask": mask_BT,
+        "use_cache": False,
+    }
     logits_BTV = functional_call(model, dict(weights), kwargs=inputs).logits
     return logits_BTV.float().log_softmax(-1)
 

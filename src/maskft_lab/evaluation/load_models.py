@@ -144,7 +144,14 @@ class _Base:
         generation = self.model.generation_config.to_diff_dict()
         self.configuration = {**self.model.config.to_diff_dict(), "generation": generation}
 
-    def loaded(self, model, source: str, facts: dict, identity: str, before=None) -> Loaded:
+    def loaded(
+        self,
+        model,
+        source: str,
+        facts: dict,
+        identity: str,
+        before=None,
+    ) -> Loaded:
         """Add the tokenizer, and the facts about the base model.
 
         Args:
@@ -169,7 +176,12 @@ class _Base:
         return Loaded(model, tokenizer, facts, identity, before)
 
 
-def _with_change(model, before: Mapping[str, torch.Tensor], change: str, dtype: str) -> Any:
+def _with_change(
+    model,
+    before: Mapping[str, torch.Tensor],
+    change: str,
+    dtype: str,
+) -> Any:
     """The model after a change: with a merged adapter, or with the weights of another whole model.
 
     Args:
@@ -197,7 +209,11 @@ def _with_change(model, before: Mapping[str, torch.Tensor], change: str, dtype: 
     return model
 
 
-def _check_same_shapes(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], change: str) -> None:
+def _check_same_shapes(
+    before: Mapping[str, torch.Tensor],
+    after: Mapping[str, torch.Tensor],
+    change: str,
+) -> None:
     """Raise if two sets of weights differ in a name or a shape."""
     for name in {**before, **after}:  # in order, which a set would not keep
         is_in_both = name in before and name in after

@@ -29,7 +29,13 @@ from .benchmarks import BENCHMARKS, Benchmark, load_docs, without_nltk_downloads
 from .evaluation_arguments import ALPACA_EVAL, HELDOUT
 from .heldout import chat_template_hash
 
-SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}  # lm-eval's defaults
+# lm-eval's defaults.
+SEEDS = {
+    "random": 0,
+    "numpy": 1234,
+    "torch": 1234,
+    "fewshot": 1234,
+}
 _OTHERS = Benchmark("", "", {}, "", {}, "")  # all other tasks of lm-eval
 
 
@@ -173,7 +179,13 @@ def run_task(
 
     questions: list[dict[str, Any]] = []
     for item in items:
-        questions.append({"id": item["id"], "prompt": item["prompt_hash"], "reference": item["answer_hash"]})
+        questions.append(
+            {
+                "id": item["id"],
+                "prompt": item["prompt_hash"],
+                "reference": item["answer_hash"],
+            }
+        )
     record = build_task(
         items,
         _metrics(items, results["results"][name], results["higher_is_better"][name], benchmark),
@@ -235,13 +247,25 @@ def _build(name: str, docs, allow_unconfined: bool):
         config |= {
             "unsafe_code": False,  # ours is confined
             "filter_list": [{"name": "create_test", "filter": [run_filter]}],
-            "metric_list": [{"metric": "pass_at_1", "aggregation": "mean", "higher_is_better": True}],
+            "metric_list": [
+                {
+                    "metric": "pass_at_1",
+                    "aggregation": "mean",
+                    "higher_is_better": True,
+                }
+            ],
             "process_results": lambda doc, results: {"pass_at_1": int(results[0]["status"] == "passed")},
         }
     return ConfigurableTask(config=config)
 
 
-def _run_answers(resps, docs, *, name: str, allow_unconfined: bool) -> list[dict]:
+def _run_answers(
+    resps,
+    docs,
+    *,
+    name: str,
+    allow_unconfined: bool,
+) -> list[dict]:
     """Run each item's answer with its tests."""
     program_of = BENCHMARKS[name].program
     programs = [program_of(doc, resp[0]) for resp, doc in zip(resps, docs, strict=True)]
@@ -255,7 +279,13 @@ def _run_answers(resps, docs, *, name: str, allow_unconfined: bool) -> list[dict
 
     ends: list[dict] = []
     for result in results:
-        ends.append({"status": result.status, "reason": result.reason, "confinement": result.confinement})
+        ends.append(
+            {
+                "status": result.status,
+                "reason": result.reason,
+                "confinement": result.confinement,
+            }
+        )
     return ends
 
 
@@ -344,7 +374,12 @@ def _is_higher_better(metric: str, higher: Mapping) -> bool:
     return higher[metric]
 
 
-def _metrics(items: list[dict], summary: Mapping, higher: Mapping, benchmark: Benchmark) -> dict:
+def _metrics(
+    items: list[dict],
+    summary: Mapping,
+    higher: Mapping,
+    benchmark: Benchmark,
+) -> dict:
     """Metrics item by item if their mean is the number that lm-eval reports, else as a summary of the task."""
     metrics: dict[str, Any] = {}
     for key, value in summary.items():

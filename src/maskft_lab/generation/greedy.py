@@ -129,7 +129,12 @@ def greedy_generate(
     return job.out
 
 
-def check_context(model, longest: int, max_new_tokens: int = 0, option: str = "max_new_tokens") -> None:
+def check_context(
+    model,
+    longest: int,
+    max_new_tokens: int = 0,
+    option: str = "max_new_tokens",
+) -> None:
     """Refuse items of up to ``longest`` tokens that, with their answers, may not fit into the context."""
     if not longest:
         raise UserError("every prompt is empty, and a model answers something; give rows with prompts")

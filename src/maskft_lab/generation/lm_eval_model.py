@@ -27,7 +27,13 @@ class BatchedLM(HFLM):
         bf16: Compute in bfloat16, also where lm-eval opens an autocast itself.
     """
 
-    def __init__(self, model, tokenizer, batch_size: int | None = None, bf16: bool = False):
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        batch_size: int | None = None,
+        bf16: bool = False,
+    ):
         super().__init__(
             model,
             tokenizer=tokenizer,

@@ -205,7 +205,13 @@ class RowCache:
         out_BKGD = out_of_rows_BKGD + out_of_prefix_KBGD.transpose(0, 1)
         return out_BKGD.reshape(num_rows, 1, num_heads, -1)
 
-    def _room(self, layer: int, key: Tensor, value: Tensor, width: int) -> list[Tensor]:
+    def _room(
+        self,
+        layer: int,
+        key: Tensor,
+        value: Tensor,
+        width: int,
+    ) -> list[Tensor]:
         """Keys and values of a layer, with room for at least ``width`` tokens."""
         if layer in self._rows:
             rows = self._rows[layer]
@@ -227,7 +233,13 @@ def _softmax(scores: Tensor, dtype: torch.dtype) -> Tensor:
     return scores.softmax(-1, dtype=torch.float32).to(dtype)
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    mask: Tensor | None,
+) -> Tensor:
     """Attention of many tokens, (B, Q, H, D); without ``mask`` each attends to itself and those before it."""
     out_BHQD = F.scaled_dot_product_attention(
         query,

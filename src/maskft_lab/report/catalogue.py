@@ -50,7 +50,13 @@ _STUDY = "maskft study RECIPE.yaml"
 _ANALYZE = "maskft analyze STUDY --what "
 
 
-def _ablation(key: str, title: str, setting: str | None, values: str, *numbers: int) -> Figure:
+def _ablation(
+    key: str,
+    title: str,
+    setting: str | None,
+    values: str,
+    *numbers: int,
+) -> Figure:
     grid = f"mask.{setting}: {values}" if setting else "any other setting of mask"
     return Figure(
         key=key,

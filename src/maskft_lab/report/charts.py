@@ -218,7 +218,11 @@ def files_of(chart: Chart, key: str) -> dict[str, bytes]:
 # No dates and no names of programs: the same data gives the same file.
 _NO_METADATA = {
     "svg": {"Date": None, "Creator": None},
-    "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+    "pdf": {
+        "CreationDate": None,
+        "Creator": None,
+        "Producer": None,
+    },
     "png": {"Software": None},
 }
 

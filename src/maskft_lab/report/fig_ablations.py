@@ -185,7 +185,12 @@ def ablation_chart(setting: str | None, evidence: Evidence) -> Chart:
     return Chart(text, panels, table, legend)
 
 
-def _draw(axes: Axes, found: Ablation, looks: Mapping[str, Entry], varied: Collection[str]) -> None:
+def _draw(
+    axes: Axes,
+    found: Ablation,
+    looks: Mapping[str, Entry],
+    varied: Collection[str],
+) -> None:
     points: list[tuple[Any, SeedMean]] = []
     for line in found.lines:
         points += line.points

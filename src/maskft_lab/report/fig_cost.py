@@ -178,8 +178,20 @@ def _draw(
         method, is_start = methods.get(cost.name, (None, False))
         colour, _, _ = look(method, is_start)
         axes.barh(place, total, color=COLOURS["rule"], height=0.7)
-        axes.barh(place, own, left=total - own, color=COLOURS[colour], height=0.7)
-        axes.text(total, place, f" {number(total, 3)}", va="center", fontsize="small")
+        axes.barh(
+            place,
+            own,
+            left=total - own,
+            color=COLOURS[colour],
+            height=0.7,
+        )
+        axes.text(
+            total,
+            place,
+            f" {number(total, 3)}",
+            va="center",
+            fontsize="small",
+        )
 
     names: list[str] = []
     for cost in rows:

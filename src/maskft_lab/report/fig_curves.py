@@ -33,7 +33,11 @@ def spent_until(run: TrainedRun, step: float | None) -> dict[str, float]:
     """
     num_steps = run.summary.get("num_steps")
     if not num_steps or not step:
-        return {"steps": 0.0, "tokens": 0.0, "time_s": 0.0}
+        return {
+            "steps": 0.0,
+            "tokens": 0.0,
+            "time_s": 0.0,
+        }
 
     share = step / num_steps
     tokens = run.summary["num_train_tokens"] * share
@@ -114,7 +118,12 @@ def curves_chart(evidence: Evidence) -> Chart:
     return Chart(text, panels, table, list(entries.values()))
 
 
-def _draw(axes: Axes, groups: Mapping[str, Sequence[Lines]], entries: Mapping[str, Entry], metric: str) -> None:
+def _draw(
+    axes: Axes,
+    groups: Mapping[str, Sequence[Lines]],
+    entries: Mapping[str, Entry],
+    metric: str,
+) -> None:
     drawn: list[Line] = []
     for name, group in groups.items():
         line = _mean_line(_alike(group, metric)) if name in entries else []

@@ -154,11 +154,23 @@ def _panel(
     row_height = LONG_NAME if has_long_names else ROW_HEIGHT
     height = 0.75 + row_height * num_rows
 
-    draw = partial(_draw, lines=lines, below=below, label=label, kinds=evidence.methods)
+    draw = partial(
+        _draw,
+        lines=lines,
+        below=below,
+        label=label,
+        kinds=evidence.methods,
+    )
     return Panel(title, draw, True, height)
 
 
-def _draw(axes: Axes, lines: Sequence[Line], below: Sequence[Line], label: str, kinds: Kinds) -> None:
+def _draw(
+    axes: Axes,
+    lines: Sequence[Line],
+    below: Sequence[Line],
+    label: str,
+    kinds: Kinds,
+) -> None:
     every = [*lines, *below]
     values = near([line.value for line in every])
     ends: list[float] = []
@@ -184,14 +196,25 @@ def _draw(axes: Axes, lines: Sequence[Line], below: Sequence[Line], label: str, 
     axes.set_xlabel(plain(label))
 
 
-def _draw_line(axes: Axes, place: int, line: Line, kinds: Kinds) -> None:
+def _draw_line(
+    axes: Axes,
+    place: int,
+    line: Line,
+    kinds: Kinds,
+) -> None:
     method, is_start = kinds.get(plain_name(line.method), (None, False))
     colour, _, marker = look(method, is_start)
     left, right = axes.get_xlim()
     x = min(max(line.value, left), right)  # one beyond the axes is drawn at their end
     opacity = 1.0 if line.is_claimed else PALE
     if line.ends:
-        axes.plot(line.ends, [place, place], color=COLOURS[colour], linewidth=1.3, alpha=opacity)
+        axes.plot(
+            line.ends,
+            [place, place],
+            color=COLOURS[colour],
+            linewidth=1.3,
+            alpha=opacity,
+        )
         mark_ends_beyond(axes, line.ends, (x, place), "x", colour)
     axes.plot(
         x,
@@ -215,7 +238,11 @@ def _draw_line(axes: Axes, place: int, line: Line, kinds: Kinds) -> None:
             va="center",
             fontsize="small",
             color=COLOURS[colour],
-            bbox={"facecolor": COLOURS["paper"], "edgecolor": "none", "pad": 0.5},
+            bbox={
+                "facecolor": COLOURS["paper"],
+                "edgecolor": "none",
+                "pad": 0.5,
+            },
         )
 
 

@@ -334,7 +334,13 @@ def _draw_budgets(axes: Axes, curve: Curve) -> None:
     left, right = axes.get_xlim()
     for budget in sorted(_budgets(curve)):
         if left <= budget <= right:
-            axes.axvline(budget, color=COLOURS["muted"], linestyle=":", linewidth=0.9, zorder=1)
+            axes.axvline(
+                budget,
+                color=COLOURS["muted"],
+                linestyle=":",
+                linewidth=0.9,
+                zorder=1,
+            )
 
 
 def _draw_paths(axes: Axes, curve: Curve, looks: Mapping[str, Entry]) -> None:
@@ -347,7 +353,13 @@ def _draw_paths(axes: Axes, curve: Curve, looks: Mapping[str, Entry]) -> None:
             x = [point.forgotten for point in members]
             y = [point.gained for point in members]
             colour = COLOURS[looks[method].colour]
-            axes.plot(x, y, color=colour, alpha=PALE, linewidth=0.8)
+            axes.plot(
+                x,
+                y,
+                color=colour,
+                alpha=PALE,
+                linewidth=0.8,
+            )
 
 
 def _draw_frontier(axes: Axes, best: Sequence[Point]) -> None:
@@ -359,7 +371,12 @@ def _draw_frontier(axes: Axes, best: Sequence[Point]) -> None:
     axes.plot(0, 0, "x", color=COLOURS["ink"])
 
 
-def _draw_point(axes: Axes, point: Point, look: Entry, is_strong: bool) -> None:
+def _draw_point(
+    axes: Axes,
+    point: Point,
+    look: Entry,
+    is_strong: bool,
+) -> None:
     x, y = _inside(axes, point)
     colour = COLOURS[look.colour]
     axes.plot(
@@ -374,10 +391,22 @@ def _draw_point(axes: Axes, point: Point, look: Entry, is_strong: bool) -> None:
         zorder=3,
     )
     if point.forgotten_ends:
-        axes.plot(point.forgotten_ends, [y, y], color=colour, linewidth=1.0, solid_capstyle="butt")
+        axes.plot(
+            point.forgotten_ends,
+            [y, y],
+            color=colour,
+            linewidth=1.0,
+            solid_capstyle="butt",
+        )
         mark_ends_beyond(axes, point.forgotten_ends, (x, y), "x", look.colour)
     if point.gained_ends:
-        axes.plot([x, x], point.gained_ends, color=colour, linewidth=1.0, solid_capstyle="butt")
+        axes.plot(
+            [x, x],
+            point.gained_ends,
+            color=colour,
+            linewidth=1.0,
+            solid_capstyle="butt",
+        )
         mark_ends_beyond(axes, point.gained_ends, (x, y), "y", look.colour)
 
 
@@ -390,7 +419,12 @@ def _inside(axes: Axes, point: Point) -> tuple[float, float]:
     return x, y
 
 
-def _name_those_beyond(axes: Axes, curve: Curve, looks: Mapping[str, Entry], strong: Sequence[Point]) -> None:
+def _name_those_beyond(
+    axes: Axes,
+    curve: Curve,
+    looks: Mapping[str, Entry],
+    strong: Sequence[Point],
+) -> None:
     """The numbers of points beyond the axes, one below the other in the order of the numbers where they are close."""
     beyond = [point for point in curve.points if _inside(axes, point) != (point.forgotten, point.gained)]
     # Chosen points first, then strong ones; pale ones only if there is room for all.
@@ -436,7 +470,12 @@ def _clusters(axes: Axes, points: Sequence[Point], step: float) -> list[list[Poi
     return [sorted(cluster, key=lambda point: -point.forgotten) for cluster in clusters]
 
 
-def _name_beyond(axes: Axes, point: Point, height: float, colour: str) -> None:
+def _name_beyond(
+    axes: Axes,
+    point: Point,
+    height: float,
+    colour: str,
+) -> None:
     """The number of a point that lies beyond the axes, with an arrow to where it lies."""
     left, right = axes.get_xlim()
     bottom, top = axes.get_ylim()
@@ -460,7 +499,11 @@ def _name_beyond(axes: Axes, point: Point, height: float, colour: str) -> None:
         fontsize="small",
         color=colour,
         # A ground under the number, which may lie over a line; by name, since it is dark in a dark picture.
-        bbox={"facecolor": COLOURS["paper"], "edgecolor": "none", "pad": 0.5},
+        bbox={
+            "facecolor": COLOURS["paper"],
+            "edgecolor": "none",
+            "pad": 0.5,
+        },
     )
 
 

@@ -135,7 +135,11 @@ def _head(figure: Figure) -> dict[str, Any]:
     if figure.numbers:
         numbers = ", ".join(map(str, figure.numbers))
         of_paper = f"Figs {numbers}" if len(figure.numbers) > 1 else f"Fig. {numbers}"
-    return {"key": figure.key, "title": figure.title, "of_paper": of_paper}
+    return {
+        "key": figure.key,
+        "title": figure.title,
+        "of_paper": of_paper,
+    }
 
 
 def _drawn(figure: Figure, chart: Chart) -> dict[str, Any]:

@@ -51,7 +51,13 @@ def few_ticks(axes: Axes, along: str = "x", count: int = 5) -> None:
     axis.set_major_locator(MaxNLocator(nbins=count, steps=[1, 2, 2.5, 5, 10]))
 
 
-def mark_ends_beyond(axes: Axes, ends: Ends, place: tuple[float, float], along: str, colour: str) -> None:
+def mark_ends_beyond(
+    axes: Axes,
+    ends: Ends,
+    place: tuple[float, float],
+    along: str,
+    colour: str,
+) -> None:
     """An arrow where an interval continues beyond the axes.
 
     Args:
@@ -63,7 +69,11 @@ def mark_ends_beyond(axes: Axes, ends: Ends, place: tuple[float, float], along: 
     """
     low, high = ends
     x, y = place
-    style: dict[str, Any] = {"color": COLOURS[colour], "markersize": 3.5, "clip_on": False}
+    style: dict[str, Any] = {
+        "color": COLOURS[colour],
+        "markersize": 3.5,
+        "clip_on": False,
+    }
     if along == "x":
         left, right = axes.get_xlim()
         if low < left:

@@ -65,7 +65,13 @@ class Measured:
         seed: Seed of the resampling.
     """
 
-    def __init__(self, sample: Sample, unit: str, num_resamples: int, seed: int):
+    def __init__(
+        self,
+        sample: Sample,
+        unit: str,
+        num_resamples: int,
+        seed: int,
+    ):
         self.sample = sample
         self.unit = unit
         self.drawn = Bootstrap(sample.block(), num_resamples, seed)
@@ -117,7 +123,12 @@ def _won_and_lost(block: Block) -> tuple[float, float, int]:
     return float(won), float(lost), num_units
 
 
-def sample_of(paired: Paired, task: str, metric: str, has_fixed_seeds: bool = False) -> Sample:
+def sample_of(
+    paired: Paired,
+    task: str,
+    metric: str,
+    has_fixed_seeds: bool = False,
+) -> Sample:
     """Return the values of two sets of seeds in one metric of a task.
 
     Raises:

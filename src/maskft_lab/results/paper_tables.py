@@ -62,7 +62,11 @@ def paper_tables(results: Sequence[Result]) -> tuple[list[tuple[str, Table]], li
     return tables, list(left_over)
 
 
-def render_tables(tables: Sequence[tuple[str, Table]], left_over: Sequence[str], output_format: str) -> str:
+def render_tables(
+    tables: Sequence[tuple[str, Table]],
+    left_over: Sequence[str],
+    output_format: str,
+) -> str:
     """Return tables as text: ``terminal``, ``markdown`` or ``latex``, where captions are comments."""
 
     def plain(text: str) -> str:

@@ -82,7 +82,12 @@ def is_at_edge(values: ArrayLike, clusters: ArrayLike | None = None) -> bool:
     return min(num_with_right, num_with_wrong) < FEW
 
 
-def tango_interval(won: float, lost: float, num_items: int, confidence: float = 0.95) -> Interval:
+def tango_interval(
+    won: float,
+    lost: float,
+    num_items: int,
+    confidence: float = 0.95,
+) -> Interval:
     """Return Tango's score interval of the difference of two proportions on the same items, (won - lost) / N.
 
     It holds all differences that the score test does not reject. Resampling takes a kind of item that was not seen for
@@ -114,7 +119,12 @@ def tango_interval(won: float, lost: float, num_items: int, confidence: float = 
     return Interval(root(1, -limit), root(-1, limit))
 
 
-def tango_score(won: float, lost: float, num_items: int, delta: float) -> float:
+def tango_score(
+    won: float,
+    lost: float,
+    num_items: int,
+    delta: float,
+) -> float:
     """Return Tango's score (standard normal) of the hypothesis that the true difference is ``delta``, in (-1, 1)."""
     distance = won - lost - num_items * delta
     if abs(distance) < 1e-9:  # the variance may be 0 there too

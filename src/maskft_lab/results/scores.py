@@ -51,7 +51,13 @@ def scores(
     return out
 
 
-def _score(group: Sequence[Result], task: str, metric: str, unit: str, fixed_seeds: bool) -> Score:
+def _score(
+    group: Sequence[Result],
+    task: str,
+    metric: str,
+    unit: str,
+    fixed_seeds: bool,
+) -> Score:
     num_seeds = len(group)
     score = Score(
         model=group[0]["name"],

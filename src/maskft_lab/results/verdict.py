@@ -166,7 +166,12 @@ def silence(row: Difference) -> str | None:
     return None
 
 
-def _loss_of(rows: Sequence[Row], task: str, mask: str, parent: str) -> str | None:
+def _loss_of(
+    rows: Sequence[Row],
+    task: str,
+    mask: str,
+    parent: str,
+) -> str | None:
     """Return the first metric of the task that is no share and that both models were measured in."""
     baseline = rows[0][0].baseline
     measured = {(row.method, row.metric) for row, _ in rows if row.task == task}
@@ -231,7 +236,12 @@ def _judged(
     return judged
 
 
-def _have(groups: Groups, pair: Pair, task: str, metric: str) -> bool:
+def _have(
+    groups: Groups,
+    pair: Pair,
+    task: str,
+    metric: str,
+) -> bool:
     """Whether all results of a pair have a metric: a control may lack the loss that decides."""
     return all(having(groups[name], task, metric) == groups[name] for name in pair)
 

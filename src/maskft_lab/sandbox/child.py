@@ -183,7 +183,13 @@ def build_file_system(folders: list[str], files: list[str]) -> None:
     call("sethostname", b"sandbox", len("sandbox"))
 
 
-def set_mount_attributes(path: str, flags: int, *, add: int = 0, remove: int = 0) -> None:
+def set_mount_attributes(
+    path: str,
+    flags: int,
+    *,
+    add: int = 0,
+    remove: int = 0,
+) -> None:
     """Change the attributes of the mount at ``path``; with ``AT_RECURSIVE`` also of all below it (Linux 5.12)."""
     propagation = 0
     user_namespace = 0

@@ -107,7 +107,16 @@ def run_many(
     bounds = Limits(**limits)
     stop = threading.Event()
     with ThreadPoolExecutor(num_workers or num_cores()) as pool:
-        futures = [pool.submit(_run, code, bounds, confined=is_confined, stop=stop) for code in programs]
+        futures = [
+            pool.submit(
+                _run,
+                code,
+                bounds,
+                confined=is_confined,
+                stop=stop,
+            )
+            for code in programs
+        ]
         try:
             for num_done, future in enumerate(as_completed(futures), start=1):
                 result = future.result()
@@ -121,7 +130,13 @@ def run_many(
     return [future.result() for future in futures]
 
 
-def _run(code: str, limits: Limits, *, confined: bool, stop: threading.Event | None = None) -> SandboxResult:
+def _run(
+    code: str,
+    limits: Limits,
+    *,
+    confined: bool,
+    stop: threading.Event | None = None,
+) -> SandboxResult:
     """Run one program.
 
     Raises:
