@@ -31,5 +31,5 @@ def num_optimizer_steps() -> int:
 def _after_step(*_: Any) -> None:
     global _num_steps
     _num_steps += 1
-    # Only now: what is refreshed compares its age with the count.
+    # After counting: a refreshed weight compares its age with the count.
     compiled.refresh_graphs()

@@ -20,7 +20,7 @@ from .records import digest_folder, write_record
 
 BITS = (8, 16)  # of a weight: "we always use b = 8 or 16"
 DELTA = 0.05  # probability with which the bound may fail
-TAIL_SHARE = 0.25  # "the mean training loss after training stabilizes" (Table 7): the last quarter of what was logged
+TAIL_SHARE = 0.25  # "the mean training loss after training stabilizes" (Table 7): the last quarter of the log
 
 
 def log2_binomial(d: int, z: int) -> float:

@@ -138,6 +138,7 @@ def quadratic_forms(
     """
 
     def forms_of(index: int) -> list[float]:
+        # By its number, so that a resumed run draws the same probes.
         generator = np.random.default_rng([seed, index])
         z = kept * generator.choice([-1.0, 1.0], len(kept))
         return [float(z @ product(z)) for product in products]
@@ -196,6 +197,7 @@ def largest_eigenvalue(
     """
 
     def apply(vector: np.ndarray) -> np.ndarray:
+        # P is diagonal, 1 for kept entries and 0 for others: P v is kept * v.
         inner = kept * vector.reshape(-1)
         mean = np.zeros_like(inner)
         for share, product in zip(shares, products, strict=True):
@@ -203,6 +205,7 @@ def largest_eigenvalue(
         return kept * mean
 
     num_weights = len(kept)
+    # A start of kept entries, which Lanczos does not leave: removed ones would add eigenvalues of 0.
     start = kept * np.random.default_rng(seed).standard_normal(num_weights)
     operator = LinearOperator((num_weights, num_weights), matvec=apply, dtype=np.float64)
     try:
@@ -247,7 +250,7 @@ def analyse_curvature(
         file: Where the record goes; probes that are done survive a kill.
         start: Model under the mask.
         adapter: Folder of the mask.
-        rows: Tokenised rows; batches of them are also what ``stderr_rows`` compares.
+        rows: Tokenised rows; ``stderr_rows`` is from the spread between batches of them.
         num_probes: Random vectors per trace.
         sampling: Batch size, device, seed of probes and Lanczos.
         report: Called after each probe and each eigenvalue.
@@ -267,6 +270,7 @@ def analyse_curvature(
 
     masks = masks_of(adapter)
     names = sorted(masks)
+    # Eager, because fused attention has no second derivative.
     model = load_model(start, "float32", attn_implementation="eager").to(sampling.device).eval()
     batches = make_batches(rows, sampling.batch_size, sampling.device)
     products = hessian_products(model, names, batches)

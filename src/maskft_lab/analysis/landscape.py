@@ -43,7 +43,7 @@ def plane_through(
     u = {name: second[name] - first[name] for name in first}
     v = {name: third[name] - first[name] for name in first}
 
-    # Gram-Schmidt.
+    # Gram-Schmidt: u has length 1; v loses its part along u, then has length 1 too.
     length_u = _dot(u, u) ** 0.5
     u = {name: each / max(length_u, 1e-30) for name, each in u.items()}
     along = _dot(u, v)
@@ -124,6 +124,7 @@ def analyse_landscape(
             losses[split] = mean_nll(nll_per_item(model, rows_of_split, batch_size=sampling.batch_size))
         return losses
 
+    # The models and a margin around them.
     low = coordinates.min(0)
     high = coordinates.max(0)
     margin = MARGIN * (high - low)

@@ -190,7 +190,7 @@ def load_docs(task: str, data_dir: str | Path | None) -> datasets.Dataset:
         data_dir: Folder that holds the published files, searched with all folders below it; None: the hub.
 
     Raises:
-        UserError: If there is no such file, several, or a row is no item of the benchmark.
+        UserError: If there is no such file, several, or a row is not an item of the benchmark.
     """
     if data_dir is None:
         return _from_hub(BENCHMARKS[task])

@@ -32,7 +32,7 @@ from .load_models import Loaded
 
 TASK_VERSION = 1
 MAX_QUESTION = 500  # characters
-MAX_LOSS_BATCH_SIZE = 16  # a larger one is no faster, and the loss needs logits of all tokens of a row
+MAX_LOSS_BATCH_SIZE = 16  # larger batches are not faster, and the loss needs logits of all tokens of a row
 _LOSS = "heldout_loss"  # in the journal
 
 
@@ -46,8 +46,8 @@ def heldout_rows(
 
     Args:
         data: The data options.
-        eval_split_size: Size of the part that training holds out of ``dataset_name``, see `DataArguments`; None: there
-            is no such part.
+        eval_split_size: Size of the part that training holds out of ``dataset_name``, see `DataArguments`; None: it
+            holds out none.
         tokenizer: Of the model; None: rows as for one with a chat template.
         text_field: Column of plain text data.
     """

@@ -23,7 +23,7 @@ class BatchedLM(HFLM):
     Args:
         model: A loaded causal language model.
         tokenizer: Its tokenizer.
-        batch_size: Requests at one time; None: what half of the free memory allows.
+        batch_size: Requests at one time; None: as many as half of the free memory allows.
         bf16: Compute in bfloat16, also where lm-eval opens an autocast itself.
     """
 

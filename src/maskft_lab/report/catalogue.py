@@ -2,7 +2,7 @@
 
 To add one, write a function ``Evidence -> Chart`` (it raises `NotComputed` where its data is not there) and add an
 entry to ``FIGURES``: then ``maskft report STUDY -o report.html`` shows it in its section, with its numbers as a table,
-``--figures DIR --only KEY`` writes its files, and a study without its data lists it among what was not computed.
+``--figures DIR --only KEY`` writes its files, and a study without its data lists it as not computed.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Figure:
     Attributes:
         key: Name of its files and its place in a page.
         section: Of the report.
-        title: What it shows.
+        title: Its title.
         draw: Makes it, or raises `NotComputed`.
-        command: Makes its data; ``STUDY`` stands for the study's folder.
-        numbers: Figures of the paper that it is made after.
+        command: Makes its data; ``STUDY`` is replaced by the study's folder.
+        numbers: Figures of the paper that it reproduces.
     """
 
     key: str

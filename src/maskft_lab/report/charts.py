@@ -37,7 +37,7 @@ _PALETTE = {
 }
 COLOURS = {name: light for name, (light, _) in _PALETTE.items()}
 DARK = {name: dark for name, (_, dark) in _PALETTE.items()}
-SERIES = ("red", "blue", "green", "orange", "purple", "teal")  # of lines that are no methods
+SERIES = ("red", "blue", "green", "orange", "purple", "teal")  # of lines that are not methods
 SHADES = "viridis"  # of maps: read on white and on black, and in grey
 
 # Inches: the width of a column of a paper and of a wide panel, and the height of either.

@@ -136,7 +136,8 @@ class Score:
     ``stderr`` is over the items (clusters) for one result and for fixed seeds, over the seeds for several others; None
     where there is none.
     ``value`` is None where a result has none. ``low`` to ``high`` is a 95 % interval over the items: of a proportion
-    (`proportions.proportion_interval`), otherwise None. At the edges (``is_at_edge``) it says what ``stderr`` cannot.
+    (`proportions.proportion_interval`), otherwise None. At the edges (``is_at_edge``) it replaces ``stderr``, which
+    would be near 0 there.
     """
 
     model: str
@@ -157,7 +158,7 @@ class MaskVerdict:
     """A learned mask against the model that it starts from, and against the strongest control.
 
     Controls are models trained from the same start on as many tokens without a learned mask. ``control`` is None where
-    there is none; ``text`` says both differences and what follows from them, seeds that contradict it first.
+    there is none; ``text`` has both differences and the conclusion, after the seeds that contradict it.
     """
 
     parent: Difference
@@ -199,7 +200,7 @@ class Comparison:
 
         Raises:
             UserError: If it is of another schema version.
-            ValueError: If it is no comparison.
+            ValueError: If it is not a comparison.
         """
         version = record.get("schema_version")
         if version != SCHEMA_VERSION:

@@ -243,7 +243,7 @@ def judge(family: Sequence[tuple[Difference, Measured]], settings: Settings) -> 
     intervals that are not cut; signs and magnitudes in one statement would need wider intervals.
 
     Args:
-        family: Differences with what they were measured from.
+        family: Differences with the samples that they were measured from.
         settings: Confidence, and the seed of the draws for the simultaneous level.
     """
     if not family:
@@ -251,6 +251,8 @@ def judge(family: Sequence[tuple[Difference, Measured]], settings: Settings) -> 
 
     confidence = settings.confidence
     alpha = 1 - confidence
+
+    # Holm's correction decides which differences are claimed, max-T how wide their intervals are.
     p_values = [measured.p_value(confidence) for _, measured in family]
     adjusted = holm(p_values).tolist()
     noises = [noise_of(measured.drawn, row.task) for row, measured in family]
@@ -267,6 +269,8 @@ def judge(family: Sequence[tuple[Difference, Measured]], settings: Settings) -> 
         excludes_zero = low > 0 or high < 0
         is_claimed = adjusted[index] <= alpha and excludes_zero
         is_cut = is_claimed and all_low <= 0 <= all_high
+
+        # The interval must agree with the verdict: without a claim it holds zero, with one it ends there.
         if not is_claimed:
             all_low = min(all_low, 0.0)
             all_high = max(all_high, 0.0)

@@ -21,7 +21,7 @@ class Noise(NamedTuple):
     """How one difference of a family varies: by the units of its task, which it shares with others, and by itself."""
 
     task: str
-    part_N: NDArray[np.float64]  # what each unit adds to the error of the difference
+    part_N: NDArray[np.float64]  # contribution of each unit to the error of the difference
     own_variance: float  # of the seeds, counted as independent of other comparisons
 
 

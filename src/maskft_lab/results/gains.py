@@ -1,6 +1,6 @@
 """Gain against forgetting: each method's gain on the test, and its loss on probes of earlier abilities.
 
-The figure has three parts, each in the room of what it reads:
+The figure has three parts, each in the room whose data it reads:
 
 - here, `gains_of`: one point for each method of a comparison, on test rows, with simultaneous intervals;
 - ``maskft_lab.study.path`` (`curves`): the points of every method's path (rates, checkpoints, scales, budgets), on

@@ -108,7 +108,7 @@ def _task(file: Path, task: str, summary: Mapping[str, Any]) -> TaskRecord:
         values = [item.get(name) for item in items]
         metric, _, _ = name.partition(",")  # without its filter
         direction = directions.get(metric)
-        # Left out are metrics that are no numbers, have no direction, or are parts of a score of the whole corpus.
+        # Left out: metrics that are not numbers, have no direction, or are parts of a score of the whole corpus.
         if not isinstance(direction, bool) or not all(map(is_finite, values)):
             continue
         if _is_mean(reported, name, values):

@@ -28,7 +28,7 @@ def read_all(paths: Iterable[str]) -> list[Result]:
         paths: Paths, or ``NAME=PATH``.
 
     Raises:
-        UserError: If something is no result.
+        UserError: If a file is not a result.
     """
     results: list[Result] = []
     for text in paths:

@@ -34,7 +34,7 @@ from maskft_common.schema import first_problem
 from .statistics import weighted_mean
 
 SCHEMA_VERSION = 1
-BEFORE = "before: "  # begins the name of a task that measures what the model could do before
+BEFORE = "before: "  # begins the name of a task that measures an ability from before the training
 
 Domain = Literal["math", "coding", "instruction"]
 DOMAINS: tuple[Domain, ...] = get_args(Domain)
@@ -248,7 +248,7 @@ def cluster_ids(items: Sequence[Mapping[str, Any]]) -> list[str] | None:
     """Return the items' ``cluster_id``, None where no item has one.
 
     Raises:
-        UserError: If only some items have one, or one is no text and no whole number.
+        UserError: If only some items have one, or one is neither a text nor a whole number.
     """
     found = [item.get("cluster_id") for item in items]
     if all(each is None for each in found):

@@ -113,6 +113,8 @@ def as_block(
     _, labels_N = np.unique(np.asarray(clusters), return_inverse=True)
     if labels_N.shape != (num_items,) or labels_N.max() == 0:
         raise ValueError(f"{labels_N.size} items of {len(set(clusters))} clusters: errors need at least 2 clusters")
+
+    # The weighted mean of each cluster, and its weight.
     totals_G = np.bincount(labels_N, weights_N)
     sums_SG = np.stack([np.bincount(labels_N, row) for row in diffs_SN * weights_N])
     return Block(sums_SG / totals_G, totals_G.astype(float))
@@ -181,6 +183,7 @@ class Bootstrap:
 
     def resamples(self, confidence: float) -> NDArray[np.float64]:
         """Return the resampled differences, shape (R,), stretched so that percentiles at ``confidence`` are right."""
+        # A resample is a mean over drawn seeds of each seed's mean over drawn items.
         stretch = _stretch(self.block.weights_N.size, confidence)
         values_RS = self.block.means_S + stretch * self._item_deviations
         shares_RS = np.full(values_RS.shape, 1 / self.num_seeds)
@@ -240,6 +243,9 @@ def mcnemar_exact(a: ArrayLike, b: ArrayLike) -> float:
 def holm(p_values: ArrayLike) -> NDArray[np.float64]:
     """Return Holm-adjusted p-values in the order given: comparing each with alpha keeps the family's error <= alpha."""
     p_values = np.asarray(p_values, dtype=float)
+
+    # From the smallest on, each p is multiplied by the number of hypotheses that are left. The running maximum keeps
+    # their order: a larger p is never adjusted to a smaller one.
     order = np.argsort(p_values, kind="stable")
     factors = np.arange(p_values.size, 0, -1)
     adjusted = np.empty_like(p_values)
@@ -258,7 +264,7 @@ def _variance_components(diffs_SN: NDArray[np.float64], weights_N: NDArray[np.fl
     means_S = diffs_SN @ weights_N / weights_N.sum()
     between = means_S.var(ddof=1)
 
-    # What is left of a two-way table when the effects of its rows and columns are taken out.
+    # The residuals of a two-way table, without the effects of its rows and columns.
     residuals_SN = weights_N * (diffs_SN - means_S[:, None]) / weights_N.mean()
     residuals_SN = residuals_SN - residuals_SN.mean(axis=0)
     degrees_of_freedom = (num_seeds - 1) * (num_items - 1)

@@ -78,8 +78,8 @@ def verdicts_on_masks(groups: Groups, rows: Sequence[Row], settings: Settings) -
 
     Args:
         groups: All results by name.
-        rows: Differences from the baseline, judged, with what they were measured from: where the baseline is the
-            parent, the same is said of it here.
+        rows: Differences from the baseline, judged, with their samples. They are used again if the baseline is the
+            parent, so that the verdict agrees with the table.
         settings: As of the comparison.
     """
     task, metric = brief_metric([row for row, _ in rows])

@@ -100,7 +100,7 @@ REFUSED_VALUES = {
 
 # Calls refused if an argument has any of these bits.
 ALL_NAMESPACES = 0x7E020000  # CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET (linux/sched.h)
-RWF_NOWAIT = 8  # fails where a file is not in the page cache, which shows what others have read
+RWF_NOWAIT = 8  # fails if a file is not in the page cache, which shows the files that others have read
 REFUSED_BITS = {
     "clone": ((56, 220), 0, ALL_NAMESPACES),
     "preadv2": ((327, 286), 5, RWF_NOWAIT),
