@@ -53,7 +53,6 @@ SUPPORTED_SETTINGS = {
     "output_logits",
     "return_dict_in_generate",
     "transformers_version",
-    "_from_model_config",
 }
 
 OnAnswer = Callable[[int, str], None]
@@ -110,7 +109,8 @@ def greedy_generate(
     max_new_tokens = bounds.max_new_tokens
     check_context(model, longest, max_new_tokens, bounds.option)
 
-    settings = model.generation_config.to_diff_dict().keys()
+    # Names with an underscore are notes of transformers, not settings.
+    settings = {name for name in model.generation_config.to_diff_dict() if not name.startswith("_")}
     is_known = settings <= SUPPORTED_SETTINGS and _attention_is_known(model)
     num_shared = shared_prefix_length(prompts) if is_known else 0
 
