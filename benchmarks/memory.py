@@ -16,6 +16,7 @@ import torch
 from maskft_common.memory import peak_memory_bytes
 
 from .common import SMOLLM2, TINY, Step, autocast, build, prepare
+from .micro_batch import TOKENS_OF_INTENTS
 
 
 def run(report) -> None:
@@ -33,6 +34,13 @@ def run(report) -> None:
     report.add("memory", f"{name}: mask / plain training of the same layers", peaks["mask"] / peaks["floor"], "x")
     report.add("memory", f"{name}: mask / full fine-tuning", peaks["mask"] / peaks["full"], "x")
     report.add("memory", f"{name}: mask / LoRA r=16", peaks["mask"] / peaks["lora"], "x")
+
+    shape, name = (TINY, "tiny") if report.quick else (SMOLLM2, "SmolLM2-135M")
+    layers = list(range(shape["num_hidden_layers"]))
+    peaks = {side: _peak(side, shape, layers, TOKENS_OF_INTENTS, report) for side in ("gates", "full", "lora")}
+    mask = f"{name}: deletion mask of all gate projections"
+    report.add("memory", f"{mask} / LoRA r 16 of all matrices", peaks["gates"] / peaks["lora"], "x")
+    report.add("memory", f"{mask} / full fine-tuning", peaks["gates"] / peaks["full"], "x")
 
 
 def _peak(side: str, shape: dict, layers: list[int], tokens: int, report) -> int:

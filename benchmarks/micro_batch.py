@@ -25,7 +25,9 @@ def run(report) -> None:
             report.add_ratio("micro_batch", f"{name}: {side} / floor", times, floor, "<= 1.10", rounds=report.rounds)
     name, shape = ("tiny", TINY) if report.quick else ("SmolLM2-135M", SMOLLM2)
     layers = list(range(shape["num_hidden_layers"]))
-    sides = [prepare(side, build(shape, report.device), layers) for side in ("gates", "lora")]
+    sides = [prepare(side, build(shape, report.device), layers) for side in ("gates", "lora", "full")]
     steps = [Step(model, shape["vocab_size"], TOKENS_OF_INTENTS, 1, report.device) for model in sides]
-    what = f"{name}: deletion mask of all gate projections / LoRA r 16 of all matrices"
-    report.add_ratio("micro_batch", what, *alternate(steps, report.rounds, report.device), None, rounds=report.rounds)
+    gates, lora, full = alternate(steps, report.rounds, report.device)
+    mask = f"{name}: deletion mask of all gate projections"
+    report.add_ratio("micro_batch", f"{mask} / LoRA r 16 of all matrices", gates, lora, None, rounds=report.rounds)
+    report.add_ratio("micro_batch", f"{mask} / full fine-tuning", gates, full, None, rounds=report.rounds)
