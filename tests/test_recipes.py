@@ -192,10 +192,18 @@ def test_inputs_of_the_small_study(tmp_path, capsys):
     inputs_of("small").main(tmp_path)
     files = sorted(tmp_path.glob("*.jsonl.gz"))
     parts = {file.name: [json.loads(line) for line in gzip.open(file, "rt")] for file in files}
-    assert [len(rows) for rows in parts.values()] == [20_000, 4_500, 2_700, 64, 1_000, 1_200]
+    assert [len(rows) for rows in parts.values()] == [20_000, 4_500, 2_700, 7_036, 64, 1_000, 1_200]
     for rows in parts.values():
         for row in rows[::100]:
             assert eval(row["prompt"].removesuffix("=")) == int(row["completion"]) == int(row["answer"])
+    # All sums but those that are tested or measured; the smaller training set is a part of them.
+    every_sum = [row["prompt"] for row in parts.pop("sums_all_train.jsonl.gz")]
+    train, test, prompts = (
+        {row["prompt"] for row in parts[f"sums_{part}.jsonl.gz"]} for part in ("train", "test", "prompts")
+    )
+    assert len(set(every_sum)) == len(every_sum) == 90 * 90 - len(test | prompts)
+    assert train < set(every_sum)
+    assert not set(every_sum) & (test | prompts)
     questions = [row["prompt"] for rows in parts.values() for row in rows]
     assert len(questions) == len(set(questions))
     tokenizer = load_tokenizer(str(tmp_path / "model"))
