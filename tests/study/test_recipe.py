@@ -374,7 +374,7 @@ CASES = [
     (change("methods/L1 mask/mask_layers_to_transform", [0]), r"has mask_layers_to_transform \[0\], and the mask it"),
     (change("methods/L1 mask/last", "end"), "last is for full, peft, mask, not for method l1_mask"),
     (change("methods/mask/model_revision", "v1"), "method 'mask' sets model_revision"),
-    (change("train/seed", 3), "sets seed, which seeds, from"),
+    (change("train/seed", 3), "sets seed, which the study decides \\(by seeds, from"),
     (change("evaluation/tasks", 3), "evaluation: tasks must be a list of names"),
     (change("evaluation/limit", "ten"), "evaluation: argument --limit: invalid int value: 'ten'"),
     (change("data/sums/dataset_name", 3), "data.sums: dataset_name is 3; it must be a name"),

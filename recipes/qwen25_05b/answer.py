@@ -1,0 +1,66 @@
+r"""Share of right answers that llama.cpp gives with a GGUF file, greedy, exact match.
+
+python recipes/qwen25_05b/answer.py runs/qwen-intents/intents-q4_k_m.gguf runs/curve/banking77_test.jsonl.gz \
+    --num_rows 200 --output answers.json
+
+Needs the extra ``gguf``. Rows have ``prompt`` and ``answer``; the prompt is given as it is, without a chat template, as
+in training with ``--as_chat false``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import time
+from pathlib import Path
+
+import xllamacpp
+
+MAX_NEW_TOKENS = 12
+
+
+def serve(file: Path, num_threads: int) -> xllamacpp.Server:
+    """A llama.cpp server of one slot in this process."""
+    params = xllamacpp.CommonParams()
+    params.model.path = str(file)
+    params.n_ctx = 512
+    params.n_parallel = 1
+    params.cpuparams.n_threads = num_threads
+    return xllamacpp.Server(params)
+
+
+def answer(server: xllamacpp.Server, prompt: str) -> str:
+    """The first line of a greedy answer."""
+    request = {"prompt": prompt, "max_tokens": MAX_NEW_TOKENS, "temperature": 0}
+    text = server.handle_completions(request)["choices"][0]["text"].strip()
+    return text.splitlines()[0].strip() if text else ""
+
+
+def main() -> None:
+    """Ask all rows and print how many are right."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("gguf", type=Path)
+    parser.add_argument("rows", type=Path, help="JSON lines, maybe gzipped")
+    parser.add_argument("--num_rows", type=int, default=200)
+    parser.add_argument("--num_threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, help="write every answer here")
+    args = parser.parse_args()
+
+    opened = gzip.open(args.rows, "rt") if args.rows.suffix == ".gz" else open(args.rows)
+    with opened as lines:
+        rows = [json.loads(line) for line in lines][: args.num_rows]
+    server = serve(args.gguf, args.num_threads)
+    started = time.perf_counter()
+    answers = [answer(server, row["prompt"]) for row in rows]
+    seconds = time.perf_counter() - started
+
+    right = [int(found == row["answer"]) for found, row in zip(answers, rows, strict=True)]
+    print(f"{args.gguf.name}: {sum(right)} of {len(rows)} right ({sum(right) / len(rows):.1%}) in {seconds:.0f} s")
+    if args.output is not None:
+        content = {"file": args.gguf.name, "answers": answers, "right": right, "accuracy": sum(right) / len(rows)}
+        args.output.write_text(json.dumps(content) + "\n")
+
+
+if __name__ == "__main__":
+    main()
