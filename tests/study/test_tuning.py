@@ -178,7 +178,7 @@ def odd(**method):
         (lambda c: c["methods"]["full"].update(tune=3), "full.tune is 3"),
         (lambda c: c["methods"]["full"].update(tune={"rate": [1]}), "unknown key 'rate'"),
         (lambda c: c["methods"]["full"]["tune"].update(learning_rate=[1.0, 1.0]), "duplicate value"),
-        (lambda c: c["train"].update(mask_seed=7), "sets mask_seed, which seeds, "),
+        (lambda c: c["train"].update(mask_seed=7), "sets mask_seed, which the study decides"),
         (lambda c: c["train"].update(eval_strategy="no"), "tune chooses by held-out loss, and eval_strategy is no"),
         (
             lambda c: c["methods"]["full"]["tune"].update(num_train_epochs=[1, 2]),
