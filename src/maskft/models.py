@@ -325,6 +325,8 @@ def _load_gguf(name_or_path: str, dtype: str, **kwargs) -> PreTrainedModel:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.config._name_or_path = name_or_path
+    # PEFT writes this one into adapters.
+    model.name_or_path = name_or_path
     return model
 
 
@@ -332,4 +334,5 @@ def _load_embedded(dtype: torch.dtype, **kwargs) -> PreTrainedModel:
     config, weights = read_embedded()
     model = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, **kwargs)
     model.config._name_or_path = EMBEDDED_MODEL
+    model.name_or_path = EMBEDDED_MODEL
     return model

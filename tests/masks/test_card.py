@@ -1,6 +1,7 @@
 """Cards: what they say, and that their lines run."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,10 @@ from transformers import AutoModelForCausalLM
 import tiny
 from maskft import MaskConfig
 from maskft.masks.card import write_card
+from maskft.models import load_model
 from tiny_tokenizer import tiny_tokenizer
+
+from ..tiny_gguf import write_gguf
 
 RECIPE = {"method": "mask", "learning_rate": 0.01, "datasets": ["openai/gsm8k"], "verdict": "the mask is | fine"}
 
@@ -54,6 +58,18 @@ def test_the_lines_of_a_card_run(adapter, monkeypatch, capsys):
     """In its folder, as a reader would."""
     monkeypatch.chdir(adapter)
     exec(lines_of((adapter / "README.md").read_text()), {})
+    assert "The capital of France is" in capsys.readouterr().out
+
+
+def test_the_lines_of_a_card_run_over_a_gguf_file(tmp_path, monkeypatch, capsys):
+    base = write_gguf(
+        tmp_path / "base.gguf", tiny.tiny_llama(2, 288, hidden_size=64, intermediate_size=96, head_dim=16)
+    )
+    folder = tmp_path / "mask"
+    config = MaskConfig(target_modules=["gate_proj"], sparsity=0.2, task_type="CAUSAL_LM")
+    get_peft_model(load_model(str(base)), config).save_pretrained(folder)
+    monkeypatch.chdir(folder)
+    exec(lines_of(Path("README.md").read_text()), {})
     assert "The capital of France is" in capsys.readouterr().out
 
 

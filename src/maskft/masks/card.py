@@ -29,7 +29,7 @@ from transformers import AutoTokenizer
 adapter = "."  # this folder, or its name on the hub
 model = AutoPeftModelForCausalLM.from_pretrained(adapter)
 tokenizer = AutoTokenizer.from_pretrained({tokenizer})"""
-_LOAD_EMBEDDED = """from maskft.masks.merge import load_masked
+_LOAD_BY_MASKFT = """from maskft.masks.merge import load_masked
 
 model, tokenizer, _ = load_masked(".")  # this folder"""
 _LOAD_OVER = """import maskft  # lets PEFT know masks
@@ -111,8 +111,9 @@ def _use(folder: Path, config: Any) -> Iterator[str]:
     base = config.base_model_name_or_path
     if base is None:
         load = _LOAD_OVER
-    elif base == layout.EMBEDDED_MODEL:
-        load = _LOAD_EMBEDDED + _ASK
+    elif base == layout.EMBEDDED_MODEL or base.lower().endswith(".gguf"):
+        # Neither is a folder or a name that transformers loads by itself.
+        load = _LOAD_BY_MASKFT + _ASK
     else:
         load = _LOAD + _ASK
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
