@@ -11,13 +11,13 @@ prompt goes to the nearest one. Files are JSON lines, also gzipped, with a colum
 from __future__ import annotations
 
 import argparse
-import gzip
-import json
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from maskft.data.sources import read_file
 from maskft.models import load_model, load_tokenizer
 
 BATCH_SIZE = 16
@@ -62,9 +62,7 @@ class Router:
 
 def read_prompts(file: str, limit: int) -> list[str]:
     """The first prompts of a file."""
-    opened = gzip.open(file, "rt") if Path(file).suffix == ".gz" else open(file)
-    with opened as lines:
-        return [json.loads(line)["prompt"] for line in lines][:limit]
+    return [row["prompt"] for _, row in islice(read_file(Path(file)), limit)]
 
 
 def main() -> None:

@@ -10,12 +10,14 @@ in training with ``--as_chat false``.
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import time
+from itertools import islice
 from pathlib import Path
 
 import xllamacpp
+
+from maskft.data.sources import read_file
 
 MAX_NEW_TOKENS = 12
 
@@ -47,9 +49,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write every answer here")
     args = parser.parse_args()
 
-    opened = gzip.open(args.rows, "rt") if args.rows.suffix == ".gz" else open(args.rows)
-    with opened as lines:
-        rows = [json.loads(line) for line in lines][: args.num_rows]
+    rows = [row for _, row in islice(read_file(args.rows), args.num_rows)]
     server = serve(args.gguf, args.num_threads)
     started = time.perf_counter()
     answers = [answer(server, row["prompt"]) for row in rows]

@@ -10,9 +10,7 @@ gguf=qwen2.5-coder-0.5b-instruct-q4_k_m.gguf
 
 maskft train --method mask --model_name_or_path "$1" --gguf_file "$gguf" --dtype float32 --bf16 true \
   --dataset_name "$2/banking77_train.jsonl.gz" --as_chat false --eval_split_size 150 --max_length 64 \
-  --mask_selection logit --mask_gradient sigmoid --mask_target_modules gate_proj \
-  --mask_init_scores magnitude --mask_init_std 0.02 --mask_init_value 0.04 \
-  --mask_sharpness 10 --mask_sharpness_end 100 --mask_price 1 --kl_to_base 0.1 \
+  --mask_preset deletion_tuning --kl_to_base 0.1 \
   --learning_rate 2e-3 --lr_scheduler_type linear --max_steps 96 --gradient_checkpointing false \
   --per_device_train_batch_size 16 --per_device_eval_batch_size 50 --eval_steps 0.25 --save_steps 0.25 \
   --logging_steps 8 --save_only_model true --report_to none --resume_from_checkpoint auto --output_dir "$3"

@@ -45,7 +45,7 @@ from maskft_lab.results.statistics import Bootstrap, as_block
 
 READY = Path(maskft_lab.__file__).parent / "ready" / "intents"
 BLOCK = 32  # weights that share a scale
-LARGEST_CODE = {"Q4_0": (-8, 7), "Q8_0": (-127, 127)}
+CODES = {"Q4_0": (-8, 7), "Q8_0": (-127, 127)}
 NUM_TEST = 200
 NUM_PROBE = 24
 BATCH = 25
@@ -124,7 +124,7 @@ def on_grid(weight: torch.Tensor, scales: torch.Tensor, type_name: str) -> torch
     blocks = weight.reshape(-1, BLOCK)
     # A block of zeros has the scale 0, and every code of it is 0.
     inverse = torch.where(scales == 0, 0.0, 1 / scales)
-    codes = (blocks * inverse).round().clamp(*LARGEST_CODE[type_name])
+    codes = (blocks * inverse).round().clamp(*CODES[type_name])
     return (codes * scales).reshape(weight.shape)
 
 
@@ -412,7 +412,7 @@ def main() -> None:
     parser.add_argument("work", nargs="?", type=Path, help="where trained models go")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--tasks", nargs="+", default=["intents"], choices=list(TASKS))
-    parser.add_argument("--type", default="Q4_0", choices=list(LARGEST_CODE), help="what holds the base")
+    parser.add_argument("--type", default="Q4_0", choices=list(CODES), help="what holds the base")
     parser.add_argument("--results", type=Path, default=Path("results/smollm2-exact-in-four-bits"))
     parser.add_argument("--ready", action="store_true", help="only the mask that maskft brings; trains nothing")
     parser.add_argument("--table", type=Path, metavar="FOLDER", help="write and print the table of a folder's results")

