@@ -54,7 +54,7 @@ def test_learners(tmp_path):
 @pytest.mark.slow
 def test_memory(tmp_path):
     rows, _ = run(tmp_path, "memory")
-    assert len(rows) == 4
+    assert len(rows) == 6
 
 
 @pytest.mark.slow
