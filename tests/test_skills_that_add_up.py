@@ -60,17 +60,20 @@ def test_skills_that_add_up(script, data, base, tmp_path, monkeypatch, capsys):
 
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     combined = {"sums+products", "sums+powers", "products+powers", "sums+products+powers"}
-    assert result["methods"]["mask"]["measured"].keys() == {"base", *tasks, *combined}
-    assert result["methods"]["lora"]["measured"].keys() == {*tasks, *combined}
-    pair = result["methods"]["lora"]["measured"]["sums+powers"]
-    assert {task: len(hits) for task, hits in pair["hits"].items()} == {"sums": 6, "powers": 6}
-    assert len(pair["heldout_accuracy_of_ways"]) == len(script.WAYS)
-    assert pair["way"] in script.WAYS
+    assert result["base"]["hits"].keys() == set(tasks)
+    for method in ("mask", "lora", "full"):
+        assert result["methods"][method].keys() == {*tasks, *combined}
+    for method, ways in script.WAYS.items():
+        pair = result["methods"][method]["sums+powers"]
+        assert {task: len(hits) for task, hits in pair["hits"].items()} == {"sums": 6, "powers": 6}
+        assert len(pair["heldout_accuracy_of_ways"]) == len(ways)
+        assert pair["way"] in ways
     picture = (tmp_path / "out" / "retained.svg").read_text()
     assert "sums + products + powers" in picture
     assert (tmp_path / "out" / "retained.dark.svg").is_file()
     printed = capsys.readouterr().out
-    assert printed.count("| union |") == printed.count("| LoRA r 16 |") - len(tasks) == len(combined)
+    assert printed.count("| union of masks |") == len(combined)
+    assert printed.count("| LoRA r 16 |") == printed.count("| full fine-tuning |") == len(combined) + len(tasks)
 
     files = sorted((tmp_path / "out" / "adapters").rglob("*.safetensors"))
     written = [file.stat().st_mtime_ns for file in files]
@@ -79,12 +82,70 @@ def test_skills_that_add_up(script, data, base, tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "out" / "result.json").read_text())["methods"] == result["methods"]
 
 
+def result_of(alone, combined):
+    found = {task: {"hits": {task: hits}} for task, hits in alone.items()}
+    return {"methods": {"mask": {**found, "a+b": {"hits": combined}}}}
+
+
 def test_the_retained_share_by_hand(script):
     alone = {"a": [1, 1, 1, 1], "b": [1, 1, 0, 0]}
-    combined = {"a": [1, 1, 0, 0], "b": [1, 1, 0, 0]}
-    share, low, high = script.retained(alone, combined)
-    assert share == 0.75  # half of one task and all of the other
+    one = result_of(alone, {"a": [1, 1, 0, 0], "b": [1, 1, 0, 0]})
+    values = script.retained([one], "mask", "a+b")
+    assert values.shape == (1, 8)
+    assert values.mean() == pytest.approx(75)  # half of one task and all of the other
+    share, low, high = script.shown(values, 0.95)
+    assert share == pytest.approx(75)
     assert low < share < high
+
+    other = result_of(alone, {"a": [1, 1, 1, 1], "b": [0, 0, 0, 0]})
+    values = script.retained([one, other, one], "mask", "a+b")
+    # Of the first task 8 of 12 answers are left, of the second 4 of 6.
+    assert values.shape == (3, 8)
+    assert values.mean() == pytest.approx(100 * (8 / 12 + 4 / 6) / 2)
+
+
+def test_full_fine_tunings_are_combined_by_their_changes(script, data, base, tmp_path, monkeypatch):
+    words = ["skills", str(data), str(tmp_path / "out"), "--model", str(base), "--tasks", "sums", "products"]
+    monkeypatch.setattr(sys, "argv", [*words, "--methods", "full", "--steps", "2", "--num_heldout", "4"])
+    script.main()
+    parser = script.argparse.ArgumentParser()
+    script.add_options(parser)
+    args = parser.parse_args(["--model", str(base), "--tasks", "sums", "products"])
+    args.out = tmp_path / "out"
+    tasks = [script.Task(name, [], [], []) for name in args.tasks]
+    fulls = script.Fulls(tasks, args)
+    name = next(name for name in fulls.base if "gate_proj" in name)
+    before = fulls.base[name]
+
+    def weight():
+        return dict(fulls.model.named_parameters())[name]
+
+    fulls.select(["sums"], None)
+    of_sums = weight().detach().clone()
+    fulls.select(["products"], None)
+    of_products = weight().detach().clone()
+    fulls.select(["sums", "products"], {"combination_type": "arithmetic", "weight": 0.5})
+    script.torch.testing.assert_close(weight().detach(), (of_sums + of_products) / 2)
+    fulls.select(["sums", "products"], {"combination_type": "ties", "weight": 1.0, "density": 0.2})
+    num_changed = int((weight().detach() != before).sum())
+    assert 0.2 * before.numel() <= num_changed <= 0.4 * before.numel()
+
+
+def test_left_padding_does_not_change_the_loss(script, base, capsys):
+    from maskft.data.tokenizing import tokenize_example
+    from maskft.models import load_model, load_tokenizer
+
+    tokenizer = load_tokenizer(str(base))
+    rows = [tokenize_example({"prompt": "1+" * n + "1=", "completion": "23"}, tokenizer) for n in range(1, 5)]
+    model = load_model(str(base))
+    model.requires_grad_(True)
+    script.learn(model, rows, 1e-9, 8, tokenizer, 0, "all rows")
+    printed = float(capsys.readouterr().out.split("loss ")[1].split(",")[0])
+    ids, attention = script.pad([row["input_ids"] for row in rows], 0, model.device)
+    labels, _ = script.pad([row["labels"] for row in rows], script.IGNORED, model.device)
+    with script.torch.autocast("cpu", script.torch.bfloat16):
+        loss = model(input_ids=ids, attention_mask=attention, labels=labels).loss
+    assert printed == pytest.approx(loss.item(), abs=0.01)
 
 
 def test_accuracy_counts_rows_that_are_right_in_all_tokens(script, base):

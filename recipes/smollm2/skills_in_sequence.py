@@ -35,8 +35,6 @@ from skills_that_add_up import Measure, Task
 from maskft.models import load_model, load_tokenizer
 
 REPLAY_SHARE = 0.06
-FULL_RATES = {"sums": 1e-4, "banking77": 4e-4}
-FULL_DEFAULT_RATE = 1e-4
 SEQUENTIAL = ("lora", "lora with replay", "full", "full with replay")
 
 
@@ -126,10 +124,7 @@ def one_after_another(name: str, tasks: Sequence[Task], measure: Measure, args) 
     for place, task in enumerate(tasks):
         seen = tasks[: place + 1]
         rows = with_replay(task, tasks[:place], args.seed) if name.endswith("with replay") else task.train
-        if is_lora:
-            rate = skills.RATES["lora"].get(task.name, skills.DEFAULT_RATE["lora"])
-        else:
-            rate = FULL_RATES.get(task.name, FULL_DEFAULT_RATE)
+        rate = skills.rate_of("lora" if is_lora else "full", task)
         skills.learn(
             model, rows, rate, skills.num_steps_of(task, args), measure.tokenizer, args.seed, f"{name} {task.name}"
         )

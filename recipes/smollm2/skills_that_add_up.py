@@ -6,16 +6,18 @@ DATA is a folder with TASK_train.jsonl.gz and TASK_test.jsonl.gz (columns ``prom
 instructions_report.jsonl.gz and wikipedia_report.jsonl.gz, the probes of forgetting. Sums, Banking77 and the probes are
 written by recipes/small/make_inputs.py and recipes/smollm2/make_curve_inputs.py.
 
-Each task is learned alone, by a deletion mask of the gate projections and by LoRA of rank 16, over one pre-trained
-model. Masks are combined by union, which has nothing to choose; LoRA by PEFT's ``add_weighted_adapter`` with each way
-and weight in WAYS, of which held-out rows choose one for every combination. Accuracy is exact and teacher-forced: all
+Each task is learned alone over one pre-trained model: by a deletion mask of the gate projections, by LoRA of rank 16
+and by full fine-tuning. Masks are combined by union, which has nothing to choose; LoRA by PEFT's
+``add_weighted_adapter``, full fine-tunings by adding their changes (task arithmetic) or by TIES, with each way and
+weight in WAYS, of which held-out rows choose one for every combination. Accuracy is exact and teacher-forced: all
 tokens of the completion and the end token are the most probable ones.
 
-OUT gets an adapter per task and method (kept, so that a second call continues), result.json with every answer (1 right,
-0 wrong), table.md, and the shares of accuracy that combinations keep as a picture, retained.svg (dark: .dark.svg).
-``--picture RESULT.json ...`` draws finished runs, a dot for each seed.
+OUT gets what each training learned and result.json with every answer (1 right, 0 wrong), written after each
+combination, so that a second call continues; table.md; and the shares of accuracy that combinations keep as a picture,
+retained.svg (dark: .dark.svg). ``--together RESULT.json ...`` writes table and picture of finished runs, one a seed,
+beside the first.
 
-With three tasks on one core with bfloat16 instructions: about 40 minutes.
+With five tasks, a seed takes one core with bfloat16 instructions about 70 minutes and 9 GB of memory.
 """
 
 from __future__ import annotations
@@ -26,46 +28,63 @@ import itertools
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.merge_utils import task_arithmetic, ties
 
 from maskft import MaskConfig, current_masks, set_mask_progress
 from maskft.data.tokenizing import IGNORED, tokenize_example
 from maskft.loss import length_sorted_batches, mean_nll, nll_per_item, pad
 from maskft.models import load_model, load_tokenizer
 from maskft_lab.report.charts import COLOURS, Chart, Entry, Panel, files_of
+from maskft_lab.results.statistics import Bootstrap, as_block
 from maskft_lab.results.tables import Table
 
 BATCH_SIZE = 16
 MAX_LENGTH = 96
 NUM_TRAIN = 1_000
-NUM_RESAMPLES = 2_000
 PROBES = ("instructions", "wikipedia")
 DEFAULT_STEPS = 48
 # Sums are short rows and need more of them.
 STEPS = {"sums": 96}
 # Of sums and intents as the studies of this folder chose them; other tasks get the rates of sums, untuned.
 RATES = {
-    "mask": {"sums": 3e-3, "banking77": 5e-3},
-    "lora": {"sums": 1e-3, "banking77": 5e-3},
+    "mask": {"sums": 3e-3, "banking77": 5e-3, "clinc150": 5e-3},
+    "lora": {"sums": 1e-3, "banking77": 5e-3, "clinc150": 5e-3},
+    "full": {"sums": 1e-4, "banking77": 4e-4, "clinc150": 4e-4},
 }
-DEFAULT_RATE = {"mask": 3e-3, "lora": 1e-3}
-# Ways of add_weighted_adapter. `linear` adds A and B each, `cat` adds the products B A, `ties` keeps a fifth of each.
-WAYS = [
-    {"combination_type": "linear", "weight": 0.5},
-    {"combination_type": "linear", "weight": 0.7},
-    {"combination_type": "linear", "weight": 1.0},
-    {"combination_type": "cat", "weight": 0.5},
-    {"combination_type": "cat", "weight": 0.7},
-    {"combination_type": "cat", "weight": 1.0},
-    {"combination_type": "ties", "weight": 1.0, "density": 0.2},
-    {"combination_type": "ties", "weight": 1.5, "density": 0.2},
-]
+DEFAULT_RATE = {"mask": 3e-3, "lora": 1e-3, "full": 1e-4}
+# LoRA: ways of add_weighted_adapter. `linear` adds A and B each, `cat` adds the products B A, `ties` keeps a fifth of
+# each, `dare_linear` a random half. Full fine-tuning: the changes are added, or combined by TIES.
+WAYS: dict[str, list[dict]] = {
+    "lora": [
+        {"combination_type": "linear", "weight": 0.5},
+        {"combination_type": "linear", "weight": 0.7},
+        {"combination_type": "linear", "weight": 1.0},
+        {"combination_type": "cat", "weight": 0.5},
+        {"combination_type": "cat", "weight": 0.7},
+        {"combination_type": "cat", "weight": 1.0},
+        {"combination_type": "ties", "weight": 1.0, "density": 0.2},
+        {"combination_type": "ties", "weight": 1.5, "density": 0.2},
+        {"combination_type": "dare_linear", "weight": 0.7, "density": 0.5},
+        {"combination_type": "dare_linear", "weight": 1.0, "density": 0.5},
+    ],
+    "full": [
+        {"combination_type": "arithmetic", "weight": 0.3},
+        {"combination_type": "arithmetic", "weight": 0.5},
+        {"combination_type": "arithmetic", "weight": 0.7},
+        {"combination_type": "arithmetic", "weight": 1.0},
+        {"combination_type": "ties", "weight": 1.0, "density": 0.2},
+        {"combination_type": "ties", "weight": 1.5, "density": 0.2},
+    ],
+}
+METHODS = {"mask": "deletion mask", "lora": "LoRA r 16", "full": "full fine-tuning"}
 
 
 @dataclass(frozen=True)
@@ -83,33 +102,44 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, nargs="?")
     parser.add_argument("out", type=Path, nargs="?")
-    parser.add_argument("--picture", type=Path, nargs="+", metavar="RESULT.json", help="only draw these runs, here")
-    parser.add_argument("--methods", nargs="+", choices=("mask", "lora"), default=["mask", "lora"])
+    parser.add_argument(
+        "--together", type=Path, nargs="+", metavar="RESULT.json", help="only table and picture of these, one a seed"
+    )
+    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
     add_options(parser)
     args = parser.parse_args()
-    if args.picture:
-        draw([json.loads(file.read_text()) for file in args.picture], args.picture[0].parent)
+    if args.together:
+        write([json.loads(file.read_text()) for file in args.together], args.together[0].parent)
         return
     if args.out is None:
-        parser.error("give the folder of the data, and one for adapters and results")
-    started = time.time()
+        parser.error("give the folder of the data, and one for what is learned and the results")
 
     tokenizer = load_tokenizer(args.model)
     tasks = [read_task(args.data, name, tokenizer, args) for name in args.tasks]
     probes = {name: read_probe(args.data, name, tokenizer, args.num_probe) for name in PROBES}
-    for task, method in itertools.product(tasks, args.methods):
+    for method, task in itertools.product(args.methods, tasks):
         train(task, method, tokenizer, args)
 
+    file = args.out / "result.json"
+    result = json.loads(file.read_text()) if file.is_file() else {}
+    settings = {"model": args.model, "seed": args.seed, "tasks": args.tasks, "num_test": args.num_test}
+    if result.setdefault("settings", settings) != settings:
+        raise SystemExit(f"{file} is of other settings: {result['settings']}; give another folder")
+
+    def save() -> None:
+        file.write_text(json.dumps(result, indent=1) + "\n")
+
     measure = Measure(tokenizer, probes)
-    measure_method = {"mask": measure_masks, "lora": measure_loras}
-    result = {
-        "settings": {"model": args.model, "seed": args.seed, "tasks": args.tasks, "num_test": args.num_test},
-        "methods": {method: measure_method[method](tasks, measure, args) for method in args.methods},
-        "seconds": round(time.time() - started),
-    }
-    (args.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    (args.out / "table.md").write_text(table(result))
-    draw([result], args.out)
+    if "base" not in result:
+        result["base"] = measure.all(load_model(args.model).eval(), tasks)
+    for method in args.methods:
+        combined = COMBINED[method](tasks, args)
+        found = result.setdefault("methods", {}).setdefault(method, {})
+        measure_combinations(method, combined, tasks, measure, found, save)
+        if isinstance(combined, Masks):
+            result["removed_weights"] = combined.num_removed()
+        save()
+    write([result], args.out)
     print((args.out / "table.md").read_text())
 
 
@@ -120,7 +150,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="of every task; default: 96 for sums, 48 for others")
     parser.add_argument(
-        "--num_heldout", type=int, default=64, help="rows a task that are not trained on; they choose LoRA's way"
+        "--num_heldout", type=int, default=64, help="rows a task that are not trained on; they choose the way"
     )
     parser.add_argument("--num_test", type=int, default=150)
     parser.add_argument("--num_probe", type=int, default=24, help="rows of each probe of forgetting")
@@ -157,24 +187,33 @@ def read_probe(folder: Path, name: str, tokenizer, num_rows: int) -> list[dict]:
 
 
 def adapter_folder(task: Task, method: str, args) -> Path:
-    """Where the adapter of a task is."""
+    """Where the adapter of a task is, or the fully fine-tuned model."""
     return args.out / "adapters" / f"{method}-{task.name}-s{args.seed}"
 
 
 def train(task: Task, method: str, tokenizer, args) -> None:
     """Learn a task alone with AdamW, a linear schedule and bfloat16 autocast; does nothing where that is done."""
     folder = adapter_folder(task, method, args)
-    if (folder / "adapter_config.json").is_file():
+    if (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
         return
     torch.manual_seed(args.seed)
+    model = load_model(args.model)
     if method == "mask":
-        config = MaskConfig(preset="deletion_tuning", mask_seed=args.seed, task_type="CAUSAL_LM")
+        model = get_peft_model(model, MaskConfig(preset="deletion_tuning", mask_seed=args.seed, task_type="CAUSAL_LM"))
+    elif method == "lora":
+        model = get_peft_model(
+            model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        )
     else:
-        config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(load_model(args.model), config)
-    rate = RATES[method].get(task.name, DEFAULT_RATE[method])
+        model.requires_grad_(True)
+    rate = rate_of(method, task)
     learn(model, task.train, rate, num_steps_of(task, args), tokenizer, args.seed, f"{method} {task.name}")
     model.save_pretrained(folder)
+
+
+def rate_of(method: str, task: Task) -> float:
+    """Learning rate of a method on a task."""
+    return RATES[method].get(task.name, DEFAULT_RATE[method])
 
 
 def num_steps_of(task: Task, args) -> int:
@@ -194,10 +233,18 @@ def learn(model, rows: list[dict], rate: float, num_steps: int, tokenizer, seed:
         # Does nothing to a model without masks.
         set_mask_progress(model, step / num_steps)
         batch = order.sample(rows, min(BATCH_SIZE, len(rows)))
-        ids, attention = pad([row["input_ids"] for row in batch], tokenizer.pad_token_id or 0, model.device)
-        labels, _ = pad([row["labels"] for row in batch], IGNORED, model.device)
+        # Padded on the left, all completions end in the last column.
+        pad_token_id = tokenizer.pad_token_id or 0
+        ids, attention = pad([row["input_ids"] for row in batch], pad_token_id, model.device, side="left")
+        labels, _ = pad([row["labels"] for row in batch], IGNORED, model.device, side="left")
+        # Logits only from the longest completion on: over 49k words the head is a third of the step.
+        num_logits = labels.shape[1] - int((labels != IGNORED).any(0).nonzero().min()) + 1
         with torch.autocast(model.device.type, torch.bfloat16):
-            loss = model(input_ids=ids, attention_mask=attention, labels=labels, use_cache=False).loss
+            logits = model(input_ids=ids, attention_mask=attention, logits_to_keep=num_logits, use_cache=False).logits[
+                :, :-1
+            ]
+        targets = labels[:, -num_logits + 1 :]
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -271,158 +318,249 @@ def with_adapters(tasks: Sequence[Task], method: str, args) -> PeftModel:
     return model.eval()
 
 
-def base_before(model: PeftModel, tasks: Sequence[Task], measure: Measure, is_first: bool) -> dict:
-    """The base alone, once for all methods."""
-    if not is_first:
-        return {}
-    with model.disable_adapter():
-        return {"base": measure.all(model, tasks)}
+class Masks:
+    """Masks of all tasks in one model; combined by union."""
 
+    def __init__(self, tasks: Sequence[Task], args):
+        self.model = with_adapters(tasks, "mask", args)
+        self.names = [task.name for task in tasks]
 
-def measure_masks(tasks: Sequence[Task], measure: Measure, args) -> dict:
-    """Masks alone and their unions."""
-    model = with_adapters(tasks, "mask", args)
-    measured = base_before(model, tasks, measure, is_first=args.methods[0] == "mask")
-    removed = {}
-    for task in tasks:
-        model.set_adapter(task.name)
-        measured[task.name] = measure.all(model, [task])
-        removed[task.name] = sum(int((~mask).sum()) for mask in current_masks(model, task.name).values())
-    for chosen in combinations(tasks):
-        names = [task.name for task in chosen]
-        model.base_model.set_adapter(names)
-        measured["+".join(names)] = measure.all(model, chosen)
-        print("mask", names, flush=True)
-    return {"measured": measured, "removed_weights": removed}
+    def select(self, names: list[str], way: dict | None) -> None:
+        """Use one mask, or the union of several."""
+        self.model.base_model.set_adapter(names)
 
-
-def measure_loras(tasks: Sequence[Task], measure: Measure, args) -> dict:
-    """LoRA alone, and the way and weight of each combination that held-out rows choose."""
-    model = with_adapters(tasks, "lora", args)
-    measured = base_before(model, tasks, measure, is_first=args.methods[0] == "lora")
-    for task in tasks:
-        model.set_adapter(task.name)
-        measured[task.name] = measure.all(model, [task])
-    for chosen in combinations(tasks):
-        names = [task.name for task in chosen]
-        shares = []
-        for way in WAYS:
-            combine_loras(model, names, way)
-            heldout = [measure.hits(model, task.heldout) for task in chosen]
-            shares.append(float(np.mean([np.mean(hits) for hits in heldout])))
-            model.delete_adapter("combined")
-        best = int(np.argmax(shares))
-        combine_loras(model, names, WAYS[best])
-        measured["+".join(names)] = {
-            **measure.all(model, chosen),
-            "way": WAYS[best],
-            "heldout_accuracy_of_ways": [{**way, "accuracy": share} for way, share in zip(WAYS, shares, strict=True)],
+    def num_removed(self) -> dict[str, int]:
+        """Weights that each mask removes."""
+        return {
+            name: sum(int((~mask).sum()) for mask in current_masks(self.model, name).values()) for name in self.names
         }
-        model.delete_adapter("combined")
-        print("lora", names, WAYS[best], flush=True)
-    return {"measured": measured}
 
 
-def combine_loras(model: PeftModel, names: list[str], way: dict) -> None:
-    """Add and activate the adapter ``combined``."""
-    options = {key: value for key, value in way.items() if key != "weight"}
-    model.add_weighted_adapter(names, [way["weight"]] * len(names), "combined", **options)
-    model.set_adapter("combined")
+class Loras:
+    """LoRAs of all tasks in one model; combined by add_weighted_adapter."""
+
+    def __init__(self, tasks: Sequence[Task], args):
+        self.model = with_adapters(tasks, "lora", args)
+        self.seed = args.seed
+
+    def select(self, names: list[str], way: dict | None) -> None:
+        """Use one LoRA, or several combined in a way of WAYS."""
+        if way is None:
+            self.model.set_adapter(names[0])
+            return
+        if "combined" in self.model.peft_config:
+            self.model.delete_adapter("combined")
+        # DARE keeps a random half: the same one each time.
+        torch.manual_seed(self.seed)
+        options = {key: value for key, value in way.items() if key != "weight"}
+        self.model.add_weighted_adapter(names, [way["weight"]] * len(names), "combined", **options)
+        self.model.set_adapter("combined")
+
+
+class Fulls:
+    """What full fine-tuning changed for each task; combined by task arithmetic or TIES."""
+
+    def __init__(self, tasks: Sequence[Task], args):
+        self.model = load_model(args.model).eval()
+        self.base = {name: weight.detach().clone() for name, weight in self.model.named_parameters()}
+        self.changes = {}
+        for task in tasks:
+            tuned = load_model(str(adapter_folder(task, "full", args)))
+            self.changes[task.name] = {
+                name: weight.detach() - self.base[name] for name, weight in tuned.named_parameters()
+            }
+
+    @torch.no_grad()
+    def select(self, names: list[str], way: dict | None) -> None:
+        """Use the weights of one task, or several changes combined in a way of WAYS."""
+        for name, weight in self.model.named_parameters():
+            changes = [self.changes[task][name] for task in names]
+            if way is None:
+                change = changes[0]
+            elif way["combination_type"] == "ties":
+                change = ties(changes, torch.full((len(names),), way["weight"]), way["density"])
+            else:
+                change = task_arithmetic(changes, torch.full((len(names),), way["weight"]))
+            weight.copy_(self.base[name] + change)
+
+
+COMBINED = {"mask": Masks, "lora": Loras, "full": Fulls}
+
+
+def measure_combinations(
+    method: str,
+    combined: Masks | Loras | Fulls,
+    tasks: Sequence[Task],
+    measure: Measure,
+    found: dict[str, dict],
+    save: Callable[[], None],
+) -> None:
+    """Measure each task alone and all combinations, in the way that held-out rows choose; adds to ``found``."""
+    ways = WAYS.get(method)
+    for task in tasks:
+        if task.name not in found:
+            combined.select([task.name], None)
+            found[task.name] = measure.all(combined.model, [task])
+            save()
+    for chosen in combinations(tasks):
+        names = [task.name for task in chosen]
+        label = "+".join(names)
+        if label in found:
+            continue
+        way = None
+        shares = []
+        for candidate in ways or ():
+            combined.select(names, candidate)
+            heldout = [measure.hits(combined.model, task.heldout) for task in chosen]
+            shares.append(float(np.mean([np.mean(hits) for hits in heldout])))
+        if ways:
+            way = ways[int(np.argmax(shares))]
+        combined.select(names, way)
+        found[label] = measure.all(combined.model, chosen)
+        if ways:
+            found[label]["way"] = way
+            found[label]["heldout_accuracy_of_ways"] = [
+                {**candidate, "accuracy": share} for candidate, share in zip(ways, shares, strict=True)
+            ]
+        save()
+        print(method, label, way or "", flush=True)
 
 
 # The table
 
 
-def retained(alone: dict[str, list[int]], combined: dict[str, list[int]]) -> tuple[float, float, float]:
-    """Mean over tasks of accuracy combined / alone, with a 95 % interval over test items (paired bootstrap)."""
-    rng = np.random.default_rng(0)
+def retained(results: Sequence[dict], method: str, label: str) -> np.ndarray:
+    """How much of each skill's accuracy alone a combination keeps, in %: values (seeds, items) with that as their mean.
 
-    def share(rows: dict[str, np.ndarray]) -> float:
-        ratios = []
-        for task, items in rows.items():
-            of_alone = np.mean(np.array(alone[task])[items])
-            ratios.append(np.mean(np.array(combined[task])[items]) / max(of_alone, 1e-9))
-        return float(np.mean(ratios))
+    Per task it is a ratio, right combined / right alone over all seeds and items. A ratio is no mean of items, but near
+    its value it moves with them as the mean of share + (combined - share * alone) / (mean of alone) does (the delta
+    method), whose intervals the bootstrap of means knows. All tasks have the same number of items, so the mean over all
+    columns is the mean over tasks.
+    """
+    values = []
+    for task in label.split("+"):
+        alone = np.array([result["methods"][method][task]["hits"][task] for result in results], float)
+        combined = np.array([result["methods"][method][label]["hits"][task] for result in results], float)
+        mean = max(alone.mean(), 1e-9)
+        share = combined.mean() / mean
+        values.append(100 * (share + (combined - share * alone) / mean))
+    return np.concatenate(values, axis=1)
 
-    everything = {task: np.arange(len(hits)) for task, hits in combined.items()}
-    draws = []
-    for _ in range(NUM_RESAMPLES):
-        draws.append(share({task: rng.choice(items, len(items)) for task, items in everything.items()}))
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return share(everything), float(low), float(high)
+
+def shown(values: np.ndarray, confidence: float) -> tuple[float, float, float]:
+    """Mean and interval; of several seeds over seeds and items, of fewer than three over items."""
+    if len(values) < 3:
+        values = values.mean(0, keepdims=True)
+    bootstrap = Bootstrap(as_block(values))
+    return bootstrap.difference, *bootstrap.interval(confidence)
 
 
-def table(result: dict) -> str:
-    """The accuracies and retained shares as Markdown."""
-    tasks = result["settings"]["tasks"]
-    methods = list(result["methods"])
-    base = result["methods"][methods[0]]["measured"]["base"]
-    settings = result["settings"]
+def labels_of(results: Sequence[dict]) -> list[str]:
+    """Combinations that were measured."""
+    first = next(iter(results[0]["methods"].values()))
+    return [name for name in first if "+" in name]
+
+
+def table(results: Sequence[dict]) -> str:
+    """Accuracies and retained shares as Markdown, means over seeds."""
+    settings = results[0]["settings"]
+    tasks = settings["tasks"]
+    methods = list(results[0]["methods"])
+    seeds = ", ".join(str(result["settings"]["seed"]) for result in results)
+    labels = labels_of(results)
+    # Bonferroni: all intervals of the table are covered together.
+    num_intervals = len(labels) * (2 * len(methods) - 1)
+    confidence = 1 - 0.05 / max(num_intervals, 1)
+    over = "seeds and test items" if len(results) > 2 else "test items, about these models"
     lines = [
-        "# Skills that add up",
+        f"`{settings['model']}`, seed {seeds}, {settings['num_test']} test rows a task, accuracy exact and "
+        "teacher-forced, in %. Retained: mean over tasks of accuracy combined / alone, in %, with simultaneous 95 % "
+        f"intervals over {over}; the last column is the union's share minus this method's. Forgetting: nats per token, "
+        "after minus before.",
         "",
-        f"`{settings['model']}`, seed {settings['seed']}, {settings['num_test']} test rows a task, accuracy exact and "
-        "teacher-forced, in %. Retained: mean over tasks of accuracy combined / alone, with a 95 % interval over test "
-        "items (one seed: not over trainings). Forgetting: nats per token, after minus before.",
-        "",
-        f"| combined | method | {' | '.join(tasks)} | retained, % | forgetting: instructions | wikipedia | chosen |",
-        f"|---|---|{'---|' * len(tasks)}---|---|---|---|",
+        f"| combined | method | {' | '.join(tasks)} | retained, % | forgetting: instructions | wikipedia | chosen | "
+        "union - it |",
+        f"|---|---|{'---|' * len(tasks)}---|---|---|---|---|",
     ]
-    names = [name for name in result["methods"][methods[0]]["measured"] if name != "base"]
-    for name, method in itertools.product(names, methods):
-        measured = result["methods"][method]["measured"]
-        own = measured[name]
-        accuracy = {task: f"{100 * np.mean(hits):.1f}" for task, hits in own["hits"].items()}
+    for name, method in itertools.product([*tasks, *labels], methods):
+        own = [result["methods"][method][name] for result in results]
+        accuracies = {task: f"{100 * np.mean([row['hits'][task] for row in own]):.1f}" for task in own[0]["hits"]}
         kept = "–"
-        if "+" in name:
-            alone = {task: measured[task]["hits"][task] for task in own["hits"]}
-            share, low, high = (100 * value for value in retained(alone, own["hits"]))
-            kept = f"{share:.0f} [{low:.0f}, {high:.0f}]"
-        forgotten = [f"{own['probes'][probe] - base['probes'][probe]:+.3f}" for probe in PROBES]
-        way = own.get("way")
-        chosen = "–" if way is None else f"{way['combination_type']} x {way['weight']}"
-        shown = [
-            "union" if method == "mask" and "+" in name else {"mask": "deletion mask", "lora": "LoRA r 16"}[method]
+        ahead = "–"
+        if name in labels:
+            values = retained(results, method, name)
+            kept = "{:.0f} [{:.0f}, {:.0f}]".format(*shown(values, confidence))
+            if method != "mask" and "mask" in methods:
+                ahead = "{:+.0f} [{:+.0f}, {:+.0f}]".format(
+                    *shown(retained(results, "mask", name) - values, confidence)
+                )
+        forgotten = [
+            f"{np.mean([row['probes'][probe] for row in own]) - results[0]['base']['probes'][probe]:+.3f}"
+            for probe in PROBES
         ]
-        cells = [name, *shown, *(accuracy.get(task, "") for task in tasks), kept, *forgotten, chosen]
-        lines.append(f"| {' | '.join(cells)} |")
-    before = ", ".join(f"{task} {100 * np.mean(hits):.1f}" for task, hits in base["hits"].items())
+        ways = dict.fromkeys(
+            f"{row['way']['combination_type']} x {row['way']['weight']}" for row in own if "way" in row
+        )
+        label = "union of masks" if method == "mask" and name in labels else METHODS[method]
+        cells = [name, label, *(accuracies.get(task, "") for task in tasks), kept, *forgotten]
+        lines.append(f"| {' | '.join([*cells, ', '.join(ways) or '–', ahead])} |")
+    before = ", ".join(f"{task} {100 * np.mean(hits):.1f}" for task, hits in results[0]["base"]["hits"].items())
     lines += ["", f"Before training: {before} %."]
-    if "mask" in methods:
-        removed = [f"{task} {number:,}" for task, number in result["methods"]["mask"]["removed_weights"].items()]
-        lines += ["", f"Weights removed: {', '.join(removed)}."]
+    if "removed_weights" in results[0]:
+        removed = [f"{task} {number:,}" for task, number in results[0]["removed_weights"].items()]
+        lines += ["", f"Weights removed (seed {results[0]['settings']['seed']}): {', '.join(removed)}."]
     return "\n".join(lines) + "\n"
 
 
 # The picture
 
-SHOWN = {"mask": ("union of masks", "orange", "o"), "lora": ("LoRA r 16, combined", "blue", "s")}
+SHOWN = {
+    "mask": ("union of masks", "orange", "o"),
+    "lora": ("LoRA r 16, combined", "blue", "s"),
+    "full": ("full fine-tuning, combined", "green", "^"),
+}
 
 
 def draw(results: Sequence[dict], folder: Path) -> None:
-    """Draw what each combination keeps of its parts' accuracy, one dot per seed and method, with its interval."""
-    combinations = [name for name in results[0]["methods"]["mask"]["measured"] if "+" in name]
+    """Draw what each combination keeps of its parts' accuracy: a mark per seed and method, and its interval."""
+    labels = labels_of(results)
+    methods = list(results[0]["methods"])
+    confidence = 1 - 0.05 / max(len(labels) * len(methods), 1)
 
     def on(axes) -> None:
-        for offset, (method, (_, colour, marker)) in zip((-0.12, 0.12), SHOWN.items(), strict=True):
-            for place, name in enumerate(combinations):
+        for offset, method in zip((-0.2, 0.0, 0.2), methods, strict=False):
+            _, colour, marker = SHOWN[method]
+            for place, name in enumerate(labels):
+                _, low, high = shown(retained(results, method, name), confidence)
+                axes.plot([low, high], [place + offset] * 2, color=COLOURS[colour], linewidth=0.8)
                 for result in results:
-                    measured = result["methods"][method]["measured"]
-                    alone = {task: measured[task]["hits"][task] for task in measured[name]["hits"]}
-                    share, low, high = (100 * value for value in retained(alone, measured[name]["hits"]))
-                    axes.plot([low, high], [place + offset] * 2, color=COLOURS[colour], linewidth=0.8)
-                    axes.plot(share, place + offset, marker, color=COLOURS[colour])
-        axes.set_yticks(range(len(combinations)), [name.replace("+", " + ") for name in combinations])
+                    share = retained([result], method, name).mean()
+                    axes.plot(share, place + offset, marker, color=COLOURS[colour], markersize=4)
+        axes.set_yticks(range(len(labels)), [picture_label(name) for name in labels])
         axes.invert_yaxis()
         axes.set_xlabel("accuracy kept, % of each skill alone")
         axes.set_xlim(left=0)
 
-    legend = [Entry(label, colour, "", marker) for label, colour, marker in SHOWN.values()]
-    panel = Panel("Skills combined in one model", on, is_wide=True, height=0.6 + 0.4 * len(combinations))
+    legend = [Entry(SHOWN[method][0], SHOWN[method][1], "", SHOWN[method][2]) for method in methods]
+    panel = Panel("Skills combined in one model", on, is_wide=True, height=0.6 + 0.45 * len(labels))
     chart = Chart("", [panel], Table((), []), legend)
     for name, content in files_of(chart, "retained").items():
         if name.endswith(".svg"):
             (folder / name).write_bytes(content)
+
+
+def picture_label(name: str) -> str:
+    """A combination as an axis shows it."""
+    parts = name.split("+")
+    return " + ".join(parts) if len(parts) < 4 else f"all {len(parts)}"
+
+
+def write(results: Sequence[dict], folder: Path) -> None:
+    """Write table.md and the picture; the lines above a table of the folder stay."""
+    file = folder / "table.md"
+    head = file.read_text().split("`llm-", 1)[0] if file.is_file() else "# Skills that add up\n\n"
+    file.write_text(head + table(results))
+    draw(results, folder)
 
 
 if __name__ == "__main__":
