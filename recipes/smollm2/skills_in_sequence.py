@@ -32,7 +32,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from skills_that_add_up import Measure, Task
 
-from maskft.models import load_model, load_tokenizer
+from maskft.models import load_tokenizer
 
 REPLAY_SHARE = 0.06
 SEQUENTIAL = ("lora", "lora with replay", "full", "full with replay")
@@ -60,7 +60,7 @@ def main() -> None:
         raise SystemExit(f"{file} is of other settings: {result['settings']}; give another folder")
 
     methods: dict[str, Callable[[], dict]] = {
-        "base": lambda: measure.all(load_model(args.model).eval(), tasks),
+        "base": lambda: measure.all(skills.load(args.model).eval(), tasks),
         "mask a task": lambda: each_its_own("mask", tasks, measure, args),
         "lora a task": lambda: each_its_own("lora", tasks, measure, args),
         "union of masks": lambda: growing_union(tasks, measure, args),
@@ -113,7 +113,7 @@ def one_after_another(name: str, tasks: Sequence[Task], measure: Measure, args) 
     """One LoRA, or all weights, trained on task after task."""
     is_lora = name.startswith("lora")
     torch.manual_seed(args.seed)
-    model = load_model(args.model)
+    model = skills.load(args.model)
     if is_lora:
         config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(model, config)

@@ -37,6 +37,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.merge_utils import task_arithmetic, ties
+from transformers import PreTrainedModel
 
 from maskft import MaskConfig, current_masks, set_mask_progress
 from maskft.data.tokenizing import IGNORED, tokenize_example
@@ -131,7 +132,7 @@ def main() -> None:
 
     measure = Measure(tokenizer, probes)
     if "base" not in result:
-        result["base"] = measure.all(load_model(args.model).eval(), tasks)
+        result["base"] = measure.all(load(args.model).eval(), tasks)
     for method in args.methods:
         combined = COMBINED[method](tasks, args)
         found = result.setdefault("methods", {}).setdefault(method, {})
@@ -186,6 +187,13 @@ def read_probe(folder: Path, name: str, tokenizer, num_rows: int) -> list[dict]:
 # Training
 
 
+def load(name: str) -> PreTrainedModel:
+    """A model; its attention step by step, whose backward pass in bfloat16 on CPUs is several times faster."""
+    model = load_model(name)
+    model.set_attn_implementation("eager")
+    return model
+
+
 def adapter_folder(task: Task, method: str, args) -> Path:
     """Where the adapter of a task is, or the fully fine-tuned model."""
     return args.out / "adapters" / f"{method}-{task.name}-s{args.seed}"
@@ -197,7 +205,7 @@ def train(task: Task, method: str, tokenizer, args) -> None:
     if (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
         return
     torch.manual_seed(args.seed)
-    model = load_model(args.model)
+    model = load(args.model)
     if method == "mask":
         model = get_peft_model(model, MaskConfig(preset="deletion_tuning", mask_seed=args.seed, task_type="CAUSAL_LM"))
     elif method == "lora":
@@ -311,7 +319,7 @@ def with_adapters(tasks: Sequence[Task], method: str, args) -> PeftModel:
     """The base with the adapter of every task, under the task's name."""
     first, *others = tasks
     model = PeftModel.from_pretrained(
-        load_model(args.model), str(adapter_folder(first, method, args)), adapter_name=first.name
+        load(args.model), str(adapter_folder(first, method, args)), adapter_name=first.name
     )
     for task in others:
         model.load_adapter(str(adapter_folder(task, method, args)), task.name)
@@ -361,7 +369,7 @@ class Fulls:
     """What full fine-tuning changed for each task; combined by task arithmetic or TIES."""
 
     def __init__(self, tasks: Sequence[Task], args):
-        self.model = load_model(args.model).eval()
+        self.model = load(args.model).eval()
         self.base = {name: weight.detach().clone() for name, weight in self.model.named_parameters()}
         self.changes = {}
         for task in tasks:

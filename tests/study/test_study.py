@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 
@@ -25,9 +26,11 @@ from maskft_common.errors import UserError
 from maskft_lab.cli.early import help_text
 from maskft_lab.cli.main import main
 from maskft_lab.study import board as boards
+from maskft_lab.study import make as making
 from maskft_lab.study.accounts import build_record, is_control
 from maskft_lab.study.check import checked_plan
 from maskft_lab.study.folder import Study
+from maskft_lab.study.launchers import launcher_of
 from maskft_lab.study.launchers import slurm as slurm_launcher
 from maskft_lab.study.load_recipe import load_recipe, parse_recipe
 from maskft_lab.study.make import _record, launch_words, make
@@ -74,6 +77,27 @@ def test_a_killed_study_ends_as_an_undisturbed_one(base, data, tmp_path, capsys)
     check_accounts(cut)
     check_that_another_study_in_the_folder_finds_what_is_made(content, tmp_path, cut, capsys)
     assert str(tmp_path) not in "".join(path.read_text() for path in cut.glob("results/*/result.json"))
+
+
+def test_a_run_starts_while_its_parent_is_evaluated(base, data, tmp_path, monkeypatch):
+    child_started = threading.Event()
+
+    def evaluate(study, run, *rest):
+        if run.method.method == "full" and not child_started.wait(60):
+            raise UserError("no child in a minute")
+        return making._evaluate_in_fact(study, run, *rest)
+
+    def train(study, run, tick):
+        if run.method.method == "mask":
+            child_started.set()
+        return making._train_in_fact(study, run, tick)
+
+    for name, replacement in {"_evaluate": evaluate, "_train": train}.items():
+        monkeypatch.setattr(making, f"{name}_in_fact", getattr(making, name), raising=False)
+        monkeypatch.setattr(making, name, replacement)
+    plan = checked_plan(parse_recipe(recipe(base, data, {"full": FULL, "mask": MASK}), tmp_path, "study.yaml"))
+    run_study(plan, tmp_path / "out", launcher_of("local", 2))
+    assert child_started.is_set()
 
 
 def check_that_another_study_in_the_folder_finds_what_is_made(content, tmp_path, folder, capsys):

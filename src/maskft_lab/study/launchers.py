@@ -1,6 +1,6 @@
 """Where runs are made: on this machine, on a Ray cluster, or under SLURM.
 
-A launcher is a context for a study. It yields a function that takes runs whose parents are finished, starts the first
+A launcher is a context for a study. It yields a function that takes runs whose parents are trained, starts the first
 of them as far as there is room, and returns their jobs: with ``done()``, ``result()`` (why the run failed, None if it
 did not) and ``cancel()``, as a Future has.
 """

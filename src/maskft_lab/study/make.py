@@ -237,7 +237,7 @@ def _changes_nothing(study: Study, run: StudyRun, options: dict) -> bool:
 
 
 def _train_options(study: Study, run: StudyRun) -> dict:
-    """Options of ``maskft train`` for a run whose parents are finished."""
+    """Options of ``maskft train`` for a run whose parents are trained."""
     options = {
         "method": run.method.method,
         "model_name_or_path": study.start(run),

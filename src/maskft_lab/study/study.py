@@ -143,7 +143,7 @@ def failure_of(study: Study, run: StudyRun, tick=lambda: None) -> str | None:
 
 
 def _make_runs(study: Study, todo: list[StudyRun], board: Board, launcher: Launcher) -> None:
-    """Make ``todo``, each run as soon as its parents are finished; failures are noted on ``board``."""
+    """Make ``todo``, each run as soon as its parents are trained; failures are noted on ``board``."""
     waiting = list(todo)
     jobs: dict[StudyRun, Any] = {}
     num_lost: Counter[StudyRun] = Counter()
@@ -152,7 +152,7 @@ def _make_runs(study: Study, todo: list[StudyRun], board: Board, launcher: Launc
     with launcher(study, failure_of) as submit:
         try:
             while waiting or jobs:
-                ready = _ready(waiting, jobs, board)
+                ready = _ready(study, waiting, jobs, board)
                 if ready:
                     started = dict(zip(ready, submit(ready), strict=False))  # as many as there is room for
                     jobs |= started
@@ -182,18 +182,22 @@ def _make_runs(study: Study, todo: list[StudyRun], board: Board, launcher: Launc
                 job.cancel()
 
 
-def _ready(waiting: list[StudyRun], jobs: Mapping[StudyRun, Any], board: Board) -> list[StudyRun]:
-    """The runs of ``waiting`` whose parents are finished; those whose parent failed are removed and noted."""
+def _ready(study: Study, waiting: list[StudyRun], jobs: Mapping[StudyRun, Any], board: Board) -> list[StudyRun]:
+    """The runs of ``waiting`` whose parents are trained; those whose parent failed are removed and noted."""
     for run in list(waiting):
         failed_parent = next((parent for parent in run.parents if parent in board.failed), None)
         if failed_parent is not None:
             board.has_failed(run, f"it needs {failed_parent.title!r}, which failed")
             waiting.remove(run)
 
-    def has_parents(run: StudyRun) -> bool:
-        return not any(parent in waiting or parent in jobs for parent in run.parents)
+    def is_there(parent: StudyRun) -> bool:
+        if parent not in jobs:
+            return parent not in waiting
+        # While the parent is evaluated, nothing hinders its children: its record is the last file of its training. With
+        # a path, the evaluation chooses which of its checkpoints they start from.
+        return study.recipe.path is None and (study.run_folder(parent) / layout.RUN).is_file()
 
-    return [run for run in waiting if has_parents(run)]
+    return [run for run in waiting if all(map(is_there, run.parents))]
 
 
 def _outcome(study: Study, run: StudyRun) -> str:
