@@ -303,7 +303,6 @@ def test_an_existing_result_is_not_replaced_unasked(base, data, tmp_path, capsys
 def test_the_demo(is_small, base, tmp_path, capsys):
     """The small model that comes with the package, and sums with another."""
     out, refit = tmp_path / "demo", ["prune + retrain"] if is_small else []
-    num_seeds = 2 if is_small else 1
     words = ["demo", "--output_dir", out, "--limit", 8, *([] if is_small else ["--model", base])]
     status, printed, err = call(words, capsys)
     assert status == 0, err
@@ -311,13 +310,16 @@ def test_the_demo(is_small, base, tmp_path, capsys):
     lines = printed.replace(str(out), "runs/demo").splitlines()
     assert all(any(line.strip().startswith(name[:12]) for line in lines) for name in names)
     assert "Verdict: " in printed and "next: maskft demo --recipe" in lines[-1]
-    verdict, end = (next(n for n, line in enumerate(lines) if word in line) for word in ("Verdict: ", " more diff"))
-    assert max(map(len, lines)) <= 80 and verdict + len(lines) - end <= 21
+    verdict, end = (
+        next(n for n, line in enumerate(lines) if word in line) for word in ("Verdict: ", "--format markdown")
+    )
+    assert max(map(len, lines)) <= 80 and verdict + len(lines) - end <= 23
     assert end - verdict <= 7 + 3 * printed.count("Note: ")  # these vary: of few rows models are alike
     assert (out / "table-demo.md").is_file()
     results = [json.loads(path.read_text()) for path in (out / "results").rglob(RESULT)]
-    num_runs = num_seeds * (len(names) - 1) + 1  # of the pre-trained model there is one for all seeds
+    num_runs = len(names)
     assert len(results) == num_runs
+    assert "One seed: " in printed
     assert len({r["tasks"]["heldout"]["items_fingerprint"] for r in results}) == 1
     assert all(len(r["tasks"]["heldout"]["items"]) == 8 for r in results)
     assert str(tmp_path) not in json.dumps(results)

@@ -26,6 +26,7 @@ from maskft_common.errors import UserError
 from maskft_lab.cli.early import help_text
 from maskft_lab.cli.main import main
 from maskft_lab.study import board as boards
+from maskft_lab.study import launchers
 from maskft_lab.study import make as making
 from maskft_lab.study.accounts import build_record, is_control
 from maskft_lab.study.check import checked_plan
@@ -98,6 +99,43 @@ def test_a_run_starts_while_its_parent_is_evaluated(base, data, tmp_path, monkey
     plan = checked_plan(parse_recipe(recipe(base, data, {"full": FULL, "mask": MASK}), tmp_path, "study.yaml"))
     run_study(plan, tmp_path / "out", launcher_of("local", 2))
     assert child_started.is_set()
+
+
+@pytest.mark.parametrize(
+    ("seeds", "expected"),
+    # With two seeds, two trainings can run at once at any time; the mask and the restart begin together.
+    [([1], {"full"}), ([1, 2], set())],
+)
+def test_a_run_beside_which_no_other_can_run_gets_all_cores(seeds, expected, base, data, tmp_path, monkeypatch):
+    methods = {
+        "before": {"method": "pretrained"},
+        "full": FULL,
+        "mask": MASK,
+        "restart": FULL | {"from": "full"},
+        "random": {"method": "random_mask", "from": "full", "match": "mask"},
+    }
+    content = recipe(base, data, methods) | {"seeds": seeds}
+    plan = checked_plan(parse_recipe(content, tmp_path, "study.yaml"))
+    runs_alone = launchers.alone(plan.runs)
+    assert {run.method.name for run in runs_alone} == expected
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(launchers, "num_cores", lambda: 4)
+    go_on = threading.Event()
+    threads = {}
+
+    def work(study, run, tick, threads_of_run):
+        threads[run.method.name] = threads_of_run
+        assert go_on.wait(60)
+
+    before, full = (next(run for run in plan.runs if run.method.name == name) for name in ("before", "full"))
+    with launchers.local(Study(tmp_path, plan.recipe), work, runs_alone, num_at_once=2) as submit:
+        try:
+            # Nothing starts beside a run that has all cores.
+            assert len(submit([full, before])) == (1 if full in runs_alone else 2)
+        finally:
+            go_on.set()
+    assert threads["full"] == (4 if full in runs_alone else 2, 2)
 
 
 def check_that_another_study_in_the_folder_finds_what_is_made(content, tmp_path, folder, capsys):

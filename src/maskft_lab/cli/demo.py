@@ -139,6 +139,8 @@ def _run_study(args: argparse.Namespace) -> None:
     num_at_once = 1 if args.model else min(_MAX_AT_ONCE, num_cores())
     run_study(plan, folder, launcher_of("local", num_at_once), is_brief=True)
 
+    if len(recipe.seeds) == 1:
+        print("One seed: this is about these models; other trainings may end otherwise.")
     report = _report(folder, recipe.model, recipe.name)
     print(f"{time_text(time.monotonic() - started_at)}; {report}; next: maskft demo --recipe > demo.yaml")
 

@@ -58,10 +58,13 @@ class Study:
         """Record of a finished run; its best checkpoint is the one by held-out loss, whatever ``path.choose`` takes."""
         return read_run_record(self.run_folder(run))
 
+    def has_record(self, run: StudyRun) -> bool:
+        """Whether a run's training is over: its record is the last file of it."""
+        return (self.run_folder(run) / layout.RUN).is_file()
+
     def is_trained(self, run: StudyRun) -> bool:
         """Whether the run's models are there, as they were written."""
-        folder = self.run_folder(run)
-        return (folder / layout.RUN).is_file() and damage_of_run(folder) is None
+        return self.has_record(run) and damage_of_run(self.run_folder(run)) is None
 
     # Models
 

@@ -16,17 +16,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from maskft.training.method_arguments import UNTRAINED_METHODS
 from maskft_common import files, layout
 from maskft_common.environment import num_cores
 from maskft_common.errors import UserError, install_hint
 
 from .folder import Study
+from .make import Threads
+from .recipe import PRETRAINED
 from .study_run import StudyRun
 
 _ASK_S = 2.0  # between two questions to SLURM's queue
@@ -37,31 +40,56 @@ TIME_MIN = 24 * 60  # minutes a SLURM job may take before it is requeued
 # Makes a run: (study, run) -> why it failed, or None. A module-level function, so that it can be pickled.
 Work = Callable[..., str | None]
 Submit = Callable[[list[StudyRun]], list[Any]]
-Launcher = Callable[[Study, Work], contextlib.AbstractContextManager[Submit]]
+# Called with the study, what makes a run, and the runs beside which no other training can run (see `alone`).
+Launcher = Callable[[Study, Work, Collection[StudyRun]], contextlib.AbstractContextManager[Submit]]
+
+
+def alone(runs: Sequence[StudyRun]) -> set[StudyRun]:
+    """The runs beside which no other training can run: all others come before or after them, or train nothing."""
+    before: dict[StudyRun, set[StudyRun]] = {}
+
+    def all_before(run: StudyRun) -> set[StudyRun]:
+        if run not in before:
+            before[run] = {run}.union(*map(all_before, run.parents))
+        return before[run]
+
+    trained = [run for run in runs if run.method.method not in (PRETRAINED, *UNTRAINED_METHODS)]
+    return {run for run in trained if all(run in all_before(other) or other in all_before(run) for other in trained)}
 
 
 # This machine
 
 
 @contextlib.contextmanager
-def local(study: Study, work: Work, num_at_once: int = 1) -> Iterator[Submit]:
-    """This machine, ``num_at_once`` runs at a time, which share its cores."""
-    if num_at_once > 1:
-        # Several processes with a thread per core each would slow each other down.
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // num_at_once)))
+def local(study: Study, work: Work, runs_alone: Collection[StudyRun] = (), num_at_once: int = 1) -> Iterator[Submit]:
+    """This machine, ``num_at_once`` runs at a time, which share its cores.
 
+    A run of ``runs_alone`` is trained with all cores, and nothing starts beside its training. OMP_NUM_THREADS decides
+    instead where the user has set it.
+    """
     is_over = threading.Event()
-    jobs: list[Future] = []
+    jobs: dict[Future, StudyRun] = {}
+    is_shared = num_at_once > 1 and "OMP_NUM_THREADS" not in os.environ
+    # Several processes with a thread per core each would slow each other down.
+    share = max(1, num_cores() // num_at_once) if is_shared else None
 
     def tick() -> None:
         if is_over.is_set():
             raise KeyboardInterrupt  # which ends the command that this thread waits for
 
     def submit(runs: list[StudyRun]) -> list[Future]:
-        num_running = sum(not job.done() for job in jobs)
-        room = num_at_once - num_running
-        new = [pool.submit(work, study, run, tick) for run in runs[:room]]
-        jobs.extend(new)
+        new: list[Future] = []
+        for run in runs:
+            running = [other for job, other in jobs.items() if not job.done()]
+            in_training = {other for other in running if not study.has_record(other)}
+            is_alone = is_shared and run in runs_alone
+            must_wait = (is_alone and in_training) or (is_shared and in_training & set(runs_alone))
+            if len(running) == num_at_once or must_wait:
+                break
+            threads = Threads(num_cores() if is_alone else share, share)
+            job = pool.submit(work, study, run, tick, threads)
+            jobs[job] = run
+            new.append(job)
         return new
 
     with ThreadPoolExecutor(num_at_once) as pool:
@@ -75,7 +103,7 @@ def local(study: Study, work: Work, num_at_once: int = 1) -> Iterator[Submit]:
 
 
 @contextlib.contextmanager
-def ray(study: Study, work: Work) -> Iterator[Submit]:
+def ray(study: Study, work: Work, runs_alone: Collection[StudyRun] = ()) -> Iterator[Submit]:
     """A Ray cluster: RAY_ADDRESS, else one on this machine. All nodes must see the study's folder."""
     import ray
 
@@ -94,6 +122,7 @@ def ray(study: Study, work: Work) -> Iterator[Submit]:
 def slurm(
     study: Study,
     work: Work,
+    runs_alone: Collection[StudyRun] = (),
     partition: str | None = None,
     time_min: int | None = None,
     cluster: str = "slurm",
@@ -103,6 +132,7 @@ def slurm(
     Args:
         study: The study.
         work: Makes a run.
+        runs_alone: Not used: a job has the cores that the recipe says.
         partition: Of the cluster; None: its default.
         time_min: Minutes that a job may take before it is requeued.
         cluster: ``slurm``, or ``local`` for processes of this machine.

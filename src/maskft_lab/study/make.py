@@ -12,7 +12,9 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from maskft.data.arguments import TEMPLATE, DataArguments, mixture_text
 from maskft.training.method_arguments import INTERPOLATE, MASK_METHODS, PEFT, UNTRAINED_METHODS, method_label
@@ -37,7 +39,18 @@ _TOKENISATION = ("max_length", "completion_only_loss", "dataset_text_field")
 # save_total_limit of a run with a path, which may need any of its checkpoints.
 _ALL_CHECKPOINTS = 1_000_000
 
-Tick = Callable[[], None]  # called about twice a second while a command runs
+Tick = Callable[[], None]  # called about ten times a second while a command runs
+Call = Callable[[list[str], Path], None]  # runs a command to its end: its words, its log
+
+
+class Threads(NamedTuple):
+    """Threads that the commands of a run compute with; None: as the environment says."""
+
+    training: int | None
+    evaluation: int | None
+
+
+THREADS_OF_ENVIRONMENT = Threads(None, None)
 
 
 def _no_tick() -> None:
@@ -127,35 +140,43 @@ def prepare_data(study: Study, runs: list[StudyRun], tick: Tick = _no_tick) -> N
 # Making a run
 
 
-def make(study: Study, run: StudyRun, tick: Tick = _no_tick) -> None:
+def make(study: Study, run: StudyRun, tick: Tick = _no_tick, threads: Threads = THREADS_OF_ENVIRONMENT) -> None:
     """Train and evaluate the unfinished part of ``run``.
+
+    Args:
+        study: The study.
+        run: The run, whose parents are trained.
+        tick: Called about ten times a second while a command runs.
+        threads: Threads of its commands.
 
     Raises:
         UserError: If a command fails, with its last line.
     """
+    train = partial(_call, study, tick=tick, num_threads=threads.training)
+    evaluate = partial(_call, study, tick=tick, num_threads=threads.evaluation)
     if not study.is_trained(run):
         folder = study.run_folder(run)
-        record = _trained(study, run, tick)
+        record = _trained(study, run, train)
         write_run_record(folder, record.model_copy(update={"files": written_files(folder)}))
         study.note_finished(folder)
 
     _delete_checkpoints(study, run)
     if has_path(study.recipe, run) and heldout(study, run) is None:
-        _measure_path(study, run, tick)
+        _measure_path(study, run, evaluate)
     for role in run.labels:
         if not is_whole_result(study.result_file(run, role)):
-            _evaluate(study, run, role, tick)
+            _evaluate(study, run, role, evaluate)
 
 
-def _call(study: Study, words: list[str], log: Path, tick: Tick) -> None:
+def _call(study: Study, words: list[str], log: Path, tick: Tick, num_threads: int | None = None) -> None:
     """Run a command to its end; it holds the study's lock as long."""
-    run_command(words, log, tick, study.lock_fd)
+    run_command(words, log, tick, study.lock_fd, num_threads)
 
 
-def _trained(study: Study, run: StudyRun, tick: Tick) -> RunRecord:
+def _trained(study: Study, run: StudyRun, call: Call) -> RunRecord:
     """Train a run; if its loss was not finite while settings are tried, a record without a loss."""
     try:
-        return _train(study, run, tick)
+        return _train(study, run, call)
     except UserError as error:
         is_divergence = NOT_UPDATED in str(error)
         if run.tried is None or not is_divergence:
@@ -183,7 +204,7 @@ def _delete_checkpoints(study: Study, run: StudyRun) -> None:
 # Points of a path
 
 
-def _measure_path(study: Study, run: StudyRun, tick: Tick) -> None:
+def _measure_path(study: Study, run: StudyRun, call: Call) -> None:
     """Measure every point of a run's path on its held-out rows and on earlier abilities."""
     run_points = points(study.recipe, run)
     checkpoints = study.checkpoints(run)
@@ -199,13 +220,13 @@ def _measure_path(study: Study, run: StudyRun, tick: Tick) -> None:
         # maskft evaluate writes one model's result into output_dir itself, not into a folder of its name.
         models["name"] = names[0]
         sets = [(folder / names[0], options) for folder, options in sets]
-    _measure(study, run, models, sets, tick)
+    _measure(study, run, models, sets, call)
 
 
 # Training
 
 
-def _train(study: Study, run: StudyRun, tick: Tick) -> RunRecord:
+def _train(study: Study, run: StudyRun, call: Call) -> RunRecord:
     """Train and return the run's record."""
     options = run.options
     training = None
@@ -218,7 +239,7 @@ def _train(study: Study, run: StudyRun, tick: Tick) -> RunRecord:
             models = dict.fromkeys(run.roles, study.model(run.start, BEST))
         else:
             words = [*launch_words(study.recipe, run), *command_words(options)]
-            _call(study, words, folder / layout.LOG, tick)
+            call(words, folder / layout.LOG)
             training = files.read_json(folder / layout.TRAINING)["summary"]
             is_last_best = training["best_step"] == training["num_steps"]
             models = {BEST: str(folder), LAST: str(folder if is_last_best else folder / layout.LAST)}
@@ -288,11 +309,11 @@ def launch_words(recipe: Recipe, run: StudyRun) -> list[str]:
 # Evaluation
 
 
-def _evaluate(study: Study, run: StudyRun, role: str, tick: Tick) -> None:
+def _evaluate(study: Study, run: StudyRun, role: str, call: Call) -> None:
     """Evaluate one of the run's models, or copy the result of the same model."""
     target = study.result_file(run, role)
     same = _same_result(study, run, role)
-    result = _measured(study, run, role, tick) if same is None else read_result(same)
+    result = _measured(study, run, role, call) if same is None else read_result(same)
 
     record = _record(study, run)
     result = result | {"name": run.labels[role]}
@@ -302,8 +323,8 @@ def _evaluate(study: Study, run: StudyRun, role: str, tick: Tick) -> None:
     result["study"] = study_block(run, study.recipe, role, record)
     write_result(target, result)
 
-    for partial in target.parent.parent.glob(f"{target.parent.name}.*partial"):
-        shutil.rmtree(partial, ignore_errors=True)
+    for leftover in target.parent.parent.glob(f"{target.parent.name}.*partial"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _same_result(study: Study, run: StudyRun, role: str) -> Path | None:
@@ -316,29 +337,29 @@ def _same_result(study: Study, run: StudyRun, role: str) -> Path | None:
     return next((file for file in candidates if is_whole_result(file)), None)
 
 
-def _measured(study: Study, run: StudyRun, role: str, tick: Tick) -> Result:
+def _measured(study: Study, run: StudyRun, role: str, call: Call) -> Result:
     """Evaluate on the tasks of the study and on the sets of earlier abilities; one result with all tasks."""
     target = study.result_file(run, role)
     # Answers that other versions of the packages gave before an interruption are not mixed with today's.
     versions = short_digest(environment()["packages"])
-    partial = target.parent.with_name(f"{target.parent.name}.{versions}.partial")
+    folder = target.parent.with_name(f"{target.parent.name}.{versions}.partial")
 
-    sets = [(partial, study.recipe.evaluation)]
+    sets = [(folder, study.recipe.evaluation)]
     folders_before = {}
     for name, options in study.recipe.before.items():
-        folders_before[name] = partial / f"before-{short_digest({'set': name})}"
+        folders_before[name] = folder / f"before-{short_digest({'set': name})}"
         sets.append((folders_before[name], options))
-    _measure(study, run, _model_options(study, run, role), sets, tick)
+    _measure(study, run, _model_options(study, run, role), sets, call)
 
-    result = read_result(partial / layout.RESULT)
-    for name, folder in folders_before.items():
-        for task, found in read_result(folder / layout.RESULT)["tasks"].items():
+    result = read_result(folder / layout.RESULT)
+    for name, folder_before in folders_before.items():
+        for task, found in read_result(folder_before / layout.RESULT)["tasks"].items():
             suffix = "" if task == HELDOUT else f" {task}"
             result["tasks"][f"{BEFORE}{name}{suffix}"] = found
     return result
 
 
-def _measure(study: Study, run: StudyRun, models: dict, sets: list[tuple[Path, dict]], tick: Tick) -> None:
+def _measure(study: Study, run: StudyRun, models: dict, sets: list[tuple[Path, dict]], call: Call) -> None:
     """Evaluate models in one process on every set of rows whose results are missing.
 
     Args:
@@ -346,7 +367,7 @@ def _measure(study: Study, run: StudyRun, models: dict, sets: list[tuple[Path, d
         run: The run whose log is written to.
         models: Options of ``maskft evaluate`` that name the models.
         sets: Folder of the results and options, for each set.
-        tick: Called while it runs.
+        call: Runs a command.
     """
     folders_of_models = models["name"] if isinstance(models["name"], list) else [""]
     words: list[str] = []
@@ -358,7 +379,7 @@ def _measure(study: Study, run: StudyRun, models: dict, sets: list[tuple[Path, d
         for file in missing:
             file.unlink(missing_ok=True)  # damaged, if it exists
     if words:
-        _call(study, [*PYTHON, "evaluate", *words], study.run_folder(run) / layout.LOG, tick)
+        call([*PYTHON, "evaluate", *words], study.run_folder(run) / layout.LOG)
 
 
 def _model_options(study: Study, run: StudyRun, role: str) -> dict:

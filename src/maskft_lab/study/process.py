@@ -63,7 +63,9 @@ def start_server() -> None:
         forkserver.ensure_running()
 
 
-def start_command(words: Sequence[str], log: Path, lock_fd: int | None = None) -> multiprocessing.process.BaseProcess:
+def start_command(
+    words: Sequence[str], log: Path, lock_fd: int | None = None, num_threads: int | None = None
+) -> multiprocessing.process.BaseProcess:
     """Start a command, its output appended to ``log``; it holds the study's lock until it ends."""
     log.parent.mkdir(parents=True, exist_ok=True)
     has_fork_server = sys.platform == "linux"
@@ -71,12 +73,21 @@ def start_command(words: Sequence[str], log: Path, lock_fd: int | None = None) -
     if has_fork_server:
         context.set_forkserver_preload(IMPORTED)
     lock = None if lock_fd is None else _Descriptor(lock_fd)
-    process = context.Process(target=_run, args=(list(words), str(log), dict(os.environ), lock))
+    environment = dict(os.environ)
+    if num_threads is not None:
+        environment["OMP_NUM_THREADS"] = str(num_threads)
+    process = context.Process(target=_run, args=(list(words), str(log), environment, lock))
     process.start()
     return process
 
 
-def run_command(words: Sequence[str], log: Path, tick: Callable[[], None] = lambda: None, lock_fd: int | None = None):
+def run_command(
+    words: Sequence[str],
+    log: Path,
+    tick: Callable[[], None] = lambda: None,
+    lock_fd: int | None = None,
+    num_threads: int | None = None,
+) -> None:
     """Run a command to its end, its output appended to ``log``.
 
     Args:
@@ -84,11 +95,12 @@ def run_command(words: Sequence[str], log: Path, tick: Callable[[], None] = lamb
         log: File for stdout and stderr.
         tick: Called about ten times a second while it runs.
         lock_fd: The study's lock, which is held until the command has ended too.
+        num_threads: Threads that it computes with; None: as the environment says.
 
     Raises:
         UserError: If it fails; the message is the last line it printed.
     """
-    process = start_command(words, log, lock_fd)
+    process = start_command(words, log, lock_fd, num_threads)
     try:
         while process.exitcode is None:
             tick()

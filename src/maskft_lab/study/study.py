@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from maskft_common.errors import UserError
 
 from .board import Board
 from .folder import Study
-from .launchers import Launcher, is_local
-from .make import heldout, is_done, make, prepare_base, prepare_data
+from .launchers import Launcher, alone, is_local
+from .make import THREADS_OF_ENVIRONMENT, Threads, heldout, is_done, make, prepare_base, prepare_data
 from .plan import Plan, build_plan
 from .recipe import Recipe
 from .run_options import options_but_seeds, tokens_of
@@ -115,7 +115,7 @@ def _make_stage(
         if todo:
             prepare_base(study, todo, board.tick)
             prepare_data(study, plan.runs, board.tick)
-            _make_runs(study, todo, board, launcher)
+            _make_runs(study, todo, board, launcher, alone(runs))
     return board.failed, len(todo)
 
 
@@ -133,26 +133,33 @@ def _costs(recipe: Recipe, runs: Sequence[StudyRun]) -> dict[StudyRun, float] | 
     return {run: known[options_but_seeds(run)] + evaluation for run in runs}
 
 
-def failure_of(study: Study, run: StudyRun, tick=lambda: None) -> str | None:
+def failure_of(
+    study: Study, run: StudyRun, tick: Callable[[], None] = lambda: None, threads: Threads = THREADS_OF_ENVIRONMENT
+) -> str | None:
     """Make a run; returns why it failed, None if it did not. This is what launchers call, wherever they run it."""
     try:
-        make(study, run, tick)
+        make(study, run, tick, threads)
     except UserError as error:
         return str(error)
     return None
 
 
-def _make_runs(study: Study, todo: list[StudyRun], board: Board, launcher: Launcher) -> None:
-    """Make ``todo``, each run as soon as its parents are trained; failures are noted on ``board``."""
+def _make_runs(
+    study: Study, todo: list[StudyRun], board: Board, launcher: Launcher, runs_alone: Collection[StudyRun]
+) -> None:
+    """Make ``todo``, each run as soon as its parents are trained; failures are noted on ``board``.
+
+    Those of ``runs_alone`` come first: others can wait for them.
+    """
     waiting = list(todo)
     jobs: dict[StudyRun, Any] = {}
     num_lost: Counter[StudyRun] = Counter()
     max_lost = 0 if is_local(launcher) else _MAX_LOST
 
-    with launcher(study, failure_of) as submit:
+    with launcher(study, failure_of, runs_alone) as submit:
         try:
             while waiting or jobs:
-                ready = _ready(study, waiting, jobs, board)
+                ready = sorted(_ready(study, waiting, jobs, board), key=lambda run: run not in runs_alone)
                 if ready:
                     started = dict(zip(ready, submit(ready), strict=False))  # as many as there is room for
                     jobs |= started
@@ -193,9 +200,9 @@ def _ready(study: Study, waiting: list[StudyRun], jobs: Mapping[StudyRun, Any], 
     def is_there(parent: StudyRun) -> bool:
         if parent not in jobs:
             return parent not in waiting
-        # While the parent is evaluated, nothing hinders its children: its record is the last file of its training. With
-        # a path, the evaluation chooses which of its checkpoints they start from.
-        return study.recipe.path is None and (study.run_folder(parent) / layout.RUN).is_file()
+        # While the parent is evaluated, nothing hinders its children. But with a path, the evaluation chooses which of
+        # its checkpoints they start from.
+        return study.recipe.path is None and study.has_record(parent)
 
     return [run for run in waiting if all(map(is_there, run.parents))]
 
