@@ -45,10 +45,10 @@ def test_the_first_steps_by_hand():
     budget = KLBudget(0.1)
     assert budget.multiplier == 1.0
     budget.update(0.0)  # below by more than a factor of 3, which counts as one of 3
-    assert budget.multiplier == pytest.approx(math.exp(-3.2 * math.log(3)))
+    assert budget.multiplier == pytest.approx(math.exp(-2 * math.log(3) - 0.2 * 0.5))
     budget.update(0.09 / 0.7)  # the running mean is 0.7 of it: just the aim
     assert budget.kl == pytest.approx(0.09) == AIM * 0.1
-    assert budget.multiplier == pytest.approx(math.exp(-0.2 * math.log(3)))
+    assert budget.multiplier == pytest.approx(math.exp(-0.2 * 0.5))
 
 
 def test_the_aim_rises_in_the_first_half():
@@ -78,7 +78,7 @@ def test_a_budget_that_does_not_bind_takes_the_term_away():
     budget = KLBudget(5.0)
     for _ in range(48):
         budget.update(0.01)
-    assert budget.multiplier < 1e-4
+    assert budget.multiplier < 1e-3
 
 
 def test_a_resumed_multiplier_goes_the_same_way_bit_for_bit():

@@ -12,11 +12,15 @@ _RAMP = 0.5
 # Weight of the newest step in the running mean of KL: a batch of some hundred tokens is noisy.
 _NEWEST = 0.7
 # Gains of the proportional and the integral part, per step and per unit of log(KL / aim).
-_PROPORTIONAL = 3.0
+_PROPORTIONAL = 2.0
 _INTEGRAL = 0.2
-# Bounds of the error. KL starts at 0, where the logarithm is unbounded. While it rises, the integral must not fall far.
+# Bounds of the error. KL starts at 0, where the logarithm is unbounded.
 _LOWEST_ERROR = -math.log(3.0)
 _HIGHEST_ERROR = math.log(10.0)
+# Largest error that the integral adds in a step, in both directions (anti-windup). An early overshoot lasts some twenty
+# steps whatever the multiplier is: an integral that adds all of it needs the rest of the run to return, and meanwhile
+# nothing is learned.
+_LARGEST_ADDED = 0.5
 _LARGEST_LOG = math.log(1e4)
 
 
@@ -52,9 +56,7 @@ class KLBudget:
         aim = AIM * self.budget * min(1.0, progress / _RAMP)
         error = _clamp(math.log(max(self.kl, 1e-12) / aim), _LOWEST_ERROR, _HIGHEST_ERROR)
 
-        # The integral adds a bounded error in both directions (anti-windup): after a large early error, it would need
-        # the rest of the run to return.
-        integral = self._integral + _INTEGRAL * min(error, -_LOWEST_ERROR)
+        integral = self._integral + _INTEGRAL * _clamp(error, -_LARGEST_ADDED, _LARGEST_ADDED)
         self._integral = _clamp(integral, -_LARGEST_LOG, _LARGEST_LOG)
         self.multiplier = self._multiplier_at(error)
 
