@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from maskft import MaskConfig
+
 ROOT = Path(__file__).parents[1]
 PROBES = ("instructions", "wikipedia")
 
@@ -29,6 +31,11 @@ def script(monkeypatch):
 @pytest.fixture
 def sequence(script, monkeypatch):
     return script_of("skills_in_sequence", monkeypatch)
+
+
+@pytest.fixture
+def second_mask(script, monkeypatch):
+    return script_of("skills_second_mask", monkeypatch)
 
 
 def write(file, rows):
@@ -188,6 +195,45 @@ def test_skills_in_sequence(script, sequence, data, base, tmp_path, monkeypatch,
     assert result["union of masks"]["after"][0] == result["mask a task"]["after"][0]
     text = (tmp_path / "out" / "sequence.md").read_text()
     assert all(f"| {name} |" in text for name in names)
+
+
+def test_a_second_mask_trained_for_a_union(script, second_mask, data, base, tmp_path, monkeypatch, capsys):
+    for module in (script, second_mask):
+        # At the price of the preset, a tiny random model removes nothing.
+        monkeypatch.setattr(module, "MaskConfig", lambda **options: MaskConfig(**options | {"price": 0.0}))
+    monkeypatch.setitem(script.DEFAULT_RATE, "mask", 0.05)
+    monkeypatch.setitem(script.RATES["mask"], "sums", 0.05)
+    sizes = ["--steps", "16", "--num_heldout", "4", "--num_test", "6", "--num_probe", "2"]
+    words = ["skills", str(data), str(tmp_path / "out"), "--model", str(base), *sizes, "--tasks", "sums", "products"]
+    monkeypatch.setattr(sys, "argv", [*words, "--methods", "mask"])
+    script.main()
+    monkeypatch.setattr(sys, "argv", [*words, "--first", "sums", "--second", "products"])
+    second_mask.main()
+
+    found = json.loads((tmp_path / "out" / "second_mask-sums-products.json").read_text())
+    ways = found["ways"]
+    assert ways.keys() == {"alone", *second_mask.WAYS}
+    assert all(row["union"]["hits"].keys() == {"sums", "products"} for row in ways.values())
+    assert ways["alone"]["num_common"] > 0 == ways["apart"]["num_common"]
+    # The union of the masks as they were trained alone is that of the other recipe.
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    union = result["methods"]["mask"]["sums+products"]
+    assert ways["alone"]["union"]["hits"] == union["hits"]
+    assert ways["alone"]["union"]["probes"] == pytest.approx(union["probes"], abs=1e-3)
+    printed = capsys.readouterr().out
+    assert all(f"| {way} |" in printed for way in ways)
+
+
+def test_random_removal_starts_from_the_values_each_time(script, second_mask):
+    torch = script.torch
+    weight = torch.ones(50, 40)
+    generator = torch.Generator().manual_seed(0)
+    counts = []
+    for _ in range(3):
+        second_mask.remove_at_random({"a": weight}, {"a": torch.ones(50, 40)}, {"a": 0.25}, generator)
+        counts.append(int((weight == 0).sum()))
+    assert all(400 < count < 600 for count in counts)
+    assert len(set(counts)) > 1
 
 
 def test_replay_replaces_six_percent_of_the_rows(script, sequence):

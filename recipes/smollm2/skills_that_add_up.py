@@ -229,7 +229,16 @@ def num_steps_of(task: Task, args) -> int:
     return args.steps or STEPS.get(task.name, DEFAULT_STEPS)
 
 
-def learn(model, rows: list[dict], rate: float, num_steps: int, tokenizer, seed: int, label: str) -> None:
+def learn(
+    model,
+    rows: list[dict],
+    rate: float,
+    num_steps: int,
+    tokenizer,
+    seed: int,
+    label: str,
+    before_step: Callable[[], None] = lambda: None,
+) -> None:
     """Train a model with AdamW, a linear schedule and bfloat16 autocast; masks are sharpened on the way."""
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -238,6 +247,7 @@ def learn(model, rows: list[dict], rate: float, num_steps: int, tokenizer, seed:
     order = random.Random(seed)
     started = time.time()
     for step in range(num_steps):
+        before_step()
         # Does nothing to a model without masks.
         set_mask_progress(model, step / num_steps)
         batch = order.sample(rows, min(BATCH_SIZE, len(rows)))
