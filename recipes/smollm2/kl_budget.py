@@ -6,7 +6,7 @@ python recipes/smollm2/kl_budget.py --table results/smollm2-kl-budget
 
 Inputs in runs/curve: make_curve_inputs.py, and for sums ../small/make_inputs.py. The budget is of KL(base || model) on
 what the base itself writes (sample_from_base.py), so no earlier data are needed. Beside it: no KL term, and the weight
-of --kl_to_base on the task's rows that held-out rows chose in study_curve_banking77_kl_seeds.yaml. Measured: KL on
+of --kl_to_base on the task's rows that held-out rows chose in earlier studies. Measured: KL on
 held-out rows at the kept checkpoint and at the end, accuracy on 200 test rows, and what is forgotten on two probes:
 dialogues and Wikipedia, which are no samples of the base. Trainings and measures are those of exact_in_four_bits.py.
 
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import exact_in_four_bits as four_bits
 import numpy as np
-from exact_in_four_bits import METHODS, PROBES, TASKS, TRAIN
+from exact_in_four_bits import METHODS, PROBES, RATES, TASKS, TRAIN
 
 from maskft.models import load_model
 from maskft_common.layout import EMBEDDED_MODEL, TRAINING
@@ -99,13 +99,11 @@ def run(args, task: str, seed: int) -> None:
 def train(args, task: str, method: str, term: float | str, seed: int, folder: Path) -> dict:
     """Train a method with a budget, the tuned weight or no term; returns the run's summary."""
     if not (folder / TRAINING).is_file():
-        options = list(METHODS[method])
-        place = options.index("--kl_to_base")
-        weight = options[place : place + 2]
-        del options[place : place + 2]
-        if term == TUNED:
-            options += weight
-        elif term != NO_TERM:
+        options = [*METHODS[method], *RATES[task][method]]
+        if term != TUNED:
+            place = options.index("--kl_to_base")
+            del options[place : place + 2]
+        if term not in (TUNED, NO_TERM):
             options += ["--kl_budget", str(term), "--kl_dataset_name", str(args.own_text)]
         words = ["train", *options, *TRAIN, *TASKS[task]["options"]]
         words += ["--model_name_or_path", EMBEDDED_MODEL]
