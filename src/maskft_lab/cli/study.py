@@ -47,8 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="with launcher local: runs at a time, which share the cores; for models too small to keep them busy "
-        "(default: 1)",
+        help="with launcher local: runs at a time, which share the cores; a training beside which no other can run "
+        "gets all of them; for models too small to keep them busy (default: 1)",
     )
     parser.add_argument("--partition", metavar="NAME", help="with launcher slurm (default: the cluster's own)")
     parser.add_argument(
