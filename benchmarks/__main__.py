@@ -10,7 +10,18 @@ import importlib
 import sys
 from pathlib import Path
 
-NAMES = ("refresh", "file", "step", "micro_batch", "learners", "published", "memory", "intervals", "mixed_batch")
+NAMES = (
+    "refresh",
+    "file",
+    "step",
+    "micro_batch",
+    "learners",
+    "published",
+    "memory",
+    "intervals",
+    "mixed_batch",
+    "attention",
+)
 
 
 def main() -> None:

@@ -27,13 +27,14 @@ def run(tmp_path, *names, expected=None):
 
 
 def test_ratios_of_both_sides_are_written(tmp_path):
-    rows, printed = run(tmp_path, "refresh", "file", "step", "published")
+    rows, printed = run(tmp_path, "refresh", "file", "step", "published", "attention")
     for row in rows:
         assert row["value"] > 0 and row["what"] in printed
         if "ratio_of_each_round" in row:
             assert len(row["ratio_of_each_round"]) == 2
-    sides = {row["what"] for row in rows if row["benchmark"] in ("step", "published")}
+    sides = {row["what"] for row in rows if row["benchmark"] in ("step", "published", "attention")}
     assert sides == {
+        "tiny, deletion mask, 2 rows of 8: eager / sdpa",
         "tiny: mask / floor",
         "tiny: sorted in every forward / mask",
         "tiny: mask / full",

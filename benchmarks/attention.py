@@ -1,0 +1,26 @@
+"""A training step with transformers' default attention (torch's fused one) and with ``--attn_implementation eager``.
+
+On CPUs the backward pass of the fused one in bfloat16 is slow for short rows.
+"""
+
+from __future__ import annotations
+
+from .common import SMOLLM2, TINY, Step, alternate, build, prepare
+
+
+def run(report) -> None:
+    """Add the rows."""
+    name, shape = ("tiny", TINY) if report.quick else ("SmolLM2-135M", SMOLLM2)
+    layers = list(range(shape["num_hidden_layers"]))
+    for rows, tokens in [(2, 8)] if report.quick else [(16, 22), (16, 60), (2, 512)]:
+        steps = []
+        for implementation in ("eager", "sdpa"):
+            model = build(shape, report.device)
+            model.set_attn_implementation(implementation)
+            step = Step(prepare("gates", model, layers), shape["vocab_size"], rows * tokens, 1, report.device)
+            # A step has one micro-batch, of one long row.
+            step.batches = step.batches.reshape(1, rows, tokens)
+            steps.append(step)
+        eager, fused = alternate(steps, report.rounds, report.device)
+        what = f"{name}, deletion mask, {rows} rows of {tokens}: eager / sdpa"
+        report.add_ratio("attention", what, eager, fused, None, rounds=report.rounds)
