@@ -60,11 +60,3 @@ def test_skills_in_sequence(script):
     result = json.loads((folder / "sequence-seed0.json").read_text())
     # The file begins with lines that a person wrote.
     assert (folder / "sequence.md").read_text().endswith(sequence.table(result).split("\n", 2)[2])
-
-
-def test_a_budget_for_forgetting(script, copied):
-    script("exact_in_four_bits")
-    folder = copied("smollm2-kl-budget")
-    table = (folder / "table.md").read_text()
-    script("kl_budget").write(folder)
-    assert (folder / "table.md").read_text() == table

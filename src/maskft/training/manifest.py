@@ -19,8 +19,9 @@ from .arguments import TrainConfig
 from .near_base import KLRows
 from .options import option_defaults
 
-# Options that may change when a run is resumed: folders, logging, workers, the machine. Two of them are covered by
-# other entries: model_name_or_path by the identity of the base, global_batch_size by the accumulation steps.
+# Options that may change when a run is resumed: folders, logging, workers, the machine. Three of them are covered by
+# other entries: model_name_or_path by the identity of the base, kl_dataset_name by the digest of its rows,
+# global_batch_size by the accumulation steps.
 FREE = frozenset(
     "output_dir resume_from_checkpoint kl_dataset_name prepared_data_dir prepare_only keep_last keep_worse "
     "model_name_or_path global_batch_size save_total_limit "

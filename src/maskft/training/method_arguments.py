@@ -107,7 +107,9 @@ class MethodArguments:
         "the one with the lowest held-out loss; at least 1.",
     )
     num_calibration_samples: int = option(
-        128, "With wanda_mask and mask_init_scores wanda: number of calibration rows, at least 1."
+        128,
+        "With fixed masks that look at rows (wanda_mask) and mask_init_scores wanda: number of calibration rows, at "
+        "least 1.",
     )
     before_model: str | None = option(None, "With interpolate: the model that model_name_or_path was fine-tuned from.")
     partial_layers: list[int] | None = option(

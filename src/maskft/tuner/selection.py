@@ -10,7 +10,7 @@ in a merged weight every gate is hard.
 ``topk``, ``threshold`` and ``logit`` are built in. Others join with :func:`register_learner`, see
 ``docs/learners.md``; ``maskft.learners`` has some.
 
-Shapes: s are the scores; all tensors have the shape of the weight and are float32.
+Shapes: s are the scores, float32; all tensors have the shape of the weight; hard gates are bool.
 """
 
 from __future__ import annotations
