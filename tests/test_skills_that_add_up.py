@@ -212,14 +212,14 @@ def test_a_second_mask_trained_for_a_union(script, second_mask, data, base, tmp_
 
     found = json.loads((tmp_path / "out" / "second_mask-sums-products.json").read_text())
     ways = found["ways"]
-    assert ways.keys() == {"alone", *second_mask.WAYS}
+    assert ways.keys() == {"by itself", *second_mask.WAYS}
     assert all(row["union"]["hits"].keys() == {"sums", "products"} for row in ways.values())
-    assert ways["alone"]["num_common"] > 0 == ways["apart"]["num_common"]
+    assert ways["by itself"]["num_common"] > 0 == ways["apart"]["num_common"]
     # The union of the masks as they were trained alone is that of the other recipe.
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     union = result["methods"]["mask"]["sums+products"]
-    assert ways["alone"]["union"]["hits"] == union["hits"]
-    assert ways["alone"]["union"]["probes"] == pytest.approx(union["probes"], abs=1e-3)
+    assert ways["by itself"]["union"]["hits"] == union["hits"]
+    assert ways["by itself"]["union"]["probes"] == pytest.approx(union["probes"], abs=1e-3)
     printed = capsys.readouterr().out
     assert all(f"| {way} |" in printed for way in ways)
 

@@ -55,7 +55,7 @@ def main() -> None:
 
     file = args.out / "sequence.json"
     result = json.loads(file.read_text()) if file.is_file() else {}
-    settings = {"model": args.model, "seed": args.seed, "tasks": args.tasks, "num_test": args.num_test}
+    settings = skills.settings_of(args)
     if result.setdefault("settings", settings) != settings:
         raise SystemExit(f"{file} is of other settings: {result['settings']}; give another folder")
 
