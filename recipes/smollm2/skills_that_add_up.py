@@ -55,8 +55,8 @@ PROBES = ("instructions", "wikipedia")
 DEFAULT_STEPS = 48
 # Sums are short rows and need more of them.
 STEPS = {"sums": 96}
-# Of sums and Banking77 as held-out rows chose them without a KL term (study_curve_sums.yaml, study_curve_banking77.yaml,
-# study_curve_sums_rivals.yaml), but always the whole change. CLINC150 gets those of Banking77, other tasks those of
+# Of sums and Banking77 as held-out rows chose them without a KL term (study_curve_sums.yaml, study_curve_banking77.yaml
+# and study_curve_sums_rivals.yaml), but always the whole change. CLINC150 gets those of Banking77, other tasks those of
 # sums, all untuned.
 INTENTS = ("banking77", "clinc150")
 RATES = {

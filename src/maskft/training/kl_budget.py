@@ -17,10 +17,10 @@ _INTEGRAL = 0.2
 # Bounds of the error. KL starts at 0, where the logarithm is unbounded.
 _LOWEST_ERROR = -math.log(3.0)
 _HIGHEST_ERROR = math.log(10.0)
-# Largest error that the integral adds in a step, in both directions (anti-windup). An early overshoot lasts some twenty
+# Largest error that counts in the integral, in both directions (anti-windup). An early overshoot lasts some twenty
 # steps whatever the multiplier is: an integral that adds all of it needs the rest of the run to return, and meanwhile
 # nothing is learned.
-_LARGEST_ADDED = 0.5
+_LARGEST_INTEGRATED_ERROR = 0.5
 _LARGEST_LOG = math.log(1e4)
 
 
@@ -56,7 +56,7 @@ class KLBudget:
         aim = AIM * self.budget * min(1.0, progress / _RAMP)
         error = _clamp(math.log(max(self.kl, 1e-12) / aim), _LOWEST_ERROR, _HIGHEST_ERROR)
 
-        integral = self._integral + _INTEGRAL * _clamp(error, -_LARGEST_ADDED, _LARGEST_ADDED)
+        integral = self._integral + _INTEGRAL * _clamp(error, -_LARGEST_INTEGRATED_ERROR, _LARGEST_INTEGRATED_ERROR)
         self._integral = _clamp(integral, -_LARGEST_LOG, _LARGEST_LOG)
         self.multiplier = self._multiplier_at(error)
 

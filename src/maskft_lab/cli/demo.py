@@ -140,7 +140,7 @@ def _run_study(args: argparse.Namespace) -> None:
     run_study(plan, folder, launcher_of("local", num_at_once), is_brief=True)
 
     if len(recipe.seeds) == 1:
-        print("One seed: this is about these models; other trainings may end otherwise.")
+        print("One seed: intervals are about these models; with another the verdict may differ.")
     report = _report(folder, recipe.model, recipe.name)
     print(f"{time_text(time.monotonic() - started_at)}; {report}; next: maskft demo --recipe > demo.yaml")
 

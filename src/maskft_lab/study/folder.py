@@ -59,7 +59,7 @@ class Study:
         return read_run_record(self.run_folder(run))
 
     def has_record(self, run: StudyRun) -> bool:
-        """Whether a run's training is over: its record is the last file of it."""
+        """Whether a run's training is over: its record is written last."""
         return (self.run_folder(run) / layout.RUN).is_file()
 
     def is_trained(self, run: StudyRun) -> bool:

@@ -45,7 +45,7 @@ Launcher = Callable[[Study, Work, Collection[StudyRun]], contextlib.AbstractCont
 
 
 def alone(runs: Sequence[StudyRun]) -> set[StudyRun]:
-    """The runs beside which no other training can run: all others come before or after them, or train nothing."""
+    """Trainings that no other one can overlap: each other run is an ancestor or a descendant, or trains nothing."""
     before: dict[StudyRun, set[StudyRun]] = {}
 
     def all_before(run: StudyRun) -> set[StudyRun]:
@@ -64,7 +64,7 @@ def alone(runs: Sequence[StudyRun]) -> set[StudyRun]:
 def local(study: Study, work: Work, runs_alone: Collection[StudyRun] = (), num_at_once: int = 1) -> Iterator[Submit]:
     """This machine, ``num_at_once`` runs at a time, which share its cores.
 
-    A run of ``runs_alone`` is trained with all cores, and nothing starts beside its training. OMP_NUM_THREADS decides
+    A run of ``runs_alone`` is trained with all cores, and nothing runs beside its training. OMP_NUM_THREADS decides
     instead where the user has set it.
     """
     is_over = threading.Event()
@@ -83,10 +83,11 @@ def local(study: Study, work: Work, runs_alone: Collection[StudyRun] = (), num_a
             running = [other for job, other in jobs.items() if not job.done()]
             in_training = {other for other in running if not study.has_record(other)}
             is_alone = is_shared and run in runs_alone
-            must_wait = (is_alone and in_training) or (is_shared and in_training & set(runs_alone))
-            if len(running) == num_at_once or must_wait:
+            is_blocked = is_shared and bool(in_training & set(runs_alone))
+            if len(running) == num_at_once or is_blocked or (is_alone and running):
                 break
-            threads = Threads(num_cores() if is_alone else share, share)
+            # None: as many as a command takes by itself.
+            threads = Threads(None if is_alone else share, share)
             job = pool.submit(work, study, run, tick, threads)
             jobs[job] = run
             new.append(job)

@@ -152,20 +152,20 @@ def make(study: Study, run: StudyRun, tick: Tick = _no_tick, threads: Threads = 
     Raises:
         UserError: If a command fails, with its last line.
     """
-    train = partial(_call, study, tick=tick, num_threads=threads.training)
-    evaluate = partial(_call, study, tick=tick, num_threads=threads.evaluation)
+    call_training = partial(_call, study, tick=tick, num_threads=threads.training)
+    call_evaluation = partial(_call, study, tick=tick, num_threads=threads.evaluation)
     if not study.is_trained(run):
         folder = study.run_folder(run)
-        record = _trained(study, run, train)
+        record = _trained(study, run, call_training)
         write_run_record(folder, record.model_copy(update={"files": written_files(folder)}))
         study.note_finished(folder)
 
     _delete_checkpoints(study, run)
     if has_path(study.recipe, run) and heldout(study, run) is None:
-        _measure_path(study, run, evaluate)
+        _measure_path(study, run, call_evaluation)
     for role in run.labels:
         if not is_whole_result(study.result_file(run, role)):
-            _evaluate(study, run, role, evaluate)
+            _evaluate(study, run, role, call_evaluation)
 
 
 def _call(study: Study, words: list[str], log: Path, tick: Tick, num_threads: int | None = None) -> None:

@@ -115,7 +115,10 @@ def _make_stage(
         if todo:
             prepare_base(study, todo, board.tick)
             prepare_data(study, plan.runs, board.tick)
-            _make_runs(study, todo, board, launcher, alone(runs))
+            # Runs of earlier stages, such as the trials of tuning, are finished.
+            newest_stage = max(run.stage for run in runs)
+            runs_alone = alone([run for run in runs if run.stage == newest_stage])
+            _make_runs(study, todo, board, launcher, runs_alone)
     return board.failed, len(todo)
 
 
@@ -149,7 +152,7 @@ def _make_runs(
 ) -> None:
     """Make ``todo``, each run as soon as its parents are trained; failures are noted on ``board``.
 
-    Those of ``runs_alone`` come first: others can wait for them.
+    Those of ``runs_alone`` are submitted first: they need all cores, and would later wait for all others.
     """
     waiting = list(todo)
     jobs: dict[StudyRun, Any] = {}
@@ -191,18 +194,22 @@ def _make_runs(
 
 def _ready(study: Study, waiting: list[StudyRun], jobs: Mapping[StudyRun, Any], board: Board) -> list[StudyRun]:
     """The runs of ``waiting`` whose parents are trained; those whose parent failed are removed and noted."""
+
+    def suffices(parent: StudyRun) -> bool:
+        # Its evaluation may go on, or have failed: children do not need it. But with a path, the evaluation chooses
+        # which checkpoint they start from.
+        return study.recipe.path is None and study.has_record(parent)
+
     for run in list(waiting):
-        failed_parent = next((parent for parent in run.parents if parent in board.failed), None)
+        failed_parent = next(
+            (parent for parent in run.parents if parent in board.failed and not suffices(parent)), None
+        )
         if failed_parent is not None:
             board.has_failed(run, f"it needs {failed_parent.title!r}, which failed")
             waiting.remove(run)
 
     def is_there(parent: StudyRun) -> bool:
-        if parent not in jobs:
-            return parent not in waiting
-        # While the parent is evaluated, nothing hinders its children. But with a path, the evaluation chooses which of
-        # its checkpoints they start from.
-        return study.recipe.path is None and study.has_record(parent)
+        return suffices(parent) if parent in jobs else parent not in waiting
 
     return [run for run in waiting if all(map(is_there, run.parents))]
 

@@ -71,7 +71,7 @@ class StudyRun:
 
     @property
     def parents(self) -> list[StudyRun]:
-        """The runs that must be finished before this one starts."""
+        """The runs that must be trained before this one starts."""
         candidates = (self.start, self.match, *self.masks.values())
         return [run for run in candidates if run is not None]
 
