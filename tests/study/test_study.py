@@ -103,6 +103,23 @@ def test_a_run_starts_while_its_parent_is_evaluated(base, data, tmp_path, monkey
     assert child_started.is_set()
 
 
+def test_a_failed_evaluation_stops_no_child(base, data, tmp_path, monkeypatch):
+    evaluate = making._evaluate
+
+    def failing(study, run, *rest):
+        if run.method.method == "full":
+            raise UserError("no such task")
+        return evaluate(study, run, *rest)
+
+    monkeypatch.setattr(making, "_evaluate", failing)
+    methods = {"full": FULL, "mask": MASK, "random": {"method": "random_mask", "from": "full"}}
+    plan = checked_plan(parse_recipe(recipe(base, data, methods), tmp_path, "study.yaml"))
+    with pytest.raises(UserError, match=r"^run 'full, seed 0' failed: no such task$"):
+        run_study(plan, tmp_path / "out", launcher_of("local"))
+    made = {path.parent.name.split("-")[0] for path in (tmp_path / "out" / layout.RESULTS).glob("*/result.json")}
+    assert made == {"mask", "random"}
+
+
 @pytest.mark.parametrize(
     ("seeds", "expected"),
     # With two seeds, two trainings can run at once at any time; the mask and the restart begin together.
