@@ -466,10 +466,7 @@ def retained(results: Sequence[dict], method: str, label: str) -> np.ndarray:
     Per task it is a ratio, right combined / right alone over all seeds and items. A ratio is no mean of items, but near
     its value it moves with them as the mean of (combined - share * alone) / (mean of alone) does (the delta method),
     whose intervals the bootstrap of means knows. All tasks have the same number of items, so the mean over all columns
-    is the mean over tasks.
-
-    Raises:
-        ValueError: If a skill alone is right for nothing.
+    is the mean over tasks. NaN where a skill alone is right for nothing.
     """
     deviations = []
     shares = []
@@ -477,7 +474,7 @@ def retained(results: Sequence[dict], method: str, label: str) -> np.ndarray:
         alone = np.array([result["methods"][method][task]["hits"][task] for result in results], float)
         combined = np.array([result["methods"][method][label]["hits"][task] for result in results], float)
         if alone.mean() == 0:
-            raise ValueError(f"{METHODS[method]} is right for no row of {task} alone: no share of it can be kept")
+            return np.full(alone.shape, np.nan)
         share = combined.mean() / alone.mean()
         shares.append(share)
         deviations.append((combined - share * alone) / alone.mean())
@@ -487,6 +484,8 @@ def retained(results: Sequence[dict], method: str, label: str) -> np.ndarray:
 
 def shown(values: np.ndarray, confidence: float) -> tuple[float, float, float]:
     """Mean and interval; of several seeds over seeds and items, of fewer than three over items."""
+    if np.isnan(values).any():
+        return np.nan, np.nan, np.nan
     if len(values) < 3:
         values = values.mean(0, keepdims=True)
     bootstrap = Bootstrap(as_block(values))
@@ -533,9 +532,10 @@ def table(results: Sequence[dict]) -> str:
             values = retained(results, method, name)
             kept = "{:.0f} [{:.0f}, {:.0f}]".format(*shown(values, confidence))
             if method != "mask" and "mask" in methods:
-                ahead = "{:+.0f} [{:+.0f}, {:+.0f}]".format(
-                    *shown(retained(results, "mask", name) - values, confidence)
-                )
+                of_union = retained(results, "mask", name)
+                # Where one of the two has no share, neither has a difference.
+                differences = of_union - values if of_union.shape == values.shape else np.full((1, 2), np.nan)
+                ahead = "{:+.0f} [{:+.0f}, {:+.0f}]".format(*shown(differences, confidence))
         forgotten = [
             f"{np.mean([row['probes'][probe] for row in own]) - results[0]['base']['probes'][probe]:+.3f}"
             for probe in PROBES

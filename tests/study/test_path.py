@@ -30,7 +30,8 @@ def commands(monkeypatch):
     """Commands run in this process, which saves a start of Python for each."""
     found = []
     monkeypatch.setattr(
-        "maskft_lab.study.make.run_command", lambda words, log, tick, lock_fd: found.append(words[3]) or main(words[3:])
+        "maskft_lab.study.make.run_command",
+        lambda words, log, tick, lock_fd, num_threads: found.append(words[3]) or main(words[3:]),
     )
     return found
 
@@ -285,7 +286,7 @@ def test_a_fixed_mask_is_kept_as_far_as_its_mask(content, tmp_path, monkeypatch)
 
 
 def test_where_the_base_fails_the_study_says_why(content, tmp_path, monkeypatch, capsys):
-    def call(words, log, tick, lock_fd):
+    def call(words, log, tick, lock_fd, num_threads):
         if words[3] == "evaluate" and log.parent.name.startswith("base"):
             raise UserError("no room")
         main(words[3:])

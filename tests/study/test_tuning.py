@@ -48,7 +48,7 @@ def content(base, data, tmp_path):
 def in_process(monkeypatch):
     """Commands run in this process, which saves a start of Python for each."""
 
-    def call(words, log, tick, lock_fd):
+    def call(words, log, tick, lock_fd, num_threads):
         assert main(words[3:]) == 0
 
     monkeypatch.setattr("maskft_lab.study.make.run_command", call)
@@ -99,7 +99,7 @@ def test_a_failed_run_loses(content):
 
 @pytest.mark.parametrize(("why", "status"), [("NaN: stopped before the update was applied", 0), ("no room", 2)])
 def test_what_diverges_loses_once_and_what_fails_decides_nothing(why, status, content, tmp_path, monkeypatch, capsys):
-    def call(words, log, tick, lock_fd):
+    def call(words, log, tick, lock_fd, num_threads):
         if "0.01" in words:
             raise UserError(why)
         assert main(words[3:]) == 0

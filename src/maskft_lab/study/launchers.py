@@ -28,7 +28,7 @@ from maskft_common.environment import num_cores
 from maskft_common.errors import UserError, install_hint
 
 from .folder import Study
-from .make import Threads
+from .process import Threads
 from .recipe import PRETRAINED
 from .study_run import StudyRun
 

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from maskft.data.arguments import TEMPLATE, DataArguments, mixture_text
 from maskft.training.method_arguments import INTERPOLATE, MASK_METHODS, PEFT, UNTRAINED_METHODS, method_label
@@ -29,7 +28,7 @@ from .damage import is_whole_result, written_files
 from .folder import Study
 from .identity import short_digest
 from .path import PATH, has_path, path_sets, path_values, point_name, points
-from .process import PYTHON, command_words, run_command
+from .process import PYTHON, THREADS_OF_ENVIRONMENT, Threads, command_words, run_command
 from .recipe import CURRENT_RATE, PRETRAINED, REVISION, Recipe
 from .run_record import RunRecord, write_run_record
 from .study_run import BEST, LAST, Heldout, StudyRun
@@ -41,16 +40,6 @@ _ALL_CHECKPOINTS = 1_000_000
 
 Tick = Callable[[], None]  # called about ten times a second while a command runs
 Call = Callable[[list[str], Path], None]  # runs a command to its end: its words, its log
-
-
-class Threads(NamedTuple):
-    """Threads that the commands of a run compute with; None: as the environment says."""
-
-    training: int | None
-    evaluation: int | None
-
-
-THREADS_OF_ENVIRONMENT = Threads(None, None)
 
 
 def _no_tick() -> None:

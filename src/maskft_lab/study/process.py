@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from maskft_common.errors import UserError
 
@@ -38,6 +38,16 @@ IMPORTED = [
 
 _PR_SET_PDEATHSIG = 1  # prctl: the signal that this process gets when its parent ends
 _TAIL_BYTES = 4096  # of a log, to find its last line
+
+
+class Threads(NamedTuple):
+    """Threads that the commands of a run compute with; None: as the environment says."""
+
+    training: int | None
+    evaluation: int | None
+
+
+THREADS_OF_ENVIRONMENT = Threads(None, None)
 
 
 def command_words(options: dict[str, Any]) -> list[str]:

@@ -18,8 +18,9 @@ from maskft_common.errors import UserError
 from .board import Board
 from .folder import Study
 from .launchers import Launcher, alone, is_local
-from .make import THREADS_OF_ENVIRONMENT, Threads, heldout, is_done, make, prepare_base, prepare_data
+from .make import heldout, is_done, make, prepare_base, prepare_data
 from .plan import Plan, build_plan
+from .process import THREADS_OF_ENVIRONMENT, Threads
 from .recipe import Recipe
 from .run_options import options_but_seeds, tokens_of
 from .study_run import StudyRun
