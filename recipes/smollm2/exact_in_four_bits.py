@@ -384,7 +384,7 @@ def _table_of(runs: list[dict]) -> list[str]:
         cells = [method, over, stored, f"{100 * _mean(row['accuracy'] for row in rows):.1f}"]
         before = trained.get((method, over))
         is_comparable = stored != "as trained" and before is not None and len(before) == len(rows)
-        cells.append(_difference(before, rows, confidence) if is_comparable else "")
+        cells.append(difference(before, rows, confidence) if is_comparable else "")
         cells.append(f"{_mean(row['loss'] for row in rows):.4f}")
         # A stored model is compared with the stored base, one as trained with the base that it was trained over.
         base = found.get(("none", over if stored == "as trained" else first["type"], "as trained"))
@@ -400,7 +400,7 @@ def _mean(values) -> float:
     return float(np.mean(list(values)))
 
 
-def _difference(before: list[dict], after: list[dict], confidence: float) -> str:
+def difference(before: list[dict], after: list[dict], confidence: float) -> str:
     """Accuracy after - before in points, with its interval; both in the order of the seeds."""
     before_SN = np.array([row["right"] for row in before])
     after_SN = np.array([row["right"] for row in after])

@@ -30,7 +30,6 @@ from maskft.models import load_model
 from maskft_common.layout import EMBEDDED_MODEL, TRAINING
 from maskft_lab.cli.main import main as maskft
 from maskft_lab.report.charts import COLOURS, Chart, Entry, Panel, files_of
-from maskft_lab.results.statistics import Bootstrap, as_block
 from maskft_lab.results.tables import Table
 
 BUDGETS = (0.05, 0.1, 0.2)
@@ -174,15 +173,9 @@ def table(runs: list[dict]) -> str:
             at_end = ", ".join(f"{row['kl']['at_end']:.3f}" for row in rows)
         ahead = "–"
         of_tuned = found.get((method, TUNED), [])
-        tuned = [row for _, row in of_tuned]
         has_same_seeds = [run["seed"] for run, _ in of_tuned] == [run["seed"] for run, _ in pairs]
         if term != TUNED and has_same_seeds:
-            diffs_SN = 100.0 * (np.array([row["right"] for row in rows]) - np.array([row["right"] for row in tuned]))
-            if len(diffs_SN) < 3:
-                diffs_SN = diffs_SN.mean(0, keepdims=True)
-            bootstrap = Bootstrap(as_block(diffs_SN))
-            low, high = bootstrap.interval(confidence)
-            ahead = f"{bootstrap.difference:+.1f} [{low:.1f}, {high:.1f}]"
+            ahead = four_bits.difference([row for _, row in of_tuned], rows, confidence)
         cells = [method, f"{term}", reached, at_end, f"{100 * np.mean([row['accuracy'] for row in rows]):.1f}", ahead]
         cells += [f"{np.mean([forgotten(run, row, probe) for run, row in pairs]):+.3f}" for probe in PROBES]
         lines.append(f"| {' | '.join(cells)} |")

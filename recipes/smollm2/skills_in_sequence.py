@@ -28,7 +28,6 @@ from pathlib import Path
 import numpy as np
 import skills_that_add_up as skills
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from skills_that_add_up import Measure, Task
 
@@ -111,20 +110,14 @@ def growing_union(tasks: Sequence[Task], measure: Measure, args) -> dict:
 
 def one_after_another(name: str, tasks: Sequence[Task], measure: Measure, args) -> dict:
     """One LoRA, or all weights, trained on task after task."""
-    is_lora = name.startswith("lora")
-    torch.manual_seed(args.seed)
-    model = skills.load(args.model)
-    if is_lora:
-        config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = get_peft_model(model, config)
-    else:
-        model.requires_grad_(True)
+    method = name.split()[0]
+    model = skills.untrained(method, args)
 
     after = []
     for place, task in enumerate(tasks):
         seen = tasks[: place + 1]
         rows = with_replay(task, tasks[:place], args.seed) if name.endswith("with replay") else task.train
-        rate = skills.rate_of("lora" if is_lora else "full", task)
+        rate = skills.rate_of(method, task)
         skills.learn(
             model, rows, rate, skills.num_steps_of(task, args), measure.tokenizer, args.seed, f"{name} {task.name}"
         )

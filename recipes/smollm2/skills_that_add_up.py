@@ -214,22 +214,26 @@ def train(task: Task, method: str, tokenizer, args) -> None:
     folder = adapter_folder(task, method, args)
     if folder.is_dir():
         return
-    torch.manual_seed(args.seed)
-    model = load(args.model)
-    if method == "mask":
-        model = get_peft_model(model, MaskConfig(preset="deletion_tuning", mask_seed=args.seed, task_type="CAUSAL_LM"))
-    elif method == "lora":
-        model = get_peft_model(
-            model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-        )
-    else:
-        model.requires_grad_(True)
+    model = untrained(method, args)
     rate = rate_of(method, task)
     learn(model, task.train, rate, num_steps_of(task, args), tokenizer, args.seed, f"{method} {task.name}")
     # A folder with the final name is complete.
     partial = folder.with_name(f"{folder.name}.partial")
     model.save_pretrained(partial)
     partial.rename(folder)
+
+
+def untrained(method: str, args) -> PreTrainedModel | PeftModel:
+    """The base with what a method trains."""
+    torch.manual_seed(args.seed)
+    model = load(args.model)
+    if method == "mask":
+        return get_peft_model(model, MaskConfig(preset="deletion_tuning", mask_seed=args.seed, task_type="CAUSAL_LM"))
+    if method == "lora":
+        return get_peft_model(
+            model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        )
+    return model.requires_grad_(True)
 
 
 def rate_of(method: str, task: Task) -> float:
@@ -473,11 +477,10 @@ def retained(results: Sequence[dict], method: str, label: str) -> np.ndarray:
     for task in label.split("+"):
         alone = np.array([result["methods"][method][task]["hits"][task] for result in results], float)
         combined = np.array([result["methods"][method][label]["hits"][task] for result in results], float)
-        if alone.mean() == 0:
-            return np.full(alone.shape, np.nan)
-        share = combined.mean() / alone.mean()
+        of_alone = alone.mean() or np.nan
+        share = combined.mean() / of_alone
         shares.append(share)
-        deviations.append((combined - share * alone) / alone.mean())
+        deviations.append((combined - share * alone) / of_alone)
     # One mean for the columns of all tasks: how much tasks differ is no uncertainty of their mean.
     return 100 * (np.mean(shares) + np.concatenate(deviations, axis=1))
 
@@ -532,9 +535,7 @@ def table(results: Sequence[dict]) -> str:
             values = retained(results, method, name)
             kept = "{:.0f} [{:.0f}, {:.0f}]".format(*shown(values, confidence))
             if method != "mask" and "mask" in methods:
-                of_union = retained(results, "mask", name)
-                # Where one of the two has no share, neither has a difference.
-                differences = of_union - values if of_union.shape == values.shape else np.full((1, 2), np.nan)
+                differences = retained(results, "mask", name) - values
                 ahead = "{:+.0f} [{:+.0f}, {:+.0f}]".format(*shown(differences, confidence))
         forgotten = [
             f"{np.mean([row['probes'][probe] for row in own]) - results[0]['base']['probes'][probe]:+.3f}"
