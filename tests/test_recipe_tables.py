@@ -1,12 +1,13 @@
 """Tables that scripts in recipes/ wrote are what the committed answers give."""
 
-import importlib.util
 import json
 import shutil
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+
+from recipe_scripts import script_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
@@ -14,18 +15,7 @@ RESULTS = ROOT / "results"
 
 @pytest.fixture
 def script(monkeypatch):
-    folder = ROOT / "recipes" / "smollm2"
-    monkeypatch.syspath_prepend(str(folder))
-
-    def load(name):
-        spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        # dataclasses look their module up.
-        monkeypatch.setitem(sys.modules, name, module)
-        spec.loader.exec_module(module)
-        return module
-
-    return load
+    return partial(script_of, monkeypatch=monkeypatch)
 
 
 @pytest.fixture

@@ -1,26 +1,15 @@
 """recipes/smollm2/skills_that_add_up.py on a tiny model: every combination is measured, nothing is trained twice."""
 
 import gzip
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
 from maskft import MaskConfig
+from recipe_scripts import script_of
 
-ROOT = Path(__file__).parents[1]
 PROBES = ("instructions", "wikipedia")
-
-
-def script_of(name, monkeypatch):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / "smollm2" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    # dataclasses look their module up, and skills_in_sequence imports the other.
-    monkeypatch.setitem(sys.modules, name, module)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture

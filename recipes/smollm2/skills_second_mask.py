@@ -66,7 +66,7 @@ def main() -> None:
         model = skills.load(args.model).eval()
         found["base"] = measure.all(model, [first, second])
         for task in (first, second):
-            found[task.name] = measured({}, masks[task.name], [first, second], measure, args)
+            found[task.name] = measured([masks[task.name]], [first, second], measure, args)
         found["ways"]["by itself"] = union(masks[first.name], masks[second.name], first, second, measure, args)
     for way in args.ways:
         if way not in found["ways"]:
@@ -148,19 +148,19 @@ def remove(model, masks: Masks) -> None:
         weight.mul_(mask.to(weight.device))
 
 
-def measured(first: Masks, second: Masks, tasks: list[Task], measure: Measure, args) -> dict:
-    """Accuracy and probes of the base without what both masks remove."""
+def measured(masks: list[Masks], tasks: list[Task], measure: Measure, args) -> dict:
+    """Accuracy and probes of the base without what any of the masks removes."""
     model = skills.load(args.model).eval()
-    remove(model, first)
-    remove(model, second)
+    for mask in masks:
+        remove(model, mask)
     return measure.all(model, tasks)
 
 
 def union(first_mask: Masks, second_mask: Masks, first: Task, second: Task, measure: Measure, args) -> dict:
     """The second mask alone and the union of both."""
     return {
-        "second alone": measured({}, second_mask, [second], measure, args),
-        "union": measured(first_mask, second_mask, [first, second], measure, args),
+        "second alone": measured([second_mask], [second], measure, args),
+        "union": measured([first_mask, second_mask], [first, second], measure, args),
         "num_removed": sum(int((~mask).sum()) for mask in second_mask.values()),
         "num_common": sum(int((~mask & ~first_mask[name]).sum()) for name, mask in second_mask.items()),
     }

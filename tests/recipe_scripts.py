@@ -1,0 +1,16 @@
+"""Scripts of recipes/smollm2 as modules."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).parents[1] / "recipes" / "smollm2"
+
+
+def script_of(name, monkeypatch):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    # dataclasses look their module up, and some scripts import others.
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module
