@@ -18,6 +18,7 @@ from killing import start, stop_when, wait_for
 from maskft.masks.mask_set import MaskSet
 from maskft.training.checkpoints import checkpoints_in, step_of
 from maskft.training.manifest import damage, read_manifest
+from maskft.training.record import read_record
 from maskft.training.verdict import read_heldout
 from maskft_common.layout import ADAPTER_WEIGHTS, LAST, MANIFEST, TRAINING
 from maskft_lab.cli.main import main
@@ -174,6 +175,34 @@ def test_kl_to_base_in_two_processes_is_that_of_one(arguments, tmp_path):
         result = call(["maskft_lab.cli.main", *words])
         assert result.returncode == 0, result.stderr
     check_equal(tmp_path / "out", tmp_path / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["multi_gpu", FSDP2])
+@pytest.mark.parametrize("rows", ["task", "text"])
+def test_a_kl_budget_in_two_processes_is_that_of_one(rows, config, arguments, text, tmp_path):
+    """The multiplier follows the KL of all ranks, which together have the rows of one process."""
+    # A budget below the KL of the untrained mask: the multiplier is at work from the first step.
+    settings = {"kl_budget": 1e-3}
+    if rows == "text":
+        settings |= {"kl_dataset_name": text, "kl_batch_size": 2}
+    reports = {}
+    steps = {}
+    for name, options in (("one", {}), ("out", {"accelerate_config": config, **LAUNCH})):
+        words = arguments(output_dir=tmp_path / name, **settings, **options)
+        result = call(["maskft_lab.cli.main", *words])
+        assert result.returncode == 0, result.stderr
+        summary = read_record(tmp_path / name).summary
+        reports[name] = summary.kl
+        steps[name] = [row for row in summary.history if "kl_multiplier" in row]
+    check_equal(tmp_path / "out", tmp_path / "one")
+    one, two = reports["one"], reports["out"]
+    assert (two.num_tokens, two.step, two.rows) == (one.num_tokens, one.step, one.rows)
+    assert two.reached == pytest.approx(one.reached, abs=1e-5)
+    for expected, found in zip(steps["one"], steps["out"], strict=True):
+        assert found["kl"] == pytest.approx(expected["kl"], rel=1e-3)
+        assert found["kl_multiplier"] == pytest.approx(expected["kl_multiplier"], rel=1e-2)
+    assert steps["one"][0]["kl_multiplier"] != steps["one"][-1]["kl_multiplier"]
 
 
 @pytest.mark.slow

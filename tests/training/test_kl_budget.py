@@ -28,16 +28,6 @@ METHODS = {
 }
 
 
-@pytest.fixture
-def text(tmp_path):
-    """Rows of plain text, in the letters of the tiny tokenizer."""
-    file = tmp_path / "text.jsonl"
-    file.write_text(
-        "\n".join(json.dumps({"text": f"{a}*{b}={a * b} and {b}*{a}={a * b}"}) for a in range(6) for b in range(8))
-    )
-    return file
-
-
 # The multiplier
 
 
