@@ -4,8 +4,8 @@ python recipes/smollm2/exact_in_four_bits.py runs/curve runs/four_bits --seeds 0
 python recipes/smollm2/exact_in_four_bits.py --table results/smollm2-exact-in-four-bits
 
 Inputs in runs/curve: make_curve_inputs.py, and for sums ../small/make_inputs.py. The base is SmolLM2-135M-Instruct with
-its 210 linear layers held as GGUF's Q4_0 (quantised once; that is the base; ``--type Q8_0`` for eight bits). Each
-method trains over what the blocks hold, and is measured
+its 210 linear layers held as GGUF's Q4_0 (quantised once; that is the base; ``--type Q8_0`` for eight bits, ``NF4`` for
+bitsandbytes' four). Each method trains over what the blocks hold, and is measured
 
 - as trained (LoRA: the adapter unmerged),
 - merged and stored on the base's grid: its scales, the nearest codes,
@@ -28,10 +28,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from grids import TYPES, grid_of
 
-import gguf
 import maskft_lab
-from gguf import GGMLQuantizationType
 from maskft.data.arguments import DataArguments
 from maskft.data.tokenizing import IGNORED, tokenize_example
 from maskft.loss import length_sorted_batches, mean_nll, nll_per_item, pad
@@ -44,8 +43,6 @@ from maskft_lab.evaluation.heldout import heldout_rows
 from maskft_lab.results.statistics import Bootstrap, as_block
 
 READY = Path(maskft_lab.__file__).parent / "ready" / "intents"
-BLOCK = 32  # weights that share a scale
-CODES = {"Q4_0": (-8, 7), "Q8_0": (-127, 127)}
 NUM_TEST = 200
 NUM_PROBE = 24
 BATCH = 25
@@ -115,38 +112,14 @@ def linear_weights(model) -> dict[str, torch.Tensor]:
     }
 
 
-def fresh_scales(weight: torch.Tensor, type_name: str) -> torch.Tensor:
-    """Values of a weight after it was stored in blocks, as llama-quantize would."""
-    quantization = GGMLQuantizationType[type_name]
-    packed = gguf.quantize(weight.numpy(), quantization)
-    return torch.from_numpy(np.array(gguf.dequantize(packed, quantization)))
-
-
-def scales_of(weight: torch.Tensor, type_name: str) -> torch.Tensor:
-    """Scale of each block of a weight that is stored in blocks, shape (num_blocks, 1); a block begins with it."""
-    quantization = GGMLQuantizationType[type_name]
-    num_bytes = gguf.GGML_QUANT_SIZES[quantization][1]
-    packed = gguf.quantize(weight.numpy(), quantization).reshape(-1, num_bytes)
-    return torch.from_numpy(packed[:, :2].copy().view(np.float16).astype(np.float32))
-
-
-def on_grid(weight: torch.Tensor, scales: torch.Tensor, type_name: str) -> torch.Tensor:
-    """Nearest values of the base's own grid: whole multiples of the scales, within the type's codes."""
-    blocks = weight.reshape(-1, BLOCK)
-    # A block of zeros has the scale 0, and every code of it is 0.
-    inverse = torch.where(scales == 0, 0.0, 1 / scales)
-    codes = (blocks * inverse).round().clamp(*CODES[type_name])
-    return (codes * scales).reshape(weight.shape)
-
-
-def store(model, how: str, type_name: str, scales: dict[str, torch.Tensor]) -> int:
-    """Replace the linear weights by what blocks hold of them; returns how many values differ."""
+def store(model, how: str, grid, scales: dict[str, torch.Tensor]) -> int:
+    """Replace the linear weights by what a grid of grids.py holds of them; returns how many values differ."""
     num_differ = 0
     for name, weight in linear_weights(model).items():
         if how == "fresh scales":
-            stored = fresh_scales(weight, type_name)
+            stored = grid.fresh(weight)
         else:
-            stored = on_grid(weight, scales[name], type_name)
+            stored = grid.nearest(weight, scales[name])
         num_differ += int((stored != weight).sum())
         weight.copy_(stored)
     return num_differ
@@ -220,7 +193,7 @@ def make_bases(folder: Path, type_name: str) -> dict[str, Path]:
         model = load_model(EMBEDDED_MODEL, "float32")
         if name == type_name:
             for weight in linear_weights(model).values():
-                weight.copy_(fresh_scales(weight, type_name))
+                weight.copy_(grid_of(type_name).fresh(weight))
         load_tokenizer(EMBEDDED_MODEL).save_pretrained(path)
         model.save_pretrained(path)
     return bases
@@ -272,8 +245,9 @@ def run(args, task: str, seed: int) -> None:
         content = {"task": task, "type": type_name, "seed": seed, "num_linear": num_linear, "rows": rows}
         file.write_text(json.dumps(content) + "\n")
 
+    grid = grid_of(type_name)
     base_model = load_model(str(bases[type_name]), "float32")
-    scales = {name: scales_of(weight, type_name) for name, weight in linear_weights(base_model).items()}
+    scales = {name: grid.scales(weight) for name, weight in linear_weights(base_model).items()}
     num_linear = sum(weight.numel() for weight in linear_weights(base_model).values())
     if ("none", type_name, "as trained") not in done:
         add("none", type_name, "as trained", base_model, 0)
@@ -295,7 +269,7 @@ def run(args, task: str, seed: int) -> None:
                 if (method, over, stored) in done:
                     continue
                 model = trained(bases[over], folder, method, is_merged=stored != "as trained")
-                num_differ = None if stored == "as trained" else store(model, stored, type_name, scales)
+                num_differ = None if stored == "as trained" else store(model, stored, grid, scales)
                 add(method, over, stored, model, num_differ)
                 del model
 
@@ -321,7 +295,7 @@ def run_ready(args) -> None:
     num_linear = sum(weight.numel() for weight in linear_weights(model).values())
     masks.apply_(model)
     add("as trained", model, None)
-    add("fresh scales", model, store(model, "fresh scales", type_name, {}))
+    add("fresh scales", model, store(model, "fresh scales", grid_of(type_name), {}))
 
     # The zero codes of the mask in the base's own blocks: what merging with --accept_other_base does.
     model = load_model(str(bases[type_name]), "float32")
@@ -424,7 +398,7 @@ def main() -> None:
     parser.add_argument("work", nargs="?", type=Path, help="where trained models go")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--tasks", nargs="+", default=["intents"], choices=list(TASKS))
-    parser.add_argument("--type", default="Q4_0", choices=list(CODES), help="what holds the base")
+    parser.add_argument("--type", default="Q4_0", choices=TYPES, help="what holds the base")
     parser.add_argument("--results", type=Path, default=Path("results/smollm2-exact-in-four-bits"))
     parser.add_argument("--ready", action="store_true", help="only the mask that maskft brings; trains nothing")
     parser.add_argument("--table", type=Path, metavar="FOLDER", help="write and print the table of a folder's results")

@@ -35,6 +35,7 @@ from maskft_lab.results.tables import Table
 BUDGETS = (0.05, 0.1, 0.2)
 NO_TERM = "no term"
 TUNED = "tuned weight"
+TERMS: tuple[float | str, ...] = (*BUDGETS, TUNED, NO_TERM)
 # Reached means this near to the budget.
 TOLERANCE = 0.2
 SHOWN = {"deletion mask": ("orange", "o"), "LoRA r 16": ("blue", "s"), "full": ("green", "^")}
@@ -48,7 +49,14 @@ def main() -> None:
     parser.add_argument("work", nargs="?", type=Path, help="where trained models go")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--budgets", type=float, nargs="+", default=list(BUDGETS), help="nats per token")
+    parser.add_argument(
+        "--terms",
+        type=term_of,
+        nargs="+",
+        default=list(TERMS),
+        metavar="TERM",
+        help=f"budgets in nats per token, {TUNED!r} or {NO_TERM!r}; default: {' '.join(str(term) for term in TERMS)}",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--results", type=Path, default=Path("results/smollm2-kl-budget"))
     parser.add_argument("--table", type=Path, metavar="FOLDER", help="write table and picture of a folder's results")
@@ -63,6 +71,11 @@ def main() -> None:
             run(args, task, seed)
 
 
+def term_of(text: str) -> float | str:
+    """A term of the command line: a name, or a budget."""
+    return text if text in (TUNED, NO_TERM) else float(text)
+
+
 # Training and measuring
 
 
@@ -75,9 +88,8 @@ def run(args, task: str, seed: int) -> None:
     test = four_bits.load_test(args.data_dir, task)
     if "base" not in content:
         content["base"] = test.measure(load_model(EMBEDDED_MODEL, "float32"))
-    terms = [*args.budgets, TUNED, NO_TERM]
     for method in args.methods:
-        for term in terms:
+        for term in args.terms:
             if (method, term) in done:
                 continue
             folder = args.work / f"{task}-{method}-{term}-{seed}".replace(" ", "-")
