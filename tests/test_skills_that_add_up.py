@@ -231,3 +231,34 @@ def test_replay_replaces_six_percent_of_the_rows(script, sequence):
     rows = sequence.with_replay(second, [first], seed=0)
     assert [row["input_ids"][0] for row in rows] == [2] * 94 + [1] * 6
     assert sequence.with_replay(first, [], seed=0) == first.train
+
+
+def test_overlap_of_loras_by_hand(script, sequence, base):
+    """The penalty of O-LoRA; its gradient reaches the new adapter alone."""
+    torch = script.torch
+    model = script.get_peft_model(script.load(str(base)), script.lora_config(), adapter_name="a")
+    for name in ("b", "new"):
+        model.add_adapter(name, script.lora_config())
+    layers = [module for module in model.modules() if isinstance(module, sequence.LoraLayer)]
+    for layer in layers:
+        for name in ("a", "b"):
+            layer.lora_A[name].weight.requires_grad_(False)
+        layer.lora_A["new"].weight.requires_grad_(True)
+    assert sequence.overlap(model, "new", []) == 0
+
+    expected = 0.0
+    for layer in layers:
+        for name in ("a", "b"):
+            for row in layer.lora_A[name].weight:
+                for new_row in layer.lora_A["new"].weight:
+                    expected += abs((row * new_row).sum().item())
+    found = sequence.overlap(model, "new", ["a", "b"])
+    assert float(found) == pytest.approx(0.5 * expected, rel=1e-4)
+    found.backward()
+    assert layers[0].lora_A["new"].weight.grad.any() and layers[0].lora_A["a"].weight.grad is None
+
+    # Orthogonal to both: nothing to punish.
+    with torch.no_grad():
+        for layer in layers:
+            layer.lora_A["new"].weight.zero_()
+    assert sequence.overlap(model, "new", ["a", "b"]) == 0

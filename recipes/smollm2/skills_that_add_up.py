@@ -230,10 +230,13 @@ def untrained(method: str, args) -> PreTrainedModel | PeftModel:
     if method == "mask":
         return get_peft_model(model, MaskConfig(preset="deletion_tuning", mask_seed=args.seed, task_type="CAUSAL_LM"))
     if method == "lora":
-        return get_peft_model(
-            model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-        )
+        return get_peft_model(model, lora_config())
     return model.requires_grad_(True)
+
+
+def lora_config() -> LoraConfig:
+    """Rank 16, of every linear layer."""
+    return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def rate_of(method: str, task: Task) -> float:
@@ -255,8 +258,12 @@ def learn(
     seed: int,
     label: str,
     before_step: Callable[[], None] = lambda: None,
+    penalty: Callable[[], torch.Tensor | float] = lambda: 0.0,
 ) -> None:
-    """Train a model with AdamW, a linear schedule and bfloat16 autocast; masks are sharpened on the way."""
+    """Train a model with AdamW, a linear schedule and bfloat16 autocast; masks are sharpened on the way.
+
+    ``penalty`` is added to the loss of each step.
+    """
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
@@ -280,7 +287,7 @@ def learn(
             ]
         targets = labels[:, -num_logits + 1 :]
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
-        loss.backward()
+        (loss + penalty()).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
