@@ -67,9 +67,12 @@ def test_skills_that_add_up(script, data, base, tmp_path, monkeypatch, capsys):
     picture = (tmp_path / "out" / "retained.svg").read_text()
     assert "sums + products + powers" in picture
     assert (tmp_path / "out" / "retained.dark.svg").is_file()
-    printed = capsys.readouterr().out
-    assert printed.count("| union of masks |") == len(combined)
-    assert printed.count("| LoRA r 16 |") == printed.count("| full fine-tuning |") == len(combined) + len(tasks)
+    # Each task has six labels, so the second table has every row too.
+    for printed in capsys.readouterr().out.split("Right as written"):
+        assert printed.count("| union of masks |") == len(combined)
+        assert printed.count("| LoRA r 16 |") == printed.count("| full fine-tuning |") == len(combined) + len(tasks)
+    hits = result["methods"]["mask"]["sums+powers"]["label_hits"]
+    assert {task: len(found) for task, found in hits.items()} == {"sums": 6, "powers": 6}
 
     files = sorted((tmp_path / "out" / "adapters").rglob("*.safetensors"))
     written = [file.stat().st_mtime_ns for file in files]
@@ -108,7 +111,7 @@ def test_full_fine_tunings_are_combined_by_their_changes(script, data, base, tmp
     script.add_options(parser)
     args = parser.parse_args(["--model", str(base), "--tasks", "sums", "products"])
     args.out = tmp_path / "out"
-    tasks = [script.Task(name, [], [], []) for name in args.tasks]
+    tasks = [script.Task(name, [], [], [], ()) for name in args.tasks]
     fulls = script.Fulls(tasks, args)
     name = next(name for name in fulls.base if "gate_proj" in name)
     before = fulls.base[name]
@@ -161,6 +164,45 @@ def test_accuracy_counts_rows_that_are_right_in_all_tokens(script, base):
         row["input_ids"][-1] = answer
         row["labels"][-1] = answer
     assert measure.hits(model, rows) == [1, 1, 1, 1]
+
+
+def test_accuracy_among_labels(script, base):
+    """The most probable of the labels' first tokens, whatever the model would write."""
+    from maskft.data.tokenizing import tokenize_example
+    from maskft.models import load_model, load_tokenizer
+
+    tokenizer = load_tokenizer(str(base))
+    model = load_model(str(base)).eval()
+    measure = script.Measure(tokenizer, {})
+    rows = [
+        tokenize_example({"prompt": f"{a}+{b}=", "completion": f"{a % 3}"}, tokenizer)
+        for a in range(9)
+        for b in (1, 22)
+    ]
+    label_ids = script.label_ids_of(rows)
+    assert len(label_ids) == 3
+    expected = []
+    for row in rows:
+        start = next(place for place, label in enumerate(row["labels"]) if label != script.IGNORED)
+        ids = script.torch.tensor([row["input_ids"][:start]])
+        with script.torch.autocast("cpu", script.torch.bfloat16), script.torch.no_grad():
+            logits = model(input_ids=ids).logits[0, -1]
+        best = max(label_ids, key=lambda label: float(logits[label]))
+        expected.append(int(best == row["labels"][start]))
+    assert measure.hits(model, rows, label_ids) == expected
+    assert 0 < sum(expected) < len(expected)
+
+    task = script.Task("few", rows, [], rows, label_ids)
+    assert measure.label_hits(model, [task, script.Task("many", rows, [], rows, ())]) == {"few": expected}
+
+
+def test_labels_that_begin_alike_or_are_many_are_no_choice(script):
+    def rows(*completions):
+        return [{"labels": [script.IGNORED, *completion]} for completion in completions]
+
+    assert script.label_ids_of(rows([5, 1], [7, 1], [5, 1])) == (5, 7)
+    assert script.label_ids_of(rows([5, 1], [5, 2])) == ()
+    assert script.label_ids_of(rows(*([place] for place in range(9)))) == ()
 
 
 def test_skills_in_sequence(script, sequence, data, base, tmp_path, monkeypatch, capsys):
@@ -226,8 +268,8 @@ def test_random_removal_starts_from_the_values_each_time(script, second_mask):
 
 
 def test_replay_replaces_six_percent_of_the_rows(script, sequence):
-    first = script.Task("first", [{"input_ids": [1, place]} for place in range(100)], [], [])
-    second = script.Task("second", [{"input_ids": [2, place]} for place in range(100)], [], [])
+    first = script.Task("first", [{"input_ids": [1, place]} for place in range(100)], [], [], ())
+    second = script.Task("second", [{"input_ids": [2, place]} for place in range(100)], [], [], ())
     rows = sequence.with_replay(second, [first], seed=0)
     assert [row["input_ids"][0] for row in rows] == [2] * 94 + [1] * 6
     assert sequence.with_replay(first, [], seed=0) == first.train

@@ -86,23 +86,26 @@ def main() -> None:
     print(text)
 
 
-# Methods; each returns {"after": [{task: hits} after each task], "probes": losses after the last, "bytes"}
+# Methods; each returns {"after": [{task: hits} after each task], "label_hits": {task: hits among its labels} and
+# "probes": losses, both after the last task, "bytes"}
 
 
 def each_its_own(method: str, tasks: Sequence[Task], measure: Measure, args) -> dict:
     """An adapter a task, each used for its own rows; forgetting is the mean over the adapters."""
     model = skills.with_adapters(tasks, method, args)
     alone = {}
+    label_hits = {}
     probes = []
     for task in tasks:
         model.set_adapter(task.name)
-        alone |= {task.name: measure.hits(model, task.test)}
+        alone[task.name] = measure.hits(model, task.test)
+        label_hits |= measure.label_hits(model, [task])
         probes.append(measure.probe_losses(model))
     # Later tasks do not touch what earlier ones learned.
     after = [{task.name: alone[task.name] for task in tasks[: place + 1]} for place in range(len(tasks))]
     mean_losses = {name: float(np.mean([losses[name] for losses in probes])) for name in skills.PROBES}
     num_bytes = sum(file_bytes(method, task, args) for task in tasks)
-    return {"after": after, "probes": mean_losses, "bytes": num_bytes}
+    return {"after": after, "label_hits": label_hits, "probes": mean_losses, "bytes": num_bytes}
 
 
 def growing_union(tasks: Sequence[Task], measure: Measure, args) -> dict:
@@ -114,7 +117,7 @@ def growing_union(tasks: Sequence[Task], measure: Measure, args) -> dict:
         model.base_model.set_adapter([task.name for task in seen])
         after.append({task.name: measure.hits(model, task.test) for task in seen})
     num_bytes = sum(file_bytes("mask", task, args) for task in tasks)
-    return {"after": after, "probes": measure.probe_losses(model), "bytes": num_bytes}
+    return last_state(model, tasks, measure) | {"after": after, "bytes": num_bytes}
 
 
 def one_after_another(name: str, tasks: Sequence[Task], measure: Measure, args) -> dict:
@@ -132,7 +135,7 @@ def one_after_another(name: str, tasks: Sequence[Task], measure: Measure, args) 
         )
         after.append({other.name: measure.hits(model, other.test) for other in seen})
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return {"after": after, "probes": measure.probe_losses(model), "bytes": 4 * trained}
+    return last_state(model, tasks, measure) | {"after": after, "bytes": 4 * trained}
 
 
 def orthogonal(name: str, tasks: Sequence[Task], measure: Measure, args) -> dict:
@@ -162,7 +165,12 @@ def orthogonal(name: str, tasks: Sequence[Task], measure: Measure, args) -> dict
         )
         after.append({other.name: measure.hits(model, other.test) for other in seen})
     num_weights = sum(parameter.numel() for name, parameter in model.named_parameters() if ".lora_" in name)
-    return {"after": after, "probes": measure.probe_losses(model), "bytes": 4 * num_weights}
+    return last_state(model, tasks, measure) | {"after": after, "bytes": 4 * num_weights}
+
+
+def last_state(model, tasks: Sequence[Task], measure: Measure) -> dict:
+    """Measures of a model after the last task, beside accuracy."""
+    return {"label_hits": measure.label_hits(model, tasks), "probes": measure.probe_losses(model)}
 
 
 def overlap(model: PeftModel, new: str, earlier: Sequence[str]) -> torch.Tensor:
@@ -210,8 +218,9 @@ def table(result: dict) -> str:
         "",
         f"`{settings['model']}`, seed {settings['seed']}, {settings['num_test']} test rows a task, in the order "
         f"{', '.join(tasks)}; accuracy exact and teacher-forced, in %, after the last task. Backward transfer: after "
-        "the last task minus just after its own, mean over all but the last. Forgetting: nats per token, after minus "
-        "before; with an adapter a task the mean over the adapters. Replay: 6 % of the rows of later tasks.",
+        "the last task minus just after its own, mean over all but the last. In brackets: the right one of the task's "
+        "own labels, which may be written in another task's form. Forgetting: nats per token, after minus before; with "
+        "an adapter a task the mean over the adapters. Replay: 6 % of the rows of later tasks.",
         "",
         f"| learned | {' | '.join(tasks)} | mean | backward transfer, points | MB | instructions | wikipedia |",
         f"|---|{'---|' * len(tasks)}---|---|---|---|---|",
@@ -223,12 +232,19 @@ def table(result: dict) -> str:
         own = {task: 100 * float(np.mean(found["after"][place][task])) for place, task in enumerate(tasks)}
         transfer = float(np.mean([last[task] - own[task] for task in tasks[:-1]]))
         forgotten = [f"{found['probes'][probe] - base['probes'][probe]:+.3f}" for probe in skills.PROBES]
-        cells = [name, *(f"{last[task]:.1f}" for task in tasks), f"{np.mean(list(last.values())):.1f}"]
+        shown = [f"{last[task]:.1f}{among_labels(found, task)}" for task in tasks]
+        cells = [name, *shown, f"{np.mean(list(last.values())):.1f}"]
         cells += [f"{transfer:+.1f}", f"{found['bytes'] / 1e6:.1f}", *forgotten]
         lines.append(f"| {' | '.join(cells)} |")
-    before = ", ".join(f"{task} {100 * np.mean(base['hits'][task]):.1f}" for task in tasks)
+    before = ", ".join(f"{task} {100 * np.mean(base['hits'][task]):.1f}{among_labels(base, task)}" for task in tasks)
     lines += ["", f"Before training: {before} %."]
     return "\n".join(lines) + "\n"
+
+
+def among_labels(found: dict, task: str) -> str:
+    """Accuracy among a task's labels in brackets; empty if it has many labels."""
+    hits = found["label_hits"].get(task)
+    return "" if hits is None else f" ({100 * np.mean(hits):.1f})"
 
 
 if __name__ == "__main__":

@@ -171,7 +171,8 @@ def table(found: dict, first: str, second: str) -> str:
     num_test = len(found["base"]["hits"][first])
     lines = [
         f"Seed {found['settings']['seed']}, {num_test} test rows a task, accuracy in %; alone, the mask of {first} is "
-        f"right for {percent(found[first], first)}. Forgetting: nats per token, union minus base.",
+        f"right for {percent(found[first], first)}. In brackets: the right one of the task's own labels, which may be "
+        "written in the other task's form. Forgetting: nats per token, union minus base.",
         "",
         f"| mask of {second} trained | removes | of these {first}'s too | {second} mask only: {second} | "
         f"union: {first} | union: {second} | instructions | wikipedia |",
@@ -186,8 +187,10 @@ def table(found: dict, first: str, second: str) -> str:
 
 
 def percent(measured: dict, task: str) -> str:
-    """Accuracy on a task."""
-    return f"{100 * np.mean(measured['hits'][task]):.1f}"
+    """Accuracy on a task, and in brackets among its own labels if they are few."""
+    text = f"{100 * np.mean(measured['hits'][task]):.1f}"
+    label_hits = measured["label_hits"].get(task)
+    return text if label_hits is None else f"{text} ({100 * np.mean(label_hits):.1f})"
 
 
 if __name__ == "__main__":

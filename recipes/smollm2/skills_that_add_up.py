@@ -89,17 +89,28 @@ WAYS: dict[str, list[dict]] = {
         {"combination_type": "ties", "weight": 1.5, "density": 0.2},
     ],
 }
+# Tasks with at most so many labels are also measured among them.
+MAX_LABELS = 8
 METHODS = {"mask": "deletion mask", "lora": "LoRA r 16", "full": "full fine-tuning"}
 
 
 @dataclass(frozen=True)
 class Task:
-    """Rows of one task, tokenised."""
+    """Rows of one task, tokenised.
+
+    Attributes:
+        name: Name of its files.
+        train: Rows to train on.
+        heldout: Rows that choose the way to combine.
+        test: Rows to measure.
+        label_ids: First tokens of its labels; empty if it has many labels, or two that begin with the same token.
+    """
 
     name: str
     train: list[dict]
     heldout: list[dict]
     test: list[dict]
+    label_ids: tuple[int, ...]
 
 
 def main() -> None:
@@ -183,9 +194,17 @@ def read_task(folder: Path, name: str, tokenizer, args) -> Task:
     heldout = train[-args.num_heldout :]
     train = train[: -args.num_heldout][:NUM_TRAIN]
     test = read_rows(folder / f"{name}_test.jsonl.gz")[: args.num_test]
-    return Task(
-        name, *([tokenize_example(row, tokenizer, MAX_LENGTH) for row in rows] for rows in (train, heldout, test))
-    )
+    tokenised = [[tokenize_example(row, tokenizer, MAX_LENGTH) for row in rows] for rows in (train, heldout, test)]
+    return Task(name, *tokenised, label_ids=label_ids_of(tokenised[0]))
+
+
+def label_ids_of(rows: Sequence[dict]) -> tuple[int, ...]:
+    """First tokens of the completions, if there are few different completions and no two begin alike."""
+    completions = {tuple(label for label in row["labels"] if label != IGNORED) for row in rows}
+    first_ids = {completion[0] for completion in completions}
+    if len(completions) > MAX_LABELS or len(first_ids) < len(completions):
+        return ()
+    return tuple(sorted(first_ids))
 
 
 def read_probe(folder: Path, name: str, tokenizer, num_rows: int) -> list[dict]:
@@ -308,8 +327,12 @@ class Measure:
     probes: dict[str, list[dict]]
 
     @torch.no_grad()
-    def hits(self, model, rows: Sequence[dict]) -> list[int]:
-        """1 where every token of the completion is the most probable one, else 0."""
+    def hits(self, model, rows: Sequence[dict], label_ids: Sequence[int] = ()) -> list[int]:
+        """1 where a row is right, else 0.
+
+        Right is a row whose every completion token is the most probable one; with ``label_ids``, one whose first
+        completion token is the most probable of these tokens.
+        """
         model.eval()
         hits = [0] * len(rows)
         for indices in length_sorted_batches([len(row["input_ids"]) for row in rows], batch_size=32):
@@ -325,10 +348,23 @@ class Measure:
                 logits = model(
                     input_ids=ids, attention_mask=attention, logits_to_keep=positions, use_cache=False
                 ).logits
-            is_right = (logits.argmax(-1) == targets[:, first:]) | ~is_supervised[:, first:]
-            for index, right in zip(indices, is_right.all(1).tolist(), strict=True):
+            targets = targets[:, first:]
+            is_supervised = is_supervised[:, first:]
+            if label_ids:
+                starts = is_supervised.int().argmax(1)
+                rows_of_batch = torch.arange(len(batch), device=model.device)
+                choices = torch.tensor(label_ids, device=model.device)
+                chosen = choices[logits[rows_of_batch, starts][:, choices].argmax(-1)]
+                is_right = chosen == targets[rows_of_batch, starts]
+            else:
+                is_right = ((logits.argmax(-1) == targets) | ~is_supervised).all(1)
+            for index, right in zip(indices, is_right.tolist(), strict=True):
                 hits[index] = int(right)
         return hits
+
+    def label_hits(self, model, tasks: Sequence[Task]) -> dict[str, list[int]]:
+        """Test hits among a task's own labels, of the tasks with few labels."""
+        return {task.name: self.hits(model, task.test, task.label_ids) for task in tasks if task.label_ids}
 
     def probe_losses(self, model) -> dict[str, float]:
         """Nats per token on each probe."""
@@ -336,8 +372,9 @@ class Measure:
             return {name: mean_nll(nll_per_item(model, rows)) for name, rows in self.probes.items()}
 
     def all(self, model, tasks: Sequence[Task], has_probes: bool = True) -> dict:
-        """Test hits of each task, and the probes."""
+        """Test hits of each task, also among its labels where it has few, and the probes."""
         measured = {"hits": {task.name: self.hits(model, task.test) for task in tasks}}
+        measured["label_hits"] = self.label_hits(model, tasks)
         if has_probes:
             measured["probes"] = self.probe_losses(model)
         return measured
@@ -551,15 +588,47 @@ def table(results: Sequence[dict]) -> str:
         ways = dict.fromkeys(
             f"{row['way']['combination_type']} x {row['way']['weight']}" for row in own if "way" in row
         )
-        label = "union of masks" if method == "mask" and name in labels else METHODS[method]
-        cells = [name, label, *(accuracies.get(task, "") for task in tasks), kept, *forgotten]
+        cells = [name, method_label(method, name), *(accuracies.get(task, "") for task in tasks), kept, *forgotten]
         lines.append(f"| {' | '.join([*cells, ', '.join(ways) or '–', ahead])} |")
+    lines += label_table(results)
     before = ", ".join(f"{task} {100 * np.mean(hits):.1f}" for task, hits in results[0]["base"]["hits"].items())
     lines += ["", f"Before training: {before} %."]
     if "removed_weights" in results[0]:
         removed = [f"{task} {number:,}" for task, number in results[0]["removed_weights"].items()]
         lines += ["", f"Weights removed (seed {results[0]['settings']['seed']}): {', '.join(removed)}."]
     return "\n".join(lines) + "\n"
+
+
+def method_label(method: str, name: str) -> str:
+    """A method as the tables call it; ``name`` is a task or a combination."""
+    return "union of masks" if method == "mask" and "+" in name else METHODS[method]
+
+
+def label_table(results: Sequence[dict]) -> list[str]:
+    """Lines of the table of tasks with few labels: right in every token, and right among the task's own labels."""
+    tasks = list(results[0]["base"]["label_hits"])
+    if not tasks:
+        return []
+    lines = [
+        "",
+        "Right as written, and the right one of the task's own labels (its first token is the most probable of "
+        "theirs), in %: a combination may answer rightly in another task's form.",
+        "",
+        f"| combined | method | {' | '.join(f'{task}: as written | among its labels' for task in tasks)} |",
+        f"|---|---|{'---|---|' * len(tasks)}",
+    ]
+    found = {("none", "base"): [result["base"] for result in results]}
+    for name, method in itertools.product([*tasks, *labels_of(results)], results[0]["methods"]):
+        if any(task in name.split("+") for task in tasks):
+            found[name, method_label(method, name)] = [result["methods"][method][name] for result in results]
+    for (name, label), rows in found.items():
+        cells = [name, label]
+        for task in tasks:
+            for kind in ("hits", "label_hits"):
+                hits = [row[kind][task] for row in rows if task in row[kind]]
+                cells.append(f"{100 * np.mean(hits):.1f}" if hits else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 # The picture
