@@ -194,7 +194,11 @@ def read_task(folder: Path, name: str, tokenizer, args) -> Task:
     heldout = train[-args.num_heldout :]
     train = train[: -args.num_heldout][:NUM_TRAIN]
     test = read_rows(folder / f"{name}_test.jsonl.gz")[: args.num_test]
-    tokenised = [[tokenize_example(row, tokenizer, MAX_LENGTH) for row in rows] for rows in (train, heldout, test)]
+    tokenised = []
+    for rows in (train, heldout, test):
+        examples = [tokenize_example(row, tokenizer, MAX_LENGTH) for row in rows]
+        # A row that is too long ends before its answer: nothing to learn, and it would count as right.
+        tokenised.append([row for row in examples if any(label != IGNORED for label in row["labels"])])
     return Task(name, *tokenised, label_ids=label_ids_of(tokenised[0]))
 
 
