@@ -196,9 +196,9 @@ def read_task(folder: Path, name: str, tokenizer, args) -> Task:
     test = read_rows(folder / f"{name}_test.jsonl.gz")[: args.num_test]
     tokenised = []
     for rows in (train, heldout, test):
-        examples = [tokenize_example(row, tokenizer, MAX_LENGTH) for row in rows]
-        # A row that is too long ends before its answer: nothing to learn, and it would count as right.
-        tokenised.append([row for row in examples if any(label != IGNORED for label in row["labels"])])
+        examples = [tokenize_example(row, tokenizer) for row in rows]
+        # Cut to size, a longer row would lose its answer, and count as right.
+        tokenised.append([row for row in examples if len(row["input_ids"]) <= MAX_LENGTH])
     return Task(name, *tokenised, label_ids=label_ids_of(tokenised[0]))
 
 
