@@ -13,14 +13,15 @@ _RAMP = 0.5
 _NEWEST = 0.7
 # Gains of the proportional and the integral part, per step and per unit of log(KL / aim).
 _PROPORTIONAL = 2.0
-_INTEGRAL = 0.2
+_INTEGRAL = 0.5
 # Bounds of the error. KL starts at 0, where the logarithm is unbounded.
 _LOWEST_ERROR = -math.log(3.0)
 _HIGHEST_ERROR = math.log(10.0)
 # Largest error that counts in the integral, in both directions (anti-windup). An early overshoot lasts some twenty
 # steps whatever the multiplier is: an integral that adds all of it needs the rest of the run to return, and meanwhile
-# nothing is learned.
-_LARGEST_INTEGRATED_ERROR = 0.5
+# nothing is learned. Near the aim the integral is fast: a mask that sharpens moves away from the base all the time, and
+# KL stays above the aim by the speed of that, divided by this gain.
+_LARGEST_INTEGRATED_ERROR = 0.2
 _LARGEST_LOG = math.log(1e4)
 
 
