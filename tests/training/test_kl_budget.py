@@ -35,10 +35,10 @@ def test_the_first_steps_by_hand():
     budget = KLBudget(0.1)
     assert budget.multiplier == 1.0
     budget.update(0.0)  # below by more than a factor of 3, which counts as one of 3
-    assert budget.multiplier == pytest.approx(math.exp(-2 * math.log(3) - 0.2 * 0.5))
+    assert budget.multiplier == pytest.approx(math.exp(-2 * math.log(3) - 0.5 * 0.2))
     budget.update(0.09 / 0.7)  # the running mean is 0.7 of it: just the aim
     assert budget.kl == pytest.approx(0.09) == AIM * 0.1
-    assert budget.multiplier == pytest.approx(math.exp(-0.2 * 0.5))
+    assert budget.multiplier == pytest.approx(math.exp(-0.5 * 0.2))
 
 
 def test_the_aim_rises_in_the_first_half():
@@ -62,6 +62,19 @@ def test_it_finds_the_multiplier_whatever_its_size(scale):
         budget.update(kl)
     assert kl == pytest.approx(AIM * 0.1, rel=0.02)
     assert budget.multiplier == pytest.approx(scale / kl, rel=0.05)
+
+
+def test_it_keeps_up_with_a_model_that_drifts_away():
+    """As a mask does while it sharpens: the same multiplier holds it less and less."""
+    budget = KLBudget(0.1)
+    kl = 0.0
+    for step in range(48):
+        target = 0.1 * math.exp(0.03 * step) / budget.multiplier
+        kl += (min(target, 10.0) - kl) / 8
+        budget.update(kl, (step + 1) / 48)
+        if step >= 24:
+            assert kl <= 0.1
+    assert kl >= 0.08
 
 
 def test_a_budget_that_does_not_bind_takes_the_term_away():
@@ -148,8 +161,8 @@ def test_a_run_ends_at_the_budget(method, rows, call, text, tmp_path):
     history = read_record(tmp_path / "out").summary.history
     assert kl.budget == budget and kl.rows == ("task" if rows == "task" else str(text)) and kl.num_tokens > 0
     assert 0 < kl.reached <= budget and kl.is_met
-    # One of the tiny model's rows has a dozen tokens, so what is measured on others differs from the aim.
-    assert 0.5 * budget < kl.at_end < 1.2 * budget
+    # One of the tiny model's rows has a dozen tokens, so the measurement on others differs from the aim.
+    assert 0.5 * budget < kl.at_end < 1.3 * budget
     assert f"KL(base || model) {kl.reached:.4f} nats per token" in err and f"budget {budget}, multiplier" in err
     steps = [row for row in history if "loss" in row]
     assert all("kl" in row and "kl_multiplier" in row for row in steps)
@@ -171,6 +184,13 @@ def test_a_budget_that_is_not_met_keeps_the_nearest_and_says_so(call, tmp_path):
 def test_a_start_that_nothing_within_the_budget_beats_is_said():
     report = KLReport(budget=0.1, reached=0.0, at_end=0.4, multiplier=2.0, rows="task", num_tokens=9, step=0)
     assert "no later checkpoint is better and within the budget (at the end 0.4000)" in str(report)
+
+
+def test_an_early_checkpoint_that_is_kept_for_the_budget_is_said():
+    """It may have learned little, while the last one is just above the budget."""
+    report = KLReport(budget=0.1, reached=0.09, at_end=0.11, multiplier=2.0, rows="task", num_tokens=9, step=12)
+    assert "it is of step 12: at the end KL is 0.1100, above the budget; raise kl_budget, lower lea" in str(report)
+    assert "step 12" not in str(report.model_copy(update={"at_end": 0.1}))
 
 
 def test_without_evaluation_it_is_measured_at_the_end(call, tmp_path):

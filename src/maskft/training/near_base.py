@@ -84,6 +84,8 @@ class KLReport(FileModel):
             return (
                 f"{text}; no later checkpoint is better and within the budget (at the end {self.at_end:.4f}); {remedy}"
             )
+        if self.at_end > self.budget:
+            return f"{text}; it is of step {self.step}: at the end KL is {self.at_end:.4f}, above the budget; {remedy}"
         return text
 
 
