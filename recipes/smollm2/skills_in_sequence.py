@@ -243,7 +243,7 @@ def table(result: dict) -> str:
 
 def among_labels(found: dict, task: str) -> str:
     """Accuracy among a task's labels in brackets; empty if it has many labels."""
-    hits = found["label_hits"].get(task)
+    hits = found.get("label_hits", {}).get(task)
     return "" if hits is None else f" ({100 * np.mean(hits):.1f})"
 
 
