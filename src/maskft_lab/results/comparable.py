@@ -29,7 +29,11 @@ _DECIDING_PACKAGES = ("lm_eval", "transformers", "torch", "maskft", "math-verify
 
 
 def group_by_name(results: Sequence[Result]) -> Groups:
-    """Return the results of each name in the order of their seeds; the names in the order given."""
+    """Return the results of each name in the order of their seeds; the names in the order given.
+
+    Raises:
+        UserError: If there are none, or results of one name are not seeds of one method.
+    """
     if not results:
         raise UserError("no results were given: give at least one")
     groups: Groups = {}
@@ -39,7 +43,8 @@ def group_by_name(results: Sequence[Result]) -> Groups:
     for name, group in groups.items():
         seeds = [result["model"]["seed"] for result in group]
         for index, seed in enumerate(seeds):
-            if len(group) > 1 and (seed is None or seed in seeds[:index]):
+            is_distinct = seed is not None and seed not in seeds[:index]
+            if len(group) > 1 and not is_distinct:
                 raise UserError(
                     f"{len(group)} results are named {name!r}, and not with different seeds (seed {seed}): "
                     "give each file once, and other models other names (NAME=PATH)"
@@ -50,6 +55,8 @@ def group_by_name(results: Sequence[Result]) -> Groups:
                 f"results named {name!r} are of different methods ({quoted(methods)}), not seeds of one: "
                 "give them different names"
             )
+
+        # Seeds are paired by their place in this order. A single result may have no seed.
         group.sort(key=lambda result: result["model"]["seed"] or 0)
     return groups
 
@@ -61,6 +68,8 @@ def pair_by_seed(
 ) -> Paired:
     """Return the results of the seeds that both have.
 
+    Two single results are paired whatever their seeds: the claim is then about these two models.
+
     A single result is paired with all seeds of the other if it does not depend on a seed (an untrained model, or the
     model that all of the others start from), or if seeds are fixed. Otherwise the noise of its own seed would be
     ignored: of equal methods one in ten would be called different with three seeds, one in four with six.
@@ -71,7 +80,10 @@ def pair_by_seed(
     if len(group) == len(baseline_group) == 1:
         return group, baseline_group
 
-    single, others = (group, baseline_group) if len(group) == 1 else (baseline_group, group)
+    if len(group) == 1:
+        single, others = group, baseline_group
+    else:
+        single, others = baseline_group, group
     is_single = len(single) == 1
     if is_single and (fixed_seeds or _is_without_seed(single[0], others)):
         return group, baseline_group
@@ -101,6 +113,7 @@ def _is_without_seed(result: Result, others: Sequence[Result]) -> bool:
     model = result["model"]
     if model["method"] == "pretrained":
         return True
+    # Evaluated outside of a study: a note asks the reader whether a seed shaped it (`seed_notes`).
     if model["method"] is None and model["seed"] is None:
         return True
     return all(is_parent(result, other) for other in others)
@@ -108,9 +121,13 @@ def _is_without_seed(result: Result, others: Sequence[Result]) -> bool:
 
 def is_parent(parent: Result, mask: Result) -> bool:
     """Tell whether an adapter was evaluated on the weights that ``parent`` is."""
-    fingerprint = parent["model"]["fingerprint"]
-    is_plain = parent["model"]["adapter"] is None and mask["model"]["adapter"] is not None
-    return is_plain and fingerprint is not None and fingerprint == mask["model"]["fingerprint"]
+    of_parent = parent["model"]
+    of_mask = mask["model"]
+    if of_parent["adapter"] is not None or of_mask["adapter"] is None:
+        return False
+    # Null where weights were not hashed: two nulls are not the same weights.
+    fingerprint = of_parent["fingerprint"]
+    return fingerprint is not None and fingerprint == of_mask["fingerprint"]
 
 
 def seed_notes(paired: Mapping[str, Paired], groups: Groups) -> list[str]:
@@ -118,11 +135,13 @@ def seed_notes(paired: Mapping[str, Paired], groups: Groups) -> list[str]:
     notes: list[str] = []
     for name, (of_method, of_baseline) in paired.items():
         baseline = of_baseline[0]["name"]
-        num_left_out = len(groups[name]) - len(of_method) + len(groups[baseline]) - len(of_baseline)
-        if num_left_out > 0:
+        num_given = len(groups[name]) + len(groups[baseline])
+        num_paired = len(of_method) + len(of_baseline)
+        if num_paired < num_given:
             seeds = ", ".join(str(result["model"]["seed"]) for result in of_method)
             notes.append(f"{name} is compared at seed {seeds} only, which {baseline} has too")
 
+        # Different lengths: one result beside several seeds. Its method is null where no study wrote it.
         single, others = sorted((of_method, of_baseline), key=len)
         if len(single) != len(others) and single[0]["model"]["method"] is None:
             notes.append(
@@ -133,10 +152,20 @@ def seed_notes(paired: Mapping[str, Paired], groups: Groups) -> list[str]:
 
 
 def check_known(what: str, names: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse a name that no result has."""
+    """Refuse a name that no result has.
+
+    Args:
+        what: What it names, for the message: ``task``, ``metric``, ``baseline``.
+        names: Names that were asked for.
+        known: Names that results have.
+
+    Raises:
+        UserError: If one of the names is not known.
+    """
     for name in names:
         if name not in known:
-            raise UserError(f"unknown {what} {name!r}{did_you_mean(name, known)}: the results have {quoted(known)}")
+            hint = did_you_mean(name, known)
+            raise UserError(f"unknown {what} {name!r}{hint}: the results have {quoted(known)}")
 
 
 def select(
@@ -152,6 +181,9 @@ def select(
         tasks: Tasks asked for; None: all.
         metrics: Metrics asked for; None: all.
         only_items: Leave out metrics that are summaries of a task and have no value per item.
+
+    Raises:
+        UserError: If no result has a task or metric that was asked for.
     """
     # Dictionaries for their keys: sets do not keep the order.
     all_tasks: dict[str, None] = {}
@@ -174,10 +206,19 @@ def select(
 
 
 def check_comparable(results: Sequence[Result], tasks: Sequence[str]) -> None:
-    """Refuse results that were not measured alike, with all differences from the first result in one line."""
+    """Refuse results that were not measured alike, with all differences from the first result in one line.
+
+    Args:
+        results: Results of any names.
+        tasks: Tasks that at least one of them has.
+
+    Raises:
+        UserError: If items, prompts, shots, versions, units or directions of a task differ.
+    """
     problems: list[str] = []
     for task in tasks:
-        first, *others = (result for result in results if task in result["tasks"])
+        # Equality is transitive, so all results are compared with the first instead of in pairs.
+        first, *others = [result for result in results if task in result["tasks"]]
         for other in others:
             names = f"{name_and_seed(first)} and {name_and_seed(other)}"
             for mismatch in _mismatches(first["tasks"][task], other["tasks"][task]):
@@ -194,8 +235,10 @@ def _mismatches(a: TaskRecord, b: TaskRecord) -> Iterator[str]:
     for key, label in _ALIKE.items():
         x = a.get(key)
         y = b.get(key)
-        # None: no chat template, or of the other keys: not known.
-        is_unknown = (x is None or y is None) and key != "chat_template_hash"
+        # A missing value of a key is not known, and may be equal. Only of a chat template it means that there is none.
+        is_unknown = x is None or y is None
+        if key == "chat_template_hash":
+            is_unknown = False
         if x != y and not is_unknown:
             yield f"different {label}, {x} and {y}"
 
@@ -204,12 +247,18 @@ def _mismatches(a: TaskRecord, b: TaskRecord) -> Iterator[str]:
     for name in a["metrics"].keys() & b["metrics"].keys():
         metric_a = a["metrics"][name]
         metric_b = b["metrics"][name]
-        are_guessed = {metric_a["unit"], metric_b["unit"]} == _GUESSED_UNITS
-        if metric_a["unit"] != metric_b["unit"] and not are_guessed:
-            yield f"different unit of {name}, {metric_a['unit']} and {metric_b['unit']}"
-        if metric_a["higher_is_better"] != metric_b["higher_is_better"]:
-            directions = f"{metric_a['higher_is_better']} and {metric_b['higher_is_better']}"
-            yield f"different higher_is_better of {name}, {directions}"
+
+        unit_a = metric_a["unit"]
+        unit_b = metric_b["unit"]
+        are_guessed = {unit_a, unit_b} == _GUESSED_UNITS
+        if unit_a != unit_b and not are_guessed:
+            yield f"different unit of {name}, {unit_a} and {unit_b}"
+
+        is_higher_a = metric_a["higher_is_better"]
+        is_higher_b = metric_b["higher_is_better"]
+        if is_higher_a != is_higher_b:
+            yield f"different higher_is_better of {name}, {is_higher_a} and {is_higher_b}"
+
         if are_guessed:
             low, high = sorted([_highest(a, name), _highest(b, name)])
             if high > _LARGEST_RATING:
@@ -219,10 +268,12 @@ def _mismatches(a: TaskRecord, b: TaskRecord) -> Iterator[str]:
 def _highest(task: TaskRecord, metric: str) -> float:
     """Return the highest value of a metric among the items; 0 if none has one."""
     values = [item.get(metric) for item in task["items"]]
-    return max((value for value in values if is_finite(value)), default=0.0)
+    finite = [value for value in values if is_finite(value)]
+    return max(finite, default=0.0)
 
 
 def _item_mismatches(a: TaskRecord, b: TaskRecord) -> Iterator[str]:
+    """Return the differences between the items of a task, of each kind the first."""
     items_a = {item["id"]: item for item in a["items"]}
     items_b = {item["id"]: item for item in b["items"]}
     if items_a.keys() != items_b.keys():
@@ -234,7 +285,9 @@ def _item_mismatches(a: TaskRecord, b: TaskRecord) -> Iterator[str]:
     if a["items_fingerprint"] != b["items_fingerprint"]:
         yield "different prompts or references of the same items"
 
-    for key, label in (("num_tokens", "num_tokens (tokenizers?)"), ("cluster_id", "cluster_id")):
+    # Both decide how items are weighted and drawn, which is done once for all models.
+    labels = {"num_tokens": "num_tokens (tokenizers?)", "cluster_id": "cluster_id"}
+    for key, label in labels.items():
         for name, item in items_a.items():
             x = item.get(key)
             y = items_b[name].get(key)
@@ -251,12 +304,14 @@ def setting_notes(results: Sequence[Result]) -> list[str]:
         keys |= dict.fromkeys(result["settings"])
     for key in keys:
         values = [result["settings"].get(key) for result in results]
-        if text := _if_different(results, values):
+        text = _if_different(results, values)
+        if text:
             notes.append(f"the results differ in the setting {key}: {text}")
 
     for package in _DECIDING_PACKAGES:
         versions = [result["environment"]["packages"].get(package) for result in results]
-        if text := _if_different(results, versions):
+        text = _if_different(results, versions)
+        if text:
             notes.append(f"the results were made with different versions of {package}: {text}")
     return notes
 
@@ -265,7 +320,9 @@ def _if_different(results: Sequence[Result], values: Sequence[Any]) -> str:
     """Return the value of each result where they are not all the same, and otherwise nothing."""
     if all(value == values[0] for value in values):
         return ""
-    texts = [f"{value} for {name_and_seed(result)}" for result, value in zip(results, values, strict=True)]
+    texts: list[str] = []
+    for result, value in zip(results, values, strict=True):
+        texts.append(f"{value} for {name_and_seed(result)}")
     return ", ".join(texts)
 
 
@@ -280,9 +337,12 @@ def having(results: Iterable[Result], task: str, metric: str) -> list[Result]:
 
 
 def unit_of(results: Iterable[Result], task: str, metric: str) -> str:
-    """Return the unit of a metric in all of these results."""
+    """Return the unit of a metric in all of these results, at least one, which `check_comparable` accepts."""
     units = {result["tasks"][task]["metrics"][metric]["unit"] for result in results}
-    return "score" if units == _GUESSED_UNITS else units.pop()
+    # A value above 1 in any result shows that it is no fraction.
+    if units == _GUESSED_UNITS:
+        return "score"
+    return units.pop()
 
 
 def name_and_seed(result: Result) -> str:

@@ -61,6 +61,7 @@ def compare(
     num_looks = settings.looks
     settings = settings.of_one_look()
 
+    # Who is compared.
     groups = group_by_name(results)
     if baseline is None:
         baseline = next(iter(groups))
@@ -69,6 +70,7 @@ def compare(
         raise UserError(f"only {baseline!r} was given, nothing to compare it with: give results of another name too")
     others = [name for name in groups if name != baseline]
 
+    # In which metrics. Each task has one main metric; Holm's correction needs resamples for the larger family.
     tasks, item_metrics = select(results, tasks, metrics)
     check_comparable(results, tasks)
     pairs, notes = _pairs(groups, baseline, tasks, item_metrics)
@@ -77,18 +79,22 @@ def compare(
     largest_family = max(is_main.count(True), is_main.count(False))
     settings = settings.with_resamples(largest_family)
 
+    # Measured one by one, then judged as families.
     paired: dict[str, Paired] = {}
     for name in others:
         paired[name] = pair_by_seed(groups[name], groups[baseline], settings.fixed_seeds)
     rows: list[Row] = []
     for (name, task, metric), is_main_one in zip(pairs, is_main, strict=True):
-        rows.append(measure(paired[name], task, metric, is_main_one, settings))
+        row = measure(paired[name], task, metric, is_main_one, settings)
+        rows.append(row)
     rows = _with_verdicts(rows, settings)
     differences = [difference for difference, _ in rows]
 
     notes += _identical_notes(differences, baseline)
     if num_looks > 1:
-        notes.insert(0, f"judged as one of {num_looks} looks: each at {100 * settings.confidence:.4g} % (Bonferroni)")
+        # First, because a page shows two notes.
+        percent = 100 * settings.confidence
+        notes.insert(0, f"judged as one of {num_looks} looks: each at {percent:.4g} % (Bonferroni)")
     compared = {name: paired[name] for name, _, _ in pairs}
     notes += seed_notes(compared, groups)
     notes += setting_notes(results)
@@ -113,17 +119,21 @@ def _with_verdicts(rows: Sequence[Row], settings: Settings) -> list[Row]:
     for is_main in (True, False):
         family = [row for row in rows if row[0].is_main == is_main]
         for difference in judge(family, settings):
-            judged[difference.method, difference.task, difference.metric] = difference
+            pair = (difference.method, difference.task, difference.metric)
+            judged[pair] = difference
+
     out: list[Row] = []
     for row, measured in rows:
-        out.append((judged[row.method, row.task, row.metric], measured))
+        pair = (row.method, row.task, row.metric)
+        out.append((judged[pair], measured))
     return out
 
 
 def _identical_notes(differences: Sequence[Difference], baseline: str) -> list[str]:
     """Note the methods that answer every item as the baseline does."""
     notes: list[str] = []
-    for name in dict.fromkeys(row.method for row in differences):
+    methods = dict.fromkeys(row.method for row in differences)
+    for name in methods:
         of_method = [row for row in differences if row.method == name]
         if all(row.num_identical == row.num_items for row in of_method):
             notes.append(
@@ -146,7 +156,10 @@ def _pairs(
         methods: list[str] = []
         if baseline in measured:
             methods = [name for name in measured if name != baseline]
-        pairs += [(method, task, metric) for method in methods]
+        for method in methods:
+            pairs.append((method, task, metric))
+
+        # A metric that only some models have is compared between these, and the reader is told which lack it.
         if measured and not methods:
             notes.append(f"{metric} on {task} is not compared, only {quoted(measured)} has it")
         elif methods and len(measured) < len(groups):
@@ -173,5 +186,6 @@ def _main_metrics(result: Result, pairs: Iterable[Pair]) -> dict[str, str]:
     compared = {(task, metric) for _, task, metric in pairs}
     for task, _ in compared:
         metrics = result["tasks"][task]["metrics"]
-        main[task] = next(metric for metric in metrics if (task, metric) in compared)
+        of_task = [metric for metric in metrics if (task, metric) in compared]
+        main[task] = of_task[0]
     return main

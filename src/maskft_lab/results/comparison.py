@@ -55,16 +55,29 @@ class Settings:
 
     def of_one_look(self) -> Settings:
         """Return them with the confidence at which each of the looks is judged."""
-        return replace(self, confidence=1 - (1 - self.confidence) / self.looks, looks=1)
+        alpha = (1 - self.confidence) / self.looks
+        return replace(self, confidence=1 - alpha, looks=1)
 
     def with_resamples(self, num_comparisons: int) -> Settings:
-        """Return them with as many resamples as Holm needs: a bootstrap p is a multiple of ``2 / (resamples + 1)``."""
-        needed = max(MIN_RESAMPLES, math.ceil(4 * num_comparisons / (1 - self.confidence)))
+        """Return them with as many resamples as Holm needs: a bootstrap p is a multiple of ``2 / (resamples + 1)``.
+
+        Args:
+            num_comparisons: Of the largest family.
+
+        Raises:
+            UserError: If fewer resamples were asked for, or more than `MAX_RESAMPLES` are needed.
+        """
+        # Holm's first step compares the smallest p with alpha / m. With 4 m / alpha resamples that is about twice the
+        # smallest p there can be.
+        alpha = 1 - self.confidence
+        needed = math.ceil(4 * num_comparisons / alpha)
+        needed = max(MIN_RESAMPLES, needed)
         if needed > MAX_RESAMPLES:
             raise UserError(
                 f"{num_comparisons} comparisons at confidence {self.confidence:g} need {needed:,} bootstrap samples, "
                 f"more than {MAX_RESAMPLES:,}: compare fewer --metrics, or at a lower --confidence"
             )
+        # The default grows by itself; a number that the user chose is not changed in silence.
         number = self.num_resamples
         if number == NUM_RESAMPLES:
             number = max(number, needed)

@@ -74,15 +74,22 @@ class Measured:
     ):
         self.sample = sample
         self.unit = unit
-        self.drawn = Bootstrap(sample.block(), num_resamples, seed)
-        # Where no item differs, resampling takes the difference for exactly known.
-        num_differing = np.count_nonzero(mean_over_seeds(self.drawn.block.diffs_SN))
+        block = sample.block()
+        self.drawn = Bootstrap(block, num_resamples, seed)
+
+        # Where few or no items differ, resampling takes the difference for nearly or exactly known.
+        diffs_U = mean_over_seeds(block.diffs_SN)
+        num_differing = np.count_nonzero(diffs_U)
         self.is_at_edge = unit == "fraction" and num_differing < FEW
 
     @property
     def by_seed(self) -> list[float]:
         """The difference of each seed."""
-        return [weighted_mean(row, self.sample.weights)[0] for row in self.sample.diffs_SN]
+        means: list[float] = []
+        for diffs_N in self.sample.diffs_SN:
+            mean, _ = weighted_mean(diffs_N, self.sample.weights)
+            means.append(mean)
+        return means
 
     def interval(self, confidence: float) -> Interval:
         """Return the unadjusted interval; that of a difference of shares is within [-1, 1].
@@ -98,6 +105,7 @@ class Measured:
             if self.sample.is_binary:
                 low, high = edge
             else:
+                # Tango's interval assumes independent 0/1 scores, and these are not.
                 low = min(edge.low, low)
                 high = max(edge.high, high)
         if self.unit == "fraction":
@@ -107,17 +115,24 @@ class Measured:
         return Interval(low, high)
 
     def p_value(self, confidence: float) -> float:
-        """Return the two-sided p of "no difference": exact for right and wrong."""
+        """Return the two-sided p of "no difference": exact for right and wrong.
+
+        Args:
+            confidence: To which the resamples are stretched, in (0, 1), see `Bootstrap.p_value`.
+        """
         if self.sample.is_binary:
-            return mcnemar_exact(self.sample.values_SN[0], self.sample.baseline_SN[0])
+            (values_N,) = self.sample.values_SN
+            (baseline_N,) = self.sample.baseline_SN
+            return mcnemar_exact(values_N, baseline_N)
         return self.drawn.p_value(confidence)
 
 
 def _won_and_lost(block: Block) -> tuple[float, float, int]:
     """Return the sums of gains and of losses over the units, each counted by its weight, and the number of units."""
     num_units = block.weights_N.size
-    shares_U = block.weights_N * num_units / block.weights_N.sum()
-    gains_U = mean_over_seeds(block.diffs_SN) * shares_U
+    # Relative to the mean weight, so that they sum to the number of units, as Tango's interval needs.
+    relative_weights_U = block.weights_N * num_units / block.weights_N.sum()
+    gains_U = mean_over_seeds(block.diffs_SN) * relative_weights_U
     won = gains_U[gains_U > 0].sum()
     lost = -gains_U[gains_U < 0].sum()
     return float(won), float(lost), num_units
@@ -131,8 +146,14 @@ def sample_of(
 ) -> Sample:
     """Return the values of two sets of seeds in one metric of a task.
 
+    Args:
+        paired: Results of the method and of the baseline, see `comparable.pair_by_seed`.
+        task: The task.
+        metric: Its metric.
+        has_fixed_seeds: Whether the claim is about these models and not about other seeds.
+
     Raises:
-        UserError: If an item has no value, or there are too few.
+        UserError: If an item has no value, or there are too few items or clusters.
     """
     of_method, of_baseline = paired
     values_SN = item_values(of_method, task, metric)
@@ -146,12 +167,25 @@ def sample_of(
     clusters = cluster_ids(items)
     if clusters and len(set(clusters)) == 1:
         raise UserError(f"{metric} on {task}: all {num_items} items are of one cluster, {clusters[0]!r}: give several")
-    weights = item_weights(items, unit_of([*of_method, *of_baseline], task, metric))
-    return Sample(task, values_SN, baseline_SN, weights, clusters, has_fixed_seeds)
+
+    unit = unit_of([*of_method, *of_baseline], task, metric)
+    weights = item_weights(items, unit)
+    return Sample(
+        task=task,
+        values_SN=values_SN,
+        baseline_SN=baseline_SN,
+        weights=weights,
+        clusters=clusters,
+        has_fixed_seeds=has_fixed_seeds,
+    )
 
 
 def item_values(group: Sequence[Result], task: str, metric: str) -> NDArray[np.float64]:
-    """Return the metric's values, one row per seed, one column per item in the order of the item ids."""
+    """Return the metric's values, one row per seed, one column per item in the order of the item ids.
+
+    Raises:
+        UserError: If an item has no value.
+    """
     rows: list[list[float]] = []
     for result in group:
         items = sorted(result["tasks"][task]["items"], key=itemgetter("id"))
@@ -172,7 +206,21 @@ def measure(
     is_main: bool,
     settings: Settings,
 ) -> tuple[Difference, Measured]:
-    """Measure the difference in a metric of a task."""
+    """Measure the difference in a metric of a task.
+
+    Args:
+        paired: Results of the method and of the baseline, see `comparable.pair_by_seed`.
+        task: The task.
+        metric: Its metric.
+        is_main: Whether the difference is one of the family of main metrics.
+        settings: Resamples, their seed, and whether the training seeds are fixed.
+
+    Returns:
+        The difference, not yet judged, and what it was measured from.
+
+    Raises:
+        UserError: If an item has no value, or there are too few items or clusters.
+    """
     of_method, of_baseline = paired
     sample = sample_of(paired, task, metric, settings.fixed_seeds)
     unit = unit_of([*of_method, *of_baseline], task, metric)
@@ -207,9 +255,19 @@ def difference_of(
     value, _ = weighted_mean(sample.values_SN.mean(axis=0), sample.weights)
     baseline_value, _ = weighted_mean(sample.baseline_SN.mean(axis=0), sample.weights)
 
+    # Above 0 where the method is better on an item.
     sign = 1 if higher_is_better else -1
     gains_N = sign * mean_over_seeds(sample.diffs_SN)
+    # At every seed: seeds that cancel each other are a tie, but not identical.
     is_identical_N = (sample.diffs_SN == 0).all(axis=0)
+
+    num_clusters = None
+    if sample.clusters:
+        num_clusters = measured.drawn.block.weights_N.size
+    by_seed = None
+    if num_seeds > 1 and sample.has_fixed_seeds:
+        by_seed = measured.by_seed
+
     return Difference(
         method=method,
         baseline=baseline,
@@ -228,8 +286,8 @@ def difference_of(
         lost=int((gains_N < 0).sum()),
         tied=int((gains_N == 0).sum()),
         num_identical=int(is_identical_N.sum()),
-        num_clusters=measured.drawn.block.weights_N.size if sample.clusters else None,
-        by_seed=measured.by_seed if num_seeds > 1 and sample.has_fixed_seeds else None,
+        num_clusters=num_clusters,
+        by_seed=by_seed,
     )
 
 
@@ -260,12 +318,14 @@ def judge(family: Sequence[tuple[Difference, Measured]], settings: Settings) -> 
 
     judged: list[Difference] = []
     for index, (row, measured) in enumerate(family):
+        # Of this difference by itself, and (`all_`) simultaneous with all others.
         low, high = measured.interval(confidence)
         all_low = low
         all_high = high
         if level < alpha:
             all_low, all_high = measured.interval(1 - level)
 
+        # Both, because p and interval are computed differently and may disagree at the limit.
         excludes_zero = low > 0 or high < 0
         is_claimed = adjusted[index] <= alpha and excludes_zero
         is_cut = is_claimed and all_low <= 0 <= all_high

@@ -26,14 +26,23 @@ class Noise(NamedTuple):
 
 
 def noise_of(drawn: Bootstrap, task: str) -> Noise:
-    """Return the noise of a bootstrapped difference."""
+    """Return the noise of a bootstrapped difference.
+
+    Args:
+        drawn: The difference.
+        task: Its task; differences on one task share its units.
+    """
     block = drawn.block
+    # The difference is a weighted mean over units, so its error is the sum of these parts.
     shares_N = block.weights_N / block.weights_N.sum()
     centred_N = block.diffs_SN.mean(axis=0) - block.means_S.mean()
+    part_N = shares_N * centred_N
+
+    # Only the excess: the spread between seeds that items explain is in the parts already.
     own_variance = 0.0
     if drawn.num_seeds > 1:
         own_variance = drawn.seed_excess / drawn.num_seeds
-    return Noise(task, shares_N * centred_N, own_variance)
+    return Noise(task, part_N, own_variance)
 
 
 def simultaneous_level(family: Sequence[Noise], alpha: float, seed: int = 0) -> float:
@@ -58,29 +67,50 @@ def simultaneous_level(family: Sequence[Noise], alpha: float, seed: int = 0) -> 
     if num_comparisons == 1:
         return alpha
 
-    independent_RJ = np.random.default_rng(seed).standard_normal((NUM_DRAWS, num_comparisons))
-    draws_RJ = independent_RJ @ _root(_correlation(family)).T
+    # Normal draws with the correlations of the differences: independent ones times a root of the correlation matrix.
+    rng = np.random.default_rng(seed)
+    independent_RJ = rng.standard_normal((NUM_DRAWS, num_comparisons))
+    root_JJ = _root(_correlation(family))
+    draws_RJ = independent_RJ @ root_JJ.T
+
     maxima_R = np.abs(draws_RJ).max(axis=1)
     critical = float(np.quantile(maxima_R, 1 - alpha))
     level = 2 * stats.norm.sf(critical)
+
     # The draws have an error; these bounds hold exactly.
-    return float(min(alpha, max(alpha / num_comparisons, level)))
+    lowest = alpha / num_comparisons  # Bonferroni
+    return float(min(alpha, max(lowest, level)))
 
 
 def _correlation(family: Sequence[Noise]) -> NDArray[np.float64]:
-    covariance_JJ = np.array([[_covariance(a, b) for b in family] for a in family])
+    """Return the correlations of the differences, shape (J, J)."""
+    num_comparisons = len(family)
+    covariance_JJ = np.empty((num_comparisons, num_comparisons))
+    for row, a in enumerate(family):
+        for column, b in enumerate(family):
+            covariance_JJ[row, column] = _covariance(a, b)
     covariance_JJ += np.diag([noise.own_variance for noise in family])
     deviations_J = np.sqrt(np.diag(covariance_JJ))
 
-    # Models that never differ have no correlation: independent, the widest case.
-    scale_J = np.divide(1, deviations_J, out=np.zeros_like(deviations_J), where=deviations_J > 0)
+    # Models that never differ have deviation 0 and no correlation. They get a scale of 0, which makes them independent
+    # of all others, the widest case. `where` leaves them out of the division, which would warn.
+    scale_J = np.divide(
+        1,
+        deviations_J,
+        out=np.zeros_like(deviations_J),
+        where=deviations_J > 0,
+    )
     correlation_JJ = covariance_JJ * scale_J[:, None] * scale_J
+    # On the diagonal, models that never differ have 0 after scaling, and others nearly 1 after rounding.
     np.fill_diagonal(correlation_JJ, 1.0)
     return np.asarray(correlation_JJ)
 
 
 def _covariance(a: Noise, b: Noise) -> float:
-    return float(a.part_N @ b.part_N) if a.task == b.task else 0.0
+    # Tasks have different items, whose noise is independent.
+    if a.task != b.task:
+        return 0.0
+    return float(a.part_N @ b.part_N)
 
 
 def _root(correlation: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -92,4 +122,5 @@ def _root(correlation: NDArray[np.float64]) -> NDArray[np.float64]:
     values, vectors = np.linalg.eigh(correlation)
     # Rounding may leave eigenvalues of a singular matrix slightly below 0.
     roots = np.sqrt(np.maximum(values, 0))
-    return np.asarray((vectors * roots) @ vectors.T)
+    root = (vectors * roots) @ vectors.T
+    return np.asarray(root)

@@ -29,6 +29,8 @@ def gains_of(differences: Sequence[Difference]) -> list[dict[str, Any]]:
     tests = [row for row in differences if not row.task.startswith(BEFORE)]
     if not tests:
         return []
+
+    # `min` takes the first of equals, and False is less than True: the first fraction, else the first of all.
     test = min(tests, key=lambda row: row.unit != "fraction")
     place = (test.task, test.metric)
     gains = {row.method: row for row in tests if (row.task, row.metric) == place}
@@ -40,25 +42,33 @@ def gains_of(differences: Sequence[Difference]) -> list[dict[str, Any]]:
 
     curves = []
     for task, rows in probes.items():
+        # The other way round: the first metric that is no fraction.
         probe = min(rows, key=lambda row: row.unit == "fraction")
-        points = [_point(gains[row.method], row) for row in rows if row.metric == probe.metric]
-        curves.append(
-            {
-                "task": task_text(test),
-                "probe": task.removeprefix(BEFORE),
-                "unit": _unit(test),
-                "forgotten_unit": _unit(probe),
-                "points": points,
-            }
-        )
+        points: list[dict[str, Any]] = []
+        for row in rows:
+            if row.metric == probe.metric:
+                points.append(_point(gains[row.method], row))
+
+        curve = {
+            "task": task_text(test),
+            "probe": task.removeprefix(BEFORE),
+            "unit": _unit(test),
+            "forgotten_unit": _unit(probe),
+            "points": points,
+        }
+        curves.append(curve)
     return curves
 
 
 def _point(gain: Difference, kept: Difference) -> dict[str, Any]:
     """Return the point of a method, from its differences on the test and on a probe."""
-    gained, gained_ends = _scaled(gain, 1 if gain.higher_is_better else -1)
-    forgotten, forgotten_ends = _scaled(kept, -1 if kept.higher_is_better else 1)
-    # Intervals over two seeds are wider than any picture.
+    # Above 0: the method is better on the test, and worse on the probe.
+    gain_sign = 1 if gain.higher_is_better else -1
+    loss_sign = -1 if kept.higher_is_better else 1
+    gained, gained_ends = _scaled(gain, gain_sign)
+    forgotten, forgotten_ends = _scaled(kept, loss_sign)
+
+    # Intervals over two seeds are wider than any picture, unless the seeds are fixed (`by_seed`) and only items drawn.
     has_intervals = gain.num_seeds != 2 or gain.by_seed is not None
     return {
         "method": gain.method,
@@ -78,6 +88,7 @@ def _scaled(row: Difference, sign: int) -> tuple[float, list[float]]:
     """Return a difference and its interval, shares in points; ``sign`` -1 turns both around."""
     scale = 100.0 if row.unit == "fraction" else 1.0
     scale = sign * scale
+    # Sorted, because a negative sign swaps the ends.
     ends = sorted([scale * row.ci_low, scale * row.ci_high])
     return scale * row.difference, ends
 

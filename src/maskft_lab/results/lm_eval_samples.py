@@ -57,15 +57,20 @@ def read_samples(files: Sequence[Path], name: str | None = None) -> Result:
         task = found["task"]
         if task in tasks:
             raise UserError(f"{file}: the folder has a second log of task {task}: name single files")
-        summary = _summary(file.with_name(f"results_{found['date']}.json"))
+
+        # The file of one evaluation with the same date: directions of metrics, versions and settings.
+        results_file = file.with_name(f"results_{found['date']}.json")
+        summary = _summary(results_file)
         try:
             tasks[task] = _task(file, task, summary)
         except UserError:
-            raise
+            raise  # which is a ValueError, and says more
         except _DAMAGE as error:
             raise UserError(f"{file}: not a whole samples file of lm-eval ({first_line(error)})") from None
 
-        known = {**summary, **(summary.get("config") or {})}
+        # Some settings are at the top of the file, others in its block `config`.
+        config = summary.get("config") or {}
+        known = {**summary, **config}
         for key in _SETTINGS:
             if known.get(key) is not None:
                 settings[key] = known[key]
@@ -98,6 +103,7 @@ def _task(file: Path, task: str, summary: Mapping[str, Any]) -> TaskRecord:
     directions = summary["higher_is_better"].get(task) or {}
     reported = summary["results"].get(task) or {}
 
+    # Every metric that any item has; a dictionary, because a set would not keep their order.
     names: dict[str, None] = {}
     for item in items:
         names |= dict.fromkeys(item)
@@ -117,15 +123,20 @@ def _task(file: Path, task: str, summary: Mapping[str, Any]) -> TaskRecord:
         raise UserError(f"{file}: no metric is a number per item, so there is nothing to compare")
 
     kept = ("id", *metrics)
+    kept_items = [{key: item[key] for key in kept} for item in items]
+    # A block may be missing, or null.
+    versions = summary.get("versions") or {}
+    shots = summary.get("n-shot") or {}
+    configs = summary.get("configs") or {}
     record = build_task(
-        [{key: item[key] for key in kept} for item in items],
+        kept_items,
         metrics,
-        version=(summary.get("versions") or {}).get(task),
-        num_fewshot=(summary.get("n-shot") or {}).get(task),
+        version=versions.get(task),
+        num_fewshot=shots.get(task),
         fingerprint=items_fingerprint(questions),
         chat_template_hash=summary.get("chat_template_sha"),
     )
-    config = (summary.get("configs") or {}).get(task) or {}
+    config = configs.get(task) or {}
     if config.get("generation_kwargs"):
         record["generation_kwargs"] = config["generation_kwargs"]
     return record
@@ -140,17 +151,20 @@ def _items(file: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         if missing:
             raise UserError(f"{file}: no samples of lm-eval 0.4.5 or later, {missing[0]!r} is missing")
 
+        # The hashes that lm-eval logs replace the texts: equal questions have equal hashes.
         identity = str(row["doc_id"])
         questions[identity] = {
             "id": identity,
             "prompt": [row["doc_hash"], row["prompt_hash"]],
             "reference": row["target_hash"],
         }
-        # One row for each filter.
+        # A document has one row for each filter: metrics of all of them are one item, under names with the filter.
         item = items.setdefault(identity, {"id": identity})
         for metric in row["metrics"]:
+            name = metric
+            if row["filter"] != _NO_FILTER:
+                name = f"{metric},{row['filter']}"
             value = row.get(metric)
-            name = metric if row["filter"] == _NO_FILTER else f"{metric},{row['filter']}"
             item[name] = int(value) if isinstance(value, bool) else value
     if not items:
         raise UserError(f"{file}: no samples in it: evaluate again with --log_samples")
@@ -158,6 +172,7 @@ def _items(file: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 
 def _rows(file: Path) -> Iterator[dict[str, Any]]:
+    """Return the JSON objects of a file, line by line."""
     with open_text(file) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():

@@ -78,10 +78,13 @@ def render_tables(
 
     parts = []
     for caption, table in tables:
-        head = f"**{plain(caption)}**\n" if output_format == "markdown" else plain(caption)
+        head = plain(caption)
+        if output_format == "markdown":
+            head = f"**{head}**\n"
         parts.append(f"{head}\n{draw(table, output_format)}")
     if left_over:
-        parts.append(plain(f"In none of these tables: {', '.join(left_over)}."))
+        names = ", ".join(left_over)
+        parts.append(plain(f"In none of these tables: {names}."))
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -92,32 +95,45 @@ def _fill(number: str, results: Sequence[Result]) -> tuple[str, Table, list[Resu
     columns = spec["columns"]
     rows: list[tuple[str, ...]] = []
     used: list[Result] = []
-    best: list[Cell] = []
+    best: list[Cell] = []  # of the last row of full fine-tuning at its best checkpoint
     block = None
     for row in spec["rows"]:
         # A block begins with its heading.
         heading = row.get("block", row.get("backbone"))
         if heading != block:
             block = heading
-            rows.append((block, *[""] * len(columns)))
+            empty = [""] * len(columns)
+            rows.append((block, *empty))
 
-        fitting = _of_backbone(results, row.get("backbone", spec.get("backbone")))
+        # A table is of one base model, or each of its blocks is.
+        backbone = row.get("backbone", spec.get("backbone"))
+        fitting = _of_backbone(results, backbone)
+
         cells: list[Cell] = []
         for key, figure in zip(columns, row["cells"], strict=True):
-            chosen = _choose(fitting, benchmarks[key] | row)
-            study = _study_of(chosen[0][0]) if chosen else None
-            cells.append(Cell(figure, [value for _, value in chosen], study))
+            asked = benchmarks[key] | row
+            chosen = _choose(fitting, asked)
+            study = None
+            if chosen:
+                first, _ = chosen[0]
+                study = _study_of(first)
+            scores = [score for _, score in chosen]
+            cells.append(Cell(figure, scores, study))
             used += [result for result, _ in chosen]
-        rows.append((row["label"], *map(_cell_text, cells)))
+        texts = [_cell_text(cell) for cell in cells]
+        rows.append((row["label"], *texts))
 
+        # Masks are below the full fine-tuning that they are compared with.
         if row["method"] == "full" and "checkpoint" not in row:
             best = cells
         if row.get("delta"):
-            rows.append(("  against Best FFT", *map(_delta_text, cells, best)))
+            deltas = [_delta_text(cell, best_cell) for cell, best_cell in zip(cells, best, strict=True)]
+            rows.append(("  against Best FFT", *deltas))
 
+    # The caption names both base models: figures of one are no reproduction of figures of another.
     theirs = spec.get("backbone", "of the block's model")
-    bases = sorted({_base(result) or "a base model that is not stated" for result in used})
-    ours = ", ".join(bases) or "no results"
+    bases = {_base(result) or "a base model that is not stated" for result in used}
+    ours = ", ".join(sorted(bases)) or "no results"
     caption = f"Table {number} ({spec['place']}): {spec['title']}. The paper's figure, {theirs} / ours, {ours}"
     labels = [benchmarks[key]["label"] for key in columns]
     return caption, Table(("Method", *labels), rows), used
@@ -136,6 +152,8 @@ def _choose(results: Sequence[Result], asked: Mapping[str, Any]) -> list[tuple[R
         value = _value(result, asked)
         if value is None or not _fits(result, asked):
             continue
+
+        # The first study with a fitting result has the cell: seeds of two studies are not seeds of one method.
         if not by_seed:
             study = _study_of(result)
         elif _study_of(result) != study:
@@ -144,6 +162,7 @@ def _choose(results: Sequence[Result], asked: Mapping[str, Any]) -> list[tuple[R
         score = 100 * value
         # The seed of a pre-trained model means nothing.
         seed = None if asked["method"] == "pretrained" else result["model"]["seed"]
+        # `setdefault` keeps the first result of a seed, and returns it.
         other, other_score = by_seed.setdefault(seed, (result, score))
         # Several studies may have measured the same model without a seed.
         is_same = other is result or (seed is None and other_score == score)
@@ -172,6 +191,7 @@ def _fits(result: Result, asked: Mapping[str, Any]) -> bool:
     """Whether a result was trained as the row and the column say."""
     training = result.get("training", {})
     method = result["model"]["method"]
+    # Evaluated outside of a study: a model without training is the pre-trained one.
     if training.get("num_train_tokens") == 0 and method is None:
         method = "pretrained"
     if method != asked["method"]:
@@ -184,7 +204,12 @@ def _fits(result: Result, asked: Mapping[str, Any]) -> bool:
     is_mixed = training.get("mixed") or False
     selection = training.get("selection") or "topk"
     checkpoint = training.get("checkpoint") or "best"
-    domains = [asked["trained_on"]] if "trained_on" in asked else [asked["domain"], None]
+    # A row may name the domain of its training data. Others were trained on the domain that the column tests, or on
+    # data of no stated domain.
+    if "trained_on" in asked:
+        domains = [asked["trained_on"]]
+    else:
+        domains = [asked["domain"], None]
     return (
         is_mixed == asked["mixed"]
         and selection == asked.get("selection", "topk")
@@ -211,10 +236,13 @@ def _of_backbone(results: Sequence[Result], backbone: str) -> list[Result]:
 
 
 def _base(result: Result) -> str | None:
+    """Return the pre-trained model under a result, where it is stated."""
     return result.get("training", {}).get("base")
 
 
 def _backbone(result: Result) -> str | None:
+    """Return the paper's name of a result's base model; None if it is another model."""
+    # Names of one model differ in case and punctuation: meta-llama/Llama-2-7b-hf, llama2_7b.
     base = (_base(result) or "").lower()
     letters = re.sub(r"[^a-z0-9]", "", base)
     for word, name in _BACKBONES.items():
@@ -224,6 +252,7 @@ def _backbone(result: Result) -> str | None:
 
 
 def _study_of(result: Result) -> str | None:
+    """Return the name of the study that a result is of; None outside of studies."""
     return result.get("study", {}).get("study")
 
 
@@ -235,9 +264,12 @@ def _name_of(result: Result) -> str:
 
 def _cell_text(cell: Cell) -> str:
     """Return ``paper / ours``, with the deviation between seeds where there are several."""
-    theirs = f"{cell.paper[0]:.1f}"
-    if len(cell.paper) > 1:
-        theirs += f" ± {cell.paper[1]:.2f}"
+    # The paper gives a score, and for some cells what follows its ±.
+    score, *deviation = cell.paper
+    theirs = f"{score:.1f}"
+    if deviation:
+        theirs += f" ± {deviation[0]:.2f}"
+
     ours = NO_RESULT
     if cell.ours:
         ours = f"{statistics.fmean(cell.ours):.1f}"
@@ -248,7 +280,9 @@ def _cell_text(cell: Cell) -> str:
 
 def _delta_text(cell: Cell, best: Cell) -> str:
     """Return the difference from the best full fine-tuning, ``paper / ours``."""
-    theirs = f"{cell.paper[0] - best.paper[0]:+.1f}"
+    paper_difference = cell.paper[0] - best.paper[0]
+    theirs = f"{paper_difference:+.1f}"
+
     # Figures of two studies may be of two models.
     if not cell.ours or not best.ours or cell.study != best.study:
         return f"{theirs} / {NO_RESULT}"

@@ -49,22 +49,30 @@ def proportion_interval(
         ValueError: If there are no values, or one is outside [0, 1].
     """
     values_N = np.asarray(values, dtype=float)
-    if not values_N.size or not ((values_N >= 0) & (values_N <= 1)).all():
+    is_share_N = (values_N >= 0) & (values_N <= 1)
+    if not values_N.size or not is_share_N.all():
         raise ValueError("a proportion needs values in [0, 1], at least one")
+
+    # Without clusters each item is one.
     labels_N = np.arange(values_N.size)
     if clusters is not None:
         _, labels_N = np.unique(np.asarray(clusters), return_inverse=True)
     num_clusters = int(labels_N.max()) + 1
 
-    # Of G clusters: an item alone is one, too.
+    # The variance of the mean: residuals are summed within a cluster first, since they may depend on each other there.
     share = float(values_N.mean())
     residuals_G = np.bincount(labels_N, values_N - share)
     variance = float(residuals_G @ residuals_G) / values_N.size**2
-    effective_num = share * (1 - share) / variance if variance > 0 else math.inf
+
+    # The number of independent 0/1 items whose mean would have this variance.
+    effective_num = math.inf
+    if variance > 0:
+        effective_num = share * (1 - share) / variance
     num_not_median = np.count_nonzero(values_N != np.median(values_N))
     if is_at_edge(values_N, labels_N) or num_not_median < FEW:
         effective_num = min(effective_num, num_clusters)
 
+    # The variance between few clusters is itself uncertain, which the t distribution covers.
     tail = (1 + confidence) / 2
     if clusters is not None and num_clusters > 1:
         z = float(stats.t.ppf(tail, num_clusters - 1))
@@ -76,7 +84,12 @@ def proportion_interval(
 def is_at_edge(values: ArrayLike, clusters: ArrayLike | None = None) -> bool:
     """Tell whether fewer than `FEW` items (clusters) hold anything right, or anything wrong."""
     values_N = np.asarray(values, dtype=float)
-    labels_N = np.arange(values_N.size) if clusters is None else np.asarray(clusters)
+    if clusters is None:
+        labels_N = np.arange(values_N.size)
+    else:
+        labels_N = np.asarray(clusters)
+
+    # A share between 0 and 1 has something right and something wrong.
     num_with_right = np.unique(labels_N[values_N > 0]).size
     num_with_wrong = np.unique(labels_N[values_N < 1]).size
     return min(num_with_right, num_with_wrong) < FEW
@@ -101,22 +114,30 @@ def tango_interval(
         num_items: All items, N >= won + lost.
         confidence: Coverage, in (0, 1).
     """
-    z = float(stats.norm.ppf((1 + confidence) / 2))
+    tail = (1 + confidence) / 2
+    z = float(stats.norm.ppf(tail))
     difference = (won - lost) / num_items
-    limit = 1 - 1e-12
+    limit = 1 - 1e-12  # at -1 and 1 the variance of the score is 0
 
     def root(sign: int, end: float) -> float:
-        """Return the difference at which the score is ``sign * z``, -1 or 1 if there is none."""
+        """Return the difference between the observed one and ``end`` at which the score is ``sign * z``.
+
+        If there is none, the interval reaches the end of the range, -1 or 1.
+        """
 
         def score(delta: float) -> float:
             return tango_score(won, lost, num_items, delta) - sign * z
 
+        # brentq needs scores of opposite signs at both ends; at the observed difference Tango's score is 0.
         is_at_end = abs(difference - end) < 1e-9
         if is_at_end or score(end) * sign < 0:
             return float(np.sign(end))
         return float(optimize.brentq(score, difference, end, xtol=1e-12))
 
-    return Interval(root(1, -limit), root(-1, limit))
+    # The score falls as the hypothesised difference rises: it is z at the lower bound.
+    low = root(1, -limit)
+    high = root(-1, limit)
+    return Interval(low, high)
 
 
 def tango_score(
@@ -125,12 +146,19 @@ def tango_score(
     num_items: int,
     delta: float,
 ) -> float:
-    """Return Tango's score (standard normal) of the hypothesis that the true difference is ``delta``, in (-1, 1)."""
+    """Return Tango's score (standard normal) of the hypothesis that the true difference is ``delta``, in (-1, 1).
+
+    Args:
+        won: Items that only the first model has right, or the sum of its gains.
+        lost: Items that only the second has right, or the sum of the losses.
+        num_items: All items.
+        delta: The hypothesised difference of the two proportions.
+    """
     distance = won - lost - num_items * delta
     if abs(distance) < 1e-9:  # the variance may be 0 there too
         return 0.0
 
-    # The share of lost items if the difference is delta, by maximum likelihood: the root of a x^2 + b x + c.
+    # The share of lost items if the difference is delta, by maximum likelihood: the larger root of a x^2 + b x + c.
     a = 2 * num_items
     b = (a - won + lost) * delta - won - lost
     c = -lost * delta * (1 - delta)
@@ -144,10 +172,13 @@ def tango_score(
 
 
 def _wilson(share: float, num_items: float, z: float) -> Interval:
+    """Return Wilson's score interval; ``num_items`` may be a fraction, or infinite."""
     shrinkage = 1 + z * z / num_items
+    # Between the share and one half, the closer to one half the fewer items there are.
     centre = (share + z * z / (2 * num_items)) / shrinkage
     variance = share * (1 - share) / num_items
-    half = z / shrinkage * math.sqrt(variance + (z / (2 * num_items)) ** 2)
+    correction = (z / (2 * num_items)) ** 2
+    half = z / shrinkage * math.sqrt(variance + correction)
     # At the edges the exact bound is 0 or 1; the formula leaves some 1e-18.
     low = 0.0 if share == 0 else max(0.0, centre - half)
     high = 1.0 if share == 1 else min(1.0, centre + half)

@@ -56,12 +56,21 @@ def input_files(paths: Iterable[str]) -> set[Path]:
 
 
 def check_output(output: str | None, results: Iterable[str]) -> None:
-    """Refuse an output file that is one of the results, which it would replace."""
+    """Refuse an output file that is one of the results, which it would replace.
+
+    Args:
+        output: Path of the output; None for standard output.
+        results: Paths as `read_all` takes them.
+
+    Raises:
+        UserError: If it is one of the files that would be read.
+    """
     if output and Path(output).resolve() in input_files(results):
         raise UserError(f"--output {output} is one of the results and would replace it: name another file")
 
 
 def _name_and_path(text: str) -> tuple[str | None, Path]:
+    """Split ``NAME=PATH``; the name is None where there is a path alone."""
     name, separator, path = text.partition("=")
     if not text or (separator and not path):
         raise UserError(f"{text!r} names no file; give a result, a folder of results, or NAME=PATH")
@@ -81,22 +90,26 @@ def _files_of(path: Path) -> list[Path]:
     if samples:
         return samples
 
+    candidates = sorted([*path.rglob("*.json"), *path.rglob("*.json.gz")])
     found: list[Path] = []
-    for file in sorted([*path.rglob("*.json"), *path.rglob("*.json.gz")]):
-        is_left_out = _LEFT_OUT.search(str(file.relative_to(path)))
-        if not is_left_out and _is_result(file):
+    for file in candidates:
+        place = str(file.relative_to(path))
+        if not _LEFT_OUT.search(place) and _is_result(file):
             found.append(file)
+
+    # Without any, the file that should be there: reading it raises an error with its name.
     return found or [result_file(path)]
 
 
 def _is_result(file: Path) -> bool:
+    # A folder's name may end in .json, too.
     if not file.is_file():
         return False
     if file.name == layout.RESULT:
         return True  # a damaged one too: reading it reports the damage
     try:
         text = read_text(file)
-        # A folder of runs is full of tokenizers, which would take long to parse.
+        # Text is searched before it is parsed: a folder of runs is full of tokenizers, whose JSON takes long.
         if '"evaluation"' not in text:
             return False
         content = parse_json(text)

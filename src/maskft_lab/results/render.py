@@ -35,7 +35,8 @@ Place = tuple[str, str]  # task and metric
 def render(comparison: Comparison, output_format: str) -> str:
     """Return a comparison as text: ``terminal`` is a page at most, every other form has all of it."""
     if output_format == "json":
-        return to_json(comparison.to_dict())
+        record = comparison.to_dict()
+        return to_json(record)
     if output_format == "terminal":
         return _page(comparison)
 
@@ -91,12 +92,14 @@ def difference_table(comparison: Comparison) -> Table:
 
 
 def _difference_cells(row: Difference) -> tuple[str, ...]:
-    seeds = f" x {row.num_seeds} seeds" if row.num_seeds > 1 else ""
+    num_values = f"{row.num_items:,}"
+    if row.num_seeds > 1:
+        num_values += f" x {row.num_seeds} seeds"
     return (
         row.method,
         task_text(row),
         f"{row.metric} ({unit_text(row.unit)})",
-        f"{row.num_items:,}{seeds}",
+        num_values,
         difference_text(row),
         p_text(row.p_adjusted),
         f"{row.won} / {row.lost} / {row.tied}",
@@ -119,12 +122,16 @@ def cross_domain_table(scores: Sequence[Score]) -> Table:
     labels = []
     for task, metric in places:
         name = f"{task_names[task]} {metric}".strip()
-        labels.append(f"{name} ({unit_text(units[task, metric])})")
+        unit = unit_text(units[task, metric])
+        labels.append(f"{name} ({unit})")
 
+    # Label of a model -> its cells by place.
     texts: dict[str, dict[Place, str]] = {}
     for score in scores:
-        seeds = f" ({score.num_seeds} seeds)" if score.num_seeds > 1 else ""
-        of_model = texts.setdefault(score.model + seeds, {})
+        label = score.model
+        if score.num_seeds > 1:
+            label += f" ({score.num_seeds} seeds)"
+        of_model = texts.setdefault(label, {})
         of_model[score.task, score.metric] = score_text(score)
 
     rows: list[tuple[str, ...]] = []
@@ -149,7 +156,9 @@ def _page(comparison: Comparison) -> str:
     shown = [row for row in rows if (row.task, row.metric) in places]
     of_first_method = [row for row in rows if row.method == rows[0].method]
 
-    tail = _wrapped(_page_sentences(comparison, shown, of_first_method))
+    # Sentences first: they take the lines they need, and the table has the rest, less one for the count at the end.
+    sentences = _page_sentences(comparison, shown, of_first_method)
+    tail = _wrapped(sentences)
     room = max(MIN_TABLE_LINES, PAGE_LINES - 1 - len(tail))
 
     lines = _page_lines(comparison, places)
@@ -166,11 +175,15 @@ def _page(comparison: Comparison) -> str:
 
 def _first_places(comparison: Comparison, first: Place) -> list[Place]:
     """Return the place that represents the comparison, that of the first verdict, and one of each other task."""
+    # Its own rows first (False sorts before True), so that its task is the first of the tasks below.
     rows = sorted(comparison.differences, key=lambda row: (row.task, row.metric) != first)
     places = [first]
     for verdict in comparison.verdicts[:1]:
-        places.append((verdict.parent.task, verdict.parent.metric))
-    for task in dict.fromkeys(row.task for row in rows):
+        parent = verdict.parent
+        places.append((parent.task, parent.metric))
+
+    tasks = dict.fromkeys(row.task for row in rows)
+    for task in tasks:
         of_task = [row for row in rows if row.task == task]
         places.append(brief_metric(of_task))
 
@@ -205,26 +218,41 @@ def _page_sentences(
 def _wrapped(sentences: Sequence[str]) -> list[str]:
     lines: list[str] = []
     for text in sentences:
-        lines += textwrap.wrap(printable(text), PAGE_WIDTH, subsequent_indent="  ")
+        wrapped = textwrap.wrap(
+            printable(text),
+            PAGE_WIDTH,
+            subsequent_indent="  ",
+        )
+        lines += wrapped
     return lines
 
 
 def _page_lines(comparison: Comparison, places: Sequence[Place]) -> list[str]:
-    return draw(_page_table(comparison, places), "terminal", PAGE_WIDTH).splitlines()
+    table = _page_table(comparison, places)
+    text = draw(table, "terminal", PAGE_WIDTH)
+    return text.splitlines()
 
 
 def _left_out(comparison: Comparison, lines: Sequence[str]) -> str:
     """Return how many differences, and how many claims among them, have no line on the page."""
-    # A line of the page ends with its verdict.
-    num_shown = sum(line.endswith((BETTER, WORSE, NOT_DISTINGUISHABLE)) for line in lines)
-    num_shown_claims = sum(line.endswith((BETTER, WORSE)) for line in lines)
-    num_claims = sum(row.verdict != NOT_DISTINGUISHABLE for row in comparison.differences)
+    # The lines are counted and not the rows, because the page may have cut the table's end. A line ends with its
+    # verdict.
+    num_shown = 0
+    num_shown_claims = 0
+    for line in lines:
+        num_shown += line.endswith((BETTER, WORSE, NOT_DISTINGUISHABLE))
+        num_shown_claims += line.endswith((BETTER, WORSE))
+
+    num_claims = 0
+    for row in comparison.differences:
+        num_claims += row.verdict != NOT_DISTINGUISHABLE
     num_left = len(comparison.differences) - num_shown
     num_claims_left = num_claims - num_shown_claims
 
     text = "P-values, errors"
     if num_left:
-        text = f"{num_left} more difference{'s' if num_left > 1 else ''}"
+        plural = "s" if num_left > 1 else ""
+        text = f"{num_left} more difference{plural}"
         if num_claims_left:
             text += f" ({num_claims_left} better or worse)"
     return f"{text}: --format markdown, or a study's table."
@@ -236,15 +264,18 @@ def _page_table(comparison: Comparison, places: Sequence[Place]) -> Table:
     table: list[tuple[str, ...]] = []
     for place in places:
         block = [row for row in comparison.differences if (row.task, row.metric) == place]
-        block.sort(key=lambda row: row.method not in masks)
+        block.sort(key=lambda row: row.method not in masks)  # masks first, the others in their order
         table += _block(comparison, block)
 
     over = " over items" if comparison.fixed_seeds else ""
-    columns = ("", "value", f"difference, {100 * comparison.confidence:g} %{over}", "verdict")
+    interval = f"difference, {100 * comparison.confidence:g} %{over}"
+    columns = ("", "value", interval, "verdict")
+
     # The width that the other columns leave to names, two blanks before each.
     width = PAGE_WIDTH
     for index in (1, 2, 3):
-        width -= 2 + max(len(row[index]) for row in [columns, *table])
+        longest = max(len(row[index]) for row in [columns, *table])
+        width -= 2 + longest
     width = max(MIN_NAME, width)
 
     rows: list[tuple[str, ...]] = []
@@ -257,17 +288,20 @@ def _page_table(comparison: Comparison, places: Sequence[Place]) -> Table:
 
 def _block(comparison: Comparison, rows: Sequence[Difference]) -> list[tuple[str, ...]]:
     """Return a heading, a row per method, and the row of the baseline."""
+    # The baseline's value is over the seeds that it shares with a method: here with the method that has most of them.
     most = max(rows, key=lambda row: row.num_seeds)
     scale, digits = scale_and_digits(most.unit)
-    seeds = f", {most.num_seeds} seeds" if most.num_seeds > 1 else ""
-    heading = f"{most.metric} on {task_text(most)} ({unit_text(most.unit)}), {most.num_items:,} items{seeds}"
+    heading = f"{most.metric} on {task_text(most)} ({unit_text(most.unit)}), {most.num_items:,} items"
+    if most.num_seeds > 1:
+        heading += f", {most.num_seeds} seeds"
 
-    block: list[tuple[str, ...]] = [(_cut(heading, PAGE_WIDTH), "", "", "")]
+    block: list[tuple[str, ...]] = []
+    block.append((_cut(heading, PAGE_WIDTH), "", "", ""))
     for row in rows:
         value = f"{scale * row.value:.{digits}f}"
-        block.append(("  " + row.method, value, difference_text(row), row.verdict))
-    of_baseline = f"{scale * most.baseline_value:.{digits}f}"
-    block.append(("  " + comparison.baseline, of_baseline, "", "(baseline)"))
+        block.append((f"  {row.method}", value, difference_text(row), row.verdict))
+    baseline_value = f"{scale * most.baseline_value:.{digits}f}"
+    block.append((f"  {comparison.baseline}", baseline_value, "", "(baseline)"))
     return block
 
 
@@ -283,8 +317,10 @@ def _note(note: str) -> str:
 
 
 def _how_to_read(comparison: Comparison) -> str:
+    """Return one sentence about differences, intervals and errors, with what applies to this comparison."""
+    percent = f"{100 * comparison.confidence:g} %"
     text = (
-        f"Differences are method - {comparison.baseline}, with {100 * comparison.confidence:g} % intervals of "
+        f"Differences are method - {comparison.baseline}, with {percent} intervals of "
         f"{comparison.num_resamples:,} bootstrap samples; "
     )
     if any(row.num_comparisons > 1 for row in comparison.differences):

@@ -208,20 +208,24 @@ def metric_from_items(
         if name not in item:
             raise UserError(f"item {item.get('id')!r} has no {name!r}: give every item a number, or null")
     values = [item[name] for item in items]
+    finite = [value for value in values if is_finite(value)]
+
     is_nll = name == "nll"
     if unit is None:
-        is_share = all(0 <= value <= 1 for value in values if is_finite(value))
+        is_share = all(0 <= value <= 1 for value in finite)
         unit = "fraction" if is_share else "score"
         if is_nll:
             unit = "nats/token"
     if higher_is_better is None:
         higher_is_better = not is_nll
 
+    # No mean over the items that have a number: they may be the easy ones.
     weights = item_weights(items, unit)
     value = None
     stderr = None
-    if all(is_finite(value) for value in values):
-        value, stderr = weighted_mean(values, weights, cluster_ids(items))
+    if len(finite) == len(values):
+        clusters = cluster_ids(items)
+        value, stderr = weighted_mean(values, weights, clusters)
         if not math.isfinite(stderr):
             stderr = None
     return {
@@ -234,11 +238,15 @@ def metric_from_items(
 
 
 def item_weights(items: Sequence[Mapping[str, Any]], unit: str) -> list[float] | None:
-    """Return the items' ``num_tokens`` for a unit per token, None (equal weights) for any other unit."""
+    """Return the items' ``num_tokens`` for a unit per token, None (equal weights) for any other unit.
+
+    Raises:
+        UserError: If an item has no number of tokens above 0, where its unit needs one.
+    """
     if not unit.endswith("/token"):
         return None
     for item in items:
-        num_tokens: object = item.get("num_tokens")
+        num_tokens: object = item.get("num_tokens")  # of anyone's file, so of any type
         if not is_finite(num_tokens) or num_tokens <= 0:
             raise UserError(f"item {item.get('id')!r} has num_tokens {num_tokens!r}: {unit} needs a number above 0")
     return [item["num_tokens"] for item in items]
@@ -279,7 +287,11 @@ def items_fingerprint(items: Iterable[Mapping[str, Any]]) -> str:
 
 def data_sha256(rows: Iterable[Any]) -> str:
     """Return the sha256 of rows of data in their order: the identity of a data source, whatever its path."""
-    lines = [json.dumps(row, sort_keys=True, default=str) + "\n" for row in rows]
+    lines: list[str] = []
+    for row in rows:
+        # Rows may hold dates and other values that JSON lacks: they count by their text.
+        line = json.dumps(row, sort_keys=True, default=str)
+        lines.append(f"{line}\n")
     return digest("".join(lines))
 
 
@@ -320,7 +332,9 @@ def read_result(path: str | os.PathLike[str]) -> Result:
 def result_file(path: str | os.PathLike[str]) -> Path:
     """Return ``path``, or the result file in it if it is a folder."""
     path = Path(path)
-    return path / layout.RESULT if path.is_dir() else path
+    if path.is_dir():
+        return path / layout.RESULT
+    return path
 
 
 def check_result(result: Any, source: str | os.PathLike[str] = "result") -> Result:
@@ -329,9 +343,10 @@ def check_result(result: Any, source: str | os.PathLike[str] = "result") -> Resu
     Raises:
         UserError: The first thing that is wrong, in one line.
     """
-    if not isinstance(result, dict) or not isinstance(result.get("schema_version"), int):
+    # The version before anything else: a newer schema may break every other check.
+    version = result.get("schema_version") if isinstance(result, dict) else None
+    if not isinstance(version, int):
         raise UserError(f"{source}: not a result file, no schema_version: give one that `maskft evaluate` wrote")
-    version = result["schema_version"]
     if version > SCHEMA_VERSION:
         raise UserError(
             f"{source}: schema version {version} is newer than this maskft reads ({SCHEMA_VERSION}): upgrade maskft"
@@ -347,6 +362,7 @@ def check_result(result: Any, source: str | os.PathLike[str] = "result") -> Resu
 
 @cache
 def _adapter() -> TypeAdapter[Result]:
+    # Cached, and not made at import: pydantic compiles the whole schema.
     return TypeAdapter(Result)
 
 
@@ -368,6 +384,7 @@ def _check_task(task: TaskRecord) -> TaskRecord:
         # pydantic reports a ValueError with its place in the file.
         raise ValueError(str(error)) from None
 
+    # A metric without items is a summary of the task, which nothing can be checked against.
     for name, metric in task["metrics"].items():
         if has_items(items, name):
             _check_metric(name, metric, items)
@@ -375,23 +392,28 @@ def _check_task(task: TaskRecord) -> TaskRecord:
 
 
 def _check_metric(name: str, metric: MetricRecord, items: list[Item]) -> None:
+    """Refuse values of items that are no numbers or out of range, and a metric that is not their mean."""
+    is_fraction = metric["unit"] == "fraction"
     for item in items:
+        identity = item["id"]
         if name not in item or not isinstance(item[name], int | float | None):
-            raise ValueError(f"item {item['id']!r} has {name} {item.get(name)!r}, not a number or null")
+            raise ValueError(f"item {identity!r} has {name} {item.get(name)!r}, not a number or null")
         value = item[name]
         if value is not None and abs(value) > sys.float_info.max:  # 1e400 is read as infinity
-            raise ValueError(f"item {item['id']!r} has a {name} of more than {sys.float_info.max:.0e}")
-        if metric["unit"] == "fraction" and is_finite(value) and not 0 <= value <= 1:
-            raise ValueError(f"item {item['id']!r} has {name} {value}, and a fraction is in [0, 1], not percent")
+            raise ValueError(f"item {identity!r} has a {name} of more than {sys.float_info.max:.0e}")
+        if is_fraction and is_finite(value) and not 0 <= value <= 1:
+            raise ValueError(f"item {identity!r} has {name} {value}, and a fraction is in [0, 1], not percent")
 
     if metric["num_items"] != len(items):
         raise ValueError(f"{name} has num_items {metric['num_items']} for {len(items)} items")
 
     value = metric["value"]
-    expected = metric_from_items(items, name, unit=metric["unit"])["value"]
+    recomputed = metric_from_items(items, name, unit=metric["unit"])
+    expected = recomputed["value"]
     if value is None or expected is None:
         agrees = value is expected
     else:
+        # Close, and not equal: another machine may add the items in another order.
         agrees = math.isclose(value, expected, rel_tol=1e-6, abs_tol=1e-9)
     if not agrees:
         raise ValueError(f"{name} has value {value}, its items give {expected}")
@@ -403,5 +425,9 @@ def is_finite(value: object) -> TypeGuard[float]:
 
 
 def refuse_constant(name: str) -> None:
-    """Refuse NaN and infinity where JSON is parsed."""
+    """Refuse NaN and infinity where JSON is parsed: Python reads them, and other programs cannot.
+
+    Raises:
+        ValueError: Always.
+    """
     raise ValueError(f"it holds {name}")

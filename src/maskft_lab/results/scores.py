@@ -37,17 +37,21 @@ def scores(
     groups = group_by_name(results)
     tasks, metrics = select(results, tasks, metrics, only_items=False)
     check_comparable(results, tasks)
+
+    # The columns of the table.
     units: dict[tuple[str, str], str] = {}
     for task, metric in product(tasks, metrics):
         measured = having(results, task, metric)
         if measured:
             units[task, metric] = unit_of(measured, task, metric)
 
+    # A model that has a metric at some of its seeds only counts as without.
     out: list[Score] = []
     for group in groups.values():
         for (task, metric), unit in units.items():
             if having(group, task, metric) == group:
-                out.append(_score(group, task, metric, unit, fixed_seeds))
+                score = _score(group, task, metric, unit, fixed_seeds)
+                out.append(score)
     return out
 
 
@@ -74,12 +78,14 @@ def _score(
     if len(values) < num_seeds:
         return score  # one seed without a value, and there is no mean
 
+    # One result has its own error, over items; of several seeds it is that over the seeds.
     if num_seeds == 1:
         value = values[0]
         stderr = records[0]["stderr"]
     else:
         value, stderr = weighted_mean(values)
 
+    # Items are read only where they are needed: for the interval of a share, and for errors over items.
     is_share = unit == "fraction"
     is_over_items = fixed_seeds and num_seeds > 1
     values_N = None
@@ -90,12 +96,14 @@ def _score(
     if values_N is not None:
         clusters = cluster_ids(items)
 
+    # The error over items (clusters) of the mean over seeds; None for a summary of the task, and for one item.
     if is_over_items:
-        # The error over items (clusters) of the mean over seeds.
         stderr = None
         if values_N is not None:
-            _, over_items = weighted_mean(values_N, item_weights(items, unit), clusters)
-            stderr = over_items if math.isfinite(over_items) else None
+            weights = item_weights(items, unit)
+            _, over_items = weighted_mean(values_N, weights, clusters)
+            if math.isfinite(over_items):
+                stderr = over_items
 
     score = replace(score, value=value, stderr=stderr)
     if not is_share or values_N is None:
@@ -115,9 +123,12 @@ def _mean_items(group: Sequence[Result], task: str, metric: str) -> NDArray[np.f
     if not all(has_items(items, metric) for items in of_seeds):
         return None
 
+    # By id, because files may have the same items in different orders.
     ids = [item["id"] for item in of_seeds[0]]
     values_SN: list[list[float]] = []
     for items in of_seeds:
         by_id = {item["id"]: item[metric] for item in items}
-        values_SN.append([by_id[each] for each in ids])
-    return np.asarray(np.mean(values_SN, axis=0))
+        values_N = [by_id[each] for each in ids]
+        values_SN.append(values_N)
+    means_N = np.mean(values_SN, axis=0)
+    return np.asarray(means_N)

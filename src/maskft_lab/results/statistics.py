@@ -28,16 +28,31 @@ def weighted_mean(
 
     The weights are random too (an item brings its own number of tokens), so this is a ratio of two means, and its error
     is that of its linearisation: the standard error of the mean of ``w * (x - ratio) / mean(w)``. With equal weights
-    it is the usual ``sd / sqrt(n)`` (sd with n - 1). Items of one cluster count as one (`as_block`). It is NaN for a
-    single item or cluster.
+    it is the usual ``sd / sqrt(n)`` (sd with n - 1). Items of one cluster count as one (`as_block`).
+
+    Args:
+        values: One value per item.
+        weights: One weight > 0 per item; equal by default.
+        clusters: A label per item: items of one label may depend on each other.
+
+    Returns:
+        Mean and standard error, both in the unit of the values; the error is NaN for a single item or cluster.
     """
     values_N = np.asarray(values, dtype=float)
+
+    # Clusters are independent of each other where items are not: the error is that over the clusters.
     if clusters is not None and len(set(clusters)) > 1:
         block = as_block(values_N[None], weights, clusters)
         return weighted_mean(block.diffs_SN[0], block.weights_N)
 
-    weights_N = np.ones_like(values_N) if weights is None else np.asarray(weights, dtype=float)
-    mean = float(values_N @ weights_N / weights_N.sum())
+    if weights is None:
+        weights_N = np.ones_like(values_N)
+    else:
+        weights_N = np.asarray(weights, dtype=float)
+    total_weight = weights_N.sum()
+    mean = float(values_N @ weights_N / total_weight)
+
+    # One item has no spread. Items that are all of one cluster are one, too.
     num_items = values_N.size
     if num_items < 2 or clusters is not None:
         return mean, math.nan
@@ -46,8 +61,10 @@ def weighted_mean(
     residuals_N = weights_N * (values_N - mean) / weights_N.mean()
     # Near the largest float the squares overflow, and the error is infinite.
     with np.errstate(over="ignore"):
-        variance = residuals_N @ residuals_N / (num_items - 1) / num_items
-        return mean, float(np.sqrt(variance))
+        sum_of_squares = residuals_N @ residuals_N
+        variance = sum_of_squares / (num_items - 1) / num_items
+        stderr = float(np.sqrt(variance))
+    return mean, stderr
 
 
 class Block(NamedTuple):
@@ -59,12 +76,17 @@ class Block(NamedTuple):
     @property
     def means_S(self) -> NDArray[np.float64]:
         """The difference of each seed."""
-        return np.asarray(self.diffs_SN @ self.weights_N / self.weights_N.sum())
+        total_weight = self.weights_N.sum()
+        means_S = self.diffs_SN @ self.weights_N / total_weight
+        return np.asarray(means_S)
 
     @property
     def mean(self) -> float:
         """The difference, over seeds and units."""
-        return float(mean_over_seeds(self.means_S[:, None])[0])
+        # As a matrix of one column, so that seeds that cancel each other give exactly 0 here as well.
+        means_S1 = self.means_S[:, None]
+        (mean,) = mean_over_seeds(means_S1)
+        return float(mean)
 
 
 def mean_over_seeds(values_SN: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -74,7 +96,9 @@ def mean_over_seeds(values_SN: NDArray[np.float64]) -> NDArray[np.float64]:
     """
     means_N = values_SN.mean(axis=0)
     largest_N = np.abs(values_SN).max(axis=0)
-    return np.where(np.abs(means_N) <= ROUNDING * largest_N, 0.0, means_N)
+    # Relative to the column's largest value: an absolute limit would take a small unit for zero.
+    is_rounding_N = np.abs(means_N) <= ROUNDING * largest_N
+    return np.where(is_rounding_N, 0.0, means_N)
 
 
 def as_block(
@@ -101,7 +125,10 @@ def as_block(
         raise ValueError(f"differences of shape {diffs_SN.shape}: a bootstrap needs seeds x items, at least 2 items")
 
     num_items = diffs_SN.shape[1]
-    weights_N = np.ones(num_items) if weights is None else np.asarray(weights, dtype=float)
+    if weights is None:
+        weights_N = np.ones(num_items)
+    else:
+        weights_N = np.asarray(weights, dtype=float)
     if weights_N.shape != (num_items,) or not (weights_N > 0).all():
         raise ValueError(f"weights of shape {weights_N.shape} for {num_items} items: give one weight > 0 per item")
     if not np.isfinite(diffs_SN).all():
@@ -114,10 +141,12 @@ def as_block(
     if labels_N.shape != (num_items,) or labels_N.max() == 0:
         raise ValueError(f"{labels_N.size} items of {len(set(clusters))} clusters: errors need at least 2 clusters")
 
-    # The weighted mean of each cluster, and its weight.
+    # The weighted mean of each cluster, and its weight. A bincount with weights is their sum by label.
     totals_G = np.bincount(labels_N, weights_N)
-    sums_SG = np.stack([np.bincount(labels_N, row) for row in diffs_SN * weights_N])
-    return Block(sums_SG / totals_G, totals_G.astype(float))
+    weighted_SN = diffs_SN * weights_N
+    sums_SG = np.stack([np.bincount(labels_N, row) for row in weighted_SN])
+    means_SG = sums_SG / totals_G
+    return Block(means_SG, totals_G.astype(float))
 
 
 class Bootstrap:
@@ -142,7 +171,12 @@ class Bootstrap:
         seed: Seed of the resampling. The same seed resamples the same items, so swapping the models flips the signs.
     """
 
-    def __init__(self, block: Block, num_resamples: int = 10_000, seed: int = 0):
+    def __init__(
+        self,
+        block: Block,
+        num_resamples: int = 10_000,
+        seed: int = 0,
+    ):
         self.block = block
         self.num_resamples = num_resamples
         self.difference = block.mean
@@ -157,22 +191,31 @@ class Bootstrap:
         """Draw items and seeds; deviations are kept apart, because `resamples` stretches them differently."""
         block = self.block
         num_units = block.weights_N.size
-        means_RS = np.empty((self.num_resamples, self.num_seeds))
-        shares_RS = np.ones((self.num_resamples, self.num_seeds))
+        num_seeds = self.num_seeds
+        shape = (self.num_resamples, num_seeds)
+        means_RS = np.empty(shape)  # of each seed, over the drawn units
+        shares_RS = np.ones(shape)  # of each seed in the mean over the drawn seeds
         weighted_NS = (block.diffs_SN * block.weights_N).T
+
         # In chunks, because the counts of all resamples at once would fill the memory.
         chunk = max(1, MAX_CHUNK_COUNTS // num_units)
         for start in range(0, self.num_resamples, chunk):
             stop = min(start + chunk, self.num_resamples)
-            counts_RN = _resample_counts(rng, stop - start, num_units)
+            num_rows = stop - start
+
+            # How often each unit is drawn is all that a mean needs: a product instead of a copy of the drawn units.
+            counts_RN = _resample_counts(rng, num_rows, num_units)
             sums_RS = counts_RN @ weighted_NS
             weights_R = counts_RN @ block.weights_N
             means_RS[start:stop] = sums_RS / weights_R[:, None]
-            if self.num_seeds > 1:
-                shares_RS[start:stop] = _resample_counts(rng, stop - start, self.num_seeds) / self.num_seeds
 
+            if num_seeds > 1:
+                counts_RS = _resample_counts(rng, num_rows, num_seeds)
+                shares_RS[start:stop] = counts_RS / num_seeds
+
+        # In place: there may be millions of resamples.
         means_RS -= block.means_S
-        shares_RS -= 1 / self.num_seeds
+        shares_RS -= 1 / num_seeds
         self._item_deviations = means_RS
         self._seed_deviations = shares_RS
 
@@ -184,14 +227,21 @@ class Bootstrap:
     def resamples(self, confidence: float) -> NDArray[np.float64]:
         """Return the resampled differences, shape (R,), stretched so that percentiles at ``confidence`` are right."""
         # A resample is a mean over drawn seeds of each seed's mean over drawn items.
-        stretch = _stretch(self.block.weights_N.size, confidence)
-        values_RS = self.block.means_S + stretch * self._item_deviations
+        num_units = self.block.weights_N.size
+        item_stretch = _stretch(num_units, confidence)
+        values_RS = self.block.means_S + item_stretch * self._item_deviations
+
         shares_RS = np.full(values_RS.shape, 1 / self.num_seeds)
         if self.num_seeds > 1:
             # A variance is reduced to a part of it by the square root of that part.
-            excess = self.seed_excess / self.between if self.between > 0 else 0.0
-            shares_RS += _stretch(self.num_seeds, confidence) * math.sqrt(excess) * self._seed_deviations
-        return np.asarray((shares_RS * values_RS).sum(axis=1))
+            excess = 0.0
+            if self.between > 0:
+                excess = self.seed_excess / self.between
+            seed_stretch = _stretch(self.num_seeds, confidence)
+            shares_RS += seed_stretch * math.sqrt(excess) * self._seed_deviations
+
+        resampled_R = (shares_RS * values_RS).sum(axis=1)
+        return np.asarray(resampled_R)
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
         """Return the interval of the difference; ``confidence`` is its coverage, in (0, 1)."""
@@ -207,13 +257,17 @@ class Bootstrap:
         that. With several seeds it is not below that of a t-test over the seeds' differences either: the stretch fits
         the resamples to one confidence, and further out, where Holm's correction looks, three seeds have no resamples.
         """
-        num_differing = np.count_nonzero(mean_over_seeds(self.block.diffs_SN))
+        diffs_N = mean_over_seeds(self.block.diffs_SN)
+        num_differing = np.count_nonzero(diffs_N)
         smallest_p = float(2.0 ** (1 - num_differing))
         if self.num_seeds > 1:
-            smallest_p = max(smallest_p, 2 * self._t_tail(abs(self.difference)))
+            p_of_t_test = 2 * self._t_tail(abs(self.difference))
+            smallest_p = max(smallest_p, p_of_t_test)
 
         resampled_R = self.resamples(confidence)
-        num_beyond = min((resampled_R <= 0).sum(), (resampled_R >= 0).sum())
+        num_below = (resampled_R <= 0).sum()
+        num_above = (resampled_R >= 0).sum()
+        num_beyond = min(num_below, num_above)
         # The data itself counts as one of the resamples, so that no p is 0.
         p_value = 2 * (num_beyond + 1) / (self.num_resamples + 1)
         return float(min(1.0, max(p_value, smallest_p)))
@@ -223,21 +277,36 @@ class Bootstrap:
         # Seeds that agree more closely than their items allow do so by chance: two of a hundred to the last digit.
         variance = max(self.between, self.interaction) / self.num_seeds
         if variance == 0:
-            return 0.5 if distance == 0 else float(distance < 0)
-        return float(stats.t.sf(distance / math.sqrt(variance), self.num_seeds - 1))
+            # The limits of the t-test: no evidence at distance 0, certainty anywhere else.
+            if distance == 0:
+                return 0.5
+            return float(distance < 0)
+
+        t = distance / math.sqrt(variance)
+        return float(stats.t.sf(t, self.num_seeds - 1))
 
 
 def mcnemar_exact(a: ArrayLike, b: ArrayLike) -> float:
     """Return the exact two-sided p-value of McNemar's test for two rows of 0/1 scores on the same items.
 
     Only items on which exactly one of the two is right count; under "no difference" each is a fair coin.
+
+    Args:
+        a: Scores of one model, shape (num_items,).
+        b: Scores of the other.
     """
-    diffs = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
+    # As float: booleans have no difference in numpy.
+    scores_a = np.asarray(a, dtype=float)
+    scores_b = np.asarray(b, dtype=float)
+    diffs = scores_a - scores_b
     won = int((diffs > 0).sum())
     lost = int((diffs < 0).sum())
-    if won + lost == 0:
+
+    num_differing = won + lost
+    if num_differing == 0:
         return 1.0
-    return float(stats.binomtest(won, won + lost, 0.5).pvalue)
+    test = stats.binomtest(won, num_differing, 0.5)
+    return float(test.pvalue)
 
 
 def holm(p_values: ArrayLike) -> NDArray[np.float64]:
@@ -247,9 +316,12 @@ def holm(p_values: ArrayLike) -> NDArray[np.float64]:
     # From the smallest on, each p is multiplied by the number of hypotheses that are left. The running maximum keeps
     # their order: a larger p is never adjusted to a smaller one.
     order = np.argsort(p_values, kind="stable")
-    factors = np.arange(p_values.size, 0, -1)
+    num_left = np.arange(p_values.size, 0, -1)
+    products = p_values[order] * num_left
+    running_maximum = np.maximum.accumulate(products)
+
     adjusted = np.empty_like(p_values)
-    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(p_values[order] * factors))
+    adjusted[order] = np.minimum(1.0, running_maximum)
     return adjusted
 
 
@@ -261,14 +333,19 @@ def _variance_components(diffs_SN: NDArray[np.float64], weights_N: NDArray[np.fl
         seed happens to win), and would vanish with more items.
     """
     num_seeds, num_items = diffs_SN.shape
-    means_S = diffs_SN @ weights_N / weights_N.sum()
+    total_weight = weights_N.sum()
+    means_S = diffs_SN @ weights_N / total_weight
     between = means_S.var(ddof=1)
 
-    # The residuals of a two-way table, without the effects of its rows and columns.
-    residuals_SN = weights_N * (diffs_SN - means_S[:, None]) / weights_N.mean()
+    # The residuals of a two-way table: without the effects of its rows (seeds), then of its columns (items).
+    deviations_SN = diffs_SN - means_S[:, None]
+    residuals_SN = weights_N * deviations_SN / weights_N.mean()
     residuals_SN = residuals_SN - residuals_SN.mean(axis=0)
+
+    # Their variance over the number of items: what they add to the variance of a seed's mean.
     degrees_of_freedom = (num_seeds - 1) * (num_items - 1)
-    interaction = (residuals_SN**2).sum() / (degrees_of_freedom * num_items)
+    sum_of_squares = (residuals_SN**2).sum()
+    interaction = sum_of_squares / (degrees_of_freedom * num_items)
     return float(between), float(interaction)
 
 
@@ -283,13 +360,17 @@ def _stretch(num_units: int, confidence: float) -> float:
     tail = (1 + confidence) / 2
     t = stats.t.ppf(tail, num_units - 1)
     z = stats.norm.ppf(tail)
-    return float(math.sqrt(num_units / (num_units - 1)) * t / z)
+    unbiased = math.sqrt(num_units / (num_units - 1))
+    return float(unbiased * t / z)
 
 
 def _resample_counts(rng: np.random.Generator, rows: int, num_units: int) -> NDArray[np.float64]:
     """Return how often each unit is drawn in each of ``rows`` resamples with replacement, shape (rows, num_units)."""
     drawn = rng.integers(num_units, size=(rows, num_units))
-    # One bincount for all resamples: each has its own range of numbers.
-    drawn += num_units * np.arange(rows)[:, None]
+
+    # One bincount for all resamples, where the plain way is a loop of one for each: the units of row r are numbered
+    # from r * num_units on.
+    first_of_row = num_units * np.arange(rows)
+    drawn += first_of_row[:, None]
     counts = np.bincount(drawn.ravel(), minlength=rows * num_units)
     return counts.reshape(rows, num_units).astype(float)

@@ -53,15 +53,25 @@ def draw(table: Table, output_format: str, width: int | None = None) -> str:
         width: Columns of the terminal; by default those of the one that is used.
     """
     if output_format == "terminal":
-        return _terminal_table(_cleaned(table, printable), width or _terminal_width())
+        cleaned = _cleaned(table, printable)
+        return _terminal_table(cleaned, width or _terminal_width())
+
     if output_format == "latex":
-        return _latex_table(_cleaned(table, latex_text))
-    return _markdown_table(_cleaned(table, markdown_cell))
+        cleaned = _cleaned(table, latex_text)
+        return _latex_table(cleaned)
+
+    cleaned = _cleaned(table, markdown_cell)
+    return _markdown_table(cleaned)
 
 
 def wrap(line: str) -> str:
     """Break a line where the terminal ends."""
-    return textwrap.fill(line, _terminal_width(), subsequent_indent="  ", break_on_hyphens=False)
+    return textwrap.fill(
+        line,
+        _terminal_width(),
+        subsequent_indent="  ",
+        break_on_hyphens=False,
+    )
 
 
 def markdown_text(text: str) -> str:
@@ -91,17 +101,24 @@ def _is_heading(row: tuple[str, ...]) -> bool:
 
 
 def _markdown_table(table: Table) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in (table.columns, *table.rows)]
-    lines.insert(1, "|" + " --- |" + " ---: |" * (len(table.columns) - 1))
+    # The first column is text, aligned to the left; the others are numbers, aligned to the right.
+    num_numbers = len(table.columns) - 1
+    rule = "| --- |" + " ---: |" * num_numbers
+
+    head, *others = [" | ".join(row) for row in (table.columns, *table.rows)]
+    lines = [f"| {head} |", rule]
+    for cells in others:
+        lines.append(f"| {cells} |")
     return "\n".join(lines) + "\n"
 
 
 def _latex_table(table: Table) -> str:
     r"""Return a ``tabular`` with the rules of booktabs, for ``\input`` into a ``table``."""
     num_columns = len(table.columns)
+    alignment = "l" + "r" * (num_columns - 1)
     lines = [
         r"% needs \usepackage{booktabs}",
-        rf"\begin{{tabular}}{{l{'r' * (num_columns - 1)}}}",
+        rf"\begin{{tabular}}{{{alignment}}}",
         r"\toprule",
         _latex_row(table.columns),
         r"\midrule",
@@ -132,7 +149,10 @@ def _terminal_table(table: Table, width: int) -> str:
     # Headings may be longer than their column.
     measured = [table.columns]
     measured += [row for row in table.rows if not _is_heading(row)]
-    widths = [max(map(len, column)) for column in zip(*measured, strict=True)]
+    widths: list[int] = []
+    for column in zip(*measured, strict=True):
+        longest = max(len(cell) for cell in column)
+        widths.append(longest)
 
     # Indices of the columns of each block; the first column is in all of them.
     blocks: list[list[int]] = []

@@ -40,6 +40,7 @@ _CONCLUSIONS = {
     (WORSE, None): "the mask makes the model it starts from worse",
 }
 
+# The parts of a verdict's text that `reworded` keeps.
 _DOUBTS = re.compile(r"(seeds differ in sign against .+? \([-+., \d]+\); )+")
 _REASON = re.compile(r" \(by [^:]+: (?P<reason>[^()]+)\)\. ")
 
@@ -57,12 +58,17 @@ def brief_metric(differences: Sequence[Difference]) -> tuple[str, str]:
     The trained task goes before probes of earlier abilities, a metric that is not 0 for all models before one that is,
     accuracy before other metrics, and main metrics before others.
     """
-    not_all_zero = {(row.task, row.metric) for row in differences if row.value or row.baseline_value}
+    not_all_zero: set[tuple[str, str]] = set()
+    for row in differences:
+        if row.value or row.baseline_value:
+            not_all_zero.add((row.task, row.metric))
 
     def order(row: Difference) -> tuple[bool, ...]:
+        # False sorts before True.
         is_probe = row.task.startswith(BEFORE)
         is_all_zero = (row.task, row.metric) not in not_all_zero
-        return is_probe, is_all_zero, row.metric != "accuracy", not row.is_main
+        is_other_metric = row.metric != "accuracy"
+        return is_probe, is_all_zero, is_other_metric, not row.is_main
 
     first = min(differences, key=order)
     return first.task, first.metric
@@ -84,15 +90,21 @@ def verdicts_on_masks(groups: Groups, rows: Sequence[Row], settings: Settings) -
     """
     task, metric = brief_metric([row for row, _ in rows])
     baseline = rows[0][0].baseline
+
+    # Differences from the baseline on this task, and the models that have its metric.
     from_baseline: dict[tuple[str, str], Row] = {}
+    known = {baseline}
     for row in rows:
         difference, _ = row
-        if difference.task == task:
-            from_baseline[difference.method, difference.metric] = row
-    known = {method for method, its_metric in from_baseline if its_metric == metric} | {baseline}
+        if difference.task != task:
+            continue
+        from_baseline[difference.method, difference.metric] = row
+        if difference.metric == metric:
+            known.add(difference.method)
     kin = _kin(groups, known, baseline)
 
     def against_parents(metrics: Mapping[str, str]) -> dict[str, Row]:
+        """Return each mask against its parent, in the metric of the mask."""
         pairs = [(mask, parent) for mask, parent in kin.parents.items() if parent != baseline]
         judged = _judged(groups, pairs, task, metrics, settings)
         found: dict[str, Row] = {}
@@ -106,7 +118,8 @@ def verdicts_on_masks(groups: Groups, rows: Sequence[Row], settings: Settings) -
     metrics = dict.fromkeys(kin.parents, metric)
     of_parents = against_parents(metrics)
 
-    # Where the metric cannot tell a mask from its parent, the loss decides.
+    # Where the metric cannot tell a mask from its parent, the loss decides. All masks are judged again then, because
+    # they are one family, whose p-values and intervals depend on each other.
     reasons: dict[str, str] = {}
     for mask, (difference, _) in of_parents.items():
         loss = _loss_of(rows, task, mask, kin.parents[mask])
@@ -117,19 +130,23 @@ def verdicts_on_masks(groups: Groups, rows: Sequence[Row], settings: Settings) -
     if reasons:
         of_parents = against_parents(metrics)
 
+    # The strongest control is chosen by its result. Holm's correction over all controls pays for the choice.
     of_controls = _judged(groups, kin.controls, task, metrics, settings)
+
     verdicts: list[MaskVerdict] = []
     for mask in kin.parents:
         of_parent = of_parents[mask]
         controls = [of_controls[pair] for pair in kin.controls if pair[0] == mask]
         strongest = _strongest(controls)
 
+        parent_row, _ = of_parent
         against = [of_parent]
+        control_row: Difference | None = None
         if strongest is not None:
+            control_row, _ = strongest
             against.append(strongest)
         text = _text(against, reasons.get(mask))
-        control = None if strongest is None else strongest[0]
-        verdicts.append(MaskVerdict(of_parent[0], control, text))
+        verdicts.append(MaskVerdict(parent_row, control_row, text))
     return verdicts
 
 
@@ -137,6 +154,7 @@ def _strongest(controls: Sequence[Row]) -> Row | None:
     """Return the control with the best value; None if there is none."""
 
     def strength(row: Row) -> float:
+        # Rows are masks minus controls, so the control's own value is that of the baseline.
         difference, _ = row
         sign = 1 if difference.higher_is_better else -1
         return sign * difference.baseline_value
@@ -151,16 +169,23 @@ def silence(row: Difference) -> str | None:
     """
     if row.unit != "fraction" or row.verdict != NOT_DISTINGUISHABLE:
         return None
+
+    # Both conditions: below 1 % of 10,000 items there may be dozens that are right, and they can tell models apart.
     higher = max(row.value, row.baseline_value)
     lower = min(row.value, row.baseline_value)
-    is_at_floor = higher < FLOOR and higher * row.num_items < FEW
-    is_at_ceiling = lower > 1 - FLOOR and (1 - lower) * row.num_items < FEW
+    num_right = higher * row.num_items
+    num_wrong = (1 - lower) * row.num_items
+    is_at_floor = higher < FLOOR and num_right < FEW
+    is_at_ceiling = lower > 1 - FLOOR and num_wrong < FEW
     if is_at_floor or is_at_ceiling:
         scale, digits = scale_and_digits(row.unit)
         unit = unit_text(row.unit)
         value = f"{scale * row.value:.{digits}f} {unit}"
         other = f"{scale * row.baseline_value:.{digits}f} {unit}"
-        return f"{row.metric} is {value} of both" if value == other else f"{row.metric} is {value} and {other}"
+        if value == other:
+            return f"{row.metric} is {value} of both"
+        return f"{row.metric} is {value} and {other}"
+
     if is_alike(row):
         return f"{row.metric} is the same on all {row.num_items:,} items"
     return None
@@ -173,9 +198,10 @@ def _loss_of(
     parent: str,
 ) -> str | None:
     """Return the first metric of the task that is no share and that both models were measured in."""
-    baseline = rows[0][0].baseline
+    first, _ = rows[0]
     measured = {(row.method, row.metric) for row, _ in rows if row.task == task}
-    others = {mask, parent} - {baseline}  # all metrics here are the baseline's too
+    # All metrics here are the baseline's too, which has no row of its own.
+    others = {mask, parent} - {first.baseline}
     for row, _ in rows:
         if row.task != task or row.unit == "fraction":
             continue
@@ -195,8 +221,11 @@ def _kin(groups: Groups, known: set[str], baseline: str) -> Kin:
 
     kin = Kin({}, [])
     for mask in groups:
-        if mask not in known or groups[mask][0]["model"]["method"] != MASK:
+        is_learned = groups[mask][0]["model"]["method"] == MASK
+        if mask not in known or not is_learned:
             continue
+
+        # The model with the fingerprint of the mask's weights; without fingerprints, the baseline if it may be it.
         others = [name for name in names if name != mask]
         parents = [name for name in others if _all_paired(groups, mask, name, is_parent)]
         if parents:
@@ -222,12 +251,18 @@ def _judged(
 ) -> dict[Pair, Row]:
     """Return the differences of masks from other models, as one family, each in the metric of its mask."""
     pairs = [pair for pair in pairs if _have(groups, pair, task, metrics[pair[0]])]
-    needed = round(4 * len(pairs) / (1 - settings.confidence))  # see Settings.with_resamples
-    settings = replace(settings, num_resamples=max(settings.num_resamples, needed))
+
+    # As many as Settings.with_resamples demands, which would raise where the user chose fewer.
+    alpha = 1 - settings.confidence
+    needed = round(4 * len(pairs) / alpha)
+    num_resamples = max(settings.num_resamples, needed)
+    settings = replace(settings, num_resamples=num_resamples)
+
     family: list[Row] = []
     for mask, name in pairs:
         paired = pair_by_seed(groups[mask], groups[name], settings.fixed_seeds)
-        family.append(measure(paired, task, metrics[mask], True, settings))
+        row = measure(paired, task, metrics[mask], True, settings)
+        family.append(row)
 
     differences = judge(family, settings)
     judged: dict[Pair, Row] = {}
@@ -264,9 +299,16 @@ def _all_paired(
         seed = result["model"]["seed"]
         if seed in by_seed:
             pairs.append((result, by_seed[seed]))
-    if not pairs and len(of_other) == 1 and is_so is not _is_control:
-        pairs = [(of_other[0], result) for result in of_mask]
-    return bool(pairs) and all(is_so(other, result) for other, result in pairs)
+
+    may_be_single = is_so is not _is_control
+    if not pairs and len(of_other) == 1 and may_be_single:
+        (single,) = of_other
+        pairs = [(single, result) for result in of_mask]
+
+    # `all` holds for no pairs, too.
+    if not pairs:
+        return False
+    return all(is_so(other, result) for other, result in pairs)
 
 
 def _may_be_parent(other: Result, mask: Result) -> bool:
@@ -278,11 +320,17 @@ def _may_be_parent(other: Result, mask: Result) -> bool:
 
 def _is_control(other: Result, mask: Result) -> bool:
     """Whether a model that is no learned mask was trained from the mask's start on as many tokens."""
-    start = _start_of(mask)
-    if other["model"]["method"] == MASK or start is None or start != _start_of(other):
+    if other["model"]["method"] == MASK:
         return False
-    tokens = _tokens_of(mask)
-    return tokens > 0 and abs(_tokens_of(other) - tokens) <= EQUAL_TOKENS * tokens
+
+    # Outside of a study the start is not known.
+    start = _start_of(mask)
+    if start is None or start != _start_of(other):
+        return False
+
+    num_tokens = _tokens_of(mask)
+    difference = abs(_tokens_of(other) - num_tokens)
+    return num_tokens > 0 and difference <= EQUAL_TOKENS * num_tokens
 
 
 def _start_of(result: Result) -> tuple[Any, Any] | None:
@@ -294,6 +342,7 @@ def _start_of(result: Result) -> tuple[Any, Any] | None:
 
 
 def _tokens_of(result: Result) -> int:
+    """Return the tokens of a run until its end, from the pre-trained model on; 0 if they are not known."""
     return result.get("training", {}).get("complete_num_train_tokens") or 0
 
 
@@ -305,7 +354,8 @@ def _text(against: Sequence[Row], reason: str | None) -> str:
     doubts = ""
     for row, measured in against:
         by_seed = measured.by_seed
-        if row.verdict != NOT_DISTINGUISHABLE and min(by_seed) < 0 < max(by_seed):
+        is_claimed = row.verdict != NOT_DISTINGUISHABLE
+        if is_claimed and min(by_seed) < 0 < max(by_seed):
             doubts += f"seeds differ in sign against {row.baseline} ({numbers_text(by_seed, row.unit)}); "
 
     parent, *controls = [row for row, _ in against]
@@ -315,10 +365,18 @@ def _text(against: Sequence[Row], reason: str | None) -> str:
 
 def reworded(verdict: MaskVerdict) -> str:
     """Return a verdict in the words of this version: published ones keep their numbers, and their doubts."""
+    # Doubts and reason were computed from items, which a published comparison does not have: its text is all there is.
     doubts = _DOUBTS.match(verdict.text)
     reason = _REASON.search(verdict.text)
-    said = _conclusion(verdict.parent, verdict.control, reason["reason"] if reason else None)
-    return doubts[0] + said if doubts else said
+
+    said = _conclusion(
+        verdict.parent,
+        verdict.control,
+        reason["reason"] if reason else None,
+    )
+    if doubts:
+        return doubts[0] + said
+    return said
 
 
 def _conclusion(parent: Difference, control: Difference | None, reason: str | None) -> str:
@@ -329,8 +387,10 @@ def _conclusion(parent: Difference, control: Difference | None, reason: str | No
         said = _CONCLUSIONS[parent.verdict, control.verdict].format(control=control.baseline)
     if reason:
         said += f" (by {parent.metric}: {reason})"
-    seeds = f", {parent.num_seeds} seeds" if parent.num_seeds > 1 else ""
-    measure = f"{parent.method}, {parent.metric} on {task_text(parent)}{seeds}"
+
+    measure = f"{parent.method}, {parent.metric} on {task_text(parent)}"
+    if parent.num_seeds > 1:
+        measure += f", {parent.num_seeds} seeds"
 
     unit = points_or_unit(parent.unit)
     parts = f"{difference_text(parent, unit)} against {parent.baseline}, {parent.verdict}"

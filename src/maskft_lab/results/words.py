@@ -22,18 +22,22 @@ def sentence(row: Difference) -> str:
     """
     where = f"{row.metric} on {task_text(row)}"
     if row.num_seeds > 1:
-        where += f", {'these ' if row.by_seed else ''}{row.num_seeds} seeds"
+        # Fixed seeds: a claim about these models, and not about other seeds.
+        these = "these " if row.by_seed else ""
+        where += f", {these}{row.num_seeds} seeds"
     if row.num_clusters:
         where += f", {row.num_clusters:,} clusters"
 
-    difference = difference_text(row, points_or_unit(row.unit)) + _unadjusted_text(row)
+    unit = points_or_unit(row.unit)
+    difference = difference_text(row, unit) + _unadjusted_text(row)
 
     p_value = f"{row.test} p {p_text(row.p_value)}"
     if row.num_comparisons > 1:
         p_value += f" ({p_text(row.p_adjusted)} after Holm over {row.num_comparisons} comparisons)"
 
     said = row.verdict
-    if row.num_seeds == 2 and not row.by_seed and row.verdict == NOT_DISTINGUISHABLE:
+    has_two_seeds = row.num_seeds == 2 and not row.by_seed
+    if has_two_seeds and row.verdict == NOT_DISTINGUISHABLE:
         said += "; two seeds: no claim over seeds"
     if row.by_seed:
         said += f"; by seed {numbers_text(row.by_seed, row.unit)}"
@@ -49,7 +53,9 @@ def difference_text(row: Difference, unit: str = "") -> str:
     """
     text = _with_interval(row, (row.ci_low, row.ci_high), unit)
     is_unadjusted = row.num_comparisons > 1 and row.unadjusted_low is None
-    return f"{text} unadjusted" if is_unadjusted else text
+    if is_unadjusted:
+        text += " unadjusted"
+    return text
 
 
 def is_alike(row: Difference) -> bool:
@@ -77,11 +83,14 @@ def _with_interval(row: Difference, bounds: Ends, unit: str = "") -> str:
     """Return a difference and bounds, with enough decimals that only a zero is written as zero."""
     scale, digits = scale_and_digits(row.unit)
     numbers = [scale * number for number in (row.difference, *bounds)]
-    smallest = min((abs(number) for number in numbers if number), default=1.0)
+
+    # More decimals while the smallest number that is not zero would be rounded to zero.
+    sizes = [abs(number) for number in numbers if number]
+    smallest = min(sizes, default=1.0)
     while smallest < 0.5 * 10**-digits and digits < MAX_DIGITS:
         digits += 1
 
-    value, low, high = (_rounded(number, digits) for number in numbers)
+    value, low, high = [_rounded(number, digits) for number in numbers]
     text = f"{value:+.{digits}f}"
     if unit:
         text += f" {unit}"
@@ -90,6 +99,7 @@ def _with_interval(row: Difference, bounds: Ends, unit: str = "") -> str:
     if _is_everything(row, bounds):
         return f"{text} (no interval)"
 
+    # A claimed difference is not zero, so a bound at zero is open: the sign is claimed and no size.
     is_claimed = row.verdict != NOT_DISTINGUISHABLE
     left = "(" if is_claimed and low == 0 else "["
     right = ")" if is_claimed and high == 0 else "]"
@@ -98,7 +108,8 @@ def _with_interval(row: Difference, bounds: Ends, unit: str = "") -> str:
 
 def _is_everything(row: Difference, bounds: Ends) -> bool:
     """Whether an interval is the whole range of a difference of shares: two seeds that disagree."""
-    return row.unit == "fraction" and bounds[0] <= -1 and bounds[1] >= 1
+    low, high = bounds
+    return row.unit == "fraction" and low <= -1 and high >= 1
 
 
 def _rounded(number: float, digits: int) -> float:
@@ -112,15 +123,22 @@ def score_text(score: Score) -> str:
         return "no value"
     scale, digits = scale_and_digits(score.unit)
     value = f"{scale * score.value:.{digits}f}"
+
+    # The bounds are None together; both are asked for the type checker.
     if score.low is not None and score.high is not None and shows_interval(score):
-        return f"{value} [{scale * score.low:.{digits}f}, {scale * score.high:.{digits}f}]"
+        low = f"{scale * score.low:.{digits}f}"
+        high = f"{scale * score.high:.{digits}f}"
+        return f"{value} [{low}, {high}]"
+
     if score.stderr is None:
         return value
-    return f"{value} ± {scale * score.stderr:.{digits}f}"
+    stderr = f"{scale * score.stderr:.{digits}f}"
+    return f"{value} ± {stderr}"
 
 
 def shows_interval(score: Score) -> bool:
     """Tell whether a score is written with its interval: its standard error would say nothing."""
+    # Only shares have an interval, and they are written in percent with one decimal.
     is_shown_as_zero = score.stderr is not None and round(100 * score.stderr, 1) == 0
     return score.low is not None and (score.is_at_edge or is_shown_as_zero)
 
@@ -133,12 +151,15 @@ def task_text(row: Difference | Score) -> str:
 def numbers_text(numbers: Sequence[float], unit: str) -> str:
     """Return differences with their signs, such as those of several seeds."""
     scale, digits = scale_and_digits(unit)
-    return ", ".join(f"{scale * number:+.{digits}f}" for number in numbers)
+    texts = [f"{scale * number:+.{digits}f}" for number in numbers]
+    return ", ".join(texts)
 
 
 def scale_and_digits(unit: str) -> tuple[float, int]:
     """Return the factor by which values of a unit are multiplied in tables, and the least number of decimals."""
-    return (100.0, 1) if unit == "fraction" else (1.0, 4)
+    if unit == "fraction":
+        return 100.0, 1
+    return 1.0, 4
 
 
 def unit_text(unit: str) -> str:
