@@ -18,13 +18,14 @@ from maskft_common.layout import ADAPTER_WEIGHTS, EMBEDDED_MODEL
 QUESTIONS = "questions.jsonl"  # of a folder: prompt and answer
 _FOLDER = Path(__file__).parent
 _DEFAULT = "sums"
-_WIDTH = 24  # of a column
+_WIDTH = 24  # characters of a column: three of them and the blanks between fit a terminal of 80
 _MAX_NEW_TOKENS = 12
 
 
 def ready_masks() -> dict[str, Path]:
     """Task -> folder of the masks that come with the package."""
-    return {file.parent.name: file.parent for file in sorted(_FOLDER.glob(f"*/{ADAPTER_WEIGHTS}"))}
+    folders = [file.parent for file in sorted(_FOLDER.glob(f"*/{ADAPTER_WEIGHTS}"))]
+    return {folder.name: folder for folder in folders}
 
 
 def load(task: str | None = None) -> tuple[PeftModel, PreTrainedTokenizerBase]:
@@ -41,15 +42,19 @@ def load(task: str | None = None) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """
     folder = ready_mask(task)
     base = load_model(EMBEDDED_MODEL, "float32")
-    model = PeftModel.from_pretrained(base, folder).eval()
-    return model, load_tokenizer(EMBEDDED_MODEL)
+    model = PeftModel.from_pretrained(base, folder)
+    model.eval()
+    tokenizer = load_tokenizer(EMBEDDED_MODEL)
+    return model, tokenizer
 
 
 def answer(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """The first line of the model's greedy answer to ``prompt``."""
+    """The first line of the model's greedy answer to ``prompt``, of at most 12 tokens; empty if it answers nothing."""
     (text,) = _answers(model, tokenizer, [prompt])
     lines = text.strip().splitlines()
-    return lines[0] if lines else ""
+    if not lines:
+        return ""
+    return lines[0]
 
 
 def show(folder: Path, name_or_path: str = EMBEDDED_MODEL) -> list[str]:
@@ -59,26 +64,36 @@ def show(folder: Path, name_or_path: str = EMBEDDED_MODEL) -> list[str]:
         folder: Adapter folder with its questions.
         name_or_path: Its base model.
     """
-    questions = [json.loads(line) for line in (folder / QUESTIONS).read_text(encoding="utf-8").splitlines()]
+    text = (folder / QUESTIONS).read_text(encoding="utf-8")
+    questions = [json.loads(line) for line in text.splitlines()]
     prompts = [question["prompt"] for question in questions]
+    expected = [question["answer"] for question in questions]
+
+    # One model for both: the base is the model with its adapter off.
     tokenizer = load_tokenizer(name_or_path)
-    model = PeftModel.from_pretrained(load_model(name_or_path, "float32"), folder).eval()
-    masks = MaskSet.from_adapter(folder)
-    size = (folder / ADAPTER_WEIGHTS).stat().st_size
+    base = load_model(name_or_path, "float32")
+    model = PeftModel.from_pretrained(base, folder)
+    model.eval()
     masked = _answers(model, tokenizer, prompts)
     with model.disable_adapter():
         plain = _answers(model, tokenizer, prompts)
-    rows = [("question", "without the mask", "with the mask"), *zip(prompts, plain, masked, strict=True)]
-    asked = [question["answer"].split() for question in questions]
-    right = [
-        sum(answer.split()[: len(words)] == words for words, answer in zip(asked, answers, strict=True))
-        for answers in (plain, masked)
-    ]
-    return [
-        *("  ".join(_fit(cell) for cell in row).rstrip() for row in rows),
-        f"correct: {right[0]} of {len(questions)}; {right[1]} with the mask, {8 * size:,} bits that remove "
-        f"{masks.num_removed:,} weights",
-    ]
+
+    rows = [("question", "without the mask", "with the mask")]
+    rows += zip(prompts, plain, masked, strict=True)
+    lines: list[str] = []
+    for row in rows:
+        cells = [_fit(cell) for cell in row]
+        lines.append("  ".join(cells).rstrip())
+
+    num_right = _num_right(plain, expected)
+    num_right_masked = _num_right(masked, expected)
+    num_bits = 8 * (folder / ADAPTER_WEIGHTS).stat().st_size
+    num_removed = MaskSet.from_adapter(folder).num_removed
+    lines.append(
+        f"correct: {num_right} of {len(questions)}; {num_right_masked} with the mask, {num_bits:,} bits that remove "
+        f"{num_removed:,} weights"
+    )
+    return lines
 
 
 def snippet(folder: Path, name_or_path: str = EMBEDDED_MODEL) -> list[str]:
@@ -104,15 +119,44 @@ def ready_mask(task: str | None = None) -> Path:
     return masks[task]
 
 
-def _answers(model, tokenizer, prompts: list[str]) -> list[str]:
-    """The answers to all of them at once."""
-    tokens = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+def _answers(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+) -> list[str]:
+    """The greedy answers to all prompts, in one batch."""
+    # Padded on the left, so that every answer begins right after its prompt.
+    tokens = tokenizer(
+        prompts,
+        return_tensors="pt",
+        padding=True,
+        padding_side="left",
+    )
     with torch.inference_mode():
-        out = model.generate(**tokens, max_new_tokens=_MAX_NEW_TOKENS, do_sample=False, pad_token_id=0)
-    return tokenizer.batch_decode(out[:, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
+        ids_BT = model.generate(
+            **tokens,
+            max_new_tokens=_MAX_NEW_TOKENS,
+            do_sample=False,
+            pad_token_id=0,
+        )
+    prompt_length = tokens["input_ids"].shape[1]
+    return tokenizer.batch_decode(ids_BT[:, prompt_length:], skip_special_tokens=True)
+
+
+def _num_right(answers: list[str], expected: list[str]) -> int:
+    """The number of answers that begin with the words that are expected."""
+    num_right = 0
+    for answer, right in zip(answers, expected, strict=True):
+        words = right.split()
+        # The model does not always stop after its answer, and what follows does not count.
+        first_words = answer.split()[: len(words)]
+        num_right += first_words == words
+    return num_right
 
 
 def _fit(text: str) -> str:
-    """One line of a column's width."""
+    """One line of a column's width, cut or filled with blanks."""
     text = " ".join(text.split())
-    return f"{text if len(text) <= _WIDTH else text[: _WIDTH - 1] + '…':<{_WIDTH}}"
+    if len(text) > _WIDTH:
+        text = text[: _WIDTH - 1] + "…"
+    return text.ljust(_WIDTH)

@@ -57,7 +57,10 @@ def _ablation(
     values: str,
     *numbers: int,
 ) -> Figure:
-    grid = f"mask.{setting}: {values}" if setting else "any other setting of mask"
+    """The figure of one varied setting; None: of all settings that the paper does not vary."""
+    grid = "any other setting of mask"
+    if setting:
+        grid = f"mask.{setting}: {values}"
     return Figure(
         key=key,
         section="ablations",
@@ -116,6 +119,7 @@ def draw_figures(
             missing.append(Missing(figure, str(error), command))
         except UserError:
             raise  # which is a ValueError
+        # A file that was damaged or written by hand may fail in any of these, wherever it is read.
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             problem = f"{type(error).__name__}: {error}"
             raise UserError(
@@ -144,8 +148,10 @@ def select_figures(wanted: Sequence[str]) -> list[Figure]:
 
 
 def _known_figures() -> str:
+    """All words that `select_figures` takes."""
     numbers: set[int] = set()
     for figure in FIGURES:
         numbers.update(figure.numbers)
+    number_texts = [str(number) for number in sorted(numbers)]
     keys = [figure.key for figure in FIGURES]
-    return ", ".join([*map(str, sorted(numbers)), *keys])
+    return ", ".join([*number_texts, *keys])

@@ -82,9 +82,9 @@ _STYLE = {
     "image.interpolation": "none",  # a dot per number, in every format
     "axes.formatter.useoffset": False,
     "axes.unicode_minus": True,
-    "pdf.fonttype": 42,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "maskft",
+    "pdf.fonttype": 42,  # TrueType, which editors can change; venues refuse matplotlib's default, Type 3
+    "svg.fonttype": "none",  # texts as text, not as paths: small, searchable, in the fonts of the page
+    "svg.hashsalt": "maskft",  # ids that are the same in every run
     "savefig.dpi": 300,
 }
 
@@ -143,7 +143,8 @@ def plain(text: str) -> str:
 
 def row_name(name: str) -> str:
     """A name for a row of bars, in two lines where it is long."""
-    return plain("\n".join(textwrap.wrap(name, 24, max_lines=2, placeholder="…")))
+    lines = textwrap.wrap(name, 24, max_lines=2, placeholder="…")
+    return plain("\n".join(lines))
 
 
 def to_svg(panel: Panel, prefix: str) -> str:
@@ -154,7 +155,9 @@ def to_svg(panel: Panel, prefix: str) -> str:
         panel.draw(figure.add_subplot())
         text = _saved(figure, "svg", is_transparent=True).decode()  # the page has the ground
 
-    text = text[text.index("<svg") :]  # without the XML declaration
+    start = text.index("<svg")
+    text = text[start:]  # without the XML declaration
+    # Colours by name, which are light or dark as the page is.
     for name, value in COLOURS.items():
         text = text.replace(value, f"var(--{name})")
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
@@ -166,6 +169,7 @@ def to_svg(panel: Panel, prefix: str) -> str:
     text = re.sub(r"\n\s*", "\n", text)
     # Texts, which hold the numbers that are read, stay as they are.
     text = re.sub(r"<[^>]*>", _with_short_coordinates, text)
+    # Hidden from screen readers, which get the numbers from the table below the picture.
     return text.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)
 
 
@@ -177,20 +181,35 @@ def _with_short_coordinates(tag: re.Match) -> str:
 def draw_panel(panel: Panel, legend: Sequence[Entry]) -> Figure:
     """A panel for a paper: its title above, the legend of its chart below."""
     width = PAGE if panel.is_wide else NARROW
+
+    # As many columns as fit, at most three.
     longest = max((len(entry.name) for entry in legend), default=0)
     # 17 characters of a legend are an inch, and its line takes 8 of them.
-    num_columns = min(3, max(1, int(17 * width / (longest + 8))))
+    num_fitting = int(17 * width / (longest + 8))
+    num_columns = min(3, max(1, num_fitting))
     num_lines = math.ceil(len(legend) / num_columns)
+    height = panel.height + 0.2 * num_lines
+
     with matplotlib.rc_context(_STYLE):
-        figure = Figure((width, panel.height + 0.2 * num_lines), layout="constrained")
+        # Not pyplot.figure, which would keep every figure in memory until it is closed.
+        figure = Figure((width, height), layout="constrained")
         axes = figure.add_subplot()
         panel.draw(axes)
-        title = textwrap.fill(panel.title, int(width * TITLE_CHARACTERS), break_on_hyphens=False)
+
+        characters = int(width * TITLE_CHARACTERS)
+        title = textwrap.fill(panel.title, characters, break_on_hyphens=False)
         axes.set_title(plain(title))
+
         if legend:
+            # Lines without points: only their style is shown.
             lines = [Line2D([], [], **line_style(entry)) for entry in legend]
             names = [plain(entry.name) for entry in legend]
-            figure.legend(lines, names, loc="outside lower center", ncols=min(num_columns, len(names)))
+            figure.legend(
+                lines,
+                names,
+                loc="outside lower center",
+                ncols=min(num_columns, len(names)),
+            )
     return figure
 
 
@@ -200,7 +219,8 @@ def files_of(chart: Chart, key: str) -> dict[str, bytes]:
     Without panels, its table as Markdown.
     """
     if not chart.panels:
-        return {f"{key}.md": draw_table(chart.table, "markdown").encode()}
+        table = draw_table(chart.table, "markdown")
+        return {f"{key}.md": table.encode()}
 
     contents: dict[str, bytes] = {}
     if chart.records:
@@ -209,6 +229,7 @@ def files_of(chart: Chart, key: str) -> dict[str, bytes]:
     for number, panel in enumerate(chart.panels, 1):
         name = key if number == 1 else f"{key}_{number}"
         figure = draw_panel(panel, chart.legend)
+        # Again: fonts of PDF and SVG and the dots of PNG are looked up when a file is written.
         with matplotlib.rc_context(_STYLE):
             for suffix in FORMATS:
                 contents[f"{name}.{suffix}"] = _saved(figure, suffix)
@@ -231,10 +252,16 @@ def _saved(figure: Figure, suffix: str, is_transparent: bool = False) -> bytes:
     """The bytes of a file; with a ground, so that it can be read wherever it is opened."""
     out = io.BytesIO()
     form = suffix.removeprefix("dark.")
-    figure.savefig(out, format=form, metadata=_NO_METADATA[form], transparent=is_transparent)
+    figure.savefig(
+        out,
+        format=form,
+        metadata=_NO_METADATA[form],
+        transparent=is_transparent,
+    )
     if suffix != "dark.svg":
         return out.getvalue()
 
+    # The dark picture is the light one with other colours: drawn twice, the two could differ.
     text = out.getvalue().decode()
     for name, value in COLOURS.items():
         text = text.replace(value, DARK[name])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -67,7 +67,13 @@ class Evidence:
             is_first = run.start is None and run.method in ("full", "pretrained")
             if is_first or run.id in starts:
                 parents.add(run.name)
-        return {run.name: (run.method, run.name in parents) for run in self.runs}
+
+        # By name, because seeds of one method are alike in this.
+        methods: dict[str, tuple[str, bool]] = {}
+        for run in self.runs:
+            is_start = run.name in parents
+            methods[run.name] = (run.method, is_start)
+        return methods
 
     @property
     def masks(self) -> list[str]:
@@ -95,12 +101,13 @@ class Evidence:
         mask = comparison.verdicts[0].parent.method
         compared = {comparison.baseline, *comparison.methods}
         results = [result for result in self.results if result["name"] in compared]
-        # In the order of their files, as `maskft compare` reads them: the last digit of a simultaneous interval, whose
-        # level is drawn at random, depends on the order of the family.
-        results.sort(key=lambda result: (result["study"]["run"], result["study"]["role"]))
         with_answers = {result["name"] for result in results}
         if with_answers != compared or mask == comparison.baseline:
             return None
+
+        # In the order of their files, as `maskft compare` reads them: the last digit of a simultaneous interval, whose
+        # level is drawn at random, depends on the order of the family.
+        results.sort(key=lambda result: (result["study"]["run"], result["study"]["role"]))
 
         num_values = 0
         for result in results:
@@ -168,28 +175,21 @@ def gather(folder: str | Path, *, base: str | None = None, study_name: str | Non
     """
     folder = Path(folder)
     curves = sorted(folder.glob(CURVES))
-    has_runs = (folder / layout.RUNS).is_dir() or (folder / PUBLISHED_SUMMARY).is_file()
-    if curves and not has_runs:
+    has_runs = (folder / layout.RUNS).is_dir()
+    has_summary = (folder / PUBLISHED_SUMMARY).is_file()
+    if curves and not has_runs and not has_summary:
         # Of this study only the paths were published.
         base = read_json(curves[0])["model"]
-        return Evidence(folder, folder.resolve().name, base, [], [])
+        name = folder.resolve().name
+        return Evidence(folder, name, base, runs=[], results=[])
 
     runs = read_study(folder, base, study_name)
     base = runs[0].base
     name, summary = _summary(folder, study_name, base)
-
-    # Studies that share a folder share runs, each under the study's own name.
-    names: dict[tuple[str, str], str] = {}
-    for row in summary.get("runs", []):
-        names[row["run"], row["role"]] = row["name"]
-    results: list[Result] = []
-    for run in runs:
-        for result in run.results.values():
-            place = (result["study"]["run"], result["study"]["role"])
-            renamed = {**result, "name": names.get(place, result["name"])}
-            results.append(cast(Result, renamed))
-
+    results = _named_results(runs, summary)
     evidence = Evidence(folder, name, base, runs, results)
+
+    # The comparison is read and not computed again, so that the page says what the study said.
     if "not_compared" in summary:
         raise UserError(f"{folder}: the study's results cannot be compared: {summary['not_compared']}")
     if "comparison" in summary:
@@ -202,7 +202,28 @@ def gather(folder: str | Path, *, base: str | None = None, study_name: str | Non
     return evidence
 
 
-def _summary(folder: Path, study_name: str | None, base: str) -> tuple[str, dict]:
+def _named_results(runs: Sequence[TrainedRun], summary: Mapping[str, Any]) -> list[Result]:
+    """The results of all runs under the study's own names: studies that share a folder share runs."""
+    names: dict[tuple[str, str], str] = {}
+    for row in summary.get("runs", []):
+        place = (row["run"], row["role"])
+        names[place] = row["name"]
+
+    results: list[Result] = []
+    for run in runs:
+        for result in run.results.values():
+            place = (result["study"]["run"], result["study"]["role"])
+            name = names.get(place, result["name"])
+            renamed = {**result, "name": name}  # a copy: the run keeps its result
+            results.append(cast(Result, renamed))
+    return results
+
+
+def _summary(
+    folder: Path,
+    study_name: str | None,
+    base: str,
+) -> tuple[str, dict]:
     """Name of the study, and its summary of one base model; empty where it has none yet."""
     files = sorted(folder.glob(layout.SUMMARY.format("*")))
     if not files:
@@ -213,13 +234,17 @@ def _summary(folder: Path, study_name: str | None, base: str) -> tuple[str, dict
         summaries[record["study"]] = record["models"]
 
     if not summaries:
+        # The study has not finished yet.
         return study_name or folder.resolve().name, {}
+
+    known = ", ".join(summaries)
     if study_name is None and len(summaries) > 1:
-        raise UserError(f"several studies share {str(folder)!r} ({', '.join(summaries)}): name one with --study_name")
+        raise UserError(f"several studies share {str(folder)!r} ({known}): name one with --study_name")
     name = study_name or next(iter(summaries))
     if name not in summaries:
         hint = did_you_mean(name, summaries)
-        raise UserError(f"no study in {str(folder)!r} is called {name!r}{hint}; there are {', '.join(summaries)}")
+        raise UserError(f"no study in {str(folder)!r} is called {name!r}{hint}; there are {known}")
+
     models = summaries[name]
     if base in models:
         return name, models[base]
@@ -231,7 +256,8 @@ def _summary(folder: Path, study_name: str | None, base: str) -> tuple[str, dict
 
 
 def _tuned_text(tuned: Mapping) -> str:
-    settings = ", ".join(f"{name}={value}" for name, value in tuned["winner"].items())
+    texts = [f"{name}={value}" for name, value in tuned["winner"].items()]
+    settings = ", ".join(texts)
     # A summary without the number is of a grid, which tried every setting.
     number = tuned.get("num_settings", len(tuned["trials"]))
     return f"{tuned['method']} was tuned: {settings} is the best of {number} on held-out rows"

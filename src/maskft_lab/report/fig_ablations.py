@@ -78,15 +78,17 @@ def ablations_of(runs: Sequence[TrainedRun]) -> list[Ablation]:
         if name not in _NOT_VARIED and len(values_of_name) > 1:
             varied.append(name)
 
-    out: list[Ablation] = []
+    # Each setting against each metric, with the other settings fixed. Many pairs have no line of two points.
+    ablations: list[Ablation] = []
     for name in varied:
         others = [other for other in varied if other != name]
-        for (task, metric), unit in units.items():
-            measured = [run for run in masks if _value(run, (task, metric))]
-            lines = _lines(measured, runs, name, others, (task, metric))
+        for place, unit in units.items():
+            measured = [run for run in masks if _value(run, place)]
+            lines = _lines(measured, runs, name, others, place)
             if lines:
-                out.append(Ablation(name, task, metric, unit, lines))
-    return out
+                task, metric = place
+                ablations.append(Ablation(name, task, metric, unit, lines))
+    return ablations
 
 
 def _lines(
@@ -102,7 +104,8 @@ def _lines(
     for run in masks:
         parent = parent_of(run, runs)
         start = parent.name if parent else run.base
-        fixed = _key({name: run.settings.get(name) for name in others})
+        other_settings = {name: run.settings.get(name) for name in others}
+        fixed = _key(other_settings)
         value = _key(run.settings.get(setting))
         points = groups.setdefault((start, fixed), {})
         points.setdefault(value, []).append(run)
@@ -120,11 +123,14 @@ def _lines(
                 parents[run.start] = parent_of(run, runs)
         starts = [run for run in parents.values() if run and _value(run, place)]
 
+        # One point per value of the setting: the mean over the runs that have it, which differ in their seeds.
         means: list[tuple[Any, SeedMean]] = []
-        for value, members in points.items():
-            means.append((json.loads(value), _mean(members, place)))
+        for text, members in points.items():
+            value = json.loads(text)
+            means.append((value, _mean(members, place)))
         means.sort(key=_order)
 
+        # The start is named only where lines differ in it.
         settings = json.loads(fixed)
         if not has_one_start:
             settings["start"] = start
@@ -134,14 +140,19 @@ def _lines(
 
 
 def ablation_chart(setting: str | None, evidence: Evidence) -> Chart:
-    """One metric per panel against one setting; None: against each that the paper does not vary."""
+    """One metric per panel against one setting; None: against each that the paper does not vary.
+
+    Raises:
+        NotComputed: If no two evaluated masks differ in the setting alone.
+    """
     ablations = ablations_of(evidence.runs)
     if setting:
         found = [ablation for ablation in ablations if ablation.setting == setting]
     else:
         found = [ablation for ablation in ablations if ablation.setting not in _OF_THE_PAPER]
     if not found:
-        raise NotComputed(f"no two evaluated masks of this study differ in {setting or 'one other setting'} alone")
+        what = setting or "one other setting"
+        raise NotComputed(f"no two evaluated masks of this study differ in {what} alone")
 
     lines: list[Line] = []
     for ablation in found:
@@ -150,7 +161,8 @@ def ablation_chart(setting: str | None, evidence: Evidence) -> Chart:
     varied: set[str] = set()
     for line in lines:
         for name in line.fixed:
-            if len({_key(other.fixed.get(name)) for other in lines}) > 1:
+            values = {_key(other.fixed.get(name)) for other in lines}
+            if len(values) > 1:
                 varied.add(name)
     looks = looks_in_turn(_fixed_text(line.fixed, varied) for line in lines)
 
@@ -160,18 +172,7 @@ def ablation_chart(setting: str | None, evidence: Evidence) -> Chart:
         test = test_name(evidence, ablation.task)
         draw = partial(_draw, found=ablation, looks=looks, varied=varied)
         panels.append(Panel(f"{ablation.metric} on {test}", draw))
-        for line in ablation.lines:
-            for value, point in line.points:
-                rows.append(
-                    (
-                        f"{test}/{ablation.metric}",
-                        f"{_name(ablation.setting)}: {value_text(value, ablation.setting)}",
-                        _fixed_text(line.fixed, set(line.fixed)),
-                        number(point.mean),
-                        number(point.stderr),
-                        str(point.num_seeds),
-                    )
-                )
+        rows += _cells(ablation, test)
     table = Table(("measure", "setting", "other settings", "mean", "standard error", "seeds"), rows)
 
     text = (
@@ -185,6 +186,24 @@ def ablation_chart(setting: str | None, evidence: Evidence) -> Chart:
     return Chart(text, panels, table, legend)
 
 
+def _cells(ablation: Ablation, test: str) -> list[tuple[str, ...]]:
+    """The rows of the table for one ablation, with all settings of each line."""
+    rows: list[tuple[str, ...]] = []
+    for line in ablation.lines:
+        all_fixed = _fixed_text(line.fixed, set(line.fixed))
+        for value, point in line.points:
+            row = (
+                f"{test}/{ablation.metric}",
+                f"{_name(ablation.setting)}: {value_text(value, ablation.setting)}",
+                all_fixed,
+                number(point.mean),
+                number(point.stderr),
+                str(point.num_seeds),
+            )
+            rows.append(row)
+    return rows
+
+
 def _draw(
     axes: Axes,
     found: Ablation,
@@ -195,13 +214,17 @@ def _draw(
     for line in found.lines:
         points += line.points
     points.sort(key=_order)
-    values = list(dict.fromkeys(value_text(value, found.setting) for value, _ in points))
+
+    # Values are names on the axis, at equal distances: settings may be lists, None or numbers of any size.
+    texts = [value_text(value, found.setting) for value, _ in points]
+    values = list(dict.fromkeys(texts))
     # Groups of layers have no order, so no line connects them.
     has_groups = any(isinstance(value, list) for value, _ in points)
 
     scale = 100.0 if found.unit == "fraction" else 1.0
     for line in found.lines:
-        entry = looks[_fixed_text(line.fixed, varied)]
+        name = _fixed_text(line.fixed, varied)
+        entry = looks[name]
         x = [values.index(value_text(value, found.setting)) for value, _ in line.points]
         means = np.array([point.mean for _, point in line.points], dtype=float)
         # None becomes NaN, for which no bar is drawn.
@@ -217,7 +240,12 @@ def _draw(
             elinewidth=0.8,
         )
         if line.start:
-            axes.axhline(scale * line.start.mean, color=COLOURS["muted"], linestyle="--", linewidth=0.8)
+            axes.axhline(
+                scale * line.start.mean,
+                color=COLOURS["muted"],
+                linestyle="--",
+                linewidth=0.8,
+            )
 
     labels = [plain(value) for value in values]
     has_long_labels = max(map(len, values)) > 8
@@ -233,6 +261,7 @@ def value_text(value: Any, setting: str = "") -> str:
         return "all" if setting in _ALL else "default"
     if not isinstance(value, list):
         return str(value)
+
     if len(value) > 1 and isinstance(value[0], int):
         first = value[0]
         is_range = value == list(range(first, first + len(value)))
@@ -253,16 +282,20 @@ def _mean(runs: Sequence[TrainedRun], place: Place) -> SeedMean:
 
 def _value(run: TrainedRun, place: Place) -> Mapping[str, Any] | None:
     """The metric of a run's result, where it has a value."""
-    task, metric = place
-    if BEST not in run.results or task not in run.results[BEST]["tasks"]:
+    if BEST not in run.results:
         return None
-    record = run.results[BEST]["tasks"][task]["metrics"].get(metric)
+    task, metric = place
+    tasks = run.results[BEST]["tasks"]
+    if task not in tasks:
+        return None
+    record = tasks[task]["metrics"].get(metric)
     if record is None or record["value"] is None:
         return None
     return record
 
 
 def _key(value: Any) -> str:
+    """A value as text: lists and dictionaries can be no keys."""
     return json.dumps(value, sort_keys=True)
 
 
@@ -270,7 +303,9 @@ def _order(point: tuple[Any, Any]) -> tuple:
     """Sort key: lists by length, then by value; then numbers and texts; None (all rows or layers, the default) last."""
     value, _ = point
     if isinstance(value, list):
-        return (0, len(value), [str(each).zfill(6) for each in value])
+        # Filled with zeros, so that texts of numbers are in the order of the numbers.
+        filled = [str(each).zfill(6) for each in value]
+        return (0, len(value), filled)
     if value is None:
         return (2, 0, [])
     size = value if isinstance(value, int | float) else 0

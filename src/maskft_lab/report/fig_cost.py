@@ -54,8 +54,17 @@ class Cost(NamedTuple):
 
 
 def cost_of(run: TrainedRun, role: str, runs: Sequence[TrainedRun]) -> dict[str, float]:
-    """Bytes of one process, tokens and seconds of a run, and from the pre-trained model on (``total_``)."""
-    step = run.summary["num_steps"] if role == LAST else run.best_step
+    """Bytes of one process, tokens and seconds of a run, and from the pre-trained model on (``total_``).
+
+    Args:
+        run: The run, with a training history.
+        role: Until when: ``best``, its best checkpoint, or ``last``, its end.
+        runs: All runs, among them those that it starts from.
+    """
+    if role == LAST:
+        step = run.summary["num_steps"]
+    else:
+        step = run.best_step
     own = spent_until(run, step)
     before = spent_before(run, runs)
     return {
@@ -69,18 +78,22 @@ def cost_of(run: TrainedRun, role: str, runs: Sequence[TrainedRun]) -> dict[str,
 
 def costs_of(runs: Sequence[TrainedRun]) -> list[Cost]:
     """The cost of each method and role, in the order of the runs."""
+    # Name and role -> the cost of each seed.
     groups: dict[tuple[str, str], list[dict[str, float]]] = {}
     for run in runs:
-        if run.summary.get("num_steps"):
-            for role in (BEST, LAST):
-                of_seeds = groups.setdefault((run.name, role), [])
-                of_seeds.append(cost_of(run, role, runs))
+        is_trained = bool(run.summary.get("num_steps"))
+        if not is_trained:
+            continue
+        for role in (BEST, LAST):
+            of_seeds = groups.setdefault((run.name, role), [])
+            of_seeds.append(cost_of(run, role, runs))
 
     costs: list[Cost] = []
     for (name, role), of_seeds in groups.items():
         means: dict[str, float] = {}
         for quantity in of_seeds[0]:
-            means[quantity] = fmean([spent[quantity] for spent in of_seeds])
+            values = [spent[quantity] for spent in of_seeds]
+            means[quantity] = fmean(values)
         costs.append(Cost(name, role, len(of_seeds), means))
     return costs
 
@@ -89,6 +102,9 @@ def cost_chart(evidence: Evidence) -> Chart:
     """Bars for each method up to its best checkpoint, and for the baseline also up to its end.
 
     A quantity in which all methods are nearly equal is a sentence instead of a picture.
+
+    Raises:
+        NotComputed: If no run has a training history.
     """
     costs = costs_of(evidence.runs)
     if not costs:
@@ -96,10 +112,13 @@ def cost_chart(evidence: Evidence) -> Chart:
 
     cells: list[tuple[str, ...]] = []
     for cost in costs:
-        numbers = [number(cost.spent[quantity] / scale) for quantity, scale in _COLUMNS.values()]
+        numbers: list[str] = []
+        for quantity, scale in _COLUMNS.values():
+            numbers.append(number(cost.spent[quantity] / scale))
         cells.append((cost.name, cost.role, str(cost.num_seeds), *numbers))
     table = Table(("method", "until", "seeds", *_COLUMNS), cells)
 
+    # Bars, or a sentence where all bars would have one length.
     rows = _rows(costs, evidence)
     equal = [quantity for quantity in _QUANTITIES if _is_nearly_equal(rows, quantity)]
     text = " ".join(_equal_text(rows, quantity) for quantity in equal)
@@ -126,12 +145,16 @@ def cost_chart(evidence: Evidence) -> Chart:
 def _rows(costs: Sequence[Cost], evidence: Evidence) -> list[Cost]:
     """The costs to draw, in the order of the comparison."""
     comparison = evidence.comparison
-    start = plain_name(comparison.baseline) if comparison else ""
-    compared = comparison.methods if comparison else []
-    order = list(dict.fromkeys([start, *map(plain_name, compared)]))
+    start = ""
+    compared: list[str] = []
+    if comparison:
+        start = plain_name(comparison.baseline)
+        compared = [plain_name(name) for name in comparison.methods]
+    order = list(dict.fromkeys([start, *compared]))
 
     rows = [cost for cost in costs if cost.role == BEST]
     tokens = {cost.name: cost.spent["total_tokens"] for cost in rows}
+    # The baseline until its end, too: further training is the alternative to a mask of its best checkpoint.
     for cost in costs:
         is_end_of_start = cost.role == LAST and cost.name == start
         is_also_best = cost.spent["total_tokens"] == tokens.get(start)
@@ -139,7 +162,9 @@ def _rows(costs: Sequence[Cost], evidence: Evidence) -> list[Cost]:
             rows.append(cost)
 
     def place(cost: Cost) -> int:
-        return order.index(cost.name) if cost.name in order else len(order)
+        if cost.name in order:
+            return order.index(cost.name)
+        return len(order)
 
     rows.sort(key=place)
     return rows
@@ -161,7 +186,9 @@ def _equal_text(rows: Sequence[Cost], quantity: Quantity) -> str:
     values = [cost.spent[quantity.total] / quantity.scale for cost in rows]
     low = number(min(values), 3)
     high = number(max(values), 3)
-    values_text = low if low == high else f"{low} to {high}"
+    values_text = f"{low} to {high}"
+    if low == high:
+        values_text = low
     title = quantity.title[0].upper() + quantity.title[1:]
     return f"{title}: {values_text} {quantity.unit}, nearly equal."
 
@@ -177,6 +204,8 @@ def _draw(
         own = cost.spent[quantity.own] / quantity.scale
         method, is_start = methods.get(cost.name, (None, False))
         colour, _, _ = look(method, is_start)
+
+        # The part of the method itself lies over the right end of the full bar.
         axes.barh(place, total, color=COLOURS["rule"], height=0.7)
         axes.barh(
             place,
@@ -195,7 +224,9 @@ def _draw(
 
     names: list[str] = []
     for cost in rows:
-        name = f"{cost.name} (to the end)" if cost.role == LAST else cost.name
+        name = cost.name
+        if cost.role == LAST:
+            name += " (to the end)"
         names.append(row_name(name))
     axes.set_yticks(range(len(rows)), names)
     axes.set_ylim(len(rows) - 0.4, -0.6)

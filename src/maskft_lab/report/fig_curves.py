@@ -42,6 +42,7 @@ def spent_until(run: TrainedRun, step: float | None) -> dict[str, float]:
     share = step / num_steps
     tokens = run.summary["num_train_tokens"] * share
     for row in run.history:
+        # Exact: a step's tokens differ with the lengths of its rows.
         if row.get("eval_num_tokens") and row["step"] == step:
             tokens = row["eval_num_tokens"]
     return {
@@ -56,6 +57,8 @@ def spent_before(run: TrainedRun, runs: Sequence[TrainedRun]) -> dict[str, float
     parent = parent_of(run, runs)
     if parent is None:
         return spent_until(run, 0)
+
+    # The parent may have a parent, and so on.
     own = spent_until(parent, parent.best_step)
     before = spent_before(parent, runs)
     return {name: own[name] + before[name] for name in own}
@@ -72,15 +75,23 @@ def lines_of(run: TrainedRun, runs: Sequence[TrainedRun]) -> Lines:
         for name, value in row.items():
             is_metric = name.startswith("eval_") and not name.endswith(_NOT_METRICS)
             if is_metric and value is not None:
-                lines.setdefault(name, []).append((step, value))
+                line = lines.setdefault(name, [])
+                line.append((step, value))
     return lines
 
 
 def curves_chart(evidence: Evidence) -> Chart:
-    """Fig. 1: every metric that was measured during training, one line per kind of method, from the first step on."""
+    """Fig. 1: every metric that was measured during training, one line per kind of method, from the first step on.
+
+    Raises:
+        NotComputed: If no run has a training history with measurements.
+    """
+    # Name of a method -> the lines of each of its seeds.
     groups: dict[str, list[Lines]] = {}
     for run in evidence.runs:
-        groups.setdefault(run.name, []).append(lines_of(run, evidence.runs))
+        group = groups.setdefault(run.name, [])
+        group.append(lines_of(run, evidence.runs))
+
     metrics: dict[str, None] = {}
     for group in groups.values():
         for lines in group:
@@ -88,9 +99,11 @@ def curves_chart(evidence: Evidence) -> Chart:
     if not metrics:
         raise NotComputed("no run has a training history with measurements: it needs training.json")
 
+    # Lines to draw: starts first, because others continue them. False sorts before True.
     kinds = evidence.methods
     chosen = _one_of_each_kind(groups, kinds)
-    chosen.sort(key=lambda name: not kinds[name][1])  # starts first
+    starts = {name for name, (_, is_start) in kinds.items() if is_start}
+    chosen.sort(key=lambda name: name not in starts)
     entries = entries_of({name: kinds[name] for name in chosen})
 
     rows: list[tuple[str, ...]] = []
@@ -126,12 +139,17 @@ def _draw(
 ) -> None:
     drawn: list[Line] = []
     for name, group in groups.items():
-        line = _mean_line(_alike(group, metric)) if name in entries else []
-        if line:
-            steps, values = np.transpose(line)
-            num_between = max(1, len(line) // 8)  # markers at about eight of the points
-            axes.plot(steps, values, **line_style(entries[name]), markevery=num_between)
-            drawn.append(line)
+        if name not in entries:
+            continue
+        line = _mean_line(_alike(group, metric))
+        if not line:
+            continue
+
+        steps, values = np.transpose(line)
+        num_between = max(1, len(line) // 8)  # markers at about eight of the points
+        style = line_style(entries[name])
+        axes.plot(steps, values, **style, markevery=num_between)
+        drawn.append(line)
 
     is_loss = metric == LOSS
     if is_loss:
@@ -146,38 +164,54 @@ def _longest(groups: Mapping[str, Sequence[Lines]], names: Iterable[str], metric
     longest = 0
     for name in names:
         for lines in groups[name]:
-            longest = max(longest, len(lines.get(metric, [])))
+            line = lines.get(metric, [])
+            longest = max(longest, len(line))
     return longest
 
 
-def _one_of_each_kind(groups: Mapping[str, Sequence[Lines]], kinds: Mapping[str, tuple[str, bool]]) -> list[str]:
+def _one_of_each_kind(
+    groups: Mapping[str, Sequence[Lines]],
+    kinds: Mapping[str, tuple[str, bool]],
+) -> list[str]:
     """Names to draw: every start, and of each look the method with the lowest held-out loss."""
     lowest: dict[tuple[str, str, str], tuple[float, str]] = {}  # look -> loss and name
     drawn: set[str] = set()
     for name, group in groups.items():
-        losses = [min(value for _, value in lines[LOSS]) for lines in group if LOSS in lines]
+        losses: list[float] = []  # the lowest of each seed
+        for lines in group:
+            if LOSS in lines:
+                losses.append(min(loss for _, loss in lines[LOSS]))
         if not losses:
             continue
+
         method, is_start = kinds[name]
         if is_start:
             drawn.add(name)
             continue
+
+        # Pairs are compared by their losses, equal losses by the names.
         own = (fmean(losses), name)
         kind = look(method, is_start)
         lowest[kind] = min(lowest.get(kind, own), own)
+
     drawn |= {name for _, name in lowest.values()}
     return [name for name in groups if name in drawn]
 
 
 def _alike(group: Sequence[Lines], metric: str) -> list[Line]:
     """The line of each seed that has one; only the first if the seeds have different numbers of points."""
-    lines = [lines[metric] for lines in group if metric in lines]
-    lengths = {len(line) for line in lines}
-    return lines if len(lengths) <= 1 else lines[:1]
+    of_seeds = [lines[metric] for lines in group if metric in lines]
+    lengths = {len(line) for line in of_seeds}
+    if len(lengths) > 1:
+        return of_seeds[:1]
+    return of_seeds
 
 
 def _mean_line(lines: Sequence[Line]) -> Line:
-    """Mean of steps and values over seeds."""
+    """Mean of steps and values over seeds.
+
+    Seeds may be measured at different steps: a run starts where its parent's best checkpoint is.
+    """
     means: Line = []
     for points in zip(*lines, strict=True):
         step = fmean([step for step, _ in points])
@@ -199,22 +233,30 @@ def _cut(axes: Axes, lines: Sequence[Line]) -> None:
 
     low = min(values)
     high = max(values)
-    top = low + _CUT * (float(np.quantile(settled or values, 0.9)) - low)
+    settled_high = float(np.quantile(settled or values, 0.9))
+    top = low + _CUT * (settled_high - low)
+
+    # Only where it gains much of the height, and hides at most a fifth of the points.
     is_much_lower = 0 < top - low < 0.6 * (high - low)
     num_above = sum(value > top for value in values)
-    if is_much_lower and 5 * num_above <= len(values):
-        margin = 0.05 * (top - low)
-        axes.set_ylim(low - margin, top + margin)
-        axes.text(
-            0.99,
-            0.98,
-            f"clipped (max {high:.3g})",
-            ha="right",
-            va="top",
-            fontsize="small",
-            transform=axes.transAxes,
-        )
+    if not is_much_lower or 5 * num_above > len(values):
+        return
+
+    margin = 0.05 * (top - low)
+    axes.set_ylim(low - margin, top + margin)
+    axes.text(
+        0.99,
+        0.98,
+        f"clipped (max {high:.3g})",
+        ha="right",
+        va="top",
+        fontsize="small",
+        transform=axes.transAxes,
+    )
 
 
 def _short(metric: str) -> str:
-    return "held-out loss" if metric == LOSS else metric.removeprefix("eval_").replace("_", " ")
+    """A metric in words."""
+    if metric == LOSS:
+        return "held-out loss"
+    return metric.removeprefix("eval_").replace("_", " ")

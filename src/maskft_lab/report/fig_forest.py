@@ -39,7 +39,11 @@ class Line(NamedTuple):
 
 
 def forest_chart(evidence: Evidence) -> Chart:
-    """Differences from the baseline, in the metric of the verdict and in the others of the test; the controls below."""
+    """Differences from the baseline, in the metric of the verdict and in the others of the test; the controls below.
+
+    Raises:
+        NotComputed: If there is no comparison.
+    """
     comparison = evidence.comparison
     if comparison is None or not comparison.differences:
         raise NotComputed("there is no comparison of two models")
@@ -48,17 +52,18 @@ def forest_chart(evidence: Evidence) -> Chart:
     panels: list[Panel] = []
     for place in _places_of_the_test(comparison):
         rows = _rows_of(comparison, place)
-        below = [
-            _line(control, f"{control.method} - {control.baseline}")
-            for control in controls
-            if (control.task, control.metric) == place
-        ]
+        below: list[Line] = []
+        for control in controls:
+            if (control.task, control.metric) == place:
+                below.append(_line(control, f"{control.method} - {control.baseline}"))
         title = f"{_title(rows[0])}: difference from {comparison.baseline}"
-        panels.append(_panel(title, _sorted_lines(rows), below, evidence, rows[0]))
+        panel = _panel(title, _sorted_lines(rows), below, evidence, rows[0])
+        panels.append(panel)
 
     over = "items" if comparison.fixed_seeds else "seeds and items"
+    percent = f"{100 * comparison.confidence:g} %"
     text = (
-        f"Each method minus {comparison.baseline}, over {over}, with simultaneous {100 * comparison.confidence:g} % "
+        f"Each method minus {comparison.baseline}, over {over}, with simultaneous {percent} "
         "intervals; pale: not distinguishable. Below the line: a mask minus its strongest control. Points off scale "
         "are arrows with their numbers."
     )
@@ -66,7 +71,11 @@ def forest_chart(evidence: Evidence) -> Chart:
 
 
 def against_mask_chart(evidence: Evidence) -> Chart:
-    """All other models against the mask, in the metrics of the test and of each probe of earlier abilities."""
+    """All other models against the mask, in the metrics of the test and of each probe of earlier abilities.
+
+    Raises:
+        NotComputed: If there is no verdict on a mask, or the answers of a model are not here.
+    """
     comparison = evidence.against_mask
     if comparison is None:
         raise NotComputed("there is no verdict on a mask, or the answers of a model are not here")
@@ -75,7 +84,8 @@ def against_mask_chart(evidence: Evidence) -> Chart:
     panels: list[Panel] = []
     for place in places:
         rows = _rows_of(comparison, place)
-        panels.append(_panel(_title(rows[0]), _sorted_lines(rows), [], evidence, rows[0]))
+        panel = _panel(_title(rows[0]), _sorted_lines(rows), [], evidence, rows[0])
+        panels.append(panel)
 
     text = (
         f"Each model minus {comparison.baseline}. Intervals hold together over all rivals and metrics of a family, so "
@@ -94,26 +104,33 @@ def _places_of_the_test(comparison: Comparison) -> list[tuple[str, str]]:
     if comparison.verdicts:
         parent = comparison.verdicts[0].parent
         first = (parent.task, parent.metric)
+    test, _ = first
+
     places = dict.fromkeys((row.task, row.metric) for row in comparison.differences)
-    others = [place for place in places if place[0] == first[0] and place != first]
+    others = [place for place in places if place[0] == test and place != first]
     return [place for place in [first, *others] if place in places]
 
 
 def _sorted_lines(rows: Sequence[Difference]) -> list[Line]:
     """Lines from the best to the worst."""
     lines = [_line(row, row.method) for row in rows]
-    return sorted(lines, key=lambda line: line.value, reverse=rows[0].higher_is_better)
+    lines.sort(key=lambda line: line.value, reverse=rows[0].higher_is_better)
+    return lines
 
 
 def _line(row: Difference, name: str) -> Line:
     scale = 100.0 if row.unit == "fraction" else 1.0
+
+    # As the text has it, so that picture and table agree.
     text = difference_text(row)
-    has_interval = "no interval" not in text
+    ends: tuple[float, float] | None = None
+    if "no interval" not in text:
+        ends = (scale * row.ci_low, scale * row.ci_high)
     return Line(
         name=name,
         method=row.method,
         value=scale * row.difference,
-        ends=(scale * row.ci_low, scale * row.ci_high) if has_interval else None,
+        ends=ends,
         is_claimed=row.verdict != NOT_DISTINGUISHABLE,
         text=text,
     )
@@ -123,9 +140,16 @@ def _title(row: Difference) -> str:
     """The measure: probes by their names, the test by its file."""
     if row.task.startswith(BEFORE):
         probe = row.task.removeprefix(BEFORE)
-        return row.metric if row.metric == probe else f"{row.metric} on {probe}"
+        # Such as "kl", which is a probe with one metric of its name.
+        if row.metric == probe:
+            return row.metric
+        return f"{row.metric} on {probe}"
+
+    # Readers would take "heldout" for the rows that chose the settings.
     task = task_text(row)
-    return f"{row.metric} on {'test' if task == HELDOUT else task}"
+    if task == HELDOUT:
+        task = "test"
+    return f"{row.metric} on {task}"
 
 
 def _panel(
@@ -147,6 +171,7 @@ def _panel(
     better = "right" if row.higher_is_better else "left"
     label = f"{points_or_unit(row.unit)} ({better} is better)"
 
+    # Rows of one height each, and the separating line takes one as well.
     num_rows = len(lines)
     if below:
         num_rows += 1 + len(below)
@@ -171,20 +196,24 @@ def _draw(
     label: str,
     kinds: Kinds,
 ) -> None:
+    # Limits are made for values that are not far away, and for their intervals.
     every = [*lines, *below]
     values = near([line.value for line in every])
     ends: list[float] = []
     for line in every:
         if line.value in values:
             ends += line.ends or ()
-    axes.set_xlim(limits(values, ends, INTERVAL_SHARE))
+    x_limits = limits(values, ends, INTERVAL_SHARE)
+    axes.set_xlim(x_limits)
     axes.axvline(0, color=COLOURS["ink"], linewidth=0.8, zorder=1)
 
+    # Row 0 is at the top (the axis is turned around below), the separator has a row of its own.
     places = list(range(len(lines)))
     if below:
         separator = len(lines)
         axes.axhline(separator, color=COLOURS["rule"], linewidth=0.8)
-        places += range(separator + 1, separator + 1 + len(below))
+        first_below = separator + 1
+        places += range(first_below, first_below + len(below))
     for place, line in zip(places, every, strict=True):
         _draw_line(axes, place, line, kinds)
 
@@ -202,11 +231,13 @@ def _draw_line(
     line: Line,
     kinds: Kinds,
 ) -> None:
+    """One row: the interval, the value, and the number of a value that is off scale."""
     method, is_start = kinds.get(plain_name(line.method), (None, False))
     colour, _, marker = look(method, is_start)
     left, right = axes.get_xlim()
     x = min(max(line.value, left), right)  # one beyond the axes is drawn at their end
     opacity = 1.0 if line.is_claimed else PALE
+
     if line.ends:
         axes.plot(
             line.ends,
@@ -226,18 +257,22 @@ def _draw_line(
         clip_on=False,
         zorder=3,
     )
+
     if x != line.value:
         is_left = line.value < left
         value = number(line.value, 3)
+        text = f"← {value}" if is_left else f"{value} →"
+        offset = (8, 0) if is_left else (-8, 0)
         axes.annotate(
-            f"← {value}" if is_left else f"{value} →",
-            (x, place),
-            (8, 0) if is_left else (-8, 0),
+            text,
+            xy=(x, place),
+            xytext=offset,
             textcoords="offset points",
             ha="left" if is_left else "right",
             va="center",
             fontsize="small",
             color=COLOURS[colour],
+            # A ground under the number, which lies over its interval.
             bbox={
                 "facecolor": COLOURS["paper"],
                 "edgecolor": "none",

@@ -25,16 +25,23 @@ _MODELS = (
 
 
 def plane_chart(evidence: Evidence) -> Chart:
-    """The plane through three models: a panel of held-out rows, one of training rows."""
+    """The plane through three models: a panel of held-out rows, one of training rows.
+
+    Raises:
+        NotComputed: If the landscape was not computed.
+    """
     plane = evidence.record("landscape")["plane"]
     panels: list[Panel] = []
     rows: list[tuple[str, ...]] = []
     for split, name in _SPLITS.items():
         draw = partial(_plane, plane=plane, split=split)
         panels.append(Panel(f"Loss on {name}", draw, height=2.7))
+
         losses = np.asarray(plane[split])
-        summary = (losses.min(), losses.mean(), losses.max())
-        rows.append((name, *(number(float(value)) for value in summary)))
+        lowest = number(float(losses.min()))
+        mean = number(float(losses.mean()))
+        highest = number(float(losses.max()))
+        rows.append((name, lowest, mean, highest))
 
     text = (
         "Loss in nats per token over the plane that holds the three models; axes are distances of all weights "
@@ -44,13 +51,23 @@ def plane_chart(evidence: Evidence) -> Chart:
 
 
 def _plane(axes: Axes, plane: Mapping[str, Any], split: str) -> None:
+    """Draw the loss on a grid of the plane, and its three models.
+
+    Args:
+        axes: Empty axes.
+        plane: Record of ``maskft analyze``: coordinates ``x`` and ``y``, a loss for each pair, the models' ``points``.
+        split: The rows that the loss is of.
+    """
     x = plane["x"]
     y = plane["y"]
-    values = np.transpose(plane[split])
-    low = float(values.min())
-    high = float(values.max())
-    # Lines of equal loss, closer where it is low: most of the height is at the edges.
-    levels = low + max(high - low, 1e-6) * np.linspace(0, 1, 13) ** 2
+    values_YX = np.transpose(plane[split])  # the file has (x, y), an image has rows first
+    low = float(values_YX.min())
+    high = float(values_YX.max())
+
+    # Lines of equal loss, closer where it is low: most of the height is at the edges. Colours have the same spacing.
+    # The span is above 0, because levels must rise.
+    span = max(high - low, 1e-6)
+    levels = low + span * np.linspace(0, 1, 13) ** 2
     norm = PowerNorm(0.5, levels[0], levels[-1])
 
     # The image has a cell around each point, so that it ends half a cell beyond the outer ones.
@@ -61,7 +78,7 @@ def _plane(axes: Axes, plane: Mapping[str, Any], split: str) -> None:
     bottom = y[0] - half_y
     top = y[-1] + half_y
     image = axes.imshow(
-        values,
+        values_YX,
         extent=(left, right, bottom, top),
         origin="lower",
         aspect="auto",
@@ -70,7 +87,7 @@ def _plane(axes: Axes, plane: Mapping[str, Any], split: str) -> None:
     axes.contour(
         x,
         y,
-        values,
+        values_YX,
         levels=levels[1:-1],
         colors="#ffffff",
         linewidths=0.4,

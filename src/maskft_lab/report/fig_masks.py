@@ -19,9 +19,15 @@ MAX_MASKS = 6  # as many as the paper's Fig. 13
 
 
 def heads_chart(evidence: Evidence) -> Chart:
-    """Fig. 13: share removed of each head, mean over Q, K and V; a map per mask."""
+    """Fig. 13: share removed of each head, mean over Q, K and V; a map per mask.
+
+    Raises:
+        NotComputed: If the masks were not analysed, or none covers Q, K and V of a layer.
+    """
     masks = _with_heads(evidence)
     maps = {name: _map_of(mask) for name, mask in masks.items()}
+
+    # One scale of colours for masks that remove as much; with a common one, a sparse mask would be all one colour.
     bounds: dict[str, tuple[float, float]] = {}
     for percent, names in _by_sparsity(masks).items():
         low = min(maps[name].min() for name in names)
@@ -29,39 +35,69 @@ def heads_chart(evidence: Evidence) -> Chart:
         bounds[percent] = (low, high)
 
     def draw(axes: Axes, name: str) -> None:
-        layers = list(_heads(masks[name]))
-        low, high = bounds[_percent(masks[name])]
-        image = axes.imshow(maps[name], aspect="auto", vmin=low, vmax=high)
-        bar = axes.figure.colorbar(image, ax=axes, format="%.3f", label="share removed")
-        bar.outline.set_visible(False)
-        step = 1 + len(layers) // 12  # more than a dozen names overlap
-        axes.set_yticks(range(0, len(layers), step), layers[::step])
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel("head")
-        axes.set_ylabel("layer")
-        axes.grid(False)
+        mask = masks[name]
+        low, high = bounds[_percent(mask)]
+        _draw_map(axes, maps[name], layers=list(_heads(mask)), low=low, high=high)
 
     rows: list[tuple[str, ...]] = []
     for name, mask in masks.items():
         for layer, shares in _heads(mask).items():
             for head, share in enumerate(shares):
                 rows.append((name, layer, str(head), number(share)))
+    table = Table(("mask", "layer", "head", "share removed"), rows)
+
     text = (
         "Mean share removed of the parts of Q, K and V that belong to a head; heads that share keys and values count "
         "them each. Maps of masks that remove as much share one scale."
     )
     panels = [Panel(name, partial(draw, name=name)) for name in masks]
-    return Chart(text, panels, Table(("mask", "layer", "head", "share removed"), rows))
+    return Chart(text, panels, table)
+
+
+def _draw_map(
+    axes: Axes,
+    shares_LH: np.ndarray,
+    layers: Sequence[str],
+    low: float,
+    high: float,
+) -> None:
+    """Draw a map of layers and heads.
+
+    Args:
+        axes: Empty axes.
+        shares_LH: Share removed of each head, (layers, heads).
+        layers: Names of the layers.
+        low: Share at the lower end of the colours.
+        high: Share at the upper end.
+    """
+    image = axes.imshow(shares_LH, aspect="auto", vmin=low, vmax=high)
+    bar = axes.figure.colorbar(image, ax=axes, format="%.3f", label="share removed")
+    bar.outline.set_visible(False)
+
+    step = 1 + len(layers) // 12  # more than a dozen names overlap
+    shown = range(0, len(layers), step)
+    axes.set_yticks(shown, layers[::step])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("head")
+    axes.set_ylabel("layer")
+    axes.grid(False)
 
 
 def mean_heads_chart(evidence: Evidence) -> Chart:
-    """Fig. 14: the same, averaged over layers, with the band of chance; a panel for masks that remove as much."""
+    """Fig. 14: the same, averaged over layers, with the band of chance; a panel for masks that remove as much.
+
+    Raises:
+        NotComputed: If the masks were not analysed, or none covers Q, K and V of a layer.
+    """
     masks = _with_heads(evidence)
-    lines = {name: _map_of(mask).mean(axis=0) for name, mask in masks.items()}
+    lines: dict[str, np.ndarray] = {}
+    for name, mask in masks.items():
+        lines[name] = _map_of(mask).mean(axis=0)
     entries = looks_in_turn(lines)
 
     def draw(axes: Axes, names: Sequence[str]) -> None:
         middle = np.mean([lines[name].mean() for name in names])
+        # Masks of one panel remove as much, so the band of the first is that of all.
         spread = _chance(masks[names[0]])
         half_band = 1.96 * spread
         axes.axhspan(middle - half_band, middle + half_band, color=COLOURS["rule"], zorder=0)
@@ -97,10 +133,14 @@ def _with_heads(evidence: Evidence) -> dict[str, Mapping]:
     learned = [run for run in evidence.runs if run.method == MASK and run.id in masks]
 
     def place(run: TrainedRun) -> int:
-        return order.index(run.name) if run.name in order else len(order)
+        if run.name in order:
+            return order.index(run.name)
+        return len(order)
 
     learned.sort(key=place)
-    ids = [run.id for run in learned] or list(masks)
+    ids = [run.id for run in learned]
+    if not ids:
+        ids = list(masks)
 
     names = {run.id: f"{run.name}, seed {run.seed}" for run in evidence.runs}
     found: dict[str, Mapping] = {}
@@ -116,17 +156,20 @@ def _with_heads(evidence: Evidence) -> dict[str, Mapping]:
 
 def _heads(mask: Mapping) -> dict[str, list[float]]:
     """Layer -> share removed of each head."""
-    return {layer: found["shares"] for layer, found in mask["by_head"].items()}
+    by_head = mask["by_head"]
+    return {layer: found["shares"] for layer, found in by_head.items()}
 
 
 def _map_of(mask: Mapping) -> np.ndarray:
     """Share removed of each head, (layers, heads)."""
-    return np.array(list(_heads(mask).values()))
+    shares = _heads(mask).values()
+    return np.array(list(shares))
 
 
 def _chance(mask: Mapping) -> float:
     """Standard deviation of a head's share, mean over layers, at random places."""
     deviations = [found["chance"] for found in mask["by_head"].values()]
+    # Layers are independent of each other: variances add up, and a mean of n has the deviation of the sum over n.
     variance_of_sum = np.sum(np.square(deviations))
     return float(np.sqrt(variance_of_sum) / len(deviations))
 
@@ -134,11 +177,16 @@ def _chance(mask: Mapping) -> float:
 def _percent(mask: Mapping) -> str:
     """How much of its matrices a mask removes, for those that remove as much."""
     percent = 100 * mask["num_removed"] / mask["num_weights"]
-    return f"{percent:.0f}" if percent >= 1 else f"{percent:.1g}"
+    if percent >= 1:
+        return f"{percent:.0f}"
+    # Below 1 % the first digit tells sparsities apart, which would all be 0.
+    return f"{percent:.1g}"
 
 
 def _by_sparsity(masks: Mapping[str, Mapping]) -> dict[str, list[str]]:
+    """Percent removed -> names of the masks that remove as much."""
     groups: dict[str, list[str]] = {}
     for name, mask in masks.items():
-        groups.setdefault(_percent(mask), []).append(name)
+        of_percent = groups.setdefault(_percent(mask), [])
+        of_percent.append(name)
     return groups

@@ -20,7 +20,11 @@ _SIZES = ("model", "masked_matrices")
 
 
 def curvature_chart(evidence: Evidence) -> Chart:
-    """Trace and largest eigenvalue of the Hessians, with one standard error, as a table: the paper draws none."""
+    """Trace and largest eigenvalue of the Hessians, with one standard error, as a table: the paper draws none.
+
+    Raises:
+        NotComputed: If the curvature was not computed.
+    """
     record = evidence.record("curvature")
     rows: list[tuple[str, ...]] = []
     for key, name in _HESSIANS.items():
@@ -29,6 +33,8 @@ def curvature_chart(evidence: Evidence) -> Chart:
         largest = number(eigenvalues["eigenvalue"])
         smallest = number(eigenvalues["smallest"])
         rows.append((name, *_trace(hessian), largest, smallest))
+
+        # Differences with their own errors: both traces are estimated with the same probes and rows.
         if "less_start_all" in hessian:
             difference = _trace(hessian["less_start_all"])
             rows.append((f"{name}, less that before the mask", *difference, "–", "–"))
@@ -42,7 +48,11 @@ def curvature_chart(evidence: Evidence) -> Chart:
 
 
 def bound_chart(evidence: Evidence) -> Chart:
-    """Both upper bounds per width of a weight, as a table: a vacuous bound is no result to draw."""
+    """Both upper bounds per width of a weight in bits, as a table: a vacuous bound is no result to draw.
+
+    Raises:
+        NotComputed: If the bound was not computed.
+    """
     record = evidence.record("bound")
     rows: list[tuple[str, ...]] = []
     num_vacuous = 0
@@ -52,18 +62,17 @@ def bound_chart(evidence: Evidence) -> Chart:
             if bound["is_vacuous"]:
                 verdict = "vacuous"
                 num_vacuous += 1
-            rows.append(
-                (
-                    size.replace("_", " "),
-                    width,
-                    number(bound["phi"]["full"]),
-                    number(bound["phi"]["mask"]),
-                    number(bound["delta_train"]),
-                    number(bound["delta_complexity"]),
-                    number(bound["difference"]),
-                    verdict,
-                )
+            row = (
+                size.replace("_", " "),
+                width,
+                number(bound["phi"]["full"]),
+                number(bound["phi"]["mask"]),
+                number(bound["delta_train"]),
+                number(bound["delta_complexity"]),
+                number(bound["difference"]),
+                verdict,
             )
+            rows.append(row)
     text = (
         f"Training loss and complexity term of Eq. 6. Of {len(rows)} bounds, {num_vacuous} are vacuous: the complexity "
         "term alone exceeds the loss of guessing. It is the same for every mask of one sparsity, a random one too. "
@@ -83,4 +92,9 @@ def bound_chart(evidence: Evidence) -> Chart:
 
 
 def _trace(record: Mapping[str, Any]) -> list[str]:
-    return [number(record[name]) for name in ("trace", "stderr_probes", "stderr_rows")]
+    """A trace, and its standard errors over probes and over rows."""
+    return [
+        number(record["trace"]),
+        number(record["stderr_probes"]),
+        number(record["stderr_rows"]),
+    ]

@@ -39,9 +39,10 @@ def look(method: str | None, is_start: bool = True) -> tuple[str, str, str]:
 
 def series_looks(names: Iterable[str]) -> dict[str, Entry]:
     """A look for each name of a picture with many methods: masks red, full fine-tuning blue, all others in turn."""
-    looks: dict[str, tuple[str, str]] = {}
+    looks: dict[str, tuple[str, str]] = {}  # name -> colour and marker
     for name in names:
-        kind = re.split(r",| (?:of|on|with)\b| [\d(\[]", name)[0]  # without settings, parents and variants
+        # Without settings, parents and variants.
+        kind, *_ = re.split(r",| (?:of|on|with)\b| [\d(\[]", name)
         is_learned_mask = kind.endswith("mask") and not kind.startswith(("random", "L1", "Wanda"))
         colours: Sequence[str]
         if is_learned_mask:
@@ -54,10 +55,13 @@ def series_looks(names: Iterable[str]) -> dict[str, Entry]:
             colours = _OTHERS
             markers = "sDphP*o"
 
-        # Colours and markers of the kind in turn; then any others.
+        # Colours and markers of the kind in turn, so that the second name differs from the first in both; a product
+        # would change the marker alone. When all are taken, any other pair.
         candidates = list(zip(cycle(colours), markers * len(colours), strict=False))
         candidates += product((*colours, *SERIES), _MARKERS)
-        free = [each for each in candidates if each not in looks.values()]
+
+        taken = looks.values()
+        free = [each for each in candidates if each not in taken]
         looks[name] = free[0] if free else candidates[0]
 
     entries: dict[str, Entry] = {}
@@ -86,10 +90,17 @@ def entries_of(kinds: Mapping[str, tuple[str, bool]]) -> dict[str, Entry]:
     for name, (method, is_start) in kinds.items():
         own = look(method, is_start)
         colour, _, _ = own
-        candidates = [own, *product([colour], ("--", "-.", ":"), "sDPvX")]
-        free = [each for each in candidates if each not in looks.values()]
+        variants = product([colour], ("--", "-.", ":"), "sDPvX")
+        candidates = [own, *variants]
+
+        taken = looks.values()
+        free = [each for each in candidates if each not in taken]
         looks[name] = free[0] if free else own
-    return {name: Entry(name, *each) for name, each in looks.items()}
+
+    entries: dict[str, Entry] = {}
+    for name, (colour, dash, marker) in looks.items():
+        entries[name] = Entry(name, colour, dash, marker)
+    return entries
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -101,6 +112,8 @@ def number(value: float | None, digits: int = 4) -> str:
     """
     if value is None:
         return "–"
+
+    # Format `g` would write large numbers as 1.235e+06.
     is_large_whole = abs(value) >= 1000 and value == int(value)
     if isinstance(value, int) or is_large_whole:
         return f"{int(value):,}"

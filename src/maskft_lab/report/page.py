@@ -39,23 +39,20 @@ SECTIONS = {
 
 
 def render_report(evidence: Evidence) -> str:
-    """The page as text."""
+    """The page as text.
+
+    Raises:
+        UserError: If the file of an analysis is not as ``maskft analyze`` writes it.
+    """
     comparison = evidence.comparison
     verdicts = _verdicts(evidence)
     notes = list(evidence.notes)
     if comparison is not None:
         notes += comparison.notes
 
-    drawn, missing = draw_figures(evidence, FIGURES)
-    charts: dict[str, list[dict[str, Any]]] = {section: [] for section in SECTIONS}
-    for figure, chart in drawn:
-        charts[figure.section].append(_drawn(figure, chart))
-    not_drawn: list[dict[str, Any]] = []
-    for each in missing:
-        head = _head(each.figure)
-        not_drawn.append(head | {"reason": each.reason, "command": each.command})
+    charts, missing = _charts(evidence)
 
-    # Verdict, table and recipe have more than figures.
+    # Sections without a figure are left out, except those that have more than figures.
     sections: dict[str, str] = {}
     for key, title in SECTIONS.items():
         if charts[key] or key in ("verdict", "table", "recipe"):
@@ -68,15 +65,22 @@ def render_report(evidence: Evidence) -> str:
     else:
         reached = []  # only paths were published
 
+    # The words of the tables' captions: errors over what, and which intervals.
     over = "seeds where there are several, else over items"
     if comparison is not None and comparison.fixed_seeds:
         over = "items"
-    # The first published comparisons have only unadjusted intervals.
     interval = "simultaneous"
-    if comparison is not None and any(row.unadjusted_low is None for row in comparison.differences):
-        interval = "unadjusted"
-    seeds = {result["model"]["seed"] for result in evidence.results} - {None}
+    if comparison is not None:
+        # The first published comparisons have only unadjusted intervals.
+        is_old = any(row.unadjusted_low is None for row in comparison.differences)
+        if is_old:
+            interval = "unadjusted"
 
+    seeds = {result["model"]["seed"] for result in evidence.results} - {None}
+    seeds_text = ", ".join(map(str, sorted(seeds)))
+
+    # Texts come from anyone's result files, so they are escaped. A value that the template asks for and does not get is
+    # an error instead of an empty place.
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(__package__, "templates"),
         autoescape=True,
@@ -101,13 +105,29 @@ def render_report(evidence: Evidence) -> str:
         over=over,
         interval=interval,
         charts=charts,
-        missing=not_drawn,
+        missing=missing,
         commands=_commands(evidence),
         recipe=evidence.recipe,
-        seeds=", ".join(map(str, sorted(seeds))) or "none",
+        seeds=seeds_text or "none",
         settings=_settings(evidence),
         max_open_rows=MAX_OPEN_ROWS,
     )
+
+
+def _charts(evidence: Evidence) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
+    """Figures for the template: those of each section, and those that cannot be drawn, with the reason."""
+    drawn, missing = draw_figures(evidence, FIGURES)
+
+    charts: dict[str, list[dict[str, Any]]] = {section: [] for section in SECTIONS}
+    for figure, chart in drawn:
+        of_section = charts[figure.section]
+        of_section.append(_drawn(figure, chart))
+
+    not_drawn: list[dict[str, Any]] = []
+    for each in missing:
+        head = _head(each.figure)
+        not_drawn.append(head | {"reason": each.reason, "command": each.command})
+    return charts, not_drawn
 
 
 def _visible(value: Any) -> Any:
@@ -120,7 +140,10 @@ def _visible(value: Any) -> Any:
 
 
 def _palettes() -> str:
-    """The colours of figures as CSS variables, light and dark."""
+    """The colours of figures as CSS variables, light and dark.
+
+    Dark where the reader chose it with the button, or where the system is dark and the reader did not choose light.
+    """
     light = "; ".join(f"--{name}: {value}" for name, value in COLOURS.items())
     dark = "; ".join(f"--{name}: {value}" for name, value in DARK.items())
     return (
@@ -131,10 +154,12 @@ def _palettes() -> str:
 
 
 def _head(figure: Figure) -> dict[str, Any]:
+    """Key and title of a figure, and its numbers in the paper."""
     of_paper = ""
     if figure.numbers:
+        word = "Figs" if len(figure.numbers) > 1 else "Fig."
         numbers = ", ".join(map(str, figure.numbers))
-        of_paper = f"Figs {numbers}" if len(figure.numbers) > 1 else f"Fig. {numbers}"
+        of_paper = f"{word} {numbers}"
     return {
         "key": figure.key,
         "title": figure.title,
@@ -146,13 +171,12 @@ def _drawn(figure: Figure, chart: Chart) -> dict[str, Any]:
     """A figure for the template, with panels as SVG."""
     panels: list[dict[str, Any]] = []
     for index, panel in enumerate(chart.panels):
-        panels.append(
-            {
-                "title": panel.title,
-                "is_wide": panel.is_wide,
-                "svg": to_svg(panel, f"{figure.key}-{index}"),
-            }
-        )
+        record = {
+            "title": panel.title,
+            "is_wide": panel.is_wide,
+            "svg": to_svg(panel, f"{figure.key}-{index}"),
+        }
+        panels.append(record)
     return _head(figure) | {
         "text": chart.text,
         "legend": chart.legend,
@@ -165,23 +189,32 @@ def _facts(evidence: Evidence) -> list[str]:
     """Base, models, items and dates; models of the comparison count even if their files are missing."""
     comparison = evidence.comparison
     with_files = {result["name"] for result in evidence.results}
-    compared = {comparison.baseline, *comparison.methods} if comparison else with_files
+    compared = with_files
+    if comparison:
+        compared = {comparison.baseline, *comparison.methods}
     models = f"{len(compared)} models"
     if not compared <= with_files:
-        models += f" ({len(compared & with_files)} with their answers here)"
+        num_here = len(compared & with_files)
+        models += f" ({num_here} with their answers here)"
 
     facts = [f"base model: {evidence.base}", models, f"{len(evidence.results)} result files"]
+
+    # Results have the same items, so each test is named once.
     for result in evidence.results:
         for task, record in result["tasks"].items():
             fact = f"{len(record['items']):,} items of {test_name(evidence, task)}"
             if fact not in facts:
                 facts.append(fact)
 
+    # The day of an ISO date and time.
     dates = sorted(result["created"][:10] for result in evidence.results)
     if dates:
         first = dates[0]
         last = dates[-1]
-        facts.append(f"measured {first}" if first == last else f"measured {first} to {last}")
+        measured = f"measured {first}"
+        if first != last:
+            measured += f" to {last}"
+        facts.append(measured)
     return facts
 
 
@@ -191,14 +224,20 @@ def _verdicts(evidence: Evidence) -> list[str]:
     if comparison is None:
         return ["There are no results of two models to compare, and nothing is claimed."]
     if comparison.verdicts:
-        texts = [printable(reworded(verdict)) for verdict in comparison.verdicts]
-        return [text[:1].upper() + text[1:] for text in texts]
+        texts: list[str] = []
+        for verdict in comparison.verdicts:
+            text = printable(reworded(verdict))
+            texts.append(text[:1].upper() + text[1:])
+        return texts
+
     masks = evidence.masks
     sentences = [sentence(row) for row in comparison.differences if row.method in masks and row.is_main]
     return sentences or [f"No learned mask is compared with {comparison.baseline}."]
 
 
 def _commands(evidence: Evidence) -> list[str]:
+    """Commands that make the study, its analyses and this page."""
+    # Published results have no models, so the study's own folder is not known.
     has_models = any(run.models for run in evidence.runs)
     place = evidence.place if has_models else "STUDY"
     study = f"maskft study RECIPE.yaml --output_dir {place}  # the recipe named {evidence.name}"
@@ -211,14 +250,16 @@ def _settings(evidence: Evidence) -> Table:
     unused: dict[str, frozenset[str]] = {}
     for result in evidence.results:
         name = result["name"]
-        if name not in settings_of:
-            unused[name] = _unused(result)
-            settings = result["study"]["settings"] or {}
-            settings_of[name] = {key: value for key, value in settings.items() if key not in unused[name]}
+        if name in settings_of:
+            continue  # another seed
+        unused[name] = _unused(result)
+        settings = result["study"]["settings"] or {}
+        settings_of[name] = {key: value for key, value in settings.items() if key not in unused[name]}
 
     keys: dict[str, None] = {}
     for settings in settings_of.values():
         keys |= dict.fromkeys(settings)
+
     differing: list[str] = []
     for key in keys:
         values: set[str] = set()
@@ -231,7 +272,8 @@ def _settings(evidence: Evidence) -> Table:
 
     rows: list[tuple[str, ...]] = []
     for name, settings in settings_of.items():
-        rows.append((name, *(_text(settings.get(key)) for key in differing)))
+        cells = [_text(settings.get(key)) for key in differing]
+        rows.append((name, *cells))
     return Table(("model", *differing), rows)
 
 
@@ -248,6 +290,7 @@ def _unused(result: dict[str, Any]) -> frozenset[str]:
 
 
 def _text(value: Any) -> str:
+    """A setting's value for a table."""
     if value is None:
         return "–"
     if isinstance(value, float):

@@ -20,8 +20,10 @@ Ends = tuple[float, float]
 def near(values: Sequence[float], far: float = FAR) -> list[float]:
     """The values that an axis is made for: those within ``far`` times the median distance from zero."""
     distances = np.abs(np.asarray(values, dtype=float))
+    # The median, because one value far away moves it little.
     limit = far * float(np.median(distances))
     if limit == 0:
+        # More than half of the values are 0, and tell nothing about the others.
         return list(values)
     return [value for value in values if abs(value) <= limit]
 
@@ -36,7 +38,11 @@ def limits(values: Sequence[float], ends: Sequence[float] = (), share: float = 0
     """
     low = min(0.0, *values)
     high = max(0.0, *values)
-    span = (high - low) or 1.0
+    span = high - low
+    if span == 0:
+        span = 1.0  # all values are 0, and an axis needs a length
+
+    # As far as intervals reach, but not farther than their share: of few seeds they would fill the whole axis.
     lowest_end = min([low, *ends])
     highest_end = max([high, *ends])
     wide_low = max(low - share * span, lowest_end)
@@ -46,7 +52,13 @@ def limits(values: Sequence[float], ends: Sequence[float] = (), share: float = 0
 
 
 def few_ticks(axes: Axes, along: str = "x", count: int = 5) -> None:
-    """Few round ticks: numbers of four digits collide on a narrow panel."""
+    """Few round ticks: numbers of four digits collide on a narrow panel.
+
+    Args:
+        axes: The axes.
+        along: The axis, ``x`` or ``y``.
+        count: Largest number of intervals between ticks.
+    """
     axis = axes.xaxis if along == "x" else axes.yaxis
     axis.set_major_locator(MaxNLocator(nbins=count, steps=[1, 2, 2.5, 5, 10]))
 
