@@ -48,7 +48,11 @@ def load(task: str | None = None) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     return model, tokenizer
 
 
-def answer(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+def answer(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+) -> str:
     """The first line of the model's greedy answer to ``prompt``, of at most 12 tokens; empty if it answers nothing."""
     (text,) = _answers(model, tokenizer, [prompt])
     lines = text.strip().splitlines()

@@ -248,7 +248,11 @@ _NO_METADATA = {
 }
 
 
-def _saved(figure: Figure, suffix: str, is_transparent: bool = False) -> bytes:
+def _saved(
+    figure: Figure,
+    suffix: str,
+    is_transparent: bool = False,
+) -> bytes:
     """The bytes of a file; with a ground, so that it can be read wherever it is opened."""
     out = io.BytesIO()
     form = suffix.removeprefix("dark.")

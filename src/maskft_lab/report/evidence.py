@@ -55,7 +55,9 @@ class Evidence:
     @property
     def place(self) -> str:
         """The folder for a command line; of an absolute path only the last part, so that a page shows no others."""
-        place = self.folder.name if self.folder.is_absolute() else str(self.folder)
+        place = str(self.folder)
+        if self.folder.is_absolute():
+            place = self.folder.name
         return shlex.quote(place)
 
     @property
@@ -107,8 +109,9 @@ class Evidence:
 
         # In the order of their files, as `maskft compare` reads them: the last digit of a simultaneous interval, whose
         # level is drawn at random, depends on the order of the family.
-        results.sort(key=lambda result: (result["study"]["run"], result["study"]["role"]))
+        results.sort(key=_run_and_role)
 
+        # A page takes seconds; a comparison of many answers would take minutes.
         num_values = 0
         for result in results:
             for task in result["tasks"].values():
@@ -162,7 +165,12 @@ def test_name(evidence: Evidence, task: str) -> str:
     return "test" if task == HELDOUT else task
 
 
-def gather(folder: str | Path, *, base: str | None = None, study_name: str | None = None) -> Evidence:
+def gather(
+    folder: str | Path,
+    *,
+    base: str | None = None,
+    study_name: str | None = None,
+) -> Evidence:
     """Read a study's folder, or a folder of published results.
 
     Args:
@@ -202,21 +210,29 @@ def gather(folder: str | Path, *, base: str | None = None, study_name: str | Non
     return evidence
 
 
-def _named_results(runs: Sequence[TrainedRun], summary: Mapping[str, Any]) -> list[Result]:
+def _named_results(
+    runs: Sequence[TrainedRun],
+    summary: Mapping[str, Any],
+) -> list[Result]:
     """The results of all runs under the study's own names: studies that share a folder share runs."""
     names: dict[tuple[str, str], str] = {}
     for row in summary.get("runs", []):
-        place = (row["run"], row["role"])
-        names[place] = row["name"]
+        run_and_role = (row["run"], row["role"])
+        names[run_and_role] = row["name"]
 
     results: list[Result] = []
     for run in runs:
         for result in run.results.values():
-            place = (result["study"]["run"], result["study"]["role"])
-            name = names.get(place, result["name"])
+            name = names.get(_run_and_role(result), result["name"])
             renamed = {**result, "name": name}  # a copy: the run keeps its result
             results.append(cast(Result, renamed))
     return results
+
+
+def _run_and_role(result: Result) -> tuple[str, str]:
+    """A result's run, and which of its models it is of: the best, or the last."""
+    study = result["study"]
+    return study["run"], study["role"]
 
 
 def _summary(

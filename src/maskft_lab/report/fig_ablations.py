@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from ..analysis.runs import BEST, MASK, TrainedRun, parent_of
+from ..results.comparison import Place
 from ..results.statistics import weighted_mean
 from ..results.tables import Table
 from ..results.words import unit_text
@@ -29,9 +30,6 @@ _ALL = ("mask_layers_to_transform", "max_train_samples")  # settings whose defau
 _OF_THE_PAPER = ("mask_layers_to_transform", "mask_sparsity", "max_train_samples")
 # Settings that no ablation varies: seeds, and the times at which something is measured or written.
 _NOT_VARIED = ("seed", "mask_seed", "eval_steps", "save_steps", "logging_steps", "keep_last", "report_to")
-
-
-Place = tuple[str, str]  # task and metric
 
 
 class SeedMean(NamedTuple):
@@ -186,7 +184,10 @@ def ablation_chart(setting: str | None, evidence: Evidence) -> Chart:
     return Chart(text, panels, table, legend)
 
 
-def _cells(ablation: Ablation, test: str) -> list[tuple[str, ...]]:
+def _cells(
+    ablation: Ablation,
+    test: str,
+) -> list[tuple[str, ...]]:
     """The rows of the table for one ablation, with all settings of each line."""
     rows: list[tuple[str, ...]] = []
     for line in ablation.lines:
@@ -225,10 +226,12 @@ def _draw(
     for line in found.lines:
         name = _fixed_text(line.fixed, varied)
         entry = looks[name]
-        x = [values.index(value_text(value, found.setting)) for value, _ in line.points]
-        means = np.array([point.mean for _, point in line.points], dtype=float)
+        of_line = [value_text(value, found.setting) for value, _ in line.points]
+        x = [values.index(text) for text in of_line]
+        points_of_line = [point for _, point in line.points]
+        means = np.array([point.mean for point in points_of_line], dtype=float)
         # None becomes NaN, for which no bar is drawn.
-        errors = np.array([point.stderr for _, point in line.points], dtype=float)
+        errors = np.array([point.stderr for point in points_of_line], dtype=float)
         axes.errorbar(
             x,
             scale * means,
@@ -249,7 +252,8 @@ def _draw(
 
     labels = [plain(value) for value in values]
     has_long_labels = max(map(len, values)) > 8
-    axes.set_xticks(range(len(labels)), labels, rotation=20 if has_long_labels else 0)
+    rotation = 20 if has_long_labels else 0  # degrees
+    axes.set_xticks(range(len(labels)), labels, rotation=rotation)
     axes.set_xlim(-0.4, len(values) - 0.6)
     axes.set_xlabel(plain(_name(found.setting)))
     axes.set_ylabel(plain(f"{found.metric} ({unit_text(found.unit)})"))
@@ -280,7 +284,10 @@ def _mean(runs: Sequence[TrainedRun], place: Place) -> SeedMean:
     return SeedMean(mean, stderr, len(found))
 
 
-def _value(run: TrainedRun, place: Place) -> Mapping[str, Any] | None:
+def _value(
+    run: TrainedRun,
+    place: Place,
+) -> Mapping[str, Any] | None:
     """The metric of a run's result, where it has a value."""
     if BEST not in run.results:
         return None
@@ -316,7 +323,10 @@ def _name(setting: str) -> str:
     return _NAMES.get(setting, setting)
 
 
-def _fixed_text(fixed: Mapping[str, Any], names: Collection[str]) -> str:
+def _fixed_text(
+    fixed: Mapping[str, Any],
+    names: Collection[str],
+) -> str:
     """The settings of a line that are named and are not at their defaults."""
     texts: list[str] = []
     for name, value in fixed.items():

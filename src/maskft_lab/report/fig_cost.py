@@ -53,7 +53,11 @@ class Cost(NamedTuple):
     spent: Mapping[str, float]
 
 
-def cost_of(run: TrainedRun, role: str, runs: Sequence[TrainedRun]) -> dict[str, float]:
+def cost_of(
+    run: TrainedRun,
+    role: str,
+    runs: Sequence[TrainedRun],
+) -> dict[str, float]:
     """Bytes of one process, tokens and seconds of a run, and from the pre-trained model on (``total_``).
 
     Args:
@@ -179,7 +183,10 @@ def _is_nearly_equal(rows: Sequence[Cost], quantity: Quantity) -> bool:
 
 def _has_parts(rows: Sequence[Cost], quantity: Quantity) -> bool:
     """Whether a method began at another's model, so that a part of its bar was spent before."""
-    return any(cost.spent[quantity.own] != cost.spent[quantity.total] for cost in rows)
+    for cost in rows:
+        if cost.spent[quantity.own] != cost.spent[quantity.total]:
+            return True
+    return False
 
 
 def _equal_text(rows: Sequence[Cost], quantity: Quantity) -> str:

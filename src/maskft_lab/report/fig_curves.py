@@ -25,7 +25,10 @@ Line = list[tuple[float, float]]  # (steps from the pre-trained model, value)
 Lines = dict[str, Line]  # by metric
 
 
-def spent_until(run: TrainedRun, step: float | None) -> dict[str, float]:
+def spent_until(
+    run: TrainedRun,
+    step: float | None,
+) -> dict[str, float]:
     """Steps, tokens and seconds of a run up to a step; 0 if nothing was trained.
 
     Tokens are as counted at that step, else the share of the steps in all tokens. Seconds are always by that share, and
@@ -52,7 +55,10 @@ def spent_until(run: TrainedRun, step: float | None) -> dict[str, float]:
     }
 
 
-def spent_before(run: TrainedRun, runs: Sequence[TrainedRun]) -> dict[str, float]:
+def spent_before(
+    run: TrainedRun,
+    runs: Sequence[TrainedRun],
+) -> dict[str, float]:
     """Steps, tokens and seconds from the pre-trained model to the start of a run: of its parents' best checkpoints."""
     parent = parent_of(run, runs)
     if parent is None:
@@ -110,9 +116,15 @@ def curves_chart(evidence: Evidence) -> Chart:
     for name, group in groups.items():
         for metric in metrics:
             of_seeds = _alike(group, metric)
-            num_seeds = str(len(of_seeds))
             for step, value in _mean_line(of_seeds):
-                rows.append((name, _short(metric), number(step, 6), number(value), num_seeds))
+                row = (
+                    name,
+                    _short(metric),
+                    number(step, 6),
+                    number(value),
+                    str(len(of_seeds)),
+                )
+                rows.append(row)
     table = Table(("method", "measure", "step", "mean", "seeds"), rows)
 
     panels: list[Panel] = []
@@ -159,7 +171,11 @@ def _draw(
     axes.set_ylabel("held-out loss (nats/token)" if is_loss else _short(metric))
 
 
-def _longest(groups: Mapping[str, Sequence[Lines]], names: Iterable[str], metric: str) -> int:
+def _longest(
+    groups: Mapping[str, Sequence[Lines]],
+    names: Iterable[str],
+    metric: str,
+) -> int:
     """The number of points of the longest line that would be drawn."""
     longest = 0
     for name in names:

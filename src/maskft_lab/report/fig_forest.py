@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 
 from ..analysis.runs import plain_name
 from ..evaluation.evaluation_arguments import HELDOUT
-from ..results.comparison import NOT_DISTINGUISHABLE, Comparison, Difference
+from ..results.comparison import NOT_DISTINGUISHABLE, Comparison, Difference, Place
 from ..results.schema import BEFORE
 from ..results.tables import Table
 from ..results.verdict import brief_metric
@@ -54,7 +54,7 @@ def forest_chart(evidence: Evidence) -> Chart:
         rows = _rows_of(comparison, place)
         below: list[Line] = []
         for control in controls:
-            if (control.task, control.metric) == place:
+            if control.place == place:
                 below.append(_line(control, f"{control.method} - {control.baseline}"))
         title = f"{_title(rows[0])}: difference from {comparison.baseline}"
         panel = _panel(title, _sorted_lines(rows), below, evidence, rows[0])
@@ -80,11 +80,12 @@ def against_mask_chart(evidence: Evidence) -> Chart:
     if comparison is None:
         raise NotComputed("there is no verdict on a mask, or the answers of a model are not here")
 
-    places = dict.fromkeys((row.task, row.metric) for row in comparison.differences)
+    places = dict.fromkeys(row.place for row in comparison.differences)
     panels: list[Panel] = []
     for place in places:
         rows = _rows_of(comparison, place)
-        panel = _panel(_title(rows[0]), _sorted_lines(rows), [], evidence, rows[0])
+        title = _title(rows[0])
+        panel = _panel(title, _sorted_lines(rows), [], evidence, rows[0])
         panels.append(panel)
 
     text = (
@@ -94,19 +95,21 @@ def against_mask_chart(evidence: Evidence) -> Chart:
     return Chart(text, panels, _table(comparison.differences))
 
 
-def _rows_of(comparison: Comparison, place: tuple[str, str]) -> list[Difference]:
-    return [row for row in comparison.differences if (row.task, row.metric) == place]
+def _rows_of(
+    comparison: Comparison,
+    place: Place,
+) -> list[Difference]:
+    return [row for row in comparison.differences if row.place == place]
 
 
-def _places_of_the_test(comparison: Comparison) -> list[tuple[str, str]]:
+def _places_of_the_test(comparison: Comparison) -> list[Place]:
     """Task and metric of the verdict first, then the other metrics of the same task."""
     first = brief_metric(comparison.differences)
     if comparison.verdicts:
-        parent = comparison.verdicts[0].parent
-        first = (parent.task, parent.metric)
+        first = comparison.verdicts[0].parent.place
     test, _ = first
 
-    places = dict.fromkeys((row.task, row.metric) for row in comparison.differences)
+    places = dict.fromkeys(row.place for row in comparison.differences)
     others = [place for place in places if place[0] == test and place != first]
     return [place for place in [first, *others] if place in places]
 
@@ -175,7 +178,8 @@ def _panel(
     num_rows = len(lines)
     if below:
         num_rows += 1 + len(below)
-    has_long_names = any("\n" in row_name(line.name) for line in [*lines, *below])
+    names = [row_name(line.name) for line in [*lines, *below]]
+    has_long_names = any("\n" in name for name in names)
     row_height = LONG_NAME if has_long_names else ROW_HEIGHT
     height = 0.75 + row_height * num_rows
 
@@ -284,5 +288,12 @@ def _draw_line(
 def _table(rows: Sequence[Difference]) -> Table:
     cells: list[tuple[str, ...]] = []
     for row in rows:
-        cells.append((row.method, row.baseline, _title(row), difference_text(row), row.verdict))
+        texts = (
+            row.method,
+            row.baseline,
+            _title(row),
+            difference_text(row),
+            row.verdict,
+        )
+        cells.append(texts)
     return Table(("method", "minus", "measure", "difference", "verdict"), cells)

@@ -31,6 +31,7 @@ def plane_chart(evidence: Evidence) -> Chart:
         NotComputed: If the landscape was not computed.
     """
     plane = evidence.record("landscape")["plane"]
+    columns = ("rows", "lowest", "mean", "highest")
     panels: list[Panel] = []
     rows: list[tuple[str, ...]] = []
     for split, name in _SPLITS.items():
@@ -47,10 +48,14 @@ def plane_chart(evidence: Evidence) -> Chart:
         "Loss in nats per token over the plane that holds the three models; axes are distances of all weights "
         "together. Models beside the plane are not shown."
     )
-    return Chart(text, panels, Table(("rows", "lowest", "mean", "highest"), rows), _MODELS)
+    return Chart(text, panels, Table(columns, rows), _MODELS)
 
 
-def _plane(axes: Axes, plane: Mapping[str, Any], split: str) -> None:
+def _plane(
+    axes: Axes,
+    plane: Mapping[str, Any],
+    split: str,
+) -> None:
     """Draw the loss on a grid of the plane, and its three models.
 
     Args:

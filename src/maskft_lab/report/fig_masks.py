@@ -37,7 +37,8 @@ def heads_chart(evidence: Evidence) -> Chart:
     def draw(axes: Axes, name: str) -> None:
         mask = masks[name]
         low, high = bounds[_percent(mask)]
-        _draw_map(axes, maps[name], layers=list(_heads(mask)), low=low, high=high)
+        layers = list(_heads(mask))
+        _draw_map(axes, maps[name], layers, low, high)
 
     rows: list[tuple[str, ...]] = []
     for name, mask in masks.items():
@@ -71,7 +72,12 @@ def _draw_map(
         high: Share at the upper end.
     """
     image = axes.imshow(shares_LH, aspect="auto", vmin=low, vmax=high)
-    bar = axes.figure.colorbar(image, ax=axes, format="%.3f", label="share removed")
+    bar = axes.figure.colorbar(
+        image,
+        ax=axes,
+        format="%.3f",
+        label="share removed",
+    )
     bar.outline.set_visible(False)
 
     step = 1 + len(layers) // 12  # more than a dozen names overlap
@@ -96,16 +102,19 @@ def mean_heads_chart(evidence: Evidence) -> Chart:
     entries = looks_in_turn(lines)
 
     def draw(axes: Axes, names: Sequence[str]) -> None:
-        middle = np.mean([lines[name].mean() for name in names])
+        shown = {name: lines[name] for name in names}
+        middle = np.mean([line.mean() for line in shown.values()])
         # Masks of one panel remove as much, so the band of the first is that of all.
         spread = _chance(masks[names[0]])
         half_band = 1.96 * spread
-        axes.axhspan(middle - half_band, middle + half_band, color=COLOURS["rule"], zorder=0)
-        for name in names:
-            axes.plot(lines[name], **line_style(entries[name]))
+        low = middle - half_band
+        high = middle + half_band
+        axes.axhspan(low, high, color=COLOURS["rule"], zorder=0)
+        for name, line in shown.items():
+            axes.plot(line, **line_style(entries[name]))
 
         # At least four deviations, so that noise does not fill the height.
-        farthest = max(np.abs(lines[name] - middle).max() for name in names)
+        farthest = max(np.abs(line - middle).max() for line in shown.values())
         room = 1.15 * max(farthest, 4 * spread)
         axes.set_ylim(middle - room, middle + room)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -121,7 +130,12 @@ def mean_heads_chart(evidence: Evidence) -> Chart:
     text = "Means over layers. In the band lie 95 % of the heads of a mask that removes as much at random places."
     panels: list[Panel] = []
     for percent, names in _by_sparsity(masks).items():
-        panels.append(Panel(f"{percent} % removed", partial(draw, names=names), True))
+        panel = Panel(
+            title=f"{percent} % removed",
+            draw=partial(draw, names=names),
+            is_wide=True,
+        )
+        panels.append(panel)
     band = Entry("95 % of heads at random places", "rule", "", "s")
     return Chart(text, panels, table, [*entries.values(), band])
 

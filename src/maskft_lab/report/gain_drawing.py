@@ -14,7 +14,11 @@ from .scale import few_ticks, mark_ends_beyond
 PALE = 0.35  # opacity of points that others beat
 
 
-def draw_curve(axes: Axes, curve: Curve, looks: Mapping[str, Entry]) -> None:
+def draw_curve(
+    axes: Axes,
+    curve: Curve,
+    looks: Mapping[str, Entry],
+) -> None:
     """Draw a curve on empty axes.
 
     Args:
@@ -67,7 +71,11 @@ def _draw_budgets(axes: Axes, curve: Curve) -> None:
             )
 
 
-def _draw_paths(axes: Axes, curve: Curve, looks: Mapping[str, Entry]) -> None:
+def _draw_paths(
+    axes: Axes,
+    curve: Curve,
+    looks: Mapping[str, Entry],
+) -> None:
     # Chosen points are left out: they were measured on other rows than their path.
     paths: dict[tuple[str, str], list[Point]] = {}
     for point in curve.points:

@@ -26,8 +26,9 @@ def set_limits(axes: Axes, curve: Curve) -> None:
     most = max(gains)
     # If all points lose, half of the smallest loss would be above all of them, and none would be useful.
     least_useful = most / 2 if most > 0 else most
-    useful = [abs(point.forgotten) for point in curve.points if point.gained >= least_useful]
-    farthest = FAR * float(np.median(useful))
+    useful = [point for point in curve.points if point.gained >= least_useful]
+    median_forgetting = float(np.median([abs(point.forgotten) for point in useful]))
+    farthest = FAR * median_forgetting
 
     # Where nothing gains, or next to nothing, the median change: otherwise every loss would be off scale.
     median_change = float(np.median(np.abs(gains)))
@@ -80,7 +81,10 @@ def label_points_beyond(
             beyond.append(point)
 
     # Chosen points first, then strong ones; pale ones only if there is room for all.
-    named = sorted(beyond, key=lambda point: (not is_chosen(curve, point), point not in strong))
+    def order(point: Point) -> tuple[bool, bool]:
+        return not is_chosen(curve, point), point not in strong
+
+    named = sorted(beyond, key=order)
     if len(beyond) > MAX_NAMED:
         named = [point for point in named if point in strong]
     named = named[:MAX_NAMED]
@@ -111,7 +115,11 @@ def label_points_beyond(
         )
 
 
-def _clusters(axes: Axes, points: Sequence[Point], step: float) -> list[list[Point]]:
+def _clusters(
+    axes: Axes,
+    points: Sequence[Point],
+    step: float,
+) -> list[list[Point]]:
     """Points in groups whose numbers would overlap, from below; within a group by their forgetting.
 
     Overlapping numbers are moved apart, away from the heights of their points. In the order of the numbers they read

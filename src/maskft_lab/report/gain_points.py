@@ -126,8 +126,11 @@ def curve_of_record(record: Record) -> Curve:
         shares = shares_of_path.setdefault(_path(each), set())
         shares.add(_share(each))
 
-    # Lines join their points in this order.
-    in_order = sorted(record["points"], key=lambda each: (_share(each), _scale(each)))
+    # Lines join their points in this order: along the training, and along the scales of a checkpoint.
+    in_order = sorted(
+        record["points"],
+        key=lambda each: (_share(each), _scale(each)),
+    )
 
     points: list[Point] = []
     for each in in_order:
@@ -209,9 +212,10 @@ def frontier(points: Sequence[Point]) -> list[Point]:
 
     # From the least forgetting on: a point is not beaten if it gains more than all before it. The model before
     # training gains 0, so a point that gains nothing is beaten by it.
+    by_forgetting = sorted(candidates, key=lambda each: (each.forgotten, -each.gained))
     best: list[Point] = []
     highest = 0.0
-    for point in sorted(candidates, key=lambda each: (each.forgotten, -each.gained)):
+    for point in by_forgetting:
         if point.gained > highest:
             best.append(point)
             highest = point.gained

@@ -24,7 +24,10 @@ _LINE_MARKERS = "o^sDvP"
 _CONTROL = ("teal", "-.", "p")  # anything else: a restart, a part of the weights, models combined
 
 
-def look(method: str | None, is_start: bool = True) -> tuple[str, str, str]:
+def look(
+    method: str | None,
+    is_start: bool = True,
+) -> tuple[str, str, str]:
     """Colour, dash and marker of a method.
 
     Args:
@@ -43,7 +46,8 @@ def series_looks(names: Iterable[str]) -> dict[str, Entry]:
     for name in names:
         # Without settings, parents and variants.
         kind, *_ = re.split(r",| (?:of|on|with)\b| [\d(\[]", name)
-        is_learned_mask = kind.endswith("mask") and not kind.startswith(("random", "L1", "Wanda"))
+        is_fixed = kind.startswith(("random", "L1", "Wanda"))
+        is_learned_mask = kind.endswith("mask") and not is_fixed
         colours: Sequence[str]
         if is_learned_mask:
             colours = ["red"]

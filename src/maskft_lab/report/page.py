@@ -25,6 +25,7 @@ from .evidence import Evidence, test_name
 
 MAX_VERDICTS = 3  # that are visible at once; a click opens the others
 MAX_OPEN_ROWS = 40  # of a table of numbers; longer tables scroll, and say so
+Values = dict[str, Any]  # for the template
 SECTIONS = {
     "verdict": "Verdict",
     "curves": "Curves",
@@ -114,16 +115,16 @@ def render_report(evidence: Evidence) -> str:
     )
 
 
-def _charts(evidence: Evidence) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
+def _charts(evidence: Evidence) -> tuple[dict[str, list[Values]], list[Values]]:
     """Figures for the template: those of each section, and those that cannot be drawn, with the reason."""
     drawn, missing = draw_figures(evidence, FIGURES)
 
-    charts: dict[str, list[dict[str, Any]]] = {section: [] for section in SECTIONS}
+    charts: dict[str, list[Values]] = {section: [] for section in SECTIONS}
     for figure, chart in drawn:
         of_section = charts[figure.section]
         of_section.append(_drawn(figure, chart))
 
-    not_drawn: list[dict[str, Any]] = []
+    not_drawn: list[Values] = []
     for each in missing:
         head = _head(each.figure)
         not_drawn.append(head | {"reason": each.reason, "command": each.command})
@@ -153,7 +154,7 @@ def _palettes() -> str:
     )
 
 
-def _head(figure: Figure) -> dict[str, Any]:
+def _head(figure: Figure) -> Values:
     """Key and title of a figure, and its numbers in the paper."""
     of_paper = ""
     if figure.numbers:
@@ -167,9 +168,9 @@ def _head(figure: Figure) -> dict[str, Any]:
     }
 
 
-def _drawn(figure: Figure, chart: Chart) -> dict[str, Any]:
+def _drawn(figure: Figure, chart: Chart) -> Values:
     """A figure for the template, with panels as SVG."""
-    panels: list[dict[str, Any]] = []
+    panels: list[Values] = []
     for index, panel in enumerate(chart.panels):
         record = {
             "title": panel.title,
@@ -231,7 +232,8 @@ def _verdicts(evidence: Evidence) -> list[str]:
         return texts
 
     masks = evidence.masks
-    sentences = [sentence(row) for row in comparison.differences if row.method in masks and row.is_main]
+    rows = [row for row in comparison.differences if row.method in masks and row.is_main]
+    sentences = [sentence(row) for row in rows]
     return sentences or [f"No learned mask is compared with {comparison.baseline}."]
 
 
@@ -252,9 +254,10 @@ def _settings(evidence: Evidence) -> Table:
         name = result["name"]
         if name in settings_of:
             continue  # another seed
-        unused[name] = _unused(result)
+        left_out = _unused(result)
         settings = result["study"]["settings"] or {}
-        settings_of[name] = {key: value for key, value in settings.items() if key not in unused[name]}
+        settings_of[name] = {key: value for key, value in settings.items() if key not in left_out}
+        unused[name] = left_out
 
     keys: dict[str, None] = {}
     for settings in settings_of.values():

@@ -17,7 +17,10 @@ FAR = 4.0  # times the median distance from zero; values beyond are off scale
 Ends = tuple[float, float]
 
 
-def near(values: Sequence[float], far: float = FAR) -> list[float]:
+def near(
+    values: Sequence[float],
+    far: float = FAR,
+) -> list[float]:
     """The values that an axis is made for: those within ``far`` times the median distance from zero."""
     distances = np.abs(np.asarray(values, dtype=float))
     # The median, because one value far away moves it little.
@@ -28,7 +31,11 @@ def near(values: Sequence[float], far: float = FAR) -> list[float]:
     return [value for value in values if abs(value) <= limit]
 
 
-def limits(values: Sequence[float], ends: Sequence[float] = (), share: float = 0.25) -> Ends:
+def limits(
+    values: Sequence[float],
+    ends: Sequence[float] = (),
+    share: float = 0.25,
+) -> Ends:
     """Ends of an axis with room for zero, all values, and intervals.
 
     Args:
@@ -51,7 +58,11 @@ def limits(values: Sequence[float], ends: Sequence[float] = (), share: float = 0
     return wide_low - room, wide_high + room
 
 
-def few_ticks(axes: Axes, along: str = "x", count: int = 5) -> None:
+def few_ticks(
+    axes: Axes,
+    along: str = "x",
+    count: int = 5,
+) -> None:
     """Few round ticks: numbers of four digits collide on a narrow panel.
 
     Args:

@@ -130,7 +130,10 @@ def is_parent(parent: Result, mask: Result) -> bool:
     return fingerprint is not None and fingerprint == of_mask["fingerprint"]
 
 
-def seed_notes(paired: Mapping[str, Paired], groups: Groups) -> list[str]:
+def seed_notes(
+    paired: Mapping[str, Paired],
+    groups: Groups,
+) -> list[str]:
     """Note where only a part of the seeds can be paired, and where one result of unknown origin is paired with many."""
     notes: list[str] = []
     for name, (of_method, of_baseline) in paired.items():
@@ -138,12 +141,13 @@ def seed_notes(paired: Mapping[str, Paired], groups: Groups) -> list[str]:
         num_given = len(groups[name]) + len(groups[baseline])
         num_paired = len(of_method) + len(of_baseline)
         if num_paired < num_given:
-            seeds = ", ".join(str(result["model"]["seed"]) for result in of_method)
+            seeds = ", ".join([str(result["model"]["seed"]) for result in of_method])
             notes.append(f"{name} is compared at seed {seeds} only, which {baseline} has too")
 
         # Different lengths: one result beside several seeds. Its method is null where no study wrote it.
         single, others = sorted((of_method, of_baseline), key=len)
-        if len(single) != len(others) and single[0]["model"]["method"] is None:
+        is_without_method = single[0]["model"]["method"] is None
+        if len(single) != len(others) and is_without_method:
             notes.append(
                 f"{single[0]['name']} is one result beside {len(others)} seeds, which is right for a model that no "
                 "seed has shaped, such as a pre-trained one"
@@ -151,7 +155,11 @@ def seed_notes(paired: Mapping[str, Paired], groups: Groups) -> list[str]:
     return list(dict.fromkeys(notes))
 
 
-def check_known(what: str, names: Iterable[str], known: Iterable[str]) -> None:
+def check_known(
+    what: str,
+    names: Iterable[str],
+    known: Iterable[str],
+) -> None:
     """Refuse a name that no result has.
 
     Args:
@@ -221,7 +229,8 @@ def check_comparable(results: Sequence[Result], tasks: Sequence[str]) -> None:
         first, *others = [result for result in results if task in result["tasks"]]
         for other in others:
             names = f"{name_and_seed(first)} and {name_and_seed(other)}"
-            for mismatch in _mismatches(first["tasks"][task], other["tasks"][task]):
+            mismatches = _mismatches(first["tasks"][task], other["tasks"][task])
+            for mismatch in mismatches:
                 problems.append(f"{task}: {mismatch} ({names})")
     if problems:
         raise UserError(
@@ -244,7 +253,8 @@ def _mismatches(a: TaskRecord, b: TaskRecord) -> Iterator[str]:
 
     yield from _item_mismatches(a, b)
 
-    for name in a["metrics"].keys() & b["metrics"].keys():
+    shared = a["metrics"].keys() & b["metrics"].keys()
+    for name in shared:
         metric_a = a["metrics"][name]
         metric_b = b["metrics"][name]
 
@@ -260,7 +270,8 @@ def _mismatches(a: TaskRecord, b: TaskRecord) -> Iterator[str]:
             yield f"different higher_is_better of {name}, {is_higher_a} and {is_higher_b}"
 
         if are_guessed:
-            low, high = sorted([_highest(a, name), _highest(b, name)])
+            highest = [_highest(a, name), _highest(b, name)]
+            low, high = sorted(highest)
             if high > _LARGEST_RATING:
                 yield f"{name} goes up to {low:g} in one and up to {high:g} in the other (percent?)"
 
@@ -326,7 +337,11 @@ def _if_different(results: Sequence[Result], values: Sequence[Any]) -> str:
     return ", ".join(texts)
 
 
-def having(results: Iterable[Result], task: str, metric: str) -> list[Result]:
+def having(
+    results: Iterable[Result],
+    task: str,
+    metric: str,
+) -> list[Result]:
     """Return those of the results that have a metric of a task."""
     out: list[Result] = []
     for result in results:
@@ -336,9 +351,14 @@ def having(results: Iterable[Result], task: str, metric: str) -> list[Result]:
     return out
 
 
-def unit_of(results: Iterable[Result], task: str, metric: str) -> str:
+def unit_of(
+    results: Iterable[Result],
+    task: str,
+    metric: str,
+) -> str:
     """Return the unit of a metric in all of these results, at least one, which `check_comparable` accepts."""
-    units = {result["tasks"][task]["metrics"][metric]["unit"] for result in results}
+    records = [result["tasks"][task]["metrics"][metric] for result in results]
+    units = {record["unit"] for record in records}
     # A value above 1 in any result shows that it is no fraction.
     if units == _GUESSED_UNITS:
         return "score"

@@ -82,7 +82,11 @@ def compare(
     # Measured one by one, then judged as families.
     paired: dict[str, Paired] = {}
     for name in others:
-        paired[name] = pair_by_seed(groups[name], groups[baseline], settings.fixed_seeds)
+        paired[name] = pair_by_seed(
+            groups[name],
+            groups[baseline],
+            settings.fixed_seeds,
+        )
     rows: list[Row] = []
     for (name, task, metric), is_main_one in zip(pairs, is_main, strict=True):
         row = measure(paired[name], task, metric, is_main_one, settings)
@@ -135,7 +139,8 @@ def _identical_notes(differences: Sequence[Difference], baseline: str) -> list[s
     methods = dict.fromkeys(row.method for row in differences)
     for name in methods:
         of_method = [row for row in differences if row.method == name]
-        if all(row.num_identical == row.num_items for row in of_method):
+        is_identical = all(row.num_identical == row.num_items for row in of_method)
+        if is_identical:
             notes.append(
                 f"{name} and {baseline} differ on no item: are they one model, such as a mask that removes nothing?"
             )
@@ -173,14 +178,22 @@ def _pairs(
     return pairs, notes
 
 
-def _is_measured(group: Sequence[Result], task: str, metric: str) -> bool:
+def _is_measured(
+    group: Sequence[Result],
+    task: str,
+    metric: str,
+) -> bool:
     """Whether all results of a group have a metric, with a value per item."""
     if having(group, task, metric) != group:
         return False
-    return all(has_items(result["tasks"][task]["items"], metric) for result in group)
+    of_task = [result["tasks"][task] for result in group]
+    return all(has_items(record["items"], metric) for record in of_task)
 
 
-def _main_metrics(result: Result, pairs: Iterable[Pair]) -> dict[str, str]:
+def _main_metrics(
+    result: Result,
+    pairs: Iterable[Pair],
+) -> dict[str, str]:
     """Return task -> its main metric: the first of a result's that is compared."""
     main: dict[str, str] = {}
     compared = {(task, metric) for _, task, metric in pairs}

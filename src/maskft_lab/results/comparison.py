@@ -17,6 +17,8 @@ NUM_RESAMPLES = 10_000
 MAX_RESAMPLES = 2_000_000  # each takes 16 bytes per seed; more than this changes no digit that is printed
 MAX_LOOKS = 100
 
+Place = tuple[str, str]  # task and metric
+
 BETTER = "better"
 WORSE = "worse"
 NOT_DISTINGUISHABLE = "not distinguishable"
@@ -141,6 +143,11 @@ class Difference:
     test_set: str | None = None
     num_identical: int | None = None
 
+    @property
+    def place(self) -> Place:
+        """Its task and metric."""
+        return self.task, self.metric
+
 
 @dataclass(frozen=True)
 class Score:
@@ -164,6 +171,11 @@ class Score:
     high: float | None = None
     is_at_edge: bool = False
     test_set: str | None = None
+
+    @property
+    def place(self) -> Place:
+        """Its task and metric."""
+        return self.task, self.metric
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from .comparable import Paired, name_and_seed, unit_of
 from .comparison import BETTER, NOT_DISTINGUISHABLE, WORSE, Difference, Settings
 from .families import noise_of, simultaneous_level
 from .proportions import FEW, Interval, tango_interval
-from .schema import Result, cluster_ids, item_weights
+from .schema import Item, Result, cluster_ids, item_weights
 from .statistics import Block, Bootstrap, as_block, holm, mcnemar_exact, mean_over_seeds, weighted_mean
 
 
@@ -163,7 +163,7 @@ def sample_of(
         raise UserError(f"{metric} on {task} has 1 item, too few to compare: evaluate at least 2, better hundreds")
 
     # Weights and clusters are the same in all results: check_comparable has seen to it.
-    items = sorted(of_baseline[0]["tasks"][task]["items"], key=itemgetter("id"))
+    items = _items_by_id(of_baseline[0], task)
     clusters = cluster_ids(items)
     if clusters and len(set(clusters)) == 1:
         raise UserError(f"{metric} on {task}: all {num_items} items are of one cluster, {clusters[0]!r}: give several")
@@ -180,7 +180,11 @@ def sample_of(
     )
 
 
-def item_values(group: Sequence[Result], task: str, metric: str) -> NDArray[np.float64]:
+def item_values(
+    group: Sequence[Result],
+    task: str,
+    metric: str,
+) -> NDArray[np.float64]:
     """Return the metric's values, one row per seed, one column per item in the order of the item ids.
 
     Raises:
@@ -188,7 +192,7 @@ def item_values(group: Sequence[Result], task: str, metric: str) -> NDArray[np.f
     """
     rows: list[list[float]] = []
     for result in group:
-        items = sorted(result["tasks"][task]["items"], key=itemgetter("id"))
+        items = _items_by_id(result, task)
         for item in items:
             if item[metric] is None:
                 raise UserError(
@@ -197,6 +201,12 @@ def item_values(group: Sequence[Result], task: str, metric: str) -> NDArray[np.f
                 )
         rows.append([item[metric] for item in items])
     return np.array(rows, dtype=float)
+
+
+def _items_by_id(result: Result, task: str) -> list[Item]:
+    """Return the items of a task in the order of their ids, which is the same in all results."""
+    items = result["tasks"][task]["items"]
+    return sorted(items, key=itemgetter("id"))
 
 
 def measure(
@@ -252,8 +262,10 @@ def difference_of(
     method, baseline = names
     sample = measured.sample
     num_seeds = sample.diffs_SN.shape[0]
-    value, _ = weighted_mean(sample.values_SN.mean(axis=0), sample.weights)
-    baseline_value, _ = weighted_mean(sample.baseline_SN.mean(axis=0), sample.weights)
+    values_N = sample.values_SN.mean(axis=0)
+    baseline_N = sample.baseline_SN.mean(axis=0)
+    value, _ = weighted_mean(values_N, sample.weights)
+    baseline_value, _ = weighted_mean(baseline_N, sample.weights)
 
     # Above 0 where the method is better on an item.
     sign = 1 if higher_is_better else -1
@@ -291,7 +303,10 @@ def difference_of(
     )
 
 
-def judge(family: Sequence[tuple[Difference, Measured]], settings: Settings) -> list[Difference]:
+def judge(
+    family: Sequence[tuple[Difference, Measured]],
+    settings: Settings,
+) -> list[Difference]:
     """Give the differences of one family their intervals, p-values and verdicts.
 
     A method is better or worse where Holm's p is at most ``1 - confidence`` and the unadjusted interval excludes zero.

@@ -45,7 +45,11 @@ def noise_of(drawn: Bootstrap, task: str) -> Noise:
     return Noise(task, part_N, own_variance)
 
 
-def simultaneous_level(family: Sequence[Noise], alpha: float, seed: int = 0) -> float:
+def simultaneous_level(
+    family: Sequence[Noise],
+    alpha: float,
+    seed: int = 0,
+) -> float:
     """Return the level for each interval of a family at which all of them hold with probability ``1 - alpha``.
 
     The maximum of all |T| is drawn from the normal law with the correlations of the differences (a bootstrap of the

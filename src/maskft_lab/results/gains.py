@@ -32,8 +32,7 @@ def gains_of(differences: Sequence[Difference]) -> list[dict[str, Any]]:
 
     # `min` takes the first of equals, and False is less than True: the first fraction, else the first of all.
     test = min(tests, key=lambda row: row.unit != "fraction")
-    place = (test.task, test.metric)
-    gains = {row.method: row for row in tests if (row.task, row.metric) == place}
+    gains = {row.method: row for row in tests if row.place == test.place}
 
     probes: dict[str, list[Difference]] = {}
     for row in differences:
@@ -84,7 +83,10 @@ def _point(gain: Difference, kept: Difference) -> dict[str, Any]:
     }
 
 
-def _scaled(row: Difference, sign: int) -> tuple[float, list[float]]:
+def _scaled(
+    row: Difference,
+    sign: int,
+) -> tuple[float, list[float]]:
     """Return a difference and its interval, shares in points; ``sign`` -1 turns both around."""
     scale = 100.0 if row.unit == "fraction" else 1.0
     scale = sign * scale

@@ -15,7 +15,16 @@ from typing import Any
 from maskft_common.errors import UserError, first_line
 from maskft_common.files import open_text, parse_json, read_text
 
-from .schema import Result, TaskRecord, build_result, build_task, is_finite, items_fingerprint, metric_from_items
+from .schema import (
+    Item,
+    Result,
+    TaskRecord,
+    build_result,
+    build_task,
+    is_finite,
+    items_fingerprint,
+    metric_from_items,
+)
 
 _FILE_NAME = re.compile(r"samples_(?P<task>.+?)_(?P<date>\d{4}-\d\d-\d\dT[\d.+-]+)\.jsonl(\.gz)?")
 _NEEDED = ("doc_id", "filter", "metrics", "doc_hash", "prompt_hash", "target_hash")
@@ -30,7 +39,8 @@ _DAMAGE = (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, I
 
 def samples_in(folder: Path) -> list[Path]:
     """Return the samples files directly in a folder, one for each task."""
-    return [file for file in sorted(folder.glob("samples_*.jsonl*")) if is_samples_file(file)]
+    files = sorted(folder.glob("samples_*.jsonl*"))
+    return [file for file in files if is_samples_file(file)]
 
 
 def is_samples_file(file: Path) -> bool:
@@ -38,7 +48,10 @@ def is_samples_file(file: Path) -> bool:
     return bool(_FILE_NAME.fullmatch(file.name))
 
 
-def read_samples(files: Sequence[Path], name: str | None = None) -> Result:
+def read_samples(
+    files: Sequence[Path],
+    name: str | None = None,
+) -> Result:
     """Return samples files, each of another task, as the result of one model.
 
     Args:
@@ -79,7 +92,9 @@ def read_samples(files: Sequence[Path], name: str | None = None) -> Result:
             if version:
                 packages[package] = version
         if not name:
-            name = str(summary.get("model_name") or file.resolve().parent.name)
+            # lm-eval's folder of a model, where its file does not name the model.
+            folder_name = file.resolve().parent.name
+            name = str(summary.get("model_name") or folder_name)
 
     assert name is not None
     result = build_result(name, {"name_or_path": name}, settings, tasks)
@@ -97,7 +112,11 @@ def _summary(file: Path) -> dict[str, Any]:
     return summary
 
 
-def _task(file: Path, task: str, summary: Mapping[str, Any]) -> TaskRecord:
+def _task(
+    file: Path,
+    task: str,
+    summary: Mapping[str, Any],
+) -> TaskRecord:
     """Return the metrics that are means of a number per item, with lm-eval's direction of each."""
     items, questions = _items(file)
     directions = summary["higher_is_better"].get(task) or {}
@@ -142,10 +161,10 @@ def _task(file: Path, task: str, summary: Mapping[str, Any]) -> TaskRecord:
     return record
 
 
-def _items(file: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _items(file: Path) -> tuple[list[Item], list[Item]]:
     """Return the items with their scores, and the questions that they were asked, by their hashes."""
-    items: dict[str, dict[str, Any]] = {}
-    questions: dict[str, dict[str, Any]] = {}
+    items: dict[str, Item] = {}
+    questions: dict[str, Item] = {}
     for row in _rows(file):
         missing = [key for key in _NEEDED if key not in row]
         if missing:
@@ -186,7 +205,11 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _is_mean(reported: Mapping[str, Any], name: str, values: Sequence[Any]) -> bool:
+def _is_mean(
+    reported: Mapping[str, Any],
+    name: str,
+    values: Sequence[Any],
+) -> bool:
     """Whether lm-eval reports the mean over the items, where it reports anything (it does not for perplexities)."""
     key = name if "," in name else f"{name},{_NO_FILTER}"
     expected = reported.get(key)

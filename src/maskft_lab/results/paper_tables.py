@@ -58,7 +58,8 @@ def paper_tables(results: Sequence[Result]) -> tuple[list[tuple[str, Table]], li
         tables.append((caption, table))
         used |= {id(result) for result in in_table}
 
-    left_over = dict.fromkeys(_name_of(result) for result in results if id(result) not in used)
+    unused = [result for result in results if id(result) not in used]
+    left_over = dict.fromkeys(_name_of(result) for result in unused)
     return tables, list(left_over)
 
 
@@ -88,7 +89,10 @@ def render_tables(
     return "\n".join(parts).rstrip() + "\n"
 
 
-def _fill(number: str, results: Sequence[Result]) -> tuple[str, Table, list[Result]]:
+def _fill(
+    number: str,
+    results: Sequence[Result],
+) -> tuple[str, Table, list[Result]]:
     """Return caption, cells and the results in them."""
     spec = paper()["tables"][number]
     benchmarks = paper()["benchmarks"]
@@ -127,7 +131,9 @@ def _fill(number: str, results: Sequence[Result]) -> tuple[str, Table, list[Resu
         if row["method"] == "full" and "checkpoint" not in row:
             best = cells
         if row.get("delta"):
-            deltas = [_delta_text(cell, best_cell) for cell, best_cell in zip(cells, best, strict=True)]
+            deltas: list[str] = []
+            for cell, best_cell in zip(cells, best, strict=True):
+                deltas.append(_delta_text(cell, best_cell))
             rows.append(("  against Best FFT", *deltas))
 
     # The caption names both base models: figures of one are no reproduction of figures of another.
@@ -139,7 +145,10 @@ def _fill(number: str, results: Sequence[Result]) -> tuple[str, Table, list[Resu
     return caption, Table(("Method", *labels), rows), used
 
 
-def _choose(results: Sequence[Result], asked: Mapping[str, Any]) -> list[tuple[Result, float]]:
+def _choose(
+    results: Sequence[Result],
+    asked: Mapping[str, Any],
+) -> list[tuple[Result, float]]:
     """Return the results of one study for a cell, one per seed, each with its score in percent.
 
     Args:
@@ -174,7 +183,10 @@ def _choose(results: Sequence[Result], asked: Mapping[str, Any]) -> list[tuple[R
     return list(by_seed.values())
 
 
-def _value(result: Result, asked: Mapping[str, Any]) -> float | None:
+def _value(
+    result: Result,
+    asked: Mapping[str, Any],
+) -> float | None:
     """Return the score of the column's first metric that the first of its tasks has; None if there is none."""
     for task in asked["tasks"]:
         if task not in result["tasks"]:

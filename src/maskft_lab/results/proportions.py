@@ -171,7 +171,11 @@ def tango_score(
     return distance / math.sqrt(variance)
 
 
-def _wilson(share: float, num_items: float, z: float) -> Interval:
+def _wilson(
+    share: float,
+    num_items: float,
+    z: float,
+) -> Interval:
     """Return Wilson's score interval; ``num_items`` may be a fraction, or infinite."""
     shrinkage = 1 + z * z / num_items
     # Between the share and one half, the closer to one half the fewer items there are.

@@ -90,7 +90,9 @@ def _files_of(path: Path) -> list[Path]:
     if samples:
         return samples
 
-    candidates = sorted([*path.rglob("*.json"), *path.rglob("*.json.gz")])
+    plain = path.rglob("*.json")
+    gzipped = path.rglob("*.json.gz")
+    candidates = sorted([*plain, *gzipped])
     found: list[Path] = []
     for file in candidates:
         place = str(file.relative_to(path))

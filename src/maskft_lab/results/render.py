@@ -10,7 +10,7 @@ from typing import Any
 
 from maskft_common.errors import printable
 
-from .comparison import BETTER, NOT_DISTINGUISHABLE, SCHEMA_VERSION, WORSE, Comparison, Difference, Score
+from .comparison import BETTER, NOT_DISTINGUISHABLE, SCHEMA_VERSION, WORSE, Comparison, Difference, Place, Score
 from .tables import Table, draw, latex_text, markdown_text
 from .verdict import brief_metric
 from .words import (
@@ -28,8 +28,6 @@ PAGE_LINES = 25
 PAGE_WIDTH = 80
 MIN_TABLE_LINES = 6  # of a page, however long its sentences are
 MIN_NAME = 12  # characters of a name that a page's table leaves at least
-
-Place = tuple[str, str]  # task and metric
 
 
 def render(comparison: Comparison, output_format: str) -> str:
@@ -114,7 +112,7 @@ def cross_domain_table(scores: Sequence[Score]) -> Table:
     A model that has a metric of one task at some of its seeds only counts as without.
     """
     # Columns, the metrics of a task side by side.
-    units = {(score.task, score.metric): score.unit for score in scores}
+    units = {score.place: score.unit for score in scores}
     tasks = list(dict.fromkeys(score.task for score in scores))
     places = sorted(units, key=lambda place: tasks.index(place[0]))
 
@@ -132,7 +130,7 @@ def cross_domain_table(scores: Sequence[Score]) -> Table:
         if score.num_seeds > 1:
             label += f" ({score.num_seeds} seeds)"
         of_model = texts.setdefault(label, {})
-        of_model[score.task, score.metric] = score_text(score)
+        of_model[score.place] = score_text(score)
 
     rows: list[tuple[str, ...]] = []
     for label, of_model in texts.items():
@@ -153,7 +151,7 @@ def _page(comparison: Comparison) -> str:
     rows = comparison.differences
     first = brief_metric(rows)
     places = _first_places(comparison, first)
-    shown = [row for row in rows if (row.task, row.metric) in places]
+    shown = [row for row in rows if row.place in places]
     of_first_method = [row for row in rows if row.method == rows[0].method]
 
     # Sentences first: they take the lines they need, and the table has the rest, less one for the count at the end.
@@ -176,25 +174,27 @@ def _page(comparison: Comparison) -> str:
 def _first_places(comparison: Comparison, first: Place) -> list[Place]:
     """Return the place that represents the comparison, that of the first verdict, and one of each other task."""
     # Its own rows first (False sorts before True), so that its task is the first of the tasks below.
-    rows = sorted(comparison.differences, key=lambda row: (row.task, row.metric) != first)
+    rows = sorted(
+        comparison.differences,
+        key=lambda row: row.place != first,
+    )
     places = [first]
     for verdict in comparison.verdicts[:1]:
-        parent = verdict.parent
-        places.append((parent.task, parent.metric))
+        places.append(verdict.parent.place)
 
     tasks = dict.fromkeys(row.task for row in rows)
     for task in tasks:
         of_task = [row for row in rows if row.task == task]
         places.append(brief_metric(of_task))
 
-    in_rows = {(row.task, row.metric) for row in rows}
+    in_rows = {row.place for row in rows}
     return [place for place in dict.fromkeys(places) if place in in_rows]
 
 
 def _claiming_places(comparison: Comparison, shown: Sequence[Place]) -> list[Place]:
     """Return the places that are not shown and in which something is better or worse."""
     claims = [row for row in comparison.differences if row.verdict != NOT_DISTINGUISHABLE]
-    places = dict.fromkeys((row.task, row.metric) for row in claims)
+    places = dict.fromkeys(row.place for row in claims)
     return [place for place in places if place not in shown]
 
 
@@ -263,7 +263,7 @@ def _page_table(comparison: Comparison, places: Sequence[Place]) -> Table:
     masks = {verdict.parent.method for verdict in comparison.verdicts}
     table: list[tuple[str, ...]] = []
     for place in places:
-        block = [row for row in comparison.differences if (row.task, row.metric) == place]
+        block = [row for row in comparison.differences if row.place == place]
         block.sort(key=lambda row: row.method not in masks)  # masks first, the others in their order
         table += _block(comparison, block)
 
@@ -274,7 +274,8 @@ def _page_table(comparison: Comparison, places: Sequence[Place]) -> Table:
     # The width that the other columns leave to names, two blanks before each.
     width = PAGE_WIDTH
     for index in (1, 2, 3):
-        longest = max(len(row[index]) for row in [columns, *table])
+        cells_of_column = [row[index] for row in [columns, *table]]
+        longest = max(len(cell) for cell in cells_of_column)
         width -= 2 + longest
     width = max(MIN_NAME, width)
 
@@ -286,7 +287,10 @@ def _page_table(comparison: Comparison, places: Sequence[Place]) -> Table:
     return Table(columns, rows)
 
 
-def _block(comparison: Comparison, rows: Sequence[Difference]) -> list[tuple[str, ...]]:
+def _block(
+    comparison: Comparison,
+    rows: Sequence[Difference],
+) -> list[tuple[str, ...]]:
     """Return a heading, a row per method, and the row of the baseline."""
     # The baseline's value is over the seeds that it shares with a method: here with the method that has most of them.
     most = max(rows, key=lambda row: row.num_seeds)

@@ -99,6 +99,10 @@ class TaskRecord(TypedDict):
     data_file: NotRequired[str]  # of the user's own rows: the test set's file, by which tables name it
 
 
+# A lambda, because `_check_task` is defined below the types.
+CheckedTask = Annotated[TaskRecord, AfterValidator(lambda task: _check_task(task))]
+
+
 class EnvironmentRecord(TypedDict):
     """The software that made a result; further keys are kept and ignored."""
 
@@ -116,9 +120,7 @@ class Result(TypedDict):
     model: ModelRecord
     settings: dict[str, Any]  # other influences on the numbers: dtype, batch size, ...
     environment: EnvironmentRecord
-    tasks: Annotated[
-        dict[schema.Name, Annotated[TaskRecord, AfterValidator(lambda task: _check_task(task))]], Field(min_length=1)
-    ]
+    tasks: Annotated[dict[schema.Name, CheckedTask], Field(min_length=1)]
     training: NotRequired[TrainingBlock]
     study: NotRequired[dict[str, Any]]  # of a result of `maskft study`: study, run, role, ...
 
@@ -237,7 +239,10 @@ def metric_from_items(
     }
 
 
-def item_weights(items: Sequence[Mapping[str, Any]], unit: str) -> list[float] | None:
+def item_weights(
+    items: Sequence[Mapping[str, Any]],
+    unit: str,
+) -> list[float] | None:
     """Return the items' ``num_tokens`` for a unit per token, None (equal weights) for any other unit.
 
     Raises:
@@ -267,7 +272,10 @@ def cluster_ids(items: Sequence[Mapping[str, Any]]) -> list[str] | None:
     return [str(each) for each in found]
 
 
-def has_items(items: Sequence[Mapping[str, Any]], metric: str) -> bool:
+def has_items(
+    items: Sequence[Mapping[str, Any]],
+    metric: str,
+) -> bool:
     """Tell whether a metric is measured item by item, and is not a summary of the task."""
     return any(metric in item for item in items)
 
@@ -295,7 +303,10 @@ def data_sha256(rows: Iterable[Any]) -> str:
     return digest("".join(lines))
 
 
-def write_result(path: str | os.PathLike[str], result: Result) -> None:
+def write_result(
+    path: str | os.PathLike[str],
+    result: Result,
+) -> None:
     """Validate ``result`` and write it to ``path``, whole or not at all; missing folders are created.
 
     Raises:
@@ -337,7 +348,10 @@ def result_file(path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def check_result(result: Any, source: str | os.PathLike[str] = "result") -> Result:
+def check_result(
+    result: Any,
+    source: str | os.PathLike[str] = "result",
+) -> Result:
     """Return ``result`` if it is of this schema and its metrics agree with its items; ``source`` names it in errors.
 
     Raises:
@@ -391,7 +405,11 @@ def _check_task(task: TaskRecord) -> TaskRecord:
     return task
 
 
-def _check_metric(name: str, metric: MetricRecord, items: list[Item]) -> None:
+def _check_metric(
+    name: str,
+    metric: MetricRecord,
+    items: list[Item],
+) -> None:
     """Refuse values of items that are no numbers or out of range, and a metric that is not their mean."""
     is_fraction = metric["unit"] == "fraction"
     for item in items:

@@ -74,7 +74,8 @@ def _score(
         test_set=group[0]["tasks"][task].get("data_file"),
     )
     records = [result["tasks"][task]["metrics"][metric] for result in group]
-    values = [record["value"] for record in records if record["value"] is not None]
+    values_or_none = [record["value"] for record in records]
+    values = [value for value in values_or_none if value is not None]
     if len(values) < num_seeds:
         return score  # one seed without a value, and there is no mean
 
@@ -117,7 +118,11 @@ def _score(
     )
 
 
-def _mean_items(group: Sequence[Result], task: str, metric: str) -> NDArray[np.float64] | None:
+def _mean_items(
+    group: Sequence[Result],
+    task: str,
+    metric: str,
+) -> NDArray[np.float64] | None:
     """Return the items' means over the seeds, in the order of the first result; None where it has no items."""
     of_seeds = [result["tasks"][task]["items"] for result in group]
     if not all(has_items(items, metric) for items in of_seeds):

@@ -325,7 +325,10 @@ def holm(p_values: ArrayLike) -> NDArray[np.float64]:
     return adjusted
 
 
-def _variance_components(diffs_SN: NDArray[np.float64], weights_N: NDArray[np.float64]) -> tuple[float, float]:
+def _variance_components(
+    diffs_SN: NDArray[np.float64],
+    weights_N: NDArray[np.float64],
+) -> tuple[float, float]:
     """Split the noise of a difference over at least 2 seeds and 2 items.
 
     Returns:
@@ -364,7 +367,11 @@ def _stretch(num_units: int, confidence: float) -> float:
     return float(unbiased * t / z)
 
 
-def _resample_counts(rng: np.random.Generator, rows: int, num_units: int) -> NDArray[np.float64]:
+def _resample_counts(
+    rng: np.random.Generator,
+    rows: int,
+    num_units: int,
+) -> NDArray[np.float64]:
     """Return how often each unit is drawn in each of ``rows`` resamples with replacement, shape (rows, num_units)."""
     drawn = rng.integers(num_units, size=(rows, num_units))
 

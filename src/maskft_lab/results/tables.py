@@ -44,7 +44,11 @@ class Table(NamedTuple):
     rows: list[tuple[str, ...]]
 
 
-def draw(table: Table, output_format: str, width: int | None = None) -> str:
+def draw(
+    table: Table,
+    output_format: str,
+    width: int | None = None,
+) -> str:
     """Return a table as text.
 
     Args:
@@ -90,7 +94,10 @@ def latex_text(text: str) -> str:
     return "".join(characters)
 
 
-def _cleaned(table: Table, clean: Callable[[str], str]) -> Table:
+def _cleaned(
+    table: Table,
+    clean: Callable[[str], str],
+) -> Table:
     columns = tuple(map(clean, table.columns))
     rows = [tuple(map(clean, row)) for row in table.rows]
     return Table(columns, rows)
@@ -105,9 +112,10 @@ def _markdown_table(table: Table) -> str:
     num_numbers = len(table.columns) - 1
     rule = "| --- |" + " ---: |" * num_numbers
 
-    head, *others = [" | ".join(row) for row in (table.columns, *table.rows)]
+    head = " | ".join(table.columns)
     lines = [f"| {head} |", rule]
-    for cells in others:
+    for row in table.rows:
+        cells = " | ".join(row)
         lines.append(f"| {cells} |")
     return "\n".join(lines) + "\n"
 
@@ -157,7 +165,8 @@ def _terminal_table(table: Table, width: int) -> str:
     # Indices of the columns of each block; the first column is in all of them.
     blocks: list[list[int]] = []
     for index in range(1, len(widths)):
-        if not blocks or _width_of([*blocks[-1], index], widths) > width:
+        fits = bool(blocks) and _width_of([*blocks[-1], index], widths) <= width
+        if not fits:
             blocks.append([])
         blocks[-1].append(index)
 

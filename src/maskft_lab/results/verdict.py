@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from .comparable import Groups, having, is_parent, pair_by_seed
-from .comparison import BETTER, NOT_DISTINGUISHABLE, WORSE, Difference, MaskVerdict, Settings
+from .comparison import BETTER, NOT_DISTINGUISHABLE, WORSE, Difference, MaskVerdict, Place, Settings
 from .differences import Measured, judge, measure
 from .proportions import FEW
 from .schema import BEFORE, Result
@@ -52,29 +52,33 @@ class Kin(NamedTuple):
     controls: list[Pair]
 
 
-def brief_metric(differences: Sequence[Difference]) -> tuple[str, str]:
+def brief_metric(differences: Sequence[Difference]) -> Place:
     """Return the task and metric that represent a comparison where there is room for one.
 
     The trained task goes before probes of earlier abilities, a metric that is not 0 for all models before one that is,
     accuracy before other metrics, and main metrics before others.
     """
-    not_all_zero: set[tuple[str, str]] = set()
+    not_all_zero: set[Place] = set()
     for row in differences:
         if row.value or row.baseline_value:
-            not_all_zero.add((row.task, row.metric))
+            not_all_zero.add(row.place)
 
     def order(row: Difference) -> tuple[bool, ...]:
         # False sorts before True.
         is_probe = row.task.startswith(BEFORE)
-        is_all_zero = (row.task, row.metric) not in not_all_zero
+        is_all_zero = row.place not in not_all_zero
         is_other_metric = row.metric != "accuracy"
         return is_probe, is_all_zero, is_other_metric, not row.is_main
 
     first = min(differences, key=order)
-    return first.task, first.metric
+    return first.place
 
 
-def verdicts_on_masks(groups: Groups, rows: Sequence[Row], settings: Settings) -> list[MaskVerdict]:
+def verdicts_on_masks(
+    groups: Groups,
+    rows: Sequence[Row],
+    settings: Settings,
+) -> list[MaskVerdict]:
     """Return the verdict on each learned mask whose parent is among the models.
 
     The metric is that of :func:`brief_metric`. Where it cannot tell a mask from its parent (`silence`: nothing is
@@ -199,13 +203,13 @@ def _loss_of(
 ) -> str | None:
     """Return the first metric of the task that is no share and that both models were measured in."""
     first, _ = rows[0]
-    measured = {(row.method, row.metric) for row, _ in rows if row.task == task}
+    of_task = [row for row, _ in rows if row.task == task]
+    measured = {(row.method, row.metric) for row in of_task}
     # All metrics here are the baseline's too, which has no row of its own.
     others = {mask, parent} - {first.baseline}
-    for row, _ in rows:
-        if row.task != task or row.unit == "fraction":
-            continue
-        if all((name, row.metric) in measured for name in others):
+    for row in of_task:
+        has_both = all((name, row.metric) in measured for name in others)
+        if row.unit != "fraction" and has_both:
             return row.metric
     return None
 
@@ -213,7 +217,11 @@ def _loss_of(
 # The models beside a mask
 
 
-def _kin(groups: Groups, known: set[str], baseline: str) -> Kin:
+def _kin(
+    groups: Groups,
+    known: set[str],
+    baseline: str,
+) -> Kin:
     """Return the parent and the controls of each learned mask, among the models with the metric of the verdict."""
     names = [name for name in groups if name in known]
     # Another model may have the same weights, such as one that gained nothing: the baseline is looked at first.
@@ -250,23 +258,28 @@ def _judged(
     settings: Settings,
 ) -> dict[Pair, Row]:
     """Return the differences of masks from other models, as one family, each in the metric of its mask."""
-    pairs = [pair for pair in pairs if _have(groups, pair, task, metrics[pair[0]])]
+    with_metric: list[Pair] = []
+    for pair in pairs:
+        mask, _ = pair
+        if _have(groups, pair, task, metrics[mask]):
+            with_metric.append(pair)
 
     # As many as Settings.with_resamples demands, which would raise where the user chose fewer.
     alpha = 1 - settings.confidence
-    needed = round(4 * len(pairs) / alpha)
+    needed = round(4 * len(with_metric) / alpha)
     num_resamples = max(settings.num_resamples, needed)
     settings = replace(settings, num_resamples=num_resamples)
 
     family: list[Row] = []
-    for mask, name in pairs:
+    for mask, name in with_metric:
         paired = pair_by_seed(groups[mask], groups[name], settings.fixed_seeds)
         row = measure(paired, task, metrics[mask], True, settings)
         family.append(row)
 
     differences = judge(family, settings)
     judged: dict[Pair, Row] = {}
-    for pair, difference, (_, measured) in zip(pairs, differences, family, strict=True):
+    for pair, difference, row in zip(with_metric, differences, family, strict=True):
+        _, measured = row
         judged[pair] = (difference, measured)
     return judged
 
@@ -278,7 +291,11 @@ def _have(
     metric: str,
 ) -> bool:
     """Whether all results of a pair have a metric: a control may lack the loss that decides."""
-    return all(having(groups[name], task, metric) == groups[name] for name in pair)
+    for name in pair:
+        group = groups[name]
+        if having(group, task, metric) != group:
+            return False
+    return True
 
 
 def _all_paired(
@@ -379,12 +396,17 @@ def reworded(verdict: MaskVerdict) -> str:
     return said
 
 
-def _conclusion(parent: Difference, control: Difference | None, reason: str | None) -> str:
+def _conclusion(
+    parent: Difference,
+    control: Difference | None,
+    reason: str | None,
+) -> str:
     """Return the conclusion, then the differences from parent and control."""
     if control is None:
         said = _CONCLUSIONS[parent.verdict, None]
     else:
-        said = _CONCLUSIONS[parent.verdict, control.verdict].format(control=control.baseline)
+        template = _CONCLUSIONS[parent.verdict, control.verdict]
+        said = template.format(control=control.baseline)
     if reason:
         said += f" (by {parent.metric}: {reason})"
 

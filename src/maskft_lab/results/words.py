@@ -79,7 +79,11 @@ def _unadjusted_text(row: Difference) -> str:
     return f", unadjusted {interval}"
 
 
-def _with_interval(row: Difference, bounds: Ends, unit: str = "") -> str:
+def _with_interval(
+    row: Difference,
+    bounds: Ends,
+    unit: str = "",
+) -> str:
     """Return a difference and bounds, with enough decimals that only a zero is written as zero."""
     scale, digits = scale_and_digits(row.unit)
     numbers = [scale * number for number in (row.difference, *bounds)]
