@@ -107,13 +107,15 @@ def _plane(
     )
     bar.outline.set_visible(False)
 
-    for (at_x, at_y), entry in zip(plane["points"], _MODELS, strict=True):
+    for place, entry in zip(plane["points"], _MODELS, strict=True):
+        at_x, at_y = place
+        size = 9 if entry.marker == "*" else 6  # a star of 6 looks smaller than other shapes
         axes.plot(
             at_x,
             at_y,
             entry.marker,
             color=COLOURS[entry.colour],
-            markersize=9 if entry.marker == "*" else 6,
+            markersize=size,
             markeredgecolor="#ffffff",
         )
 

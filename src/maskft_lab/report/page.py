@@ -80,17 +80,7 @@ def render_report(evidence: Evidence) -> str:
     seeds = {result["model"]["seed"] for result in evidence.results} - {None}
     seeds_text = ", ".join(map(str, sorted(seeds)))
 
-    # Texts come from anyone's result files, so they are escaped. A value that the template asks for and does not get is
-    # an error instead of an empty place.
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader(__package__, "templates"),
-        autoescape=True,
-        finalize=_visible,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html").render(
+    return _template().render(
         palettes=_palettes(),
         version=__version__,
         title=evidence.name,
@@ -113,6 +103,22 @@ def render_report(evidence: Evidence) -> str:
         settings=_settings(evidence),
         max_open_rows=MAX_OPEN_ROWS,
     )
+
+
+def _template() -> jinja2.Template:
+    """The page without its content."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader(__package__, "templates"),
+        # Texts come from anyone's result files.
+        autoescape=True,
+        finalize=_visible,
+        # A value that the template asks for and does not get is an error instead of an empty place.
+        undefined=jinja2.StrictUndefined,
+        # Lines of the template's statements leave no blank lines.
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html")
 
 
 def _charts(evidence: Evidence) -> tuple[dict[str, list[Values]], list[Values]]:

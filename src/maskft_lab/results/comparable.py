@@ -38,7 +38,8 @@ def group_by_name(results: Sequence[Result]) -> Groups:
         raise UserError("no results were given: give at least one")
     groups: Groups = {}
     for result in results:
-        groups.setdefault(result["name"], []).append(result)
+        group = groups.setdefault(result["name"], [])
+        group.append(result)
 
     for name, group in groups.items():
         seeds = [result["model"]["seed"] for result in group]
@@ -80,6 +81,7 @@ def pair_by_seed(
     if len(group) == len(baseline_group) == 1:
         return group, baseline_group
 
+    # Which side has one result, if any has: its own seed counts as no noise.
     if len(group) == 1:
         single, others = group, baseline_group
     else:
@@ -225,7 +227,7 @@ def check_comparable(results: Sequence[Result], tasks: Sequence[str]) -> None:
     """
     problems: list[str] = []
     for task in tasks:
-        # Equality is transitive, so all results are compared with the first instead of in pairs.
+        # Each with the first, instead of all pairs: one problem for each result that was measured differently.
         first, *others = [result for result in results if task in result["tasks"]]
         for other in others:
             names = f"{name_and_seed(first)} and {name_and_seed(other)}"
@@ -244,7 +246,7 @@ def _mismatches(a: TaskRecord, b: TaskRecord) -> Iterator[str]:
     for key, label in _ALIKE.items():
         x = a.get(key)
         y = b.get(key)
-        # A missing value of a key is not known, and may be equal. Only of a chat template it means that there is none.
+        # A missing value is not known, and may be equal. Only for a chat template does it mean that none was used.
         is_unknown = x is None or y is None
         if key == "chat_template_hash":
             is_unknown = False
@@ -310,6 +312,8 @@ def _item_mismatches(a: TaskRecord, b: TaskRecord) -> Iterator[str]:
 def setting_notes(results: Sequence[Result]) -> list[str]:
     """Name settings and package versions that are not the same in all results: allowed, but the reader should know."""
     notes: list[str] = []
+
+    # Settings that any of them has.
     keys: dict[str, None] = {}
     for result in results:
         keys |= dict.fromkeys(result["settings"])

@@ -69,8 +69,8 @@ class Settings:
         Raises:
             UserError: If fewer resamples were asked for, or more than `MAX_RESAMPLES` are needed.
         """
-        # Holm's first step compares the smallest p with alpha / m. With 4 m / alpha resamples that is about twice the
-        # smallest p there can be.
+        # Holm's first step compares the smallest p with alpha / m. With R = 4 m / alpha resamples that limit is about
+        # twice the smallest p that the bootstrap can give, 2 / (R + 1).
         alpha = 1 - self.confidence
         needed = math.ceil(4 * num_comparisons / alpha)
         needed = max(MIN_RESAMPLES, needed)

@@ -333,26 +333,17 @@ def judge(
 
     judged: list[Difference] = []
     for index, (row, measured) in enumerate(family):
-        # Of this difference by itself, and (`all_`) simultaneous with all others.
-        low, high = measured.interval(confidence)
-        all_low = low
-        all_high = high
+        # Of this difference by itself, and simultaneous with all others of the family.
+        unadjusted = measured.interval(confidence)
+        simultaneous = unadjusted
         if level < alpha:
-            all_low, all_high = measured.interval(1 - level)
+            simultaneous = measured.interval(1 - level)
 
         # Both, because p and interval are computed differently and may disagree at the limit.
-        excludes_zero = low > 0 or high < 0
+        excludes_zero = unadjusted.low > 0 or unadjusted.high < 0
         is_claimed = adjusted[index] <= alpha and excludes_zero
-        is_cut = is_claimed and all_low <= 0 <= all_high
-
-        # The interval must agree with the verdict: without a claim it holds zero, with one it ends there.
-        if not is_claimed:
-            all_low = min(all_low, 0.0)
-            all_high = max(all_high, 0.0)
-        elif row.difference > 0:
-            all_low = max(all_low, 0.0)
-        else:
-            all_high = min(all_high, 0.0)
+        is_cut = is_claimed and simultaneous.low <= 0 <= simultaneous.high
+        shown = _agreeing(simultaneous, row.difference, is_claimed)
 
         verdict = NOT_DISTINGUISHABLE
         if is_claimed:
@@ -360,16 +351,30 @@ def judge(
             verdict = BETTER if is_better else WORSE
         with_verdict = replace(
             row,
-            ci_low=all_low,
-            ci_high=all_high,
+            ci_low=shown.low,
+            ci_high=shown.high,
             confidence=confidence,
             p_value=p_values[index],
             p_adjusted=adjusted[index],
             num_comparisons=len(family),
             verdict=verdict,
-            unadjusted_low=low,
-            unadjusted_high=high,
+            unadjusted_low=unadjusted.low,
+            unadjusted_high=unadjusted.high,
             is_cut_at_zero=is_cut,
         )
         judged.append(with_verdict)
     return judged
+
+
+def _agreeing(
+    interval: Interval,
+    difference: float,
+    is_claimed: bool,
+) -> Interval:
+    """Return an interval that agrees with its verdict: without a claim it holds zero, with one it ends there."""
+    low, high = interval
+    if not is_claimed:
+        return Interval(min(low, 0.0), max(high, 0.0))
+    if difference > 0:
+        return Interval(max(low, 0.0), high)
+    return Interval(low, min(high, 0.0))

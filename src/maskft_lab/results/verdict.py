@@ -95,7 +95,7 @@ def verdicts_on_masks(
     task, metric = brief_metric([row for row, _ in rows])
     baseline = rows[0][0].baseline
 
-    # Differences from the baseline on this task, and the models that have its metric.
+    # Differences from the baseline on this task, by method and metric, and the models that have the metric.
     from_baseline: dict[tuple[str, str], Row] = {}
     known = {baseline}
     for row in rows:
@@ -139,19 +139,34 @@ def verdicts_on_masks(
 
     verdicts: list[MaskVerdict] = []
     for mask in kin.parents:
-        of_parent = of_parents[mask]
         controls = [of_controls[pair] for pair in kin.controls if pair[0] == mask]
-        strongest = _strongest(controls)
-
-        parent_row, _ = of_parent
-        against = [of_parent]
-        control_row: Difference | None = None
-        if strongest is not None:
-            control_row, _ = strongest
-            against.append(strongest)
-        text = _text(against, reasons.get(mask))
-        verdicts.append(MaskVerdict(parent_row, control_row, text))
+        verdict = _verdict(of_parents[mask], controls, reasons.get(mask))
+        verdicts.append(verdict)
     return verdicts
+
+
+def _verdict(
+    of_parent: Row,
+    controls: Sequence[Row],
+    reason: str | None,
+) -> MaskVerdict:
+    """Return the verdict on one mask.
+
+    Args:
+        of_parent: The mask minus its parent.
+        controls: The mask minus each of its controls; may be none.
+        reason: Why the loss decides; None where it does not.
+    """
+    strongest = _strongest(controls)
+    against = [of_parent]
+    control: Difference | None = None
+    if strongest is not None:
+        control, _ = strongest
+        against.append(strongest)
+
+    parent, _ = of_parent
+    text = _text(against, reason)
+    return MaskVerdict(parent, control, text)
 
 
 def _strongest(controls: Sequence[Row]) -> Row | None:
@@ -222,7 +237,15 @@ def _kin(
     known: set[str],
     baseline: str,
 ) -> Kin:
-    """Return the parent and the controls of each learned mask, among the models with the metric of the verdict."""
+    """Return the parent and the controls of each learned mask, among the models with the metric of the verdict.
+
+    A mask without a parent is left out: nothing can be said about it.
+
+    Args:
+        groups: All results by name.
+        known: Names of the models that have the metric.
+        baseline: Name of the comparison's baseline.
+    """
     names = [name for name in groups if name in known]
     # Another model may have the same weights, such as one that gained nothing: the baseline is looked at first.
     names.sort(key=lambda name: name != baseline)
@@ -237,7 +260,7 @@ def _kin(
         others = [name for name in names if name != mask]
         parents = [name for name in others if _all_paired(groups, mask, name, is_parent)]
         if parents:
-            parent = parents[0]
+            parent, *_ = parents
         elif mask != baseline and _all_paired(groups, mask, baseline, _may_be_parent):
             parent = baseline
         else:
@@ -257,7 +280,15 @@ def _judged(
     metrics: Mapping[str, str],
     settings: Settings,
 ) -> dict[Pair, Row]:
-    """Return the differences of masks from other models, as one family, each in the metric of its mask."""
+    """Return the differences of masks from other models, as one family, each in the metric of its mask.
+
+    Args:
+        groups: All results by name.
+        pairs: Masks, each with another model; pairs of which one lacks the metric are left out.
+        task: Task of the verdict.
+        metrics: Mask -> the metric that decides.
+        settings: As of the comparison.
+    """
     with_metric: list[Pair] = []
     for pair in pairs:
         mask, _ = pair
@@ -307,6 +338,12 @@ def _all_paired(
     """Whether a relation between another model's result and the mask's holds at all seeds that both have.
 
     A parent may be one result beside all seeds of its masks. A control may not: the influence of its seed is unknown.
+
+    Args:
+        groups: All results by name.
+        mask: Name of the mask.
+        name: Name of the other model.
+        is_so: The relation: (result of the other model, result of the mask) -> whether it holds.
     """
     of_mask = groups[mask]
     of_other = groups[name]
