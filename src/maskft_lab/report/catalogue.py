@@ -46,6 +46,7 @@ class Figure:
     numbers: tuple[int, ...] = ()
 
 
+# Commands that make the data of figures.
 _STUDY = "maskft study RECIPE.yaml"
 _ANALYZE = "maskft analyze STUDY --what "
 
@@ -71,6 +72,7 @@ def _ablation(
     )
 
 
+# In the order in which a page shows them within their sections.
 FIGURES = (
     Figure("forest", "verdict", "Differences from the baseline", forest_chart, _STUDY),
     Figure("against_mask", "verdict", "The others against the mask", against_mask_chart, _STUDY),

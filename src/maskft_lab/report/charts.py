@@ -37,6 +37,12 @@ _PALETTE = {
 }
 COLOURS = {name: light for name, (light, _) in _PALETTE.items()}
 DARK = {name: dark for name, (_, dark) in _PALETTE.items()}
+# A ground under numbers, which may lie over lines. By its colour's name, since it is dark in a dark picture.
+GROUND = {
+    "facecolor": COLOURS["paper"],
+    "edgecolor": "none",
+    "pad": 0.5,
+}
 SERIES = ("red", "blue", "green", "orange", "purple", "teal")  # of lines that are not methods
 SHADES = "viridis"  # of maps: read on white and on black, and in grey
 

@@ -162,7 +162,10 @@ def test_name(evidence: Evidence, task: str) -> str:
         record = result["tasks"].get(task)
         if record is not None and record.get("data_file"):
             return record["data_file"]
-    return "test" if task == HELDOUT else task
+
+    if task == HELDOUT:
+        return "test"
+    return task
 
 
 def gather(
@@ -200,10 +203,12 @@ def gather(
     # The comparison is read and not computed again, so that the page says what the study said.
     if "not_compared" in summary:
         raise UserError(f"{folder}: the study's results cannot be compared: {summary['not_compared']}")
+    compared_names = {result["name"] for result in results}
     if "comparison" in summary:
         evidence.comparison = Comparison.from_dict(summary["comparison"])
-    elif len({result["name"] for result in results}) > 1:
+    elif len(compared_names) > 1:
         evidence.notes = ["the study has written no comparison yet: finish it with maskft study"]
+
     for tuned in summary.get("tuning", []):
         if tuned.get("winner"):
             evidence.notes.append(_tuned_text(tuned))
@@ -241,6 +246,7 @@ def _summary(
     base: str,
 ) -> tuple[str, dict]:
     """Name of the study, and its summary of one base model; empty where it has none yet."""
+    # A study's folder has a summary for each study that shares it, a published folder has one.
     files = sorted(folder.glob(layout.SUMMARY.format("*")))
     if not files:
         files = list(folder.glob(PUBLISHED_SUMMARY))

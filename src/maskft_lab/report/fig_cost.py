@@ -15,7 +15,7 @@ from .charts import COLOURS, ROW_HEIGHT, Chart, Entry, Panel, row_name
 from .evidence import Evidence, NotComputed
 from .fig_curves import spent_before, spent_until
 from .methods import look, number
-from .scale import few_ticks
+from .scale import few_ticks, name_rows
 
 NEARLY_EQUAL = 1.15  # largest bar over smallest; up to here a sentence replaces the bars
 
@@ -23,11 +23,11 @@ NEARLY_EQUAL = 1.15  # largest bar over smallest; up to here a sentence replaces
 class Quantity(NamedTuple):
     """A quantity in bars: with that before the method, and of the method alone."""
 
-    total: str
-    own: str
+    total: str  # key of `Cost.spent`
+    own: str  # key of `Cost.spent`
     title: str
-    scale: float
-    unit: str
+    scale: float  # the number in a cost is divided by it for the picture
+    unit: str  # of the picture
 
 
 _QUANTITIES = (
@@ -50,7 +50,7 @@ class Cost(NamedTuple):
     name: str
     role: str
     num_seeds: int
-    spent: Mapping[str, float]
+    spent: Mapping[str, float]  # as `cost_of`: bytes, tokens, seconds
 
 
 def cost_of(
@@ -71,6 +71,7 @@ def cost_of(
         step = run.best_step
     own = spent_until(run, step)
     before = spent_before(run, runs)
+    # Memory does not add up over runs, so it has no total.
     return {
         "peak_memory_bytes": run.summary["peak_memory_bytes"],
         "tokens": own["tokens"],
@@ -140,6 +141,7 @@ def cost_chart(evidence: Evidence) -> Chart:
         draw = partial(_draw, rows=rows, quantity=quantity, methods=evidence.methods)
         panels.append(Panel(f"{quantity.title} ({quantity.unit})", draw, True, height))
 
+    # In the legend only where bars have parts.
     legend = []
     if any(_has_parts(rows, quantity) for quantity in drawn):
         legend.append(Entry("spent before this method", "rule", "", "s"))
@@ -175,6 +177,7 @@ def _rows(costs: Sequence[Cost], evidence: Evidence) -> list[Cost]:
 
 
 def _is_nearly_equal(rows: Sequence[Cost], quantity: Quantity) -> bool:
+    """Whether a sentence tells as much as bars: all have about one length, and none has parts."""
     if _has_parts(rows, quantity):
         return False
     values = [cost.spent[quantity.total] for cost in rows]
@@ -235,9 +238,6 @@ def _draw(
         if cost.role == LAST:
             name += " (to the end)"
         names.append(row_name(name))
-    axes.set_yticks(range(len(rows)), names)
-    axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.tick_params(axis="y", length=0, labelcolor=COLOURS["ink"])
-    axes.grid(False, axis="y")
-    axes.margins(x=0.14)
+    name_rows(axes, range(len(rows)), names)
+    axes.margins(x=0.14)  # room for the numbers beside the bars
     few_ticks(axes)

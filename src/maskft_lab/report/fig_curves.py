@@ -72,6 +72,7 @@ def spent_before(
 
 def lines_of(run: TrainedRun, runs: Sequence[TrainedRun]) -> Lines:
     """Every metric that was measured on held-out rows: the loss in nats per token, scores in [0, 1]."""
+    # Steps count from the pre-trained model, so that the line of a mask continues that of its parent.
     before = spent_before(run, runs)["steps"]
     lines: Lines = {}
     for row in run.history:
@@ -112,6 +113,7 @@ def curves_chart(evidence: Evidence) -> Chart:
     chosen.sort(key=lambda name: name not in starts)
     entries = entries_of({name: kinds[name] for name in chosen})
 
+    # The table has all methods, the picture one of each kind.
     rows: list[tuple[str, ...]] = []
     for name, group in groups.items():
         for metric in metrics:
@@ -163,6 +165,7 @@ def _draw(
         axes.plot(steps, values, **style, markevery=num_between)
         drawn.append(line)
 
+    # Only a loss begins far above its later values; scores are in [0, 1].
     is_loss = metric == LOSS
     if is_loss:
         _cut(axes, drawn)
@@ -211,7 +214,7 @@ def _one_of_each_kind(
         lowest[kind] = min(lowest.get(kind, own), own)
 
     drawn |= {name for _, name in lowest.values()}
-    return [name for name in groups if name in drawn]
+    return [name for name in groups if name in drawn]  # in the order of the runs
 
 
 def _alike(group: Sequence[Lines], metric: str) -> list[Line]:

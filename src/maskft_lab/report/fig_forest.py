@@ -15,10 +15,10 @@ from ..results.schema import BEFORE
 from ..results.tables import Table
 from ..results.verdict import brief_metric
 from ..results.words import difference_text, points_or_unit, task_text
-from .charts import COLOURS, ROW_HEIGHT, Chart, Panel, plain, row_name
+from .charts import COLOURS, GROUND, ROW_HEIGHT, Chart, Panel, plain, row_name
 from .evidence import Evidence, NotComputed
 from .methods import look, number
-from .scale import few_ticks, limits, mark_ends_beyond, near
+from .scale import few_ticks, limits, mark_ends_beyond, name_rows, near
 
 LONG_NAME = 0.31  # inches of a row whose name has two lines
 INTERVAL_SHARE = 1.0  # part of the span of the values that intervals may add on each side
@@ -35,7 +35,6 @@ class Line(NamedTuple):
     value: float
     ends: tuple[float, float] | None  # None: the interval would be the whole range, as that of two seeds
     is_claimed: bool
-    text: str
 
 
 def forest_chart(evidence: Evidence) -> Chart:
@@ -48,6 +47,7 @@ def forest_chart(evidence: Evidence) -> Chart:
     if comparison is None or not comparison.differences:
         raise NotComputed("there is no comparison of two models")
 
+    # Controls are compared with their mask, not with the baseline: rows of another kind, below a line.
     controls = [verdict.control for verdict in comparison.verdicts if verdict.control is not None]
     panels: list[Panel] = []
     for place in _places_of_the_test(comparison):
@@ -124,10 +124,9 @@ def _sorted_lines(rows: Sequence[Difference]) -> list[Line]:
 def _line(row: Difference, name: str) -> Line:
     scale = 100.0 if row.unit == "fraction" else 1.0
 
-    # As the text has it, so that picture and table agree.
-    text = difference_text(row)
+    # An interval where the table has one, so that picture and table agree.
     ends: tuple[float, float] | None = None
-    if "no interval" not in text:
+    if "no interval" not in difference_text(row):
         ends = (scale * row.ci_low, scale * row.ci_high)
     return Line(
         name=name,
@@ -135,7 +134,6 @@ def _line(row: Difference, name: str) -> Line:
         value=scale * row.difference,
         ends=ends,
         is_claimed=row.verdict != NOT_DISTINGUISHABLE,
-        text=text,
     )
 
 
@@ -211,7 +209,7 @@ def _draw(
     axes.set_xlim(x_limits)
     axes.axvline(0, color=COLOURS["ink"], linewidth=0.8, zorder=1)
 
-    # Row 0 is at the top (the axis is turned around below), the separator has a row of its own.
+    # Row 0 is at the top; the separator takes a row.
     places = list(range(len(lines)))
     if below:
         separator = len(lines)
@@ -221,10 +219,7 @@ def _draw(
     for place, line in zip(places, every, strict=True):
         _draw_line(axes, place, line, kinds)
 
-    axes.set_yticks(places, [row_name(line.name) for line in every])
-    axes.set_ylim(places[-1] + 0.6, -0.6)
-    axes.tick_params(axis="y", length=0, labelcolor=COLOURS["ink"])
-    axes.grid(False, axis="y")
+    name_rows(axes, places, [row_name(line.name) for line in every])
     few_ticks(axes, "x", 6)
     axes.set_xlabel(plain(label))
 
@@ -276,12 +271,7 @@ def _draw_line(
             va="center",
             fontsize="small",
             color=COLOURS[colour],
-            # A ground under the number, which lies over its interval.
-            bbox={
-                "facecolor": COLOURS["paper"],
-                "edgecolor": "none",
-                "pad": 0.5,
-            },
+            bbox=GROUND,  # the number lies over its interval
         )
 
 

@@ -31,6 +31,8 @@ def draw_curve(
 
     # First, because points beyond the limits are drawn at the end of an axis.
     set_limits(axes, curve)
+
+    # The model before training is where both lines cross.
     axes.axhline(0, color=COLOURS["rule"], linewidth=0.8, zorder=0)
     axes.axvline(0, color=COLOURS["rule"], linewidth=0.8, zorder=0)
 
@@ -59,6 +61,8 @@ def _strong_points(curve: Curve, best: Sequence[Point]) -> list[Point]:
 
 
 def _draw_budgets(axes: Axes, curve: Curve) -> None:
+    # A budget is in nats per token, as forgetting is. Training kept it on other rows than the probe's, so a point need
+    # not lie on its line.
     left, right = axes.get_xlim()
     for budget in sorted(curve.budgets):
         if left <= budget <= right:
@@ -120,6 +124,7 @@ def _draw_point(
     x, y = place_inside(axes, point)
     colour = COLOURS[look.colour]
 
+    # Not clipped: half of a marker at the end of an axis would be cut off.
     axes.plot(
         x,
         y,
@@ -132,6 +137,7 @@ def _draw_point(
         zorder=3,
     )
 
+    # Intervals are clipped by the axes, with an arrow where they continue.
     if point.forgotten_ends:
         axes.plot(
             point.forgotten_ends,

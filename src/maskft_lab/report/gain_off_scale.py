@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from .charts import COLOURS, Entry
+from .charts import COLOURS, GROUND, Entry
 from .gain_points import Curve, Point, is_chosen
 from .methods import number
 from .scale import FAR, limits
@@ -189,10 +189,5 @@ def _label_point(
         va="center",
         fontsize="small",
         color=colour,
-        # A ground under the number, which may lie over a line; by name, since it is dark in a dark picture.
-        bbox={
-            "facecolor": COLOURS["paper"],
-            "edgecolor": "none",
-            "pad": 0.5,
-        },
+        bbox=GROUND,
     )

@@ -59,6 +59,7 @@ def render_report(evidence: Evidence) -> str:
         if charts[key] or key in ("verdict", "table", "recipe"):
             sections[key] = title
 
+    # A study that has not finished has results and no comparison yet.
     if comparison is not None:
         reached = comparison.scores
     elif evidence.results:
@@ -269,6 +270,7 @@ def _settings(evidence: Evidence) -> Table:
     for settings in settings_of.values():
         keys |= dict.fromkeys(settings)
 
+    # Values are compared as they are shown: lists have no hash, and 1 and 1.0 are one value.
     differing: list[str] = []
     for key in keys:
         values: set[str] = set()

@@ -1,4 +1,7 @@
-"""Limits of axes: one point far away must not squash all others, and points beyond an end are marked there."""
+"""Axes: limits and ticks.
+
+One point far away must not squash all others, and points beyond an end are marked there.
+"""
 
 from __future__ import annotations
 
@@ -72,6 +75,25 @@ def few_ticks(
     """
     axis = axes.xaxis if along == "x" else axes.yaxis
     axis.set_major_locator(MaxNLocator(nbins=count, steps=[1, 2, 2.5, 5, 10]))
+
+
+def name_rows(
+    axes: Axes,
+    places: Sequence[int],
+    names: Sequence[str],
+) -> None:
+    """Names of horizontal rows in the place of a y axis, with row 0 at the top.
+
+    Args:
+        axes: The axes.
+        places: Heights of the rows, rising; they are whole numbers.
+        names: Their names.
+    """
+    axes.set_yticks(places, names)
+    # Turned around: the larger end is the lower one.
+    axes.set_ylim(places[-1] + 0.6, -0.6)
+    axes.tick_params(axis="y", length=0, labelcolor=COLOURS["ink"])
+    axes.grid(False, axis="y")
 
 
 def mark_ends_beyond(

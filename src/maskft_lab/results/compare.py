@@ -120,6 +120,7 @@ def compare(
 
 def _with_verdicts(rows: Sequence[Row], settings: Settings) -> list[Row]:
     """Return the rows in their order with verdicts; main metrics are one family, all other metrics another."""
+    # Two families, so that many secondary metrics do not weaken the claims about the main ones.
     judged: dict[Pair, Difference] = {}
     for is_main in (True, False):
         family = [row for row in rows if row[0].is_main == is_main]
@@ -196,6 +197,7 @@ def _main_metrics(
     pairs: Iterable[Pair],
 ) -> dict[str, str]:
     """Return task -> its main metric: the first of a result's that is compared."""
+    # A result lists its metrics with the main one first; the user may have asked for others only.
     main: dict[str, str] = {}
     compared = {(task, metric) for _, task, metric in pairs}
     for task, _ in compared:

@@ -127,6 +127,7 @@ class Difference:
     won: int
     lost: int
     tied: int
+
     # Given by `differences.judge`.
     ci_low: float = math.nan
     ci_high: float = math.nan
@@ -154,7 +155,7 @@ class Score:
     """The value of one model in one metric of a task.
 
     ``stderr`` is over the items (clusters) for one result and for fixed seeds, over the seeds for several others; None
-    where there is none.
+    where it cannot be computed.
     ``value`` is None where a result has none. ``low`` to ``high`` is a 95 % interval over the items: of a proportion
     (`proportions.proportion_interval`), otherwise None. At the edges (``is_at_edge``) it replaces ``stderr``, which
     would be near 0 there.
@@ -182,8 +183,8 @@ class Score:
 class MaskVerdict:
     """A learned mask against the model that it starts from, and against the strongest control.
 
-    Controls are models trained from the same start on as many tokens without a learned mask. ``control`` is None where
-    there is none; ``text`` has both differences and the conclusion, after the seeds that contradict it.
+    Controls are models trained from the same start on as many tokens without a learned mask. ``control`` is None
+    without one; ``text`` has both differences and the conclusion, after the seeds that contradict it.
     """
 
     parent: Difference
@@ -227,6 +228,7 @@ class Comparison:
             UserError: If it is of another schema version.
             ValueError: If it is not a comparison.
         """
+        # Before all other checks: an earlier version has the same keys, with another meaning.
         version = record.get("schema_version")
         if version != SCHEMA_VERSION:
             found = f"a comparison has schema version {version}, this maskft reads {SCHEMA_VERSION}"

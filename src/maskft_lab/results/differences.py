@@ -43,6 +43,7 @@ class Sample:
         """Return the differences of the units that are drawn; fixed seeds are not drawn, but averaged."""
         diffs_SN = self.diffs_SN
         if self.has_fixed_seeds:
+            # One row: the bootstrap then draws items only.
             diffs_SN = diffs_SN.mean(axis=0, keepdims=True)
         return as_block(diffs_SN, self.weights, self.clusters)
 

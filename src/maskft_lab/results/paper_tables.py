@@ -187,7 +187,7 @@ def _value(
     result: Result,
     asked: Mapping[str, Any],
 ) -> float | None:
-    """Return the score of the column's first metric that the first of its tasks has; None if there is none."""
+    """Return the score of the column's first metric that the first of its tasks has; None if it has none."""
     for task in asked["tasks"]:
         if task not in result["tasks"]:
             continue
@@ -231,7 +231,11 @@ def _fits(result: Result, asked: Mapping[str, Any]) -> bool:
 
 
 def _of_backbone(results: Sequence[Result], backbone: str) -> list[Result]:
-    """Choose the results of the paper's base model; if there are none, those of a base model not in the paper."""
+    """Choose the results of the paper's base model; without any, those of a base model not in the paper.
+
+    Raises:
+        UserError: If these are of several base models.
+    """
     theirs = [result for result in results if _backbone(result) == backbone]
     if theirs:
         return theirs

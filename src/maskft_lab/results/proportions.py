@@ -122,7 +122,7 @@ def tango_interval(
     def root(sign: int, end: float) -> float:
         """Return the difference between the observed one and ``end`` at which the score is ``sign * z``.
 
-        If there is none, the interval reaches the end of the range, -1 or 1.
+        Without such a difference the interval reaches the end of the range, -1 or 1.
         """
 
         def score(delta: float) -> float:

@@ -38,6 +38,7 @@ def render(comparison: Comparison, output_format: str) -> str:
     if output_format == "terminal":
         return _page(comparison)
 
+    # Tables first, then every claim as a sentence.
     sentences = [f"Verdict: {verdict.text}" for verdict in comparison.verdicts]
     sentences += [sentence(row) for row in comparison.differences]
     sentences += [_note(note) for note in comparison.notes]
@@ -111,7 +112,7 @@ def cross_domain_table(scores: Sequence[Score]) -> Table:
     At an edge, where an error would say nothing, a cell is ``value [low, high]`` with the bounds of a 95 % interval.
     A model that has a metric of one task at some of its seeds only counts as without.
     """
-    # Columns, the metrics of a task side by side.
+    # Columns, the metrics of a task side by side: scores come model by model, so a task's may lie apart.
     units = {score.place: score.unit for score in scores}
     tasks = list(dict.fromkeys(score.task for score in scores))
     places = sorted(units, key=lambda place: tasks.index(place[0]))
@@ -203,10 +204,18 @@ def _page_sentences(
     shown: Sequence[Difference],
     of_first_method: Sequence[Difference],
 ) -> list[str]:
+    """Return the sentences below the page's table: the first verdict, or two differences, and two notes at most.
+
+    Args:
+        comparison: The comparison.
+        shown: Differences that the table shows.
+        of_first_method: Differences of the first method, for comparisons without a verdict on a mask.
+    """
     if comparison.verdicts:
         sentences = [f"Verdict: {comparison.verdicts[0].text}"]
     else:
-        sentences = [sentence(row) for row in of_first_method if row in shown][:2]
+        rows = [row for row in of_first_method if row in shown]
+        sentences = [sentence(row) for row in rows[:2]]
 
     has_two_seeds = any(row.num_seeds == 2 for row in shown)
     if has_two_seeds and not comparison.fixed_seeds:

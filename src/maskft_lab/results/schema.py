@@ -146,13 +146,15 @@ def build_result(
     Raises:
         UserError: If it is not of this schema.
     """
+    # Every key of a model is there, null where it is not known, so that readers need no defaults.
+    all_null = dict.fromkeys(ModelRecord.__annotations__)
     result: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "kind": "evaluation",
         "name": name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "maskft_version": __version__,
-        "model": dict.fromkeys(ModelRecord.__annotations__) | dict(model),
+        "model": all_null | dict(model),
         "settings": dict(settings),
         "environment": environment() | {"device": device},
         "tasks": {task: dict(record) for task, record in tasks.items()},
@@ -213,6 +215,7 @@ def metric_from_items(
     finite = [value for value in values if is_finite(value)]
 
     is_nll = name == "nll"
+    # A guess, which `comparable` allows for: the values of one model may be in [0, 1] by chance.
     if unit is None:
         is_share = all(0 <= value <= 1 for value in finite)
         unit = "fraction" if is_share else "score"
@@ -266,6 +269,8 @@ def cluster_ids(items: Sequence[Mapping[str, Any]]) -> list[str] | None:
     found = [item.get("cluster_id") for item in items]
     if all(each is None for each in found):
         return None
+
+    # All or none: an item without a label may belong to any cluster.
     for item, each in zip(items, found, strict=True):
         if not isinstance(each, str | int):
             raise UserError(f"item {item.get('id')!r} has cluster_id {each!r}: give every item a text, or none of them")
@@ -286,6 +291,7 @@ def items_fingerprint(items: Iterable[Mapping[str, Any]]) -> str:
     Two results with the same fingerprint were measured on the same questions, worded alike. Prompts and references may
     be anything JSON can hold (text, a list of messages, None).
     """
+    # Sorted below, because files may have the same items in different orders.
     lines: list[str] = []
     for item in items:
         question = [item["id"], item["prompt"], item["reference"]]
@@ -382,6 +388,7 @@ def _adapter() -> TypeAdapter[Result]:
 
 def _check_task(task: TaskRecord) -> TaskRecord:
     """Refuse items without an id or with equal ids, and metrics that differ from those of the items."""
+    # Items are paired by their ids.
     items = task["items"]
     seen: set[str] = set()
     for index, item in enumerate(items):

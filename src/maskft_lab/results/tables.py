@@ -104,7 +104,8 @@ def _cleaned(
 
 
 def _is_heading(row: tuple[str, ...]) -> bool:
-    return not any(row[1:])
+    _, *others = row
+    return not any(others)
 
 
 def _markdown_table(table: Table) -> str:
@@ -170,6 +171,7 @@ def _terminal_table(table: Table, width: int) -> str:
             blocks.append([])
         blocks[-1].append(index)
 
+    # Names to the left, numbers to the right.
     lines: list[str] = []
     for block in blocks:
         drawn = []

@@ -170,7 +170,7 @@ def _verdict(
 
 
 def _strongest(controls: Sequence[Row]) -> Row | None:
-    """Return the control with the best value; None if there is none."""
+    """Return the control with the best value; None without controls."""
 
     def strength(row: Row) -> float:
         # Rows are masks minus controls, so the control's own value is that of the baseline.

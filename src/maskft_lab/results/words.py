@@ -128,7 +128,7 @@ def score_text(score: Score) -> str:
     scale, digits = scale_and_digits(score.unit)
     value = f"{scale * score.value:.{digits}f}"
 
-    # The bounds are None together; both are asked for the type checker.
+    # Both bounds are None or neither is; mypy needs both checks.
     if score.low is not None and score.high is not None and shows_interval(score):
         low = f"{scale * score.low:.{digits}f}"
         high = f"{scale * score.high:.{digits}f}"
