@@ -62,6 +62,7 @@ def ablations_of(runs: Sequence[TrainedRun]) -> list[Ablation]:
     """Every metric against every setting in which two evaluated masks differ, all else being equal."""
     masks = [run for run in runs if run.method == MASK and BEST in run.results]
 
+    # All settings and all metrics that any mask has.
     names: dict[str, None] = {}
     units: dict[Place, str] = {}
     for run in masks:
@@ -70,6 +71,7 @@ def ablations_of(runs: Sequence[TrainedRun]) -> list[Ablation]:
             for metric, values in record["metrics"].items():
                 units[task, metric] = values["unit"]
 
+    # Settings in which masks differ.
     varied: list[str] = []
     for name in names:
         values_of_name = {_key(run.settings.get(name)) for run in masks}
@@ -107,7 +109,7 @@ def _lines(
         value = _key(run.settings.get(setting))
         points = groups.setdefault((start, fixed), {})
         points.setdefault(value, []).append(run)
-    has_one_start = len({start for start, _ in groups}) == 1
+    all_starts = {start for start, _ in groups}
 
     lines: list[Line] = []
     for (start, fixed), points in groups.items():
@@ -130,7 +132,7 @@ def _lines(
 
         # The start is named only where lines differ in it.
         settings = json.loads(fixed)
-        if not has_one_start:
+        if len(all_starts) > 1:
             settings["start"] = start
         mean_of_starts = _mean(starts, place) if starts else None
         lines.append(Line(settings, means, mean_of_starts))

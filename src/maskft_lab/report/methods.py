@@ -1,12 +1,15 @@
-"""How methods look in every figure: colour, dash and marker; and the order and names of their runs."""
+"""How methods look in every figure (colour, dash and marker), and how tables write numbers."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import cycle, product
+from typing import TypeVar
 
 from .charts import SERIES, Entry
+
+Look = TypeVar("Look", bound=tuple[str, ...])  # colour and marker, or colour, dash and marker
 
 # As in the paper's Fig. 1, with shapes besides: no difference is shown by colour alone.
 _LOOKS = {
@@ -64,9 +67,7 @@ def series_looks(names: Iterable[str]) -> dict[str, Entry]:
         candidates = list(zip(cycle(colours), markers * len(colours), strict=False))
         candidates += product((*colours, *SERIES), _MARKERS)
 
-        taken = looks.values()
-        free = [each for each in candidates if each not in taken]
-        looks[name] = free[0] if free else candidates[0]
+        looks[name] = _first_free(candidates, looks.values())
 
     entries: dict[str, Entry] = {}
     for name, (colour, marker) in looks.items():
@@ -77,7 +78,8 @@ def series_looks(names: Iterable[str]) -> dict[str, Entry]:
 def looks_in_turn(names: Iterable[str]) -> dict[str, Entry]:
     """A look for each of several lines that are not methods."""
     looks: dict[str, Entry] = {}
-    for index, name in enumerate(dict.fromkeys(names)):
+    distinct = dict.fromkeys(names)
+    for index, name in enumerate(distinct):
         colour = SERIES[index % len(SERIES)]
         marker = _LINE_MARKERS[index % len(_LINE_MARKERS)]
         looks[name] = Entry(name, colour, "-", marker)
@@ -90,21 +92,30 @@ def entries_of(kinds: Mapping[str, tuple[str, bool]]) -> dict[str, Entry]:
     Args:
         kinds: Name -> arguments of `look`. Of several names with one look, the first has it, others only its colour.
     """
-    looks: dict[str, tuple[str, str, str]] = {}
+    looks: dict[str, tuple[str, str, str]] = {}  # name -> colour, dash and marker
     for name, (method, is_start) in kinds.items():
         own = look(method, is_start)
         colour, _, _ = own
         variants = product([colour], ("--", "-.", ":"), "sDPvX")
         candidates = [own, *variants]
 
-        taken = looks.values()
-        free = [each for each in candidates if each not in taken]
-        looks[name] = free[0] if free else own
+        looks[name] = _first_free(candidates, looks.values())
 
     entries: dict[str, Entry] = {}
     for name, (colour, dash, marker) in looks.items():
         entries[name] = Entry(name, colour, dash, marker)
     return entries
+
+
+def _first_free(
+    candidates: Sequence[Look],
+    taken: Collection[Look],
+) -> Look:
+    """The first candidate that no other name has; of more names than looks, the first of all."""
+    for candidate in candidates:
+        if candidate not in taken:
+            return candidate
+    return candidates[0]
 
 
 def number(value: float | None, digits: int = 4) -> str:
