@@ -226,24 +226,28 @@ def _draw(
 
     scale = 100.0 if found.unit == "fraction" else 1.0
     for line in found.lines:
+        texts_of_line = [value_text(value, found.setting) for value, _ in line.points]
+        x = [values.index(text) for text in texts_of_line]
+        means: list[float] = []
+        errors: list[float | None] = []
+        for _, point in line.points:
+            means.append(point.mean)
+            errors.append(point.stderr)
+
         name = _fixed_text(line.fixed, varied)
         entry = looks[name]
-        of_line = [value_text(value, found.setting) for value, _ in line.points]
-        x = [values.index(text) for text in of_line]
-        points_of_line = [point for _, point in line.points]
-        means = np.array([point.mean for point in points_of_line], dtype=float)
-        # None becomes NaN, for which no bar is drawn.
-        errors = np.array([point.stderr for point in points_of_line], dtype=float)
         axes.errorbar(
             x,
-            scale * means,
-            scale * errors,
+            scale * np.array(means, dtype=float),
+            scale * np.array(errors, dtype=float),  # None becomes NaN, for which no bar is drawn
             linestyle="none" if has_groups else "-",
             capsize=2,
             color=COLOURS[entry.colour],
             marker=entry.marker,
             elinewidth=0.8,
         )
+
+        # The model under these masks, which has no value of the setting.
         if line.start:
             axes.axhline(
                 scale * line.start.mean,
@@ -252,8 +256,10 @@ def _draw(
                 linewidth=0.8,
             )
 
+    # Long labels overlap unless they are turned.
     labels = [plain(value) for value in values]
-    has_long_labels = max(map(len, values)) > 8
+    longest = max(len(value) for value in values)
+    has_long_labels = longest > 8
     rotation = 20 if has_long_labels else 0  # degrees
     axes.set_xticks(range(len(labels)), labels, rotation=rotation)
     axes.set_xlim(-0.4, len(values) - 0.6)
@@ -280,7 +286,8 @@ def _mean(runs: Sequence[TrainedRun], place: Place) -> SeedMean:
     """The mean over runs of which at least one has a value."""
     records = [_value(run, place) for run in runs]
     found = [record for record in records if record is not None]
-    mean, stderr = weighted_mean([record["value"] for record in found])
+    values = [record["value"] for record in found]
+    mean, stderr = weighted_mean(values)
     if len(found) == 1:
         stderr = found[0]["stderr"]  # over items
     return SeedMean(mean, stderr, len(found))

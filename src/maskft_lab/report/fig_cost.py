@@ -120,7 +120,8 @@ def cost_chart(evidence: Evidence) -> Chart:
         numbers: list[str] = []
         for quantity, scale in _COLUMNS.values():
             numbers.append(number(cost.spent[quantity] / scale))
-        cells.append((cost.name, cost.role, str(cost.num_seeds), *numbers))
+        num_seeds = str(cost.num_seeds)
+        cells.append((cost.name, cost.role, num_seeds, *numbers))
     table = Table(("method", "until", "seeds", *_COLUMNS), cells)
 
     # Bars, or a sentence where all bars would have one length.
@@ -138,8 +139,13 @@ def cost_chart(evidence: Evidence) -> Chart:
     height = 0.65 + ROW_HEIGHT * len(rows)
     panels: list[Panel] = []
     for quantity in drawn:
-        draw = partial(_draw, rows=rows, quantity=quantity, methods=evidence.methods)
-        panels.append(Panel(f"{quantity.title} ({quantity.unit})", draw, True, height))
+        panel = Panel(
+            title=f"{quantity.title} ({quantity.unit})",
+            draw=partial(_draw, rows=rows, quantity=quantity, methods=evidence.methods),
+            is_wide=True,
+            height=height,
+        )
+        panels.append(panel)
 
     # In the legend only where bars have parts.
     legend = []

@@ -132,8 +132,13 @@ def curves_chart(evidence: Evidence) -> Chart:
     panels: list[Panel] = []
     for metric in metrics:
         if _longest(groups, entries, metric) >= MIN_POINTS:
-            draw = partial(_draw, groups=groups, entries=entries, metric=metric)
-            panels.append(Panel(_short(metric), draw, True, 2.6))
+            panel = Panel(
+                title=_short(metric),
+                draw=partial(_draw, groups=groups, entries=entries, metric=metric),
+                is_wide=True,
+                height=2.6,
+            )
+            panels.append(panel)
     if not panels:
         text = f"Measured at fewer than {MIN_POINTS} steps, so there is no curve: the numbers are in the table."
         return Chart(text, panels, table)

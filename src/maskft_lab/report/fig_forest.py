@@ -117,7 +117,8 @@ def _places_of_the_test(comparison: Comparison) -> list[Place]:
 def _sorted_lines(rows: Sequence[Difference]) -> list[Line]:
     """Lines from the best to the worst."""
     lines = [_line(row, row.method) for row in rows]
-    lines.sort(key=lambda line: line.value, reverse=rows[0].higher_is_better)
+    higher_is_better = rows[0].higher_is_better  # of one metric, so alike in all rows
+    lines.sort(key=lambda line: line.value, reverse=higher_is_better)
     return lines
 
 
@@ -188,7 +189,7 @@ def _panel(
         label=label,
         kinds=evidence.methods,
     )
-    return Panel(title, draw, True, height)
+    return Panel(title, draw, is_wide=True, height=height)
 
 
 def _draw(

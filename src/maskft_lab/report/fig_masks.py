@@ -103,7 +103,9 @@ def mean_heads_chart(evidence: Evidence) -> Chart:
 
     def draw(axes: Axes, names: Sequence[str]) -> None:
         shown = {name: lines[name] for name in names}
-        middle = np.mean([line.mean() for line in shown.values()])
+        means = [line.mean() for line in shown.values()]
+        middle = np.mean(means)
+
         # Masks of one panel remove as much, so the band of the first is that of all.
         spread = _chance(masks[names[0]])
         half_band = 1.96 * spread
@@ -114,7 +116,8 @@ def mean_heads_chart(evidence: Evidence) -> Chart:
             axes.plot(line, **line_style(entries[name]))
 
         # At least four deviations, so that noise does not fill the height.
-        farthest = max(np.abs(line - middle).max() for line in shown.values())
+        distances = [np.abs(line - middle).max() for line in shown.values()]
+        farthest = max(distances)
         room = 1.15 * max(farthest, 4 * spread)
         axes.set_ylim(middle - room, middle + room)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -144,7 +147,8 @@ def _with_heads(evidence: Evidence) -> dict[str, Mapping]:
     """The first learned masks in the order of the verdict, by name and seed; other masks where none is learned."""
     masks = evidence.record("masks")["masks"]  # by the id of a run
     order = [plain_name(name) for name in evidence.masks]
-    learned = [run for run in evidence.runs if run.method == MASK and run.id in masks]
+    analysed = [run for run in evidence.runs if run.id in masks]
+    learned = [run for run in analysed if run.method == MASK]
 
     def place(run: TrainedRun) -> int:
         if run.name in order:
@@ -159,6 +163,7 @@ def _with_heads(evidence: Evidence) -> dict[str, Mapping]:
     names = {run.id: f"{run.name}, seed {run.seed}" for run in evidence.runs}
     found: dict[str, Mapping] = {}
     for run_id in ids[:MAX_MASKS]:
+        # A mask of other matrices, such as the MLP's alone, has no heads.
         if _heads(masks[run_id]):
             found[names.get(run_id, run_id)] = masks[run_id]
     if not found:

@@ -27,7 +27,8 @@ def set_limits(axes: Axes, curve: Curve) -> None:
     # If all points lose, half of the smallest loss would be above all of them, and none would be useful.
     least_useful = most / 2 if most > 0 else most
     useful = [point for point in curve.points if point.gained >= least_useful]
-    median_forgetting = float(np.median([abs(point.forgotten) for point in useful]))
+    forgetting = [abs(point.forgotten) for point in useful]
+    median_forgetting = float(np.median(forgetting))
     farthest = FAR * median_forgetting
 
     # Where nothing gains, or next to nothing, the median change: otherwise every loss would be off scale.

@@ -212,7 +212,10 @@ def frontier(points: Sequence[Point]) -> list[Point]:
 
     # From the least forgetting on: a point is not beaten if it gains more than all before it. The model before
     # training gains 0, so a point that gains nothing is beaten by it.
-    by_forgetting = sorted(candidates, key=lambda each: (each.forgotten, -each.gained))
+    by_forgetting = sorted(
+        candidates,
+        key=lambda point: (point.forgotten, -point.gained),
+    )
     best: list[Point] = []
     highest = 0.0
     for point in by_forgetting:

@@ -38,7 +38,8 @@ def look(
         is_start: Whether it begins at the base model or others begin at it. Full fine-tuning that does neither is a
             control.
     """
-    if method is None or (method == "full" and not is_start):
+    is_restart = method == "full" and not is_start
+    if method is None or is_restart:
         return _CONTROL
     return _LOOKS.get(method, _CONTROL)
 
@@ -64,7 +65,8 @@ def series_looks(names: Iterable[str]) -> dict[str, Entry]:
 
         # Colours and markers of the kind in turn, so that the second name differs from the first in both; a product
         # would change the marker alone. When all are taken, any other pair.
-        candidates = list(zip(cycle(colours), markers * len(colours), strict=False))
+        in_turn = zip(cycle(colours), markers * len(colours), strict=False)
+        candidates = list(in_turn)
         candidates += product((*colours, *SERIES), _MARKERS)
 
         looks[name] = _first_free(candidates, looks.values())

@@ -74,7 +74,8 @@ def few_ticks(
         count: Largest number of intervals between ticks.
     """
     axis = axes.xaxis if along == "x" else axes.yaxis
-    axis.set_major_locator(MaxNLocator(nbins=count, steps=[1, 2, 2.5, 5, 10]))
+    locator = MaxNLocator(nbins=count, steps=[1, 2, 2.5, 5, 10])
+    axis.set_major_locator(locator)
 
 
 def name_rows(

@@ -143,7 +143,8 @@ def seed_notes(
         num_given = len(groups[name]) + len(groups[baseline])
         num_paired = len(of_method) + len(of_baseline)
         if num_paired < num_given:
-            seeds = ", ".join([str(result["model"]["seed"]) for result in of_method])
+            seeds_of_method = [result["model"]["seed"] for result in of_method]
+            seeds = ", ".join(map(str, seeds_of_method))
             notes.append(f"{name} is compared at seed {seeds} only, which {baseline} has too")
 
         # Different lengths: one result beside several seeds. Its method is null where no study wrote it.

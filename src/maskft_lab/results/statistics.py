@@ -121,7 +121,8 @@ def as_block(
         ValueError: If the shapes or values do not allow a bootstrap.
     """
     diffs_SN = np.asarray(diffs_SN, dtype=float)
-    if diffs_SN.ndim != 2 or diffs_SN.shape[0] < 1 or diffs_SN.shape[1] < 2:
+    is_matrix = diffs_SN.ndim == 2
+    if not is_matrix or diffs_SN.shape[0] < 1 or diffs_SN.shape[1] < 2:
         raise ValueError(f"differences of shape {diffs_SN.shape}: a bootstrap needs seeds x items, at least 2 items")
 
     num_items = diffs_SN.shape[1]

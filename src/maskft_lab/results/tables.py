@@ -166,8 +166,9 @@ def _terminal_table(table: Table, width: int) -> str:
     # Indices of the columns of each block; the first column is in all of them.
     blocks: list[list[int]] = []
     for index in range(1, len(widths)):
-        fits = bool(blocks) and _width_of([*blocks[-1], index], widths) <= width
-        if not fits:
+        # The first block, or one more where the last has no room.
+        is_full = not blocks or _width_of([*blocks[-1], index], widths) > width
+        if is_full:
             blocks.append([])
         blocks[-1].append(index)
 

@@ -109,7 +109,8 @@ def verdicts_on_masks(
 
     def against_parents(metrics: Mapping[str, str]) -> dict[str, Row]:
         """Return each mask against its parent, in the metric of the mask."""
-        pairs = [(mask, parent) for mask, parent in kin.parents.items() if parent != baseline]
+        # Differences from the baseline are judged already, in the family of the table.
+        pairs = [pair for pair in kin.parents.items() if pair[1] != baseline]
         judged = _judged(groups, pairs, task, metrics, settings)
         found: dict[str, Row] = {}
         for mask, parent in kin.parents.items():
