@@ -1,4 +1,4 @@
-"""Making one run: train in a process of its own, record it, evaluate its models.
+"""Making one run: train in a child process, record it, evaluate its models.
 
 A run is finished when ``run.json`` is there and the files it names are as they were written, an evaluation when its
 ``result.json`` can be read. Both are written last, whole. Everything before may be cut off at any moment: training
@@ -55,14 +55,18 @@ def heldout(study: Study, run: StudyRun) -> Heldout | None:
         return None
 
     record = study.record(run)
-    measured = {}
-    has_models = bool(record.models)  # else it diverged
-    if has_path(study.recipe, run) and has_models:
-        measured = path_values(study.recipe, run, study.run_folder(run))
-        if measured is None:
+    points_measured = {}
+    has_diverged = not record.models
+    if has_path(study.recipe, run) and not has_diverged:
+        points_measured = path_values(study.recipe, run, study.run_folder(run))
+        if points_measured is None:
             return None
+
     loss = record.best_heldout_loss
-    return Heldout(math.inf if loss is None else loss, measured)
+    if loss is None:
+        # Diverged, or trained without an evaluation: tuning prefers every run that has a loss.
+        loss = math.inf
+    return Heldout(loss, points_measured)
 
 
 def is_done(study: Study, run: StudyRun) -> bool:
@@ -78,16 +82,24 @@ def _record(study: Study, run: StudyRun) -> RunRecord:
     if run.point is None or not record.num_steps:
         return record
 
+    # The record counts epochs, tokens and learning rate at ``best_step``. Replacing that step by the point's is enough.
     training = files.read_json(study.run_folder(run) / layout.TRAINING)["summary"]
     share, _ = run.point
     training["best_step"] = round(share * record.num_steps)
-    return build_record(run, study.recipe, record.models, record.settings, training, _record_before(study, run))
+
+    before = _record_before(study, run)
+    return build_record(run, study.recipe, record.models, record.settings, training, before)
 
 
 def _record_before(study: Study, run: StudyRun) -> RunRecord | None:
     """Record of the training that counts as done before a run: for weights after a mask, the mask's."""
-    before = next(iter(run.masks.values()), run.start)
-    return None if before is None else _record(study, before)
+    before = run.start
+    if run.masks:
+        before = next(iter(run.masks.values()))  # a method has at most one
+
+    if before is None:
+        return None
+    return _record(study, before)
 
 
 # Preparing
@@ -97,9 +109,12 @@ def prepare_base(study: Study, runs: list[StudyRun], tick: Tick = _no_tick) -> N
     """Unpack the embedded model, once for all runs."""
     folder = study.folder / layout.BASE
     is_embedded = any(run.model == layout.EMBEDDED_MODEL for run in runs)
-    if is_embedded and not folder.exists():
-        code = f"from maskft.training.build import unpack_embedded; unpack_embedded({str(folder)!r})"
-        _call(study, [sys.executable, "-c", code], study.folder / layout.LOG, tick)
+    if not is_embedded or folder.exists():
+        return
+
+    code = f"from maskft.training.build import unpack_embedded; unpack_embedded({str(folder)!r})"
+    words = [sys.executable, "-c", code]
+    _call(study, words, study.folder / layout.LOG, tick)
 
 
 def prepare_data(study: Study, runs: list[StudyRun], tick: Tick = _no_tick) -> None:
@@ -108,11 +123,19 @@ def prepare_data(study: Study, runs: list[StudyRun], tick: Tick = _no_tick) -> N
     Raises:
         UserError: The first mistake, of whichever run.
     """
-    deciding = {field.name for field in fields(DataArguments)} | {*_TOKENISATION, TEMPLATE, REVISION}
+    # Runs with equal values of these options train on the same tokens: one of them prepares the data of all.
+    deciding = {field.name for field in fields(DataArguments)}
+    deciding.update(_TOKENISATION)
+    deciding.update((TEMPLATE, REVISION))
+
     prepared: list[dict] = []
     for run in runs:
+        is_to_train = run.method.method != PRETRAINED and not study.is_trained(run)
+        if not is_to_train:
+            continue
+
         options = {key: value for key, value in run.options.items() if key in deciding}
-        if run.method.method == PRETRAINED or study.is_trained(run) or options in prepared:
+        if options in prepared:
             continue
         prepared.append(options)
 
@@ -123,7 +146,8 @@ def prepare_data(study: Study, runs: list[StudyRun], tick: Tick = _no_tick) -> N
             "output_dir": str(study.run_folder(run)),
             "dataset_num_proc": run.options.get("dataset_num_proc"),
         }
-        _call(study, [*PYTHON, "train", *command_words(command)], study.folder / layout.LOG, tick)
+        words = [*PYTHON, "train", *command_words(command)]
+        _call(study, words, study.folder / layout.LOG, tick)
 
 
 # Making a run
@@ -143,22 +167,28 @@ def make(study: Study, run: StudyRun, tick: Tick = _no_tick, threads: Threads = 
     """
     call_training = partial(_call, study, tick=tick, num_threads=threads.training)
     call_evaluation = partial(_call, study, tick=tick, num_threads=threads.evaluation)
+
     if not study.is_trained(run):
         folder = study.run_folder(run)
         record = _trained(study, run, call_training)
-        write_run_record(folder, record.model_copy(update={"files": written_files(folder)}))
+        # The record is the mark of a finished run, so it is written after the files whose checksums it holds.
+        checksums = written_files(folder)
+        record = record.model_copy(update={"files": checksums})
+        write_run_record(folder, record)
         study.note_finished(folder)
 
     _delete_checkpoints(study, run)
     if has_path(study.recipe, run) and heldout(study, run) is None:
         _measure_path(study, run, call_evaluation)
+
     for role in run.labels:
-        if not is_whole_result(study.result_file(run, role)):
+        is_evaluated = is_whole_result(study.result_file(run, role))
+        if not is_evaluated:
             _evaluate(study, run, role, call_evaluation)
 
 
 def _call(study: Study, words: list[str], log: Path, tick: Tick, num_threads: int | None = None) -> None:
-    """Run a command to its end; it holds the study's lock as long."""
+    """Run a command to its end; until then it holds the study's lock too."""
     run_command(words, log, tick, study.lock_fd, num_threads)
 
 
@@ -167,27 +197,31 @@ def _trained(study: Study, run: StudyRun, call: Call) -> RunRecord:
     try:
         return _train(study, run, call)
     except UserError as error:
+        # A child process reports by its last line: the text is all that tells a divergence from other errors.
         is_divergence = NOT_UPDATED in str(error)
         if run.tried is None or not is_divergence:
             raise
+
         # These settings lose. Treated as a failure, they would be trained again each time the study is started.
-        return build_record(run, study.recipe, {}, run.options, None, None)
+        return build_record(run, study.recipe, models={}, options=run.options, training=None, parent=None)
 
 
 def _delete_checkpoints(study: Study, run: StudyRun) -> None:
-    """Delete the checkpoints of a finished run that are no points of its path.
+    """Delete the checkpoints of a finished run, except those at points of its path.
 
     A run with the folder ``path`` is left alone: a study without a path that shares the folder must not delete them.
     """
     folder = study.run_folder(run)
-    if (folder / PATH).exists():
+    path_folder = folder / PATH
+    if path_folder.exists():
         return
+
     kept = set(study.checkpoints(run).values())
     for checkpoint in folder.glob("checkpoint-*"):
         if checkpoint not in kept:
             shutil.rmtree(checkpoint)
     if kept:
-        (folder / PATH).mkdir()
+        path_folder.mkdir()
 
 
 # Points of a path
@@ -195,20 +229,29 @@ def _delete_checkpoints(study: Study, run: StudyRun) -> None:
 
 def _measure_path(study: Study, run: StudyRun, call: Call) -> None:
     """Measure every point of a run's path on its held-out rows and on earlier abilities."""
-    run_points = points(study.recipe, run)
     checkpoints = study.checkpoints(run)
-    names = [point_name(point) for point in run_points]
-    sets = list(path_sets(study.recipe, run, study.run_folder(run)).values())
+    names = []
+    changes = []
+    scales = []
+    for point in points(study.recipe, run):
+        share, scale = point
+        names.append(point_name(point))
+        changes.append(str(checkpoints.get(share, "none")))  # the base model has no checkpoints: no change
+        scales.append(scale)
+
+    # All points in one command, which loads the base model once.
     models = {
         "model_name_or_path": study.base(run),
-        "change": [str(checkpoints.get(share, "none")) for share, _ in run_points],
-        "scale": [scale for _, scale in run_points],
+        "change": changes,
+        "scale": scales,
         "name": names,
     }
+    sets = list(path_sets(study.recipe, run, study.run_folder(run)).values())
     if len(names) == 1:
         # maskft evaluate writes one model's result into output_dir itself, not into a folder of its name.
-        models["name"] = names[0]
-        sets = [(folder / names[0], options) for folder, options in sets]
+        name = names[0]
+        models["name"] = name
+        sets = [(folder / name, options) for folder, options in sets]
     _measure(study, run, models, sets, call)
 
 
@@ -217,21 +260,24 @@ def _measure_path(study: Study, run: StudyRun, call: Call) -> None:
 
 def _train(study: Study, run: StudyRun, call: Call) -> RunRecord:
     """Train and return the run's record."""
-    options = run.options
+    is_pretrained = run.method.method == PRETRAINED
+    options = run.options if is_pretrained else _train_options(study, run)
+
     training = None
-    folder = study.run_folder(run)
-    if run.method.method == PRETRAINED:
+    if is_pretrained:
         models = {BEST: study.base(run)}
+    elif _changes_nothing(study, run, options):
+        models = dict.fromkeys(run.roles, study.model(run.start, BEST))
     else:
-        options = _train_options(study, run)
-        if _changes_nothing(study, run, options):
-            models = dict.fromkeys(run.roles, study.model(run.start, BEST))
-        else:
-            words = [*launch_words(study.recipe, run), *command_words(options)]
-            call(words, folder / layout.LOG)
-            training = files.read_json(folder / layout.TRAINING)["summary"]
-            is_last_best = training["best_step"] == training["num_steps"]
-            models = {BEST: str(folder), LAST: str(folder if is_last_best else folder / layout.LAST)}
+        folder = study.run_folder(run)
+        words = [*launch_words(study.recipe, run), *command_words(options)]
+        call(words, folder / layout.LOG)
+        training = files.read_json(folder / layout.TRAINING)["summary"]
+
+        # If the best checkpoint is the last one, both roles name one folder, and one evaluation serves both.
+        is_last_best = training["best_step"] == training["num_steps"]
+        last = folder if is_last_best else folder / layout.LAST
+        models = {BEST: str(folder), LAST: str(last)}
 
     models = {role: study.inside(models[role]) for role in run.roles}
     return build_record(run, study.recipe, models, options, training, _record_before(study, run))
@@ -242,8 +288,10 @@ def _changes_nothing(study: Study, run: StudyRun, options: dict) -> bool:
 
     A mask at rate 0 does change the model: it removes weights before its first step. And a path needs checkpoints.
     """
-    is_restart = run.method.method == "full" and run.start is not None and not run.masks
-    return is_restart and options.get("learning_rate") == 0 and study.recipe.path is None
+    if study.recipe.path is not None or run.masks:
+        return False
+    is_continued = run.method.method == "full" and run.start is not None
+    return is_continued and options.get("learning_rate") == 0
 
 
 def _train_options(study: Study, run: StudyRun) -> dict:
@@ -255,6 +303,8 @@ def _train_options(study: Study, run: StudyRun) -> dict:
         "resume_from_checkpoint": "auto",
         "prepared_data_dir": str(study.folder / layout.PREPARED),
     }
+
+    # The models of other runs that this one is made from.
     if run.match is not None:
         options["match_adapter"] = study.model(run.match, BEST)
     if run.method.method == INTERPOLATE:
@@ -263,10 +313,10 @@ def _train_options(study: Study, run: StudyRun) -> dict:
         options["mask_removed_value_model"] = study.start(run.start)
     for option, mask in run.masks.items():
         options[option] = study.model(mask, BEST)
+
     if run.method.method == "mask":
         options["keep_worse"] = True  # a study compares masks, also bad ones
-
-    options |= run.options
+    options |= run.options  # after keep_worse: a recipe may turn that off
     if study.recipe.path:
         options["save_total_limit"] = _ALL_CHECKPOINTS
     if options.get("learning_rate") == CURRENT_RATE:
@@ -275,7 +325,9 @@ def _train_options(study: Study, run: StudyRun) -> dict:
 
 
 def _current_rate(study: Study, run: StudyRun) -> float:
-    rate = _record(study, run.start).learning_rate_at_best
+    """The rate that the schedule of ``run.start`` had reached at its best checkpoint."""
+    record = _record(study, run.start)
+    rate = record.learning_rate_at_best
     if rate is None:
         raise UserError(f"{run.start.title!r} has no best rate: it was never measured, give it eval_strategy")
     return rate
@@ -290,7 +342,7 @@ def launch_words(recipe: Recipe, run: StudyRun) -> list[str]:
     options: dict = {"accelerate_config": launch.accelerate_config}
     has_several = (launch.num_processes or 1) > 1
     if launch.accelerate_config or has_several:
-        # One process is said too: the configuration may be for eight.
+        # Passed on also when it is 1: without it, a configuration for eight GPUs would start eight processes.
         options["num_processes"] = launch.num_processes
     return [*PYTHON, "train", *command_words(options)]
 
@@ -300,49 +352,65 @@ def launch_words(recipe: Recipe, run: StudyRun) -> list[str]:
 
 def _evaluate(study: Study, run: StudyRun, role: str, call: Call) -> None:
     """Evaluate one of the run's models, or copy the result of the same model."""
-    target = study.result_file(run, role)
     same = _same_result(study, run, role)
-    result = _measured(study, run, role, call) if same is None else read_result(same)
+    if same is None:
+        result = _measured(study, run, role, call)
+    else:
+        result = read_result(same)
+    result = result | {"name": run.labels[role]}
+
+    # A folder of plain weights (the pre-trained model, the end of training) does not say by which method it was made.
+    method = method_label(run.method.method, run.options)
+    result["model"] |= {"seed": run.seed, "method": method}
 
     record = _record(study, run)
-    result = result | {"name": run.labels[role]}
-    # A folder of plain weights (the pre-trained model, the end of training) does not say by which method it was made.
-    result["model"] |= {"seed": run.seed, "method": method_label(run.method.method, run.options)}
     result["training"] = training_block(run, study.recipe, role, record)
     result["study"] = study_block(run, study.recipe, role, record)
+    target = study.result_file(run, role)
     write_result(target, result)
 
-    for leftover in target.parent.parent.glob(f"{target.parent.name}.*partial"):
+    # The folder that _measured worked in, and those of interrupted evaluations by other versions of the packages.
+    own_folder = target.parent
+    for leftover in own_folder.parent.glob(f"{own_folder.name}.*partial"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _same_result(study: Study, run: StudyRun, role: str) -> Path | None:
     """A result of the same model: of another study in the folder, or of the best if the last is the best."""
-    target = study.result_file(run, role)
-    hash_of_evaluation = target.parent.name.split("-")[-2]
-    candidates = sorted(target.parent.parent.glob(f"*-{hash_of_evaluation}-????/{layout.RESULT}"))
+    own_folder = study.result_file(run, role).parent
+    # A folder's name ends with the hash of the evaluation and four digits for the study, see `evaluation_id`.
+    hash_of_evaluation = own_folder.name.split("-")[-2]
+    candidates = sorted(own_folder.parent.glob(f"*-{hash_of_evaluation}-????/{layout.RESULT}"))
     if study.model(run, BEST) == study.model(run, role):
         candidates.append(study.result_file(run, BEST))
-    return next((file for file in candidates if is_whole_result(file)), None)
+
+    for file in candidates:
+        if is_whole_result(file):
+            return file
+    return None
 
 
 def _measured(study: Study, run: StudyRun, role: str, call: Call) -> Result:
     """Evaluate on the tasks of the study and on the sets of earlier abilities; one result with all tasks."""
-    target = study.result_file(run, role)
     # Answers that other versions of the packages gave before an interruption are not mixed with today's.
     versions = short_digest(environment()["packages"])
-    folder = target.parent.with_name(f"{target.parent.name}.{versions}.partial")
+    final_folder = study.result_file(run, role).parent
+    folder = final_folder.with_name(f"{final_folder.name}.{versions}.partial")
 
     sets = [(folder, study.recipe.evaluation)]
     folders_before = {}
     for name, options in study.recipe.before.items():
-        folders_before[name] = folder / f"before-{short_digest({'set': name})}"
-        sets.append((folders_before[name], options))
+        # A digest, because the name of a set may have characters that a folder cannot have.
+        digest_of_name = short_digest({"set": name})
+        folder_before = folder / f"before-{digest_of_name}"
+        folders_before[name] = folder_before
+        sets.append((folder_before, options))
     _measure(study, run, _model_options(study, run, role), sets, call)
 
     result = read_result(folder / layout.RESULT)
     for name, folder_before in folders_before.items():
-        for task, found in read_result(folder_before / layout.RESULT)["tasks"].items():
+        tasks_before = read_result(folder_before / layout.RESULT)["tasks"]
+        for task, found in tasks_before.items():
             suffix = "" if task == HELDOUT else f" {task}"
             result["tasks"][f"{BEFORE}{name}{suffix}"] = found
     return result
@@ -358,15 +426,21 @@ def _measure(study: Study, run: StudyRun, models: dict, sets: list[tuple[Path, d
         sets: Folder of the results and options, for each set.
         call: Runs a command.
     """
-    folders_of_models = models["name"] if isinstance(models["name"], list) else [""]
+    # Several models have a folder each in output_dir; the result of one is in output_dir itself.
+    has_several = isinstance(models["name"], list)
+    subfolders = models["name"] if has_several else [""]
+
     words: list[str] = []
     for folder, options in sets:
-        results = [folder / name / layout.RESULT for name in folders_of_models]
+        results = [folder / subfolder / layout.RESULT for subfolder in subfolders]
         missing = [file for file in results if not is_whole_result(file)]
-        if missing:
-            words += [AND, *evaluation_words(models | {"output_dir": str(folder)} | options)]
+        if not missing:
+            continue
         for file in missing:
             file.unlink(missing_ok=True)  # damaged, if it exists
+        all_options = models | {"output_dir": str(folder)} | options
+        words += [AND, *evaluation_words(all_options)]
+
     if words:
         call([*PYTHON, "evaluate", *words], study.run_folder(run) / layout.LOG)
 
@@ -378,12 +452,17 @@ def _model_options(study: Study, run: StudyRun, role: str) -> dict:
 
     if study.recipe.path:
         # A fixed mask is scaled as the mask that it is compared with.
-        scaled = run.match or run
-        scale = scaled.point[1] if scaled.point else 1.0
+        scaled = run if run.match is None else run.match
+        scale = 1.0
+        if scaled.point is not None:
+            _, scale = scaled.point
         change = "none" if run.method.method == PRETRAINED else model
-        return {"model_name_or_path": study.base(run), "change": change, "scale": scale} | label
+        options = {"model_name_or_path": study.base(run), "change": change, "scale": scale}
+        return options | label
 
-    is_adapter = run.method.method in (*MASK_METHODS, PEFT) and not run.masks  # after a mask, an adapter is merged
+    # An adapter that was trained after a mask was merged at its end, and is a model.
+    is_merged = bool(run.masks)
+    is_adapter = run.method.method in (*MASK_METHODS, PEFT) and not is_merged
     if is_adapter:
         return {"model_name_or_path": study.start(run), "adapter": model} | label
     return {"model_name_or_path": model} | label
