@@ -68,10 +68,18 @@ def build_plan(recipe: Recipe, look: Look = lambda run: None) -> Plan:
     finals = [run for run in planner.runs if run.tried is None]
     _check_names(finals)
 
-    # The run that tried the winning settings is the final run of that seed, and listed once.
-    winners = {run.id for run in finals if not run.is_assumed}
-    runs = [run for run in planner.runs if run.tried is None or run.id not in winners]
-    return Plan(recipe, runs, list(planner.tunings.values()))
+    # The run that tried the winning settings is the final run of that seed. The planner has made it twice, with one
+    # id; it is listed once, as the final run.
+    ids_of_finals = {run.id for run in finals if not run.is_assumed}
+    runs = []
+    for run in planner.runs:
+        is_trial = run.tried is not None
+        if is_trial and run.id in ids_of_finals:
+            continue
+        runs.append(run)
+
+    tunings = list(planner.tunings.values())
+    return Plan(recipe, runs, tunings)
 
 
 class _Planner:
@@ -93,21 +101,29 @@ class _Planner:
         """Raise before a plan of more runs than anyone means."""
         number = 0
         for method in self.recipe.methods.values():
+            num_trials = 0
+            if method.tune:
+                num_trials = math.prod(_num_values(values) for values in method.tune.values())
+            runs_of_variant = len(self.seeds(method)) + num_trials
             num_variants = math.prod(len(values) for values in self.axes(method).values())
-            num_settings = 0
-            for values in (method.tune or {}).values():
-                values = values.times_parent if isinstance(values, TimesParent) else values
-                num_settings = max(num_settings, 1) * len(values)
-            number += num_variants * (len(self.seeds(method)) + num_settings)
+            number += num_variants * runs_of_variant
+
         if number > MAX_RUNS:
             raise UserError(f"the recipe describes {number:,} runs (at most {MAX_RUNS:,}); use fewer seeds or values")
 
     def axes(self, method: Method) -> dict[tuple[str, str], list]:
-        """Grid axes of a method: its own and those of the methods it is made from."""
+        """Grid axes of a method: its own and those of the methods it is made from, in the order of the recipe."""
         inherited: set[tuple[str, str]] = set()
         for name in method.parents.values():
-            inherited |= self.axes(self.recipe.methods[name]).keys()
-        return {key: values for key, values in self.recipe.axes.items() if key[0] == method.name or key in inherited}
+            parent = self.recipe.methods[name]
+            inherited |= self.axes(parent).keys()
+
+        axes = {}
+        for key, values in self.recipe.axes.items():
+            owner, _ = key
+            if owner == method.name or key in inherited:
+                axes[key] = values
+        return axes
 
     def variants(self, method: Method) -> Iterator[Axes]:
         """Grid values of each of a method's variants."""
@@ -123,9 +139,11 @@ class _Planner:
 
     def _place(self, method: Method, axes: Axes) -> tuple[Axes, tuple]:
         """The grid values that concern a method, and a hashable key for them (values may be lists)."""
-        own_axes = self.axes(method)
-        axes = {key: value for key, value in axes.items() if key in own_axes}
-        return axes, (method.name, json.dumps([[*key, value] for key, value in axes.items()]))
+        own_keys = self.axes(method)
+        axes = {key: value for key, value in axes.items() if key in own_keys}
+        rows = [[name, option, value] for (name, option), value in axes.items()]
+        place = (method.name, json.dumps(rows))
+        return axes, place
 
     # Runs
 
@@ -133,33 +151,51 @@ class _Planner:
         """One run and, before it, the runs it is made from."""
         axes, place = self._place(method, axes)
         key = (*place, seed)
-        if key not in self._made:
-            if method.tune is not None and place not in self.tunings:
-                self.tunings[place] = self._chosen(method, axes)
-            self._made[key] = self._make(method, axes, seed, tuned=self.tunings.get(place))
-        return self._made[key]
+        if key in self._made:
+            return self._made[key]
+
+        # All seeds share one choice, which is made with the first of them.
+        if method.tune is not None and place not in self.tunings:
+            self.tunings[place] = self._chosen(method, axes)
+        tuned = self.tunings.get(place)
+
+        run = self._make(method, axes, seed, tuned=tuned)
+        self._made[key] = run
+        return run
 
     def _make(
         self, method: Method, axes: Axes, seed: int, tuned: Tuned | None = None, tried: Options | None = None
     ) -> StudyRun:
         """One run, with the settings that won or that are tried."""
-        masks = {key: self._parent(name, axes, seed) for key, name in method.parents.items()}
-        start = masks.pop("from", None)
-        match = masks.pop("match", None)
-        parents = [run for run in (start, match, *masks.values()) if run is not None]
+        parents = {key: self._parent(name, axes, seed) for key, name in method.parents.items()}
+        start = parents.get("from")
+        match = parents.get("match")
+        masks = {key: parent for key, parent in parents.items() if key not in ("from", "match")}
 
-        settings = tuned.winner.settings if tuned else tried or {}
+        # Options.
+        settings: Options = {}
+        if tuned is not None:
+            settings = tuned.winner.settings
+        elif tried is not None:
+            settings = tried
         options = run_options(self.recipe, method, axes, seed, match, settings)
-        if options.get("learning_rate") == CURRENT_RATE and (start is None or start.method.method != "full"):
+
+        is_after_full = start is not None and start.method.method == "full"
+        if options.get("learning_rate") == CURRENT_RATE and not is_after_full:
             raise UserError(f"method {method.name!r}: learning_rate {CURRENT_RATE} goes with `from` a full fine-tuning")
 
+        # Name.
         name = _slug(method.name)
         if method.method != PRETRAINED:
             name += f"-s{seed}"
         hash_of_run = self._hash(method, options, {"start": start, "match": match, **masks})
 
-        stages = [run.stage for run in parents]
+        # Stage: after the trials that choose its settings, and not before its parents.
+        stages = [parent.stage for parent in parents.values()]
+        stages.append(1 if tuned is None else tuned.stage + 1)
+
         is_guess = tuned is not None and not tuned.is_settled
+        has_guessed_parent = any(parent.is_assumed for parent in parents.values())
         run = StudyRun(
             method=method,
             model=self.recipe.model,
@@ -170,11 +206,11 @@ class _Planner:
             match=match,
             masks=masks,
             id=f"{name}-{hash_of_run}",
-            stage=max([tuned.stage + 1 if tuned else 1, *stages]),
-            is_assumed=is_guess or any(parent.is_assumed for parent in parents),
+            stage=max(stages),
+            is_assumed=is_guess or has_guessed_parent,
             tried=tried,
             tuned=tuned,
-            point=tuned.point if tuned else None,
+            point=None if tuned is None else tuned.point,
         )
         self.runs.append(run)
         return run
@@ -200,10 +236,17 @@ class _Planner:
 
         # The choice needs the base model's measurements, and (for accuracy_at_least) the best gain of any method.
         before = self.look(self._base_run())
-        rivals = [self._tried(rival, rival_axes) for rival in self._rivals() for rival_axes in self.variants(rival)]
-        if before is None or not all(each.is_settled for each in [tuned, *rivals]):
+        rivals = []
+        for rival in self._rivals():
+            for rival_axes in self.variants(rival):
+                rivals.append(self._tried(rival, rival_axes))
+
+        all_settled = all(each.is_settled for each in [tuned, *rivals])
+        if before is None or not all_settled:
+            # A guess, as for settings: the runs that depend on it are not made yet.
             return replace(tuned, is_settled=False, point=WHOLE_TRAINING)
-        base_values = next(iter(before.points.values()))  # it has one point
+
+        base_values = next(iter(before.points.values()))  # the base model has one point
         return with_chosen_point(tuned, rivals, base_values, path.choose)
 
     def _base_run(self) -> StudyRun:
@@ -218,7 +261,12 @@ class _Planner:
         """
         methods = self.recipe.methods.values()
         bases = {method.name for method in methods if method.method == PRETRAINED}
-        return [method for method in methods if method.tune is not None and bases.issuperset(method.parents.values())]
+        rivals = []
+        for method in methods:
+            is_over_base = bases.issuperset(method.parents.values())
+            if method.tune is not None and is_over_base:
+                rivals.append(method)
+        return rivals
 
     def _tried(self, method: Method, axes: Axes) -> Tuned:
         """The trials of ``method.tune``, made once, with the best of them once all are finished."""
@@ -226,49 +274,60 @@ class _Planner:
         if place in self._trials:
             return self._trials[place]
 
+        # Settings are tried with one seed, and hold for all.
         seed = self.seeds(method)[0]
+
         of_parent: Options = {}
         if method.start:
             parent = self._parent(method.start, axes, seed)
             if parent.method.method != PRETRAINED:  # a model that was not trained has no rate to multiply
                 of_parent = self.defaults | written_out(parent.method.method, parent.options)
-        own = self.defaults | written_out(method.method, run_options(self.recipe, method, axes, seed))
+        given = run_options(self.recipe, method, axes, seed)
+        own = self.defaults | written_out(method.method, given)
 
         def run_of(settings: Options) -> StudyRun:
             return self._make(method, axes, seed, tried=settings)
 
-        self._trials[place] = tune(method, own, of_parent, run_of, self.look)
-        return self._trials[place]
+        tuned = tune(method, own, of_parent, run_of, self.look)
+        self._trials[place] = tuned
+        return tuned
 
     # Names
 
     def _hash(self, method: Method, options: Options, parents: dict[str, StudyRun | None]) -> str:
         """Hash of everything that decides a run's outcome. Any change of it renames published runs."""
         named = options_identity(written_out(method.method, options))
-        if named.get("mask_removed_value_model"):
-            named["mask_removed_value_model"] = model_identity(named["mask_removed_value_model"])
+        removed_value_model = named.get("mask_removed_value_model")
+        if removed_value_model:
+            named["mask_removed_value_model"] = model_identity(removed_value_model)
 
+        # Options at their default are left out, so that a new option does not rename earlier runs.
         # mask_init_scores has no fixed default (other options decide it); the published start leaves no trace.
         defaults = self.defaults | {"mask_init_scores": "normal", "mask_init_value": 0}
+        changed = {}
+        for key, value in named.items():
+            is_default = key in defaults and value == plain(defaults[key])
+            if not is_default:
+                changed[key] = value
+
         settings: dict[str, Any] = {
             "method": method.method,
             "model": model_identity(self.recipe.model),
-            "options": {
-                key: value for key, value in named.items() if key not in defaults or value != plain(defaults[key])
-            },
+            "options": changed,
         }
+        points = {}
         for key, parent in parents.items():
             settings[key] = parent.hash if parent else None
-
-        points = {key: list(parent.point) for key, parent in parents.items() if parent and parent.point}
+            if parent and parent.point:
+                points[key] = list(parent.point)
         if points:
             settings["points"] = points
 
+        # Each process adds a micro-batch to the batch, unless global_batch_size fixes it.
         num_processes = self.recipe.launch.num_processes or 1
         is_trained = method.method not in (PRETRAINED, *UNTRAINED_METHODS)
         if is_trained and num_processes != 1 and not options.get("global_batch_size"):
-            # The batch is as large as the number of processes. (`command` is a key of earlier names.)
-            settings["launch"] = {"num_processes": num_processes, "command": None}
+            settings["launch"] = {"num_processes": num_processes, "command": None}  # `command`: a key of earlier names
         return short_digest(settings)
 
 
@@ -276,11 +335,19 @@ def _check_names(runs: list[StudyRun]) -> None:
     """Raise for two runs with one folder, or with one name in the tables."""
     seen: set[tuple | str] = set()
     for run in runs:
-        keys = {run.id, *((run.model, run.seed, label) for label in run.labels.values())}
+        keys: set[tuple | str] = {run.id}
+        for label in run.labels.values():
+            keys.add((run.model, run.seed, label))
         if keys & seen:
             raise UserError(f"two runs are named {run.title!r}: their settings mean the same; drop one")
         seen |= keys
 
 
+def _num_values(values: list | TimesParent) -> int:
+    return len(values.times_parent) if isinstance(values, TimesParent) else len(values)
+
+
 def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_") or "run"
+    """A name as part of a folder's name: lower-case letters, digits and ``_``."""
+    slug = re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")
+    return slug or "run"  # a name may have none of these characters
