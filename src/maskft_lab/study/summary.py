@@ -21,7 +21,7 @@ from .damage import is_whole_result
 from .folder import Study
 from .path import curves
 from .recipe import PRETRAINED, Recipe
-from .study_run import LAST, StudyRun, Tuned
+from .study_run import BEST, LAST, StudyRun, Tuned
 
 _COUNTS = ("epochs", "tokens", "total_epochs", "total_tokens")
 
@@ -39,34 +39,33 @@ def summarise(study: Study, runs: Sequence[StudyRun], tunings: Sequence[Tuned]) 
 
     results = _results(study, runs)
     tunings = [tuned for tuned in tunings if tuned.is_settled]
-    models: dict[str, Any] = {}
+    models: dict[str, Any] = {}  # base model -> record; a study has one, a published summary may join several
     text = ""
     table = [f"# {recipe.name}", ""]
     if results:
         model = results[0]["study"]["model"]
         results, notes = without_repeats(results, recipe.baseline)
         text, compared, record = _compared(results, recipe, tunings)
-        for probe, curve in record.pop("curves", {}).items():
-            write_text(study.folder / layout.CURVE.format(recipe.name, probe), json.dumps(curve, indent=1) + "\n")
-
-        notes += [f"Tuned: {tuned}." for tuned in tunings]
-        notes += _notes_on_forgetting(recipe, results)
-        num_tried = {label: run.num_tried for run in runs for label in run.labels.values()}
-        table += [f"## {model}", "", compared, _accounts_table(results, num_tried), ""]
-        table += [f"- {note}" for note in notes]
-        table += [""]
+        _write_curves(study, record.pop("curves", {}))
         if tunings:
             record["tuning"] = [tuned.to_dict() for tuned in tunings]
         models[model] = record
 
-    summary = json.dumps({"study": recipe.name, "models": models}, indent=1) + "\n"
-    write_text(study.folder / layout.SUMMARY.format(recipe.name), summary)
+        notes += [f"Tuned: {tuned}." for tuned in tunings]
+        notes += _notes_on_forgetting(recipe, results)
+        accounts = _accounts_table(results, _settings_tried(runs))
+        table += [f"## {model}", "", compared, accounts, ""]
+        table += [f"- {note}" for note in notes]
+        table += [""]
+
+    summary = json.dumps({"study": recipe.name, "models": models}, indent=1)
+    write_text(study.folder / layout.SUMMARY.format(recipe.name), summary + "\n")
     write_text(study.folder / layout.STUDY_TABLE.format(recipe.name), "\n".join(table))
     return text
 
 
 def _delete_old_curves(study: Study) -> None:
-    """Delete this study's curves: a probe that the recipe no longer has would keep its own."""
+    """Delete this study's curves: the file of a probe that the recipe no longer has would stay."""
     for file in study.folder.glob(layout.CURVE.format("*", "*")):
         with suppress(UserError, AttributeError):  # not a curve
             probe = read_json(file).get("probe")
@@ -75,16 +74,33 @@ def _delete_old_curves(study: Study) -> None:
                 file.unlink()
 
 
+def _write_curves(study: Study, curves_by_probe: dict[str, dict]) -> None:
+    for probe, curve in curves_by_probe.items():
+        file = study.folder / layout.CURVE.format(study.recipe.name, probe)
+        write_text(file, json.dumps(curve, indent=1) + "\n")
+
+
 def _results(study: Study, runs: Sequence[StudyRun]) -> list[Result]:
+    """All results that can be read, each under the name that this study gives its model."""
     results = []
     for run in runs:
         for role, label in run.labels.items():
             file = study.result_file(run, role)
-            if is_whole_result(file):
-                result = read_result(file) | {"name": label}  # it may have had another name
-                result["study"]["result"] = file.parent.name
-                results.append(result)
+            if not is_whole_result(file):
+                continue
+            result = read_result(file) | {"name": label}  # it may have had another name
+            result["study"]["result"] = file.parent.name
+            results.append(result)
     return results
+
+
+def _settings_tried(runs: Sequence[StudyRun]) -> dict[str, int]:
+    """Name in tables -> number of settings that were tried for it."""
+    num_tried = {}
+    for run in runs:
+        for label in run.labels.values():
+            num_tried[label] = run.num_tried
+    return num_tried
 
 
 def _notes_on_forgetting(recipe: Recipe, results: list[Result]) -> list[str]:
@@ -95,8 +111,9 @@ def _notes_on_forgetting(recipe: Recipe, results: list[Result]) -> list[str]:
 
     if not recipe.path:
         return []
-    has_curve = recipe.path.choose and recipe.path.before.keys() & recipe.before.keys()
-    if has_curve:
+    # A curve joins points along a path, measured on path.before, with chosen points, measured on evaluation.before.
+    in_both = recipe.path.before.keys() & recipe.before.keys()
+    if recipe.path.choose and in_both:
         return []
     return ["Note: no curve is written without path.choose and a name that both sets of `before` have."]
 
@@ -105,28 +122,45 @@ def _compared(results: list[Result], recipe: Recipe, tunings: Sequence[Tuned]) -
     """Tables for a terminal, tables in Markdown, record."""
     names = list(dict.fromkeys(result["name"] for result in results))
     rows = [_row(result) for result in results]
+
+    # One model, or no baseline: a table of scores without differences.
     baseline = _baseline(results, names, recipe)
     if baseline is None or len(names) < 2:
         reached = scores(results, fixed_seeds=recipe.fixed_seeds)
-        return render_scores(reached, "terminal"), render_scores(reached, "markdown"), {"runs": rows}
+        record = {"runs": rows}
+        return render_scores(reached, "terminal"), render_scores(reached, "markdown"), record
+
+    # Curves need the base model twice: its values on the rows of the points, and its test result.
+    base_values = None
+    for tuned in tunings:
+        if tuned.points:
+            base_values = tuned.base
+            break
+    base_name = None if base_values is None else _name_of_base(results)
 
     settings = Settings(fixed_seeds=recipe.fixed_seeds)
-    base_values = next((tuned.base for tuned in tunings if tuned.points), None)
-    before = None
-    if base_values is not None:
-        before = next((result["name"] for result in results if result["model"]["method"] == PRETRAINED), None)
-
     try:
         comparison = compare(results, baseline, settings=settings)
-        with_base = comparison if before in (None, baseline) else compare(results, before, settings=settings)
+        with_base = comparison
+        if base_name not in (None, baseline):
+            with_base = compare(results, base_name, settings=settings)
     except UserError as error:
         # Measured, but not comparable: the reason instead of an error keeps the numbers.
-        return f"not compared: {error}\n", f"Not compared: {error}\n", {"runs": rows, "not_compared": str(error)}
+        record = {"runs": rows, "not_compared": str(error)}
+        return f"not compared: {error}\n", f"Not compared: {error}\n", record
 
     record = {"baseline": baseline, "runs": rows, "comparison": comparison.to_dict()}
-    if before is not None:
+    if base_name is not None:
         record["curves"] = curves(tunings, results, with_base, base_values)
     return render(comparison, "terminal"), render(comparison, "markdown"), record
+
+
+def _name_of_base(results: list[Result]) -> str | None:
+    """Name of the base model in tables; None if it was not evaluated."""
+    for result in results:
+        if result["model"]["method"] == PRETRAINED:
+            return result["name"]
+    return None
 
 
 def _baseline(results: list[Result], names: list[str], recipe: Recipe) -> str | None:
@@ -136,19 +170,28 @@ def _baseline(results: list[Result], names: list[str], recipe: Recipe) -> str | 
     """
     wanted = recipe.baseline
     if not wanted:
-        full = [result for result in results if result["model"]["method"] == "full"]
-        full = [result for result in full if result["study"]["role"] == "best"]
-        wanted = (full or results)[0]["name"]
-    return next((name for name in names if name == wanted or name.startswith(f"{wanted} [")), None)
+        wanted = results[0]["name"]
+        for result in results:
+            is_full = result["model"]["method"] == "full"
+            if is_full and result["study"]["role"] == BEST:
+                wanted = result["name"]
+                break
+
+    for name in names:
+        is_variant = name.startswith(f"{wanted} [")  # followed by values of the grid
+        if name == wanted or is_variant:
+            return name
+    return None
 
 
 def _row(result: Result) -> dict:
+    """Identity, metrics and accounts of one result, for the summary."""
+    metrics = {}
+    for task, record in result["tasks"].items():
+        for name, metric in record["metrics"].items():
+            metrics[f"{task}/{name}"] = metric["value"]
+
     study = result["study"]
-    metrics = {
-        f"{task}/{name}": metric["value"]
-        for task, record in result["tasks"].items()
-        for name, metric in record["metrics"].items()
-    }
     row = {
         "name": result["name"],
         "method": result["model"]["method"],
@@ -168,13 +211,16 @@ def without_repeats(results: list[Result], baseline: str | None) -> tuple[list[R
     is_best: dict[str, list[bool]] = {}  # name of an end of training -> for each seed, whether it is the best
     for result in results:
         study = result["study"]
-        is_baseline = result["name"].partition(" [")[0] == baseline
-        if study["role"] == LAST and not is_baseline:
-            is_best.setdefault(result["name"], []).append(study["best_step"] == study["num_steps"])
+        name, _, _ = result["name"].partition(" [")  # without values of the grid
+        if study["role"] != LAST or name == baseline:
+            continue
+        best_is_last = study["best_step"] == study["num_steps"]
+        is_best.setdefault(result["name"], []).append(best_is_last)
 
     repeats = [name for name, same in is_best.items() if all(same)]
     notes = [f"Note: {name} is not listed: same as the best checkpoint (last step)." for name in repeats]
-    return [result for result in results if result["name"] not in repeats], notes
+    others = [result for result in results if result["name"] not in repeats]
+    return others, notes
 
 
 def _accounts_table(results: list[Result], num_tried: dict[str, int]) -> str:
@@ -194,14 +240,25 @@ def _accounts_table(results: list[Result], num_tried: dict[str, int]) -> str:
     rows = []
     for result in results:
         study = result["study"]
-        row = [result["name"], str(result["model"]["seed"])]
-        row.append(f"{study['best_step']} of {study['num_steps']}" if study["num_steps"] else "–")
-        row += [f"{study['epochs']:.2f}", f"{study['tokens']:.3g}"]
-        row += [f"{study['total_epochs']:.2f}", f"{study['total_tokens']:.3g}"]
+        steps = "–"
+        if study["num_steps"]:
+            steps = f"{study['best_step']} of {study['num_steps']}"
+        row = [
+            result["name"],
+            str(result["model"]["seed"]),
+            steps,
+            f"{study['epochs']:.2f}",
+            f"{study['tokens']:.3g}",
+            f"{study['total_epochs']:.2f}",
+            f"{study['total_tokens']:.3g}",
+        ]
         if has_tuning:
-            row.append(str(num_tried.get(result["name"]) or "–"))
+            number = num_tried.get(result["name"])
+            row.append(str(number) if number else "–")
         if has_sizes:
-            size = result["model"].get("num_bytes")
-            row.append(f"{size / 1000:,.0f}" if size else "–")
+            num_bytes = result["model"].get("num_bytes")
+            row.append(f"{num_bytes / 1000:,.0f}" if num_bytes else "–")
         rows.append(tuple(row))
-    return draw(Table(tuple(columns), rows), "markdown").rstrip("\n")
+
+    table = Table(tuple(columns), rows)
+    return draw(table, "markdown").rstrip("\n")
