@@ -10,7 +10,7 @@ the same curve for any comparison, ``report/fig_gain.py`` draws them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ WHOLE_TRAINING: Point = (1.0, 1.0)
 BEFORE_TRAINING: Point = (0.0, 0.0)
 
 # Options of data that decide the held-out rows.
-_OF_DATA = {field.name for field in fields(DataArguments)} - set(NOT_OF_HELDOUT_DATA)
+_OF_DATA = {field.name for field in fields(DataArguments)}
+_OF_DATA -= set(NOT_OF_HELDOUT_DATA)
 _OF_DATA |= {"eval_split_size", "data_dir", "dataset_text_field"}
 
 
@@ -67,11 +68,16 @@ def heldout_options(recipe: Recipe, run: StudyRun) -> Options:
 
     The pre-trained model has no training data: it is measured on the rows of the recipe's first.
     """
-    data = run.options or recipe.train | recipe.data[recipe.first_data].options
+    data = run.options
+    if not data:  # the pre-trained model
+        data = recipe.train | recipe.data[recipe.first_data].options
     options = {key: value for key, value in data.items() if key in _OF_DATA and value is not None}
+
     has_own_rows = "eval_dataset_name" in options or "dataset_eval_split" in options
     if has_own_rows:
         return options
+    # The rows are a part of the training data. Its size is named even where it is the default of `maskft train`:
+    # `maskft evaluate` holds nothing out by itself.
     return {"eval_split_size": DataArguments.eval_split_size} | options
 
 
@@ -80,12 +86,14 @@ def path_sets(recipe: Recipe, run: StudyRun, run_folder: Path) -> dict[str, tupl
 
     The folder's name has a digest of the options: other rows are another measurement.
     """
-    shared = {key: recipe.evaluation[key] for key in (*HOW, *HOW_OF_HELDOUT) if key in recipe.evaluation}
-    sets = {HELDOUT: shared | heldout_options(recipe, run)} | recipe.path.before
-    return {
-        name: (run_folder / PATH / f"{name}-{short_digest(options_identity(options))}", options)
-        for name, options in sets.items()
-    }
+    shared = {key: value for key, value in recipe.evaluation.items() if key in HOW or key in HOW_OF_HELDOUT}
+    options_of = {HELDOUT: shared | heldout_options(recipe, run), **recipe.path.before}
+
+    sets = {}
+    for name, options in options_of.items():
+        digest = short_digest(options_identity(options))
+        sets[name] = (run_folder / PATH / f"{name}-{digest}", options)
+    return sets
 
 
 def path_values(recipe: Recipe, run: StudyRun, run_folder: Path) -> dict[Point, PointValues] | None:
@@ -118,14 +126,24 @@ def points_of(trials: Iterable[Trial], base: PointValues) -> list[PathPoint]:
     for trial in trials:
         measured = trial.heldout.points if trial.heldout else {}
         for point, values in measured.items():
-            has_diverged = any(value is None for metrics in values.values() for value in metrics.values())
-            if not has_diverged:
-                gain = _gain(values, base)
-                found.append(PathPoint(trial, point, gain, _forgetting(values, base), values))
+            if _has_diverged(values):
+                continue
+            gain = _gain(values, base)
+            forgetting = _forgetting(values, base)
+            found.append(PathPoint(trial, point, gain, forgetting, values))
     return found
 
 
+def _has_diverged(values: PointValues) -> bool:
+    """Whether a metric is missing: a result file, which is JSON, has null for NaN and infinity."""
+    for metrics in values.values():
+        if None in metrics.values():
+            return True
+    return False
+
+
 def _gain(values: PointValues, base: PointValues) -> float:
+    """Accuracy on held-out rows, in [0, 1]; for rows without answers the fall of the loss, in nats per token."""
     own = values[HELDOUT]
     if "accuracy" in own:
         return own["accuracy"]
@@ -133,11 +151,12 @@ def _gain(values: PointValues, base: PointValues) -> float:
 
 
 def _forgetting(values: PointValues, base: PointValues) -> float:
-    rises = [
-        metrics["nll"] - base[name]["nll"]
-        for name, metrics in values.items()
-        if name != HELDOUT and "nll" in metrics  # sets with `kl` have no loss
-    ]
+    """Mean rise of the loss over the sets of earlier abilities, in nats per token; 0 without such sets."""
+    rises = []
+    for name, metrics in values.items():
+        has_loss = "nll" in metrics  # sets with `kl` have none
+        if name != HELDOUT and has_loss:
+            rises.append(metrics["nll"] - base[name]["nll"])
     return sum(rises) / len(rises) if rises else 0.0
 
 
@@ -154,10 +173,17 @@ def choose(candidates: Sequence[PathPoint], best_gain: float, rule: Choice) -> P
     if rule.accuracy_at_least is not None:
         wanted_gain = rule.accuracy_at_least * best_gain
         enough = [point for point in candidates if point.gain >= wanted_gain]
-        return min(enough, key=_least_forgetting) if enough else min(candidates, key=_most_gain)
+        if enough:
+            return min(enough, key=_least_forgetting)
+        return min(candidates, key=_most_gain)
 
     little = [point for point in candidates if point.forgetting <= rule.forgetting_at_most]
-    return min(little, key=_most_gain) if little else min(candidates, key=_least_forgetting)
+    if little:
+        return min(little, key=_most_gain)
+    return min(candidates, key=_least_forgetting)
+
+
+# Sort keys, lowest first. Ties are common, as accuracy on few rows has few values; then the held-out loss decides.
 
 
 def _least_forgetting(point: PathPoint) -> tuple[float, ...]:
@@ -180,9 +206,11 @@ def with_chosen_point(tuned: Tuned, rivals: Iterable[Tuned], base: PointValues, 
     own = points_of(tuned.trials, base)
     if not own:
         return tuned  # all of its runs diverged
-    of_rivals = [point for rival in rivals for point in points_of(rival.trials, base)]
-    best_gain = max(point.gain for point in [*own, *of_rivals])
-    best = choose(own, best_gain, rule)
+
+    gains = [point.gain for point in own]
+    for rival in rivals:
+        gains += [point.gain for point in points_of(rival.trials, base)]
+    best = choose(own, max(gains), rule)
     return replace(tuned, winner=best.trial, point=best.point, points=own, base=base)
 
 
@@ -203,44 +231,60 @@ def curves(
         comparison: Comparison of these with the base model.
         base: Measurements of the base model on the rows of the points.
     """
-    probes = [name for name, metrics in base.items() if name != HELDOUT and "nll" in metrics]
-    tasks = {HELDOUT, *(BEFORE + probe for probe in probes)}
-    chosen = gains_of([row for row in comparison.differences if row.task in tasks])
-    sizes = _sizes(results)
+    # A comparison has all tasks of the study; a curve is about held-out rows and the probes along the path.
+    tasks = {HELDOUT}
+    for name, metrics in base.items():
+        if name != HELDOUT and "nll" in metrics:
+            tasks.add(BEFORE + name)
+    differences = [row for row in comparison.differences if row.task in tasks]
+    num_bytes = _num_bytes(results)
 
     content = {}
-    for curve in chosen:
+    for curve in gains_of(differences):
         probe = curve["probe"]
-        path_points = [_path_point(tuned, point, probe, base) for tuned in tunings for point in tuned.points]
-        chosen_points = [
-            point | {"label": "chosen", "num_bytes": sizes[point["method"]]}  # by a name of the results
-            for point in curve["points"]
-        ]
+        curve_points = []
+        for tuned in tunings:
+            for point in tuned.points:
+                curve_points.append(_path_point(point, probe, base))
+        for chosen in curve["points"]:
+            method = chosen["method"]  # a name of the results
+            curve_points.append(chosen | {"label": "chosen", "num_bytes": num_bytes[method]})
+
         content[probe] = {
             "model": results[0]["model"]["name_or_path"],
             **curve,
-            "points": path_points + chosen_points,
+            "points": curve_points,
         }
     return content
 
 
-def _sizes(results: Sequence[Result]) -> dict[str, int | None]:
-    """Method -> bytes of its change, the largest of its seeds; None if a seed's is not known."""
-    found: dict[str, list[int | None]] = {}
+def _num_bytes(results: Sequence[Result]) -> dict[str, int | None]:
+    """Name in tables -> bytes of the model's change, the largest of its seeds; None if it is not known for a seed."""
+    of_seeds: dict[str, list[int | None]] = {}
     for result in results:
-        found.setdefault(result["name"], []).append(result["model"].get("num_bytes"))
-    return {name: max(sizes) if all(sizes) else None for name, sizes in found.items()}
+        size = result["model"].get("num_bytes")
+        of_seeds.setdefault(result["name"], []).append(size)
+
+    largest = {}
+    for name, sizes in of_seeds.items():
+        largest[name] = max(sizes) if all(sizes) else None
+    return largest
 
 
-def _path_point(tuned: Tuned, point: PathPoint, probe: str, base: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    name = point.trial.run.name
+def _path_point(point: PathPoint, probe: str, base: PointValues) -> dict[str, Any]:
+    """A point of a curve, in percentage points (or nats per token without accuracy) and nats per token."""
+    run = point.trial.run
     settings = settings_text(point.trial.settings)
     share, scale = point.point
+
+    # `gain` is an accuracy or already a difference of losses, see `_gain`.
+    gained = point.gain
     accuracy_before = base[HELDOUT].get("accuracy")
-    gained = point.gain if accuracy_before is None else 100 * (point.gain - accuracy_before)
+    if accuracy_before is not None:
+        gained = 100 * (point.gain - accuracy_before)
     return {
-        "method": name,
-        "path": f"{name}, {settings}" if settings else name,
+        "method": run.name,
+        "path": f"{run.name}, {settings}" if settings else run.name,
         "label": f"{share:g} of training, {scale:g} of the change",
         "share": share,
         "scale": scale,
@@ -249,5 +293,5 @@ def _path_point(tuned: Tuned, point: PathPoint, probe: str, base: Mapping[str, M
         "nats_forgotten": point.values[probe]["nll"] - base[probe]["nll"],
         "num_seeds": 1,
         "is_chosen": False,
-        "budget": point.trial.run.options.get("kl_budget"),
+        "budget": run.options.get("kl_budget"),
     }

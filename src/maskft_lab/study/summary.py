@@ -39,7 +39,7 @@ def summarise(study: Study, runs: Sequence[StudyRun], tunings: Sequence[Tuned]) 
 
     results = _results(study, runs)
     tunings = [tuned for tuned in tunings if tuned.is_settled]
-    models: dict[str, Any] = {}  # base model -> record; a study has one, a published summary may join several
+    models: dict[str, Any] = {}  # base model -> record; a study has one base model
     text = ""
     table = [f"# {recipe.name}", ""]
     if results:
