@@ -44,18 +44,23 @@ def build_record(
         training: ``summary`` of its ``training.json``; None if nothing was trained.
         parent: Record of the run whose epochs and tokens count as trained before.
     """
+    # Own training.
+    num_steps = training["num_steps"] if training else 0
     best_step = None
     learning_rate = None
     epochs = {BEST: 0.0, LAST: 0.0}
     tokens = {BEST: 0, LAST: 0}
-    if training and training["num_steps"]:
+    if num_steps:
         best_step = training["best_step"]
         learning_rate, epochs, tokens = _counts(training)
     elif parent is not None and not training:
         learning_rate = 0.0  # nothing was left to anneal
 
+    # With the training before, which counts up to its best checkpoint: the run started from that.
     epochs_before = parent.total_epochs[BEST] if parent else 0.0
     tokens_before = parent.total_tokens[BEST] if parent else 0
+    total_epochs = {role: round(epochs_before + number, 4) for role, number in epochs.items()}
+    total_tokens = {role: tokens_before + number for role, number in tokens.items()}
 
     settings = _without_folders(run.options)
     if "learning_rate" in options:
@@ -74,14 +79,14 @@ def build_record(
         match=run.match.id if run.match else None,
         settings=settings,
         models=models,
-        num_steps=(training["num_steps"] or None) if training else None,
+        num_steps=num_steps or None,
         best_step=best_step,
         best_heldout_loss=training["best_loss"] if training else None,
         learning_rate_at_best=learning_rate,
         epochs={role: round(number, 4) for role, number in epochs.items()},
         tokens=tokens,
-        total_epochs={role: round(epochs_before + number, 4) for role, number in epochs.items()},
-        total_tokens={role: tokens_before + number for role, number in tokens.items()},
+        total_epochs=total_epochs,
+        total_tokens=total_tokens,
         train_time_s=training["train_time_s"] if training else None,
         peak_memory_bytes=training["peak_memory_bytes"] if training else None,
     )
@@ -90,15 +95,17 @@ def build_record(
 def _counts(training: dict[str, Any]) -> tuple[float | None, dict[str, float], dict[str, int]]:
     """Learning rate of the best checkpoint, epochs and tokens of each role."""
     best_step = training["best_step"]
+    share = 1.0 if best_step is None else best_step / training["num_steps"]
+
     measured: dict[str, Any] = {}
     for row in training["history"]:
         if "eval_loss" in row and row["step"] == best_step:
             measured = row
 
-    share = 1.0 if best_step is None else best_step / training["num_steps"]
     # Tokens are counted at each evaluation. Without one at this step, they are in proportion to the steps.
-    tokens_at_best = int(measured.get("eval_num_tokens") or round(share * training["num_train_tokens"]))
-    if best_step == 0:
+    counted = measured.get("eval_num_tokens")
+    tokens_at_best = int(counted) if counted else round(share * training["num_train_tokens"])
+    if best_step == 0:  # the start is best
         tokens_at_best = 0
 
     epochs = {BEST: share * training["num_epochs"], LAST: training["num_epochs"]}
@@ -112,14 +119,17 @@ def _without_folders(options: dict[str, Any]) -> dict[str, Any]:
     if TEMPLATE in shown:
         shown[TEMPLATE] = Path(shown[TEMPLATE]).name
     for key in (*DATA_NAMES, KL_DATA):
-        if isinstance(shown.get(key), str):
-            shown[key] = rename_sets(shown[key], _without_folder)
+        mixture = shown.get(key)
+        if isinstance(mixture, str):
+            shown[key] = rename_sets(mixture, _without_folder)
     return shown
 
 
 def _without_folder(name: str) -> str:
     """Name of an existing file or folder without its path; names of the hub, which have slashes too, are kept."""
-    return Path(name).name if is_there(name) else name
+    if is_there(name):
+        return Path(name).name
+    return name
 
 
 # Blocks of a result
@@ -127,20 +137,26 @@ def _without_folder(name: str) -> str:
 
 def training_block(run: StudyRun, recipe: Recipe, role: str, record: RunRecord) -> dict[str, Any]:
     """Block ``training`` of a result, by which ``maskft report`` finds its row of the paper's tables."""
-    method = run.method
-    name = data_name(run, recipe)
-    is_trained = method.method != PRETRAINED
+    domain = None
+    is_mixed = None
+    is_trained = run.method.method != PRETRAINED
+    if is_trained:
+        name = data_name(run, recipe)
+        if name in DOMAINS:
+            domain = name
+        # Whether the full fine-tuning, of a mask that of its start, used all domains.
+        name_before = None if run.start is None else data_name(run.start, recipe)
+        is_mixed = _MIXED in (name, name_before)
 
-    all_data = {name}
-    if run.start is not None:
-        all_data.add(data_name(run.start, recipe))
+    selection = selection_of(run.options) if run.method.method == "mask" else None
+    variant = run.name if is_control(recipe, run) else None
     return {
         "base": record.model,
-        "domain": name if is_trained and name in DOMAINS else None,
-        "mixed": _MIXED in all_data if is_trained else None,
+        "domain": domain,
+        "mixed": is_mixed,
         "checkpoint": role,
-        "selection": selection_of(run.options) if method.method == "mask" else None,
-        "variant": run.name if is_control(recipe, run) else None,
+        "selection": selection,
+        "variant": variant,
         "num_epochs": record.total_epochs[role],
         "num_train_tokens": record.total_tokens[role],
         "complete_num_epochs": record.total_epochs[LAST],
@@ -170,15 +186,18 @@ def study_block(run: StudyRun, recipe: Recipe, role: str, record: RunRecord) -> 
 def is_control(recipe: Recipe, run: StudyRun) -> bool:
     """Whether the paper's tables have no row for a run: a control, a grid's variant, the second of a kind."""
     method = run.method
-    if method.method in ("wanda_mask", INTERPOLATE) or run.axes:
+    has_no_row = method.method in ("wanda_mask", INTERPOLATE)
+    if has_no_row or run.axes:
         return True
 
     is_continued = run.start is not None and run.start.method.method != PRETRAINED
     if method.method in ("full", PEFT) and is_continued:
         return True
 
+    # Of methods that a row of the paper does not tell apart, the first of the recipe has the row.
     def kind(method: Method) -> tuple:
         return method.method, method.start, method.data, selection_of(recipe.train | method.options)
 
-    first = next(other for other in recipe.methods.values() if kind(other) == kind(method))
+    own_kind = kind(method)
+    first = next(other for other in recipe.methods.values() if kind(other) == own_kind)
     return first.name != method.name

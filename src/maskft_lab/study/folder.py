@@ -34,8 +34,11 @@ class Study:
 
     def rescan(self) -> None:
         """Look for finished runs; several studies may share a folder, and use each other's runs."""
-        records = sorted((self.folder / layout.RUNS).glob(f"*/{layout.RUN}"))
-        self._folders_by_hash = {_hash_of(record.parent): record.parent for record in records}
+        records = (self.folder / layout.RUNS).glob(f"*/{layout.RUN}")
+        self._folders_by_hash = {}
+        for record in sorted(records):
+            run_folder = record.parent
+            self._folders_by_hash[_hash_of(run_folder)] = run_folder
 
     def note_finished(self, run_folder: Path) -> None:
         """Let other names of the same run find its folder."""
@@ -64,23 +67,32 @@ class Study:
 
     def is_trained(self, run: StudyRun) -> bool:
         """Whether the run's models are there, as they were written."""
-        return self.has_record(run) and damage_of_run(self.run_folder(run)) is None
+        if not self.has_record(run):
+            return False
+        return damage_of_run(self.run_folder(run)) is None
 
     # Models
 
     def base(self, run: StudyRun) -> str:
         """The base model as the commands take it; the embedded one is unpacked once, for all runs."""
-        is_embedded = run.model == layout.EMBEDDED_MODEL
-        return str(self.folder / layout.BASE) if is_embedded else run.model
+        if run.model == layout.EMBEDDED_MODEL:
+            return str(self.folder / layout.BASE)
+        return run.model
 
     def start(self, run: StudyRun) -> str:
         """The model that a run starts from."""
-        return self.base(run) if run.start is None else self.model(run.start, BEST)
+        if run.start is None:
+            return self.base(run)
+        return self.model(run.start, BEST)
 
     def model(self, run: StudyRun, role: str) -> str:
-        """Folder or name of one of a finished run's models; the checkpoint of the point that was chosen."""
+        """Folder or name of one of a finished run's models; with ``path.choose``, the checkpoint of the chosen point.
+
+        Raises:
+            UserError: If the run diverged while settings were tried, and has no model.
+        """
         if run.method.method == PRETRAINED:
-            return self.base(run)  # a record would have the place where it was then
+            return self.base(run)  # not from the record, which names the place where it was then
         if run.point is not None:
             share, _ = run.point
             return str(self.checkpoint(run, share))
@@ -88,11 +100,16 @@ class Study:
         name = self.record(run).models.get(role)
         if name is None:
             raise UserError(f"the loss of {run.title!r} was not finite; lower learning_rate or check the data")
+        # A folder relative to the study's, a folder elsewhere, or a name on the hub.
         inside = self.folder / name
         return str(inside) if inside.exists() else name
 
     def checkpoint(self, run: StudyRun, share: float) -> Path:
-        """Checkpoint of a finished run after a share of its steps; needs a run with steps."""
+        """Checkpoint of a finished run after a share of its steps, in (0, 1]; needs a run with steps.
+
+        Raises:
+            UserError: If no checkpoint was saved at that step.
+        """
         num_steps = self.record(run).num_steps
         return _checkpoint_at(self.run_folder(run), share * num_steps)
 
@@ -100,7 +117,10 @@ class Study:
         """Share of training -> checkpoint of every point of a finished run's path."""
         path = self.recipe.path
         is_trained = run.method.method not in (PRETRAINED, *UNTRAINED_METHODS)
-        if path is None or not is_trained or not self.record(run).num_steps:
+        if path is None or not is_trained:
+            return {}
+        num_steps = self.record(run).num_steps
+        if not num_steps:  # it diverged, or took no step
             return {}
         return {share: self.checkpoint(run, share) for share, _ in path.points}
 
@@ -113,13 +133,14 @@ class Study:
 
     @cached_property
     def _evaluation(self) -> dict:
+        """Identity of the evaluation, part of each result's name; cached, because it looks at every data file."""
         return evaluation_identity(self.recipe.evaluation, self.recipe.before)
 
     def check_damage(self, run: StudyRun) -> None:
         """Raise if files of a finished run, or its results, are not as they were written."""
         found: dict[Path, str | None] = {}
-        folder = self.run_folder(run)
-        if (folder / layout.RUN).is_file():
+        if self.has_record(run):
+            folder = self.run_folder(run)
             found[folder] = damage_of_run(folder)
         for role in run.labels:
             file = self.result_file(run, role)
@@ -134,6 +155,7 @@ class Study:
         """Raise if a folder in the study is a link: runs would be written, and checkpoints deleted, elsewhere."""
         for name in (layout.RUNS, layout.RESULTS, layout.PREPARED, layout.SLURM):
             own = self.folder / name
+            # Three levels: `runs`, a run, and its checkpoints.
             for place in (own, *own.glob("*"), *own.glob("*/*")):
                 if place.is_symlink() and place.is_dir():
                     raise UserError(
@@ -144,7 +166,9 @@ class Study:
     def inside(self, name: str) -> str:
         """A path inside the study's folder relative to it, so that the folder can be moved; others unchanged."""
         path = Path(name)
-        return str(path.relative_to(self.folder)) if path.is_relative_to(self.folder) else name
+        if path.is_relative_to(self.folder):
+            return str(path.relative_to(self.folder))
+        return name
 
 
 def evaluation_id(run: StudyRun, role: str, evaluation: dict, study: str) -> str:
@@ -162,8 +186,11 @@ def evaluation_id(run: StudyRun, role: str, evaluation: dict, study: str) -> str
     settings = {"run": run.hash, "role": role, "evaluation": evaluation}
     if run.point is not None:
         settings["point"] = list(run.point)
-    prefix = run.id.rpartition("-")[0]
-    return f"{prefix}-{role}-{short_digest(settings)}-{short_digest({'study': study})[:4]}"
+
+    prefix, _, _ = run.id.rpartition("-")  # method and seed
+    hash_of_evaluation = short_digest(settings)
+    hash_of_study = short_digest({"study": study})[:4]
+    return f"{prefix}-{role}-{hash_of_evaluation}-{hash_of_study}"
 
 
 def _hash_of(run_folder: Path) -> str:
@@ -171,7 +198,7 @@ def _hash_of(run_folder: Path) -> str:
 
 
 def _checkpoint_at(folder: Path, step: float) -> Path:
-    """The checkpoint nearest to a step, which is less than one step away."""
+    """The checkpoint nearest to a step, less than one step away: a share of the steps may fall between two."""
     found = {}
     for path in folder.glob("checkpoint-[1-9]*"):
         number = path.name.rpartition("-")[2]
@@ -179,7 +206,8 @@ def _checkpoint_at(folder: Path, step: float) -> Path:
             found[int(number)] = path
 
     nearest = min(found, key=lambda number: abs(number - step), default=None)
-    if nearest is None or abs(nearest - step) >= 1:
+    is_saved = nearest is not None and abs(nearest - step) < 1
+    if not is_saved:
         raise UserError(
             f"path: {folder.name} has no checkpoint at step {step:g} (it has {sorted(found)}): path.checkpoints must "
             "be multiples of save_steps; delete runs made with other path settings first"

@@ -14,13 +14,15 @@ _HASH_LENGTH = 10
 
 
 def short_digest(settings: dict) -> str:
-    """Digest of settings, as part of a folder's name."""
-    return digest(json.dumps(settings, sort_keys=True, ensure_ascii=False))[:_HASH_LENGTH]
+    """Digest of settings, as part of a folder's name; the order of keys does not matter."""
+    text = json.dumps(settings, sort_keys=True, ensure_ascii=False)
+    return digest(text)[:_HASH_LENGTH]
 
 
 def options_identity(options: dict) -> dict:
     """The options as they enter a run's hash: data by its content."""
-    return data_identity({key: plain(value) for key, value in options.items()})
+    plain_options = {key: plain(value) for key, value in options.items()}
+    return data_identity(plain_options)
 
 
 def evaluation_identity(evaluation: dict, before: dict[str, dict] | None = None) -> dict:
@@ -31,11 +33,15 @@ def evaluation_identity(evaluation: dict, before: dict[str, dict] | None = None)
         before: Options for each set of earlier abilities.
     """
     identity = options_identity(evaluation)
+
+    # Benchmarks that are read from files of data_dir; those of the hub are named by the options alone.
     folder = evaluation.get("data_dir")
     if folder is not None:
         tasks = mixture_text(evaluation.get("tasks")) or ""
         for task, found in _benchmark_digests(tasks, folder).items():
             identity[f"files of {task}"] = found
+
+    # Only where there are sets: an empty entry would rename the published evaluations without them.
     if before:
         identity["before"] = {name: evaluation_identity(options) for name, options in before.items()}
     return identity
@@ -48,9 +54,12 @@ def _benchmark_digests(tasks: str, folder: str) -> dict[str, str]:
     digests = {}
     for task in tasks.split(","):
         task = task.strip()
-        files = benchmark_files(task, Path(folder).expanduser()) if task else []
+        if not task:
+            continue
+        files = benchmark_files(task, Path(folder).expanduser())
         if files:
-            digests[task] = short_digest({"files": [digest_file(file) for file in files]})
+            digests_of_files = [digest_file(file) for file in files]
+            digests[task] = short_digest({"files": digests_of_files})
     return digests
 
 
@@ -65,17 +74,23 @@ def written_out(method: str, options: dict) -> dict:
     if not name and method in MASK_METHODS:
         name = "recommended"
     preset = PRESETS.get(str(name), {})
-
     implied = {f"mask_{key}": value for key, value in preset.items()}
+
+    # Defaults that depend on the method or on other options.
     if method in MASK_METHODS:
         implied["mask_init_scores"] = default_start(options)
-    if method == "mask" and is_free(selection_of(options)) and "mask_init_value" not in implied:
-        # The default of learners that cut at 0 was 0 once. This text keeps their runs apart from today's.
-        implied["mask_init_value"] = "nearly all kept"
+    if method == "mask":
+        cuts_at_zero = is_free(selection_of(options))
+        if cuts_at_zero and "mask_init_value" not in implied:
+            # The default of learners that cut at 0 was 0 once. This text keeps their runs apart from today's.
+            implied["mask_init_value"] = "nearly all kept"
     if method not in UNTRAINED_METHODS:
         implied["learning_rate"] = default_learning_rate(method, options)
 
-    given = {key: value for key, value in options.items() if key != "mask_preset" or not preset}
+    # An unknown preset stays in the options; checking the run reports it.
+    given = dict(options)
+    if preset:
+        given.pop("mask_preset", None)
     return implied | given
 
 

@@ -24,10 +24,20 @@ def tune(method: Method, own: Options, parent: Options, run_of: Callable[[Option
         parent: The options of the run that it starts from, with defaults.
         run_of: Makes the run that tries settings.
         look: Held-out loss of a run; None while it is not finished.
+
+    Returns:
+        All trials, in the order of the lists (the last option varies fastest), and the winner; the first of equal ones.
+
+    Raises:
+        UserError: If no held-out loss is measured, the tuned option has no effect, or the parent lacks a value to
+            multiply.
     """
     if method.tune and own.get("eval_strategy") == "no":
         raise UserError(f"method {method.name!r}: tune chooses by held-out loss, and eval_strategy is no; drop that")
-    if "num_train_epochs" in method.tune and (_number(own.get("max_steps")) or 0) > 0:
+
+    max_steps = _number(own.get("max_steps"))
+    is_length_fixed = max_steps is not None and max_steps > 0
+    if "num_train_epochs" in method.tune and is_length_fixed:
         raise UserError(f"method {method.name!r}: max_steps decides the length, and tune is of num_train_epochs")
 
     trials = []
@@ -51,7 +61,11 @@ def _combinations(method: Method, parent: Options) -> list[Options]:
         if isinstance(values, TimesParent):
             values = _multiples(method, option, values, parent)
         lists[option] = values
-    return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
+
+    combinations = []
+    for values in itertools.product(*lists.values()):
+        combinations.append(dict(zip(lists, values, strict=True)))
+    return combinations
 
 
 def _multiples(method: Method, option: str, values: TimesParent, parent: Options) -> list[float]:
@@ -66,4 +80,5 @@ def _multiples(method: Method, option: str, values: TimesParent, parent: Options
 
 
 def _number(value: Any) -> float | None:
+    """A value of a recipe if it is a number: the options have not been parsed yet."""
     return value if isinstance(value, int | float) else None
