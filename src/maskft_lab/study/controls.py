@@ -48,10 +48,10 @@ def with_standard_controls(
         ValueError: If one of ``masks`` is not a learned mask, there is none at all, or the grid varies its length.
     """
     learned = [name for name, method in methods.items() if _is_learned_mask(method)]
-    for name in masks or ():
-        if name not in learned:
-            raise ValueError(f"controls: {name!r} is not a learned mask; name one, or write standard")
     if masks is not None:
+        for name in masks:
+            if name not in learned:
+                raise ValueError(f"controls: {name!r} is not a learned mask; name one, or write standard")
         learned = [name for name in learned if name in masks]
     if not learned:
         raise ValueError("controls: the study has no learned mask; add one, or remove controls")
@@ -63,10 +63,16 @@ def with_standard_controls(
             # Two masks with one parent and the same number of steps share the controls that contain no mask.
             if method in controls.values():
                 continue
+            # The same control with other options gets the name of its mask.
             is_taken = control in controls
-            controls[f"{control} ({name})" if is_taken else control] = method
+            unique_name = f"{control} ({name})" if is_taken else control
+            controls[unique_name] = method
 
-    kept = {name: method for name, method in methods.items() if method is not None or name not in controls}
+    kept = {}
+    for name, method in methods.items():
+        is_left_out = method is None and name in controls
+        if not is_left_out:
+            kept[name] = method
     added = {name: method for name, method in controls.items() if name not in methods}
     return kept | added
 
@@ -87,41 +93,54 @@ def _controls_of(name: str, methods: Methods, train: Mapping[str, Any]) -> Itera
     """Names and methods of the controls of one mask."""
     mask = methods[name]
     parent = mask.get("from")
+    # The file has not been checked yet: a value of a wrong type counts as missing here, and pydantic reports it.
     parent_method = methods.get(parent) if isinstance(parent, str) else None
-    has_rate = isinstance(parent_method, dict) and parent_method.get("method") == "full"
+    has_full_parent = isinstance(parent_method, dict) and parent_method.get("method") == "full"
     layers = mask.get("mask_layers_to_transform", train.get("mask_layers_to_transform"))
-    tune = mask["tune"] if isinstance(mask.get("tune"), dict) else {}
+    tune = mask.get("tune")
+    if not isinstance(tune, dict):
+        tune = {}
 
     # If the mask's steps are tuned, so are those of trained controls.
     tuned_lengths = {option: tune[option] for option in LENGTHS if option in tune}
     # An option that `train` gives all methods is left out: written twice, two equal controls would look different.
-    shared = {
-        option: mask[option]
-        for option in _SHARED
-        if option in mask and (option not in train or mask[option] != train[option])
-    }
+    shared = {}
+    for option in _SHARED:
+        if option not in mask:
+            continue
+        is_repeated = option in train and mask[option] == train[option]
+        if not is_repeated:
+            shared[option] = mask[option]
 
     for control, entry in read_yaml(TEMPLATE).items():
+        # All controls but fixed masks continue the mask's parent (at multiples of its rate), or undo a part of it.
         is_fixed_mask = entry["method"] in FIXED_MASK_METHODS
-        if not is_fixed_mask and not has_rate:
+        if not is_fixed_mask and not has_full_parent:
             continue
         if entry.get("partial_layers") and not layers:
             continue
 
+        # The entry, with the names of this mask and its parent, and what it takes from the mask.
         method = {}
         for key, value in entry.items():
             method[key] = value.format(mask=name, parent=parent) if isinstance(value, str) else value
-        method |= {key: mask[key] for key in ("from", "data", "seeds") if key in mask}
-        if entry["method"] in ("full", PEFT):
+        for key in ("from", "data", "seeds"):
+            if key in mask:
+                method[key] = mask[key]
+
+        is_trained = entry["method"] in ("full", PEFT)
+        if is_trained:
             tried = dict(tuned_lengths)
-            if method.pop("tune", None):
+            if method.pop("tune", None):  # a mark in the file; the values depend on the mask
                 tried |= _rates(tune, entry["method"])
             method = shared | method
             if tried:
                 method["tune"] = tried
         if "partial_layers" in entry:
             method["partial_layers"] = layers
-        yield control.format(mask=name, parent=parent), method
+
+        label = control.format(mask=name, parent=parent)
+        yield label, method
 
 
 def _rates(tune: Mapping[str, Any], method: str) -> dict[str, Any]:
@@ -129,8 +148,9 @@ def _rates(tune: Mapping[str, Any], method: str) -> dict[str, Any]:
     num_settings = 1
     for option, values in tune.items():
         if option in LENGTHS:
-            continue
-        values = values.get("times_parent") if isinstance(values, dict) else values
+            continue  # tuned for the controls too
+        if isinstance(values, dict):
+            values = values.get("times_parent")
         if isinstance(values, list):
             num_settings *= len(values)
     number = max(num_settings, _MIN_RATES)

@@ -18,8 +18,24 @@ from .recipe import REVISION, Options, Recipe
 
 # Options of an evaluation that also hold for each set of earlier abilities, unless it has its own: of all tasks, and of
 # held-out rows.
-HOW = frozenset("model_revision chat_template_path dtype bf16 device batch_size".split())
-HOW_OF_HELDOUT = frozenset("max_length max_new_tokens no_generate dataset_text_field".split())
+HOW = frozenset(
+    {
+        "model_revision",
+        "chat_template_path",
+        "dtype",
+        "bf16",
+        "device",
+        "batch_size",
+    }
+)
+HOW_OF_HELDOUT = frozenset(
+    {
+        "max_length",
+        "max_new_tokens",
+        "no_generate",
+        "dataset_text_field",
+    }
+)
 
 
 def load_recipe(file: str | Path, data_dir: str | Path | None = None) -> Recipe:
@@ -52,25 +68,23 @@ def parse_recipe(content: Any, data_dir: str | Path | None = None, source: str |
         raise UserError(f"{source}: {error}") from None
     recipe = read_model(Recipe, content, source)
 
-    train = dict(recipe.train)
-    if KL_DATA in train:
-        train[KL_DATA] = in_data_dir({KL_DATA: train[KL_DATA]}, data_dir)[KL_DATA]
+    # Files that `train`, the training sets and the methods name.
+    train = recipe.train | _kl_data_in(data_dir, recipe.train)
     if TEMPLATE in train:
         train[TEMPLATE] = _template_file(train[TEMPLATE], source)
-
     data = {}
     for name, part in recipe.data.items():
         data[name] = part.model_copy(update=in_data_dir(part.options, data_dir))
     methods = {}
     for name, method in recipe.methods.items():
-        names = {key: value for key, value in method.options.items() if key == KL_DATA}
-        found = {key: in_data_dir(names, data_dir)[key] for key in names}
-        methods[name] = method.model_copy(update=found)
+        methods[name] = method.model_copy(update=_kl_data_in(data_dir, method.options))
 
+    # Files that evaluations name.
     evaluation = recipe.evaluation
     if "tasks" in evaluation or "dataset_name" in evaluation:
         evaluation = in_data_dir(evaluation, data_dir)
-    # The pre-trained model is evaluated with them too, so that all rows of the table answer the same prompts.
+    # The pre-trained model is evaluated with the template and revision of training too, so that all rows of the table
+    # answer the same prompts.
     shared = {key: train[key] for key in (TEMPLATE, REVISION) if key in train}
     evaluation = shared | evaluation
 
@@ -88,21 +102,27 @@ def parse_recipe(content: Any, data_dir: str | Path | None = None, source: str |
 
 
 def _with_controls(content: Any) -> Any:
-    """The content with the methods that ``controls`` stands for; anything of a wrong type is left to pydantic."""
+    """The content with the methods that ``controls`` asks for; anything of a wrong type is left to pydantic."""
     if not isinstance(content, dict):
         return content
     controls = content.get("controls")
     methods = content.get("methods")
-    is_asked_for = controls == "standard" or isinstance(controls, list)
+    names_masks = isinstance(controls, list)
+    is_asked_for = names_masks or controls == "standard"
     if not is_asked_for or not isinstance(methods, dict | None):
         return content
 
-    masks = controls if isinstance(controls, list) else None
-    train = content.get("train")
-    grid = content.get("grid")
-    train = train if isinstance(train, dict) else {}
-    grid = grid if isinstance(grid, dict) else {}
-    return content | {"methods": with_standard_controls(methods or {}, train, masks, grid)}
+    masks = controls if names_masks else None
+    train = _section(content, "train")
+    grid = _section(content, "grid")
+    methods = with_standard_controls(methods or {}, train, masks, grid)
+    return content | {"methods": methods}
+
+
+def _section(content: dict, name: str) -> dict:
+    """A section of the file; empty if it is missing or of a wrong type."""
+    section = content.get(name)
+    return section if isinstance(section, dict) else {}
 
 
 def _template_file(name: Any, source: Path) -> str:
@@ -120,10 +140,20 @@ def _completed(sets: dict[str, Options], evaluation: Options, data_dir: str | Pa
 
     completed = {}
     for name, options in sets.items():
-        measures_rows = "heldout" in options.get("tasks", ["heldout"])
-        shared = how | how_of_heldout if measures_rows else how
+        shared = dict(how)
+        tasks = options.get("tasks", ["heldout"])  # without tasks, a set is of rows
+        if "heldout" in tasks:
+            shared |= how_of_heldout
         completed[name] = shared | in_data_dir(options, data_dir)
     return completed
+
+
+def _kl_data_in(data_dir: str | Path | None, options: Options) -> Options:
+    """Only ``kl_dataset_name``, with its files found; empty if the options have none."""
+    if KL_DATA not in options:
+        return {}
+    found = in_data_dir({KL_DATA: options[KL_DATA]}, data_dir)
+    return {KL_DATA: found[KL_DATA]}
 
 
 def in_data_dir(options: Options, data_dir: str | Path | None) -> Options:
@@ -132,7 +162,8 @@ def in_data_dir(options: Options, data_dir: str | Path | None) -> Options:
         return options
 
     def found(name: str) -> str:
-        if not name.lower().endswith(FILE_ENDINGS) or is_there(name):
+        is_file_name = name.lower().endswith(FILE_ENDINGS)
+        if not is_file_name or is_there(name):
             return name
         file = Path(data_dir).expanduser() / name
         if not file.is_file():
@@ -141,6 +172,7 @@ def in_data_dir(options: Options, data_dir: str | Path | None) -> Options:
 
     renamed = dict(options)
     for key in (*DATA_NAMES, KL_DATA):
-        if isinstance(options.get(key), str):
-            renamed[key] = rename_sets(options[key], found)
+        mixture = options.get(key)
+        if isinstance(mixture, str):
+            renamed[key] = rename_sets(mixture, found)
     return renamed | {"data_dir": str(data_dir)}
