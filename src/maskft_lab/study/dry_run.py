@@ -20,7 +20,8 @@ from .recipe import Recipe
 from .run_options import options_but_seeds, tokens_of
 from .study_run import StudyRun, settings_text
 
-_LOG_WIDTH = 200  # columns where there is no terminal: nothing may be cut off
+_LOG_WIDTH = 200  # columns without a terminal: nothing may be cut off
+_TO_DO = "to do"  # state of a run that is not trained
 
 Cost = tuple[float | None, float | None]  # tokens and seconds; None if unknown
 
@@ -39,45 +40,60 @@ def print_dry_run(plan: Plan, folder: Path, own: Collection[str], why_no_time: s
     has_stages = bool(plan.tunings)
 
     columns = ["run", "from", "tokens", "time", "state"]
-    table = Table(*(["stage"] if has_stages else []), *columns, title=plan.recipe.name)
+    if has_stages:
+        columns.insert(0, "stage")
+    table = Table(*columns, title=plan.recipe.name)
+
     costs = _Costs(plan.recipe)
     left: dict[str, Cost] = {}  # by id: the run that tried the winner's settings is the winner
     for run in plan.runs:
         tokens, seconds = costs.of(run)
         state = _state(study, run)
-        left[run.id] = (tokens, seconds) if state == "to do" else (0, 0)
+        left[run.id] = (tokens, seconds) if state == _TO_DO else (0, 0)
         if run.is_assumed:
             state = f"waits for stage {run.stage - 1}"
 
-        parents = ", ".join(_shown_id(parent) for parent in run.parents) or run.model
-        cells = [_shown_id(run), parents, *_words(tokens, seconds), state]
+        parents = ", ".join(_shown_id(parent) for parent in run.parents)
+        cells = [_shown_id(run), parents or run.model, *_words(tokens, seconds), state]
         if has_stages:
             cells.insert(0, str(run.stage))
+        # As Text, because brackets in names would be read as rich's markup.
         table.add_row(*map(Text, cells))
 
-    console = Console(width=None if Console().is_terminal else _LOG_WIDTH)
+    width = None if Console().is_terminal else _LOG_WIDTH
+    console = Console(width=width)
     console.print(table, markup=False)
-    console.print(_totals(plan, left, own, why_no_time) + _about_stages(plan), highlight=False, soft_wrap=True)
+    text = _totals(plan, left, own, why_no_time) + _about_stages(plan)
+    console.print(text, highlight=False, soft_wrap=True)
 
 
 def _state(study: Study, run: StudyRun) -> str:
     if is_done(study, run):
         return "finished"
-    return "to evaluate" if study.is_trained(run) else "to do"
+    if study.is_trained(run):
+        return "to evaluate"
+    return _TO_DO
 
 
 def _shown_id(run: StudyRun) -> str:
     """Folder of a run with its grid values and the settings it tries; no hash while its settings are not chosen."""
-    name = f"{run.id.rpartition('-')[0]}-?" if run.is_assumed else run.id
+    name = run.id
+    if run.is_assumed:
+        prefix, _, _ = run.id.rpartition("-")
+        name = f"{prefix}-?"
     tried = f" {settings_text(run.tried)}" if run.tried else ""
     return f"{name}{run.variant}{tried}"
 
 
 def _totals(plan: Plan, left: dict[str, Cost], own: Collection[str], why_no_time: str | None) -> str:
-    tokens, seconds = (None if None in values else sum(values) for values in zip(*left.values(), strict=True))
+    tokens = _sum([cost[0] for cost in left.values()])
+    seconds = _sum([cost[1] for cost in left.values()])
     tokens_text, time = _words(tokens, seconds)
+
+    # By id, as in `left`.
     is_own = {run.id: run.method.name in own for run in plan.runs}
     num_own = sum(is_own.values())
+    num_controls = len(is_own) - num_own
 
     if plan.recipe.tokens_per_s:
         speed = f"at {plan.recipe.tokens_per_s:.3g} tokens/s of full fine-tuning"
@@ -86,17 +102,25 @@ def _totals(plan: Plan, left: dict[str, Cost], own: Collection[str], why_no_time
     else:
         speed = "(for the time add tokens_per_s: N, which maskft train prints, to the recipe)"
     return (
-        f"{len(is_own)} runs: {num_own} of yours, {len(is_own) - num_own} controls; training left: {tokens_text} "
+        f"{len(is_own)} runs: {num_own} of yours, {num_controls} controls; training left: {tokens_text} "
         f"tokens, {time} {speed}; evaluation comes on top."
     )
+
+
+def _sum(values: list[float | None]) -> float | None:
+    """Sum; None if a value is unknown."""
+    if None in values:
+        return None
+    return sum(values)
 
 
 def _about_stages(plan: Plan) -> str:
     if not plan.tunings:
         return ""
+    # Of two runs with one id (a trial and the final run with its settings), the first is counted.
     stage_of = {run.id: run.stage for run in reversed(plan.runs)}
-    counts = sorted(Counter(stage_of.values()).items())
-    stages = ", ".join(f"stage {stage}: {number}" for stage, number in counts)
+    counts = Counter(stage_of.values())
+    stages = ", ".join(f"stage {stage}: {counts[stage]}" for stage in sorted(counts))
     text = f"\nRuns by stage: {stages}; a stage starts when the held-out losses of the one before are known."
     if any(run.is_assumed for run in plan.runs):
         text += " Runs that wait are shown with the first settings of each list."
@@ -104,7 +128,9 @@ def _about_stages(plan: Plan) -> str:
 
 
 def _words(tokens: float | None, seconds: float | None) -> tuple[str, str]:
-    return "?" if tokens is None else f"{tokens:.3g}", "?" if seconds is None else time_text(seconds)
+    tokens_text = "?" if tokens is None else f"{tokens:.3g}"
+    time = "?" if seconds is None else time_text(seconds)
+    return tokens_text, time
 
 
 class _Costs:
@@ -129,5 +155,6 @@ def cost_of(recipe: Recipe, run: StudyRun) -> Cost:
     tokens = tokens_of(recipe, run)
     if tokens == 0:
         return 0, 0.0
-    has_speed = tokens is not None and recipe.tokens_per_s
-    return tokens, tokens / recipe.tokens_per_s if has_speed else None
+    if tokens is None or not recipe.tokens_per_s:
+        return tokens, None
+    return tokens, tokens / recipe.tokens_per_s
