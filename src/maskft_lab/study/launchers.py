@@ -46,15 +46,22 @@ Launcher = Callable[[Study, Work, Collection[StudyRun]], contextlib.AbstractCont
 
 def alone(runs: Sequence[StudyRun]) -> set[StudyRun]:
     """Trainings that no other one can overlap: each other run is an ancestor or a descendant, or trains nothing."""
-    before: dict[StudyRun, set[StudyRun]] = {}
+    known: dict[StudyRun, set[StudyRun]] = {}
 
-    def all_before(run: StudyRun) -> set[StudyRun]:
-        if run not in before:
-            before[run] = {run}.union(*map(all_before, run.parents))
-        return before[run]
+    def lineage(run: StudyRun) -> set[StudyRun]:
+        """The run and its ancestors."""
+        if run not in known:
+            known[run] = {run}
+            for parent in run.parents:
+                known[run] |= lineage(parent)
+        return known[run]
 
     trained = [run for run in runs if run.method.method not in (PRETRAINED, *UNTRAINED_METHODS)]
-    return {run for run in trained if all(run in all_before(other) or other in all_before(run) for other in trained)}
+    found = set()
+    for run in trained:
+        if all(run in lineage(other) or other in lineage(run) for other in trained):
+            found.add(run)
+    return found
 
 
 # This machine
@@ -69,8 +76,9 @@ def local(study: Study, work: Work, runs_alone: Collection[StudyRun] = (), num_a
     """
     is_over = threading.Event()
     jobs: dict[Future, StudyRun] = {}
-    is_shared = num_at_once > 1 and "OMP_NUM_THREADS" not in os.environ
+
     # Several processes with a thread per core each would slow each other down.
+    is_shared = num_at_once > 1 and "OMP_NUM_THREADS" not in os.environ
     share = max(1, num_cores() // num_at_once) if is_shared else None
 
     def tick() -> None:
@@ -81,13 +89,20 @@ def local(study: Study, work: Work, runs_alone: Collection[StudyRun] = (), num_a
         new: list[Future] = []
         for run in runs:
             running = [other for job, other in jobs.items() if not job.done()]
-            in_training = {other for other in running if not study.has_record(other)}
-            is_alone = is_shared and run in runs_alone
-            is_blocked = is_shared and bool(in_training & set(runs_alone))
-            if len(running) == num_at_once or is_blocked or (is_alone and running):
+            if len(running) == num_at_once:
                 break
+
+            # A run that needs all cores waits until nothing runs, and everything else until its training is over.
+            # Its evaluation shares the cores again.
+            is_alone = is_shared and run in runs_alone
+            in_training = {other for other in running if not study.has_record(other)}
+            is_blocked = is_shared and bool(in_training & set(runs_alone))
+            if is_blocked or (is_alone and running):
+                break
+
             # None: as many as a command takes by itself.
-            threads = Threads(None if is_alone else share, share)
+            for_training = None if is_alone else share
+            threads = Threads(for_training, share)
             job = pool.submit(work, study, run, tick, threads)
             jobs[job] = run
             new.append(job)
@@ -112,8 +127,13 @@ def ray(study: Study, work: Work, runs_alone: Collection[StudyRun] = ()) -> Iter
         ray.init(log_to_driver=False, include_dashboard=False)
     launch = study.recipe.launch
     study = study.without_lock()
+    # No retries by Ray: the study submits a lost run again itself, a limited number of times.
     task = ray.remote(num_cpus=launch.num_cpus, num_gpus=launch.num_gpus, max_retries=0)(work)
-    yield lambda runs: [task.remote(study, run).future() for run in runs]
+
+    def submit(runs: list[StudyRun]) -> list[Any]:
+        return [task.remote(study, run).future() for run in runs]
+
+    yield submit
 
 
 # SLURM
@@ -154,7 +174,7 @@ def slurm(
         options["gpus_per_node"] = max(1, round(launch.num_gpus))
     if partition:
         options["slurm_partition"] = partition
-    logs = study.folder / layout.SLURM / "%j"
+    logs = study.folder / layout.SLURM / "%j"  # %j: the number of the job
     executor = submitit.AutoExecutor(logs, cluster, slurm_max_num_timeout=_MAX_TIMEOUTS)
     executor.update_parameters(**options)
 
@@ -163,22 +183,30 @@ def slurm(
 
     def submit(runs: list[StudyRun]) -> list[Any]:
         try:
+            # A batch is one job array, submitted when the context ends.
             with executor.batch():
                 jobs = [executor.submit(_SlurmJob(work), study, run) for run in runs]
         except submitit.core.utils.FailedJobError as error:
-            raise UserError(f"SLURM refused the jobs: {' '.join(str(error).split())}") from None
-        return [_Submitted(job, queue) for job in jobs] if is_real else jobs
+            message = " ".join(str(error).split())
+            raise UserError(f"SLURM refused the jobs: {message}") from None
+
+        if is_real:
+            return [_Submitted(job, queue) for job in jobs]
+        return jobs
 
     yield submit
 
 
 class _Queue:
-    """SLURM's queue of the jobs with a name."""
+    """SLURM's queue of the jobs with a name.
+
+    One ``squeue`` serves all jobs of the study; asked for each job and tick, it would load the cluster's controller.
+    """
 
     def __init__(self, name: str):
         self.name = name
-        self._asked_at = 0.0
-        self._seen_at: dict[str, float] = {}
+        self._asked_at = 0.0  # monotonic, in s, as all times here
+        self._seen_at: dict[str, float] = {}  # job -> when it was last in the queue
 
     def clear(self) -> None:
         """Cancel all jobs, and wait until they have left the queue."""
@@ -193,12 +221,16 @@ class _Queue:
             self._asked_at = time.monotonic()
             has_answered = answer.returncode == 0
             ids = answer.stdout.split() if has_answered else list(self._seen_at)
-            self._seen_at |= dict.fromkeys(ids, self._asked_at)
+            for each in ids:
+                self._seen_at[each] = self._asked_at
+        # A job that was just submitted counts as seen: the queue may not list it yet.
         return self._seen_at.setdefault(job_id, time.monotonic())
 
     def _ask(self) -> subprocess.CompletedProcess:
         """The jobs in it, one a line."""
-        return subprocess.run(["squeue", "-h", "-r", "-o", "%i", "--name", self.name], capture_output=True, text=True)
+        # -h: no header, -r: each job of an array by itself, %i: its number.
+        command = ["squeue", "-h", "-r", "-o", "%i", "--name", self.name]
+        return subprocess.run(command, capture_output=True, text=True)
 
 
 @dataclass(frozen=True)
@@ -209,7 +241,9 @@ class _Submitted:
     queue: _Queue
 
     def done(self) -> bool:
-        is_gone = time.monotonic() - self.queue.last_seen(self.job.job_id) > _GONE_S
+        now = time.monotonic()
+        last_seen = self.queue.last_seen(self.job.job_id)
+        is_gone = now - last_seen > _GONE_S
         return self.job.paths.result_pickle.exists() or is_gone
 
     def result(self) -> str | None:
@@ -248,13 +282,15 @@ def launcher_of(kind: str, num_at_once: int = 1, partition: str | None = None, t
     Raises:
         UserError: If its library is missing, or an option belongs to another.
     """
-    module = {"ray": "ray", "slurm": "submitit"}.get(kind)
+    modules = {"ray": "ray", "slurm": "submitit"}
+    module = modules.get(kind)
     if module and importlib.util.find_spec(module) is None:
         raise UserError(f"--launcher {kind} needs {module}, which is not installed; {install_hint(kind)}")
     if kind == "slurm" and shutil.which("sbatch") is None:
         raise UserError("--launcher slurm needs sbatch, which is not on PATH; start the study on a node of the cluster")
 
-    _check_option("num_at_once", None if num_at_once == 1 else num_at_once, "local", kind)
+    given_num = None if num_at_once == 1 else num_at_once  # 1 is the default
+    _check_option("num_at_once", given_num, "local", kind)
     _check_option("partition", partition, "slurm", kind)
     _check_option("time_min", time_min, "slurm", kind)
 
@@ -276,4 +312,5 @@ def _check_option(name: str, value: str | int | None, owner: str, kind: str) -> 
 
 def is_local(launcher: Launcher) -> bool:
     """Whether runs are made on this machine, where a worker cannot be lost."""
-    return getattr(launcher, "func", launcher) is local
+    function = launcher.func if isinstance(launcher, partial) else launcher
+    return function is local

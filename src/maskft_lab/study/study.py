@@ -28,6 +28,7 @@ from .summary import summarise
 
 LOCK_WAIT_S = 120  # a killed study's child finishes its step and saves it
 _MAX_LOST = 3  # times that a run is submitted again after its worker was lost
+_MAX_REASON = 300  # characters of a lost worker's error: remote ones carry whole tracebacks
 
 
 def run_study(plan: Plan, folder: Path, launcher: Launcher, is_brief: bool = False) -> None:
@@ -72,12 +73,15 @@ def _make_all(study: Study, launcher: Launcher, console: Console, is_brief: bool
     """Make stage after stage; returns the last plan, and failed runs with the reason."""
     reasons: dict[str, str] = {}  # by id: every plan has new run objects
     while True:
+        # Expand the recipe again: the losses of the last stage choose settings, and with them new runs.
         study.rescan()
         plan = build_plan(study.recipe, partial(heldout, study))
         ready = plan.ready.runs
+
         failed = {run: reasons[run.id] for run in ready if run.id in reasons}
         failed, num_made = _make_stage(study, plan, failed, launcher, console, is_brief)
-        reasons |= {run.id: reason for run, reason in failed.items()}
+        for run, reason in failed.items():
+            reasons[run.id] = reason
 
         is_last_stage = len(ready) == len(plan.runs)
         is_stuck = num_made == 0  # a run whose loss would choose has failed
@@ -102,8 +106,17 @@ def _make_stage(
     for run in runs:
         study.check_damage(run)
 
-    finished = [run for run in runs if run not in failed and is_done(study, run)]
-    todo = [run for run in runs if run not in failed and run not in finished]
+    finished = []
+    todo = []
+    for run in runs:
+        if run in failed:
+            continue
+        if is_done(study, run):
+            finished.append(run)
+        else:
+            todo.append(run)
+
+    # About: the settings of waiting runs are guesses, and the winner's run may exist already, as a trial.
     num_waiting = len({run.id for run in plan.runs}) - len(runs)
     waits = f"; about {num_waiting} wait for what tuning chooses" if num_waiting else ""
     console.print(f"{len(runs)} runs, {len(finished)} finished before{waits}", highlight=False)
@@ -111,11 +124,13 @@ def _make_stage(
     def log_of(run: StudyRun) -> Path:
         return study.run_folder(run) / layout.LOG
 
-    board = Board(runs, finished, log_of, console, is_brief, failed, _costs(study.recipe, runs))
-    with board:
+    costs = _costs(study.recipe, runs)
+    with Board(runs, finished, log_of, console, is_brief, failed, costs) as board:
         if todo:
             prepare_base(study, todo, board.tick)
+            # Also the data of runs that wait: a mistake in it is found before hours of training, not after.
             prepare_data(study, plan.runs, board.tick)
+
             # Runs of earlier stages, such as the trials of tuning, are finished.
             newest_stage = max(run.stage for run in runs)
             runs_alone = alone([run for run in runs if run.stage == newest_stage])
@@ -125,16 +140,19 @@ def _make_stage(
 
 def _costs(recipe: Recipe, runs: Sequence[StudyRun]) -> dict[StudyRun, float] | None:
     """Tokens to train on, for the time left; None if the recipe does not say how many."""
-    known: dict[str, int | None] = {}
+    # Parsing a run's options takes a while, and runs that differ in their seeds alone have the same tokens.
+    tokens: dict[str, int | None] = {}
     for run in runs:
         key = options_but_seeds(run)
-        if key not in known:
-            known[key] = tokens_of(recipe, run)
-    if None in known.values():
+        if key not in tokens:
+            tokens[key] = tokens_of(recipe, run)
+    if None in tokens.values():
         return None
+
     # A run without training still has its evaluation: about a tenth of a training.
-    evaluation = max(known.values(), default=0) / 10 or 1
-    return {run: known[options_but_seeds(run)] + evaluation for run in runs}
+    most_tokens = max(tokens.values(), default=0)
+    evaluation = most_tokens / 10 or 1  # if nothing is trained, all runs cost the same
+    return {run: tokens[options_but_seeds(run)] + evaluation for run in runs}
 
 
 def failure_of(
@@ -163,9 +181,11 @@ def _make_runs(
     with launcher(study, failure_of, runs_alone) as submit:
         try:
             while waiting or jobs:
-                ready = sorted(_ready(study, waiting, jobs, board), key=lambda run: run not in runs_alone)
+                ready = _ready(study, waiting, jobs, board)
+                ready.sort(key=lambda run: run not in runs_alone)  # those alone first: False sorts before True
                 if ready:
-                    started = dict(zip(ready, submit(ready), strict=False))  # as many as there is room for
+                    new_jobs = submit(ready)
+                    started = dict(zip(ready, new_jobs, strict=False))  # the launcher may have room for fewer
                     jobs |= started
                     waiting = [run for run in waiting if run not in started]
                     for run in started:
@@ -173,14 +193,16 @@ def _make_runs(
 
                 done = [run for run, job in jobs.items() if job.done()]
                 for run in done:
+                    job = jobs.pop(run)
                     try:
-                        reason = jobs.pop(run).result()
+                        reason = job.result()
                     except Exception as error:  # of the worker, its node or its container: any type
                         num_lost[run] += 1
                         if num_lost[run] <= max_lost:
                             waiting.append(run)
                             continue
-                        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+                        message = f"{type(error).__name__}: {error}"
+                        reason = " ".join(message.split())[:_MAX_REASON]
                     if reason is None:
                         board.finished(run, _outcome(study, run))
                     else:
@@ -201,21 +223,24 @@ def _ready(study: Study, waiting: list[StudyRun], jobs: Mapping[StudyRun, Any], 
         # which checkpoint they start from.
         return study.recipe.path is None and study.has_record(parent)
 
+    # A plan lists parents first, so a failure reaches all runs below in one pass.
     for run in list(waiting):
-        failed_parent = next(
-            (parent for parent in run.parents if parent in board.failed and not suffices(parent)), None
-        )
-        if failed_parent is not None:
-            board.has_failed(run, f"it needs {failed_parent.title!r}, which failed")
-            waiting.remove(run)
+        for parent in run.parents:
+            if parent in board.failed and not suffices(parent):
+                board.has_failed(run, f"it needs {parent.title!r}, which failed")
+                waiting.remove(run)
+                break
 
     def is_there(parent: StudyRun) -> bool:
-        return suffices(parent) if parent in jobs else parent not in waiting
+        if parent in jobs:
+            return suffices(parent)
+        return parent not in waiting
 
     return [run for run in waiting if all(map(is_there, run.parents))]
 
 
 def _outcome(study: Study, run: StudyRun) -> str:
+    """How a finished run ended, for the board."""
     measured = heldout(study, run)
     if measured is not None and math.isfinite(measured.loss):
         return f"finished, held-out loss {measured.loss:.4f}"
