@@ -25,7 +25,18 @@ from .run_options import SEEDS, parsed_run
 from .study_run import StudyRun
 
 # Options of `maskft evaluate` that the study itself sets.
-_OF_THE_STUDY = set("models model_name_or_path adapter change scale name seed output_dir overwrite help".split())
+_OF_THE_STUDY = {
+    "models",
+    "model_name_or_path",
+    "adapter",
+    "change",
+    "scale",
+    "name",
+    "seed",
+    "output_dir",
+    "overwrite",
+    "help",
+}
 _PLACE_HOLDERS = ["--output_dir", "any", "--model_name_or_path", "any", "--change", "none"]
 _OF_PATH = "path.before."  # begins the name of a section
 
@@ -42,10 +53,12 @@ def checked_plan(recipe: Recipe) -> Plan:
     # One parse of all options of a run checks each of them, so only new values need another parse.
     seen: set[tuple[str, str, str]] = set()
     for run in plan.runs:
-        values = {
-            (run.method.name, name, repr(value)) for name, value in run.options.items() if not _is_seed(name, value)
-        }
-        if not values <= seen:
+        values = set()
+        for name, value in run.options.items():
+            if not _is_seed(name, value):
+                values.add((run.method.name, name, repr(value)))
+        has_new_value = not values <= seen
+        if has_new_value:
             _check_run(run, recipe)
         seen |= values
 
@@ -64,11 +77,13 @@ def _with_num_processes(recipe: Recipe) -> Recipe:
     launch = recipe.launch
     if not launch.accelerate_config or launch.num_processes:
         return recipe
-    launch = launch.model_copy(update={"num_processes": config_processes(launch.accelerate_config)})
+    num_processes = config_processes(launch.accelerate_config)
+    launch = launch.model_copy(update={"num_processes": num_processes})
     return recipe.model_copy(update={"launch": launch})
 
 
 def _check_run(run: StudyRun, recipe: Recipe) -> None:
+    """Make every check of ``maskft train`` that needs no data and no model."""
     try:
         parsed = parsed_run(run)
         check_method(parsed.method)
@@ -85,27 +100,33 @@ def _check_run(run: StudyRun, recipe: Recipe) -> None:
 
 def _check_checkpoints(shares: Iterable[float], training) -> None:
     """Check that a checkpoint is saved at every share of training."""
+    # As a share of training. A count of steps is one only if max_steps is given: -1 makes it negative.
     interval = training.save_steps
-    if interval >= 1:  # steps, of a length that may be unknown (max_steps -1)
+    if interval >= 1:
         interval /= training.max_steps
     if not 0 < interval < 1:
         return
+
     for share in shares:
+        if share == 1:
+            continue  # the last step is always saved
         num_intervals = share / interval
-        if share < 1 and abs(num_intervals - round(num_intervals)) > 1e-6:
+        is_multiple = abs(num_intervals - round(num_intervals)) <= 1e-6  # 0.3 / 0.1 is 2.9999999999999996
+        if not is_multiple:
             raise UserError(f"path.checkpoints has {share:g}, which must be a multiple of save_steps")
 
 
 def _check_path_rows(plan: Plan) -> None:
     """Check that the model before training is measured on the held-out rows of every run."""
-    runs_by_rows: dict[str, str] = {}
+    first_runs: dict[str, str] = {}  # digest of the rows' options -> the first run with them
     for run in plan.runs:
         if has_path(plan.recipe, run):
-            rows = short_digest(options_identity(heldout_options(plan.recipe, run)))
-            runs_by_rows.setdefault(rows, run.title)
+            options = heldout_options(plan.recipe, run)
+            rows = short_digest(options_identity(options))
+            first_runs.setdefault(rows, run.title)
 
-    if len(runs_by_rows) > 1:
-        first, second = list(runs_by_rows.values())[:2]
+    if len(first_runs) > 1:
+        first, second = list(first_runs.values())[:2]
         raise UserError(
             f"path: {first!r} and {second!r} have different held-out rows; give all methods the first of data, "
             f"{plan.recipe.first_data!r}, and options of its rows there or in train"
@@ -123,18 +144,19 @@ def check_before_running(plan: Plan) -> None:
     except UserError as error:
         raise UserError(f"evaluation: {error}") from None
 
+    # Prompts that the study reports on; rows of a path only choose.
     reported: set[str] = set()
     for where, rows_there in rows.items():
         if not where.startswith(_OF_PATH):
-            reported |= {prompt_digest(row) for row in rows_there}
+            reported.update(prompt_digest(row) for row in rows_there)
 
     _check_tuned_rows(plan, reported)
     path = plan.recipe.path
     if path is None or path.choose is None:
         return
     for where, rows_there in rows.items():
-        chooses = where.startswith(_OF_PATH) and not sets[where].kl  # sets with kl have no loss to choose by
-        if chooses:
+        has_loss = not sets[where].kl  # sets with kl have no loss to choose by
+        if where.startswith(_OF_PATH) and has_loss:
             _check_not_reported(rows_there, reported, f"{where} would choose points on")
 
 
@@ -146,34 +168,46 @@ def _check_tuned_rows(plan: Plan, reported: set[str]) -> None:
         verb = how_chosen(run.method, run.options)
         if verb is None:
             continue
-        of_data = repr(sorted((name, value) for name, value in run.options.items() if name in data_options))
-        if of_data in seen:
+
+        # Most runs hold out the same rows, and reading them takes a while.
+        of_data = {name: value for name, value in run.options.items() if name in data_options}
+        key = repr(sorted(of_data.items()))
+        if key in seen:
             continue
-        seen.add(of_data)
+        seen.add(key)
 
         parsed = parsed_run(run)
         data = parsed.data
         would = f"method {run.method.name!r} would be {verb} on"
         _check_no_test_split(data, would)
-        heldout = load_splits(data, data.split_seed, None, parsed.training.dataset_text_field).heldout
-        _check_not_reported(heldout, reported, would)
+        splits = load_splits(data, data.split_seed, None, parsed.training.dataset_text_field)
+        _check_not_reported(splits.heldout, reported, would)
 
 
 def _check_no_test_split(data: DataArguments, would: str) -> None:
+    """Refuse the test split of a hub data set as held-out rows, whether or not the study reports on it."""
     name = data.eval_dataset_name or data.dataset_name
-    default = "test" if data.eval_dataset_name else data.dataset_train_split
-    split = data.dataset_eval_split or default
-    parts = {part.partition("[")[0].strip() for part in split.split("+")}  # of test[:10%]+train
+    split = data.dataset_eval_split
+    if not split:
+        split = "test" if data.eval_dataset_name else data.dataset_train_split
+
+    # A split may be an expression of `datasets`, as test[:10%]+train.
+    parts = set()
+    for part in split.split("+"):
+        split_name, _, _ = part.partition("[")
+        parts.add(split_name.strip())
     if "test" in parts and hub_ids(name):
         raise UserError(f"{would} the split {split!r} of {name!r}; hold out rows of the training data")
 
 
 def _check_not_reported(heldout: Iterable[dict], reported: set[str], would: str) -> None:
     is_reported = [prompt_digest(row) in reported for row in heldout]
-    if any(is_reported):
+    num_rows = len(is_reported)
+    num_reported = sum(is_reported)
+    if num_reported:
         raise UserError(
-            f"{would} {len(is_reported):,} held-out rows, and evaluation reports on the prompts of "
-            f"{sum(is_reported):,} of them; hold out other rows (eval_split_size), or take these out of the test"
+            f"{would} {num_rows:,} held-out rows, and evaluation reports on the prompts of "
+            f"{num_reported:,} of them; hold out other rows (eval_split_size), or take these out of the test"
         )
 
 
@@ -186,8 +220,11 @@ def how_chosen(method: Method, options: Options) -> str | None:
     """
     if method.tune is not None:
         return "tuned"
+    # The best of several drawn masks, or of several mixtures with the model before.
     is_best_drawn = method.method == "random_mask" and options.get("num_candidates", 1) > 1
-    return "chosen" if is_best_drawn or method.method == INTERPOLATE else None
+    if is_best_drawn or method.method == INTERPOLATE:
+        return "chosen"
+    return None
 
 
 # Options of evaluations
@@ -202,20 +239,26 @@ def _evaluation_args(recipe: Recipe) -> dict[str, Namespace]:
     sections = {"evaluation": recipe.evaluation}
     for name, options in recipe.before.items():
         sections[f"evaluation.before.{name}"] = options
-    for name, options in recipe.path.before.items() if recipe.path else ():
-        sections[f"{_OF_PATH}{name}"] = options
+    if recipe.path:
+        for name, options in recipe.path.before.items():
+            sections[f"{_OF_PATH}{name}"] = options
 
     parser = evaluate.make_parser()
     known = {action.dest for action in parser._actions} - _OF_THE_STUDY
     parsed = {}
     for where, options in sections.items():
-        allowed = known - {"tasks"} if where.startswith(_OF_PATH) else known  # points are measured on rows
+        allowed = set(known)
+        if where.startswith(_OF_PATH):
+            allowed.discard("tasks")  # points are measured on rows
         for option in options:
             if option not in allowed:
                 raise UserError(f"{where} has an unknown option {option!r}{did_you_mean(option, allowed)}")
+
         try:
-            parsed[where] = parser.parse_args([*_PLACE_HOLDERS, *evaluation_words(options)])
-            evaluate.read(parsed[where])
+            words = [*_PLACE_HOLDERS, *evaluation_words(options)]
+            args = parser.parse_args(words)
+            evaluate.read(args)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
+        parsed[where] = args
     return parsed
