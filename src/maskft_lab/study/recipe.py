@@ -36,8 +36,11 @@ _OVER_BASE = (*MASK_METHODS, PEFT)
 
 def as_text(options: dict[str, Any]) -> dict[str, Any]:
     """Options with mixtures as the command line takes them."""
-    names = (*DATA_NAMES, KL_DATA)
-    return {key: mixture_text(value) if key in names else value for key, value in options.items()}
+    texts = dict(options)
+    for key in (*DATA_NAMES, KL_DATA):
+        if key in texts:
+            texts[key] = mixture_text(texts[key])
+    return texts
 
 
 def _without_repeats(values: list) -> list:
@@ -57,7 +60,7 @@ def _evaluation(section: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("tasks must be a list of names, and heldout lines of `name: value`")
 
     options = {key: value for key, value in section.items() if key not in ("heldout", "tasks")}
-    if tasks:
+    if tasks:  # without tasks, only held-out rows are evaluated
         has_rows = bool(heldout) or "dataset_name" in options
         if has_rows and "heldout" not in tasks:
             tasks = ["heldout", *tasks]
@@ -121,7 +124,8 @@ class Choice(Section):
 
     @model_validator(mode="after")
     def _check_one(self) -> Choice:
-        if (self.accuracy_at_least is None) == (self.forgetting_at_most is None):
+        num_given = sum(limit is not None for limit in (self.accuracy_at_least, self.forgetting_at_most))
+        if num_given != 1:
             raise ValueError("choose takes one of accuracy_at_least and forgetting_at_most")
         return self
 
@@ -147,9 +151,10 @@ class MethodPath(Section):
 
     @property
     def points(self) -> list[tuple[float, float]]:
-        """Share of training and fraction of the change of every point."""
+        """Share of training and fraction of the change of every point, both in (0, 1]."""
         along_training = [(share, 1.0) for share in self.checkpoints]
         along_change = [(1.0, scale) for scale in self.scales]
+        # The end of training with the whole change may be in both.
         return list(dict.fromkeys(along_training + along_change))
 
 
@@ -208,7 +213,8 @@ class Method(SectionWithOptions):
         if len(self.masks) > 1 or (is_merged_adapter and self.last):
             raise ValueError("only one of start_mask, keep_mask and (for an adapter) last is possible")
 
-        in_both = set(self.tune or ()) & self.options.keys()
+        tuned = self.tune or {}
+        in_both = tuned.keys() & self.options.keys()
         if in_both:
             raise ValueError(f"{min(in_both)} has values in tune and one beside it; remove one of them")
         return self
@@ -216,7 +222,9 @@ class Method(SectionWithOptions):
     @property
     def labels(self) -> list[str]:
         """Names of the method's models in tables: the best, and the last where it is kept."""
-        return [f"{self.name} (best)", f"{self.name} ({self.last})"] if self.last else [self.name]
+        if self.last:
+            return [f"{self.name} (best)", f"{self.name} ({self.last})"]
+        return [self.name]
 
     @property
     def masks(self) -> dict[str, str]:
@@ -296,27 +304,37 @@ class Recipe(Section):
     @classmethod
     def _lift_before(cls, content: Any) -> Any:
         """Take ``before`` out of ``evaluation``: it has other types than the options around it."""
-        evaluation = content.get("evaluation") if isinstance(content, dict) else None
+        if not isinstance(content, dict):
+            return content
+        evaluation = content.get("evaluation")
         if not isinstance(evaluation, dict) or "before" not in evaluation:
             return content
-        others = {key: value for key, value in evaluation.items() if key != "before"}
-        return content | {"evaluation": others, "evaluation.before": evaluation["before"]}
+
+        others = dict(evaluation)
+        before = others.pop("before")
+        return content | {"evaluation": others, "evaluation.before": before}
 
     @model_validator(mode="after")
     def _check_names(self) -> Recipe:
-        labels = [label for method in self.methods.values() for label in method.labels]
+        labels: list[str] = []
+        for method in self.methods.values():
+            labels += method.labels
         _check_known("baseline", self.baseline, labels)
 
         for key, (name, option) in zip(self.grid, self.axes, strict=True):
             _check_known(f"grid {key}: the method", name, self.methods)
-            if option in (self.methods[name].tune or ()):
+            tuned = self.methods[name].tune or {}
+            if option in tuned:
                 raise ValueError(f"grid: {key!r} is in the method's tune too; remove one of them")
 
         for name, method in self.methods.items():
             for key, parent in method.parents.items():
                 _check_known(f"methods.{name}.{key}", parent, self.methods)
             _check_known(f"methods.{name}.data", method.data, self.data)
-            if method.seeds and len(self.seeds) > 1 and method.seeds != self.seeds:
+
+            # Methods are compared seed by seed, so all have the seeds of the study, unless that has only one.
+            has_other_seeds = bool(method.seeds) and method.seeds != self.seeds
+            if has_other_seeds and len(self.seeds) > 1:
                 raise ValueError(
                     f"methods.{name}.seeds is {method.seeds}, but seeds {self.seeds} pair the runs; remove it"
                 )
@@ -325,7 +343,8 @@ class Recipe(Section):
         try:
             TopologicalSorter(parents).prepare()
         except CycleError as error:
-            raise ValueError(f"the runs form a cycle: {' -> '.join(error.args[1])}; break it") from None
+            cycle = error.args[1]
+            raise ValueError(f"the runs form a cycle: {' -> '.join(cycle)}; break it") from None
         return self
 
     @model_validator(mode="after")
@@ -342,7 +361,8 @@ class Recipe(Section):
                 raise ValueError(f"methods.{name}.from is {start.name!r}, an adapter; start from full fine-tuning")
             self._check_start_of_path(name, method, [start, *masks.values()])
             for option, mask in masks.items():
-                if mask.method not in MASK_METHODS or mask.start != method.start:
+                is_of_same_model = mask.method in MASK_METHODS and mask.start == method.start
+                if not is_of_same_model:
                     raise ValueError(f"methods.{name}.{option} is {mask.name!r}; name a mask made from the same model")
         return self
 
@@ -364,8 +384,10 @@ class Recipe(Section):
 
     def _check_start_of_path(self, name: str, method: Method, parents: list[Method | None]) -> None:
         """A run needs a checkpoint to start from, which ``path.choose`` may replace by a scaled model."""
+        if not self.path or not self.path.choose:
+            return
         trained = [parent.name for parent in parents if parent and parent.method in ("full", "mask")]
-        if not trained or not self.path or not self.path.choose:
+        if not trained:
             return
 
         is_current = method.options.get("learning_rate") == CURRENT_RATE
@@ -380,7 +402,9 @@ class Recipe(Section):
         """With ``path.choose``, a trained method without ``tune`` has points to choose from too."""
         if not self.path:
             return self
-        if not any(method.method == PRETRAINED for method in self.methods.values()):
+
+        has_base = any(method.method == PRETRAINED for method in self.methods.values())
+        if not has_base:
             raise ValueError(f"path measures what training changes: add the model before it, {{method: {PRETRAINED}}}")
         if "heldout" in self.path.before:
             raise ValueError("path.before: heldout are the rows that choose; give the set another name")
@@ -390,8 +414,10 @@ class Recipe(Section):
         for name, method in self.methods.items():
             if method.last:
                 raise ValueError(f"methods.{name}: path.choose chooses the checkpoint; drop last")
-            if method.method not in (PRETRAINED, *UNTRAINED_METHODS):
-                self.methods[name] = method.model_copy(update={"tune": method.tune or {}})
+            is_trained = method.method not in (PRETRAINED, *UNTRAINED_METHODS)
+            if is_trained and method.tune is None:
+                # An empty `tune` is one trial, of the method as it is: its points are the candidates.
+                self.methods[name] = method.model_copy(update={"tune": {}})
         return self
 
 
