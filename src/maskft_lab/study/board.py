@@ -47,8 +47,10 @@ class Board:
         self._log_of = log_of
         self._num_done = len(finished) + len(failed)
         self._costs = costs or dict.fromkeys(runs, 1.0)
-        self._cost_left = sum(self._costs[run] for run in runs if run not in finished and run not in failed)
-        self._cost_done = 0.0  # since the start
+        # Runs that were finished before count for the bar, but say nothing about the speed of this start.
+        left = [run for run in runs if run not in finished and run not in failed]
+        self._cost_left = sum(self._costs[run] for run in left)
+        self._cost_done = 0.0
         self._began_at = time.monotonic()
         self._started_at: dict[StudyRun, float] = {}
         self._progress = Progress(console)
@@ -91,13 +93,15 @@ class Board:
     def tick(self) -> None:
         """Refresh the bar about twice a second; in a log, print a line now and then."""
         pause = SECONDS_BETWEEN_REFRESHES if self.console.is_terminal else SECONDS_BETWEEN_LINES
-        if not self._started_at or time.monotonic() - self._last_shown <= pause:
+        seconds_since = time.monotonic() - self._last_shown
+        if not self._started_at or seconds_since <= pause:
             return
 
-        run = next(iter(self._started_at))
+        run = next(iter(self._started_at))  # the one that has run longest
         num_others = len(self._started_at) - 1
         others = f" (and {num_others} more)" if num_others else ""
-        self._show(f"{run.title}{others}: {last_line(self._log_of(run))}", is_news=True)
+        line = last_line(self._log_of(run))
+        self._show(f"{run.title}{others}: {line}", is_news=True)
 
     def _show(self, note: str, is_news: bool) -> None:
         if is_news or self.console.is_terminal:
@@ -110,4 +114,5 @@ class Board:
         if not has_costs:
             return ""
         elapsed = time.monotonic() - self._began_at
-        return f"{time_text(elapsed * self._cost_left / self._cost_done)} left"
+        seconds_left = elapsed * self._cost_left / self._cost_done
+        return f"{time_text(seconds_left)} left"

@@ -73,12 +73,17 @@ def run_options(
     if method.method == PRETRAINED:
         return {}
 
-    is_mask = method.method in MASK_METHODS
-    of_grid = {option: value for (name, option), value in axes.items() if name == method.name}
+    # The method's own options: of its line in the recipe, the grid, and tuning.
+    of_grid = {}
+    for (name, option), value in axes.items():
+        if name == method.name:
+            of_grid[option] = value
     own = method.options | of_grid | chosen
     data = recipe.data[method.data or recipe.first_data].options
     _check_allowed(recipe, method, own | data)
 
+    # Those of `train` for masks apply to masks alone.
+    is_mask = method.method in MASK_METHODS
     options = {key: value for key, value in recipe.train.items() if is_mask or not key.startswith("mask_")}
     options |= data
     options["seed"] = seed
@@ -87,6 +92,7 @@ def run_options(
     options |= own
     if method.last:
         options["keep_last"] = True
+    # null in a recipe takes an option of `train` back.
     options = {key: plain(value) for key, value in options.items() if value is not None}
 
     if "peft_config" in options:
@@ -98,15 +104,20 @@ def run_options(
         # The candidates are mask_seed, mask_seed + 1, ...: with the plain seed, two runs would share nearly all.
         options["mask_seed"] = seed * num_candidates
 
+    # One layer and a list of one layer are the same run.
     for key in LAYERS:
         if key in options and not isinstance(options[key], list):
             options[key] = [options[key]]
 
-    return options if match is None else _as_matched(options, own, method, match)
+    if match is None:
+        return options
+    return _as_matched(options, own, method, match)
 
 
 def _check_allowed(recipe: Recipe, method: Method, own: Options) -> None:
+    # A mask_seed in `train` would have no effect: each run's own seed replaces it. A method may fix it on purpose.
     refused = recipe.train.keys() & (_OF_THE_STUDY | {"mask_seed"})
+    # The revision is that of the study's model, one for all methods.
     refused |= own.keys() & (_OF_THE_STUDY | {REVISION})
     if refused:
         raise UserError(
@@ -129,20 +140,25 @@ def _as_matched(options: Options, own: Options, method: Method, match: StudyRun)
     if not removes_a_share(options):
         # It removes as many weights as its match; the learner that `train` gives all masks does not apply.
         options = {key: value for key, value in options.items() if key not in LEARNER_OPTIONS or key in own}
-    return options | {key: of_match[key] for key in _PLACES if key in of_match}
+    for key in _PLACES:
+        if key in of_match:
+            options[key] = of_match[key]
+    return options
 
 
 def parsed_run(run: StudyRun) -> TrainConfig:
-    """The configuration that the options of a run stand for.
+    """The configuration of a run, from its options and the defaults of ``maskft train``.
 
     Raises:
         UserError: For an option that ``maskft train`` does not know, or a wrong value.
     """
     options = {"method": run.method.method, "model_name_or_path": run.model, **run.options}
+
+    # Values that are known once the parent is trained; until then, place holders that parse.
     if options.get("learning_rate") == CURRENT_RATE:
         del options["learning_rate"]
     if run.takes_values_before:
-        options["mask_removed_value_model"] = run.model  # its place holder: the parent has no folder yet
+        options["mask_removed_value_model"] = run.model
 
     defaults = option_defaults()
     known = defaults.keys() | launch_options()
@@ -152,10 +168,14 @@ def parsed_run(run: StudyRun) -> TrainConfig:
             raise UserError(
                 f"unknown key {name!r}{did_you_mean(name, [*keys, *known])}; options are in maskft train --help"
             )
-        is_number = type(defaults.get(name)) in (int, float)
-        if is_number and isinstance(value, str) and value.replace(".", "", 1).isdigit():
+        # The command line would take "8" as 8, and the run's name, a hash of the options, would differ from that of 8.
+        takes_number = type(defaults.get(name)) in (int, float)
+        is_quoted_number = isinstance(value, str) and value.replace(".", "", 1).isdigit()
+        if takes_number and is_quoted_number:
             raise UserError(f"{name} is {value!r}, a text; write the number without quotes")
-    return parse_words(command_words(options))[0]
+
+    config, *_ = parse_words(command_words(options))
+    return config
 
 
 def options_but_seeds(run: StudyRun) -> str:
@@ -176,12 +196,13 @@ def tokens_of(recipe: Recipe, run: StudyRun) -> int | None:
     num_rows = _num_rows(recipe, config, data.num_rows)
     if num_rows is None:
         return None
-    tokens_per_row = min(data.tokens_per_row, config.training.max_length or math.inf)
+    max_length = config.training.max_length or math.inf
+    tokens_per_row = min(data.tokens_per_row, max_length)
     return round(num_rows * tokens_per_row)
 
 
 def _num_rows(recipe: Recipe, config: TrainConfig, num_rows: int | None) -> float | None:
-    """Rows of all epochs or steps."""
+    """Rows of all epochs or steps, from the number of rows in the data; None if the recipe says neither."""
     training = config.training
     if training.max_steps > 0:
         num_processes = recipe.launch.num_processes or 1

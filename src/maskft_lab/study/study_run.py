@@ -24,7 +24,7 @@ PointValues = Mapping[str, Mapping[str, float]]
 
 
 def settings_text(settings: Options) -> str:
-    """Settings for people, e.g. ``learning_rate=0.003, num_train_epochs=40``."""
+    """Settings as text, e.g. ``learning_rate=0.003, num_train_epochs=40``."""
     return ", ".join(f"{option}={value}" for option, value in settings.items())
 
 
@@ -94,9 +94,10 @@ class StudyRun:
         options = [option for _, option in self.axes]
         words = []
         for (name, option), value in self.axes.items():
-            is_of_other = options.count(option) > 1 and name != self.method.name
-            prefix = f"{name} " if is_of_other else ""
-            words.append(f"{prefix}{option.removeprefix('mask_')}={_value_text(option, value)}")
+            is_shared = options.count(option) > 1
+            prefix = f"{name} " if is_shared and name != self.method.name else ""
+            shown_option = option.removeprefix("mask_")
+            words.append(f"{prefix}{shown_option}={_value_text(option, value)}")
         return f" [{', '.join(words)}]"
 
     @property
@@ -123,7 +124,10 @@ class StudyRun:
         """Role (``best``, ``last``) -> name in tables; empty for a run of tuning."""
         if self.tried is not None:
             return {}
-        return {role: label + self.variant for role, label in zip(self.roles, self.method.labels, strict=True)}
+        labels = {}
+        for role, label in zip(self.roles, self.method.labels, strict=True):
+            labels[role] = label + self.variant
+        return labels
 
     @property
     def name(self) -> str:
@@ -132,7 +136,7 @@ class StudyRun:
 
     @property
     def title(self) -> str:
-        """Name of the run for people: method, grid values, seed."""
+        """Name of the run in messages: method, grid values, settings that are tried, seed."""
         tried = f", {settings_text(self.tried)}" if self.tried else ""
         return f"{self.name}{tried}, seed {self.seed}"
 
@@ -221,7 +225,7 @@ class Tuned:
 
     @property
     def num_settings(self) -> int:
-        """How many settings were tried."""
+        """How many settings were tried; with points along paths, how many points were candidates."""
         return max(len(self.trials), len(self.points))
 
     def to_dict(self) -> dict[str, Any]:
@@ -250,8 +254,8 @@ class Tuned:
             settings += f" at {share:g} of training, {scale:g} of the change,"
         else:
             losses = [trial.heldout.loss for trial in self.trials if trial.heldout is not None]
-            is_tie = len(losses) > 1 and len(set(losses)) == 1 and math.isfinite(losses[0])
-            if is_tie:
+            are_equal = len(losses) > 1 and len(set(losses)) == 1
+            if are_equal and math.isfinite(losses[0]):
                 return f"{name}: {settings} is the first of {len(losses)} with the same held-out loss"
 
         text = f"{name}: {settings} is the best of {self.num_settings} on held-out rows"
@@ -260,7 +264,8 @@ class Tuned:
     def _edges(self) -> Iterator[str]:
         """The winner's values at an end of their list: a better value may lie beyond it."""
         for option, value in self.winner.settings.items():
-            values = {trial.settings[option] for trial in self.trials if _is_number(trial.settings[option])}
+            tried = [trial.settings[option] for trial in self.trials]
+            values = {value for value in tried if _is_number(value)}
             if len(values) < 2:
                 continue
             if value == min(values):
@@ -289,6 +294,7 @@ def _value_text(option: str, value: Any) -> str:
     is_list_of_numbers = isinstance(value, list) and all(isinstance(number, int) for number in value)
     if is_list_of_numbers and len(value) > 1:
         first = value[0]
-        if value == list(range(first, first + len(value))):
+        consecutive = list(range(first, first + len(value)))
+        if value == consecutive:
             return f"{first}-{value[-1]}"
     return str(value)
