@@ -26,12 +26,14 @@ def written_files(folder: Path) -> dict[str, str]:
 
 
 def _is_kept(name: str) -> bool:
-    first = name.partition("/")[0]
-    last = name.rpartition("/")[2]
+    """Whether a file, named relative to the run's folder, stays as it is once the run is finished."""
     if name in (layout.LOG, layout.RUN, layout.CARD):  # a card is its author's to edit
         return False
-    is_checkpoint = first.startswith("checkpoint-")
-    is_temporary = last.startswith(".") or last.endswith((".lock", ".partial"))
+    top_folder, *_ = name.split("/")
+    is_checkpoint = top_folder.startswith("checkpoint-")
+
+    file_name = name.rpartition("/")[2]
+    is_temporary = file_name.startswith(".") or file_name.endswith((".lock", ".partial"))
     return not is_checkpoint and not is_temporary
 
 
@@ -59,6 +61,7 @@ def damage_of_run(folder: Path) -> str | None:
 
 def damage_of_result(file: Path) -> str | None:
     """The damage to an existing result file; None if it can be read and its metrics agree with its items."""
+    # A study asks about each result many times; parsing again is needed only after the file has changed.
     stat = file.stat()
     return _damage_of_result(file, stat.st_mtime_ns, stat.st_size)
 

@@ -77,15 +77,19 @@ def start_command(
     words: Sequence[str], log: Path, lock_fd: int | None = None, num_threads: int | None = None
 ) -> multiprocessing.process.BaseProcess:
     """Start a command, its output appended to ``log``; it holds the study's lock until it ends."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    has_fork_server = sys.platform == "linux"
-    context = multiprocessing.get_context("forkserver" if has_fork_server else "spawn")
-    if has_fork_server:
+    if sys.platform == "linux":
+        context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(IMPORTED)
-    lock = None if lock_fd is None else _Descriptor(lock_fd)
+    else:
+        context = multiprocessing.get_context("spawn")
+
+    # The server keeps the environment of its own start, so the present one is passed on.
     environment = dict(os.environ)
     if num_threads is not None:
         environment["OMP_NUM_THREADS"] = str(num_threads)
+
+    log.parent.mkdir(parents=True, exist_ok=True)
+    lock = None if lock_fd is None else _Descriptor(lock_fd)
     process = context.Process(target=_run, args=(list(words), str(log), environment, lock))
     process.start()
     return process
@@ -139,10 +143,13 @@ def last_line(log: Path) -> str:
     """The last line of a log that is neither empty nor advice; "" if there is none."""
     try:
         with log.open("rb") as stream:
-            stream.seek(max(0, log.stat().st_size - _TAIL_BYTES))
-            text = stream.read().decode("utf-8", "replace")
+            # Only the end: a board reads logs twice a second. Half a character at the cut is replaced when decoding.
+            size = log.stat().st_size
+            stream.seek(max(0, size - _TAIL_BYTES))
+            tail = stream.read()
     except OSError:
         return ""
+    text = tail.decode("utf-8", "replace")
 
     for line in reversed(text.splitlines()):
         line = line.strip()

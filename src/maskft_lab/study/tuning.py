@@ -46,7 +46,10 @@ def tune(method: Method, own: Options, parent: Options, run_of: Callable[[Option
         trials.append(Trial(settings, run, look(run)))
 
     is_settled = all(trial.heldout is not None for trial in trials)
-    winner = min(trials, key=_heldout_loss) if is_settled else trials[0]
+    if is_settled:
+        winner = min(trials, key=_heldout_loss)
+    else:
+        winner = trials[0]  # a guess, with which the runs below can be listed
     return Tuned(trials, winner, is_settled)
 
 
@@ -64,7 +67,8 @@ def _combinations(method: Method, parent: Options) -> list[Options]:
 
     combinations = []
     for values in itertools.product(*lists.values()):
-        combinations.append(dict(zip(lists, values, strict=True)))
+        settings = dict(zip(lists, values, strict=True))
+        combinations.append(settings)
     return combinations
 
 
