@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -34,15 +33,18 @@ def model_without_data(
     if isinstance(num_layers, int) and num_layers > MAX_LAYERS:
         raise UserError(f"the configuration has {num_layers:,} layers; there are estimates up to {MAX_LAYERS:,}")
 
-    named = {}
+    options = {"dtype": dtype, "trust_remote_code": False}
     if attention:
         # Flash attention, from whichever package, keeps the tensors that sdpa keeps.
-        named["attn_implementation"] = attention if attention == "eager" else "sdpa"
+        options["attn_implementation"] = "eager" if attention == "eager" else "sdpa"
+    own_config = copy.deepcopy(config)  # from_config writes dtype and attention into it
     try:
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=False, **named)
+        model = AutoModelForCausalLM.from_config(own_config, **options)
     except (ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError) as error:
         raise UserError(f"the configuration makes no causal language model: {first_line(error)}") from error
-    if not layer_indices(name for name, _ in model.named_modules()):
+
+    layers = layer_indices(name for name, _ in model.named_modules())
+    if not layers:
         raise UserError(f"the configuration has no decoder layers ({type(model).__name__}); is it complete?")
     return model
 
@@ -62,25 +64,40 @@ def bytes_saved_for_backward(
     """
     with FakeTensorMode():
         _make_fake(model)
-        return [_saved_bytes(model, rows, num_tokens, autocast) for rows in batch_sizes]
+        saved_bytes = []
+        for num_rows in batch_sizes:
+            saved_bytes.append(_saved_bytes(model, num_rows, num_tokens, autocast))
+        return saved_bytes
 
 
-def _saved_bytes(model: nn.Module, rows: int, num_tokens: int, autocast: torch.dtype | None) -> int:
+def _saved_bytes(model: nn.Module, num_rows: int, num_tokens: int, autocast: torch.dtype | None) -> int:
+    """Bytes that one forward pass of a model of fake tensors saves, without the model's own tensors."""
     own = {_storage_id(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    # By id; the storages are held, or a later one could get the id of one that was freed.
+    # By id, as views of one storage count once. The storages are held: a later one could get the id of a freed one.
     saved: dict[int, torch.UntypedStorage] = {}
 
+    # Autograd calls `keep` with each tensor that it saves. The plain way, memory before and after a forward pass, needs
+    # the memory that is to be estimated.
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if _storage_id(tensor) not in own:
-            saved[_storage_id(tensor)] = tensor.untyped_storage()
+        storage_id = _storage_id(tensor)
+        if storage_id not in own:
+            saved[storage_id] = tensor.untyped_storage()
         return tensor
 
-    ids = torch.zeros(rows, num_tokens, dtype=torch.long)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "use_cache": False}
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with hooks, torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+    autocast_context = torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None)
+
+    ids_BT = torch.zeros(num_rows, num_tokens, dtype=torch.long)
+    inputs = {
+        "input_ids": ids_BT,
+        "attention_mask": torch.ones_like(ids_BT),
+        "labels": ids_BT,
+        "use_cache": False,
+    }
+    with hooks, autocast_context:
         model.train()
-        model(**inputs, fused_lm_head=True).log_probs.sum()
+        outputs = model(**inputs, fused_lm_head=True)
+        outputs.log_probs.sum()
     return sum(storage.nbytes() for storage in saved.values())
 
 
@@ -90,13 +107,14 @@ def _storage_id(tensor: torch.Tensor) -> int:
 
 def _make_fake(model: nn.Module) -> None:
     """Replace all tensors of a model; tied tensors stay tied."""
-    made: dict[torch.Tensor, torch.Tensor] = {}
+    made: dict[torch.Tensor, torch.Tensor] = {}  # old tensor -> new; tied tensors are one object
     for module in model.modules():
         _replace(module._parameters, made)
         _replace(module._buffers, made)
 
 
-def _replace(tensors: Mapping[str, torch.Tensor | None], made: dict[torch.Tensor, torch.Tensor]) -> None:
+def _replace(tensors: dict[str, torch.Tensor | None], made: dict[torch.Tensor, torch.Tensor]) -> None:
+    """Replace the values of a module's dictionary of parameters or buffers in place."""
     for name, tensor in tensors.items():
         if tensor is None:
             continue

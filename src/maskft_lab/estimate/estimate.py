@@ -104,8 +104,10 @@ def estimate(run: TrainConfig, device: str | None = None, device_memory_gb: floa
         UserError: For an unknown model, layers out of range, or a device too small for micro-batch 1.
     """
     _check(run)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not device:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     run = replace(run, training=with_accumulation(run.training))
+
     needs = RunMemory(run, device)
     return Estimate(
         method=run.method.method,
@@ -129,11 +131,13 @@ def _largest_micro_batch(needs: RunMemory, device: str, device_memory_gb: float 
     if device == "cuda":
         limit -= RESERVE_BYTES
 
-    def peak(rows: int) -> int:
-        return sum(needs.memory(rows).values())
+    def peak(num_rows: int) -> int:
+        return sum(needs.memory(num_rows).values())
 
+    # The peak grows with the rows. The position at which the limit would be inserted among the peaks of 1, 2, ... rows
+    # is the number of micro-batches that fit, and so the largest that does.
     largest = bisect_right(range(1, MAX_MICRO_BATCH + 1), limit, key=peak)
-    if not largest:
+    if largest == 0:
         raise UserError(
             f"device memory is too small for micro-batch 1: about {peak(1) / 1e9:.3g} GB are needed, "
             f"{limit / 1e9:.3g} GB are there; {ADVICE}"
@@ -156,6 +160,7 @@ class RunMemory:
         self.method = run.method.method
         source = run.model
 
+        # What the configuration and the options say.
         self.config = load_config(source.model_name_or_path, revision=source.model_revision)
         stored = getattr(self.config, "dtype", None)
         self.stored_dtype = stored if isinstance(stored, torch.dtype) else torch.float32
@@ -164,8 +169,13 @@ class RunMemory:
         self.compute_dtype = self.autocast or self.dtype
         self.optimizer = _optimizer(run.training)
         self.mask = mask_config(run.mask) if self.method in MASK_METHODS else None
-        self.process_bytes = resident_memory_bytes() + TRAINER_BYTES if device == "cpu" else 0
 
+        # On a CPU, Python and its libraries are in the same memory as the model.
+        self.process_bytes = 0
+        if device == "cpu":
+            self.process_bytes = resident_memory_bytes() + TRAINER_BYTES
+
+        # The base model, and then the model that trains, both without data.
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = model_without_data(self.config, self.dtype, source.attn_implementation)
@@ -175,7 +185,7 @@ class RunMemory:
             num_layers = len(layer_indices(name for name, _ in model.named_modules()))
             self.model, self.masked = self._prepared(model)
 
-        # The bytes for more rows follow from those for one and two.
+        # The bytes for more rows follow from those for one and two, see `_activation_bytes`.
         self._saved_bytes = bytes_saved_for_backward(self.model, (1, 2), run.training.max_length, self.autocast)
 
         trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
@@ -184,15 +194,19 @@ class RunMemory:
             raise UserError(f"method {self.method} trains no parameter of {source.model_name_or_path!r}")
         self.masked_sizes = [module.weight.numel() for module in self.masked.values()]
         self.kept = self._kept(trained)
+
         # The backward pass ends at the lowest trained layer.
-        self.num_backward_layers = num_layers - min(layer_indices(trained), default=0)
+        lowest_layer = min(layer_indices(trained), default=0)
+        self.num_backward_layers = num_layers - lowest_layer
 
     def _prepared(self, model: PreTrainedModel) -> tuple[nn.Module, dict[str, nn.Module]]:
         """Make trainable the parameters that the method trains, as ``build_model`` does; returns masked modules too."""
+        # TRL's trainer computes the loss with this head, which never holds the logits of all tokens.
         add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
         if self.mask is None:
             run = self.run
-            return build_model(model, run.method, run.model, run.mask, run.training.seed), {}
+            trained_model = build_model(model, run.method, run.model, run.mask, run.training.seed)
+            return trained_model, {}
 
         model.requires_grad_(False)
         resolve_targets(self.mask, model)
@@ -200,9 +214,12 @@ class RunMemory:
         for name, module in model.named_modules():
             if name and check_target_module_exists(self.mask, name):
                 masked[name] = module
+
+        # A masked layer trains its effective weights here, see the top of the file.
+        is_learned = self.method == "mask"
         for module in masked.values():
             weight = torch.empty_like(module.weight, dtype=self.compute_dtype)
-            module.weight = nn.Parameter(weight, requires_grad=self.method == "mask")
+            module.weight = nn.Parameter(weight, requires_grad=is_learned)
 
         saved_in_full = tuple(self.run.mask.mask_modules_to_save or ())
         for name, module in model.named_modules():
@@ -214,44 +231,58 @@ class RunMemory:
         """Bytes of everything that exists throughout training, beside the weights."""
         num_masked = sum(self.masked_sizes)
         num_scores = num_masked if self.method == "mask" else 0
-        masked_weights = {id(module.weight) for module in self.masked.values()}
 
-        others: Counter[int] = Counter()  # bytes per parameter -> number of trained parameters that are no scores
+        # Bytes per parameter -> number of parameters: trained ones beside the scores, and all.
+        masked_weights = {id(module.weight) for module in self.masked.values()}
+        others: Counter[int] = Counter()
         for parameter in trained.values():
             if id(parameter) not in masked_weights:
                 others[parameter.element_size()] += parameter.numel()
         all_trained = others + Counter({FLOAT32_BYTES: num_scores})
 
         moments = OPTIMIZER_BYTES[self.optimizer]
-        is_adapter = self.method != "full"
-        keeps_removed_values = self.mask is not None and self.mask.removed_value == "base"
+        optimizer_bytes = sum(number * moments(size) for size, number in all_trained.items())
+        adapter_bytes = 0
+        if self.method != "full":  # for which they are the weights, and counted as such
+            adapter_bytes = sum(number * size for size, number in others.items())
+        removed_bytes = 0
+        if self.mask is not None and self.mask.removed_value == "base":
+            removed_bytes = num_masked * self.dtype.itemsize
         return {
             # The base weights stay beside the effective ones.
             "effective weights": num_scores * self.compute_dtype.itemsize,
             "scores": num_scores * FLOAT32_BYTES,
-            "optimizer": math.ceil(sum(number * moments(size) for size, number in all_trained.items())),
+            "optimizer": math.ceil(optimizer_bytes),
             "gradients": sum(number * size for size, number in all_trained.items()),
-            "adapter": sum(number * size for size, number in others.items()) if is_adapter else 0,
-            "removed values": num_masked * self.dtype.itemsize if keeps_removed_values else 0,
+            "adapter": adapter_bytes,
+            "removed values": removed_bytes,
         }
 
     def memory(self, rows: int) -> dict[str, int]:
         """Bytes per term at the peak of a run with micro-batches of ``rows`` rows."""
         start = {"process": self.process_bytes, "weights": self.weight_bytes}
         if not self.num_trainable:
-            return start | {"masks": _FIXED_MASK_BYTES * sum(self.masked_sizes)}
+            masks = _FIXED_MASK_BYTES * sum(self.masked_sizes)
+            return start | {"masks": masks}
 
         # The peak is one of these phases: the optimizer's step, the backward pass, an evaluation, the loading.
         step = start | self.kept | {"activations": 0, "buffers": self._step_bytes()}
-        backward = step | {"activations": self._activation_bytes(rows), "buffers": 0, "logits": self._logit_bytes(rows)}
+        backward = step | {
+            "activations": self._activation_bytes(rows),
+            "buffers": 0,
+            "logits": self._logit_bytes(rows),
+        }
         if self.run.training.gradient_accumulation_steps == 1:
             backward["gradients"] = 0  # they appear as activations are freed
         phases = [step, backward]
+
         if self.run.training.do_eval:
-            phases.append(start | self.kept | {"gradients": 0, "logits": self._heldout_logit_bytes()})
+            evaluation = start | self.kept | {"gradients": 0, "logits": self._heldout_logit_bytes()}
+            phases.append(evaluation)
         if self.device == "cpu":
             # The pages of the weights' file are resident while it is read.
-            phases.append(start | {"file": self.num_parameters * self.stored_dtype.itemsize})
+            file_bytes = self.num_parameters * self.stored_dtype.itemsize
+            phases.append(start | {"file": file_bytes})
         return max(phases, key=lambda terms: sum(terms.values()))
 
     @property
@@ -261,29 +292,36 @@ class RunMemory:
     def _heldout_logit_bytes(self) -> int:
         """Logits of a batch of held-out rows, and copies of one row's in higher precision."""
         logits_of_row = self.run.training.max_length * self._vocab_size
-        batch = self.run.training.per_device_eval_batch_size * self.compute_dtype.itemsize
-        return logits_of_row * (batch + _HELDOUT_COPY_BYTES)
+        bytes_in_batch = self.run.training.per_device_eval_batch_size * self.compute_dtype.itemsize
+        return logits_of_row * (bytes_in_batch + _HELDOUT_COPY_BYTES)
 
     def _logit_bytes(self, rows: int) -> int:
         """Temporary memory of the head, when the backward pass begins."""
         num_tokens = min(rows * self.run.training.max_length, _TILE_TOKENS)
-        tile = FLOAT32_BYTES * num_tokens * min(self._vocab_size, _TILE_ENTRIES)
+        num_entries = min(self._vocab_size, _TILE_ENTRIES)
+        tile_bytes = FLOAT32_BYTES * num_tokens * num_entries
         num_tiles = _CPU_TILES if self.device == "cpu" else 1
+
+        # TRL sums the gradient of a trained head in float32, whatever its dtype.
         head = self.model.get_output_embeddings()
         num_trained = sum(parameter.numel() for parameter in head.parameters() if parameter.requires_grad)
-        return FLOAT32_BYTES * num_trained + tile * num_tiles
+        return FLOAT32_BYTES * num_trained + tile_bytes * num_tiles
 
     def _step_bytes(self) -> int:
         """Temporary memory of an optimizer step, or of the refresh of a mask."""
         # adamw_torch updates all tensors at once on a GPU.
         updates_all = self.optimizer == "adamw_torch" and self.device == "cuda"
         update = self.kept["gradients"] if updates_all else 0
+
         largest = max(self.masked_sizes, default=0)
         ranking = _REFRESH_BYTES * largest if self.device == "cuda" else 0
         flipped = sum(self.masked_sizes)  # a byte per weight: whether its bit has flipped
-        return max(update, ranking + flipped)
+        refresh = ranking + flipped
+        return max(update, refresh)
 
     def _activation_bytes(self, rows: int) -> int:
+        """Tensors that the forward pass keeps for the backward pass."""
+        # Linear in the rows. Tensors that do not depend on them, such as weights cast by autocast, count once.
         one_row, two_rows = self._saved_bytes
         saved = one_row + (rows - 1) * (two_rows - one_row)
         if not self.run.training.gradient_checkpointing:
@@ -291,8 +329,9 @@ class RunMemory:
 
         # Each layer keeps its input; the activations of one layer at a time are computed again.
         num_layers = self.num_backward_layers
-        hidden = rows * self.run.training.max_length * self.config.get_text_config().hidden_size
-        return num_layers * hidden * self.compute_dtype.itemsize + saved // num_layers
+        hidden_size = self.config.get_text_config().hidden_size
+        num_inputs = rows * self.run.training.max_length * hidden_size
+        return num_layers * num_inputs * self.compute_dtype.itemsize + saved // num_layers
 
 
 def _check(run: TrainConfig) -> None:
@@ -315,7 +354,9 @@ def _autocast_dtype(training, device: str) -> torch.dtype | None:
     is_default_of_gpu = device == "cuda" and training.is_float32_by_machine
     if training.bf16 or is_default_of_gpu:
         return torch.bfloat16
-    return torch.float16 if training.fp16 else None
+    if training.fp16:
+        return torch.float16
+    return None
 
 
 def _optimizer(training) -> str:

@@ -28,9 +28,12 @@ def explained(advice: str = ADVICE) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        is_out_of_memory = isinstance(error, MemoryError) or any(words in str(error) for words in _WORDS)
+        # torch.OutOfMemoryError is only raised by the GPU's allocator; other libraries raise a RuntimeError with a text.
+        text = str(error)
+        is_out_of_memory = isinstance(error, MemoryError) or any(words in text for words in _WORDS)
         if not is_out_of_memory:
             raise
+
         message = first_line(error)
         request = re.search(r"[Tt]ried to allocate [\d.,]+ \w+", message)
         shown = request[0].lower() if request else message[:_SHOWN_LENGTH]
