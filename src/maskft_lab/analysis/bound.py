@@ -24,7 +24,8 @@ TAIL_SHARE = 0.25  # "the mean training loss after training stabilizes" (Table 7
 
 
 def log2_binomial(d: int, z: int) -> float:
-    """log2 of the number of ways to choose ``z`` of ``d`` weights, in bits, by ``lgamma``: d H(p) but for log2 d."""
+    """log2 of the number of ways to choose ``z`` of ``d`` weights, in bits: d H(p) up to terms of order log2 d."""
+    # By lgamma: the binomial coefficient itself has as many digits as there are weights.
     log_binomial = math.lgamma(d + 1) - math.lgamma(z + 1) - math.lgamma(d - z + 1)
     return log_binomial / math.log(2)
 
@@ -40,7 +41,9 @@ def code_lengths(d: int, z: int, bits: float) -> dict[str, float]:
     Returns:
         ``full``, b d; ``mask``, of the kept weights and of their places: b (d - z) + log2 C(d, z).
     """
-    return {"full": bits * d, "mask": bits * (d - z) + log2_binomial(d, z)}
+    kept_bits = bits * (d - z)
+    place_bits = log2_binomial(d, z)
+    return {"full": bits * d, "mask": kept_bits + place_bits}
 
 
 def complexity_term(code_length: float, num_rows: int | None) -> float:
@@ -79,11 +82,15 @@ def upper_bounds(
         Eq. 10, and ``difference``, their sum; ``is_vacuous``, whether the smaller Phi exceeds the loss of guessing.
     """
     loss_full, loss_mask = losses
+    delta_train = loss_mask - loss_full
+
     lengths = code_lengths(d, z, bits)
     phi_full = complexity_term(lengths["full"], num_rows)
     phi_mask = complexity_term(lengths["mask"], num_rows)
-    delta_train = loss_mask - loss_full
     delta_complexity = phi_mask - phi_full
+
+    # A model that guesses has the loss log(vocabulary): a bound above that says nothing.
+    loss_of_guessing = math.log(vocab_size)
     return {
         "code_lengths": lengths,
         "phi": {"full": phi_full, "mask": phi_mask},
@@ -91,7 +98,7 @@ def upper_bounds(
         "delta_train": delta_train,
         "delta_complexity": delta_complexity,
         "difference": delta_train + delta_complexity,
-        "is_vacuous": min(phi_full, phi_mask) > math.log(vocab_size),
+        "is_vacuous": min(phi_full, phi_mask) > loss_of_guessing,
     }
 
 
@@ -141,9 +148,11 @@ def analyse_bound(
     of_model: dict[str, dict] = {}
     of_matrices: dict[str, dict] = {}
     for bits in BITS:
-        of_model[str(bits)] = upper_bounds(losses, num_weights, z, bits, num_rows, vocab_size)
-        of_matrices[str(bits)] = upper_bounds(losses, masks.numel, z, bits, num_rows, vocab_size)
+        key = str(bits)  # JSON has text as keys
+        of_model[key] = upper_bounds(losses, num_weights, z, bits, num_rows, vocab_size)
+        of_matrices[key] = upper_bounds(losses, masks.numel, z, bits, num_rows, vocab_size)
 
+    weights_file = Path(adapter) / ADAPTER_WEIGHTS
     record = {
         "training_loss": {"full": loss_full, "mask": loss_mask},
         "num_weights": num_weights,
@@ -151,7 +160,7 @@ def analyse_bound(
         "num_removed": z,
         "model": of_model,
         "masked_matrices": of_matrices,
-        "adapter_bytes": (Path(adapter) / ADAPTER_WEIGHTS).stat().st_size,
+        "adapter_bytes": weights_file.stat().st_size,
     }
     settings = {
         "what": "bound",

@@ -75,11 +75,17 @@ def hessian_products(model, names: Sequence[str], batches: Sequence[Batch]) -> l
     """
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
+            # By name: torch's, and the copy of it that transformers has.
             if type(child).__name__ in ("SiLU", "SiLUActivation"):
                 setattr(parent, name, _SiLU())
 
+    # Other weights need no gradient, and the Hessian leaves them out.
     model.requires_grad_(False)
-    weights = [model.get_submodule(name).weight.requires_grad_(True) for name in names]
+    weights = []
+    for name in names:
+        weight = model.get_submodule(name).weight
+        weights.append(weight.requires_grad_(True))
+
     loss = nn.CrossEntropyLoss(ignore_index=IGNORED)
     products: list[Product] = []
     for ids_BT, labels_BT in batches:
@@ -163,10 +169,11 @@ def trace_estimate(forms: np.ndarray, shares: np.ndarray) -> dict[str, float | N
         ``stderr_rows``, over rows, from the spread between batches (None for one batch).
     """
     num_probes, num_batches = forms.shape
-    per_probe = forms @ shares
+    per_probe = forms @ shares  # (probes,)
     stderr_probes = None
     if num_probes > 1:
         stderr_probes = float(per_probe.std(ddof=1) / num_probes**0.5)
+
     stderr_rows = None
     if num_batches > 1:
         _, stderr_rows = weighted_mean(forms.mean(0), shares)
@@ -220,6 +227,7 @@ def largest_eigenvalue(
     except (ArpackNoConvergence, TypeError) as error:
         raise UserError(f"the largest eigenvalue cannot be computed ({error}); take more --num_rows") from error
 
+    # To first order, a perturbation dH changes the eigenvalue by v^T dH v, v the eigenvector of length 1.
     v = kept * vectors[:, 1]
     forms = np.array([v @ product(v) for product in products])
     stderr_rows = None
@@ -270,17 +278,21 @@ def analyse_curvature(
 
     masks = masks_of(adapter)
     names = sorted(masks)
+    kept = torch.cat([masks[name].flatten() for name in names]).numpy()
+
     # Eager, because fused attention has no second derivative.
     model = load_model(start, "float32", attn_implementation="eager").to(sampling.device).eval()
     batches = make_batches(rows, sampling.batch_size, sampling.device)
     products = hessian_products(model, names, batches)
+
+    # The loss over all rows is the mean of the batches' losses, weighted by their supervised tokens.
     num_tokens: list[int] = []
     for _, labels_BT in batches:
         is_supervised = labels_BT[:, 1:] != IGNORED
         num_tokens.append(int(is_supervised.sum()))
     tokens = np.array(num_tokens, dtype=np.float64)
     shares = tokens / tokens.sum()
-    kept = torch.cat([masks[name].flatten() for name in names]).numpy()
+
     pieces = pieces_of(file, settings)
 
     num_hessians = 4
@@ -313,6 +325,7 @@ def analyse_curvature(
     hessians["mask_all"] = describe("mask_all", every)
     hessians["mask_kept"] = describe("mask_kept", kept)
 
+    # The same probes on the same rows, so the difference is taken before the mean.
     difference = hessians["mask_all"]["forms"] - hessians["start_all"]["forms"]
     for hessian in hessians.values():
         del hessian["forms"]

@@ -43,7 +43,8 @@ def plane_through(
     u = {name: second[name] - first[name] for name in first}
     v = {name: third[name] - first[name] for name in first}
 
-    # Gram-Schmidt: u has length 1; v loses its part along u, then has length 1 too.
+    # Gram-Schmidt: u has length 1; v loses its part along u, then has length 1 too. The floor keeps u finite if first
+    # and second are equal, which is reported below.
     length_u = _dot(u, u) ** 0.5
     u = {name: each / max(length_u, 1e-30) for name, each in u.items()}
     along = _dot(u, v)
@@ -107,10 +108,12 @@ def analyse_landscape(
     if is_finished(file, settings):
         return
 
+    # The plane through the three models.
     best, end, adapter = models
     masks = masks_of(adapter)
     model = load_model(best, "float32").to(sampling.device).eval()
     origin = weights_of(model)
+    # Unnamed, like the masked weights below: a name would keep the second model in memory to the end.
     continued = weights_of(load_model(end, "float32").to(sampling.device))
     if _shapes(origin) != _shapes(continued):
         raise UserError(f"{end!r} is not of the architecture of the model under the mask")
@@ -121,15 +124,18 @@ def analyse_landscape(
         set_weights(model, origin, [(x, u), (y, v)])
         losses: dict[str, float] = {}
         for split, rows_of_split in rows.items():
-            losses[split] = mean_nll(nll_per_item(model, rows_of_split, batch_size=sampling.batch_size))
+            nll = nll_per_item(model, rows_of_split, batch_size=sampling.batch_size)
+            losses[split] = mean_nll(nll)
         return losses
 
-    # The models and a margin around them.
+    # The grid: the models and a margin around them.
     low = coordinates.min(0)
     high = coordinates.max(0)
     margin = MARGIN * (high - low)
-    x, y = np.linspace(low - margin, high + margin, grid).T.tolist()
+    points = np.linspace(low - margin, high + margin, grid)  # (grid, 2)
+    x, y = points.T.tolist()
 
+    # The losses, each point kept as soon as it is measured.
     pieces = pieces_of(file, settings)
     found: list[dict[str, float]] = []
     for i, x_i in enumerate(x):

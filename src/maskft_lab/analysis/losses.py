@@ -36,7 +36,8 @@ def rows_folder(study: Path, given: str | None) -> Path:
     if given:
         found = [Path(given)]
     else:
-        found = sorted(path.parent for path in (study / PREPARED).glob(f"*/{SPLITS[0]}"))
+        first_split = SPLITS[0]
+        found = sorted(path.parent for path in (study / PREPARED).glob(f"*/{first_split}"))
     is_complete = len(found) == 1 and all((found[0] / split).is_dir() for split in SPLITS)
     if not is_complete:
         names = ", ".join(map(str, found)) or "none"
@@ -60,7 +61,8 @@ def load_rows(folder: Path, num_rows: int, seed: int = 0) -> dict[str, list[dict
     """
     out = {}
     for split in SPLITS:
-        data = load_from_disk(str(folder / split)).select_columns(["input_ids", "labels"])
+        data = load_from_disk(str(folder / split))
+        data = data.select_columns(["input_ids", "labels"])
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randperm(len(data), generator=generator)[:num_rows]
         in_order = drawn.sort().values.tolist()

@@ -47,10 +47,15 @@ def head_shares(mask: Tensor, num_blocks: int, num_heads: int) -> Tensor:
     Raises:
         UserError: If the matrix cannot be divided into the heads.
     """
-    if mask.shape[0] % num_blocks or num_heads % num_blocks:
+    num_rows = mask.shape[0]
+    if num_rows % num_blocks or num_heads % num_blocks:
         raise UserError(f"a matrix of shape {tuple(mask.shape)} does not divide into {num_blocks} of {num_heads} heads")
-    shares_of_blocks = (~mask).float().reshape(num_blocks, -1).mean(1)
-    return shares_of_blocks.repeat_interleave(num_heads // num_blocks)
+
+    is_removed = ~mask
+    shares_of_blocks = is_removed.float().reshape(num_blocks, -1).mean(1)
+    # With grouped-query attention, consecutive query heads share a key and a value head.
+    heads_of_block = num_heads // num_blocks
+    return shares_of_blocks.repeat_interleave(heads_of_block)
 
 
 def shares_by_head(masks: MaskSet, num_heads: int, num_kv_heads: int) -> dict[str, dict[str, Any]]:
@@ -66,28 +71,34 @@ def shares_by_head(masks: MaskSet, num_heads: int, num_kv_heads: int) -> dict[st
         *parts, kind = name.split(".")
         if kind not in _PROJECTIONS:
             continue
-        num_blocks = num_heads if kind == "q_proj" else num_kv_heads
         layer = next((part for part in parts if part.isdigit()), "other")
-        shares.setdefault(layer, []).append(head_shares(mask, num_blocks, num_heads).tolist())
+        num_blocks = num_heads if kind == "q_proj" else num_kv_heads
+        shares_of_matrix = head_shares(mask, num_blocks, num_heads).tolist()
+        shares.setdefault(layer, []).append(shares_of_matrix)
         variances.setdefault(layer, []).append(_variance_by_chance(mask, num_blocks))
 
     found: dict[str, dict[str, Any]] = {}
     for layer in shares:
         num_matrices = len(shares[layer])
-        if num_matrices == len(_PROJECTIONS):
-            found[layer] = {
-                "shares": np.mean(shares[layer], axis=0).tolist(),
-                "chance": sum(variances[layer]) ** 0.5 / num_matrices,
-            }
+        if num_matrices != len(_PROJECTIONS):
+            continue
+        # The standard deviation of a mean of independent shares.
+        chance = sum(variances[layer]) ** 0.5 / num_matrices
+        found[layer] = {
+            "shares": np.mean(shares[layer], axis=0).tolist(),
+            "chance": chance,
+        }
     return found
 
 
 def _variance_by_chance(mask: Tensor, num_blocks: int) -> float:
     """Variance of the share removed of a block, if the places were drawn at random.
 
-    The number removed of a block's n weights, of N of which a share p is removed, is hypergeometric.
+    The number removed of a block's n weights, of N of which a share p is removed, is hypergeometric; its share has the
+    variance p (1 - p) / n * (N - n) / (N - 1).
     """
-    p = float((~mask).double().mean())
+    is_removed = ~mask
+    p = float(is_removed.double().mean())
     total = mask.numel()
     size = total // num_blocks
     return p * (1 - p) / size * (total - size) / max(total - 1, 1)
@@ -96,11 +107,12 @@ def _variance_by_chance(mask: Tensor, num_blocks: int) -> float:
 def describe_mask(masks: MaskSet, config) -> dict:
     """``num_weights``, ``num_removed``, and `shares_by_head` if the model's text configuration has heads."""
     num_heads = getattr(config, "num_attention_heads", None)
-    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads  # not set: each head has its own
+    by_head = shares_by_head(masks, num_heads, num_kv_heads) if num_heads else {}
     return {
         "num_weights": masks.numel,
         "num_removed": masks.num_removed,
-        "by_head": shares_by_head(masks, num_heads, num_kv_heads) if num_heads else {},
+        "by_head": by_head,
     }
 
 
@@ -126,6 +138,7 @@ def analyse_masks(
     found: dict[str, dict] = {}
     for name, (adapter, start) in adapters.items():
         config = load_config(start).get_text_config()
-        found[name] = describe_mask(MaskSet.from_adapter(adapter), config)
+        masks = MaskSet.from_adapter(adapter)
+        found[name] = describe_mask(masks, config)
         report(len(found), len(adapters))
     write_record(file, {"masks": found}, settings)

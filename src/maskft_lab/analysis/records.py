@@ -27,11 +27,12 @@ def digest_folder(folder: str | Path) -> str:
     weights = sorted([*path.glob("*.safetensors"), *path.glob("*.bin")])
     if not weights:
         return str(folder)
-    return digest([digest_file(file) for file in weights])
+    digests = [digest_file(file) for file in weights]
+    return digest(digests)
 
 
 def write_record(file: Path, record: Mapping, settings: Mapping) -> None:
-    """Write plain values and lists as JSON, whole or not at all, with ``settings`` beside them.
+    """Write plain values and lists as JSON, whole or not at all, after the ``settings`` that they depend on.
 
     Raises:
         UserError: If a number is NaN or infinite; nothing is written then.
@@ -54,7 +55,8 @@ def read_record(file: Path) -> dict[str, Any]:
         UserError: If it is no JSON object, or holds NaN or infinity.
     """
     try:
-        content = parse_json(file.read_text(encoding="utf-8"), parse_constant=refuse_constant)
+        text = file.read_text(encoding="utf-8")
+        content = parse_json(text, parse_constant=refuse_constant)
         return dict(content)
     except (ValueError, TypeError) as error:
         raise UserError(f"{file} is not as maskft analyze writes it ({error}): remove it, make it again") from error

@@ -78,7 +78,10 @@ def read_study(
         raise UserError(f"{str(folder)!r} is not a folder; name the output_dir of a study")
 
     is_published = not any((folder / layout.RUNS).glob(f"*/{layout.RUN}"))
-    runs = _published(folder) if is_published else _runs_in(folder, study_name)
+    if is_published:
+        runs = _published(folder)
+    else:
+        runs = _runs_in(folder, study_name)
     if not runs:
         raise UserError(f"{str(folder)!r} holds neither finished runs (runs/*/run.json) nor results of a study")
 
@@ -95,20 +98,23 @@ def _runs_in(folder: Path, study_name: str | None) -> list[TrainedRun]:
     rows: list[dict] = []
     for file in folder.glob(layout.SUMMARY.format("*")):
         summary = files.read_json(file)
-        if study_name is None or summary["study"] == study_name:
-            for model in summary["models"].values():
-                rows += model["runs"]
+        if study_name is not None and summary["study"] != study_name:
+            continue
+        for model in summary["models"].values():
+            rows += model["runs"]
 
     candidates = sorted((folder / layout.RESULTS).glob(f"*/{layout.RESULT}"))
     if rows:
-        named = {row["result"] for row in rows}
-        candidates = [file for file in candidates if file.parent.name in named]
+        names_of_results = {row["result"] for row in rows}
+        candidates = [file for file in candidates if file.parent.name in names_of_results]
     results = _results_of(candidates)
+
     records = sorted((folder / layout.RUNS).glob(f"*/{layout.RUN}"))
     runs = [_from_record(folder, file, results) for file in records]
     if rows:
-        ids = _with_starts({_identity(row["run"]) for row in rows}, runs)
-        runs = [run for run in runs if _identity(run.id) in ids]
+        in_summaries = {_identity(row["run"]) for row in rows}
+        wanted = _with_starts(in_summaries, runs)
+        runs = [run for run in runs if _identity(run.id) in wanted]
 
     # Runs that tuning tried and did not choose have the name and the seed of the one it chose, and no results.
     evaluated = {(run.name, run.seed) for run in runs if run.results}
@@ -117,15 +123,13 @@ def _runs_in(folder: Path, study_name: str | None) -> list[TrainedRun]:
 
 def _with_starts(ids: set[str], runs: Sequence[TrainedRun]) -> set[str]:
     """Identities of runs, with those of the runs that they start from, and so on."""
-    starts = {_identity(run.id): _identity(run.start) for run in runs if run.start}
+    start_of = {_identity(run.id): _identity(run.start) for run in runs if run.start}
     found: set[str] = set()
-    waiting = list(ids)
-    while waiting:
-        each = waiting.pop()
-        if each not in found:
-            found.add(each)
-            if each in starts:
-                waiting.append(starts[each])
+    for run_id in ids:
+        ancestor: str | None = run_id
+        while ancestor is not None and ancestor not in found:
+            found.add(ancestor)
+            ancestor = start_of.get(ancestor)
     return found
 
 
@@ -140,10 +144,11 @@ def find_mask(runs: Sequence[TrainedRun], wanted: str | None = None) -> TrainedR
         methods = ", ".join(dict.fromkeys(str(run.method) for run in runs))
         raise UserError(f"there is no learned mask with its adapter folder among these runs (methods: {methods})")
 
-    names: dict[str, None] = {}
+    names: list[str] = []
     for run in masks:
-        names |= {run.name: None, run.id: None}
-    name = _known("mask", wanted or masks[0].name, list(names))
+        names += [run.name, run.id]
+    unique_names = list(dict.fromkeys(names))  # seeds share a name
+    name = _known("mask", wanted or masks[0].name, unique_names)
     of_name = [run for run in masks if name in (run.id, run.name)]
     return min(of_name, key=lambda run: run.seed or 0)
 
@@ -171,7 +176,8 @@ def start_model(run: TrainedRun, runs: Sequence[TrainedRun]) -> str:
     parent = parent_of(run, runs)
     if parent is not None:
         return parent.models[BEST]
-    return read_config(run.models[BEST]).base_model_name_or_path or run.base
+    config = read_config(run.models[BEST])
+    return config.base_model_name_or_path or run.base
 
 
 def full_run(mask: TrainedRun, runs: Sequence[TrainedRun]) -> TrainedRun:
@@ -197,7 +203,9 @@ def _results_of(candidates: Sequence[Path]) -> dict[str, dict[str, Result]]:
     """Identity of a run -> role -> result; a published folder holds other JSON files beside its results."""
     found: dict[str, dict[str, Result]] = {}
     for file in candidates:
-        if '"kind": "evaluation"' not in files.read_text(file)[:200]:
+        # Results begin with their kind. Parsing all other files to find out would take seconds.
+        beginning = files.read_text(file)[:200]
+        if '"kind": "evaluation"' not in beginning:
             continue
         result = read_result(file)
         study = result.get("study")
@@ -208,6 +216,7 @@ def _results_of(candidates: Sequence[Path]) -> dict[str, dict[str, Result]]:
 
 
 def _from_record(study: Path, file: Path, results: dict[str, dict[str, Result]]) -> TrainedRun:
+    """The run of a ``run.json``, with its training history and results."""
     record = files.read_json(file)
     training = _read_if_there(file.parent / layout.TRAINING)
 
@@ -247,7 +256,8 @@ def _published(folder: Path) -> list[TrainedRun]:
             roles = results.get(_identity(run_id), {})
             settings: dict[str, Any] = {}
             if roles:
-                settings = next(iter(roles.values()))["study"]["settings"]
+                any_result = next(iter(roles.values()))  # all roles have the settings of the run
+                settings = any_result["study"]["settings"]
             runs[run_id] = TrainedRun(
                 id=run_id,
                 name=plain_name(row["name"]),

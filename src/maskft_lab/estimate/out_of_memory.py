@@ -28,7 +28,7 @@ def explained(advice: str = ADVICE) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # torch.OutOfMemoryError is only raised by the GPU's allocator; other libraries raise a RuntimeError with a text.
+        # Only the GPU's allocator has an error type; the others raise a RuntimeError that its text alone tells apart.
         text = str(error)
         is_out_of_memory = isinstance(error, MemoryError) or any(words in text for words in _WORDS)
         if not is_out_of_memory:
