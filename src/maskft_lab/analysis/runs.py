@@ -118,12 +118,21 @@ def _runs_in(folder: Path, study_name: str | None) -> list[TrainedRun]:
 
     # Runs that tuning tried and did not choose have the name and the seed of the one it chose, and no results.
     evaluated = {(run.name, run.seed) for run in runs if run.results}
-    return [run for run in runs if run.results or (run.name, run.seed) not in evaluated]
+    kept = []
+    for run in runs:
+        is_rejected = not run.results and (run.name, run.seed) in evaluated
+        if not is_rejected:
+            kept.append(run)
+    return kept
 
 
 def _with_starts(ids: set[str], runs: Sequence[TrainedRun]) -> set[str]:
     """Identities of runs, with those of the runs that they start from, and so on."""
-    start_of = {_identity(run.id): _identity(run.start) for run in runs if run.start}
+    start_of = {}
+    for run in runs:
+        if run.start:
+            start_of[_identity(run.id)] = _identity(run.start)
+
     found: set[str] = set()
     for run_id in ids:
         ancestor: str | None = run_id

@@ -17,7 +17,9 @@ MAX_LAYERS = 2_000
 
 
 def model_without_data(
-    config: PretrainedConfig, dtype: torch.dtype | None = None, attention: str | None = None
+    config: PretrainedConfig,
+    dtype: torch.dtype | None = None,
+    attention: str | None = None,
 ) -> PreTrainedModel:
     """Return a model of a configuration, to be called under ``torch.device("meta")``.
 
@@ -50,7 +52,10 @@ def model_without_data(
 
 
 def bytes_saved_for_backward(
-    model: nn.Module, batch_sizes: tuple[int, ...], num_tokens: int, autocast: torch.dtype | None
+    model: nn.Module,
+    batch_sizes: tuple[int, ...],
+    num_tokens: int,
+    autocast: torch.dtype | None,
 ) -> list[int]:
     """Bytes that a forward pass saves for the backward pass, for each batch size.
 

@@ -186,9 +186,13 @@ class RunMemory:
             self.model, self.masked = self._prepared(model)
 
         # The bytes for more rows follow from those for one and two, see `_activation_bytes`.
-        self._saved_bytes = bytes_saved_for_backward(self.model, (1, 2), run.training.max_length, self.autocast)
+        num_tokens = run.training.max_length
+        self._saved_bytes = bytes_saved_for_backward(self.model, (1, 2), num_tokens, self.autocast)
 
-        trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        trained = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                trained[name] = parameter
         self.num_trainable = sum(parameter.numel() for parameter in trained.values())
         if self.method not in UNTRAINED_METHODS and not trained:
             raise UserError(f"method {self.method} trains no parameter of {source.model_name_or_path!r}")
@@ -205,7 +209,8 @@ class RunMemory:
         add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
         if self.mask is None:
             run = self.run
-            trained_model = build_model(model, run.method, run.model, run.mask, run.training.seed)
+            seed = run.training.seed
+            trained_model = build_model(model, run.method, run.model, run.mask, seed)
             return trained_model, {}
 
         model.requires_grad_(False)

@@ -44,7 +44,7 @@ def build_record(
         training: ``summary`` of its ``training.json``; None if nothing was trained.
         parent: Record of the run whose epochs and tokens count as trained before.
     """
-    # Own training.
+    # The run's own training.
     num_steps = training["num_steps"] if training else 0
     best_step = None
     learning_rate = None
@@ -115,7 +115,9 @@ def _counts(training: dict[str, Any]) -> tuple[float | None, dict[str, float], d
 
 def _without_folders(options: dict[str, Any]) -> dict[str, Any]:
     """The options without folders of this machine: result files are shared."""
-    shown = {key: value for key, value in options.items() if key not in ("data_dir", "eval_data_dir")}
+    shown = dict(options)
+    shown.pop("data_dir", None)
+    shown.pop("eval_data_dir", None)
     if TEMPLATE in shown:
         shown[TEMPLATE] = Path(shown[TEMPLATE]).name
     for key in (*DATA_NAMES, KL_DATA):
@@ -196,7 +198,8 @@ def is_control(recipe: Recipe, run: StudyRun) -> bool:
 
     # Of methods that a row of the paper does not tell apart, the first of the recipe has the row.
     def kind(method: Method) -> tuple:
-        return method.method, method.start, method.data, selection_of(recipe.train | method.options)
+        selection = selection_of(recipe.train | method.options)
+        return method.method, method.start, method.data, selection
 
     own_kind = kind(method)
     first = next(other for other in recipe.methods.values() if kind(other) == own_kind)

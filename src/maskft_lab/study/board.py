@@ -57,7 +57,8 @@ class Board:
         self._last_shown = time.monotonic()
 
     def __enter__(self) -> Board:
-        self._task = self._progress.add_task("runs", total=len(self.runs), completed=self._num_done)
+        num_runs = len(self.runs)
+        self._task = self._progress.add_task("runs", total=num_runs, completed=self._num_done)
         self._progress.start()
         return self
 
@@ -79,11 +80,12 @@ class Board:
         self._end(run, f"failed: {reason}", is_news=True)
 
     def _end(self, run: StudyRun, outcome: str, is_news: bool) -> None:
-        started_at = self._started_at.pop(run, time.monotonic())
+        started_at = self._started_at.pop(run, time.monotonic())  # now, if its parent failed and it never started
         seconds = time.monotonic() - started_at
         self._num_done += 1
         self._cost_done += self._costs[run]
         self._cost_left -= self._costs[run]
+
         text = f"{run.title}: {outcome}, {seconds:.0f} s"
         if run in self.failed and self.console.is_terminal:
             # The bar shows only the latest note.
@@ -104,9 +106,12 @@ class Board:
         self._show(f"{run.title}{others}: {line}", is_news=True)
 
     def _show(self, note: str, is_news: bool) -> None:
-        if is_news or self.console.is_terminal:
-            self._last_shown = time.monotonic()
-            self._progress.move(self._task, self._num_done, note, is_news, self._time_left())
+        """Show a note beside the bar; in a log only if it is news, as each note is a line there."""
+        if not is_news and not self.console.is_terminal:
+            return
+        self._last_shown = time.monotonic()
+        time_left = self._time_left()
+        self._progress.move(self._task, self._num_done, note, is_news, time_left)
 
     def _time_left(self) -> str:
         """Time left at the speed so far, by the cost of the runs that are finished; "" before the first."""

@@ -34,7 +34,10 @@ Methods = dict[str, Any]  # section `methods` of the file
 
 
 def with_standard_controls(
-    methods: Methods, train: Mapping[str, Any], masks: list[str] | None = None, grid: Collection[str] = ()
+    methods: Methods,
+    train: Mapping[str, Any],
+    masks: list[str] | None = None,
+    grid: Collection[str] = (),
 ) -> Methods:
     """Add the methods of ``recipes/controls.yaml`` for each learned mask.
 

@@ -56,10 +56,14 @@ def alone(runs: Sequence[StudyRun]) -> set[StudyRun]:
                 known[run] |= lineage(parent)
         return known[run]
 
-    trained = [run for run in runs if run.method.method not in (PRETRAINED, *UNTRAINED_METHODS)]
+    def can_overlap(run: StudyRun, other: StudyRun) -> bool:
+        return run not in lineage(other) and other not in lineage(run)
+
+    untrained = (PRETRAINED, *UNTRAINED_METHODS)
+    trained = [run for run in runs if run.method.method not in untrained]
     found = set()
     for run in trained:
-        if all(run in lineage(other) or other in lineage(run) for other in trained):
+        if not any(can_overlap(run, other) for other in trained):
             found.add(run)
     return found
 
@@ -263,7 +267,10 @@ class _SlurmJob:
 
     def __call__(self, study: Study, run: StudyRun) -> str | None:
         # Preemption is not a failure of the run: leave no result, and SLURM or the study starts the job again.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        def end(*_) -> None:
+            sys.exit(128 + signal.SIGTERM)
+
+        signal.signal(signal.SIGTERM, end)
         return self.work(study, run)
 
     def checkpoint(self, study: Study, run: StudyRun):

@@ -187,7 +187,13 @@ def make(study: Study, run: StudyRun, tick: Tick = _no_tick, threads: Threads = 
             _evaluate(study, run, role, call_evaluation)
 
 
-def _call(study: Study, words: list[str], log: Path, tick: Tick, num_threads: int | None = None) -> None:
+def _call(
+    study: Study,
+    words: list[str],
+    log: Path,
+    tick: Tick,
+    num_threads: int | None = None,
+) -> None:
     """Run a command to its end; until then it holds the study's lock too."""
     run_command(words, log, tick, study.lock_fd, num_threads)
 
@@ -203,7 +209,14 @@ def _trained(study: Study, run: StudyRun, call: Call) -> RunRecord:
             raise
 
         # These settings lose. Treated as a failure, they would be trained again each time the study is started.
-        return build_record(run, study.recipe, models={}, options=run.options, training=None, parent=None)
+        return build_record(
+            run,
+            study.recipe,
+            models={},
+            options=run.options,
+            training=None,
+            parent=None,
+        )
 
 
 def _delete_checkpoints(study: Study, run: StudyRun) -> None:
@@ -246,7 +259,8 @@ def _measure_path(study: Study, run: StudyRun, call: Call) -> None:
         "scale": scales,
         "name": names,
     }
-    sets = list(path_sets(study.recipe, run, study.run_folder(run)).values())
+    named_sets = path_sets(study.recipe, run, study.run_folder(run))
+    sets = list(named_sets.values())
     if len(names) == 1:
         # maskft evaluate writes one model's result into output_dir itself, not into a folder of its name.
         name = names[0]
@@ -280,7 +294,8 @@ def _train(study: Study, run: StudyRun, call: Call) -> RunRecord:
         models = {BEST: str(folder), LAST: str(last)}
 
     models = {role: study.inside(models[role]) for role in run.roles}
-    return build_record(run, study.recipe, models, options, training, _record_before(study, run))
+    before = _record_before(study, run)
+    return build_record(run, study.recipe, models, options, training, before)
 
 
 def _changes_nothing(study: Study, run: StudyRun, options: dict) -> bool:
@@ -307,6 +322,7 @@ def _train_options(study: Study, run: StudyRun) -> dict:
     # The models of other runs that this one is made from.
     if run.match is not None:
         options["match_adapter"] = study.model(run.match, BEST)
+    # The base of start: interpolate mixes start with it, and a difference mask takes removed weights from it.
     if run.method.method == INTERPOLATE:
         options["before_model"] = study.start(run.start)
     if run.takes_values_before:
@@ -416,7 +432,13 @@ def _measured(study: Study, run: StudyRun, role: str, call: Call) -> Result:
     return result
 
 
-def _measure(study: Study, run: StudyRun, models: dict, sets: list[tuple[Path, dict]], call: Call) -> None:
+def _measure(
+    study: Study,
+    run: StudyRun,
+    models: dict,
+    sets: list[tuple[Path, dict]],
+    call: Call,
+) -> None:
     """Evaluate models in one process on every set of rows whose results are missing.
 
     Args:
@@ -442,7 +464,8 @@ def _measure(study: Study, run: StudyRun, models: dict, sets: list[tuple[Path, d
         words += [AND, *evaluation_words(all_options)]
 
     if words:
-        call([*PYTHON, "evaluate", *words], study.run_folder(run) / layout.LOG)
+        log = study.run_folder(run) / layout.LOG
+        call([*PYTHON, "evaluate", *words], log)
 
 
 def _model_options(study: Study, run: StudyRun, role: str) -> dict:

@@ -71,7 +71,10 @@ def heldout_options(recipe: Recipe, run: StudyRun) -> Options:
     data = run.options
     if not data:  # the pre-trained model
         data = recipe.train | recipe.data[recipe.first_data].options
-    options = {key: value for key, value in data.items() if key in _OF_DATA and value is not None}
+    options = {}
+    for key, value in data.items():
+        if key in _OF_DATA and value is not None:
+            options[key] = value
 
     has_own_rows = "eval_dataset_name" in options or "dataset_eval_split" in options
     if has_own_rows:
@@ -86,7 +89,11 @@ def path_sets(recipe: Recipe, run: StudyRun, run_folder: Path) -> dict[str, tupl
 
     The folder's name has a digest of the options: other rows are another measurement.
     """
-    shared = {key: value for key, value in recipe.evaluation.items() if key in HOW or key in HOW_OF_HELDOUT}
+    # Points are measured in the precision, with the template, ... of the study's evaluation.
+    shared = {}
+    for key, value in recipe.evaluation.items():
+        if key in HOW or key in HOW_OF_HELDOUT:
+            shared[key] = value
     options_of = {HELDOUT: shared | heldout_options(recipe, run), **recipe.path.before}
 
     sets = {}
@@ -106,7 +113,8 @@ def path_values(recipe: Recipe, run: StudyRun, run_folder: Path) -> dict[Point, 
             file = folder / point_name(point) / layout.RESULT
             if not is_whole_result(file):
                 return None
-            metrics = read_result(file)["tasks"][HELDOUT]["metrics"]
+            result = read_result(file)
+            metrics = result["tasks"][HELDOUT]["metrics"]
             values[name] = {metric: record["value"] for metric, record in metrics.items()}
         measured[point] = values
     return measured
@@ -211,14 +219,23 @@ def with_chosen_point(tuned: Tuned, rivals: Iterable[Tuned], base: PointValues, 
     for rival in rivals:
         gains += [point.gain for point in points_of(rival.trials, base)]
     best = choose(own, max(gains), rule)
-    return replace(tuned, winner=best.trial, point=best.point, points=own, base=base)
+    return replace(
+        tuned,
+        winner=best.trial,
+        point=best.point,
+        points=own,
+        base=base,
+    )
 
 
 # Curves for a figure
 
 
 def curves(
-    tunings: Sequence[Tuned], results: Sequence[Result], comparison: Comparison, base: PointValues
+    tunings: Sequence[Tuned],
+    results: Sequence[Result],
+    comparison: Comparison,
+    base: PointValues,
 ) -> dict[str, dict[str, Any]]:
     """Probe -> content of its curve file.
 

@@ -105,7 +105,8 @@ class _Planner:
             if method.tune:
                 num_trials = math.prod(_num_values(values) for values in method.tune.values())
             runs_of_variant = len(self.seeds(method)) + num_trials
-            num_variants = math.prod(len(values) for values in self.axes(method).values())
+            axes = self.axes(method)
+            num_variants = math.prod(len(values) for values in axes.values())
             number += num_variants * runs_of_variant
 
         if number > MAX_RUNS:
@@ -164,13 +165,18 @@ class _Planner:
         return run
 
     def _make(
-        self, method: Method, axes: Axes, seed: int, tuned: Tuned | None = None, tried: Options | None = None
+        self,
+        method: Method,
+        axes: Axes,
+        seed: int,
+        tuned: Tuned | None = None,
+        tried: Options | None = None,
     ) -> StudyRun:
         """One run, with the settings that won or that are tried."""
         parents = {key: self._parent(name, axes, seed) for key, name in method.parents.items()}
-        start = parents.get("from")
-        match = parents.get("match")
-        masks = {key: parent for key, parent in parents.items() if key not in ("from", "match")}
+        masks = dict(parents)
+        start = masks.pop("from", None)
+        match = masks.pop("match", None)
 
         # Options.
         settings: Options = {}
@@ -188,7 +194,8 @@ class _Planner:
         name = _slug(method.name)
         if method.method != PRETRAINED:
             name += f"-s{seed}"
-        hash_of_run = self._hash(method, options, {"start": start, "match": match, **masks})
+        hashed_parents = {"start": start, "match": match, **masks}
+        hash_of_run = self._hash(method, options, hashed_parents)
 
         # Stage: after the trials that choose its settings, and not before its parents.
         stages = [parent.stage for parent in parents.values()]
@@ -250,8 +257,11 @@ class _Planner:
         return with_chosen_point(tuned, rivals, base_values, path.choose)
 
     def _base_run(self) -> StudyRun:
-        base = next(method for method in self.recipe.methods.values() if method.method == PRETRAINED)
-        return self.run(base, {}, self.seeds(base)[0])
+        """The run of the base model, which a recipe with a path has."""
+        methods = self.recipe.methods.values()
+        base = next(method for method in methods if method.method == PRETRAINED)
+        [seed] = self.seeds(base)
+        return self.run(base, {}, seed)
 
     def _rivals(self) -> list[Method]:
         """The tuned methods that train from the base model.

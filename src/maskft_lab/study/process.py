@@ -56,8 +56,12 @@ def command_words(options: dict[str, Any]) -> list[str]:
     for name, value in options.items():
         if value is None:
             continue
-        values = value if isinstance(value, list) else [value]
-        texts = [json.dumps(item) if isinstance(item, dict) else str(item) for item in values]
+        items = value if isinstance(value, list) else [value]
+        texts = []
+        for item in items:
+            text = json.dumps(item) if isinstance(item, dict) else str(item)
+            texts.append(text)
+
         if len(texts) == 1 and texts[0].startswith("-"):
             # As a word on its own, argparse takes -1e-05 for an option.
             words.append(f"--{name}={texts[0]}")
@@ -74,7 +78,10 @@ def start_server() -> None:
 
 
 def start_command(
-    words: Sequence[str], log: Path, lock_fd: int | None = None, num_threads: int | None = None
+    words: Sequence[str],
+    log: Path,
+    lock_fd: int | None = None,
+    num_threads: int | None = None,
 ) -> multiprocessing.process.BaseProcess:
     """Start a command, its output appended to ``log``; it holds the study's lock until it ends."""
     if sys.platform == "linux":
@@ -90,7 +97,8 @@ def start_command(
 
     log.parent.mkdir(parents=True, exist_ok=True)
     lock = None if lock_fd is None else _Descriptor(lock_fd)
-    process = context.Process(target=_run, args=(list(words), str(log), environment, lock))
+    args = (list(words), str(log), environment, lock)
+    process = context.Process(target=_run, args=args)
     process.start()
     return process
 

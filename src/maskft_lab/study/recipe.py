@@ -124,8 +124,9 @@ class Choice(Section):
 
     @model_validator(mode="after")
     def _check_one(self) -> Choice:
-        num_given = sum(limit is not None for limit in (self.accuracy_at_least, self.forgetting_at_most))
-        if num_given != 1:
+        has_accuracy = self.accuracy_at_least is not None
+        has_forgetting = self.forgetting_at_most is not None
+        if has_accuracy == has_forgetting:  # both or neither
             raise ValueError("choose takes one of accuracy_at_least and forgetting_at_most")
         return self
 
@@ -240,7 +241,11 @@ class Method(SectionWithOptions):
 
 
 def _named(methods: dict[str, Method]) -> dict[str, Method]:
-    return {name: method.model_copy(update={"name": name}) for name, method in methods.items()}
+    """Give each method its key in the recipe as its name."""
+    named = {}
+    for name, method in methods.items():
+        named[name] = method.model_copy(update={"name": name})
+    return named
 
 
 Methods = Annotated[dict[Name, Method], Field(min_length=1), AfterValidator(_named)]
@@ -386,7 +391,10 @@ class Recipe(Section):
         """A run needs a checkpoint to start from, which ``path.choose`` may replace by a scaled model."""
         if not self.path or not self.path.choose:
             return
-        trained = [parent.name for parent in parents if parent and parent.method in ("full", "mask")]
+        trained = []
+        for parent in parents:
+            if parent and parent.method in ("full", "mask"):
+                trained.append(parent.name)
         if not trained:
             return
 

@@ -84,7 +84,10 @@ def run_options(
 
     # Those of `train` for masks apply to masks alone.
     is_mask = method.method in MASK_METHODS
-    options = {key: value for key, value in recipe.train.items() if is_mask or not key.startswith("mask_")}
+    options = {}
+    for key, value in recipe.train.items():
+        if is_mask or not key.startswith("mask_"):
+            options[key] = value
     options |= data
     options["seed"] = seed
     if is_mask:
@@ -139,7 +142,8 @@ def _as_matched(options: Options, own: Options, method: Method, match: StudyRun)
     options = {key: value for key, value in options.items() if key not in _PLACES}
     if not removes_a_share(options):
         # It removes as many weights as its match; the learner that `train` gives all masks does not apply.
-        options = {key: value for key, value in options.items() if key not in LEARNER_OPTIONS or key in own}
+        of_learner = set(LEARNER_OPTIONS) - own.keys()
+        options = {key: value for key, value in options.items() if key not in of_learner}
     for key in _PLACES:
         if key in of_match:
             options[key] = of_match[key]

@@ -69,4 +69,5 @@ def read_run_record(folder: Path) -> RunRecord:
 
 def write_run_record(folder: Path, record: RunRecord) -> None:
     """Write ``run.json``, which marks the run as finished."""
-    write_text(folder / layout.RUN, json.dumps(record.model_dump(), indent=1) + "\n")
+    text = json.dumps(record.model_dump(), indent=1)
+    write_text(folder / layout.RUN, text + "\n")

@@ -156,7 +156,10 @@ def _costs(recipe: Recipe, runs: Sequence[StudyRun]) -> dict[StudyRun, float] | 
 
 
 def failure_of(
-    study: Study, run: StudyRun, tick: Callable[[], None] = lambda: None, threads: Threads = THREADS_OF_ENVIRONMENT
+    study: Study,
+    run: StudyRun,
+    tick: Callable[[], None] = lambda: None,
+    threads: Threads = THREADS_OF_ENVIRONMENT,
 ) -> str | None:
     """Make a run; returns why it failed, None if it did not. This is what launchers call, wherever they run it."""
     try:
@@ -167,7 +170,11 @@ def failure_of(
 
 
 def _make_runs(
-    study: Study, todo: list[StudyRun], board: Board, launcher: Launcher, runs_alone: Collection[StudyRun]
+    study: Study,
+    todo: list[StudyRun],
+    board: Board,
+    launcher: Launcher,
+    runs_alone: Collection[StudyRun],
 ) -> None:
     """Make ``todo``, each run as soon as its parents are trained; failures are noted on ``board``.
 

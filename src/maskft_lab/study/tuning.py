@@ -15,7 +15,13 @@ from .recipe import Method, Options, TimesParent
 from .study_run import Look, StudyRun, Trial, Tuned
 
 
-def tune(method: Method, own: Options, parent: Options, run_of: Callable[[Options], StudyRun], look: Look) -> Tuned:
+def tune(
+    method: Method,
+    own: Options,
+    parent: Options,
+    run_of: Callable[[Options], StudyRun],
+    look: Look,
+) -> Tuned:
     """Try every combination of the values; the lowest held-out loss wins.
 
     Args:
