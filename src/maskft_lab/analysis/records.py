@@ -52,7 +52,7 @@ def read_record(file: Path) -> dict[str, Any]:
     """The record that an analysis wrote.
 
     Raises:
-        UserError: If it is no JSON object, or holds NaN or infinity.
+        UserError: If it is not a JSON object, or holds NaN or infinity.
     """
     try:
         text = file.read_text(encoding="utf-8")

@@ -160,7 +160,7 @@ class RunMemory:
         self.method = run.method.method
         source = run.model
 
-        # What the configuration and the options say.
+        # From the configuration and the options.
         self.config = load_config(source.model_name_or_path, revision=source.model_revision)
         stored = getattr(self.config, "dtype", None)
         self.stored_dtype = stored if isinstance(stored, torch.dtype) else torch.float32

@@ -123,7 +123,7 @@ def _controls_of(name: str, methods: Methods, train: Mapping[str, Any]) -> Itera
         if entry.get("partial_layers") and not layers:
             continue
 
-        # The entry, with the names of this mask and its parent, and what it takes from the mask.
+        # The entry with the names of this mask and its parent, and with options copied from the mask.
         method = {}
         for key, value in entry.items():
             method[key] = value.format(mask=name, parent=parent) if isinstance(value, str) else value

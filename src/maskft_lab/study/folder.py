@@ -55,6 +55,7 @@ class Study:
         own = self.folder / layout.RUNS / run.id
         if own.exists():
             return own
+        # The name before the hash is the method's in a recipe; another study may have another name for it.
         return self._folders_by_hash.get(run.hash, own)
 
     def record(self, run: StudyRun) -> RunRecord:

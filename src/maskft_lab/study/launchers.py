@@ -116,6 +116,7 @@ def local(study: Study, work: Work, runs_alone: Collection[StudyRun] = (), num_a
         try:
             yield submit
         finally:
+            # Before the pool waits for its threads: `tick` ends their commands.
             is_over.set()
 
 

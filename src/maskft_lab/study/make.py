@@ -319,10 +319,10 @@ def _train_options(study: Study, run: StudyRun) -> dict:
         "prepared_data_dir": str(study.folder / layout.PREPARED),
     }
 
-    # The models of other runs that this one is made from.
+    # Models of the runs that this one is made from.
     if run.match is not None:
         options["match_adapter"] = study.model(run.match, BEST)
-    # The base of start: interpolate mixes start with it, and a difference mask takes removed weights from it.
+    # The model before ``start`` was trained: interpolate mixes both, a difference mask takes removed weights from it.
     if run.method.method == INTERPOLATE:
         options["before_model"] = study.start(run.start)
     if run.takes_values_before:

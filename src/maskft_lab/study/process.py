@@ -90,7 +90,7 @@ def start_command(
     else:
         context = multiprocessing.get_context("spawn")
 
-    # The server keeps the environment of its own start, so the present one is passed on.
+    # The server keeps the environment in which it was started, so the present one is passed on.
     environment = dict(os.environ)
     if num_threads is not None:
         environment["OMP_NUM_THREADS"] = str(num_threads)
@@ -173,7 +173,9 @@ class _Descriptor:
         self.fd = fd
 
     def __reduce__(self):
-        return _detach, (multiprocessing.reduction.DupFd(self.fd),)
+        # The number alone would mean nothing in another process.
+        duplicate = multiprocessing.reduction.DupFd(self.fd)
+        return _detach, (duplicate,)
 
 
 def _detach(duplicate) -> int:
@@ -183,10 +185,11 @@ def _detach(duplicate) -> int:
 def _run(words: list[str], log: str, environment: dict[str, str], lock: int | None) -> None:
     """In the child: the command, as if it had been started alone."""
     if lock is not None:
-        os.set_inheritable(lock, True)
+        os.set_inheritable(lock, True)  # or execvp below would close it (PEP 446)
     if sys.platform == "linux":
         _die_with_the_server()
 
+    # By descriptor, not by sys.stdout: libraries in C and the command's own children write to it too.
     with open(log, "ab", buffering=0) as output, open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)
         os.dup2(output.fileno(), 1)
@@ -194,7 +197,8 @@ def _run(words: list[str], log: str, environment: dict[str, str], lock: int | No
     os.environ.clear()
     os.environ.update(environment)
 
-    is_of_maskft = words[: len(PYTHON)] == PYTHON
+    num_words = len(PYTHON)
+    is_of_maskft = words[:num_words] == PYTHON
     if not is_of_maskft:
         os.execvp(words[0], words)
 
@@ -204,9 +208,11 @@ def _run(words: list[str], log: str, environment: dict[str, str], lock: int | No
         # five times slower than with one.
         sys.modules["torch"].set_num_threads(int(num_threads))
 
-    module = PYTHON[-1]
-    sys.argv = [module, *words[len(PYTHON) :]]
-    sys.exit(importlib.import_module(module).main(sys.argv[1:]))
+    # As `python -m` would, but with the server's imports.
+    name = PYTHON[-1]
+    sys.argv = [name, *words[num_words:]]
+    module = importlib.import_module(name)
+    sys.exit(module.main(sys.argv[1:]))
 
 
 def _die_with_the_server() -> None:

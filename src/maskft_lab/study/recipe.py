@@ -326,7 +326,8 @@ class Recipe(Section):
             labels += method.labels
         _check_known("baseline", self.baseline, labels)
 
-        for key, (name, option) in zip(self.grid, self.axes, strict=True):
+        for key in self.grid:
+            name, _, option = key.rpartition(".")
             _check_known(f"grid {key}: the method", name, self.methods)
             tuned = self.methods[name].tune or {}
             if option in tuned:
@@ -343,7 +344,10 @@ class Recipe(Section):
                 raise ValueError(
                     f"methods.{name}.seeds is {method.seeds}, but seeds {self.seeds} pair the runs; remove it"
                 )
+        return self
 
+    @model_validator(mode="after")
+    def _check_no_cycle(self) -> Recipe:
         parents = {name: method.parents.values() for name, method in self.methods.items()}
         try:
             TopologicalSorter(parents).prepare()
@@ -365,6 +369,8 @@ class Recipe(Section):
             if start and start.method not in (PRETRAINED, "full"):
                 raise ValueError(f"methods.{name}.from is {start.name!r}, an adapter; start from full fine-tuning")
             self._check_start_of_path(name, method, [start, *masks.values()])
+
+            # The mask is applied to the weights of `from`, so it must have been made for them.
             for option, mask in masks.items():
                 is_of_same_model = mask.method in MASK_METHODS and mask.start == method.start
                 if not is_of_same_model:
