@@ -68,10 +68,16 @@ def read_study(
     base: str | None = None,
     study_name: str | None = None,
 ) -> list[TrainedRun]:
-    """All finished runs of one base model: in a study's folder, where it has a summary those of it; or published ones.
+    """All finished runs of one base model, from a study's folder or from published results.
+
+    Args:
+        folder: The ``output_dir`` of a study, or a folder of published results with ``summary.json``.
+        base: The base model; needed if the runs have several.
+        study_name: In a folder that several studies share, the one whose runs are wanted; None: all. A study is known
+            by its summary; without any summary, all runs of the folder are returned.
 
     Raises:
-        UserError: If there are none, or they are of several base models and ``base`` names none of them.
+        UserError: If no run is found, or they have several base models and ``base`` is none of them.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -143,10 +149,10 @@ def _with_starts(ids: set[str], runs: Sequence[TrainedRun]) -> set[str]:
 
 
 def find_mask(runs: Sequence[TrainedRun], wanted: str | None = None) -> TrainedRun:
-    """The learned mask of an id or a name, of its lowest seed; by default the first there is.
+    """The learned mask with an id, or the lowest seed of a name; by default, of the first mask's name.
 
     Raises:
-        UserError: If there is none.
+        UserError: If no mask with its adapter folder is among ``runs``, or none has this id or name.
     """
     masks = [run for run in runs if run.method == MASK and BEST in run.models]
     if not masks:

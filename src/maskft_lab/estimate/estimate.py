@@ -11,7 +11,7 @@ import math
 import warnings
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -164,7 +164,10 @@ class RunMemory:
         self.config = load_config(source.model_name_or_path, revision=source.model_revision)
         stored = getattr(self.config, "dtype", None)
         self.stored_dtype = stored if isinstance(stored, torch.dtype) else torch.float32
-        self.dtype = self.stored_dtype if source.dtype == "auto" else getattr(torch, source.dtype)
+        if source.dtype == "auto":
+            self.dtype = self.stored_dtype
+        else:
+            self.dtype = getattr(torch, source.dtype)
         self.autocast = _autocast_dtype(run.training, device)
         self.compute_dtype = self.autocast or self.dtype
         self.optimizer = _optimizer(run.training)
@@ -179,10 +182,10 @@ class RunMemory:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = model_without_data(self.config, self.dtype, source.attn_implementation)
+            self.num_parameters = _num_weights(model.parameters())
             tensors = [*model.parameters(), *model.buffers()]
-            self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
             self.weight_bytes = sum(tensor.nbytes for tensor in tensors)
-            num_layers = len(layer_indices(name for name, _ in model.named_modules()))
+            layers = layer_indices(name for name, _ in model.named_modules())
             self.model, self.masked = self._prepared(model)
 
         # The bytes for more rows follow from those for one and two, see `_activation_bytes`.
@@ -193,7 +196,7 @@ class RunMemory:
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 trained[name] = parameter
-        self.num_trainable = sum(parameter.numel() for parameter in trained.values())
+        self.num_trainable = _num_weights(trained.values())
         if self.method not in UNTRAINED_METHODS and not trained:
             raise UserError(f"method {self.method} trains no parameter of {source.model_name_or_path!r}")
         self.masked_sizes = [module.weight.numel() for module in self.masked.values()]
@@ -201,7 +204,7 @@ class RunMemory:
 
         # The backward pass ends at the lowest trained layer.
         lowest_layer = min(layer_indices(trained), default=0)
-        self.num_backward_layers = num_layers - lowest_layer
+        self.num_backward_layers = len(layers) - lowest_layer
 
     def _prepared(self, model: PreTrainedModel) -> tuple[nn.Module, dict[str, nn.Module]]:
         """Make trainable the parameters that the method trains, as ``build_model`` does; returns masked modules too."""
@@ -249,7 +252,7 @@ class RunMemory:
         optimizer_bytes = sum(number * moments(size) for size, number in all_trained.items())
         adapter_bytes = 0
         if self.method != "full":  # for which they are the weights, and counted as such
-            adapter_bytes = sum(number * size for size, number in others.items())
+            adapter_bytes = _num_bytes(others)
         removed_bytes = 0
         if self.mask is not None and self.mask.removed_value == "base":
             removed_bytes = num_masked * self.dtype.itemsize
@@ -258,7 +261,7 @@ class RunMemory:
             "effective weights": num_scores * self.compute_dtype.itemsize,
             "scores": num_scores * FLOAT32_BYTES,
             "optimizer": math.ceil(optimizer_bytes),
-            "gradients": sum(number * size for size, number in all_trained.items()),
+            "gradients": _num_bytes(all_trained),
             "adapter": adapter_bytes,
             "removed values": removed_bytes,
         }
@@ -309,8 +312,8 @@ class RunMemory:
 
         # TRL sums the gradient of a trained head in float32, whatever its dtype.
         head = self.model.get_output_embeddings()
-        num_trained = sum(parameter.numel() for parameter in head.parameters() if parameter.requires_grad)
-        return FLOAT32_BYTES * num_trained + tile_bytes * num_tiles
+        trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
+        return FLOAT32_BYTES * _num_weights(trained) + tile_bytes * num_tiles
 
     def _step_bytes(self) -> int:
         """Temporary memory of an optimizer step, or of the refresh of a mask."""
@@ -339,7 +342,17 @@ class RunMemory:
         return num_layers * num_inputs * self.compute_dtype.itemsize + saved // num_layers
 
 
+def _num_weights(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def _num_bytes(counts: Counter[int]) -> int:
+    """Total of a number of parameters for each size, in bytes per parameter."""
+    return sum(number * size for size, number in counts.items())
+
+
 def _check(run: TrainConfig) -> None:
+    """Raise for runs that are not estimated: no training, quantised bases, KL terms, rows of any length."""
     check_method(run.method)
     method = run.method.method
     if method == INTERPOLATE:

@@ -83,12 +83,18 @@ def _record(study: Study, run: StudyRun) -> RunRecord:
         return record
 
     # The record counts epochs, tokens and learning rate at ``best_step``. Replacing that step by the point's is enough.
-    training = files.read_json(study.run_folder(run) / layout.TRAINING)["summary"]
+    training = _training_summary(study.run_folder(run))
     share, _ = run.point
     training["best_step"] = round(share * record.num_steps)
 
     before = _record_before(study, run)
     return build_record(run, study.recipe, record.models, record.settings, training, before)
+
+
+def _training_summary(folder: Path) -> dict:
+    """``summary`` of the ``training.json`` that ``maskft train`` wrote: losses in nats per token, steps, tokens."""
+    training = files.read_json(folder / layout.TRAINING)
+    return training["summary"]
 
 
 def _record_before(study: Study, run: StudyRun) -> RunRecord | None:
@@ -165,6 +171,7 @@ def make(study: Study, run: StudyRun, tick: Tick = _no_tick, threads: Threads = 
     Raises:
         UserError: If a command fails, with its last line.
     """
+    # Training and evaluation may have different numbers of threads: a training may have all cores for itself.
     call_training = partial(_call, study, tick=tick, num_threads=threads.training)
     call_evaluation = partial(_call, study, tick=tick, num_threads=threads.evaluation)
 
@@ -286,7 +293,7 @@ def _train(study: Study, run: StudyRun, call: Call) -> RunRecord:
         folder = study.run_folder(run)
         words = [*launch_words(study.recipe, run), *command_words(options)]
         call(words, folder / layout.LOG)
-        training = files.read_json(folder / layout.TRAINING)["summary"]
+        training = _training_summary(folder)
 
         # If the best checkpoint is the last one, both roles name one folder, and one evaluation serves both.
         is_last_best = training["best_step"] == training["num_steps"]
@@ -493,4 +500,5 @@ def _model_options(study: Study, run: StudyRun, role: str) -> dict:
 
 def evaluation_words(options: dict) -> list[str]:
     """Options of ``maskft evaluate`` as words."""
-    return command_words(options | {"tasks": mixture_text(options.get("tasks"))})
+    tasks = mixture_text(options.get("tasks"))  # one text with commas, as on the command line
+    return command_words(options | {"tasks": tasks})
