@@ -74,7 +74,7 @@ def read_study(
         folder: The ``output_dir`` of a study, or a folder of published results with ``summary.json``.
         base: The base model; needed if the runs have several.
         study_name: In a folder that several studies share, the one whose runs are wanted; None: all. A study is known
-            by its summary; without any summary, all runs of the folder are returned.
+            by its summary; before that is written, all runs of the folder are returned.
 
     Raises:
         UserError: If no run is found, or they have several base models and ``base`` is none of them.
@@ -99,7 +99,7 @@ def read_study(
 
 
 def _runs_in(folder: Path, study_name: str | None) -> list[TrainedRun]:
-    """The finished runs in a study's folder."""
+    """The finished runs in a study's folder, without those that tuning tried and rejected."""
     # Several studies may share the folder; the summary of each, once it is written, names its runs and results.
     rows: list[dict] = []
     for file in folder.glob(layout.SUMMARY.format("*")):
