@@ -110,7 +110,7 @@ def operator_product(
         loss,
         parameters,
         [(inputs, targets)],
-        check_deterministic=False,
+        check_deterministic=False,  # the check computes each product twice; a model in eval mode draws nothing
         num_data=len(inputs),  # one batch is all the data: its mean is not scaled
     )
     like = parameters[0]
@@ -285,15 +285,7 @@ def analyse_curvature(
     batches = make_batches(rows, sampling.batch_size, sampling.device)
     products = hessian_products(model, names, batches)
 
-    # The loss over all rows is the mean of the batches' losses, weighted by their supervised tokens.
-    num_tokens: list[int] = []
-    for _, labels_BT in batches:
-        is_supervised = labels_BT[:, 1:] != IGNORED
-        num_tokens.append(int(is_supervised.sum()))
-    tokens = np.array(num_tokens, dtype=np.float64)
-    shares = tokens / tokens.sum()
-
-    pieces = pieces_of(file, settings)
+    shares = _token_shares(batches)
 
     num_hessians = 4
     total = num_hessians * (num_probes + 1)
@@ -304,31 +296,27 @@ def analyse_curvature(
         num_done += 1
         report(num_done, total)
 
-    def describe(name: str, diagonal: np.ndarray) -> dict:
-        forms = quadratic_forms(products, diagonal, num_probes, sampling.seed, pieces, name, count)
+    pieces = pieces_of(file, settings)
+    forms: dict[str, np.ndarray] = {}
+    hessians: dict[str, dict] = {}
+
+    def measure(name: str, diagonal: np.ndarray) -> None:
+        forms[name] = quadratic_forms(products, diagonal, num_probes, sampling.seed, pieces, name, count)
         find = functools.partial(largest_eigenvalue, products, shares, diagonal, sampling.seed)
         largest = pieces.get(f"{name} eigenvalue", find)
         count()
-        return {
-            **trace_estimate(forms, shares),
-            "largest": largest,
-            "forms": forms,
-        }
+        hessians[name] = {**trace_estimate(forms[name], shares), "largest": largest}
 
     # Products are at the present weights: first those under the mask, then those with it.
     every = np.ones_like(kept)
-    hessians = {
-        "start_all": describe("start_all", every),
-        "start_kept": describe("start_kept", kept),
-    }
+    measure("start_all", every)
+    measure("start_kept", kept)
     masks.apply_(model)
-    hessians["mask_all"] = describe("mask_all", every)
-    hessians["mask_kept"] = describe("mask_kept", kept)
+    measure("mask_all", every)
+    measure("mask_kept", kept)
 
-    # The same probes on the same rows, so the difference is taken before the mean.
-    difference = hessians["mask_all"]["forms"] - hessians["start_all"]["forms"]
-    for hessian in hessians.values():
-        del hessian["forms"]
+    # The same probes on the same rows: errors that both traces share cancel in the difference of their forms.
+    difference = forms["mask_all"] - forms["start_all"]
     hessians["mask_all"]["less_start_all"] = trace_estimate(difference, shares)
 
     record = {
@@ -338,6 +326,17 @@ def analyse_curvature(
     }
     write_record(file, record, settings)
     pieces.remove()
+
+
+def _token_shares(batches: Sequence[Batch]) -> np.ndarray:
+    """Share of the supervised tokens in each batch, (batches,), sum 1: the weights of a mean over all tokens."""
+    num_tokens: list[int] = []
+    for _, labels_BT in batches:
+        # The first token has no prediction, so its label counts for nothing.
+        is_supervised = labels_BT[:, 1:] != IGNORED
+        num_tokens.append(int(is_supervised.sum()))
+    tokens = np.array(num_tokens, dtype=np.float64)
+    return tokens / tokens.sum()
 
 
 def check_curvlinops() -> None:

@@ -128,14 +128,8 @@ def analyse_landscape(
             losses[split] = mean_nll(nll)
         return losses
 
-    # The grid: the models and a margin around them.
-    low = coordinates.min(0)
-    high = coordinates.max(0)
-    margin = MARGIN * (high - low)
-    points = np.linspace(low - margin, high + margin, grid)  # (grid, 2)
-    x, y = points.T.tolist()
-
     # The losses, each point kept as soon as it is measured.
+    x, y = _axes(coordinates, grid)
     pieces = pieces_of(file, settings)
     found: list[dict[str, float]] = []
     for i, x_i in enumerate(x):
@@ -160,6 +154,16 @@ def check_grid(grid: int) -> None:
     """Raise if a grid has too few points."""
     if grid < 3:
         raise UserError(f"--grid is {grid}; give 3 points of an axis or more")
+
+
+def _axes(coordinates: np.ndarray, grid: int) -> tuple[list[float], list[float]]:
+    """Both coordinates of a grid's points: the models, with coordinates (3, 2), and a margin around them."""
+    low = coordinates.min(0)
+    high = coordinates.max(0)
+    margin = MARGIN * (high - low)
+    points = np.linspace(low - margin, high + margin, grid)  # (grid, 2)
+    x, y = points.T.tolist()
+    return x, y
 
 
 def _shapes(weights: Weights) -> dict[str, torch.Size]:
