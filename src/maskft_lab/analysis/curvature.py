@@ -110,7 +110,7 @@ def operator_product(
         loss,
         parameters,
         [(inputs, targets)],
-        check_deterministic=False,  # the check computes each product twice; a model in eval mode draws nothing
+        check_deterministic=False,  # it computes loss, gradient and a product twice; eval mode draws nothing
         num_data=len(inputs),  # one batch is all the data: its mean is not scaled
     )
     like = parameters[0]
