@@ -200,17 +200,11 @@ def _make_runs(
 
                 done = [run for run, job in jobs.items() if job.done()]
                 for run in done:
-                    job = jobs.pop(run)
-                    try:
-                        reason = job.result()
-                    except Exception as error:  # of the worker, its node or its container: any type
-                        num_lost[run] += 1
-                        if num_lost[run] <= max_lost:
-                            waiting.append(run)
-                            continue
-                        message = f"{type(error).__name__}: {error}"
-                        reason = " ".join(message.split())[:_MAX_REASON]
-                    if reason is None:
+                    reason, is_lost = _end_of(jobs.pop(run))
+                    num_lost[run] += is_lost
+                    if is_lost and num_lost[run] <= max_lost:
+                        waiting.append(run)  # submitted again; it resumes from its checkpoints
+                    elif reason is None:
                         board.finished(run, _outcome(study, run))
                     else:
                         board.has_failed(run, reason)
@@ -244,6 +238,16 @@ def _ready(study: Study, waiting: list[StudyRun], jobs: Mapping[StudyRun, Any], 
         return parent not in waiting
 
     return [run for run in waiting if all(map(is_there, run.parents))]
+
+
+def _end_of(job: Any) -> tuple[str | None, bool]:
+    """Why the run of an ended job failed, None if it did not, and whether its worker was lost."""
+    try:
+        return job.result(), False
+    except Exception as error:  # of the worker, its node or its container: any type
+        message = f"{type(error).__name__}: {error}"
+        reason = " ".join(message.split())[:_MAX_REASON]
+        return reason, True
 
 
 def _outcome(study: Study, run: StudyRun) -> str:
