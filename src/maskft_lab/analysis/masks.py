@@ -71,6 +71,7 @@ def shares_by_head(masks: MaskSet, num_heads: int, num_kv_heads: int) -> dict[st
         *parts, kind = name.split(".")
         if kind not in _PROJECTIONS:
             continue
+        # The 3 of model.layers.3.self_attn.q_proj.
         layer = next((part for part in parts if part.isdigit()), "other")
         num_blocks = num_heads if kind == "q_proj" else num_kv_heads
         shares_of_matrix = head_shares(mask, num_blocks, num_heads).tolist()

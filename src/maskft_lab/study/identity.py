@@ -8,7 +8,13 @@ from typing import Any
 
 from maskft.data.arguments import mixture_text
 from maskft.data.prepared import data_identity
+from maskft.training.arguments import default_learning_rate
+from maskft.training.method_arguments import MASK_METHODS, UNTRAINED_METHODS, default_start, selection_of
+from maskft.tuner.presets import PRESETS
+from maskft.tuner.selection import is_free
 from maskft_common.files import digest, digest_file
+
+from ..evaluation.benchmarks import benchmark_files
 
 _HASH_LENGTH = 10
 
@@ -49,8 +55,6 @@ def evaluation_identity(evaluation: dict, before: dict[str, dict] | None = None)
 
 def _benchmark_digests(tasks: str, folder: str) -> dict[str, str]:
     """Task -> hash of its files in a folder, for tasks with files there."""
-    from ..evaluation.benchmarks import benchmark_files
-
     digests = {}
     for task in tasks.split(","):
         task = task.strip()
@@ -65,11 +69,6 @@ def _benchmark_digests(tasks: str, folder: str) -> dict[str, str]:
 
 def written_out(method: str, options: dict) -> dict:
     """The options of a method, with ``mask_preset`` replaced by its options and with defaults the method decides."""
-    from maskft.training.arguments import default_learning_rate
-    from maskft.training.method_arguments import MASK_METHODS, UNTRAINED_METHODS, default_start, selection_of
-    from maskft.tuner.presets import PRESETS
-    from maskft.tuner.selection import is_free
-
     name = options.get("mask_preset")
     if not name and method in MASK_METHODS:
         name = "recommended"
