@@ -278,10 +278,12 @@ def analyse_curvature(
 
     masks = masks_of(adapter)
     names = sorted(masks)
-    kept = torch.cat([masks[name].flatten() for name in names]).numpy()
+    flat_masks = [masks[name].flatten() for name in names]
+    kept = torch.cat(flat_masks).numpy()
 
     # Eager, because fused attention has no second derivative.
-    model = load_model(start, "float32", attn_implementation="eager").to(sampling.device).eval()
+    model = load_model(start, "float32", attn_implementation="eager")
+    model = model.to(sampling.device).eval()
     batches = make_batches(rows, sampling.batch_size, sampling.device)
     products = hessian_products(model, names, batches)
 

@@ -111,7 +111,8 @@ def analyse_landscape(
     # The plane through the three models.
     best, end, adapter = models
     masks = masks_of(adapter)
-    model = load_model(best, "float32").to(sampling.device).eval()
+    model = load_model(best, "float32")
+    model = model.to(sampling.device).eval()
     origin = weights_of(model)
     # Unnamed, like the masked weights below: a name would keep the second model in memory to the end.
     continued = weights_of(load_model(end, "float32").to(sampling.device))
@@ -145,7 +146,8 @@ def analyse_landscape(
     }
     for split in rows:
         losses = [losses_of_point[split] for losses_of_point in found]
-        plane[split] = np.reshape(losses, (grid, grid)).tolist()
+        losses_XY = np.reshape(losses, (grid, grid))
+        plane[split] = losses_XY.tolist()
     write_record(file, {"plane": plane}, settings)
     pieces.remove()
 

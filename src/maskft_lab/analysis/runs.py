@@ -156,16 +156,18 @@ def find_mask(runs: Sequence[TrainedRun], wanted: str | None = None) -> TrainedR
     """
     masks = [run for run in runs if run.method == MASK and BEST in run.models]
     if not masks:
-        methods = ", ".join(dict.fromkeys(str(run.method) for run in runs))
-        raise UserError(f"there is no learned mask with its adapter folder among these runs (methods: {methods})")
+        methods = dict.fromkeys(str(run.method) for run in runs)
+        raise UserError(
+            f"there is no learned mask with its adapter folder among these runs (methods: {', '.join(methods)})"
+        )
 
     names: list[str] = []
     for run in masks:
         names += [run.name, run.id]
     unique_names = list(dict.fromkeys(names))  # seeds share a name
     name = _known("mask", wanted or masks[0].name, unique_names)
-    of_name = [run for run in masks if name in (run.id, run.name)]
-    return min(of_name, key=lambda run: run.seed or 0)
+    candidates = [run for run in masks if name in (run.id, run.name)]
+    return min(candidates, key=lambda run: run.seed or 0)
 
 
 def parent_of(run: TrainedRun, runs: Sequence[TrainedRun]) -> TrainedRun | None:
