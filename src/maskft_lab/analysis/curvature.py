@@ -278,8 +278,7 @@ def analyse_curvature(
 
     masks = masks_of(adapter)
     names = sorted(masks)
-    flat_masks = [masks[name].flatten() for name in names]
-    kept = torch.cat(flat_masks).numpy()
+    kept = torch.cat([masks[name].flatten() for name in names]).numpy()
 
     # Eager, because fused attention has no second derivative.
     model = load_model(start, "float32", attn_implementation="eager")
