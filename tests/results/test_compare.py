@@ -340,6 +340,17 @@ def test_results_measured_differently_are_refused(change, message):
         scores_of([make("full", accuracy=scores(5)), mask])
 
 
+def test_two_that_differ_are_refused_beside_a_first_that_does_not_say():
+    """One of lm-eval's files may lack the shots."""
+    silent = make("full", accuracy=scores(5), num_fewshot=None)
+    few = make("mask", accuracy=scores(5), num_fewshot=0)
+    many = make("other", accuracy=scores(5), num_fewshot=8)
+    same = make("another", accuracy=scores(5), num_fewshot=0)
+    message = r"not measured alike: sums: different num_fewshot \(shots\), 0 and 8 \('mask' and 'other'\): evaluate"
+    refuse([silent, few, many, same], message)
+    assert fast([silent, few, same]).differences
+
+
 def test_all_that_differs_is_in_the_one_line():
     full = make("full", tasks={"sums": make_task(accuracy=scores(5)), "odd": make_task(accuracy=scores(5))})
     mask = copy.deepcopy(full) | {"name": "mask"}

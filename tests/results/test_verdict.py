@@ -165,6 +165,20 @@ def test_a_page_shows_the_loss_that_is_better():
     assert "more difference" not in page
 
 
+def test_a_control_without_the_loss_keeps_the_verdict_on_accuracy():
+    """Without it the verdict would say that no control is known."""
+    results = [result("full", "full", 0), result("mask", "mask", 0)]
+    results += [result("restart", "full", 0, fingerprint="b"), result("longer", "full", 4, fingerprint="c")]
+    with_losses(results, mask=0.5)
+    task = next(each for each in results if each["name"] == "restart")["tasks"]["sums"]
+    del task["metrics"]["nll"]
+    for item in task["items"]:
+        del item["nll"]
+    (verdict,) = compared(results).verdicts
+    assert verdict.parent.metric == "accuracy" and verdict.control.baseline == "longer"
+    assert compared([each for each in results if each["name"] != "restart"]).verdicts[0].parent.metric == "nll"
+
+
 def test_a_published_verdict_is_reworded_and_keeps_numbers_doubts_and_reasons():
     results = [*family(300, 320), *family(190, 320, seed=1)]
     silent = with_losses([result("full", "full", 0), result("mask", "mask", 0)], mask=0.5)

@@ -217,7 +217,7 @@ def select(
 
 
 def check_comparable(results: Sequence[Result], tasks: Sequence[str]) -> None:
-    """Refuse results that were not measured alike, with all differences from the first result in one line.
+    """Refuse results that were not measured alike, with each one's differences from an earlier result in one line.
 
     Args:
         results: Results of any names.
@@ -228,13 +228,19 @@ def check_comparable(results: Sequence[Result], tasks: Sequence[str]) -> None:
     """
     problems: list[str] = []
     for task in tasks:
-        # Each with the first, instead of all pairs: one problem for each result that was measured differently.
-        first, *others = [result for result in results if task in result["tasks"]]
-        for other in others:
-            names = f"{name_and_seed(first)} and {name_and_seed(other)}"
-            mismatches = _mismatches(first["tasks"][task], other["tasks"][task])
-            for mismatch in mismatches:
-                problems.append(f"{task}: {mismatch} ({names})")
+        # Not the first alone: it may lack a version, or shots, in which two others differ.
+        alike: list[Result] = []
+        for result in results:
+            if task not in result["tasks"]:
+                continue
+            for other in alike:
+                mismatches = list(_mismatches(other["tasks"][task], result["tasks"][task]))
+                if mismatches:
+                    names = f"{name_and_seed(other)} and {name_and_seed(result)}"
+                    problems += [f"{task}: {mismatch} ({names})" for mismatch in mismatches]
+                    break
+            else:
+                alike.append(result)
     if problems:
         raise UserError(
             f"these results cannot be compared, they were not measured alike: {'; '.join(problems)}: "
@@ -256,8 +262,9 @@ def _mismatches(a: TaskRecord, b: TaskRecord) -> Iterator[str]:
 
     yield from _item_mismatches(a, b)
 
-    shared = a["metrics"].keys() & b["metrics"].keys()
-    for name in shared:
+    for name in a["metrics"]:
+        if name not in b["metrics"]:
+            continue
         metric_a = a["metrics"][name]
         metric_b = b["metrics"][name]
 

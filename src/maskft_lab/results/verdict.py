@@ -127,7 +127,8 @@ def verdicts_on_masks(
     # they are one family, whose p-values and intervals depend on each other.
     reasons: dict[str, str] = {}
     for mask, (difference, _) in of_parents.items():
-        loss = _loss_of(rows, task, mask, kin.parents[mask])
+        beside = [kin.parents[mask]] + [control for of_mask, control in kin.controls if of_mask == mask]
+        loss = _loss_of(rows, groups, task, mask, beside)
         reason = silence(difference)
         if loss is not None and reason is not None:
             metrics[mask] = loss
@@ -140,7 +141,8 @@ def verdicts_on_masks(
 
     verdicts: list[MaskVerdict] = []
     for mask in kin.parents:
-        controls = [of_controls[pair] for pair in kin.controls if pair[0] == mask]
+        # A control that lacks the metric in one of its results was not judged.
+        controls = [of_controls[pair] for pair in kin.controls if pair[0] == mask and pair in of_controls]
         verdict = _verdict(of_parents[mask], controls, reasons.get(mask))
         verdicts.append(verdict)
     return verdicts
@@ -213,19 +215,19 @@ def silence(row: Difference) -> str | None:
 
 def _loss_of(
     rows: Sequence[Row],
+    groups: Groups,
     task: str,
     mask: str,
-    parent: str,
+    beside: Sequence[str],
 ) -> str | None:
-    """Return the first metric of the task that is no share and that both models were measured in."""
-    first, _ = rows[0]
-    of_task = [row for row, _ in rows if row.task == task]
-    measured = {(row.method, row.metric) for row in of_task}
-    # All metrics here are the baseline's too, which has no row of its own.
-    others = {mask, parent} - {first.baseline}
-    for row in of_task:
-        has_both = all((name, row.metric) in measured for name in others)
-        if row.unit != "fraction" and has_both:
+    """Return the first metric of the task that is no share, and in which a mask and all models beside it were measured.
+
+    A control without it would leave the verdict, which would then be about weaker controls, or about none.
+    """
+    for row, _ in rows:
+        if row.task != task or row.unit == "fraction":
+            continue
+        if all(_have(groups, (mask, name), task, row.metric) for name in beside):
             return row.metric
     return None
 
@@ -322,7 +324,7 @@ def _have(
     task: str,
     metric: str,
 ) -> bool:
-    """Whether all results of a pair have a metric: a control may lack the loss that decides."""
+    """Whether all results of a pair have a metric."""
     for name in pair:
         group = groups[name]
         if having(group, task, metric) != group:
