@@ -51,7 +51,8 @@ class AdapterFiles:
                 f"adapter {adapter_name!r} has no scores to save; if it was loaded as a coded mask, call "
                 "maskft.masks.enable() and save it so"
             )
-        for checksum in ("mask_sha256", "base_fingerprint", "weights_sha256"):  # those of an earlier file
+        # The adapter may have been loaded from a file of coded masks, whose checksums are not those of this file.
+        for checksum in ("mask_sha256", "base_fingerprint", "weights_sha256"):
             setattr(config, checksum, None)
         return of_peft
 
@@ -95,7 +96,7 @@ def adapter_files() -> AdapterFiles:
 
 
 def set_adapter_files(files: AdapterFiles) -> AdapterFiles:
-    """Save and load adapters with ``files``; returns the functions used before."""
+    """Save and load adapters with ``files``; returns the object used before, to set it again."""
     global _current
     before = _current
     _current = files

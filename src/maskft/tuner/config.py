@@ -22,8 +22,8 @@ from .adapter_files import adapter_files
 from .presets import PRESETS
 from .selection import LEARNERS, is_free, learner_options, names_with
 
-# Values of `removed_value`: (config, model) -> module name -> values that removed weights take; none: zero.
-# ``maskft.learners`` adds ``base``.
+# What each value of the field `removed_value` computes: (config, model) -> module name -> values that removed weights
+# take. An empty dictionary means zero everywhere. ``maskft.learners`` adds ``base``.
 RemovedValues = Callable[["MaskConfig", nn.Module], dict[str, Tensor]]
 REMOVED_VALUES: dict[str, RemovedValues] = {"zero": lambda config, model: {}}
 
@@ -37,14 +37,15 @@ class MaskPeftType(str, Enum):  # noqa: UP042 - PEFT's own PeftType is (str, Enu
 
 
 def _option(default: Any, text: str, *, is_option: bool = True, is_of_removal: bool = True) -> Any:
-    """A field.
+    """A field of :class:`MaskConfig`.
 
     Args:
         default: Its default.
-        text: Its help.
-        is_option: Whether ``maskft train`` has an option for it; others are for Python, or filled in when it is saved.
-        is_of_removal: Whether it decides or describes which weights are removed. An adapter that removes none has its
-            default.
+        text: Its help, with unit and range.
+        is_option: Whether ``maskft train`` has an option for it. The other fields are set from Python, or filled in
+            when an adapter is saved.
+        is_of_removal: Whether the field decides or describes which weights are removed. An adapter that removes no
+            weight keeps the default.
     """
     metadata = {"help": text, "is_option": is_option, "is_of_removal": is_of_removal}
     return field(default=default, metadata=metadata)
@@ -55,12 +56,14 @@ class MaskConfig(PeftConfig):
     """Mask Fine-Tuning (https://arxiv.org/abs/2503.22764) as a PEFT method.
 
     ``get_peft_model(model, MaskConfig(...))`` freezes every weight and gives each weight of the chosen linear layers a
-    trainable float32 score, ``...mask_scores.<adapter>``. The defaults are the paper's setting.
+    trainable float32 score, ``...mask_scores.<adapter>``. The defaults are the paper's setting. Each field is described
+    by its ``metadata["help"]``, which ``maskft train --help`` prints.
 
     Raises:
         UserError: If a value is outside its range or two settings contradict each other.
     """
 
+    # Which layers are masked: PEFT's own names and matching.
     target_modules: list[str] | str | None = _option(
         None,
         "Names (or a regular expression) of the linear layers to mask, matched as PEFT matches them "
@@ -81,6 +84,8 @@ class MaskConfig(PeftConfig):
     modules_to_save: list[str] | None = _option(
         None, "Modules trained and saved in full beside the mask.", is_of_removal=False
     )
+
+    # How many weights are removed, and how scores select them.
     sparsity: float = _option(0.1, "Fraction of the target weights to REMOVE, in [0, 1). 0.1 removes 10 %.")
     sparsity_ramp: float = _option(
         0.0,
@@ -116,6 +121,8 @@ class MaskConfig(PeftConfig):
     )
     threshold: float = _option(-0.035, "With `threshold`: weights with a score below it are removed.")
     rank_by: RankBy = _option("abs", "`abs` ranks by the magnitude of a score (as published), `signed` by value.")
+
+    # Where scores start.
     init_scores: ScoreStart = _option(
         "normal",
         "Initialization of the scores: normal, constant, or ordered by magnitude or by wanda (magnitude * norm of the "
@@ -136,6 +143,8 @@ class MaskConfig(PeftConfig):
         "gate_proj from the smallest weights on, sigmoid slope, price 1, sharpness 10 to 100, meant for models that "
         "were not fine-tuned and learning rate 5e-3 (after Deletion Tuning; start and constants are ours).",
     )
+
+    # How an adapter is saved and loaded.
     save_scores: bool = _option(
         False,
         "Also write the float32 scores into the adapter file (4 bytes per weight): to train it further. "
@@ -148,6 +157,7 @@ class MaskConfig(PeftConfig):
         is_option=False,
         is_of_removal=False,
     )
+
     # Filled in when an adapter is saved.
     format_version: int = _option(
         ADAPTER_FORMAT_VERSION, "Version of the adapter file.", is_option=False, is_of_removal=False
@@ -174,25 +184,27 @@ class MaskConfig(PeftConfig):
         None, "sha256 of each tensor beside the masks: modules_to_save and resized embeddings.", is_option=False
     )
     recipe: dict[str, Any] | None = _option(None, "How the mask was trained, for people to read.", is_option=False)
+
     # TRL reads this field of every PEFT config.
     trainable_token_indices: list[int] | dict[str, list[int]] | None = _option(
         None, "Not supported by masks; present because TRL reads it.", is_option=False, is_of_removal=False
     )
 
-    # Attributes without an annotation are not fields: they are not saved.
+    # State that is not saved: dataclasses ignore attributes that have no annotation, or ClassVar.
 
-    # True from the creation of an adapter to its first load or save: the checksums in the configuration are then those
-    # of the file that comes next.
+    # True from the creation of an adapter to its first load or save. In between, the checksums in the configuration
+    # belong to the file that is about to be loaded.
     is_new = False
     # Name of the adapter that this one is a frozen copy of (the reference of preference training), or "".
     copy_of = ""
-    # Scores that a saved adapter leaves out, for `save_pretrained`: it alone knows whether the folder is a checkpoint.
+    # Scores that the adapter file leaves out. `save_pretrained` below writes them if the folder is a checkpoint: the
+    # model's state dict is made before the folder is known.
     scores_of_save: ClassVar[dict[str, Tensor] | None] = None
     # Names of the fields that were given, which win over a preset even where they equal a default.
     given = frozenset[str]()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Remember which fields are given."""
+        """Remember which fields are given: the ``__init__`` that dataclasses write cannot tell them from defaults."""
         config = super().__new__(cls)
         config.given = frozenset(kwargs)
         return config
@@ -222,19 +234,22 @@ class MaskConfig(PeftConfig):
     @property
     def ranks_by(self) -> RankBy:
         """``abs`` or ``signed``: scores that are cut at 0 are always compared by value."""
-        return "signed" if is_free(self.selection) else self.rank_by
+        if is_free(self.selection):
+            return "signed"
+        return self.rank_by
 
     @property
     def start_value(self) -> float:
         """``init_value``; if it is not given and scores are cut at 0, a value that keeps nearly all weights.
 
-        At two deviations 97.7 % of a normal start are kept and all of one by an order. Gates that began at 0, half of
-        them closed, did not recover (docs/LOG.md).
+        With a mean of two standard deviations, 97.7 % of normally distributed scores are above 0, and all scores that
+        are spread by rank. Gates that began at 0, half of them closed, did not recover (docs/LOG.md).
         """
         if self.init_value is not None:
             return self.init_value
+
         start = LEARNERS[self.selection].start
-        if start is None:
+        if start is None:  # the learner does not cut at 0
             return 0.0
         return max(2 * self.init_std, start(self))
 
@@ -246,8 +261,12 @@ class MaskConfig(PeftConfig):
     @property
     def beside_preset(self) -> dict[str, Any]:
         """Fields whose value differs from ``preset``, because it was given beside it."""
-        preset = PRESETS.get(str(self.preset), {})
-        return {name: getattr(self, name) for name, value in preset.items() if getattr(self, name) != value}
+        changed = {}
+        for name, value_of_preset in PRESETS.get(str(self.preset), {}).items():
+            value = getattr(self, name)
+            if value != value_of_preset:
+                changed[name] = value
+        return changed
 
     @property
     def _is_saved(self) -> bool:
@@ -262,10 +281,16 @@ class MaskConfig(PeftConfig):
                 f"preset is {self.preset!r}{did_you_mean(self.preset, PRESETS)}; choose one of: {', '.join(PRESETS)}"
             )
         preset = PRESETS[self.preset]
-        given = {name for name in preset if name in self.given or getattr(self, name) != _default(name)}
+
+        # Positional arguments have no name in `given`; one that matters differs from its default.
+        given = set()
+        for name in preset:
+            if name in self.given or getattr(self, name) != _default(name):
+                given.add(name)
         selection = self.selection if "selection" in given else preset["selection"]
 
-        # Another learner may be given beside the preset: options that it does not read are left out.
+        # Another learner may be given beside the preset: options that it does not read are left out, because
+        # `_check_effects` would raise for them.
         unread: set[str] = set()
         if selection in LEARNERS:
             unread = set(learner_options()) - set(LEARNERS[selection].options)
@@ -279,13 +304,14 @@ class MaskConfig(PeftConfig):
     def _normalize(self) -> None:
         """Give fields the types that PEFT reads and JSON has."""
         if isinstance(self.target_modules, tuple | set):
-            self.target_modules = sorted(self.target_modules)
+            self.target_modules = sorted(self.target_modules)  # sets of strings have another order in each process
         if isinstance(self.modules_to_save, str):  # PEFT would take its letters for names
             self.modules_to_save = [self.modules_to_save]
         if isinstance(self.layers_to_transform, range | tuple):
             self.layers_to_transform = list(self.layers_to_transform)
 
     def _check_choices(self) -> None:
+        # The choices of a Literal are in its annotation, those of registries grow as learners join.
         choices_of: dict[str, tuple[str, ...]] = {}
         for name, kind in get_type_hints(type(self)).items():
             if get_origin(kind) is Literal:
@@ -306,6 +332,7 @@ class MaskConfig(PeftConfig):
             if not isinstance(value, int | float):
                 raise UserError(f"{name} is {value!r}; it must be a number")
 
+        # The comparisons are written so that NaN fails them.
         check_sparsity(self.sparsity)
         if not 0 < self.init_std < math.inf:
             raise UserError(f"init_std is {self.init_std!r}; it is a standard deviation and must be > 0")
@@ -324,11 +351,12 @@ class MaskConfig(PeftConfig):
         if self.mask_seed < 0:
             raise UserError(f"mask_seed is {self.mask_seed}; it must be >= 0")
 
-        if self.selection == "topk" and self.sparsity > 0.5 and not self._is_saved:
+        is_mostly_removed = self.selection == "topk" and self.sparsity > 0.5
+        if is_mostly_removed and not self._is_saved:
             warnings.warn(
                 f"sparsity {self.sparsity} removes {self.sparsity:.0%} of the target weights. The authors' released "
                 f"code calls the fraction that is KEPT sparsity; its {self.sparsity} is {1 - self.sparsity:g} here.",
-                stacklevel=4,
+                stacklevel=4,  # past __post_init__ and the generated __init__, to the line that made the configuration
             )
 
     def _check_layers(self) -> None:
@@ -356,13 +384,14 @@ class MaskConfig(PeftConfig):
 
     def _check_effects(self) -> None:
         """Raise for fields that were given and would change nothing."""
-        read = LEARNERS[self.selection].options
+        options_of_learner = LEARNERS[self.selection].options
         for name in learner_options():
             value = getattr(self, name)
-            if value != _default(name) and name not in read:
+            if value != _default(name) and name not in options_of_learner:
                 raise UserError(
                     f"{name}={value!r} has no effect with selection={self.selection!r}; it goes with {names_with(name)}"
                 )
+
         has_center = is_free(self.selection) or self.init_scores == "constant"
         if self.init_value and not has_center:
             raise UserError(
@@ -371,6 +400,7 @@ class MaskConfig(PeftConfig):
             )
 
     def _check_combinations(self) -> None:
+        """Raise for settings that are valid by themselves, but together remove nothing, remove all, or never train."""
         if self.selection == "threshold" and self.rank_by == "abs" and self.threshold <= 0:
             raise UserError(
                 f"threshold is {self.threshold} and rank_by is 'abs': no magnitude is below it, so nothing would be "
@@ -381,15 +411,26 @@ class MaskConfig(PeftConfig):
                 "init_scores='constant' with init_value=0 and rank_by='abs' never trains: the gradient is 0 at score 0;"
                 " set init_value or rank_by='signed'"
             )
-        if (self.removed_value == "base") != (self.removed_value_model is not None):
+
+        needs_model = self.removed_value == "base"
+        has_model = self.removed_value_model is not None
+        if needs_model != has_model:
             raise UserError(
                 f"removed_value is {self.removed_value!r} and removed_value_model {self.removed_value_model!r}; "
                 "removed_value='base' needs the model before fine-tuning, and nothing else does"
             )
+
         if is_free(self.selection):
-            # Above the center lie six deviations of a normal start, sqrt(3) of one by an order.
-            num_deviations = {"constant": 0.0, "normal": 6.0}.get(self.init_scores, math.sqrt(3))
-            if self.start_value + num_deviations * self.init_std <= 0:
+            # How far the highest score lies above the center, in standard deviations: of a normal distribution hardly
+            # any draw is beyond six, and scores spread by rank are uniform, on center +- sqrt(3) deviations.
+            if self.init_scores == "constant":
+                num_deviations = 0.0
+            elif self.init_scores == "normal":
+                num_deviations = 6.0
+            else:
+                num_deviations = math.sqrt(3)
+            highest_score = self.start_value + num_deviations * self.init_std
+            if highest_score <= 0:
                 raise UserError(
                     f"selection={self.selection!r} removes scores of 0 and less, and with "
                     f"init_scores={self.init_scores!r} and init_value={self.start_value} that is every weight; set "

@@ -52,6 +52,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         place: Parent module and attribute name, by which the layer knows another tuner's layer over it; None: unknown.
     """
 
+    # Read by BaseTunerLayer: the trainable parameters of an adapter, and the other dictionaries with a key per adapter.
     adapter_layer_names = ("mask_scores",)
     other_param_names = ("saved_masks", "mask_configs", "removed_values")
     quantization_backend: QuantizedWeight | None
@@ -71,9 +72,11 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         self.cached_masker: Masker | None = None
         self.place: tuple[weakref.ref[nn.Module], str] | None = None
 
+        # BaseTunerLayer declares these as class attributes, and each layer needs a list for itself.
         self._disable_adapters = False
         self.merged_adapters = []
-        self._merge_stash: dict[str, Any] = {}
+        # Adapter name -> (removed entries, bool; their values, in row order; old codes of a quantised weight or None).
+        self._merge_stash: dict[str, tuple[Tensor, Tensor, Any]] = {}
 
         # Other code asks linear layers for their sizes.
         for name in ("in_features", "out_features", "nf", "nx"):
@@ -84,15 +87,24 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
             self.out_features = base_layer.nf
 
         self._active_adapter = adapter_name
+        # Compiled graphs do not compare versions of tensors, so that loaded scores have to drop the kept weight.
         self.register_load_state_dict_post_hook(_forget)
         self.update_layer(adapter_name, config)
 
     def update_layer(self, adapter_name: str, config: MaskConfig) -> None:
-        """Add an adapter with fresh scores; if only its mask is loaded, for inference, it has none."""
+        """Add an adapter with fresh scores; an adapter of which only the mask is loaded, for inference, gets none.
+
+        Args:
+            adapter_name: Name of the adapter; an adapter of that name is replaced.
+            config: Its configuration.
+        """
         if adapter_name in self.mask_configs:  # left by an earlier PeftModel over the same base
             self.delete_adapter(adapter_name)
         self.mask_configs[adapter_name] = config
-        if not config.inference_mode or adapter_files().loads_scores:
+
+        # Scores take 4 bytes a weight: an adapter that is only applied does without them, unless its file holds scores.
+        needs_scores = not config.inference_mode or adapter_files().loads_scores
+        if needs_scores:
             self.mask_scores[adapter_name] = nn.Parameter(self.fresh_scores(config))
 
         # The frozen reference of preference training starts as a copy of the adapter that is trained.
@@ -102,6 +114,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         if source in self.mask_scores and adapter_name in self.mask_scores:
             self.mask_scores[adapter_name].data.copy_(self.mask_scores[source].data)
 
+        # As PEFT's layers do: it sets requires_grad of the new scores.
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def fresh_scores(self, config: MaskConfig) -> Tensor:
@@ -114,7 +127,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         """Weight of the base layer, dequantised if need be; masks that are merged are in it. Do not write to it."""
         if self.quantization_backend is not None:
             return self.quantization_backend.get_base_weight(self.base_layer)
-        # Not `.data`, as in PEFT: a detached tensor shares the version counter, which caches read.
+        # PEFT takes `.data`. A detached tensor also shares the version counter of the parameter, which caches compare.
         return cast(Tensor, self.base_layer.weight).detach()
 
     def get_unmerged_weight(self) -> Tensor:
@@ -122,23 +135,40 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         weight = self.get_base_weight()
         if not self.merged:
             return weight
+
         weight = weight.clone()
+        # Latest merge first: where masks overlap, only the first one merged saw the original values.
         for name in reversed(self.merged_adapters):
-            removed, values = self._merge_stash[name][:2]
+            removed, values, _ = self._merge_stash[name]
             _put_back(weight, removed, values)
         return weight
 
     def get_masked_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Base weight with the active masks applied; removed entries are exactly +0 (or their value)."""
-        return self.masker.weight(dtype or self.get_base_weight().dtype)
+        """Base weight with the active masks applied; removed entries are exactly +0 (or their value). Read only.
+
+        Args:
+            dtype: Dtype of the result; default: that of the base weight.
+        """
+        if dtype is None:
+            dtype = self.get_base_weight().dtype
+        return self.masker.weight(dtype)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """Masked weight minus base weight of one adapter. Merging does not add it: W - W is NaN for inf."""
+        """Masked weight minus base weight of one adapter, in the shape of the weight.
+
+        Merging does not add it: W + (0 - W) is NaN for an infinite W, and rounds where removed entries have a value.
+        """
         weight = self.get_unmerged_weight()
-        return blend(weight, self.get_mask(adapter_name), self.removed_value(adapter_name)) - weight
+        mask = self.get_mask(adapter_name)
+        masked = blend(weight, mask, self.removed_value(adapter_name))
+        return masked - weight
 
     def get_mask(self, adapter_name: str) -> Tensor:
-        """Hard mask of an adapter; bool, shape of the weight, True = keep."""
+        """Hard mask of an adapter; bool, shape of the weight, True = keep.
+
+        Raises:
+            UserError: If the adapter has neither scores nor a loaded mask here, or its scores are NaN.
+        """
         if adapter_name in self.mask_scores:
             return self.masker.mask(adapter_name)
         if adapter_name in self.saved_masks:
@@ -173,7 +203,13 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         return self.cached_masker
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Map x (..., I) to (..., O); ``adapter_names`` (one per row) is PEFT's for mixed batches."""
+        """Map x (..., I) to (..., O).
+
+        Args:
+            x: Input.
+            *args: Passed on to the base layer where no mask applies.
+            **kwargs: The same. ``adapter_names``, one per row, is PEFT's argument for batches of several adapters.
+        """
         self._check_forward_args(x, *args, **kwargs)
         adapter_names = kwargs.pop("adapter_names", None)
 
@@ -186,6 +222,8 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         if self.merged or not self.active_masks:
             return cast(Tensor, self.base_layer(x, *args, **kwargs))
 
+        # The dtype that the base layer would compute in. Autocast casts inside F.linear, which is too late for maskers
+        # that save x for a backward pass of their own.
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x = x.to(dtype)
@@ -197,7 +235,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         return self.masker.linear(x, bias, dtype)
 
     def get_base_dtype(self) -> torch.dtype:
-        """Dtype that the base layer computes in."""
+        """Dtype that the base layer computes in, without autocast."""
         if self.quantization_backend is not None:
             return self.quantization_backend.get_base_dtype(self.base_layer)
         return self.weight.dtype
@@ -241,13 +279,21 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         Args:
             safe_merge: Raise if the masked weight is not finite.
             adapter_names: Adapters to merge; default: the active ones.
+
+        Raises:
+            UserError: If the weight is sharded, another tuner's layer is over this one, or a mask that gives removed
+                weights a value would be merged together with others.
+            ValueError: With ``safe_merge``, if the masked weight is not finite.
         """
         if hasattr(self.weight, "full_tensor"):  # a DTensor
             raise UserError(
                 f"{self.module_name} is sharded by FSDP and cannot be merged; save the adapter and run maskft merge"
             )
         self.check_not_wrapped()
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.mask_configs]
+
+        wanted = check_adapters_to_merge(self, adapter_names)
+        names = [name for name in wanted if name in self.mask_configs]
+        # With values in place of zeros the result would depend on the order of merging.
         together = {*names, *self.merged_adapters}
         has_values = any(name in self.removed_values for name in together)
         if names and len(together) > 1 and has_values:
@@ -261,6 +307,9 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
             merged = blend(weight, mask, self.removed_value(name))
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(f"{self.module_name} has weights that are not finite after merging {name!r}")
+
+            # Kept for unmerge. PEFT's way, a delta that is added and subtracted again, would not restore an infinite
+            # weight, nor a weight that two masks remove.
             removed = ~mask
             values = weight[removed]
             if self.quantization_backend is not None:
@@ -270,14 +319,15 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
                 weight.copy_(merged)
             self._merge_stash[name] = (removed, values, codes)
             self.merged_adapters.append(name)
-            self.masker.forget()  # codes are written without a version
+            self.masker.forget()  # writing codes does not raise the version of a weight, which caches compare
 
     def unmerge(self) -> None:
         """Undo ``merge``, bit for bit."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.")
             return
-        while self.merged_adapters:
+
+        while self.merged_adapters:  # latest first, see get_unmerged_weight
             name = self.merged_adapters.pop()
             removed, values, codes = self._merge_stash.pop(name)
             if self.quantization_backend is not None:
@@ -287,16 +337,17 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
             self.masker.forget()
 
     def check_not_wrapped(self) -> None:
-        """Refuse to merge below another tuner's layer, such as a LoRA over the mask.
+        """Raise if another tuner's layer is over this one, such as a LoRA over the mask.
 
         Such a layer merges into the same weight, and PEFT merges it first: the mask would remove parts of its update.
         """
         if self.place is None:
             return
+
         parent, name = self.place
-        outer = getattr(parent(), name, self)
+        outer = getattr(parent(), name, self)  # the parent is a weak reference, and None if the model is gone
         if outer is not self and isinstance(outer, BaseTunerLayer):
-            if outer.merged:
+            if outer.merged:  # PEFT has just merged it: leave the weight as it was before the call
                 outer.unmerge()
             raise UserError(
                 f"{self.module_name} has an adapter of another kind over its mask ({type(outer).__module__}), and "
@@ -325,22 +376,29 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         return set(self.mask_configs)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Move scores; unlike in PEFT they stay float32 whatever the base is: in bfloat16 they would tie at the cut."""
+        """Move scores to the device of the base layer.
+
+        PEFT also casts them to its dtype. Scores stay float32: in bfloat16 they would tie at the cut.
+        """
         if adapter_name not in self.mask_scores:
             return
         scores = self.mask_scores[adapter_name]
         target = torch.device(device or self.weight.device)
-        if "meta" not in (target.type, scores.device.type):
+        if "meta" not in (target.type, scores.device.type):  # a tensor on the meta device has no data to move
             scores.data = scores.data.to(target)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy finds its own masker, is given its place by MaskModel, and makes its own plans, whose keys hold ids of
-        # objects of this layer.
-        return {**self.__dict__, "cached_masker": None, "place": None, "mixed_batch": MixedBatchCache()}
+        """State for ``copy.deepcopy`` and ``pickle``, without the three attributes that belong to this object alone."""
+        state = dict(self.__dict__)
+        state["cached_masker"] = None  # holds this layer; made again by __setstate__
+        state["place"] = None  # a weak reference; MaskModel.__setstate__ sets that of the copy
+        state["mixed_batch"] = MixedBatchCache()  # its keys are ids of objects of this layer
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        _ = self.masker  # torch.compile cannot create it while it traces
+        # The property makes a masker. Not at the first forward pass: torch.compile cannot create it while it traces.
+        _ = self.masker
 
     def __repr__(self) -> str:
         return "mask." + super().__repr__()

@@ -40,6 +40,7 @@ class Masker:
 
     def __init__(self, layer: MaskedLinear) -> None:
         self.layer = layer
+        # Adapter name -> number of the backward pass that last added the gradient of the price.
         self._priced_in: dict[str, int] = {}
 
     @staticmethod
@@ -73,13 +74,16 @@ class Masker:
         config = self.layer.mask_configs[adapter_name]
         if scores is None:
             scores = self.layer.mask_scores[adapter_name]
-        return selection.mask_from_scores(config, check_scores(scores, self.layer.module_name, config))
+        check_scores(scores, self.layer.module_name, config)
+        return selection.mask_from_scores(config, scores)
 
     def mask_version(self, adapter_name: str) -> object:
-        """Equal versions, equal masks. Nothing here can know if scores have changed, so that no two are equal."""
+        """A value that is equal at two calls only if the mask is, too; what is made from a mask is cached by it."""
         if adapter_name in self.layer.mask_scores:
+            # Nothing here can know whether scores have changed: a new object equals no other.
             return object()
-        return (id(self.layer.saved_masks.get(adapter_name)), self.layer.weight.device)
+        saved = self.layer.saved_masks.get(adapter_name)
+        return (id(saved), self.layer.weight.device)
 
     def removed(self, adapter_name: str) -> Tensor:
         """Entries of the weight in this process that the hard mask of an adapter removes, to count; bool."""
@@ -97,6 +101,7 @@ class Masker:
         self.forget()
 
     def _masked_weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight after one mask after the other, so that a weight that any of them removes is removed."""
         layer = self.layer
         check_can_mask(layer)
         weight = layer.get_base_weight()
@@ -106,6 +111,7 @@ class Masker:
             if name not in layer.mask_scores:  # loaded for inference
                 weight = selection.blend(weight, layer.get_mask(name), removed_value)
                 continue
+
             config = layer.mask_configs[name]
             scores = check_scores(layer.mask_scores[name], layer.module_name, config)
             gate, slope = selection.gate_and_slope(config, scores.detach(), layer.module_name, layer.training)
@@ -129,8 +135,10 @@ class Masker:
         of the backward pass is kept; torch.utils.checkpoint uses the same number.
         """
         scores = self.layer.mask_scores[name]
-        if scores.grad is not None and bool(scores.grad.any()):  # zero_grad(set_to_none=False) leaves zeros
+        has_gradient = scores.grad is not None and bool(scores.grad.any())  # zero_grad(set_to_none=False) leaves zeros
+        if has_gradient:
             return False
+
         backward_pass = torch._C._current_graph_task_id()
         if self._priced_in.get(name) == backward_pass:
             return False
@@ -166,7 +174,7 @@ class _StraightThrough(torch.autograd.Function):
         ctx.save_for_backward(weight, scores, gate, slope, removed_value)
         ctx.masker = masker
         ctx.name = name
-        # Of the forward pass: before the backward pass the adapter may have been replaced.
+        # Read now, because the adapter may have been replaced before the backward pass.
         ctx.ranks_by = masker.layer.mask_configs[name].ranks_by
 
     @staticmethod
@@ -176,9 +184,12 @@ class _StraightThrough(torch.autograd.Function):
         grad_weight = None
         grad_scores = None
 
-        if ctx.needs_input_grad[0]:  # another mask below this one
+        # The weight needs a gradient if another adapter's mask was applied to it before: W_eff = W * m1 * m2. Masks
+        # that are active together are hard and remove to zero, see check_can_mask.
+        if ctx.needs_input_grad[0]:
             grad_weight = grad.masked_fill(~gate, 0.0)
 
+        # dL/ds = dL/dW_eff * (W - R) * sign(s) * slope: see selection.py, and Eq. 5 in masking.py.
         if ctx.needs_input_grad[1]:
             difference = weight if removed_value is None else weight - removed_value
             grad_scores = score_gradient(grad, difference, scores, ctx.ranks_by)
@@ -197,6 +208,7 @@ def check_scores(scores: Tensor, module_name: str, config: MaskConfig) -> Tensor
         raise UserError(
             f"the scores of {module_name} were cast to {scores.dtype}; masks are ranked in float32, undo the cast"
         )
+    # Scores that wait for data are NaN throughout, so that one entry tells. A slice, because there may be none.
     if config.starts_from_data and bool(scores.detach().view(-1)[:1].isnan().any()):
         raise UserError(
             f"the scores of {module_name} hold NaN: training diverged, or init_scores={config.init_scores!r} got no "
@@ -208,9 +220,10 @@ def check_scores(scores: Tensor, module_name: str, config: MaskConfig) -> Tensor
 def check_can_mask(layer: MaskedLinear) -> None:
     """Raise if the active masks of ``layer`` cannot be applied together, or not where the weight is."""
     configs = {name: layer.mask_configs[name] for name in layer.active_masks}
-    is_soft = any(selection.has_soft_gate(config) for name, config in configs.items() if name in layer.mask_scores)
+    trained = [config for name, config in configs.items() if name in layer.mask_scores]
+    has_soft_gates = any(selection.has_soft_gate(config) for config in trained)
     has_values = any(config.removed_value != "zero" for config in configs.values())
-    if len(configs) > 1 and (is_soft or has_values):
+    if len(configs) > 1 and (has_soft_gates or has_values):
         raise UserError(
             "masks that are active together must be hard and remove to zero: activate one with noise, or whose "
             "removed_value is base, alone"

@@ -139,9 +139,15 @@ class MixedBatchCache:
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors kept."""
-        places = sum(each.numel() * each.element_size() for *_, places in self.places.values() for each in places)
-        plan = None if self.plan is None else self.plan[1]
-        return places + (0 if plan is None else plan.num_bytes)
+        num_bytes = 0
+        for _, _, places in self.places.values():
+            for tensor in places:
+                num_bytes += tensor.numel() * tensor.element_size()
+        if self.plan is not None:
+            _, plan = self.plan
+            if plan is not None:
+                num_bytes += plan.num_bytes
+        return num_bytes
 
 
 # The model's side: names come in with a call, and each layer gets them
@@ -168,6 +174,8 @@ def adapter_names_for_layers(
 
     _check_model(model, adapter_names)
     names = list(adapter_names)
+
+    # generate() puts the copies of a row next to each other, as repeat_interleave does.
     num_copies = _copies_of_a_row(generate_kwargs)
     repeated = [name for name in names for _ in range(num_copies)]
 
@@ -194,6 +202,7 @@ def _add_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], ada
 
 
 def _copies_of_a_row(generate_kwargs: dict[str, Any]) -> int:
+    """How often ``generate`` repeats each row."""
     settings = generate_kwargs.get("generation_config")
     copies = [1]
     for option in ("num_beams", "num_return_sequences"):
@@ -206,7 +215,9 @@ def _copies_of_a_row(generate_kwargs: dict[str, Any]) -> int:
 
 def _encoder_modules(model: BaseTuner) -> set[nn.Module]:
     inner = cast(Any, model.model)
-    if not getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+    config = getattr(inner, "config", None)
+    has_encoder = getattr(config, "is_encoder_decoder", False)
+    if not has_encoder:
         return set()
     return set(inner.get_encoder().modules())
 
@@ -220,9 +231,12 @@ def _check_model(model: BaseTuner, adapter_names: Sequence[str]) -> None:
             "adapter_names is for inference: one batch cannot train several masks; call model.eval(), or train one "
             "adapter at a time after model.set_adapter(name)"
         )
+
     layers = [module for module in model.modules() if isinstance(module, model.tuner_layer_cls)]
     masked = cast("list[MaskedLinear]", layers)
-    loaded = {name for layer in masked for name in layer.mask_configs}
+    loaded: set[str] = set()
+    for layer in masked:
+        loaded.update(layer.mask_configs)
     asked = dict.fromkeys(name for name in adapter_names if name != BASE)
     for name in asked:
         if name not in loaded:
@@ -230,8 +244,10 @@ def _check_model(model: BaseTuner, adapter_names: Sequence[str]) -> None:
                 f"adapter_names has {name!r}, which is not loaded{did_you_mean(name, loaded)}; loaded: "
                 f"{', '.join(sorted(loaded))} (and {BASE} for no mask)"
             )
+
     for layer in masked:
-        _check_layer(layer, [name for name in asked if name in layer.mask_configs])
+        asked_here = [name for name in asked if name in layer.mask_configs]
+        _check_layer(layer, asked_here)
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and not isinstance(module, model.tuner_layer_cls):
             raise UserError(
@@ -244,8 +260,10 @@ def _check_layer(layer: MaskedLinear, adapter_names: Sequence[str]) -> None:
     if layer.merged:
         merged = ", ".join(layer.merged_adapters)
         raise UserError(f"adapter_names needs the base weights, and {merged} is merged: call model.unmerge_adapter()")
-    if layer.weight.device.type == "meta" or hasattr(layer.weight, "full_tensor"):
-        place = "offloaded" if layer.weight.device.type == "meta" else "sharded"
+    is_offloaded = layer.weight.device.type == "meta"
+    is_sharded = hasattr(layer.weight, "full_tensor")  # a DTensor
+    if is_offloaded or is_sharded:
+        place = "offloaded" if is_offloaded else "sharded"
         raise UserError(
             f"adapter_names reads the base weights, and those of {layer.module_name} are {place}: load it whole, "
             "on one device"
@@ -290,6 +308,7 @@ def mixed_batch_forward(layer: MaskedLinear, x: Tensor, adapter_names: Sequence[
     plan = _current_plan(layer, adapter_names)
     if plan is None:
         return layer.base_layer(x, *args, **kwargs)
+
     rows = plan.rows
     x_rows = x if rows is None else x[rows]
     if plan.base_weight is None:
@@ -314,7 +333,13 @@ def mixed_batch_forward(layer: MaskedLinear, x: Tensor, adapter_names: Sequence[
 
 
 def _correction(plan: BatchPlan, x: Tensor, num_outputs: int) -> Tensor:
-    """Return x (W * R)^T of each row, float32 or float64; shape (B, ..., O)."""
+    """Return x (W * R)^T of each row, float32 or float64; shape (B, ..., O).
+
+    Args:
+        plan: Its blocks belong to the rows of ``x``.
+        x: Rows that have a mask, (B, ..., I).
+        num_outputs: O.
+    """
     num_rows = x.shape[0]
     num_inputs = x.shape[-1]
     values = plan.values_in(x.dtype)
@@ -322,10 +347,12 @@ def _correction(plan: BatchPlan, x: Tensor, num_outputs: int) -> Tensor:
     num_tokens = x_BTI.shape[1]
 
     if num_tokens == 1 and _has_sparse_product(values):
+        # One token a row, as in decoding: the matrix times one long vector, all rows behind each other.
         y_BTO = (plan.matrix_in(x.dtype) @ x_BTI.reshape(-1)).view(num_rows, 1, num_outputs)
     else:
         # A sum of weighted rows of a table: the plain way is the sparse product above with a matrix on the right, for
-        # which torch's kernel took ten times as long (16 rows of 64 tokens, 576 x 1536, one thread).
+        # which torch's kernel took ten times as long (16 rows of 64 tokens, 576 x 1536, one thread). The table has a
+        # row for each input feature of each row of the batch; each "bag" is one output.
         table = x_BTI.transpose(1, 2).reshape(num_rows * num_inputs, num_tokens)
         sums = F.embedding_bag(
             plan.columns, table, plan.offsets, mode="sum", per_sample_weights=values, include_last_offset=True
@@ -346,6 +373,7 @@ def _current_plan(layer: MaskedLinear, adapter_names: Sequence[str]) -> BatchPla
     """The plan for these names; None: no row has a mask in this layer."""
     names = tuple(name if name in layer.mask_configs else BASE for name in adapter_names)
     masks = {name: layer.masker.mask_version(name) for name in names if name != BASE}
+    # Everything that a plan depends on.
     key = (names, masks, _version(layer.weight))
     cache = layer.mixed_batch
     if cache.plan is None or cache.plan[0] != key:
@@ -355,22 +383,34 @@ def _current_plan(layer: MaskedLinear, adapter_names: Sequence[str]) -> BatchPla
 
 
 def _make_plan(layer: MaskedLinear, names: Sequence[str], masks: dict[str, object]) -> BatchPlan | None:
+    """Build the block diagonal matrix of one batch.
+
+    Args:
+        layer: The masked layer.
+        names: Adapter name of each row, or ``BASE``.
+        masks: Adapter name -> version of its mask.
+    """
     rows = [row for row, name in enumerate(names) if name != BASE]
     if not rows:
         return None
+
     weight = layer.get_base_weight()
     weight_OI = weight.t() if layer.is_transposed else weight
     num_outputs, num_inputs = weight_OI.shape
     dtype = torch.promote_types(weight.dtype, torch.float32)
 
+    # One block for each adapter, however many rows it has: a compressed sparse row (CSR) matrix of shape (O, I).
     blocks = {}
     for name, version in masks.items():
         places = _places(layer, name, version)
         counts = places.offsets.diff()
         outputs = torch.arange(num_outputs, device=weight.device).repeat_interleave(counts)
         inputs = places.columns.int()
-        blocks[name] = (places.offsets, inputs, weight_OI[outputs, inputs].to(dtype))
+        values_of_mask = weight_OI[outputs, inputs].to(dtype)
+        blocks[name] = (places.offsets, inputs, values_of_mask)
 
+    # The blocks of all rows, one below the other: each shifts the columns by I, and its offsets by the number of places
+    # before it. All offsets but the first one are ends, which are the starts of the next rows.
     offsets = [torch.zeros(1, dtype=torch.int32, device=weight.device)]
     columns = []
     values = []
@@ -381,6 +421,7 @@ def _make_plan(layer: MaskedLinear, names: Sequence[str], masks: dict[str, objec
         columns.append(inputs + block * num_inputs)
         values.append(values_of_row)
         num_places += len(inputs)
+
     has_all_rows = len(rows) == len(names)
     return BatchPlan(
         rows=None if has_all_rows else torch.tensor(rows, device=weight.device),
@@ -395,8 +436,11 @@ def _make_plan(layer: MaskedLinear, names: Sequence[str], masks: dict[str, objec
 def _places(layer: MaskedLinear, name: str, version: object) -> Places:
     """Where the mask of an adapter removes weights; made at its first use."""
     known = layer.mixed_batch.places.get(name)
-    if known is not None and known[0] == version:
-        return known[2]
+    if known is not None:
+        known_version, _, places = known
+        if known_version == version:
+            return places
+
     removed = ~layer.get_mask(name).to(layer.weight.device)
     if layer.is_transposed:
         removed = removed.t()
@@ -411,5 +455,6 @@ def _places(layer: MaskedLinear, name: str, version: object) -> Places:
 
 
 def _version(tensor: Tensor) -> tuple[object, ...]:
-    count = 0 if tensor.is_inference() else tensor._version
+    """A value that is equal at two calls if the tensor is the same object with the same content."""
+    count = 0 if tensor.is_inference() else tensor._version  # tensors of torch.inference_mode() have no count
     return (tensor.data_ptr(), tensor.device, tensor.dtype, count, WeakIdRef(tensor))

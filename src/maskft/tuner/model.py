@@ -23,7 +23,8 @@ from .mixed_batch import adapter_names_for_layers
 from .scores import ranked_scores
 from .targets import is_target, resolve_targets
 
-# Add-ons that need the whole model: (model) -> function that undoes it. Called once for every model that is wrapped.
+# Add-ons that need the whole model: (model) -> function that undoes it. Called once for every model that is wrapped,
+# before its first layer is replaced.
 MODEL_HOOKS: list[Callable[[nn.Module], Callable[[], None]]] = []
 
 _PREFIX = "base_model.model."  # before the names of modules in a PeftModel
@@ -43,7 +44,7 @@ class MaskModel(BaseTuner):
         peft_config: Adapter name -> :class:`MaskConfig`.
     """
 
-    prefix: str = "mask_"
+    prefix: str = "mask_"  # by which PEFT knows the parameters of an adapter: mask_scores
     tuner_layer_cls = MaskedLinear
     target_module_mapping: dict[str, list[str]] = {}  # the default is every linear layer: see targets.py
 
@@ -52,25 +53,32 @@ class MaskModel(BaseTuner):
     _undo_hooks: list[Callable[[], None]] | None = None
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        """Fill in the default target, and make sure that every adapter has a configuration of its own.
+
+        PEFT calls it first whenever an adapter is added.
+        """
         assert isinstance(peft_config, MaskConfig)
         if peft_config.target_modules is None:
             peft_config.target_modules = "all-linear"
         if peft_config.trainable_token_indices is not None:  # TRL sets it after the configuration was made
             raise UserError(NO_TOKEN_INDICES)
 
-        # Two adapters may come with one configuration object, in one model or two: the second gets a copy.
+        # Two adapters may come with one configuration object, in one model or two. The second gets a copy, because
+        # progress and checksums are written into it.
         names = [name for name, config in self.peft_config.items() if config is peft_config]
-        adapter_name = names[-1]
+        adapter_name = names[-1]  # PEFT has just added it under this name
         is_second_here = len(names) > 1
+        # `is_new` of an instance is set below: the object has been here before, or in another model.
         was_used = "is_new" in vars(peft_config) and not peft_config.inference_mode
         if is_second_here or was_used:
             peft_config = copy.copy(peft_config)
             self.peft_config[adapter_name] = peft_config
 
         if is_second_here and adapter_name == _REFERENCE:
+            # TRL adds its reference with the configuration of the adapter that it trains.
             peft_config.copy_of = names[0]
         elif was_used:
-            # Filled in for the other adapter. One that is loaded keeps what its file says.
+            # Filled in for the other adapter. One that is loaded for inference keeps the values of its file.
             for field in ("mask_sha256", "base_fingerprint", "weights_sha256", "progress", "recipe"):
                 setattr(peft_config, field, None)
         peft_config.is_new = True
@@ -86,7 +94,9 @@ class MaskModel(BaseTuner):
         assert isinstance(peft_config, MaskConfig)
         _check_not_on_disk(model)
         resolve_targets(peft_config, model)
-        self._removed_values = REMOVED_VALUES[peft_config.removed_value](peft_config, model)
+
+        values_of = REMOVED_VALUES[peft_config.removed_value]
+        self._removed_values = values_of(peft_config, model)
         if self._undo_hooks is None:
             self._undo_hooks = [attach(model) for attach in MODEL_HOOKS]
 
@@ -111,7 +121,8 @@ class MaskModel(BaseTuner):
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
             layer.place = (weakref.ref(parent), target_name)
-        if self._removed_values:
+
+        if self._removed_values:  # popped, so that the layers alone hold the values
             layer.removed_values[adapter_name] = self._removed_values.pop(current_key)
 
     def _replace_module(self, parent: Any, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -138,20 +149,23 @@ class MaskModel(BaseTuner):
             self.set_adapter(next(iter(self.peft_config)))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Tell the layers of a copy their places, which are weak references and do not go with it."""
+        """Set the places of a copy's layers, which are weak references and are not copied with it."""
         super().__setstate__(state)
         for name, module in self.model.named_modules():
-            if isinstance(module, MaskedLinear):
-                outermost = name
-                while outermost.endswith(".base_layer"):
-                    outermost = outermost.removesuffix(".base_layer")
-                parent, _, attribute = outermost.rpartition(".")
-                module.place = (weakref.ref(self.model.get_submodule(parent)), attribute)
+            if not isinstance(module, MaskedLinear):
+                continue
+            # Below the layers of other tuners, the masked layer is their base_layer.
+            outermost = name
+            while outermost.endswith(".base_layer"):
+                outermost = outermost.removesuffix(".base_layer")
+            parent, _, attribute = outermost.rpartition(".")
+            module.place = (weakref.ref(self.model.get_submodule(parent)), attribute)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         # PEFT unloads the outermost layer only, and a mask below another adapter would be lost.
         for layer in adapter_layers(self.model, adapter_name=None).values():
             layer.check_not_wrapped()
+
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         for undo in self._undo_hooks or []:
             undo()
@@ -166,6 +180,7 @@ class MaskModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
+        """Tensors to save: PEFT's, or coded masks in their place, see ``adapter_files.py``."""
         assert isinstance(config, MaskConfig)
         of_peft = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         return adapter_files().encode(model, config, adapter_name, state_dict, of_peft)
@@ -174,13 +189,14 @@ class MaskModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
+        """Tensors that PEFT is to load, after masks were given to their layers; see ``adapter_files.py``."""
         assert isinstance(config, MaskConfig)
         remap = partial(super()._remap_adapter_state_dict_for_load, model, config, adapter_name)
         return adapter_files().decode(model, config, adapter_name, state_dict, remap)
 
 
 def _check_not_on_disk(model: nn.Module) -> None:
-    """Refuse layers on disk: PEFT's offload would write the base model's own file anew, and then fail.
+    """Raise for layers on disk: PEFT's offload would overwrite the base model's own file, and then fail.
 
     See ``PeftModel._update_offload``, which loading an adapter calls.
     """
@@ -197,8 +213,12 @@ def adapter_layers(model: nn.Module, adapter_name: str | None = "default") -> di
     """Masked layers of one adapter (None: of any) by module name, as in ``model.named_modules()``; in module order."""
     layers = {}
     for name, module in model.named_modules():
-        if isinstance(module, MaskedLinear) and (adapter_name is None or adapter_name in module.mask_configs):
-            layers[name.replace("_fsdp_wrapped_module.", "")] = module
+        if not isinstance(module, MaskedLinear):
+            continue
+        if adapter_name is None or adapter_name in module.mask_configs:
+            # FSDP1 puts this before the names of what it wraps; state dicts do not have it.
+            plain_name = name.replace("_fsdp_wrapped_module.", "")
+            layers[plain_name] = module
     return layers
 
 
@@ -216,7 +236,11 @@ def current_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, 
     layers = adapter_layers(model, adapter_name)
     if not layers:
         raise UserError(f"the model has no mask adapter named {adapter_name!r}")
-    return {unwrapped_name(name): layer.get_mask(adapter_name) for name, layer in layers.items()}
+
+    masks = {}
+    for name, layer in layers.items():
+        masks[unwrapped_name(name)] = layer.get_mask(adapter_name)
+    return masks
 
 
 @torch.no_grad()
@@ -229,7 +253,7 @@ def start_scores(model: nn.Module, keys: Mapping[str, Tensor], adapter_name: str
         adapter_name: The adapter.
 
     Raises:
-        UserError: If a masked layer has no keys, or keys of another shape or with NaN.
+        UserError: If a masked layer has no keys, or keys of another shape or that are not finite.
     """
     layers = adapter_layers(model, adapter_name)
     if not any(adapter_name in layer.mask_scores for layer in layers.values()):
@@ -244,5 +268,7 @@ def start_scores(model: nn.Module, keys: Mapping[str, Tensor], adapter_name: str
             raise UserError(f"the keys of {name} must have shape {tuple(scores.shape)}; found {has}")
         if not bool(torch.isfinite(found).all()):
             raise UserError(f"the keys of {name} are not finite, so they cannot be ranked")
-        scores.copy_(ranked_scores(layer.mask_configs[adapter_name], found))
-        layer.masker.forget()
+
+        config = layer.mask_configs[adapter_name]
+        scores.copy_(ranked_scores(config, found))
+        layer.masker.forget()  # a compiled graph would keep the weight of the scores before

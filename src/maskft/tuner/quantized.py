@@ -23,6 +23,7 @@ class QuantizedWeight(QuantizationBackend):
     weights become the code of zero, and scales stay.
     """
 
+    # Read by PEFT of every backend.
     layer_type = "linear"
     supports_merge = True
 
@@ -52,7 +53,7 @@ QUANTIZED_WEIGHTS: list[Callable[[nn.Module], QuantizedWeight | None]] = []
 
 
 def find_quantized_weight(base_layer: nn.Module) -> QuantizedWeight | None:
-    """How a linear layer is quantised; None: it is not, or nobody here knows how."""
+    """How a linear layer is quantised; None: it is not, or in a way that no registered function knows."""
     for find in QUANTIZED_WEIGHTS:
         found = find(base_layer)
         if found is not None:

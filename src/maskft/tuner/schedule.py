@@ -35,6 +35,8 @@ def set_mask_progress(model: nn.Module, progress: float) -> None:
             # A mask without scores is not trained, nor is the reference of preference training.
             if name in layer.mask_scores and not config.copy_of:
                 config.progress = float(progress)
+
+    # After all layers have the new value: compiled graphs read weights that were made before.
     for layer in layers:
         layer.masker.refresh()
 
@@ -56,7 +58,7 @@ class MaskProgress(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """The scores of the best checkpoint, if they were loaded, need the progress of its step."""
         if args.load_best_model_at_end and state.best_model_checkpoint:
-            step = int(state.best_model_checkpoint.rpartition("-")[2])
+            step = int(state.best_model_checkpoint.rpartition("-")[2])  # of "checkpoint-STEP"
             self._set(model, step, state.max_steps)
 
     @staticmethod

@@ -20,6 +20,10 @@ class Float32ParameterDict(nn.ParameterDict):
     """Scores that stay float32 under ``model.to(dtype)``: in bfloat16 they would tie at the cut and move the mask."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32ParameterDict:
+        """Apply ``fn``, which moves or casts; then put the float32 values back where it has cast.
+
+        ``model.to(device, dtype)`` does both in one function, so that the cast cannot be left out by itself.
+        """
         before = {}
         for name, parameter in self.items():
             if parameter is not None:
@@ -40,26 +44,40 @@ def draw_scores(config: MaskConfig, weight: Tensor, module_name: str) -> Tensor:
     """Scores to start from, decided by the seed and the name of the layer; float32, shape of ``weight``.
 
     They are NaN if the start needs data, until ``start_scores`` fills them in.
+
+    Args:
+        config: Configuration of the adapter.
+        weight: The frozen weight, without merged masks.
+        module_name: Name of the layer in the unwrapped model.
     """
     if weight.device.type == "meta":
         return torch.empty(weight.shape, dtype=torch.float32, device="meta")
     if config.starts_from_data:
         return torch.full_like(weight, torch.nan, dtype=torch.float32)
 
+    # A stream for each layer: its scores do not depend on which other layers are masked.
     stream = generator("cpu", config.mask_seed, module_name)
     scores = initial_scores(weight, config.init_scores, stream, config.init_std, config.start_value)
-    if config.init_scores == "constant":
+    if config.init_scores == "constant":  # every score has start_value already
         return scores
-    return _centered(config, scores, is_spread=config.init_scores == "magnitude")
+    is_spread = config.init_scores == "magnitude"
+    return _centered(config, scores, is_spread)
 
 
 def ranked_scores(config: MaskConfig, keys: Tensor) -> Tensor:
-    """Scores in the order of ``keys``; the lowest are removed first."""
-    return _centered(config, spread_by_rank(keys, config.init_std), is_spread=True)
+    """Scores in the order of ``keys``; the lowest are removed first. Float32, shape of ``keys``."""
+    scores = spread_by_rank(keys, config.init_std)
+    return _centered(config, scores, is_spread=True)
 
 
 def _centered(config: MaskConfig, scores: Tensor, is_spread: bool) -> Tensor:
-    """Move scores that are cut at 0 to ``start_value``; where scores are ranked it would change nothing."""
+    """Move scores that are cut at 0 to ``start_value``; other learners take scores where they are.
+
+    Args:
+        config: Configuration of the adapter.
+        scores: Fresh scores.
+        is_spread: Whether they were spread by rank; else their mean is 0.
+    """
     if not is_free(config.selection):
         return scores
     # Scores spread by rank lie in (0, std * sqrt(12)), around std * sqrt(3).

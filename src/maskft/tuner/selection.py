@@ -85,9 +85,13 @@ def current_sharpness(config: MaskConfig) -> float:
 
 
 def cubic_ramp(progress: float, ramp: float) -> float:
-    """Share of the final sparsity: 1 - (1 - t)^3 with t from 0 to 1 over the first ``ramp`` of training; 1 without one.
+    """Share of the final sparsity: 1 - (1 - t)^3 with t from 0 to 1 over the first ``ramp`` of training.
 
     https://arxiv.org/abs/1710.01878, Eq. 1, from sparsity 0.
+
+    Args:
+        progress: Share of training done, in [0, 1].
+        ramp: Share of training that the ramp takes, in [0, 1]; 0 returns 1 at once.
     """
     if progress >= ramp:
         return 1.0
@@ -104,6 +108,7 @@ def current_sparsity(config: MaskConfig) -> float:
 
 def sigmoid_slope(scores: Tensor, sharpness: float) -> Tensor:
     """Slope k * sigmoid'(k * s) of a logit learner, which trains the scores near 0 the most."""
+    # k * p * (1 - p) with p = sigmoid(k * s), in two matrices: written out, it would make five.
     share = torch.mul(scores, sharpness).sigmoid_()
     return (1 - share).mul_(share.mul_(sharpness))
 
@@ -116,7 +121,8 @@ def logit_kept_slope(config: MaskConfig, scores: Tensor, slope: Tensor | None) -
 
 
 def _just_below_threshold(config: MaskConfig) -> float:
-    # A score equal to the threshold is kept, and `cut` keeps scores above it.
+    # `threshold` removes scores below it and keeps one that is equal; `cut` keeps scores above it. So the cut is the
+    # float32 number before the threshold.
     return torch.nextafter(torch.tensor(config.threshold), torch.tensor(-math.inf)).item()
 
 
@@ -144,13 +150,17 @@ register_learner(
 
 
 def learner_options() -> list[str]:
-    """Fields of MaskConfig that some learners read and others do not."""
-    return list(dict.fromkeys(option for learner in LEARNERS.values() for option in learner.options))
+    """Fields of MaskConfig that some learners read and others do not; each once, in the order of the learners."""
+    options: dict[str, None] = {}  # a set that keeps its order
+    for learner in LEARNERS.values():
+        options.update(dict.fromkeys(learner.options))
+    return list(options)
 
 
 def names_with(option: str) -> str:
     """The learners that read an option, for messages."""
-    return " and ".join(name for name, learner in LEARNERS.items() if option in learner.options)
+    names = [name for name, learner in LEARNERS.items() if option in learner.options]
+    return " and ".join(names)
 
 
 def is_free(selection: str) -> bool:
@@ -171,7 +181,8 @@ def is_soft(config: MaskConfig, is_training: bool) -> bool:
 def check_progress(config: MaskConfig, is_training: bool) -> None:
     """Raise if a mask in training depends on the share of training done, and nobody has set it."""
     has_schedule = config.sparsity_ramp > 0 or config.sharpness_end is not None
-    if not (has_schedule or has_soft_gate(config)):
+    depends_on_progress = has_schedule or has_soft_gate(config)
+    if not depends_on_progress:
         return
     if is_training and not config.copy_of and config.progress is None:
         raise UserError(
@@ -186,7 +197,9 @@ def check_progress(config: MaskConfig, is_training: bool) -> None:
 def cut(config: MaskConfig) -> float | None:
     """The ranking value (see ``MaskConfig.ranks_by``) above which a weight is kept; None: its rank decides."""
     cut_of = LEARNERS[config.selection].cut
-    return None if cut_of is None else cut_of(config)
+    if cut_of is None:
+        return None
+    return cut_of(config)
 
 
 def mask_from_scores(config: MaskConfig, scores: Tensor) -> Tensor:
@@ -196,22 +209,24 @@ def mask_from_scores(config: MaskConfig, scores: Tensor) -> Tensor:
         UserError: If a score is NaN.
     """
     keys = ranking_keys(scores, config.ranks_by)
-    lowest_kept = cut(config)
-    if lowest_kept is None:
-        mask = remove_lowest(keys, num_removed(scores.numel(), current_sparsity(config)))
+    highest_removed = cut(config)
+    if highest_removed is None:
+        num = num_removed(scores.numel(), current_sparsity(config))
+        mask = remove_lowest(keys, num)
     else:
-        mask = check_not_nan(keys) > lowest_kept
+        check_not_nan(keys)
+        mask = keys > highest_removed
     return mask.view(scores.shape)
 
 
 def gate_and_slope(
     config: MaskConfig, scores: Tensor, module_name: str, is_training: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Gate of one matrix and its slope.
+    """Gate of one matrix and its slope, as described at the top of this file.
 
     Args:
         config: Configuration of the adapter.
-        scores: Its scores.
+        scores: Its scores in this layer.
         module_name: Name of the layer; together with the seed and the progress it decides the noise.
         is_training: Whether the layer is in training mode.
 
@@ -220,28 +235,39 @@ def gate_and_slope(
     """
     check_progress(config, is_training)
     if is_soft(config, is_training):
-        return soft_gate(config, scores, draw_noise(config, module_name, scores.shape, scores.device))
+        noise = draw_noise(config, module_name, scores.shape, scores.device)
+        return soft_gate(config, scores, noise)
     return mask_from_scores(config, scores), hard_slope(config, scores)
 
 
 def soft_gate(config: MaskConfig, scores: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Soft gate and slope in training mode."""
-    gate = LEARNERS[config.selection].soft_gate
-    assert gate is not None
-    return gate(config, scores, noise)
+    """Soft gate and slope in training mode; only for learners that have one, see :func:`has_soft_gate`."""
+    gate_of = LEARNERS[config.selection].soft_gate
+    assert gate_of is not None
+    return gate_of(config, scores, noise)
 
 
 def hard_slope(config: MaskConfig, scores: Tensor) -> Tensor | None:
     """Slope of a hard gate; None for 1."""
-    slope = LEARNERS[config.selection].hard_slope
-    return None if slope is None else slope(config, scores)
+    slope_of = LEARNERS[config.selection].hard_slope
+    if slope_of is None:
+        return None
+    return slope_of(config, scores)
 
 
 def price_gradient(config: MaskConfig, scores: Tensor, numel: int, slope: Tensor | None = None) -> Tensor:
-    """Derivative of price * share removed, at some scores of a matrix of ``numel``; ``slope``: of the hard gate."""
-    kept_slope = LEARNERS[config.selection].kept_slope
-    assert kept_slope is not None
-    return kept_slope(config, scores, slope) * (-config.price / numel)
+    """Derivative of price * (share of the weights removed) with respect to scores.
+
+    Args:
+        config: Configuration of the adapter; its learner has ``price`` as an option.
+        scores: Some scores of a matrix.
+        numel: Number of weights of the whole matrix.
+        slope: Slope of their hard gate; None: 1.
+    """
+    kept_slope_of = LEARNERS[config.selection].kept_slope
+    assert kept_slope_of is not None
+    # The share removed is 1 - kept / numel.
+    return kept_slope_of(config, scores, slope) * (-config.price / numel)
 
 
 def blend(weight: Tensor, gate: Tensor, removed_value: Tensor | None = None) -> Tensor:
@@ -263,17 +289,24 @@ def blend(weight: Tensor, gate: Tensor, removed_value: Tensor | None = None) -> 
 
 
 def draw_noise(config: MaskConfig, module_name: str, shape: torch.Size, device: torch.device) -> Tensor:
-    """Noise of one matrix, decided by the seed, the name, the progress and the kind of device."""
-    return logistic_noise(shape, generator(device, config.mask_seed, module_name, repr(config.progress)))
+    """Noise of one matrix, decided by the seed, the name, the progress and the kind of device.
+
+    Nothing is kept between steps, so that a resumed run draws the noise of an uninterrupted one.
+    """
+    stream = generator(device, config.mask_seed, module_name, repr(config.progress))
+    return logistic_noise(shape, stream)
 
 
 def logistic_noise(shape: torch.Size, generator: torch.Generator) -> Tensor:
     """Standard logistic noise, the difference of two Gumbel variables."""
+    # The inverse of the distribution function at uniform draws; clamped, because it is infinite at 0 and 1.
     uniform = torch.rand(shape, generator=generator, device=generator.device).clamp_(1e-7, 1 - 1e-7)
     return uniform.log() - torch.log1p(-uniform)
 
 
 def generator(device: torch.device | str, *stream: object) -> torch.Generator:
     """A generator for each ``stream`` of names and numbers, so that draws in one layer do not affect another."""
-    seed = bytes.fromhex(digest("/".join(map(str, stream))))[:8]
-    return torch.Generator(device).manual_seed(int.from_bytes(seed, "little") >> 1)
+    name = "/".join(map(str, stream))
+    first_bytes = bytes.fromhex(digest(name))[:8]
+    seed = int.from_bytes(first_bytes, "little") >> 1  # 63 bits, which fit a signed 64-bit integer
+    return torch.Generator(device).manual_seed(seed)

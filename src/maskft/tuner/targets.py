@@ -16,7 +16,9 @@ from maskft_common.errors import UserError, did_you_mean
 from .config import MaskConfig
 from .quantized import find_quantized_weight
 
+# A module in a numbered list of layers, such as model.layers.3.mlp.gate_proj: the list is "layers", the index 3.
 _LAYER_INDEX = re.compile(r"(?:^|\.)(?P<list>[^.]+)\.(?P<index>\d+)\.")
+# What a layer has to compute for a mask of its weight to be a mask of the layer.
 _PLAIN_FORWARDS = (nn.Linear.forward, Conv1D.forward)
 # Modules inside a masked layer, or inside one that another adapter saves whole; a second adapter leaves them alone.
 _INNER_MODULES = {"base_layer", "mask_scores", "original_module", "modules_to_save"}
@@ -31,8 +33,17 @@ def is_target(config: MaskConfig, name: str) -> Any:
 
 
 def resolve_targets(config: MaskConfig, model: nn.Module) -> None:
-    """Replace "all-linear" by the names of the linear layers, and check the whole request."""
+    """Replace "all-linear" by the names of the linear layers, and check the whole request.
+
+    Args:
+        config: Its ``target_modules`` and ``exclude_modules`` are filled in.
+        model: The model, before any layer is replaced by this adapter.
+
+    Raises:
+        UserError: If a layer that was asked for does not exist or cannot be masked.
+    """
     if config.target_modules in (None, "all-linear"):
+        # PEFT resolves "all-linear" to every nn.Linear, and would include layers that cannot be masked.
         config.target_modules = sorted(maskable_names(model))
         _exclude_other_layers(config, model)
         _warn_of_experts(model)
@@ -41,16 +52,24 @@ def resolve_targets(config: MaskConfig, model: nn.Module) -> None:
 
 
 def maskable_names(model: nn.Module) -> set[str]:
-    """Last name components of the maskable linear layers inside numbered layers (q_proj, ..., down_proj)."""
+    """Last name components of the maskable linear layers inside numbered layers (q_proj, ..., down_proj).
+
+    Raises:
+        UserError: If the model has none.
+    """
     found = {}
     for name, module in model.named_modules():
         is_inner = not _INNER_MODULES.isdisjoint(name.split("."))
-        if not is_inner and _is_linear(module) and _why_not_maskable(name, module, model) is None:
+        if is_inner or not _is_linear(module):
+            continue
+        if _why_not_maskable(name, module, model) is None:
             found[name] = module
 
     names = [name for name in found if _LAYER_INDEX.search(name)]
-    if not names:  # no stack of layers: every linear layer except an output head
-        head = getattr(model, "get_output_embeddings", lambda: None)()
+    if not names:
+        # No stack of layers: every linear layer except an output head.
+        get_head = getattr(model, "get_output_embeddings", None)
+        head = None if get_head is None else get_head()
         names = [name for name, module in found.items() if module is not head]
     if not names:
         raise UserError(f"{type(model).__name__} has no linear layer that could be masked")
@@ -59,7 +78,10 @@ def maskable_names(model: nn.Module) -> set[str]:
 
 def check_targets(config: MaskConfig, model: nn.Module) -> None:
     """Raise one clear :class:`UserError` if ``config`` asks for layers that do not exist or cannot be masked."""
-    modules = {name: module for name, module in model.named_modules() if name and ".base_layer" not in name}
+    modules = {}
+    for name, module in model.named_modules():
+        if name and ".base_layer" not in name:  # neither the model itself, nor inside a layer that is masked already
+            modules[name] = module
     _check_layer_indices(config, modules)
     _check_not_tied(config, modules, model)
 
@@ -72,12 +94,26 @@ def check_targets(config: MaskConfig, model: nn.Module) -> None:
 
 
 def layer_indices(names: Iterable[str], layers_pattern: list[str] | str | None = None) -> set[int]:
-    """Indices of the decoder layers that module or parameter ``names`` lie in."""
+    """Indices of the decoder layers that module or parameter ``names`` lie in.
+
+    Args:
+        names: Names of modules or parameters.
+        layers_pattern: Names of the lists of layers to count; None: the outermost list in each name.
+    """
+    indices = set()
     if layers_pattern is None:
-        return {int(match["index"]) for match in map(_LAYER_INDEX.search, names) if match}
+        for name in names:
+            match = _LAYER_INDEX.search(name)
+            if match:
+                indices.add(int(match["index"]))
+        return indices
+
     lists = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
-    matches = (match for name in names for match in _LAYER_INDEX.finditer(name))
-    return {int(match["index"]) for match in matches if match["list"] in lists}
+    for name in names:
+        for match in _LAYER_INDEX.finditer(name):
+            if match["list"] in lists:
+                indices.add(int(match["index"]))
+    return indices
 
 
 def listed(names: Iterable[str]) -> str:
@@ -85,10 +121,12 @@ def listed(names: Iterable[str]) -> str:
     names = list(names)
     if not names:
         return "none"
+
     shown = ", ".join(names[:_NUM_LISTED])
-    if len(names) <= _NUM_LISTED:
+    num_more = len(names) - _NUM_LISTED
+    if num_more <= 0:
         return shown
-    return f"{shown} and {len(names) - _NUM_LISTED} more"
+    return f"{shown} and {num_more} more"
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -104,36 +142,43 @@ def _last(name: str) -> str:
 
 def _exclude_other_layers(config: MaskConfig, model: nn.Module) -> None:
     """Exclude linear layers outside the numbered ones that share a name with one inside, such as BERT's pooler."""
-    names = [name for name, module in model.named_modules() if name and is_target(config, name)]
+    names = [name for name, _ in model.named_modules() if name and is_target(config, name)]
     others = [name for name in names if not _LAYER_INDEX.search(name)]
-    if not others or len(others) == len(names):
+    has_numbered = len(others) < len(names)
+    if not others or not has_numbered:
         return
+
     given = config.exclude_modules
-    if isinstance(given, str):
-        config.exclude_modules = "|".join([f"(?:{given})", *map(re.escape, others)])
+    if isinstance(given, str):  # a regular expression, to which the names are added as alternatives
+        alternatives = [f"(?:{given})", *map(re.escape, others)]
+        config.exclude_modules = "|".join(alternatives)
     else:
         config.exclude_modules = [*(given or []), *others]
 
 
 def _warn_of_experts(model: nn.Module) -> None:
-    """Say which experts "all-linear" leaves out: those that are not linear layers."""
+    """Warn of the experts that "all-linear" leaves out: those that are not linear layers."""
     kinds = set()
     for module in model.modules():
-        is_expert = "Expert" in type(module).__name__
-        if is_expert and any(parameter.dim() > 2 for parameter in module.parameters(recurse=False)):
-            kinds.add(type(module).__name__)
+        kind = type(module).__name__
+        # transformers stacks the weights of all experts into one parameter of three dimensions.
+        has_stacked_weights = any(parameter.dim() > 2 for parameter in module.parameters(recurse=False))
+        if "Expert" in kind and has_stacked_weights:
+            kinds.add(kind)
     if kinds:
         warnings.warn(f"experts that are no linear layers are left out: {listed(sorted(kinds))}")
 
 
 def _warn_of_quantised(model: nn.Module) -> None:
-    """Say which layers of a partly quantised model "all-linear" leaves out."""
+    """Warn of the layers of a partly quantised model that "all-linear" leaves out."""
     kinds = set()
     for name, module in model.named_modules():
         is_inner = not _INNER_MODULES.isdisjoint(name.split("."))
+        # By their sizes, as layers of a quantisation library that is not known here have no common class.
         is_linear = hasattr(module, "in_features") and hasattr(module, "out_features")
         if is_inner or not is_linear or isinstance(module, BaseTunerLayer):
             continue
+
         quantized = find_quantized_weight(module)
         if quantized is not None:
             is_left_out = quantized.why_not(module) is not None
@@ -198,7 +243,10 @@ def _is_foreign(module: nn.Module) -> bool:
 
 
 def _parent_reads_weight(parent: nn.Module, leaf: str) -> bool:
-    """Whether a module takes the weight of its linear layer ``leaf`` without calling the layer."""
+    """Whether a module takes the weight of its linear layer ``leaf`` without calling the layer.
+
+    A mask is applied in the forward pass of the layer, so that such a module would never see it.
+    """
     if isinstance(parent, nn.MultiheadAttention):
         return True
     kind = type(parent).__name__
@@ -226,18 +274,23 @@ def _embedding(model: nn.Module) -> nn.Parameter | None:
 
 
 def _check_layer_indices(config: MaskConfig, modules: Iterable[str]) -> None:
-    wanted = config.layers_to_transform
-    if wanted is None:
+    if config.layers_to_transform is None:
         return
+    if isinstance(config.layers_to_transform, int):
+        wanted = {config.layers_to_transform}
+    else:
+        wanted = set(config.layers_to_transform)
+
     indices = layer_indices(modules, config.layers_pattern)
-    missing = sorted({wanted} - indices if isinstance(wanted, int) else set(wanted) - indices)
+    missing = sorted(wanted - indices)
     if missing:
+        named = ", ".join(map(str, missing))
         has = f"layers 0 to {max(indices)}" if indices else "no numbered layers"
-        raise UserError(f"layers_to_transform names layer {', '.join(map(str, missing))}; the model has {has}")
+        raise UserError(f"layers_to_transform names layer {named}; the model has {has}")
 
 
 def _check_not_tied(config: MaskConfig, modules: Mapping[str, nn.Module], model: nn.Module) -> None:
-    """Refuse to train one of two modules that share a weight: no checkpoint of the base can hold both."""
+    """Raise if modules_to_save names a module that shares its weight: no checkpoint of the base could hold both."""
     embedding = _embedding(model)
     if embedding is None:
         return
@@ -268,17 +321,20 @@ def _check_maskable(matched: list[str], modules: Mapping[str, nn.Module], model:
 
 
 def _check_not_shared(targets: Mapping[str, nn.Module], model: nn.Module) -> None:
-    """Refuse to mask a weight that is in two places: merging writes to both."""
+    """Raise for a weight that is in two places: merging a mask of one would write to both."""
     # A block that is used twice is one module under several names and gets one mask, so a place is an attribute of a
     # parent, whatever the parent's name.
     everywhere = dict(model.named_modules(remove_duplicate=False))
+    # id of a parameter -> place -> the first name of the module there
     places: dict[int, dict[tuple[int, str], str]] = {}
     for name, module in everywhere.items():
         parent, _, attribute = name.rpartition(".")
         place = (id(everywhere[parent]), attribute)
         for parameter in module.parameters(recurse=False):
-            places.setdefault(id(parameter), {}).setdefault(place, name.removesuffix(".base_layer"))
+            places_of_parameter = places.setdefault(id(parameter), {})
+            places_of_parameter.setdefault(place, name.removesuffix(".base_layer"))
 
+    # Biases are left as they are, and only matrices are compared.
     shared = {}
     for name, module in targets.items():
         base_layer = getattr(module, "base_layer", module)
@@ -286,29 +342,37 @@ def _check_not_shared(targets: Mapping[str, nn.Module], model: nn.Module) -> Non
             if parameter.dim() > 1 and len(places[id(parameter)]) > 1:
                 shared[name] = list(places[id(parameter)].values())
     if shared:
+        first = next(iter(shared.values()))
         leaves = dict.fromkeys(_last(name) for name in shared)
         raise UserError(
-            f"{listed(next(iter(shared.values())))} share one weight, so a mask of one would be merged into all; leave "
+            f"{listed(first)} share one weight, so a mask of one would be merged into all; leave "
             f"out every target that shares its weight, with exclude_modules or target_modules: {listed(leaves)}"
         )
 
 
 def _check_every_entry_matches(config: MaskConfig, modules: Iterable[str], has_targets: bool) -> None:
+    """Raise for a name in a list that matches nothing, such as a misspelt one; PEFT leaves it out in silence."""
     names = list(modules)
     entries = []
     if has_targets and not isinstance(config.target_modules, str):
-        entries += [("target_modules", entry) for entry in config.target_modules or ()]
-    # PEFT adds these two by itself for classifiers.
-    added = ("classifier", "score") if config.task_type in ("SEQ_CLS", "TOKEN_CLS") else ()
-    entries += [("modules_to_save", entry) for entry in config.modules_to_save or () if entry not in added]
+        for entry in config.target_modules or ():
+            entries.append(("target_modules", entry))
+    # PEFT adds these two by itself for classifiers, whether the model has them or not.
+    is_classifier = config.task_type in ("SEQ_CLS", "TOKEN_CLS")
+    added_by_peft = ("classifier", "score") if is_classifier else ()
+    for entry in config.modules_to_save or ():
+        if entry not in added_by_peft:
+            entries.append(("modules_to_save", entry))
 
     for option, entry in entries:
-        if not any(name == entry or name.endswith(f".{entry}") for name in names):
+        is_matched = any(name == entry or name.endswith(f".{entry}") for name in names)
+        if not is_matched:
             hint = did_you_mean(entry, {_last(name) for name in names})
             raise UserError(f"{option} entry {entry!r} matches no layer{hint}; remove it")
 
 
 def _raise_no_match(config: MaskConfig, modules: Mapping[str, nn.Module], model: nn.Module) -> None:
+    """Raise because no layer matches, with the likely reason."""
     linear = set()
     for name, module in modules.items():
         if _why_not_maskable(name, module, model) is None:
@@ -316,11 +380,12 @@ def _raise_no_match(config: MaskConfig, modules: Mapping[str, nn.Module], model:
 
     targets = config.target_modules or []
     wanted = targets if isinstance(targets, str) else ", ".join(targets)
-    narrowed = [
-        f"{name}={getattr(config, name)!r}"
-        for name in ("layers_to_transform", "layers_pattern", "exclude_modules")
-        if getattr(config, name)
-    ]
+    narrowed = []
+    for name in ("layers_to_transform", "layers_pattern", "exclude_modules"):
+        value = getattr(config, name)
+        if value:
+            narrowed.append(f"{name}={value!r}")
+
     if narrowed:
         hint = f" with {', '.join(narrowed)}"
     elif isinstance(targets, str) and targets in linear:
@@ -329,6 +394,5 @@ def _raise_no_match(config: MaskConfig, modules: Mapping[str, nn.Module], model:
         hint = did_you_mean(wanted, linear)
     else:
         hint = ""
-    raise UserError(
-        f"target_modules {wanted!r} match no layer{hint}; the model's linear layers are: {', '.join(sorted(linear))}"
-    )
+    known = ", ".join(sorted(linear))
+    raise UserError(f"target_modules {wanted!r} match no layer{hint}; the model's linear layers are: {known}")
