@@ -49,6 +49,7 @@ class CodedMask:
 class _Scores(dict[str, Tensor]):
     """Scores that the file leaves out unless the folder is a checkpoint; a copied configuration has none."""
 
+    # PEFT deep-copies the configuration in some saves, and would copy gigabytes of scores with it.
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return type(self)()
 
@@ -61,7 +62,11 @@ class MaskFiles(AdapterFiles):
     def encode(
         self, model: nn.Module, config: MaskConfig, adapter_name: str, state_dict: StateDict, of_peft: StateDict
     ) -> StateDict:
-        """Code the masks, and fill checksums and fingerprints into ``config``."""
+        """Code the masks, and fill checksums and fingerprints into ``config``.
+
+        Raises:
+            UserError: If the masks remove every weight, or scores are NaN.
+        """
         layers = adapter_layers(model, adapter_name)
         masks = _masks(layers, adapter_name, state_dict)
         _check_not_empty(masks, config)
@@ -73,8 +78,11 @@ class MaskFiles(AdapterFiles):
             code = encode_mask(mask)
             coded[unwrapped_name(name)] = code
             out[f"{name}.mask_coded.{adapter_name}"] = code
-            for kind in ("weight", "bias"):  # of a masked head, which PEFT would save in full beside the mask
+
+            # The weights of a masked output head, which PEFT would save in full beside the mask.
+            for kind in ("weight", "bias"):
                 state_dict.pop(f"{name}.base_layer.{kind}", None)
+
             if adapter_name in layers[name].mask_scores:
                 key = f"{name}.mask_scores.{adapter_name}"
                 scores = state_dict.get(key, layers[name].mask_scores[adapter_name])
@@ -101,7 +109,13 @@ class MaskFiles(AdapterFiles):
         state_dict: StateDict,
         remap: Callable[[StateDict], StateDict],
     ) -> StateDict:
-        """Check every entry against the model, give the masks to their layers, and return the rest."""
+        """Check every entry against the model, give the masks to their layers, and return the rest.
+
+        Raises:
+            UserError: If entries are missing, extra, mis-shaped or corrupted, or the base is another one.
+        """
+        # A new adapter is being loaded with its configuration. Later calls load other tensors into it, such as those of
+        # the best checkpoint, whose checksums are not in the configuration.
         was_new = config.is_new
         config.is_new = False
         if was_new and not config.inference_mode:  # trained further: recipe and verdict are another mask's
@@ -111,12 +125,15 @@ class MaskFiles(AdapterFiles):
                 "adapter_config.json has no mask_sha256, so nothing in the adapter's file can be checked; save the "
                 "adapter again, or fetch it from where it was saved (if it was saved as scores: maskft.masks.disable())"
             )
+
         is_of_config = was_new and config.mask_sha256 is not None
         try:
             return _load_masks(model, config, adapter_name, state_dict, is_of_config)
         except UserError:
+            # Leave nothing of the adapter, so that another file may be loaded under its name. With an only adapter it
+            # was from_pretrained that called, and the caller gets no model at all.
             whole: Any = model
-            if is_of_config and len(whole.peft_config) > 1:  # leave nothing of it, so that another file may be loaded
+            if is_of_config and len(whole.peft_config) > 1:
                 whole.delete_adapter(adapter_name)
             raise
 
@@ -124,21 +141,29 @@ class MaskFiles(AdapterFiles):
         """Write ``adapter_config.json`` with the checksums of the weights beside the masks, and the card.
 
         In a Trainer's checkpoint folder the scores join the masks, so that any trainer resumes from it.
+
+        Args:
+            config: Configuration of the adapter; paths and checksums are filled in.
+            folder: Adapter folder, in which PEFT has written the tensors.
+            save: Writes ``adapter_config.json``.
         """
         for name in ("base_model_name_or_path", "removed_value_model"):
             model = getattr(config, name)
             if model:
-                setattr(config, name, from_anywhere(model))
+                setattr(config, name, from_anywhere(model))  # a relative path would be right in this folder only
 
         file = folder / ADAPTER_WEIGHTS
         scores = config.scores_of_save
         config.scores_of_save = None
         _check_not_pickled(config, folder)
         if file.is_file():
-            if scores and _CHECKPOINT.search(folder.as_posix()):
+            is_checkpoint = _CHECKPOINT.search(folder.as_posix()) is not None
+            if scores and is_checkpoint:
                 add_tensors(file, scores)
             use_default_modes(folder, file.name)
-            config.weights_sha256 = weights_sha256(weights_beside_masks(file)) or None
+            # Read back from the file: PEFT adds weights of its own after it has asked for the masks.
+            checksums = weights_sha256(weights_beside_masks(file))
+            config.weights_sha256 = checksums or None
         save()
         if file.is_file():
             write_card(folder, config)  # over PEFT's, whose lines do not load a mask
@@ -187,26 +212,45 @@ def _check_not_pickled(config: MaskConfig, folder: Path) -> None:
 def _load_masks(
     model: nn.Module, config: MaskConfig, adapter_name: str, state_dict: StateDict, is_of_config: bool
 ) -> StateDict:
-    found = adapter_layers(model, adapter_name)
-    full_names = {unwrapped_name(name): name for name in found}
-    layers = {unwrapped_name(name): layer for name, layer in found.items()}
+    """Check the tensors of a file and give the masks to their layers; see :meth:`MaskFiles.decode`.
+
+    Args:
+        model: The wrapped model.
+        config: Configuration of the adapter.
+        adapter_name: The adapter.
+        state_dict: Tensors of the file.
+        is_of_config: Whether the checksums in ``config`` are those of the file.
+    """
+    layers = {}
+    full_names = {}
+    for full_name, layer in adapter_layers(model, adapter_name).items():
+        name = unwrapped_name(full_name)
+        layers[name] = layer
+        full_names[name] = full_name
     coded = _entries(state_dict, "mask_coded")
     scores = _entries(state_dict, "mask_scores")
     rest = {key: value for key, value in state_dict.items() if not is_of_mask(key)}
 
-    # For a resized vocabulary PEFT writes twice what modules_to_save hold, and reads it once.
+    # For a resized vocabulary PEFT writes the weights of modules_to_save under two names, and reads one of them.
     own = f".modules_to_save.{adapter_name}."
     once = {key: value for key, value in rest.items() if ".modules_to_save." not in key.replace(own, ".")}
-    hashed = () if config.mask_sha256 is None else config.weights_sha256 or ()
-    _check_names(layers, coded, once, adapter_name, hashed)
+    # Without checksums nothing but masks and modules_to_save may come with the file.
+    hashed: Collection[str] = ()
+    if config.mask_sha256 is not None:
+        hashed = config.weights_sha256 or ()
 
-    if is_of_config and mask_fingerprint(coded) != config.mask_sha256:
-        raise UserError("the masks do not match mask_sha256 in adapter_config.json; the two files are of two adapters")
+    # All checks come first, so that a file that fails one has changed nothing.
+    _check_names(layers, coded, once, adapter_name, hashed)
     if is_of_config:
+        if mask_fingerprint(coded) != config.mask_sha256:
+            raise UserError(
+                "the masks do not match mask_sha256 in adapter_config.json; the two files are of two adapters"
+            )
         check_weights({key.replace(own, "."): value for key, value in rest.items()}, config.weights_sha256)
     for name, layer in layers.items():
         decode_mask(coded[name], name, layer.get_base_weight().shape)
-    if any(adapter_name in layer.mask_scores and name not in scores for name, layer in layers.items()):
+    lacks_scores = any(adapter_name in layer.mask_scores and name not in scores for name, layer in layers.items())
+    if lacks_scores:
         raise UserError(
             "the adapter holds a mask but not its scores, so it cannot be trained further: save it with "
             "MaskConfig(save_scores=True), or load it for inference"
@@ -227,12 +271,21 @@ def _load_masks(
 def _entries(state_dict: Mapping[str, Tensor], kind: str) -> StateDict:
     """The entries of one kind, by module name."""
     suffix = f".{kind}"
-    return {unwrapped_name(k.removesuffix(suffix)): value for k, value in state_dict.items() if k.endswith(suffix)}
+    entries = {}
+    for key, value in state_dict.items():
+        if key.endswith(suffix):
+            entries[unwrapped_name(key.removesuffix(suffix))] = value
+    return entries
 
 
 def _restore_scores(layer: MaskedLinear, adapter_name: str, saved: Tensor) -> None:
-    """Copy saved scores into the layer."""
+    """Copy saved scores into the layer.
+
+    Raises:
+        UserError: If they have another shape, or contain NaN.
+    """
     parameter = layer.mask_scores[adapter_name]
+    # With low_cpu_mem_usage parameters start on the meta device, where nothing can be copied to.
     if parameter.device.type == "meta":
         fresh = layer.fresh_scores(layer.mask_configs[adapter_name])
         parameter = nn.Parameter(fresh, requires_grad=parameter.requires_grad)
@@ -258,6 +311,15 @@ def _check_names(
     adapter_name: str,
     declared: Collection[str],
 ) -> None:
+    """Raise for missing masks, extra masks, and entries of other kinds.
+
+    Args:
+        layers: The layers of the adapter, by module name.
+        coded: The masks of the file, by module name.
+        rest: Keys of the file that are neither masks nor scores.
+        adapter_name: The adapter.
+        declared: Keys that the configuration has checksums of.
+    """
     missing = [name for name in layers if name not in coded]
     if missing:
         raise UserError(f"the adapter file has no mask for {listed(missing)}; it is incomplete, save it again")
@@ -267,6 +329,7 @@ def _check_names(
             f"the adapter file has masks for {listed(extra)}, which the model or adapter_config.json does not have; "
             "it was made for another model or configuration"
         )
+
     # PEFT would load any other key into the base model without a warning.
     saved = f".modules_to_save.{adapter_name}."
     masked = tuple(f"{name}." for name in layers)
@@ -287,7 +350,8 @@ def check_weights(found: Mapping[str, Tensor], declared: Mapping[str, str] | Non
     """Raise unless ``declared``, from ``adapter_config.json``, has the checksums of the weights beside the masks."""
     expected = declared or {}
     sha256 = weights_sha256(found)
-    different = sorted(name for name in {*expected, *sha256} if expected.get(name) != sha256.get(name))
+    all_names = {*expected, *sha256}
+    different = sorted(name for name in all_names if expected.get(name) != sha256.get(name))
     if different:
         raise UserError(
             f"weights_sha256 in adapter_config.json does not name these weights of the adapter file, or names others: "

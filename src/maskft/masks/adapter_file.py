@@ -21,7 +21,9 @@ def weights_beside_masks(file: Path) -> dict[str, Tensor]:
 
 
 def add_tensors(file: Path, added: Mapping[str, Tensor]) -> None:
-    """Write the file again with more tensors in it."""
-    on_cpu = {name: value.detach().cpu().contiguous() for name, value in added.items()}
-    save_file(load_file(file) | on_cpu, file, metadata={"format": "pt"})
+    """Rewrite the file with more tensors in it; of two with one name, the added one is kept."""
+    tensors = load_file(file)
+    for name, value in added.items():
+        tensors[name] = value.detach().cpu().contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})  # as PEFT writes it
     files.use_default_modes(file.parent, file.name)

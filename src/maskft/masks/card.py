@@ -47,33 +47,43 @@ def write_card(folder: str | Path, config: Any) -> None:
         config: Its ``MaskConfig``.
     """
     file = Path(folder) / layout.CARD
-    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else f"---\n{{}}\n---\n{_MARK}"
+    if file.is_file():
+        text = file.read_text(encoding="utf-8", errors="replace")
+    else:
+        text = f"---\n{{}}\n---\n{_MARK}"  # an empty card of ours
     is_generated = any(mark in text for mark in (_MARK, *_OF_OTHERS))
-    if is_generated:
-        metadata = ModelCard(text, ignore_metadata_errors=True).data
-        kept = getattr(metadata, "tags", None) or []  # such as those of add_model_tags
-        tags = [tag for tag in kept if not tag.startswith("base_model:")]  # PEFT's
-        files.write_text(file, _card(Path(folder), config, tags))
+    if not is_generated:
+        return
+
+    metadata = ModelCard(text, ignore_metadata_errors=True).data
+    kept = getattr(metadata, "tags", None) or []  # such as those of add_model_tags
+    tags = [tag for tag in kept if not tag.startswith("base_model:")]  # PEFT's
+    card = _card(Path(folder), config, tags)
+    files.write_text(file, card)
 
 
 def hub_name(base: str | None) -> str | None:
-    """``base`` where it can only be a name on the hub."""
-    is_name = base is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not files.is_there(base)
-    return base if is_name else None
+    """``base`` if it can only be a name on the hub, else None: a local folder may be named like one."""
+    if base is None or not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
+        return None
+    return None if files.is_there(base) else base
 
 
 def _card(folder: Path, config: Any, tags: list[str]) -> str:
     """Metadata and text. A base that is not on the hub is left out of the metadata: the hub would look for it."""
     recipe = config.recipe or {}
+    datasets = list(recipe.get("datasets") or ())
+    is_causal = config.task_type == "CAUSAL_LM"
     front = ModelCardData(
         base_model=hub_name(config.base_model_name_or_path),
-        datasets=list(recipe.get("datasets") or ()) or None,
+        datasets=datasets or None,
         library_name="peft",
-        pipeline_tag="text-generation" if config.task_type == "CAUSAL_LM" else None,
-        tags=list(dict.fromkeys(["maskft", "mask-fine-tuning", *tags])),
+        pipeline_tag="text-generation" if is_causal else None,
+        tags=list(dict.fromkeys(["maskft", "mask-fine-tuning", *tags])),  # each once, in this order
     )
     lines = [_MARK, "", *_about(folder, config), *_use(folder, config), *_training(config, recipe)]
-    return str(ModelCard(f"---\n{front.to_yaml()}\n---\n" + "\n".join(lines).rstrip() + "\n"))
+    text = "\n".join(lines).rstrip()
+    return str(ModelCard(f"---\n{front.to_yaml()}\n---\n{text}\n"))
 
 
 def _about(folder: Path, config: Any) -> Iterator[str]:
@@ -101,8 +111,10 @@ def _about(folder: Path, config: Any) -> Iterator[str]:
         replaced = ", ".join(f"`{printable(name)}`" for name in config.weights_sha256)
         yield f"Trained beside the mask, and replaced in full: {replaced}."
         yield ""
-    if (config.recipe or {}).get("verdict"):
-        yield f"On held-out rows of its training data, {_cell(str(config.recipe['verdict']))}."
+
+    verdict = (config.recipe or {}).get("verdict")
+    if verdict:
+        yield f"On held-out rows of its training data, {_cell(str(verdict))}."
         yield "Methods that train on the same tokens were not compared; `maskft study` does that."
         yield ""
 
@@ -117,6 +129,7 @@ def _use(folder: Path, config: Any) -> Iterator[str]:
         load = _LOAD_BY_MASKFT + _ASK
     else:
         load = _LOAD + _ASK
+
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     tokenizer = "adapter" if has_tokenizer else "model.peft_config['default'].base_model_name_or_path"
     yield from ("## Use", "", f"It needs maskft ({HOW_TO_INSTALL.format('.')}).", "")
@@ -125,7 +138,8 @@ def _use(folder: Path, config: Any) -> Iterator[str]:
 
 def _training(config: Any, recipe: Mapping[str, Any]) -> Iterator[str]:
     """The recipe as a table, with the fingerprints of base and mask."""
-    facts = {key: value for key, value in recipe.items() if key not in ("model_name_or_path", "datasets", "verdict")}
+    shown_above = ("model_name_or_path", "datasets", "verdict")
+    facts = {key: value for key, value in recipe.items() if key not in shown_above}
     facts["base fingerprint"] = config.base_fingerprint or "not recorded"
     facts["mask fingerprint"] = config.mask_sha256
     facts["made with"] = f"maskft {__version__}"

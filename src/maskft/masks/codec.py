@@ -30,11 +30,13 @@ from maskft_common.layout import ADAPTER_FORMAT_VERSION
 FORMAT_VERSION = ADAPTER_FORMAT_VERSION
 PREFIX = "base_model.model."  # before the names of modules in PEFT's files
 _MAGIC = b"MFTM"
-# magic, format version, coding, two sizes, number removed, sha256 of version 1, sizes, count and packed bits
+# magic, format version, coding, rows, columns, number removed, sha256 as _digest makes it; x are unused bytes
 _HEADER = struct.Struct("<4sHBxIIQ32s8x")
 HEADER_BYTES = _HEADER.size
-# A part of the checksum, whatever the format version: adapters are compared by it.
+# Hashed with every mask, and the same in all format versions, so that adapters of different versions can be compared.
 _DIGEST_VERSION = 1
+
+# Codings, as numbered in the header.
 _BITMAP = 1
 _ANS = 3
 _ZLIB = 5
@@ -51,12 +53,18 @@ _FREE_NUMEL_OF_ADAPTER = 2**31
 
 
 def encode_mask(mask: Tensor) -> Tensor:
-    """Code a 2-D bool mask (True = keep) into a 1-D uint8 tensor on the CPU."""
+    """Code a 2-D bool mask (True = keep) into a 1-D uint8 tensor on the CPU.
+
+    Raises:
+        ValueError: If the mask is not a 2-D bool tensor.
+    """
     if mask.dtype != torch.bool or mask.dim() != 2:
         raise ValueError(f"a mask must be a 2-D bool tensor, got {mask.dtype} with shape {tuple(mask.shape)}")
+
     removed = ~mask.detach().cpu().contiguous().view(-1).numpy()
     packed = np.packbits(removed)
     num_removed = int(removed.sum())
+
     payload, coding = _smallest(packed, removed.size, num_removed)
     digest = _digest(mask.shape, num_removed, packed)
     header = _HEADER.pack(_MAGIC, FORMAT_VERSION, coding, *mask.shape, num_removed, digest)
@@ -70,10 +78,11 @@ def is_of_mask(key: str) -> bool:
 
 def weights_sha256(weights: Mapping[str, Tensor]) -> dict[str, str]:
     """sha256 of each tensor's dtype, shape and bytes, by the module names of the unwrapped model."""
-    return {
-        name.removeprefix(PREFIX): files.digest_tensors([(f"{tensor.dtype}{tuple(tensor.shape)}", tensor)])
-        for name, tensor in weights.items()
-    }
+    checksums = {}
+    for name, tensor in weights.items():
+        label = f"{tensor.dtype}{tuple(tensor.shape)}"
+        checksums[name.removeprefix(PREFIX)] = files.digest_tensors([(label, tensor)])
+    return checksums
 
 
 def decode_mask(coded: Tensor, name: str = "mask", expected: Sequence[int] | None = None) -> Tensor:
@@ -92,6 +101,8 @@ def decode_mask(coded: Tensor, name: str = "mask", expected: Sequence[int] | Non
     shape, num_removed, digest, coding = _read_header(data, name)
     numel = shape[0] * shape[1]
     payload = data[_HEADER.size :]
+
+    # Before anything of the claimed size is allocated.
     if expected is not None and shape != tuple(expected):
         raise UserError(
             f"the mask of {name} has shape {shape}, the model's weight {tuple(expected)}; wrong base model?"
@@ -104,9 +115,12 @@ def decode_mask(coded: Tensor, name: str = "mask", expected: Sequence[int] | Non
     try:
         packed = _read_packed(payload, coding, numel, num_removed)
         removed = np.unpackbits(packed, count=numel).view(np.bool_)
+        has_count = int(removed.sum()) == num_removed
         # Packed again, because the bits after the last weight must be zero.
-        is_intact = int(removed.sum()) == num_removed and _digest(shape, num_removed, np.packbits(removed)) == digest
+        packed_again = np.packbits(removed)
+        is_intact = has_count and _digest(shape, num_removed, packed_again) == digest
     except (zlib.error, ValueError, IndexError, MemoryError):
+        # A damaged payload may fail anywhere in the decoders, which is no other fault than a wrong checksum.
         is_intact = False
     if not is_intact:
         raise UserError(f"{name} is corrupted: its bytes do not match its sha256; fetch or save the adapter again")
@@ -114,9 +128,15 @@ def decode_mask(coded: Tensor, name: str = "mask", expected: Sequence[int] | Non
 
 
 def check_claims(coded: Mapping[str, Tensor]) -> None:
-    """Refuse masks that claim more weights in all than their bytes can hold; for files that are read without a model.
+    """Raise for masks that claim more weights in total than their bytes can hold; for files read without a model.
 
     :func:`decode_mask` lets each mask claim a large matrix; 60 of them would take 4 GB.
+
+    Args:
+        coded: Module name -> coded mask.
+
+    Raises:
+        UserError: If they claim too many, or one has no valid header.
     """
     numel = 0
     num_bytes = 0
@@ -132,7 +152,7 @@ def check_claims(coded: Mapping[str, Tensor]) -> None:
 
 def mask_info(coded: Tensor, name: str = "mask") -> dict[str, Any]:
     """Header of a coded mask without decoding it: shape, num_removed, sha256 (hex), num_bytes."""
-    header = coded[: _HEADER.size] if coded.dim() else coded
+    header = coded[: _HEADER.size] if coded.dim() else coded  # a scalar cannot be sliced, and _bytes raises for it
     shape, num_removed, digest, _ = _read_header(_bytes(header, name), name)
     return {"shape": shape, "num_removed": num_removed, "sha256": digest.hex(), "num_bytes": coded.numel()}
 
@@ -147,7 +167,8 @@ def _read_header(data: bytes, name: str) -> tuple[tuple[int, int], int, bytes, i
     if len(data) < _HEADER.size or data[:4] != _MAGIC:
         raise UserError(f"{name} is corrupted: it does not start with a mask header; fetch or save the adapter again")
     _, version, coding, rows, columns, num_removed, digest = _HEADER.unpack_from(data)
-    if not num_removed <= rows * columns <= _MAX_NUMEL or rows * columns == 0:
+    numel = rows * columns
+    if numel == 0 or not num_removed <= numel <= _MAX_NUMEL:
         raise UserError(
             f"{name} is corrupted: it removes {num_removed} of {rows} x {columns} weights; fetch or save the adapter "
             "again"
@@ -174,10 +195,15 @@ def _smallest(packed: np.ndarray, numel: int, num_removed: int) -> tuple[bytes, 
     """The shortest payload, and its coding."""
     if num_removed in (0, numel):
         return b"", _ANS
+
     plain = packed.tobytes()
     by_ans = _write_ans(packed, numel, num_removed)
     by_zlib = zlib.compress(plain, level=1)
-    payload, coding = (by_ans, _ANS) if len(by_ans) <= len(by_zlib) else (by_zlib, _ZLIB)
+    if len(by_ans) <= len(by_zlib):
+        payload, coding = by_ans, _ANS
+    else:
+        payload, coding = by_zlib, _ZLIB
+
     if len(payload) > (1 - _WORTH_CODING) * len(plain):
         return plain, _BITMAP
     return payload, coding
@@ -188,6 +214,7 @@ def _model(numel: int, num_removed: int) -> Any:
     # The decoder needs the encoder's probabilities bit for bit, on any machine: quotients of integers are rounded
     # correctly everywhere, powers of floats are not.
     num_kept = numel - num_removed
+    # The probability of a byte depends on its number of ones alone: p^ones * (1 - p)^(8 - ones), p = removed / numel.
     by_ones = [num_removed**ones * num_kept ** (8 - ones) / numel**8 for ones in range(9)]
     probabilities = np.array([by_ones[byte.bit_count()] for byte in range(256)])
     # Both options have changed their default between releases, and the code with it.
@@ -197,32 +224,44 @@ def _model(numel: int, num_removed: int) -> Any:
 def _write_ans(packed: np.ndarray, numel: int, num_removed: int) -> bytes:
     """Little-endian 32-bit words without the zero bytes at their end."""
     coder = constriction.stream.stack.AnsCoder()
+    # The coder is a stack: encoded from the end, bytes are decoded from the start, and so in chunks.
     coder.encode_reverse(packed.astype(np.int32), _model(numel, num_removed))
     words: np.ndarray = coder.get_compressed()
     return words.astype("<u4").tobytes().rstrip(b"\0")
 
 
 def _read_ans(payload: bytes, numel: int, num_removed: int) -> np.ndarray:
-    if num_removed in (0, numel):
+    if num_removed in (0, numel):  # the mask is its header alone
         return np.packbits(np.full(numel, num_removed > 0))
-    num_bytes = (numel + 7) // 8
+
+    num_bytes = _num_packed_bytes(numel)
     zeros_at_end = bytes(-len(payload) % 4)  # which _write_ans leaves out
     words = np.frombuffer(payload + zeros_at_end, dtype="<u4").astype(np.uint32)
     coder = constriction.stream.stack.AnsCoder(words)
     model = _model(numel, num_removed)
+
     packed = np.empty(num_bytes, dtype=np.uint8)
     for start in range(0, num_bytes, _CHUNK):
-        packed[start : start + _CHUNK] = coder.decode(model, min(_CHUNK, num_bytes - start))
+        count = min(_CHUNK, num_bytes - start)
+        packed[start : start + count] = coder.decode(model, count)
     if not coder.is_empty():
         raise ValueError("more words than weights")
     return packed
 
 
 def _read_packed(payload: bytes, coding: int, numel: int, num_removed: int) -> np.ndarray:
+    """The packed mask of a payload; raises some error if they do not fit."""
     if coding == _ANS:
         return _read_ans(payload, numel, num_removed)
+
+    num_bytes = _num_packed_bytes(numel)
     if coding == _ZLIB:
-        payload = zlib.decompressobj().decompress(payload, (numel + 7) // 8 + 1)
-    if len(payload) != (numel + 7) // 8:
+        # Limited, so that a small file cannot fill the memory; one byte more shows that it is too long.
+        payload = zlib.decompressobj().decompress(payload, num_bytes + 1)
+    if len(payload) != num_bytes:
         raise ValueError("another number of bits than weights")
     return np.frombuffer(payload, dtype=np.uint8)
+
+
+def _num_packed_bytes(numel: int) -> int:
+    return (numel + 7) // 8

@@ -36,17 +36,23 @@ def combine_masks(mask_sets: Sequence[MaskSet], combination: str) -> MaskSet:
     Raises:
         UserError: If the masks of a module differ in shape, or nothing is left to remove.
     """
-    needed = COMBINATIONS[combination](len(mask_sets))
-    modules = dict.fromkeys(module for masks in mask_sets for module in masks)
+    num_needed = COMBINATIONS[combination](len(mask_sets))
+    modules: dict[str, None] = {}  # a set in the order of the masks
+    for masks in mask_sets:
+        modules.update(dict.fromkeys(masks))
+
     combined = MaskSet()
     for module in modules:
         found = [masks[module] for masks in mask_sets if module in masks]
         if len({mask.shape for mask in found}) > 1:
             shapes = " and ".join(str(tuple(mask.shape)) for mask in found)
             raise UserError(f"the masks of {module} have shapes {shapes}; combine masks of one base model")
+
         num_removing = torch.stack([~mask for mask in found]).sum(dim=0)
-        if len(found) >= needed:
-            combined[module] = num_removing < needed
+        # With fewer masks than needed nothing is removed, and the module is left out.
+        if len(found) >= num_needed:
+            combined[module] = num_removing < num_needed
+
     if combined.num_removed == 0:
         raise UserError(f"the {combination} of these {len(mask_sets)} masks removes nothing; try union")
     return combined
@@ -72,9 +78,11 @@ def combine_adapters(adapters: Sequence[str | Path], combination: str, output_di
         raise UserError(f"{combination} needs two adapters or more; found {len(adapters)}")
     files.check_no_link(Path(output_dir))
     output_dir = Path(output_dir).resolve()
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+    is_free = not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir()))
+    if not is_free:
         raise UserError(f"output {str(output_dir)!r} is not empty; name another folder")
 
+    # All checks on configurations come before the first mask is decoded.
     configs = [read_config(adapter) for adapter in adapters]
     for adapter, config in zip(adapters, configs, strict=True):
         _check_only_masks(adapter, config)
@@ -86,7 +94,7 @@ def combine_adapters(adapters: Sequence[str | Path], combination: str, output_di
     new_config = MaskConfig(
         # Whole names: patterns that were right for one adapter could match modules which the combination leaves alone.
         target_modules=sorted(combined),
-        # As many as there are, and not a share of each matrix: the setting that `maskft verify` expects of such a mask.
+        # A learner whose count is free: with `topk`, `maskft verify` would expect the same share of each matrix.
         selection="logit",
         base_model_name_or_path=base,
         revision=configs[0].revision,
@@ -110,7 +118,8 @@ def combine_adapters(adapters: Sequence[str | Path], combination: str, output_di
 
 
 def _counts(mask_sets: Sequence[MaskSet]) -> str:
-    return "; ".join(f"{masks.num_removed:,}" for masks in mask_sets) + " alone"
+    counts = [f"{masks.num_removed:,}" for masks in mask_sets]
+    return "; ".join(counts) + " alone"
 
 
 def _check_only_masks(adapter: str | Path, config: AdapterConfig) -> None:
@@ -146,29 +155,40 @@ def _base_fingerprint(
     """Fingerprint of the base for the combination, from an adapter of the same modules; None: no adapter has these.
 
     A fingerprint is over the weights of the masked modules, so those of adapters with other modules cannot be compared.
+
+    Raises:
+        UserError: If two adapters of the same modules have different fingerprints.
     """
+    # Masked modules -> the first adapter that masks them, and its fingerprint.
     found: dict[frozenset[str], tuple[str | Path, str | None]] = {}
     for adapter, config, masks in zip(adapters, configs, mask_sets, strict=True):
-        other, fingerprint = found.setdefault(frozenset(masks), (adapter, config.base_fingerprint))
+        modules = frozenset(masks)
+        other, fingerprint = found.setdefault(modules, (adapter, config.base_fingerprint))
         if config.base_fingerprint != fingerprint:
             raise UserError(
                 f"adapters {str(other)!r} and {str(adapter)!r} were trained on other weights of their base "
                 f"(fingerprints {str(fingerprint)[:12]} and {str(config.base_fingerprint)[:12]}); combine masks of one "
                 "model"
             )
-    return found.get(frozenset(combined), (None, None))[1]
+
+    _, fingerprint = found.get(frozenset(combined), (None, None))
+    return fingerprint
 
 
 def _base_quantisation(configs: Sequence[AdapterConfig]) -> str | None:
-    """How the weights were stored that the masks were trained over, as ``quantisation_of`` says it of all layers."""
-    kinds = {kind for config in configs if config.base_quantisation for kind in config.base_quantisation.split(", ")}
+    """How the weights under the masks were stored in training, in the words of ``quantisation_of``; None: as floats."""
+    kinds = set()
+    for config in configs:
+        if config.base_quantisation:
+            kinds.update(config.base_quantisation.split(", "))
     return ", ".join(sorted(kinds)) or None
 
 
 def _recipe(adapters: Sequence[str | Path], configs: Sequence[AdapterConfig], combination: str) -> dict[str, Any]:
-    """The card's paragraph on its making: each part by its folder's name and its mask's fingerprint."""
-    parts = {}
+    """The recipe for the card: each part by its folder's name and its mask's fingerprint."""
+    recipe = {"combination": f"{combination} of {len(adapters)} masks"}
     for number, (adapter, config) in enumerate(zip(adapters, configs, strict=True), 1):
-        # Of a folder the last part: the rest is nobody else's business.
-        parts[f"part {number}"] = f"{printable(Path(adapter).name)} (mask fingerprint {config.mask_sha256})"
-    return {"combination": f"{combination} of {len(adapters)} masks", **parts}
+        # Only the last part of the path: the card is published, and the rest is private.
+        name = printable(Path(adapter).name)
+        recipe[f"part {number}"] = f"{name} (mask fingerprint {config.mask_sha256})"
+    return recipe

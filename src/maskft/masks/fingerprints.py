@@ -17,11 +17,16 @@ from .codec import mask_info
 
 
 def check_base(layers: Iterable[MaskedLinear], config: Any) -> None:
-    """Refuse base weights other than those that the mask was trained on.
+    """Raise for base weights other than those that the mask was trained on.
+
+    Only warns if weights are on the meta device, or differ but are in float16, or stored otherwise than in training.
 
     Args:
         layers: The masked layers.
         config: With ``base_fingerprint``, and the name of the base.
+
+    Raises:
+        UserError: If the weights are others.
     """
     layers = list(layers)
     if config.base_fingerprint is None:
@@ -29,22 +34,26 @@ def check_base(layers: Iterable[MaskedLinear], config: Any) -> None:
     if any(layer.weight.device.type == "meta" for layer in layers):
         warnings.warn("base weights are on the meta device; they are not checked against those of the mask's training")
         return
+
     found = base_fingerprint(layers)
-    if not is_the_base(found, {layer.weight.dtype for layer in layers}, config):
-        trained_over = config.base_quantisation
-        stored_as = quantisation_of(layers)
-        if trained_over != stored_as:
-            # The same model in another precision has other values, so that its fingerprint says nothing.
-            warnings.warn(
-                f"the mask was trained over weights stored as {trained_over or 'floats'}, and these are stored as "
-                f"{stored_as or 'floats'}: it was not made for their rounding; measure the result, or train over them"
-            )
-            return
-        raise UserError(
-            f"the adapter was trained on other base weights ({config.base_model_name_or_path}, fingerprint "
-            f"{config.base_fingerprint[:12]}) than the model's ({found[:12]}); load the right base (or, to accept this "
-            "one, in Python: config = MaskConfig.from_pretrained(adapter); config.verify_base = False; and pass config)"
+    dtypes = {layer.weight.dtype for layer in layers}
+    if is_the_base(found, dtypes, config):
+        return
+
+    trained_over = config.base_quantisation
+    stored_as = quantisation_of(layers)
+    if trained_over != stored_as:
+        # The same model in another precision has other values, so that its fingerprint says nothing.
+        warnings.warn(
+            f"the mask was trained over weights stored as {trained_over or 'floats'}, and these are stored as "
+            f"{stored_as or 'floats'}: it was not made for their rounding; measure the result, or train over them"
         )
+        return
+    raise UserError(
+        f"the adapter was trained on other base weights ({config.base_model_name_or_path}, fingerprint "
+        f"{config.base_fingerprint[:12]}) than the model's ({found[:12]}); load the right base (or, to accept this "
+        "one, in Python: config = MaskConfig.from_pretrained(adapter); config.verify_base = False; and pass config)"
+    )
 
 
 def quantisation_of(layers: Iterable[MaskedLinear]) -> str | None:
@@ -73,9 +82,13 @@ def is_the_base(found: str, dtypes: Collection[torch.dtype], config: Any) -> boo
 def base_fingerprint(layers: Iterable[MaskedLinear]) -> str:
     """:func:`weights_fingerprint` of the masked base layers."""
     layers = sorted(layers, key=lambda layer: layer.module_name)
+    # Under FSDP2 the weights in memory are masked already, and the fingerprint was taken before.
     if layers and layers[0].masker.base_fingerprint is not None:
-        return layers[0].masker.base_fingerprint  # under FSDP2 the weights themselves are masked by now
-    return weights_fingerprint((layer.module_name, layer.get_unmerged_weight()) for layer in layers)
+        return layers[0].masker.base_fingerprint
+
+    # A generator: each weight is gathered or dequantised when its turn comes.
+    weights = ((layer.module_name, layer.get_unmerged_weight()) for layer in layers)
+    return weights_fingerprint(weights)
 
 
 def weights_fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
@@ -98,9 +111,15 @@ def _labelled(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tens
 
 def _gathered(weight: Tensor) -> Tensor:
     """The whole weight; FSDP2 leaves a DTensor of it on each rank."""
-    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    if hasattr(weight, "full_tensor"):
+        return weight.full_tensor()
+    return weight
 
 
 def mask_fingerprint(coded: dict[str, Tensor]) -> str:
-    """sha256 over the names and mask checksums of all modules; equal for equal masks."""
-    return digest("".join(f"{name}:{mask_info(coded[name], name)['sha256']};" for name in sorted(coded)))
+    """sha256 over the names and mask checksums of all modules; equal for equal masks, however they are coded."""
+    parts = []
+    for name in sorted(coded):
+        sha256 = mask_info(coded[name], name)["sha256"]
+        parts.append(f"{name}:{sha256};")
+    return digest("".join(parts))

@@ -53,8 +53,10 @@ class MaskSet(dict[str, Tensor]):
 
     @property
     def sparsity(self) -> float:
-        """Fraction removed, in [0, 1]."""
-        return self.num_removed / self.numel if self.numel else 0.0
+        """Fraction removed, in [0, 1]; 0 without masks."""
+        if self.numel == 0:
+            return 0.0
+        return self.num_removed / self.numel
 
     def apply_(self, model: nn.Module) -> None:
         """Zero the removed weights of a plain model in place, as merging an adapter of removed_value zero does.
@@ -62,6 +64,7 @@ class MaskSet(dict[str, Tensor]):
         Raises:
             UserError: If the model lacks a module, or has a weight of another shape; it is then unchanged.
         """
+        # Every mask is checked before the first weight is written.
         modules = dict(model.named_modules())
         weights: dict[str, Tensor] = {}
         for name, mask in self.items():
@@ -78,8 +81,11 @@ class MaskSet(dict[str, Tensor]):
 
     @classmethod
     def from_adapter(cls, folder: str | Path) -> MaskSet:
-        """Read and check every mask of an adapter folder."""
-        return cls({name: decode_mask(coded, name) for name, coded in read_coded(folder).items()})
+        """Read and check every mask of an adapter folder; see :func:`read_coded` for its errors."""
+        masks = cls()
+        for name, coded in read_coded(folder).items():
+            masks[name] = decode_mask(coded, name)
+        return masks
 
 
 # Reading an adapter folder, which may be a stranger's
@@ -88,7 +94,7 @@ class MaskSet(dict[str, Tensor]):
 class AdapterConfig(schema.FileModel):
     """The fields of a mask's ``adapter_config.json`` that are read without a model; ``MaskConfig`` has all of them."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore")  # the other fields of MaskConfig, and those of later versions
 
     peft_type: Literal["MASK"]
     format_version: int
@@ -125,7 +131,8 @@ def read_config(folder: str | Path) -> AdapterConfig:
         UserError: If the folder is not an adapter, holds a link out of it, or the file has another structure.
     """
     file = _file(folder, layout.ADAPTER_CONFIG)
-    return schema.read_model(AdapterConfig, files.read_json(file), file, "name the folder of a mask, or save it again")
+    content = files.read_json(file)
+    return schema.read_model(AdapterConfig, content, file, "name the folder of a mask, or save it again")
 
 
 def read_coded(folder: str | Path) -> dict[str, Tensor]:
@@ -143,9 +150,12 @@ def read_coded(folder: str | Path) -> dict[str, Tensor]:
         raise UserError(f"{file} is not a readable safetensors file: {error}") from error
 
     coded = {}
+    weights = {}
     for key, value in tensors.items():
         if key.endswith(_SUFFIX):
             coded[key.removeprefix(PREFIX).removesuffix(_SUFFIX)] = value
+        elif not is_of_mask(key):
+            weights[key] = value
     if not coded:
         raise UserError(f"{file} holds no mask")
     if mask_fingerprint(coded) != config.mask_sha256:
@@ -153,11 +163,12 @@ def read_coded(folder: str | Path) -> dict[str, Tensor]:
             f"the masks in {file} do not match mask_sha256 in {layout.ADAPTER_CONFIG}; they are of two adapters"
         )
     check_claims(coded)
-    check_weights({key: value for key, value in tensors.items() if not is_of_mask(key)}, config.weights_sha256)
+    check_weights(weights, config.weights_sha256)
     return coded
 
 
 def _file(folder: str | Path, name: str) -> Path:
+    """Path of a file of an adapter folder, which must be there and not be a link out of it."""
     if not layout.holds_adapter(folder):
         raise layout.no_adapter(folder)
     files.check_own_files(folder)

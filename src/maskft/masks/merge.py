@@ -34,13 +34,20 @@ def load_masked(adapter: str | Path, base: str | None = None, dtype: str = "floa
         adapter: Adapter folder.
         base: Base model; default: the one named in the adapter.
         dtype: See ``load_model``.
+
+    Raises:
+        UserError: If the adapter does not fit the base, or names no base and none is given.
     """
     config = read_config(adapter)
     name = base or base_of(adapter, config.base_model_name_or_path or "")
     if not name:
         raise UserError(f"the adapter {str(adapter)!r} does not name its base model; pass --base")
+
+    # The revision in the adapter is of the base that it names.
     is_named_base = base in (None, config.base_model_name_or_path)
-    revision = config.revision if is_named_base and config.revision else "main"
+    revision = "main"
+    if is_named_base and config.revision:
+        revision = config.revision
     model = load_model(name, dtype, revision=revision)
     with one_line(adapter, f"does not fit {name!r}"):
         model = PeftModel.from_pretrained(model, str(adapter))
@@ -78,10 +85,15 @@ def merge(
 
     Returns:
         A line that says how many weights were set, and where.
+
+    Raises:
+        UserError: If the output is not empty, the adapter does not fit, or the written checkpoint differs; it is then
+            deleted.
     """
     files.check_no_link(Path(output_dir))
     output_dir = Path(output_dir).resolve()
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+    is_free = not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir()))
+    if not is_free:
         raise UserError(f"output_dir {str(output_dir)!r} is not empty; name another folder")
     if not 0 < scale <= 1:
         raise UserError(f"scale is {scale}; it is the part of the change, in (0, 1]")
@@ -92,6 +104,8 @@ def merge(
     if scale < 1:
         for layer in layers.values():
             _scale_change(layer, scale)
+
+    # Kept for the checks below, because merging removes the masks from the model.
     masks = MaskSet(current_masks(model))
     removed_values = {name: layer.removed_value(_ADAPTER) for name, layer in layers.items()}
     probe = _probe(model)
@@ -129,7 +143,8 @@ def _scale_change(layer: MaskedLinear, scale: float) -> None:
 def adapter_tokenizer(adapter: str | Path, base: str, *template, **kwargs):
     """The tokenizer saved with the adapter, or that of its base model; see ``models.load_tokenizer``."""
     has_own = any((Path(adapter) / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
-    return load_tokenizer(str(adapter) if has_own else base, *template, **kwargs)
+    source = str(adapter) if has_own else base
+    return load_tokenizer(source, *template, **kwargs)
 
 
 def _probe(model) -> torch.Tensor:
@@ -147,7 +162,8 @@ def _logits(model, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _check_logits(written, probe: torch.Tensor, expected: torch.Tensor) -> None:
-    if not torch.equal(_logits(written.to(probe.device), probe), expected):
+    found = _logits(written.to(probe.device), probe)
+    if not torch.equal(found, expected):
         raise UserError("the written checkpoint does not give the masked model's logits bit for bit; it was deleted")
 
 

@@ -82,25 +82,37 @@ def summary_lines(summary: AdapterSummary, all_modules: bool = False) -> list[st
     cells += [_cells(row) for row in rows]
     cells.append(_cells({"module": "total", **summary.total}))
 
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    # Names to the left of their column, numbers to the right.
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
     for name, *numbers in cells:
         right = [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True)]
         lines.append("  ".join([name.ljust(widths[0]), *right]))
     rule = "-" * len(lines[0])
     table = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
-    facts = [f"{name}: {printable(value)}" for name, value in _facts(summary).items()]
-    wrapped = [line for fact in facts for line in textwrap.wrap(fact, _WIDTH, subsequent_indent="  ")]
-    return [*table, "", *wrapped]
+
+    facts = []
+    for name, value in _facts(summary).items():
+        fact = f"{name}: {printable(value)}"
+        facts += textwrap.wrap(fact, _WIDTH, subsequent_indent="  ")
+    return [*table, "", *facts]
 
 
 def _in_layer_order(name: str) -> list[tuple[int, str]]:
-    parts = name.split(".")
-    return [(int(part), "") if _INDEX.fullmatch(part) else (-1, part) for part in parts]
+    """Sort key of a module's name: indices are compared as numbers, other parts as text."""
+    key = []
+    for part in name.split("."):
+        if _INDEX.fullmatch(part):
+            key.append((int(part), ""))
+        else:
+            key.append((-1, part))
+    return key
 
 
 def _sum(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    total: dict[str, Any] = {key: sum(row[key] for row in rows) for key in _COUNTS}
+    total: dict[str, Any] = {}
+    for key in _COUNTS:
+        total[key] = sum(row[key] for row in rows)
     total["sparsity"] = total["num_removed"] / total["numel"]
     return total
 
@@ -134,6 +146,7 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _facts(summary: AdapterSummary) -> dict[str, str]:
+    """Facts by name, in the order in which they are printed, without those that the adapter does not have."""
     config = summary.config
     facts = {
         "base model": config.base_model_name_or_path,

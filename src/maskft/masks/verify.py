@@ -37,7 +37,8 @@ def verify(adapter: str | Path, base: str | None = None) -> list[str]:
     if config.weights_sha256:
         passed.append(f"replaces weights of the base, as the configuration says: {listed(config.weights_sha256)}")
 
-    if base is None:  # else each is decoded for its layer when the adapter is loaded
+    # Decoding compares the checksums. With a base, loading the adapter below decodes each mask for its layer.
+    if base is None:
         for name, data in coded.items():
             decode_mask(data, name)
     passed.append("sha256 of every mask matches")
@@ -51,10 +52,12 @@ def verify(adapter: str | Path, base: str | None = None) -> list[str]:
 
 
 def _check_fit(adapter: str | Path, base: str, config: AdapterConfig) -> list[str]:
+    """Check an adapter against a base model, by loading both; returns one line per check that passed."""
     model, _, _ = load_masked(adapter, base)
-    if not config.verify_base:  # else loading has checked it
+    if not config.verify_base:  # with verify_base loading has checked it
         check_base(adapter_layers(model).values(), config)
 
+    # Both lines say whether the weights were compared, or only their shapes.
     if config.base_fingerprint is None:
         known = "match; its weights: not checked, none recorded"
     else:
@@ -69,7 +72,10 @@ def _check_fit(adapter: str | Path, base: str, config: AdapterConfig) -> list[st
 
 
 def _check_counts(rows: list[dict[str, Any]], config: AdapterConfig) -> str:
-    """Check that each matrix lost the share that the configuration asks for, where it asks for one."""
+    """Check that each matrix lost the share that the configuration asks for, where it asks for one.
+
+    Masks with the counts of another adapter (``match_adapter``) and learners that cut at a value have any share.
+    """
     is_of_each_matrix = config.selection == "topk" and not config.recipe.get("match_adapter")
     if is_of_each_matrix:
         sparsity = current_sparsity(config)

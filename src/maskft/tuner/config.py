@@ -22,8 +22,8 @@ from .adapter_files import adapter_files
 from .presets import PRESETS
 from .selection import LEARNERS, is_free, learner_options, names_with
 
-# What each value of the field `removed_value` computes: (config, model) -> module name -> values that removed weights
-# take. An empty dictionary means zero everywhere. ``maskft.learners`` adds ``base``.
+# The values that `removed_value` can have, and their functions: (config, model) -> module name -> values that removed
+# weights take. An empty dictionary means zero everywhere. ``maskft.learners`` adds ``base``.
 RemovedValues = Callable[["MaskConfig", nn.Module], dict[str, Tensor]]
 REMOVED_VALUES: dict[str, RemovedValues] = {"zero": lambda config, model: {}}
 

@@ -78,7 +78,7 @@ class Masker:
         return selection.mask_from_scores(config, scores)
 
     def mask_version(self, adapter_name: str) -> object:
-        """A value that is equal at two calls only if the mask is, too; what is made from a mask is cached by it."""
+        """A value that is equal at two calls only if the mask is, too: the key of caches of things made from masks."""
         if adapter_name in self.layer.mask_scores:
             # Nothing here can know whether scores have changed: a new object equals no other.
             return object()

@@ -18,7 +18,7 @@ from .quantized import find_quantized_weight
 
 # A module in a numbered list of layers, such as model.layers.3.mlp.gate_proj: the list is "layers", the index 3.
 _LAYER_INDEX = re.compile(r"(?:^|\.)(?P<list>[^.]+)\.(?P<index>\d+)\.")
-# What a layer has to compute for a mask of its weight to be a mask of the layer.
+# A layer with another forward may read its weight in ways that a mask would miss.
 _PLAIN_FORWARDS = (nn.Linear.forward, Conv1D.forward)
 # Modules inside a masked layer, or inside one that another adapter saves whole; a second adapter leaves them alone.
 _INNER_MODULES = {"base_layer", "mask_scores", "original_module", "modules_to_save"}
