@@ -7,6 +7,7 @@ from decimal import Decimal
 
 ANSWER_MARK = "####"  # GSM8K: the final answer follows it
 
+# A comma between a digit and exactly three digits.
 _THOUSANDS_COMMA = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
 # A fraction, or a decimal with an optional exponent. A minus after a digit, letter or ")" subtracts. The exponent has
 # at most three digits: arithmetic on "1e999999999" would never end, and the text comes from a model.
@@ -31,9 +32,12 @@ def extract_number(text: str) -> Decimal | None:
     """
     _, mark, after = text.partition(ANSWER_MARK)
     if mark:
-        text = after.strip().split("\n", 1)[0]
+        first_line, *_ = after.strip().split("\n", 1)
+        text = first_line
     matches = list(_NUMBER.finditer(_plain(text)))
-    return _value(matches[-1]) if matches else None
+    if not matches:
+        return None
+    return _value(matches[-1])
 
 
 def parse_number(text: str) -> Decimal | None:
@@ -43,7 +47,9 @@ def parse_number(text: str) -> Decimal | None:
     (Decimal('1234.50'), None)
     """
     match = _NUMBER.fullmatch(_plain(text).strip())
-    return _value(match) if match else None
+    if match is None:
+        return None
+    return _value(match)
 
 
 def check_answer(output: str, reference: str, answer_type: str) -> bool:
@@ -67,7 +73,9 @@ def check_answer(output: str, reference: str, answer_type: str) -> bool:
 
 
 def _plain(text: str) -> str:
-    text = re.sub("[$€£]", "", text.replace("\N{MINUS SIGN}", "-"))
+    """Text without currency signs and thousands separators, with ASCII minus signs."""
+    text = text.replace("\N{MINUS SIGN}", "-")
+    text = re.sub("[$€£]", "", text)
     return _THOUSANDS_COMMA.sub("", text)
 
 
@@ -76,4 +84,6 @@ def _value(match: re.Match) -> Decimal:
         value = Decimal(match["decimal"])
     else:
         value = Decimal(match["over"]) / Decimal(match["under"])
-    return value.copy_negate() if match["minus"] else value  # exact, where unary minus rounds to 28 digits
+    if match["minus"]:
+        return value.copy_negate()  # exact, where unary minus rounds to 28 digits
+    return value

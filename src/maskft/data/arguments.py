@@ -22,18 +22,24 @@ def mixture_text(value):
         return ",".join(map(str, value))
     if not isinstance(value, dict):
         return value
-    return ",".join(name if amount is None else f"{name}:{amount}" for name, amount in value.items())
+
+    entries = []
+    for name, amount in value.items():
+        entries.append(name if amount is None else f"{name}:{amount}")
+    return ",".join(entries)
 
 
 def check_sizes(args: DataArguments) -> None:
-    """Refuse impossible numbers of rows."""
+    """Raise :class:`UserError` for impossible numbers of rows."""
     for name in ("max_train_samples", "max_eval_samples"):
         value = getattr(args, name)
         if value is not None and value <= 0:
             raise UserError(f"{name} is {value}; it must be at least 1")
+
     size = args.eval_split_size
     is_count = 1 <= size < math.inf and size == int(size)
-    if not is_count and not 0 < size < 1:
+    is_fraction = 0 < size < 1
+    if not is_count and not is_fraction:
         raise UserError(
             f"eval_split_size is {size:g}; held-out rows choose the best checkpoint: give a whole number of rows, at "
             "least 1, or a fraction between 0 and 1"
@@ -102,4 +108,5 @@ class DataArguments:
 
     def __post_init__(self):
         """Write a mixture as one text."""
-        self.dataset_name, self.eval_dataset_name = map(mixture_text, (self.dataset_name, self.eval_dataset_name))
+        self.dataset_name = mixture_text(self.dataset_name)
+        self.eval_dataset_name = mixture_text(self.eval_dataset_name)

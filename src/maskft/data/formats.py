@@ -14,7 +14,8 @@ from maskft_common.files import digest
 
 from .answers import ANSWER_MARK, parse_number
 
-CHUNK_ROWS = 10_000  # examples that are Python objects at a time; stored, they take a fraction of the memory
+# Examples that are Python objects at a time; as Arrow tables they take a fraction of the memory.
+CHUNK_ROWS = 10_000
 
 Row = Mapping[str, Any]
 Message = dict[str, str]
@@ -49,12 +50,14 @@ def to_examples(
     Raises:
         UserError: For the first row that does not fit, with its place.
     """
-    known = FORMATS | {(text_field,): from_text} if formats is None else formats
+    known = formats
+    if known is None:
+        known = FORMATS | {(text_field,): from_text}
     columns: tuple[str, ...] = ()
     first: dict | None = None
     examples: list[dict] = []
     chunks: list[Dataset] = []
-    copies: Counter[str] = Counter()
+    num_with_hash: Counter[str] = Counter()
     for place, row in rows:
         try:
             if not isinstance(row, Mapping):
@@ -62,8 +65,10 @@ def to_examples(
             if first is None:
                 columns = _recognised_columns(row, known)
             example = known[columns](row, as_chat, *columns)
+
             if as_messages and isinstance(example.get("prompt"), list):
                 example["messages"] = example.pop("prompt") + example.pop("completion")
+            # A column of a data set has one type, and the first row has decided about it.
             if first is not None and type(example.get("prompt")) is not type(first.get("prompt")):
                 raise UserError("'prompt' is text in some rows and messages in others; use one of them throughout")
             if row.get("cluster_id") is not None:
@@ -75,10 +80,12 @@ def to_examples(
         except UserError as error:
             raise UserError(f"{name}: {place}: {error}") from None
 
-        copies[identity] += 1
-        example["id"] = identity if copies[identity] == 1 else f"{identity}#{copies[identity]}"
+        num_with_hash[identity] += 1
+        number = num_with_hash[identity]
+        example["id"] = identity if number == 1 else f"{identity}#{number}"
         if first is None:
             first = example
+
         examples.append(example)
         if len(examples) == CHUNK_ROWS:
             chunks.append(_chunk(examples, first))
@@ -96,9 +103,13 @@ def _identity(row: Row, columns: tuple[str, ...], example: dict) -> str:
     Raises:
         UnicodeEncodeError: If a text holds half of a surrogate pair, which JSON can spell and no file can store.
     """
-    for column in OPTIONAL_COLUMNS:  # no part of the hash, and stored as well
-        (example.get(column) or "").encode()
-    content = json.dumps([row[column] for column in columns], sort_keys=True, default=str, ensure_ascii=False)
+    # The optional columns are no part of the hash, but stored as well: encoding them raises for such a text.
+    for column in OPTIONAL_COLUMNS:
+        text = example.get(column) or ""
+        text.encode()
+
+    values = [row[column] for column in columns]
+    content = json.dumps(values, sort_keys=True, default=str, ensure_ascii=False)
     return digest(content)[:16]
 
 
@@ -111,13 +122,22 @@ def _without_empty_columns(dataset: Dataset) -> Dataset:
 
 
 def _chunk(examples: list[dict], first: dict) -> Dataset:
-    """Store examples. Their columns are declared, those of answers too: guessing fails where all values are missing."""
+    """Store examples in a data set.
+
+    Their columns are declared, those of answers too: datasets guesses types, and cannot where all values are missing.
+    """
     text = Value("string")
-    columns = ["id", *(column for column in first if column != "id" and column not in OPTIONAL_COLUMNS)]
     messages = [{"role": text, "content": text}]
-    features = {column: messages if isinstance(first[column], list) else text for column in columns}
-    features |= dict.fromkeys(OPTIONAL_COLUMNS, text)
-    return Dataset.from_dict({column: [e.get(column) for e in examples] for column in features}, Features(features))
+
+    features: dict[str, Any] = {"id": text}
+    for column, value in first.items():
+        if column != "id" and column not in OPTIONAL_COLUMNS:
+            features[column] = messages if isinstance(value, list) else text
+    for column in OPTIONAL_COLUMNS:
+        features[column] = text
+
+    values = {column: [example.get(column) for example in examples] for column in features}
+    return Dataset.from_dict(values, Features(features))
 
 
 def _recognised_columns(row: Row, formats: Formats) -> tuple[str, ...]:
@@ -138,20 +158,26 @@ def from_prompt_completion(row: Row, as_chat: bool, *columns: str) -> dict:
     """Read a prompt and its completion, both text or both messages."""
     are_messages = all(isinstance(row.get(column), list) for column in columns)
     read = _messages if are_messages else _text
-    return {**{column: read(row, column) for column in columns}, **_reference(row)}
+    example = {column: read(row, column) for column in columns}
+    return {**example, **_reference(row)}
 
 
 def from_question_answer(row: Row, as_chat: bool, *columns: str) -> dict:
-    """Read a question and its solution; what follows ``####``, or a bare number, is the answer to check."""
+    """Read a question and its solution. The answer to check is the text after ``####``, or a solution that is a number.
+
+    A solution in free text has no answer to check: no generated text would equal it.
+    """
     question, answer = (_text(row, column) for column in columns)
-    _, mark, final = answer.rpartition(ANSWER_MARK)
+    _, mark, final = answer.rpartition(ANSWER_MARK)  # without the mark, final is all of the answer
     if row.get("answer_type") is not None:
         reference = _reference(row)
     elif mark or answer_type_of(answer) == "number":
         number = parse_number(final)
-        reference = _reference({"answer": final.strip() if number is None else f"{number:f}"})
+        # A number is stored without thousands separators and exponent.
+        checked = final.strip() if number is None else f"{number:f}"
+        reference = _reference({"answer": checked})
     else:
-        reference = {}  # a free text: no generated answer would equal it
+        reference = {}
     return {**_dialogue(question, answer, as_chat), **reference}
 
 
@@ -201,12 +227,18 @@ _BESIDE_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasonin
 
 
 def _dialogue(question: str, answer: str, as_chat: bool, system: str = "") -> dict:
+    """One question and its answer, as messages or as plain text."""
     if not as_chat:
         opening = f"{system}\n\n" if system else ""
+        # The space is the completion's, as most tokenizers join a space to the word after it.
         return {"prompt": f"{opening}Question: {question}\nAnswer:", "completion": f" {answer}"}
-    prompt = [{"role": "system", "content": system}] if system else []
+
+    prompt = []
+    if system:
+        prompt.append({"role": "system", "content": system})
     prompt.append({"role": "user", "content": question})
-    return {"prompt": prompt, "completion": [{"role": "assistant", "content": answer}]}
+    completion = [{"role": "assistant", "content": answer}]
+    return {"prompt": prompt, "completion": completion}
 
 
 def _reference(row: Row) -> dict:
@@ -214,6 +246,7 @@ def _reference(row: Row) -> dict:
     answer = row.get("answer")
     if answer is None:
         return {}
+    # In Python a bool is an int, too.
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         raise UserError(f"'answer' holds {_kind(answer)}, not text or a number")
     answer_type = row.get("answer_type") or answer_type_of(str(answer))
@@ -260,10 +293,13 @@ def _messages(row: Row, column: str) -> list[Message]:
 
 
 def _kind(value: Any) -> str:
+    """A value in the words of JSON, for errors."""
     if isinstance(value, Mapping):
         return "an object"
     if isinstance(value, list):
         return "a list" if value else "an empty list"
     if value is None:
         return "nothing"
-    return "text" if isinstance(value, str) else repr(value)[:40]
+    if isinstance(value, str):
+        return "text"
+    return repr(value)[:40]

@@ -28,7 +28,11 @@ class Part:
     amount: int | float | None = None
 
     def num_rows(self, existing: int) -> int:
-        """Return how many of ``existing`` rows are taken, and refuse to take more."""
+        """Return how many of ``existing`` rows are taken.
+
+        Raises:
+            UserError: If the mixture asks for more rows than there are.
+        """
         if self.amount is None:
             return existing
         if isinstance(self.amount, float):
@@ -45,15 +49,24 @@ def parse_mixture(text: str) -> list[Part]:
 
     >>> parse_mixture("metamathqa:40000, gsm8k:0.5")
     [Part(name='metamathqa', amount=40000), Part(name='gsm8k', amount=0.5)]
+
+    Raises:
+        UserError: If an entry is empty or comes twice, or its amount is not a number of rows or a fraction.
     """
-    if is_there(text):
+    if is_there(text):  # a file whose name has a comma or a colon
         return [Part(text)]
+
     parts: list[Part] = []
-    for entry in (entry.strip() for entry in text.split(",")):
+    for piece in text.split(","):
+        entry = piece.strip()
         if not entry:
             raise UserError(f"the mixture {text!r} has an empty entry; write name:rows,name:rows")
+
         name, colon, amount = entry.rpartition(":")
-        part = Part(name.strip(), _amount(entry, amount)) if colon and name else Part(entry)
+        if colon and name:
+            part = Part(name.strip(), _amount(entry, amount))
+        else:
+            part = Part(entry)
         if any(part.name == other.name for other in parts):
             raise UserError(f"the mixture names {part.name} twice; give it one amount")
         parts.append(part)
@@ -64,17 +77,26 @@ def hub_ids(text: str) -> list[str]:
     """Names on the hub of the sets of a mixture; files have none."""
     if not text:
         return []
-    names = [part.name for part in parse_mixture(text) if is_hub_name(part.name)]
-    return [TRAINING_SETS[name].hub_id if name in TRAINING_SETS else name for name in names]
+
+    ids = []
+    for part in parse_mixture(text):
+        if is_hub_name(part.name):
+            known = TRAINING_SETS.get(part.name)
+            ids.append(known.hub_id if known else part.name)
+    return ids
 
 
 def rename_sets(text: str, change: Callable[[str], str]) -> str:
     """Return a mixture as text with every set's name changed."""
-    parts = ((change(part.name), part.amount) for part in parse_mixture(text))
-    return ",".join(name if amount is None else f"{name}:{amount}" for name, amount in parts)
+    entries = []
+    for part in parse_mixture(text):
+        name = change(part.name)
+        entries.append(name if part.amount is None else f"{name}:{part.amount}")
+    return ",".join(entries)
 
 
 def _amount(entry: str, text: str) -> int | float:
+    """The amount of an entry: an int is a number of rows, a float a fraction of them."""
     digits = text.strip().replace("_", "")
     try:
         value = int(digits) if digits.isdecimal() else float(text)
@@ -82,7 +104,8 @@ def _amount(entry: str, text: str) -> int | float:
         raise UserError(
             f"{entry!r}: {text!r} is neither a number of rows (40000) nor a fraction of them (0.5)"
         ) from None
-    if value <= 0 or (isinstance(value, float) and not value <= 1):
+    is_too_large = isinstance(value, float) and not value <= 1  # or NaN
+    if value <= 0 or is_too_large:
         raise UserError(f"{entry!r}: give a whole number of rows, at least 1, or a fraction in (0, 1]")
     return value
 
@@ -99,9 +122,16 @@ class ReadSet:
         """Choose ``count`` rows out of ``pool``, in their order: those whose id has the smallest seeded hash.
 
         So more rows contain fewer rows, and the order of a file does not matter.
+
+        Args:
+            seed: Seed of the hash.
+            pool: Indices of rows to choose from; None: all rows.
+            count: Number of rows; None: as many as the mixture takes.
         """
-        pool = range(len(self.examples)) if pool is None else pool
-        count = self.count if count is None else count
+        if pool is None:
+            pool = range(len(self.examples))
+        if count is None:
+            count = self.count
         if count < len(pool):
             ids = self.examples["id"][:]
             by_hash = sorted(pool, key=lambda n: digest(f"{seed} {ids[n]}"))
@@ -134,18 +164,27 @@ class Reader:
     def read(self, mixture: str) -> list[ReadSet]:
         """Read every set of a mixture as examples (see the package's docstring)."""
         parts = parse_mixture(mixture)
-        sets = [(part, self._examples(part, of_mixture=len(parts) > 1)) for part in parts]
-        return [ReadSet(part.name, examples, part.num_rows(len(examples))) for part, examples in sets]
+        is_of_several = len(parts) > 1
+        # All sets are read before an amount is compared: a set that cannot be read is the first error.
+        read = [self._examples(part, of_mixture=is_of_several) for part in parts]
+
+        sets = []
+        for part, examples in zip(parts, read, strict=True):
+            sets.append(ReadSet(part.name, examples, part.num_rows(len(examples))))
+        return sets
 
     def _examples(self, part: Part, of_mixture: bool) -> Dataset:
         as_chat = self.as_chat
         if as_chat is None:
             as_chat = self.tokenizer is None or bool(self.tokenizer.chat_template)
+
+        # In a mixture `config` is for the sets that are not registered; registered sets name their own.
         has_own_config = of_mixture and part.name in TRAINING_SETS
         config = None if has_own_config else self.config
         rows, known = find_rows(part.name, self.split, config, self.data_dir)
+        formats = known.formats if known else None
         # Conversations, as the sets of a mixture must have the same columns. Tokens and labels are the same for both.
-        return to_examples(rows, part.name, as_chat, self.text_field, known and known.formats, as_messages=of_mixture)
+        return to_examples(rows, part.name, as_chat, self.text_field, formats, as_messages=of_mixture)
 
 
 def load_examples(mixture: str, split: str | None = "train", **kwargs) -> Dataset:
@@ -157,7 +196,8 @@ def load_examples(mixture: str, split: str | None = "train", **kwargs) -> Datase
         **kwargs: The other fields of `Reader`.
     """
     reader = Reader(split=split, **kwargs)
-    return mix([each.draw(reader.seed) for each in reader.read(mixture)], reader.seed)
+    drawn = [each.draw(reader.seed) for each in reader.read(mixture)]
+    return mix(drawn, reader.seed)
 
 
 def mix(parts: Sequence[Dataset], seed: int) -> Dataset:
@@ -168,7 +208,8 @@ def mix(parts: Sequence[Dataset], seed: int) -> Dataset:
     """
     if len(parts) == 1:
         return parts[0]
-    layouts = [{column for column in part.column_names if column not in OPTIONAL_COLUMNS} for part in parts]
+
+    layouts = [set(part.column_names) - set(OPTIONAL_COLUMNS) for part in parts]
     if any(layout != layouts[0] for layout in layouts):
         columns = sorted(set().union(*layouts) - {"id"})
         raise UserError(

@@ -79,6 +79,9 @@ def prepare(
         max_length: Tokens to keep of a row.
         completion_only_loss: False takes the loss on every token.
         num_proc: Processes that tokenise; None: this one.
+
+    Raises:
+        UserError: If the data cannot be read or leave no row to train on, or kept rows are damaged.
     """
     tokens = {"max_length": max_length, "completion_only_loss": completion_only_loss}
 
@@ -93,11 +96,15 @@ def prepare(
     if args.prepared_data_dir is None:
         return prepare_now()
 
-    options = {k: v for k, v in asdict(args).items() if k not in ("prepared_data_dir", "prepare_only")}
+    # Everything that decides the rows. The two options that are left out only say where they are kept.
+    options = asdict(args)
+    del options["prepared_data_dir"]
+    del options["prepare_only"]
+    code = sorted(Path(__file__).parent.glob("*.py"))
     decides = {
         "data": data_identity(options),
         "tokenizer": [tokenizer_rules(tokenizer), tokenizer.chat_template],
-        "code": [digest_file(file) for file in sorted(Path(__file__).parent.glob("*.py"))],
+        "code": [digest_file(file) for file in code],
         "text_field": text_field,
         **tokens,
     }
@@ -113,16 +120,21 @@ def prepare(
 
 
 def _write(folder: Path, prepared: Prepared) -> None:
+    """Write rows, their counts and checksums into a new folder, whole or not at all."""
     try:
         with whole_folder(folder) as partial:
             prepared.train.save_to_disk(partial / _TRAIN)
             prepared.heldout.save_to_disk(partial / _HELDOUT)
-            names = [file.relative_to(partial) for file in partial.rglob("*") if file.is_file()]
-            sha256 = {str(name): digest_now(partial / name) for name in names}
+
+            sha256 = {}
+            for file in partial.rglob("*"):
+                if file.is_file():
+                    sha256[str(file.relative_to(partial))] = digest_now(file)
             content = {"counts": prepared.report["counts"], "sha256": sha256}
             (partial / REPORT).write_text(json.dumps(content))
     except OSError:
-        if not folder.is_dir():  # else another process was first, and its folder holds the same rows
+        # Another process may have been first, and its folder holds the same rows.
+        if not folder.is_dir():
             raise
 
 
@@ -132,16 +144,22 @@ def _read(folder: Path) -> Prepared:
     Raises:
         UserError: If a file is not as it was written.
     """
-    content = read_json(folder / REPORT) if (folder / REPORT).is_file() else {}
+    content = {}
+    if (folder / REPORT).is_file():
+        content = read_json(folder / REPORT)
     report = read_model(_Report, content, folder / REPORT, _DELETE)
+
     for name, sha256 in report.sha256.items():
         file = own_file(folder, name)
         if not file.is_file() or digest_now(file) != sha256:
             raise UserError(f"prepared data {str(folder)!r} is damaged: {name} does not match its checksum; {_DELETE}")
+
     try:
-        return Prepared(load_from_disk(folder / _TRAIN), load_from_disk(folder / _HELDOUT), _as_dict(report.counts))
+        train = load_from_disk(folder / _TRAIN)
+        heldout = load_from_disk(folder / _HELDOUT)
     except Exception as error:  # datasets raises errors of many types for files of another structure
         raise UserError(f"prepared data {str(folder)!r} cannot be read ({first_line(error)}); {_DELETE}") from error
+    return Prepared(train, heldout, _as_dict(report.counts))
 
 
 def _as_dict(report: SplitReport) -> dict[str, Any]:
@@ -160,6 +178,7 @@ def data_identity(options: dict[str, Any]) -> dict[str, Any]:
     data_dir = options.get("data_dir")
     train_split = options.get("dataset_train_split") or "train"
     eval_split = options.get("dataset_eval_split")
+    # The folder itself is left out: the files in it are named by their content below.
     out = {key: value for key, value in options.items() if key != "data_dir"}
 
     for key, split in zip(DATA_NAMES, (train_split, eval_split), strict=True):
@@ -180,22 +199,31 @@ def data_identity(options: dict[str, Any]) -> dict[str, Any]:
 def _identity_of_path(path: Path) -> str | None:
     if not path.is_dir():
         return _digest_files([path])
+
     # The files that lm-eval reads there: tasks and their functions. Python leaves compiled files beside them.
-    return _digest_files(sorted(file for ending in ("yaml", "yml", "py") for file in path.rglob(f"*.{ending}")))
+    files: list[Path] = []
+    for ending in ("yaml", "yml", "py"):
+        files += path.rglob(f"*.{ending}")
+    return _digest_files(sorted(files))
 
 
 def _mixture_identity(name: str, data_dir: str | None, split: str | None) -> str:
+    """A mixture as text, with the content of each file in place of its name; hub data sets keep theirs."""
     parts = []
     for part in parse_mixture(name):
         file = local_file(part.name, data_dir, split_of(part.name, split))
         content = _digest_files([file]) if file else None
         text = content or part.name
-        if content and part.name in TRAINING_SETS and TRAINING_SETS[part.name].source:
+        known = TRAINING_SETS.get(part.name)
+        if content and known and known.source:
             text = f"{part.name} of {text}"  # the name decides which rows of the file are taken
         parts.append(text if part.amount is None else f"{text}:{part.amount}")
     return ",".join(parts)
 
 
 def _digest_files(files: Sequence[Path]) -> str | None:
+    """Digest of the content of files; None: none of them exists."""
     digests = [digest_file(file) for file in files if file.is_file()]
-    return f"sha256:{'+'.join(digests)}" if digests else None
+    if not digests:
+        return None
+    return f"sha256:{'+'.join(digests)}"

@@ -54,7 +54,7 @@ TRAINING_SETS: dict[str, TrainingSet] = {
         {("system_prompt", "question", "response"): from_system_question},
         data_files="1M-GPT4-Augmented.parquet",
     ),
-    # Not in Table 3: what the small studies train on.
+    # Not in Table 3; the small studies train on it.
     "gsm8k": TrainingSet(
         "openai/gsm8k", {("question", "answer"): from_question_answer}, config="main", heldout_split="test"
     ),

@@ -35,6 +35,12 @@ def read_file(path: Path) -> Iterator[tuple[str, Row]]:
 
     JSON is read line by line and not by ``datasets``, which would guess dates, fill in missing keys (so ids would
     change) and name no line in its errors.
+
+    Args:
+        path: A file with one of ``FILE_ENDINGS``.
+
+    Raises:
+        UserError: If there is no such file, its ending is unknown, or its content cannot be read.
     """
     name = path.name.lower()
     if not path.exists():
@@ -44,6 +50,7 @@ def read_file(path: Path) -> Iterator[tuple[str, Row]]:
     check_regular(path)  # a pipe could be read once, and the rows are read again to name the data
     if not name.endswith(FILE_ENDINGS):
         raise UserError(f"data file {path} has an unsupported ending; convert it to {', '.join(FILE_ENDINGS)}")
+
     try:
         if name.endswith(".parquet"):
             batches = parquet.ParquetFile(path).iter_batches()
@@ -60,6 +67,7 @@ def read_file(path: Path) -> Iterator[tuple[str, Row]]:
 
 def _csv_rows(path: Path) -> list[Row]:
     """Rows with every value as text; by itself pyarrow guesses numbers and dates."""
+    # Read twice: types are declared by the names of columns, which are not known before.
     parsing = csv.ParseOptions(newlines_in_values=True)
     names = csv.read_csv(path, parse_options=parsing).column_names
     as_text = csv.ConvertOptions(column_types=dict.fromkeys(names, pyarrow.string()))
@@ -83,6 +91,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _parse_json(text: str, path: Path, first: int) -> Any:
+    """Parse JSON that begins at line ``first`` of a file."""
     try:
         return parse_json(text)
     except json.JSONDecodeError as error:
@@ -102,44 +111,71 @@ def numbered(rows: Iterable[Row]) -> Iterator[tuple[str, Row]]:
 
 def is_hub_name(name: str) -> bool:
     """Whether ``name`` can only mean a hub data set: it does not exist here and does not look like a file."""
-    looks_like_file = name.startswith((".", "/", "~")) or name.lower().endswith(FILE_ENDINGS + _OTHER_FILE_ENDINGS)
-    return not (looks_like_file or is_there(name))
+    is_path = name.startswith((".", "/", "~"))
+    has_file_ending = name.lower().endswith(FILE_ENDINGS + _OTHER_FILE_ENDINGS)
+    return not (is_path or has_file_ending or is_there(name))
 
 
 def split_of(name: str, asked: str | None) -> str:
-    """The split that a set is read from; None is asked of held-out data: registered sets name it, others have test."""
+    """The split that a set is read from.
+
+    Args:
+        name: The set.
+        asked: The split that was asked for; None: that of held-out data, which registered sets name and others call
+            ``test``.
+    """
+    if asked:
+        return asked
     known = _registered(name)
-    return asked or (known.heldout_split if known else "test")
+    return known.heldout_split if known else "test"
 
 
 def local_file(name: str, data_dir: str | None, split: str) -> Path | None:
     """The file that a set is read from, here or in ``data_dir``; None where the set is on the hub.
 
-    A file's name is looked for in the current folder first. A set's name stands for the files of `_stems`.
+    A file's name is looked for in the current folder first. For a set's name, the files of `_stems` are looked for.
+
+    Raises:
+        UserError: If ``data_dir`` is needed and not a folder.
     """
     if not is_hub_name(name):
         file = Path(name).expanduser()
         if data_dir is None or file.exists():
             return file
         return Path(data_dir).expanduser() / file
+
     if data_dir is None:
         return None
     folder = Path(data_dir).expanduser()
     if not folder.is_dir():
         raise UserError(f"data_dir {data_dir} is not a folder; name the one that holds the data files")
-    files = map("".join, product(_stems(name, split), FILE_ENDINGS))
-    return next((folder / file for file in files if (folder / file).is_file()), None)
+    for stem, ending in product(_stems(name, split), FILE_ENDINGS):
+        file = folder / f"{stem}{ending}"
+        if file.is_file():
+            return file
+    return None
 
 
 def _stems(name: str, split: str) -> list[str]:
-    """Names, without ending, of the files that a set may be in: ``NAME_SPLIT``, or ``NAME``, which is not held out."""
+    """Names, without ending, of the files that a set may be in: ``NAME_SPLIT``, and ``NAME`` for the training rows.
+
+    Of a set that is not registered nobody knows which split is held out, so that ``NAME`` serves for each.
+    """
     stem = name.rpartition("/")[2]
-    return [f"{stem}_{split}"] if _registered(name) and split != "train" else [f"{stem}_{split}", stem]
+    is_heldout = _registered(name) is not None and split != "train"
+    if is_heldout:
+        return [f"{stem}_{split}"]
+    return [f"{stem}_{split}", stem]
 
 
 def _registered(name: str) -> TrainingSet | None:
     """The registered set of this name, here or on the hub; None: it is not registered."""
-    return TRAINING_SETS.get(name) or next((known for known in TRAINING_SETS.values() if known.hub_id == name), None)
+    if name in TRAINING_SETS:
+        return TRAINING_SETS[name]
+    for known in TRAINING_SETS.values():
+        if known.hub_id == name:
+            return known
+    return None
 
 
 # Rows of a set
@@ -150,26 +186,46 @@ def find_rows(
 ) -> tuple[Rows, TrainingSet | None]:
     """Find the rows of a file, a registered set, a file in ``data_dir`` or a hub data set.
 
+    Args:
+        name: The file or the set.
+        split: The split of a hub data set; None: that of held-out data.
+        config: Configuration of a hub data set; default: that of the registered set.
+        data_dir: Folder to look for files in before the hub is asked.
+
     Returns:
         The rows, and the registered set, or None.
+
+    Raises:
+        UserError: If the rows cannot be found.
     """
     known = TRAINING_SETS.get(name) if is_hub_name(name) else None
     split = split_of(name, split)
     file = local_file(name, data_dir, split)
     if file is not None:
         rows = read_file(file)
-        return (_of_source(rows, known.source) if known and known.source else rows), known
+        if known and known.source:
+            rows = _of_source(rows, known.source)
+        return rows, known
+
+    # A registered set that is not in data_dir is an error and no download: the folder is meant for machines offline.
     if known and data_dir:
         wanted = ", ".join(f"{stem}.jsonl" for stem in _stems(name, split))
         raise UserError(
             f"data_dir {data_dir} holds none of {wanted} (or .json, .parquet, .gz) for {name}; add one, or leave "
             f"data_dir out to download {known.hub_id}"
         )
+
     if known is None:
-        if "/" not in name and (similar := did_you_mean(name, TRAINING_SETS)):
+        # A misspelt registered name; names of users' data sets on the hub have a slash.
+        similar = did_you_mean(name, TRAINING_SETS)
+        if "/" not in name and similar:
             raise UserError(f"there is no file and no known data set {name!r}{similar}")
         return numbered(load_from_hub(name, config, split)), None
-    found = load_from_hub(known.hub_id, known.config and (config or known.config), split, known.data_files)
+
+    config_of_set = known.config
+    if config_of_set and config:  # a registered set without configurations takes none
+        config_of_set = config
+    found = load_from_hub(known.hub_id, config_of_set, split, known.data_files)
     if known.source:
         found = found.filter(lambda source: source == known.source, input_columns="source")
     return numbered(found), known
@@ -183,10 +239,16 @@ def _of_source(rows: Rows, source: str) -> Iterator[tuple[str, Row]]:
 
 
 def load_from_hub(name: str, config: str | None, split: str, data_files: str | None = None) -> Dataset:
-    """Download one split of a hub data set, or read it from the hub's cache."""
-    asked = {"data_files": data_files} if data_files else {}
+    """Download one split of a hub data set, or read it from the hub's cache.
+
+    Raises:
+        UserError: If the hub does not give it.
+    """
+    options = {}
+    if data_files:
+        options["data_files"] = data_files
     try:
-        return datasets.load_dataset(name, config, split=split, **asked)
+        return datasets.load_dataset(name, config, split=split, **options)
     except Exception as error:  # many types: no network, no such name, no such configuration or split
         raise UserError(
             f"{name!r} is not a local file, and the hub gave no split {split!r} of it: "

@@ -37,8 +37,10 @@ class SplitReport:
     taken: dict[str, int]
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{count:,} of {printable(name)}" for name, count in self.taken.items())
-        mixture = f" ({parts})" if len(self.taken) > 1 else ""
+        mixture = ""
+        if len(self.taken) > 1:
+            parts = [f"{count:,} of {printable(name)}" for name, count in self.taken.items()]
+            mixture = f" ({', '.join(parts)})"
         text = f"read {self.read:,} rows{mixture}: {self.train:,} to train on, {self.heldout:,} held out"
         if self.dropped_overlap:
             text += f"; {self.dropped_overlap:,} left out of training because their prompt is held out"
@@ -46,7 +48,7 @@ class SplitReport:
 
 
 class Splits(NamedTuple):
-    """What ``load_splits`` returns."""
+    """Training rows and held-out rows as examples, and their counts."""
 
     train: Dataset
     heldout: Dataset
@@ -64,6 +66,9 @@ def load_splits(args: DataArguments, seed: int, tokenizer=None, text_field: str 
         seed: Of the rows held out and those a mixture takes.
         tokenizer: Decides about chat or plain text where ``args.as_chat`` does not; None counts as having a template.
         text_field: Name of the column that holds plain text.
+
+    Raises:
+        UserError: If data cannot be read, the arguments contradict each other, or no training row is left.
     """
     check_sizes(args)
     heldout_name = _heldout_name(args)
@@ -73,27 +78,27 @@ def load_splits(args: DataArguments, seed: int, tokenizer=None, text_field: str 
         "text_field": text_field,
         "data_dir": args.data_dir,
     }
-    sets = Reader(split=args.dataset_train_split, config=args.dataset_config, **common).read(args.dataset_name)
+    reader = Reader(split=args.dataset_train_split, config=args.dataset_config, **common)
+    sets = reader.read(args.dataset_name)
     taken = {each.name: each.count for each in sets}
-    read = sum(taken.values())
+    num_read = sum(taken.values())
+
     if heldout_name:
+        # dataset_config is of the training data; held-out data may be another split of the same sets.
         is_of_same_sets = {*_names(heldout_name)} <= {*_names(args.dataset_name)}
-        heldout = load_examples(
-            heldout_name,
-            args.dataset_eval_split,
-            config=args.dataset_config if is_of_same_sets else None,
-            seed=Random(f"heldout-{seed}").randrange(2**31),
-            **common,
-        )
+        config = args.dataset_config if is_of_same_sets else None
+        # Another seed than that of the training rows, so that the two draws are independent.
+        heldout_seed = Random(f"heldout-{seed}").randrange(2**31)
+        heldout = load_examples(heldout_name, args.dataset_eval_split, config=config, seed=heldout_seed, **common)
         train = mix([each.draw(seed) for each in sets], seed)
-        read += len(heldout)
+        num_read += len(heldout)
     else:
         train, heldout = _hold_out(sets, args.eval_split_size, seed)
 
-    train, dropped = _without_heldout(train, heldout, args.dataset_name)
+    train, num_dropped = _without_heldout(train, heldout, args.dataset_name)
     train = _first_rows(train, args.max_train_samples)
     heldout = _first_rows(heldout, args.max_eval_samples)
-    report = SplitReport(read, dropped, len(train), len(heldout), taken)
+    report = SplitReport(num_read, num_dropped, len(train), len(heldout), taken)
     return Splits(train, heldout, report)
 
 
@@ -101,23 +106,33 @@ def _heldout_name(args: DataArguments) -> str | None:
     """Return the set of the held-out data; None: a part of the training data is held out."""
     if not args.dataset_name:
         raise UserError("dataset_name is missing; give a data file or a hub name")
-    of_other_split = ",".join(_names(args.dataset_name)) if args.dataset_eval_split else None
-    name = mixture_text(args.eval_dataset_name) or of_other_split
-    file = next((part for part in _names(name) if not is_hub_name(part)), None)
-    if file and args.dataset_eval_split:
+
+    name = mixture_text(args.eval_dataset_name)
+    if not name and args.dataset_eval_split:
+        # Another split of the training sets, whole: the amounts of a mixture are for training.
+        name = ",".join(_names(args.dataset_name))
+
+    files = [part for part in _names(name) if not is_hub_name(part)]
+    if files and args.dataset_eval_split:
         raise UserError(
-            f"dataset_eval_split is {args.dataset_eval_split!r}, but {file} has no splits; "
+            f"dataset_eval_split is {args.dataset_eval_split!r}, but {files[0]} has no splits; "
             "name the held-out data with eval_dataset_name, or hold out a part with eval_split_size"
         )
-    return name
+    return name or None
 
 
 def _names(mixture: str | None) -> list[str]:
-    return [part.name for part in parse_mixture(mixture)] if mixture else []
+    if not mixture:
+        return []
+    return [part.name for part in parse_mixture(mixture)]
 
 
 def _first_rows(rows: Dataset, limit: int | None) -> Dataset:
-    return rows.select(range(min(len(rows), limit or len(rows))))
+    """The first ``limit`` rows; None: all."""
+    count = len(rows)
+    if limit:
+        count = min(count, limit)
+    return rows.select(range(count))
 
 
 def _without_heldout(train: Dataset, heldout: Dataset, name: str) -> tuple[Dataset, int]:
@@ -139,6 +154,8 @@ def _hold_out(sets: Sequence[ReadSet], size: float, seed: int) -> tuple[Dataset,
     recipe holds out of a set no other recipe with the same fraction and seed trains on. A count is shared among the
     sets in proportion to the rows taken.
     """
+    # held: how many rows of each set are held out. reserved: how many are kept out of training; with a fraction, that
+    # of all rows of the set, though the mixture takes fewer.
     if size < 1:
         held = [max(1, round(size * each.count)) for each in sets]
         reserved = [max(1, round(size * len(each.examples))) for each in sets]
@@ -154,12 +171,17 @@ def _hold_out(sets: Sequence[ReadSet], size: float, seed: int) -> tuple[Dataset,
                 f"eval_split_size {size:g} holds out {num_held:,} of the {each.count:,} rows of {each.name}, "
                 "which leaves none to train on; make it smaller"
             )
+
+        # Rows by the seeded hash of their prompt: the order of the file does not matter, rows of one prompt stay
+        # together, and a larger share contains a smaller one.
         prompts = [prompt_digest(example) for example in each.examples]
         ids = each.examples["id"][:]
         hashes = [digest(str(seed).encode() + bytes.fromhex(prompt)) for prompt in prompts]
         ranked = sorted(range(len(prompts)), key=lambda n: (hashes[n], ids[n]))
+
         pool = sorted(ranked[num_reserved:])
-        if each.count < len(prompts):  # another row of a reserved prompt: its turn may come in another recipe
+        if each.count < len(prompts):
+            # The last reserved prompt may have more rows behind the limit, which another recipe could hold out.
             reserved_prompts = {prompts[index] for index in ranked[:num_reserved]}
             pool = [index for index in pool if prompts[index] not in reserved_prompts]
         trains.append(each.draw(seed, pool, each.count - num_held))
@@ -171,15 +193,21 @@ def _shares(count: int, sizes: Sequence[int]) -> list[int]:
     """Divide ``count`` in proportion to ``sizes``, the largest remainders rounded up; at least 1 each."""
     exact = [count * size / sum(sizes) for size in sizes]
     shares = [int(share) for share in exact]
-    by_remainder = sorted(range(len(sizes)), key=lambda n: shares[n] - exact[n])
-    for n in by_remainder[: count - sum(shares)]:
+    by_remainder = sorted(range(len(sizes)), key=lambda n: shares[n] - exact[n])  # the largest first
+    num_missing = count - sum(shares)
+    for n in by_remainder[:num_missing]:
         shares[n] += 1
     return [max(1, share) for share in shares]
 
 
 def prompt_digest(example: Row) -> str:
-    """Hash the words before the first answer, without system messages: two examples are the same if these agree."""
-    if "messages" in example or not isinstance(example.get("prompt", ""), str):
+    """Hash the words before the first answer, without system messages: two examples are the same if these agree.
+
+    Args:
+        example: A row of ``load_examples``: messages, prompt and completion, or plain text.
+    """
+    is_chat = "messages" in example or not isinstance(example.get("prompt", ""), str)
+    if is_chat:
         messages = example.get("messages") or example["prompt"]
         opening = []
         for message in messages:
@@ -188,6 +216,9 @@ def prompt_digest(example: Row) -> str:
             if message["role"] != "system":
                 opening.append(message["content"])
         text = "\n".join(opening)
+    elif "prompt" in example:
+        text = example["prompt"]
     else:
-        text = example["prompt"] if "prompt" in example else example["text"]
-    return digest(" ".join(text.split()))
+        text = example["text"]
+    words = text.split()
+    return digest(" ".join(words))

@@ -30,8 +30,9 @@ def tokenize_example(
 ) -> dict[str, list[int]]:
     """Turn an example into token ids and labels; the one tokenisation for training and for evaluation.
 
-    The loss is taken on the completion, or on every assistant turn of ``messages`` (what the chat template writes after
-    the turn's header, with the end-of-turn token), or on all of a text. Plain text ends with the end-of-sequence token.
+    The loss is taken on the completion, or on every assistant turn of ``messages`` (the text that the chat template
+    writes after the turn's header, with the end-of-turn token), or on all of a text. Plain text ends with the
+    end-of-sequence token.
     As in TRL, a completion starts where the tokens of the prompt alone and of the whole diverge: a token that spans the
     border is trained on. Spaces at the end of a plain prompt belong to the completion: most tokenizers join a space to
     the word after it. The first token has no label, nor has an assistant turn that opens a conversation.
@@ -44,6 +45,9 @@ def tokenize_example(
 
     Returns:
         ``input_ids`` and ``labels``, equally long; a label is the token's id, or -100 for no loss.
+
+    Raises:
+        UserError: If the tokenizer lacks an eos_token or chat template that the example needs, or the template fails.
     """
     text, spans, templated = _render_spans(example, tokenizer)
     input_ids = _encode(tokenizer, text, templated)
@@ -52,10 +56,12 @@ def tokenize_example(
             raise UserError("the tokenizer has no eos_token, so the model cannot learn to stop; set one")
         if input_ids[-1:] != [tokenizer.eos_token_id]:
             input_ids.append(tokenizer.eos_token_id)
+
     labels = [IGNORED] * len(input_ids)
     if not completion_only_loss:
         spans = [("", text)]
     for before, until in spans:
+        # The borders of a part in tokens: where the tokens of the text up to there diverge from those of the whole.
         start = 1  # no model predicts the first token
         if before:
             start = max(1, _common_length(_encode(tokenizer, before, templated), input_ids))
@@ -73,8 +79,11 @@ def prompt_of(example: Row) -> str | list[dict]:
         UserError: If the example is plain text.
     """
     if "messages" in example:
-        turns = [n for n, message in enumerate(example["messages"]) if message["role"] == "assistant"]
-        return example["messages"][: turns[-1]] if turns else example["messages"]
+        messages = example["messages"]
+        turns = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+        if not turns:
+            return messages
+        return messages[: turns[-1]]
     if "prompt" in example:
         return example["prompt"]
     raise UserError("plain text has no prompt to generate from; give data with prompts")
@@ -84,9 +93,14 @@ def prompt_ids(example: Row, tokenizer) -> list[int]:
     """Return the token ids after which a model generates its answer: those before the (last) assistant turn."""
     prompt = prompt_of(example)
     if not isinstance(prompt, str):
-        return _encode(tokenizer, _render(prompt, tokenizer, generation=True), templated=True)
+        text = _render(prompt, tokenizer, generation=True)
+        return _encode(tokenizer, text, templated=True)
+
     ids = _encode(tokenizer, _without_last_spaces(prompt), templated=False)
-    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some tokenizers end every text with it
+    # Some tokenizers end every text with the end-of-sequence token, after which a model would answer nothing.
+    if ids[-1:] == [tokenizer.eos_token_id]:
+        return ids[:-1]
+    return ids
 
 
 def tokenize_dataset(
@@ -110,27 +124,37 @@ def tokenize_dataset(
         if None in clusters:
             row = dataset["id"][clusters.index(None)]
             raise UserError(f"row {row} has no cluster_id, and others have one; give it to every row, or to none")
+
+    dropped_columns = [column for column in dataset.column_names if column not in ("id", "cluster_id")]
     tokenized = dataset.map(
         lambda example: tokenize_example(example, tokenizer, **kwargs),
-        remove_columns=[column for column in dataset.column_names if column not in ("id", "cluster_id")],
+        remove_columns=dropped_columns,
         desc="Tokenizing",
         num_proc=num_proc,
         load_from_cache_file=False,  # the cache would not see that this module has changed
     )
-    kept = [n for n, labels in enumerate(tokenized["labels"]) if any(label != IGNORED for label in labels)]
+
+    kept = []
+    for n, labels in enumerate(tokenized["labels"]):
+        has_label = any(label != IGNORED for label in labels)
+        if has_label:
+            kept.append(n)
     if not kept:
         raise UserError(
             f"every label is masked in all {len(dataset):,} rows: with max_length {max_length}, no token of an answer "
             "is left to learn from; raise max_length, or check that the rows have answers (assistant turns)"
         )
+
     _warn_of_torn_prompt(dataset[0], tokenized[0]["input_ids"], tokenizer)
-    if len(kept) < len(tokenized):
-        left_out = f"{len(tokenized) - len(kept):,} of {len(tokenized):,} rows are left out"
+    num_left_out = len(tokenized) - len(kept)
+    if num_left_out > 0:
+        left_out = f"{num_left_out:,} of {len(tokenized):,} rows are left out"
         logger.warning("%s: within max_length %s they have no token to learn from", left_out, max_length)
     return tokenized.select(kept)
 
 
 def _warn_of_torn_prompt(example: Row, input_ids: list[int], tokenizer) -> None:
+    """Warn if a token spans the border between a prompt and its completion, by the first row."""
     if "prompt" not in example:
         return
     ids = prompt_ids(example, tokenizer)[: len(input_ids)]
@@ -146,10 +170,14 @@ def _warn_of_torn_prompt(example: Row, input_ids: list[int], tokenizer) -> None:
 def tokenizer_rules(tokenizer) -> dict[str, Any]:
     """Return the rules that turn text into tokens: vocabulary, merges, normalisation, special tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    if backend is None:
+        content = tokenizer.get_vocab()
+    else:
+        content = json.loads(backend.to_str())
+    # Truncation and padding are those of the last call, and no rules.
+    rules = {key: value for key, value in content.items() if key not in ("truncation", "padding")}
     return {
-        # Truncation and padding are those of the last call.
-        "tokenizer": {key: value for key, value in content.items() if key not in ("truncation", "padding")},
+        "tokenizer": rules,
         "special_tokens": tokenizer.special_tokens_map,
         "added": [getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token")],
     }
@@ -157,7 +185,10 @@ def tokenizer_rules(tokenizer) -> dict[str, Any]:
 
 def supervised_token_count(dataset: Dataset) -> int:
     """Return the number of tokens with a label in a tokenised data set: those that one epoch takes the loss on."""
-    return sum(label != IGNORED for labels in dataset["labels"] for label in labels)
+    count = 0
+    for labels in dataset["labels"]:
+        count += len(labels) - labels.count(IGNORED)
+    return count
 
 
 def format_sample(tokenized_row: Row, tokenizer, max_chars: int = 600) -> str:
@@ -167,13 +198,15 @@ def format_sample(tokenized_row: Row, tokenizer, max_chars: int = 600) -> str:
     """
     parts = []
     pairs = zip(tokenized_row["input_ids"], tokenized_row["labels"], strict=True)
-    for supervised, stretch in itertools.groupby(pairs, lambda pair: pair[1] != IGNORED):
+    for is_supervised, stretch in itertools.groupby(pairs, lambda pair: pair[1] != IGNORED):
         ids = [token for token, _ in stretch]
         text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         if len(text) > max_chars:
-            text = f"{text[: max_chars // 2]} ... {text[-(max_chars // 2) :]}"
-        text = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
-        parts.append(f"[[{text}]]" if supervised else text)
+            half = max_chars // 2
+            text = f"{text[:half]} ... {text[-half:]}"
+        # The row may be a stranger's, and control characters could rewrite the terminal.
+        text = "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
+        parts.append(f"[[{text}]]" if is_supervised else text)
     return "".join(parts)
 
 
@@ -183,15 +216,20 @@ def _render_spans(example: Row, tokenizer) -> tuple[str, list[tuple[str, str]], 
     A part is a pair (before, until): the text up to where it begins, and up to where it ends.
     """
     if "messages" in example:
-        return *_assistant_turns(example["messages"], tokenizer), True
+        text, spans = _assistant_turns(example["messages"], tokenizer)
+        return text, spans, True
     if "prompt" not in example:
-        return example["text"], [("", example["text"])], False
+        text = example["text"]
+        return text, [("", text)], False
+
     prompt = example["prompt"]
     completion = example["completion"]
     if isinstance(prompt, str):
-        return prompt + completion, [(_without_last_spaces(prompt), prompt + completion)], False
+        text = prompt + completion
+        return text, [(_without_last_spaces(prompt), text)], False
     text = _render(prompt + completion, tokenizer)
-    return text, [(_render(prompt, tokenizer, generation=True), text)], True
+    before = _render(prompt, tokenizer, generation=True)
+    return text, [(before, text)], True
 
 
 def _without_last_spaces(prompt: str) -> str:
@@ -200,13 +238,20 @@ def _without_last_spaces(prompt: str) -> str:
 
 
 def _assistant_turns(messages: list[Message], tokenizer) -> tuple[str, list[tuple[str, str]]]:
+    """Text of a conversation, and its assistant turns as pairs (before, until).
+
+    Templates do not tell where turns are, so that the conversation is rendered up to each turn's header and end.
+    """
     text = _render(messages, tokenizer)
     spans = []
     for n, message in enumerate(messages):
-        if message["role"] != "assistant" or n == 0:  # before the first message, templates have no header to render
+        # Before the first message, templates have no header to render.
+        if message["role"] != "assistant" or n == 0:
             continue
+
         before = _render(messages[:n], tokenizer, generation=True)
-        until = text if n == len(messages) - 1 else _render(messages[: n + 1], tokenizer)
+        is_last = n == len(messages) - 1
+        until = text if is_last else _render(messages[: n + 1], tokenizer)
         spans.append((before, _as_earlier_turn(message, text, before, until)))
     return text, spans
 
@@ -219,13 +264,17 @@ def _as_earlier_turn(message: Message, text: str, before: str, until: str) -> st
     """
     if text.startswith(until):
         return until
+
     start = _common_length(before, text)
     turn = until[_common_length(before, until) :]
     # The longest stretch after ``before`` that is in the turn: if one is not, no longer one is, so bisection finds it.
     lengths = range(1, len(turn) + 1)
     length = bisect.bisect_left(lengths, True, key=lambda n: text[start : start + n] not in turn)
     found = text[start : start + length]
-    if any(word not in found for word in message["content"].split()[-1:]):
+
+    # A stretch without the turn's last word (if it has one) is not the turn.
+    last_word = message["content"].split()[-1:]
+    if any(word not in found for word in last_word):
         raise UserError(
             "the chat template rewrites an assistant turn once more messages follow, so its tokens cannot be told "
             f"apart: {_shortened(message['content'])!r}; give such data as prompt and completion"
@@ -242,7 +291,8 @@ def _render(messages: list[Message], tokenizer, generation: bool = False) -> str
     # Llama 3.2's template would write the day of the run: other tokens than yesterday, and no cache or checkpoint fits.
     date = "26 Jul 2024"  # the template's default
     opening = _shortened(messages[0]["content"])
-    with time_limit(_TEMPLATE_SECONDS, f"the chat template takes more than {_TEMPLATE_SECONDS:g} s for {opening!r}"):
+    problem = f"the chat template takes more than {_TEMPLATE_SECONDS:g} s for {opening!r}"
+    with time_limit(_TEMPLATE_SECONDS, problem):
         try:
             return tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=generation, date_string=date
@@ -261,8 +311,14 @@ def _encode(tokenizer, text: str, templated: bool) -> list[int]:
 
 
 def _common_length(a: Sequence, b: Sequence) -> int:
-    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    """Length of the longest common beginning of two sequences."""
+    for n, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return n
+    return min(len(a), len(b))
 
 
 def _shortened(text: str, length: int = 60) -> str:
-    return text if len(text) <= length else text[:length] + "..."
+    if len(text) <= length:
+        return text
+    return text[:length] + "..."
