@@ -20,7 +20,7 @@ class FixedMask:
 
     Attributes:
         keys: (weight, statistic, generator) -> ranking values in the shape of the weight; the lowest are removed. The
-            statistic is measured on training rows: None, or what one of the next two asks for.
+            statistic is measured on training rows, as one of the next two attributes says; None if neither is set.
         of_inputs: The statistic is the L2 norm of each input of the weight; weights are then compared within an output,
             whose scale they share.
         of_gradients: The statistic is the gradient of the loss with respect to the weight, float32, in its shape.
@@ -37,7 +37,9 @@ def _random(weight: Tensor, norms: Tensor | None, generator: torch.Generator) ->
 
 def _magnitude(weight: Tensor, norms: Tensor | None, generator: torch.Generator) -> Tensor:
     keys = ranking_keys(weight).view(weight.shape)
-    return keys if norms is None else keys * norms
+    if norms is None:
+        return keys
+    return keys * norms  # Wanda
 
 
 FIXED_MASKS = {
@@ -67,6 +69,12 @@ def fixed_masks(
         input_norms: Where it looks at inputs: per weight the L2 norm of each input, shape (1, I) or, for a weight
             of shape (I, O), (I, 1).
         gradients: Where it looks at gradients: per weight that of the loss, in its shape.
+
+    Returns:
+        One mask per weight, in its shape.
+
+    Raises:
+        UserError: If a weight is not finite.
     """
     for number, weight in enumerate(weights, start=1):
         if not weight.is_meta and not bool(weight.isfinite().all()):
@@ -74,19 +82,29 @@ def fixed_masks(
                 f"the base's weights hold NaN or inf (in matrix {number} of {len(weights)}), so {kind} cannot be made; "
                 "check the base model"
             )
-    made = FIXED_MASKS[kind]
-    generator = torch.Generator().manual_seed(seed)
+
+    method = FIXED_MASKS[kind]
     statistics: Sequence[Tensor | None] = [None] * len(weights)
-    if made.of_inputs:
+    if method.of_inputs:
         statistics = input_norms
-    elif made.of_gradients:
+    elif method.of_gradients:
         statistics = gradients
-    keys = [made.keys(weight, seen, generator) for weight, seen in zip(weights, statistics, strict=True)]
-    counts = [num_removed(key.numel(), sparsity) for key in keys] if counts is None else counts
-    if made.of_inputs:
-        output_dims = [int(norm.shape[0] != 1) for norm in input_norms]
-        return [_remove_lowest_per_output(*each) for each in zip(keys, counts, output_dims, strict=True)]
-    return [mask_without_lowest(key, count, "signed") for key, count in zip(keys, counts, strict=True)]
+
+    # One stream of random numbers for all matrices, in their order.
+    generator = torch.Generator().manual_seed(seed)
+    keys = [method.keys(weight, statistic, generator) for weight, statistic in zip(weights, statistics, strict=True)]
+    if counts is None:
+        counts = [num_removed(weight.numel(), sparsity) for weight in weights]
+
+    masks = []
+    if method.of_inputs:
+        for keys_of_weight, count, norms in zip(keys, counts, input_norms, strict=True):
+            output_dim = 0 if norms.shape[0] == 1 else 1
+            masks.append(_remove_lowest_per_output(keys_of_weight, count, output_dim))
+    else:
+        for keys_of_weight, count in zip(keys, counts, strict=True):
+            masks.append(mask_without_lowest(keys_of_weight, count, "signed"))
+    return masks
 
 
 def _remove_lowest_per_output(keys: Tensor, num: int, output_dim: int) -> Tensor:
@@ -94,15 +112,23 @@ def _remove_lowest_per_output(keys: Tensor, num: int, output_dim: int) -> Tensor
 
     Wanda compares a weight with the other inputs of its output only: those of others have another scale.
     """
-    each, extra = divmod(num, keys.shape[output_dim])
-    limits_O = torch.full((keys.shape[output_dim],), each, device=keys.device)
-    limits_O[:extra] += 1
+    num_outputs = keys.shape[output_dim]
+    num_each, num_extra = divmod(num, num_outputs)
+    limits_O = torch.full((num_outputs,), num_each, device=keys.device)
+    limits_O[:num_extra] += 1
     return ranks_per_output(keys, output_dim) >= limits_O.unsqueeze(1 - output_dim)
 
 
 def ranks_per_output(keys: Tensor, output_dim: int) -> Tensor:
-    """Rank (int64, from 0) of each of ``keys`` among those of its output; ties in index order."""
-    order = keys.argsort(dim=1 - output_dim, stable=True)
-    places = torch.arange(keys.shape[1 - output_dim], device=keys.device)
-    places = places[None] if output_dim == 0 else places[:, None]
-    return torch.empty_like(order).scatter_(1 - output_dim, order, places.expand_as(order))
+    """Rank (int64, from 0) of each of ``keys`` among those of its output; ties in index order.
+
+    Args:
+        keys: Ranking values of a matrix.
+        output_dim: Its dimension of outputs: 0, or 1 where the weight is stored transposed.
+    """
+    input_dim = 1 - output_dim
+    order = keys.argsort(dim=input_dim, stable=True)
+    ranks = torch.arange(keys.shape[input_dim], device=keys.device)
+    ranks = ranks[None] if output_dim == 0 else ranks[:, None]
+    # The inverse permutation: the entry that is sorted to place r gets rank r.
+    return torch.empty_like(order).scatter_(input_dim, order, ranks.expand_as(order))

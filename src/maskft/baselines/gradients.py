@@ -32,16 +32,20 @@ def weight_gradients(model: Any, layers: Sequence[MaskedLinear], rows: Iterable[
     weights = [layer.weight for layer in layers]
     totals = [torch.zeros(weight.shape, device=weight.device) for weight in weights]
     num_tokens = 0
+
+    # autograd.grad below takes these weights alone; backward() would fill .grad of every trainable parameter.
     for weight in weights:
         weight.requires_grad_(True)
     try:
         for row in rows:
             ids_BT = torch.as_tensor(row["input_ids"], device=weights[0].device)[None]
             labels_BT = torch.as_tensor(row["labels"], device=weights[0].device)[None]
-            count = int((labels_BT[:, 1:] != _IGNORED).sum())
             with torch.enable_grad():
                 loss = model(input_ids=ids_BT, labels=labels_BT, use_cache=False).loss
             gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+
+            # The loss is a mean over the tokens of the row; the first token has no prediction.
+            count = int((labels_BT[:, 1:] != _IGNORED).sum())
             num_tokens += count
             for layer, total, gradient in zip(layers, totals, gradients, strict=True):
                 if gradient is None:

@@ -28,23 +28,27 @@ def wanda_keys(model: Any, rows: Iterable[Sequence[int] | Tensor], adapter_name:
         Module name -> float32 ranks in the shape of its weight.
 
     Raises:
-        UserError: If a layer sees no token of the rows.
+        UserError: If the model has no such adapter, or a layer sees no token of the rows.
     """
     layers = list(adapter_layers(model, adapter_name).values())
     if not layers or not hasattr(model, "disable_adapter"):
         raise UserError(f"the model has no mask adapter named {adapter_name!r}: pass what get_peft_model returned")
-    is_training = model.training
+
+    was_training = model.training
     model.eval()
     try:
         with cast(Any, model).disable_adapter():
             norms = input_norms(model, layers, rows)
     finally:
-        model.train(is_training)
-    weights = [layer.get_base_weight().float().abs() for layer in layers]
-    return {
-        layer.module_name: ranks_per_output(weight * norm, output_dim=int(layer.is_transposed)).float()
-        for weight, norm, layer in zip(weights, norms, layers, strict=True)
-    }
+        model.train(was_training)
+
+    keys = {}
+    for layer, norms_of_layer in zip(layers, norms, strict=True):
+        magnitudes = layer.get_base_weight().float().abs()
+        output_dim = 1 if layer.is_transposed else 0
+        ranks = ranks_per_output(magnitudes * norms_of_layer, output_dim)
+        keys[layer.module_name] = ranks.float()
+    return keys
 
 
 @torch.inference_mode()
@@ -60,31 +64,40 @@ def input_norms(model: Any, layers: Sequence[MaskedLinear], rows: Iterable[Seque
 
     Returns:
         One float32 tensor per layer, (1, I), or (I, 1) where the weight is stored transposed.
+
+    Raises:
+        UserError: If a row is not a list of token ids, or a layer sees no token.
     """
-    squares: list[Any] = [0.0] * len(layers)  # sums over all tokens seen so far, (I,); 0.0: none was seen
+    # Per layer, the sum of squares over all tokens seen so far, (I,); None: it has seen no token.
+    squares: list[Tensor | None] = [None] * len(layers)
 
     def add(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x_TI = args[0].detach().reshape(-1, args[0].shape[-1])
-            squares[index] = squares[index] + x_TI.float().pow(2).sum(0)
+            squares_I = x_TI.float().pow(2).sum(0)
+            before = squares[index]
+            squares[index] = squares_I if before is None else before + squares_I
 
         return hook
 
     hooks = [layer.register_forward_pre_hook(add(n)) for n, layer in enumerate(layers)]
     try:
         for row in rows:
-            ids = None if isinstance(row, Mapping | str) else torch.as_tensor(row, device=layers[0].weight.device)
+            # Likely mistakes: a row of a data set, which is a mapping, and a text.
+            is_of_tokens = not isinstance(row, Mapping | str)
+            ids = torch.as_tensor(row, device=layers[0].weight.device) if is_of_tokens else None
             if ids is None or ids.dim() != 1 or ids.dtype.is_floating_point:
                 raise UserError("a calibration row is not a list of token ids; give input_ids, without padding")
             model(input_ids=ids[None], use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
-    idle = [layer.module_name for layer, total in zip(layers, squares, strict=True) if isinstance(total, float)]
-    if idle:
-        raise UserError(f"no calibration row reached {idle[0]}; leave it out of target_modules, or give more rows")
+
     norms = []
-    for layer, total in zip(layers, squares, strict=True):
-        norms_I = total.sqrt()
+    for layer, squares_I in zip(layers, squares, strict=True):
+        if squares_I is None:
+            name = layer.module_name
+            raise UserError(f"no calibration row reached {name}; leave it out of target_modules, or give more rows")
+        norms_I = squares_I.sqrt()
         norms.append(norms_I[:, None] if layer.is_transposed else norms_I[None, :])
     return norms

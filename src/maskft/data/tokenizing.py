@@ -187,7 +187,7 @@ def supervised_token_count(dataset: Dataset) -> int:
     """Return the number of tokens with a label in a tokenised data set: those that one epoch takes the loss on."""
     count = 0
     for labels in dataset["labels"]:
-        count += len(labels) - labels.count(IGNORED)
+        count += sum(label != IGNORED for label in labels)
     return count
 
 

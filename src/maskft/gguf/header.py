@@ -20,6 +20,7 @@ MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _COUNTS = struct.Struct("<4sIQQ")  # magic, version, number of tensors, number of metadata keys
 _ALIGNMENT = 32  # unless general.alignment says otherwise
+# GGUF's numbers of the types of metadata values; those of scalars with struct's codes.
 STRING = 8
 ARRAY = 9
 UINT64 = 10
@@ -94,10 +95,13 @@ class _Cursor:
         return content.decode("utf-8")
 
     def value(self, kind: int) -> Any:
+        """The value of one metadata key, see :attr:`GgufHead.metadata`."""
         if kind == STRING:
             return self.string()
         if kind != ARRAY:
-            return self.take(_SCALARS[kind])[0]
+            (scalar,) = self.take(_SCALARS[kind])
+            return scalar
+
         element_kind, length = self.take("IQ")
         if element_kind in _SCALARS:
             return self.take(f"{length}{_SCALARS[element_kind]}")
@@ -120,17 +124,20 @@ def read_head(path: str | Path) -> GgufHead:
         UserError: If there is no such file, if it is not a GGUF file, one of several parts, or cut.
     """
     path = Path(path)
+    if not path.exists():
+        raise UserError(f"{str(path)!r} does not exist")
     if not path.is_file():
-        raise UserError(f"{str(path)!r} does not exist" if not path.exists() else f"{str(path)!r} is not a file")
+        raise UserError(f"{str(path)!r} is not a file")
+
     with path.open("rb") as file:
         if file.read(4) != MAGIC:
             raise UserError(f"{str(path)!r} is not a GGUF file: it does not start with the letters GGUF")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
                 head = _walk(path, data)
+            except UserError:
+                raise
             except (struct.error, ValueError, TypeError, KeyError, ArithmeticError, MemoryError) as error:
-                if isinstance(error, UserError):
-                    raise
                 raise UserError(
                     f"{str(path)!r} is cut or damaged: its head cannot be read ({type(error).__name__}: {error}); "
                     "download it again"
@@ -140,6 +147,7 @@ def read_head(path: str | Path) -> GgufHead:
 
 
 def _walk(path: Path, data: mmap.mmap) -> GgufHead:
+    """Read a head from its first byte to its last: counts, metadata, table of tensors."""
     cursor = _Cursor(data)
     _, version, num_tensors, num_keys = cursor.take("4sIQQ")
     if version not in _VERSIONS:
@@ -151,7 +159,8 @@ def _walk(path: Path, data: mmap.mmap) -> GgufHead:
     for _ in range(num_keys):
         start = cursor.at
         key = cursor.string()
-        metadata[key] = cursor.value(*cursor.take("I"))
+        (kind,) = cursor.take("I")
+        metadata[key] = cursor.value(kind)
         keys[key] = (start, cursor.at)
 
     infos_start = cursor.at
@@ -159,19 +168,20 @@ def _walk(path: Path, data: mmap.mmap) -> GgufHead:
     for _ in range(num_tensors):
         name = cursor.string()
         (num_dims,) = cursor.take("I")
-        shape = cursor.take(f"{num_dims}Q")[::-1]
+        shape = cursor.take(f"{num_dims}Q")[::-1]  # ggml counts dimensions from the innermost
         kind, offset = cursor.take("IQ")
         found.append((name, shape, kind, offset))
+    infos = (infos_start, cursor.at)
 
     alignment = int(metadata.get("general.alignment", _ALIGNMENT))
     if alignment < 1:
         raise ValueError(f"general.alignment is {alignment}")
-    data_start = -(-cursor.at // alignment) * alignment
-    tensors = {
-        name: TensorPlace(shape, kind, data_start + offset, _num_bytes(shape, kind))
-        for name, shape, kind, offset in found
-    }
-    return GgufHead(path, len(data), metadata, keys, tensors, (infos_start, cursor.at), data_start, version)
+    data_start = -(-cursor.at // alignment) * alignment  # rounded up
+
+    tensors = {}
+    for name, shape, kind, offset in found:
+        tensors[name] = TensorPlace(shape, kind, data_start + offset, _num_bytes(shape, kind))
+    return GgufHead(path, len(data), metadata, keys, tensors, infos, data_start, version)
 
 
 def _num_bytes(shape: tuple[int, ...], kind: int) -> int | None:
@@ -201,20 +211,31 @@ def _check_whole(head: GgufHead) -> None:
 
 
 def head_bytes(head: GgufHead, added: dict[str, str | int] | None = None, without: str | None = None) -> bytes:
-    """The head written again, as long as its alignment needs; tensors keep their places after it.
+    """The head with other keys, padded to its alignment.
+
+    The offsets in the table of tensors count from the end of the head, so that the table is copied as it is.
 
     Args:
         head: The head.
         added: Keys to add after the others: texts, and whole numbers of 64 bits.
         without: Leave out the keys that start with this.
     """
+    infos_start, infos_end = head.infos
     with head.path.open("rb") as file:
-        old = file.read(head.infos[1])
-    kept = [old[start:end] for key, (start, end) in head.keys.items() if not (without and key.startswith(without))]
-    new = [_key_bytes(key, value) for key, value in (added or {}).items()]
-    counts = _COUNTS.pack(MAGIC, head.version, len(head.tensors), len(kept) + len(new))
-    content = counts + b"".join(kept) + b"".join(new) + old[head.infos[0] : head.infos[1]]
-    return content + bytes(-len(content) % head.alignment)
+        old = file.read(infos_end)
+
+    keys = []
+    for key, (start, end) in head.keys.items():
+        is_left_out = without and key.startswith(without)
+        if not is_left_out:
+            keys.append(old[start:end])
+    for key, value in (added or {}).items():
+        keys.append(_key_bytes(key, value))
+
+    counts = _COUNTS.pack(MAGIC, head.version, len(head.tensors), len(keys))
+    content = counts + b"".join(keys) + old[infos_start:infos_end]
+    padding = bytes(-len(content) % head.alignment)
+    return content + padding
 
 
 def _key_bytes(key: str, value: str | int) -> bytes:

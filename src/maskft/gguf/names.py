@@ -16,8 +16,11 @@ from .zero_codes import why_no_zero
 _PERMUTED = ("llama", "mistral3")
 _AS_IN_TRANSFORMERS = ("gemma", "gemma2", "gemma3", "phi3", "qwen2", "qwen3")
 ARCHITECTURES = (*_PERMUTED, *_AS_IN_TRANSFORMERS)
-_MAX_BLOCKS = 2_000  # gguf makes a table of names for each
+_MAX_BLOCKS = 2_000  # of layers; gguf makes a table of names for each
+# Part of a tensor's name -> the metadata key of its number of heads, behind "ARCHITECTURE.attention.".
 _HEADS = {"attn_q": "head_count", "attn_k": "head_count_kv"}
+# Part of a tensor's name -> the tensor that some converters fuse it into.
+_FUSED = {"attn_q": "attn_qkv", "attn_k": "attn_qkv", "attn_v": "attn_qkv", "ffn_gate": "ffn_up"}
 
 
 def find_tensors(head: GgufHead, modules: Mapping[str, tuple[int, int]]) -> dict[str, str]:
@@ -44,12 +47,14 @@ def find_tensors(head: GgufHead, modules: Mapping[str, tuple[int, int]]) -> dict
                 f"{str(head.path)!r} is a file of another model: {tensor} has shape {place.shape}, the mask of "
                 f"{module} {tuple(shape)}"
             )
-        if reason := why_no_zero(tensor, place.kind):
+        reason = why_no_zero(tensor, place.kind)
+        if reason is not None:
             raise UserError(f"{str(head.path)!r}: {reason}")
     return names
 
 
 def _tensor_names(head: GgufHead, modules: Iterable[str]) -> dict[str, str]:
+    """Names of the tensors of modules, by the tables of llama.cpp's Python package; not looked up in the file."""
     try:
         from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
     except ImportError as error:
@@ -88,7 +93,7 @@ def _tensor_names(head: GgufHead, modules: Iterable[str]) -> dict[str, str]:
 
 def _why_missing(head: GgufHead, tensor: str) -> str:
     block, _, part = tensor.removesuffix(".weight").rpartition(".")
-    fused = {"attn_q": "attn_qkv", "attn_k": "attn_qkv", "attn_v": "attn_qkv", "ffn_gate": "ffn_up"}.get(part)
+    fused = _FUSED.get(part)
     if fused is not None and f"{block}.{fused}.weight" in head.tensors:
         return f": the file holds it fused in {block}.{fused}; convert the model without fusing, or mask other layers"
     if tensor == "output.weight":
@@ -105,7 +110,10 @@ def to_file_order(head: GgufHead, tensor: str, matrix: Tensor) -> Tensor:
     num_heads = _heads(head, tensor)
     if num_heads is None:
         return matrix
-    return matrix.reshape(num_heads, 2, -1, matrix.shape[1]).transpose(1, 2).reshape(matrix.shape)
+    # Rows by (head, which of the pair, pair) become rows by (head, pair, which of the pair).
+    num_columns = matrix.shape[1]
+    pairs = matrix.reshape(num_heads, 2, -1, num_columns)
+    return pairs.transpose(1, 2).reshape(matrix.shape)
 
 
 def from_file_order(head: GgufHead, tensor: str, matrix: Tensor) -> Tensor:
@@ -113,11 +121,13 @@ def from_file_order(head: GgufHead, tensor: str, matrix: Tensor) -> Tensor:
     num_heads = _heads(head, tensor)
     if num_heads is None:
         return matrix
-    return matrix.reshape(num_heads, -1, 2, matrix.shape[1]).transpose(1, 2).reshape(matrix.shape)
+    num_columns = matrix.shape[1]
+    pairs = matrix.reshape(num_heads, -1, 2, num_columns)
+    return pairs.transpose(1, 2).reshape(matrix.shape)
 
 
 def _heads(head: GgufHead, tensor: str) -> int | None:
-    """Number of heads of a tensor whose rows the file has in another order."""
+    """Number of heads of a tensor whose rows the file has in another order; None: they have transformers' order."""
     architecture = head.metadata["general.architecture"]
     part = tensor.removesuffix(".weight").rpartition(".")[2]
     if architecture not in _PERMUTED or part not in _HEADS:
@@ -125,7 +135,9 @@ def _heads(head: GgufHead, tensor: str) -> int | None:
     key = f"{architecture}.attention.{_HEADS[part]}"
     # A model without groups of heads need not name the number of its keys' heads.
     value = head.metadata.get(key, head.metadata.get(f"{architecture}.attention.head_count"))
-    if not isinstance(value, int) or value < 1 or head.tensors[tensor].shape[0] % (2 * value):
+    num_rows = head.tensors[tensor].shape[0]
+    is_valid = isinstance(value, int) and value >= 1 and num_rows % (2 * value) == 0
+    if not is_valid:
         raise UserError(f"{str(head.path)!r}: {key} is {value}, which does not divide the rows of {tensor} into heads")
     return value
 

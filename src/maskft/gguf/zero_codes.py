@@ -65,58 +65,92 @@ class Format:
 
 def _float_format(name: str, num_bytes: int) -> Format:
     """A format of single floats, whose bit pattern is the code; +0.0 is all zeros."""
-    fields = tuple(Field(torch.tensor([k]), torch.tensor([0]), width=8, offset=8 * k) for k in range(num_bytes))
-    return Format(name, 1, num_bytes, zero=0, code_bytes=num_bytes, fields=fields)
+    fields = []
+    for byte in range(num_bytes):
+        fields.append(Field(byte_of=torch.tensor([byte]), shift_of=torch.tensor([0]), width=8, offset=8 * byte))
+    return Format(name, block_size=1, block_bytes=num_bytes, zero=0, code_bytes=num_bytes, fields=tuple(fields))
 
 
-def _formats() -> dict[int, Format]:
-    j32 = torch.arange(32)
-    # In blocks of 32, byte k of the nibbles has weight k in its low half and weight k + 16 in its high half.
-    nibble = {"byte_of": j32 % 16, "shift_of": 4 * (j32 // 16), "width": 4}
-    zeros32 = torch.zeros(32, dtype=torch.int64)
+def _formats_of_32() -> dict[int, Format]:
+    """Formats whose blocks hold 32 weights; each block begins with a float16 scale, two bytes."""
+    weight = torch.arange(32)
+    # Byte k of the nibbles has weight k in its low half and weight k + 16 in its high half.
+    nibble_byte = weight % 16
+    nibble_shift = 4 * (weight // 16)
 
-    j256 = torch.arange(256)
-    half = j256 // 128
-    quarter = j256 % 128 // 32  # of its half
-    lane = j256 % 32
-
-    q4_0 = Format("Q4_0", 32, 18, 8, 1, (Field(2 + nibble["byte_of"], nibble["shift_of"], width=4),))
+    q4_0 = Format(
+        "Q4_0",
+        block_size=32,
+        block_bytes=18,
+        zero=8,
+        code_bytes=1,
+        fields=(Field(2 + nibble_byte, nibble_shift, width=4),),
+    )
+    # After the scale, 4 bytes with the fifth bit of each weight, then the nibbles.
     q5_0 = Format(
         "Q5_0",
-        32,
-        22,
-        16,
-        1,
-        (Field(6 + nibble["byte_of"], nibble["shift_of"], width=4), Field(2 + j32 // 8, j32 % 8, width=1, offset=4)),
+        block_size=32,
+        block_bytes=22,
+        zero=16,
+        code_bytes=1,
+        fields=(
+            Field(6 + nibble_byte, nibble_shift, width=4),
+            Field(2 + weight // 8, weight % 8, width=1, offset=4),
+        ),
     )
-    q8_0 = Format("Q8_0", 32, 34, 0, 1, (Field(2 + j32, zeros32, width=8),))
+    q8_0 = Format(
+        "Q8_0",
+        block_size=32,
+        block_bytes=34,
+        zero=0,
+        code_bytes=1,
+        fields=(Field(2 + weight, torch.zeros(32, dtype=torch.int64), width=8),),
+    )
+    return {2: q4_0, 6: q5_0, 8: q8_0}
+
+
+def _formats_of_256() -> dict[int, Format]:
+    """Formats whose blocks hold 256 weights: llama.cpp's k-quants."""
+    weight = torch.arange(256)
+    half = weight // 128
+    quarter = weight % 128 // 32  # of its half
+    lane = weight % 32
+
     # 32 bytes of high bits, 64 bytes of pairs of low bits, then scales: (high, low) = (1, 0) is 4 - 4.
     q3_k = Format(
         "Q3_K",
-        256,
-        110,
-        4,
-        1,
-        (Field(32 + 32 * half + lane, 2 * quarter, width=2), Field(lane, 4 * half + quarter, width=1, offset=2)),
+        block_size=256,
+        block_bytes=110,
+        zero=4,
+        code_bytes=1,
+        fields=(
+            Field(32 + 32 * half + lane, 2 * quarter, width=2),
+            Field(lane, 4 * half + quarter, width=1, offset=2),
+        ),
     )
     # 128 bytes of nibbles, 64 bytes of pairs of high bits, then scales: (high, low) = (2, 0) is 32 - 32.
     q6_k = Format(
         "Q6_K",
-        256,
-        210,
-        32,
-        1,
-        (
+        block_size=256,
+        block_bytes=210,
+        zero=32,
+        code_bytes=1,
+        fields=(
             Field(64 * half + 32 * (quarter % 2) + lane, 4 * (quarter // 2), width=4),
             Field(128 + 32 * half + lane, 2 * quarter, width=2, offset=4),
         ),
     )
-    return {
+    return {11: q3_k, 14: q6_k}
+
+
+def _formats() -> dict[int, Format]:
+    """Number of a ggml type -> its format, for the types that have a zero level."""
+    floats = {
         0: _float_format("F32", 4),
         1: _float_format("F16", 2),
         30: _float_format("BF16", 2),
-        **{2: q4_0, 6: q5_0, 8: q8_0, 11: q3_k, 14: q6_k},
     }
+    return {**floats, **_formats_of_32(), **_formats_of_256()}
 
 
 FORMATS = _formats()
@@ -140,8 +174,11 @@ def read_codes(blocks: Tensor, form: Format) -> Tensor:
     """
     codes = torch.zeros(len(blocks), form.block_size, dtype=torch.int32, device=blocks.device)
     for field in form.fields:
-        bits = blocks[:, field.byte_of.to(blocks.device)].int() >> field.shift_of.to(blocks.device).int()
-        codes |= (bits & (2**field.width - 1)) << field.offset
+        byte_of = field.byte_of.to(blocks.device)
+        shift_of = field.shift_of.to(blocks.device)
+        bits = blocks[:, byte_of].int() >> shift_of.int()
+        all_bits = 2**field.width - 1
+        codes |= (bits & all_bits) << field.offset
     return codes
 
 
@@ -160,13 +197,18 @@ def write_codes(blocks: Tensor, codes: Tensor | int, where: Tensor, form: Format
         for shift in field.shift_of.unique().tolist():
             weights = (field.shift_of == shift).nonzero().squeeze(1).to(blocks.device)
             places = field.byte_of.to(blocks.device)[weights]
+
+            # The bits of the new codes, where they belong in a byte.
             if isinstance(codes, int):
-                bits = codes >> field.offset & all_bits
-                bits = torch.tensor(bits << shift, dtype=torch.uint8, device=blocks.device)
+                bits_of_code = (codes >> field.offset) & all_bits
+                bits = torch.tensor(bits_of_code << shift, dtype=torch.uint8, device=blocks.device)
             else:
-                bits = ((codes[:, weights] >> field.offset & all_bits) << shift).to(torch.uint8)
+                bits_of_codes = (codes[:, weights] >> field.offset) & all_bits
+                bits = (bits_of_codes << shift).to(torch.uint8)
+
+            other_bits = 0xFF ^ (all_bits << shift)
             old = blocks[:, places]
-            new = old & (0xFF ^ all_bits << shift) | bits
+            new = (old & other_bits) | bits
             blocks[:, places] = torch.where(where[:, weights], new, old)
 
 
@@ -197,17 +239,19 @@ def restore_codes(rows: Tensor, removed: Tensor, codes: Tensor, form: Format) ->
 
 
 def codes_to_bytes(codes: Tensor, form: Format) -> bytes:
-    """Codes as little-endian bytes, ``code_bytes`` each."""
+    """Codes (int32) as little-endian bytes, ``code_bytes`` each."""
     as_bytes = codes.contiguous().view(torch.uint8).view(-1, 4)
+    # On a little-endian machine the bytes of a small code come first, and the others are zero.
     return as_bytes[:, : form.code_bytes].contiguous().numpy().tobytes()
 
 
 def codes_from_bytes(content: bytes, form: Format) -> Tensor:
-    """What :func:`codes_to_bytes` wrote."""
-    if not content:
+    """The inverse of :func:`codes_to_bytes`; shape (num_codes,), int32."""
+    if not content:  # torch.frombuffer takes no empty buffer
         return torch.zeros(0, dtype=torch.int32)
-    as_bytes = torch.zeros(len(content) // form.code_bytes, 4, dtype=torch.uint8)
-    as_bytes[:, : form.code_bytes] = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(-1, form.code_bytes)
+    stored = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(-1, form.code_bytes)
+    as_bytes = torch.zeros(len(stored), 4, dtype=torch.uint8)
+    as_bytes[:, : form.code_bytes] = stored
     return as_bytes.view(torch.int32).squeeze(1)
 
 

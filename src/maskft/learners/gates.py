@@ -30,6 +30,12 @@ def gumbel_gate(scores: Tensor, noise: Tensor, sharpness: float, temperature: fl
     """Gate sigmoid((k * s + noise) / tau) and its slope: binary concrete, https://arxiv.org/abs/1611.00712.
 
     With a scale k and a falling tau, as MaskLLM uses its many-valued kind (https://arxiv.org/abs/2409.17481).
+
+    Args:
+        scores: Scores s, any shape.
+        noise: Standard logistic noise, shape of ``scores``.
+        sharpness: k, > 0.
+        temperature: tau, > 0.
     """
     gate = torch.sigmoid((sharpness * scores + noise) / temperature)
     slope = gate * (1 - gate) * (sharpness / temperature)
@@ -40,6 +46,10 @@ def hard_concrete_gate(scores: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """Gate clip(sigmoid((s + noise) / beta) * (zeta - gamma) + gamma, 0, 1) and its slope, which is 0 where it clips.
 
     https://arxiv.org/abs/1712.01312, Eq. 10 and 11.
+
+    Args:
+        scores: Scores s, any shape.
+        noise: Standard logistic noise, shape of ``scores``.
     """
     share = torch.sigmoid((scores + noise) / BETA)
     stretched = share * (ZETA - GAMMA) + GAMMA

@@ -23,7 +23,9 @@ def base_values(config: MaskConfig, model: nn.Module) -> dict[str, Tensor]:
         UserError: If the other model is missing, has another architecture or the same weights, or is not the mask's.
     """
     source = str(config.removed_value_model)
-    if nn.LayerNorm(1).weight.is_meta:  # PEFT's option creates every module on the meta device meanwhile
+    # With low_cpu_mem_usage PEFT creates every module on the meta device meanwhile, and so it would the other model.
+    is_on_meta = nn.LayerNorm(1).weight.is_meta
+    if is_on_meta:
         raise UserError("removed_value='base' does not load with low_cpu_mem_usage; leave it out")
     try:
         other = load_model(source, "auto")

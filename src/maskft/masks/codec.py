@@ -200,9 +200,11 @@ def _smallest(packed: np.ndarray, numel: int, num_removed: int) -> tuple[bytes, 
     by_ans = _write_ans(packed, numel, num_removed)
     by_zlib = zlib.compress(plain, level=1)
     if len(by_ans) <= len(by_zlib):
-        payload, coding = by_ans, _ANS
+        payload = by_ans
+        coding = _ANS
     else:
-        payload, coding = by_zlib, _ZLIB
+        payload = by_zlib
+        coding = _ZLIB
 
     if len(payload) > (1 - _WORTH_CODING) * len(plain):
         return plain, _BITMAP

@@ -49,7 +49,8 @@ PREFIX = "maskft."
 _MASK = "maskft.mask_sha256"
 _BASE = "maskft.base_sha256"
 _COUNT = "maskft.num_removed"
-_CODES = "maskft.removed_codes"  # in the order of the file, deflated, base64: one text is read at once, an array is not
+# In the order of the file, deflated, base64. A text, because readers of GGUF take an array apart into its elements.
+_CODES = "maskft.removed_codes"
 _VERSION = "maskft.version"
 
 _PIECE_BYTES = 2**24
@@ -83,27 +84,29 @@ def merge_into_gguf(
         )
     masks = _Masks.of_adapter(adapter, head)
     known = _check_base(masks, head, accept_other_base)
+    # --undo writes the head from its parts, and has to give back the base byte for byte.
     if head_bytes(head) != _first_bytes(head.path, head.data_start):
         raise UserError(
             f"{str(gguf)!r} has bytes in its head that --undo could not restore; write it again with llama-quantize"
         )
 
+    # Read in a first pass: the codes are part of the head, which comes before the data.
     codes = b"".join(masks.removed_codes())
+    packed = zlib.compress(codes)
     added = {
         _MASK: masks.config.mask_sha256,
         _BASE: digest_now(head.path),
         _COUNT: masks.num_removed,
-        _CODES: base64.b64encode(zlib.compress(codes)).decode("ascii"),
+        _CODES: base64.b64encode(packed).decode("ascii"),
         _VERSION: __version__,
     }
     with whole_file(output) as file:
         file.write(head_bytes(head, added))
         for piece in masks.patched():
             file.write(piece)
-    kinds = sorted({type_name(head.tensors[tensor].kind) for tensor in masks.tensors.values()})
     return [
         f"{output}: {masks.num_removed:,} of {masks.numel:,} weights in {len(masks.tensors)} tensors "
-        f"({', '.join(kinds)}) set to zero; every other value and every scale is the base's",
+        f"({masks.type_names}) set to zero; every other value and every scale is the base's",
         known,
     ]
 
@@ -113,8 +116,14 @@ def undo_in_gguf(adapter: str | Path, gguf: str | Path, output: str | Path) -> l
 
     Args:
         adapter: Folder of the mask that is in the file.
-        gguf: What :func:`merge_into_gguf` wrote; never changed.
+        gguf: A file that :func:`merge_into_gguf` wrote; never changed.
         output: The new file.
+
+    Returns:
+        Lines that report it.
+
+    Raises:
+        UserError: If the file does not hold this mask, or something else in it was changed.
     """
     output = Path(output)
     _check_output(output)
@@ -175,6 +184,7 @@ def _decode_codes(head: GgufHead, num_bytes: int) -> bytes:
     problem = UserError(f"{str(head.path)!r}: its {_CODES} is damaged; merge the mask into the base again")
     try:
         packed = base64.b64decode(head.metadata[_CODES], validate=True)
+        # Limited, so that a small text cannot fill the memory; one byte more shows that there are too many.
         codes = zlib.decompressobj().decompress(packed, num_bytes + 1)
     except (KeyError, TypeError, ValueError, zlib.error):
         raise problem from None
@@ -197,15 +207,18 @@ def _check_base(masks: _Masks, head: GgufHead, accept_other_base: bool) -> str:
     config = masks.config
     if config.base_fingerprint is None:
         return "not checked: the mask records no fingerprint of the weights it was trained over"
+
     expected = config.base_fingerprint.partition(":")[0]
     modules = sorted(masks.tensors)
-    found = weights_fingerprint((module, dequantised(head, masks.tensors[module])) for module in modules)
+    # A generator: one matrix is in memory at a time.
+    weights = ((module, dequantised(head, masks.tensors[module])) for module in modules)
+    found = weights_fingerprint(weights)
     if found == expected:
         return "the file holds the weights that the mask was trained over (fingerprints match)"
-    kinds = ", ".join(sorted({type_name(head.tensors[tensor].kind) for tensor in masks.tensors.values()}))
+
     difference = (
         f"the mask was trained over other weights ({config.base_model_name_or_path}, fingerprint {expected[:12]}) than "
-        f"{str(head.path)!r} holds ({kinds}, {found[:12]})"
+        f"{str(head.path)!r} holds ({masks.type_names}, {found[:12]})"
     )
     if not accept_other_base:
         raise UserError(
@@ -236,7 +249,7 @@ class _Masks:
 
     @classmethod
     def of_adapter(cls, adapter: str | Path, head: GgufHead) -> _Masks:
-        """Read an adapter, and refuse one that is more than zeros, or does not fit the file."""
+        """Read an adapter; raises if it is more than zeros, or does not fit the file."""
         config = read_config(adapter)
         if config.removed_value != "zero":
             raise UserError(
@@ -253,6 +266,12 @@ class _Masks:
         return cls(config, coded, head, find_tensors(head, shapes))
 
     @property
+    def type_names(self) -> str:
+        """Names of the ggml types of the tensors, for messages."""
+        names = {type_name(self.head.tensors[tensor].kind) for tensor in self.tensors.values()}
+        return ", ".join(sorted(names))
+
+    @property
     def numel(self) -> int:
         """Number of weights that the masks cover."""
         shapes = (mask_info(data)["shape"] for data in self.coded.values())
@@ -266,14 +285,19 @@ class _Masks:
     @property
     def num_code_bytes(self) -> int:
         """Bytes of the codes of all removed weights."""
-        return sum(mask_info(self.coded[module])["num_removed"] * form.code_bytes for module, form in self._in_order())
+        num_bytes = 0
+        for module, form in self._in_order():
+            num_removed = mask_info(self.coded[module])["num_removed"]
+            num_bytes += num_removed * form.code_bytes
+        return num_bytes
 
     def removed_codes(self) -> Iterator[bytes]:
         """Codes of the removed weights, tensor by tensor in the order of the file."""
         with self.head.path.open("rb") as file:
             for module, form in self._in_order():
                 for rows, removed in self._pieces(file, module, form):
-                    yield codes_to_bytes(removed_codes(rows, removed, form), form)
+                    codes = removed_codes(rows, removed, form)
+                    yield codes_to_bytes(codes, form)
 
     def patched(self) -> Iterator[bytes]:
         """The data of all tensors, removed weights at zero."""
@@ -281,6 +305,7 @@ class _Masks:
             at = self.head.data_start
             for module, form in self._in_order():
                 place = self.head.tensors[self.tensors[module]]
+                # The tensors between the last masked one and this one, as they are.
                 yield from _copy(file, at, place.start)
                 for rows, removed in self._pieces(file, module, form):
                     write_zeros(rows, removed, form)
@@ -295,7 +320,8 @@ class _Masks:
             UserError: If a removed weight is not zero.
         """
         yield head_bytes(self.head, without=PREFIX)
-        used = 0
+
+        used = 0  # bytes of codes
         with self.head.path.open("rb") as file:
             at = self.head.data_start
             for module, form in self._in_order():
@@ -303,7 +329,8 @@ class _Masks:
                 place = self.head.tensors[tensor]
                 yield from _copy(file, at, place.start)
                 for rows, removed in self._pieces(file, module, form):
-                    if not bool((removed_codes(rows, removed, form) == form.zero).all()):
+                    are_zero = removed_codes(rows, removed, form) == form.zero
+                    if not bool(are_zero.all()):
                         raise UserError(f"{str(self.head.path)!r}: {tensor} has weights where the mask removes them")
                     num_bytes = int(removed.sum()) * form.code_bytes
                     codes = codes_from_bytes(self.codes[used : used + num_bytes], form)
@@ -326,8 +353,10 @@ class _Masks:
         num_rows, num_columns = place.shape
         mask = decode_mask(self.coded[module], module, place.shape)
         removed = ~to_file_order(self.head, tensor, mask)
-        row_bytes = num_columns // form.block_size * form.block_bytes
-        step = max(1, _PIECE_WEIGHTS // num_columns)
+
+        blocks_in_row = num_columns // form.block_size
+        row_bytes = blocks_in_row * form.block_bytes
+        step = max(1, _PIECE_WEIGHTS // num_columns)  # rows
         for first in range(0, num_rows, step):
             count = min(step, num_rows - first)
             content = _read(file, place.start + first * row_bytes, count * row_bytes)

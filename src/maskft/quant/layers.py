@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ..gguf.zero_codes import FORMATS, NAMES_WITH_ZERO, read_codes, type_name, write_codes
 
-# What of a bitsandbytes QuantState its packing for the CPU replaces.
+# Attributes of a bitsandbytes QuantState that its packing for the CPU replaces.
 _SCALES = ("absmax", "nested", "offset", "state2", "dtype")
+# Indices of 0.0 in bitsandbytes' tables of 16 values.
 NF4_ZERO = 7
 FP4_ZERO = 0
 
@@ -69,7 +70,8 @@ class Storage(ABC):
         zero = self.zero()
         if isinstance(zero, int):
             zero = torch.tensor(zero, dtype=codes.dtype, device=codes.device)
-        self.write(torch.where(removed, zero.to(codes.dtype), codes))
+        after = torch.where(removed, zero.to(codes.dtype), codes)
+        self.write(after)
         return before
 
     def restore(self, removed: Tensor, before: Tensor) -> None:
@@ -86,6 +88,7 @@ class Bnb4bit(Storage):
         super().__init__(layer)
         self.kind = f"bitsandbytes {layer.weight.quant_type}"
         state = layer.weight.quant_state
+        # Kept on the state, which lives as long as the weight: a Storage is made anew for every call.
         if not getattr(state, "packing_format_for_cpu", False):
             state.maskft_scales = {name: getattr(state, name) for name in _SCALES}
 
@@ -108,7 +111,9 @@ class Bnb4bit(Storage):
         self._unpack()
         weight: Any = self.layer.weight
         packed = weight.data.view(torch.uint8).reshape(-1)
-        return torch.stack([packed >> 4, packed & 0xF], dim=1).reshape(weight.quant_state.shape)
+        first = packed >> 4
+        second = packed & 0xF
+        return torch.stack([first, second], dim=1).reshape(weight.quant_state.shape)
 
     def zero(self) -> int:
         """See :class:`Storage`."""
@@ -118,7 +123,7 @@ class Bnb4bit(Storage):
         """See :class:`Storage`."""
         self._unpack()
         pairs = codes.reshape(-1, 2)
-        packed = pairs[:, 0] << 4 | pairs[:, 1]
+        packed = (pairs[:, 0] << 4) | pairs[:, 1]
         weight: Any = self.layer.weight
         weight.data.view(torch.uint8).reshape(-1).copy_(packed)
 
@@ -130,13 +135,15 @@ class Bnb4bit(Storage):
         forward. The plain way, writing into that order, would tie us to the kernel.
         """
         weight: Any = self.layer.weight
-        if getattr(weight.quant_state, "packing_format_for_cpu", False):
-            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+        if not getattr(weight.quant_state, "packing_format_for_cpu", False):
+            return
 
-            scales = getattr(weight.quant_state, "maskft_scales", {})
-            weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
-            for name, value in scales.items():
-                setattr(weight.quant_state, name, value)
+        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+        scales = getattr(weight.quant_state, "maskft_scales", {})
+        weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
+        for name, value in scales.items():
+            setattr(weight.quant_state, name, value)
 
 
 class Bnb8bit(Storage):
@@ -197,6 +204,7 @@ class Torchao(Storage):
         weight: Any = self.layer.weight
         if weight.zero_point is None:
             return 0
+        # One zero point for each block, spread over its weights.
         rows, columns = weight.block_size
         return weight.zero_point.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
 
@@ -228,7 +236,8 @@ class Gguf(Storage):
 
     def codes(self) -> Tensor:
         """See :class:`Storage`."""
-        return read_codes(self._blocks(), self.form).reshape(self.layer.out_features, self.layer.in_features)
+        codes = read_codes(self._blocks(), self.form)
+        return codes.reshape(self.layer.out_features, self.layer.in_features)
 
     def zero(self) -> int:
         """See :class:`Storage`."""
@@ -238,7 +247,8 @@ class Gguf(Storage):
         """See :class:`Storage`."""
         blocks = self._blocks()
         codes = codes.reshape(len(blocks), self.form.block_size)
-        write_codes(blocks, codes, torch.ones_like(codes, dtype=torch.bool), self.form)
+        everywhere = torch.ones_like(codes, dtype=torch.bool)
+        write_codes(blocks, codes, everywhere, self.form)
 
     def _blocks(self) -> Tensor:
         return self.layer.weight.data.view(-1, self.form.block_bytes)
@@ -250,13 +260,17 @@ def storage_of(layer: Any) -> Storage | None:
     Nothing is imported to find out: a layer of a library that is not loaded cannot be here.
     """
     name = type(layer).__name__
-    module = type(layer).__module__.partition(".")[0]
-    if module == "bitsandbytes" and name in ("Linear4bit", "LinearNF4", "LinearFP4"):
-        return Bnb4bit(layer)
-    if module == "bitsandbytes" and name == "Linear8bitLt":
-        return None if layer.state.has_fp16_weights else Bnb8bit(layer)
+    package = type(layer).__module__.partition(".")[0]
+    if package == "bitsandbytes":
+        if name in ("Linear4bit", "LinearNF4", "LinearFP4"):
+            return Bnb4bit(layer)
+        if name == "Linear8bitLt":
+            return None if layer.state.has_fp16_weights else Bnb8bit(layer)
+
     if name == "GgufLinear" and layer.ggml_type in FORMATS and layer.input_permutation is None:
         return Gguf(layer)
+
+    # torchao keeps the class of the layer, and replaces its weight by a tensor subclass.
     weight = getattr(layer, "weight", None)
     if isinstance(layer, nn.Linear) and _is_of_torchao(weight) and _why_not_torchao(weight) is None:
         return Torchao(layer)
@@ -297,12 +311,20 @@ def _is_of_torchao(weight: Any) -> bool:
 
 
 def _why_not_torchao(weight: Any) -> str | None:
+    """Why a mask cannot be written into a weight of torchao, with the way out; None where it can."""
     kind = type(weight).__name__
-    if getattr(weight, "act_quant_kwargs", None) is not None or getattr(weight, "activation_quantization", None):
+    has_activation_kwargs = getattr(weight, "act_quant_kwargs", None) is not None
+    if has_activation_kwargs or getattr(weight, "activation_quantization", None):
         return f"torchao's {kind} also quantises activations, which do not train; use a weight-only configuration"
+
+    # One byte for each weight, in its place.
     data = getattr(weight, "qdata", None)
-    if data is None or data.dtype not in (torch.int8, torch.uint8) or data.shape != weight.shape or data.dim() != 2:
+    is_plain = (
+        data is not None and data.dtype in (torch.int8, torch.uint8) and data.shape == weight.shape and data.dim() == 2
+    )
+    if not is_plain:
         return f"torchao packs the codes of its {kind} for one kernel; use Int8WeightOnlyConfig or IntxWeightOnlyConfig"
+
     zero_point = getattr(weight, "zero_point", None)
     if zero_point is not None and zero_point.is_floating_point():
         return f"zero points of torchao's {kind} are floats, so that zero cannot be stored; quantise symmetrically"

@@ -40,7 +40,8 @@ class CodedWeight(QuantizedWeight):
     def merge_zero_codes(self, layer: MaskedLinear, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Write the code of zero where ``mask`` is False; returns these places and the codes that were there."""
         removed = ~mask
-        return removed, _storage(layer.base_layer).remove(removed)
+        codes = _storage(layer.base_layer).remove(removed)
+        return removed, codes
 
     def restore(self, layer: MaskedLinear, stash: Any) -> None:
         """Put back the codes."""
@@ -59,7 +60,9 @@ def _storage(layer: nn.Module) -> Any:
 
 def find_codes(layer: nn.Module) -> CodedWeight | None:
     """How a layer is quantised; None where its weight is a plain one."""
-    return CodedWeight(layer) if is_quantised(layer) else None
+    if not is_quantised(layer):
+        return None
+    return CodedWeight(layer)
 
 
 QUANTIZED_WEIGHTS.append(find_codes)
