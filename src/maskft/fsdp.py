@@ -35,7 +35,7 @@ from .tuner.masker import MASKERS
 from .tuner.model import MODEL_HOOKS
 from .tuner.scores import Float32ParameterDict
 
-_NUM_BINS = 1 << 16
+_NUM_BINS = 1 << 16  # one for each value of half a float32
 
 
 # The algorithm
@@ -63,21 +63,30 @@ def remove_lowest_of_shards(
     Raises:
         NotFiniteError: On every rank, if a value on any of them is NaN.
     """
+    # The upper half of the cut. The number of NaN goes with the counts, so that every rank raises or none does.
     bits = ordered_bits(shard)
     counts = torch.bincount(_upper(bits), minlength=_NUM_BINS)
-    counts = all_reduce(torch.cat([counts, shard.isnan().sum()[None]]))
+    num_nan = shard.isnan().sum()[None]
+    counts = all_reduce(torch.cat([counts, num_nan]))
     if counts[-1]:
         raise NotFiniteError("scores contain NaN, so they cannot be ranked")
     if num == 0:
         return torch.ones_like(shard, dtype=torch.bool)
-    upper, num = _find(counts[:-1], num)
-    counts = torch.bincount(bits[_upper(bits) == upper] & (_NUM_BINS - 1), minlength=_NUM_BINS)
-    lower, num = _find(all_reduce(counts), num)
+    upper, num_in_bin = _find(counts[:-1], num)
+
+    # Its lower half, among the entries with that upper half.
+    lower_halves = bits[_upper(bits) == upper] & (_NUM_BINS - 1)
+    counts = all_reduce(torch.bincount(lower_halves, minlength=_NUM_BINS))
+    lower, num_ties_removed = _find(counts, num_in_bin)
     cut = ((upper - (_NUM_BINS >> 1)) << 16) | lower
+
+    # Of the entries equal to the cut the first ones are removed, those of earlier ranks before those of this one.
     mask = bits > cut
     is_tie = bits == cut
-    before = int(all_gather(is_tie.sum()[None])[:rank].sum())  # ties of earlier rows, which go first
-    mask[is_tie.nonzero().squeeze(1)[max(num - before, 0) :]] = True
+    num_ties_of_ranks = all_gather(is_tie.sum()[None])
+    num_ties_before = int(num_ties_of_ranks[:rank].sum())
+    ties = is_tie.nonzero().squeeze(1)
+    mask[ties[max(num_ties_removed - num_ties_before, 0) :]] = True
     return mask
 
 
@@ -89,6 +98,7 @@ def ordered_bits(key: Tensor) -> Tensor:
 
 
 def _upper(bits: Tensor) -> Tensor:
+    """Upper half of ordered bits, from 0 instead of from -32,768."""
     return (bits >> 16) + (_NUM_BINS >> 1)
 
 
@@ -110,9 +120,12 @@ def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
 
 def rows_of(matrix: Tensor, like: DTensor) -> Tensor:
     """The rows of a whole matrix that this rank holds of ``like``."""
+    # FSDP2 splits as torch.chunk does, which gives fewer chunks than ranks if there are few rows.
     chunks = matrix.chunk(like.device_mesh.size())
     rank = like.device_mesh.get_local_rank()
-    return chunks[rank] if rank < len(chunks) else matrix[:0]
+    if rank < len(chunks):
+        return chunks[rank]
+    return matrix[:0]
 
 
 @torch.no_grad()
@@ -143,7 +156,8 @@ def shard_mask(config: MaskConfig, scores: DTensor) -> Tensor:
 
 def whole_mask(config: MaskConfig, scores: DTensor) -> Tensor:
     """The mask of a matrix in full on every rank; every rank must call it."""
-    return _like(shard_mask(config, scores).byte(), scores).full_tensor().bool()
+    rows = shard_mask(config, scores).byte()  # gathered as bytes
+    return _like(rows, scores).full_tensor().bool()
 
 
 def _like(rows: Tensor, scores: DTensor) -> DTensor:
@@ -168,8 +182,11 @@ class ShardedMasker(FastMasker):
         self.original: Tensor | None = None
         self.removed_rows: Tensor | None = None
         self.shard: Tensor | None = None
+        # The sharded weight: inside forward, the layer's own attribute is the gathered one.
         self._parameter: DTensor | None = None
+        # Slope of the gate that is shown; None: 1.
         self._slope: Tensor | None = None
+        # The state (see _state) of which the rows are shown.
         self._shown: tuple[Any, ...] | None = None
 
     @staticmethod
@@ -253,9 +270,13 @@ class ShardedMasker(FastMasker):
         config = self.layer.mask_configs[name]
         sharded = cast(DTensor, scores.detach())
         mesh = sharded.device_mesh
+
+        # A reduce-scatter: every rank has a gradient of the whole weight from its own rows of the batch, and gets the
+        # mean of all ranks for its own rows of the weight.
         partial = DTensor.from_local(grad_weight.float(), mesh, [Partial()], run_check=False)
         rows = partial.redistribute(placements=sharded.placements).to_local().div_(mesh.size())
 
+        # As the fast masker, with this rank's rows.
         weight = cast(Tensor, self.original)
         if self.removed_rows is not None:
             weight = weight - self.removed_rows
@@ -316,6 +337,7 @@ def refresh_masks(model: nn.Module, *_: Any) -> None:
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
+
     layers = []
     for module in model.modules():
         is_managed = getattr(getattr(module, "mask_scores", None), "_is_fsdp_managed_module", False)
@@ -324,6 +346,7 @@ def refresh_masks(model: nn.Module, *_: Any) -> None:
     maskers = _attached(layers)
     if all(masker.is_current() for masker in maskers):
         return
+
     for module in model.modules():
         # What an evaluation left gathered is out of date. Not the model itself, which is in its forward.
         if isinstance(module, FSDPModule) and module is not model:
@@ -347,20 +370,25 @@ def _attached(layers: Sequence[MaskedLinear]) -> list[ShardedMasker]:
 
 
 def _check_sharding(layer: MaskedLinear) -> None:
-    """Refuse any way of sharding but the plain one, in which scores are never gathered in forward."""
-    weight = layer.weight
+    """Raise for any way of sharding but the plain one, in which scores are never gathered in forward."""
     active = [name for name in layer.active_masks if name in layer.mask_scores]
-    scores = layer.mask_scores[active[0]] if active else next(iter(layer.mask_scores.values()))
-    by_rows = (Shard(0),)
+    name = active[0] if active else next(iter(layer.mask_scores))
+    scores = layer.mask_scores[name]
+
     is_unit = isinstance(layer.mask_scores, FSDPModule)
-    is_by_rows = all(is_sharded(tensor) and tuple(tensor.placements) == by_rows for tensor in (weight, scores))
+    is_by_rows = _is_by_rows(layer.weight) and _is_by_rows(scores)
     is_plain = is_unit and is_by_rows
+    # With fsdp_offload_params the rows are on the CPU.
     if not is_plain or scores.to_local().device.type != scores.device_mesh.device_type:
         raise UserError(
             f"{layer.module_name} is not sharded as masks need it: take FSDP2, by rows, without fsdp_offload_params "
             "and fsdp_activation_checkpointing, with fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP, and if you name "
             f"the classes to wrap, add {type(layer.mask_scores).__name__.removeprefix('FSDP')}"
         )
+
+
+def _is_by_rows(tensor: Tensor) -> bool:
+    return is_sharded(tensor) and tuple(tensor.placements) == (Shard(0),)
 
 
 def _prepare(model: nn.Module) -> Callable[[], None]:

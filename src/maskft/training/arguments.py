@@ -93,11 +93,30 @@ class TrainingArguments(SFTConfig):
     def __post_init__(self):
         if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
             raise UserError("DeepSpeed is not supported; use --accelerate_config fsdp2 for sharded training")
+        self._check_numbers()
+        self._choose_precision()
+
+        # eval_strategy is text, or an enum whose value is text.
+        if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
+            self.eval_on_start = False
+            self.load_best_model_at_end = False
+        # transformers accepts the name without the prefix, and looks for the one with it.
+        if self.metric_for_best_model and not self.metric_for_best_model.startswith("eval_"):
+            self.metric_for_best_model = f"eval_{self.metric_for_best_model}"
+
+        with warnings.catch_warnings():
+            # TRL's own default has the old name of activation_checkpointing, so users cannot avoid the warning.
+            warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
+            super().__post_init__()
+
+    def _check_numbers(self) -> None:
         for name, least in _LEAST.items():
-            if (value := getattr(self, name)) is not None and value < least:
+            value = getattr(self, name)
+            if value is not None and value < least:
                 raise UserError(f"{name} is {value}; it must be at least {least}")
         for name in ("seed", "data_seed"):
-            if (value := getattr(self, name)) is not None and value > _LARGEST_SEED:
+            value = getattr(self, name)
+            if value is not None and value > _LARGEST_SEED:
                 raise UserError(f"{name} is {value}; it must be at most {_LARGEST_SEED}")
         if self.learning_rate is not None and not 0 <= self.learning_rate < math.inf:
             raise UserError(f"learning_rate is {self.learning_rate}; it must be 0 or more")
@@ -109,23 +128,20 @@ class TrainingArguments(SFTConfig):
             value = getattr(self, name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"{name} is {value}; it must be a number of steps, or below 1 a fraction of the run")
+
+    def _choose_precision(self) -> None:
+        """Choose float32 on a CPU that would compute slower in bfloat16, if neither is asked for."""
         # Whether float32 was chosen here because of this machine's processor.
         self.is_float32_by_machine = False
-        if self.use_cpu or not torch.accelerator.is_available():
-            # Without it, TRL's bf16=True is an error on a machine without an accelerator.
-            self.use_cpu = True
-            if self.bf16 is None and not self.fp16 and not multiplies_bfloat16():
-                self.bf16 = False
-                self.is_float32_by_machine = True
-        if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
-            self.eval_on_start = False
-            self.load_best_model_at_end = False
-        if self.metric_for_best_model and not self.metric_for_best_model.startswith("eval_"):
-            self.metric_for_best_model = f"eval_{self.metric_for_best_model}"
-        with warnings.catch_warnings():
-            # TRL's own default has the old name of activation_checkpointing, so users cannot avoid the warning.
-            warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
-            super().__post_init__()
+        is_on_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if not is_on_cpu:
+            return
+
+        # Without it, TRL's bf16=True is an error on a machine without an accelerator.
+        self.use_cpu = True
+        if self.bf16 is None and not self.fp16 and not multiplies_bfloat16():
+            self.bf16 = False
+            self.is_float32_by_machine = True
 
 
 def multiplies_bfloat16() -> bool:
@@ -146,8 +162,11 @@ def default_learning_rate(method: str, options: Mapping[str, Any]) -> float:
         return SFTConfig.learning_rate
     if not removes_a_share(options):
         return 5e-3 if options.get("mask_preset") == "deletion_tuning" else 1e-2
+
+    # Scores that start in an order are trained at a smaller rate than random ones: docs/learners.md.
     start = options.get("mask_init_scores") or default_start(options)
-    return 3e-4 if start in ("magnitude", *DATA_STARTS) else 1e-2
+    is_in_order = start in ("magnitude", *DATA_STARTS)
+    return 3e-4 if is_in_order else 1e-2
 
 
 @dataclass(frozen=True)

@@ -65,18 +65,19 @@ def load_data(args: DataArguments, training: TrainingArguments, tokenizer, conso
 
 
 def load_base(args: ModelConfig, tokenizer, method: str) -> PreTrainedModel:
-    """Load the base model that ``args`` names; it must have a row for every token of ``tokenizer``.
+    """Load the base model that ``args`` names; its embedding must have a row for every token of ``tokenizer``.
 
     Raises:
-        UserError: Also if it is quantised, and ``method`` is neither a learned mask nor an adapter of PEFT's.
+        UserError: If it cannot be loaded or does not fit the tokenizer, or if it is quantised and ``method`` is neither
+            a learned mask nor an adapter of PEFT's.
     """
-    given = {
+    options = {
         "revision": args.model_revision,
         "attn_implementation": args.attn_implementation,
         "quantization_config": get_quantization_config(args),
     }
-    kwargs = {key: value for key, value in given.items() if value is not None}
-    model = load_model(args.model_name_or_path, args.dtype, **kwargs)
+    given = {name: value for name, value in options.items() if value is not None}
+    model = load_model(args.model_name_or_path, args.dtype, **given)
     if getattr(model, "is_quantized", False):
         check_quantised(method)
     check_tokenizer_fits(model, tokenizer)
@@ -92,6 +93,9 @@ def build_model(model: PreTrainedModel, method: MethodArguments, source: ModelCo
         source: Where the base model came from.
         mask: The settings of a mask.
         seed: Seed of an adapter's random start; the Trainer sets its seed later.
+
+    Raises:
+        UserError: If the method's settings do not fit the model.
     """
     set_seed(seed)
     set_removed_to_zero(model, method)
@@ -123,10 +127,12 @@ def check_zero_levels(model: PeftModel, name_or_path: str) -> None:
     if not is_gguf(name_or_path):
         return
     file = gguf_file(name_or_path)
-    if file is None:
+    if file is None:  # it is on the hub; merging will check it
         return
-    layers = adapter_layers(model, ADAPTER)
-    shapes = {name.removeprefix(PREFIX): tuple(layer.weight.shape) for name, layer in layers.items()}
+
+    shapes = {}
+    for name, layer in adapter_layers(model, ADAPTER).items():
+        shapes[name.removeprefix(PREFIX)] = tuple(layer.weight.shape)
     find_tensors(read_head(file), shapes)
 
 

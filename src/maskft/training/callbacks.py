@@ -162,6 +162,12 @@ class StepGuard(TrainerCallback):
             self._stop(state, args.save_only_model)
 
     def _stop(self, state, is_lost=False):
+        """End the run.
+
+        Args:
+            state: The trainer's state.
+            is_lost: Whether it cannot be resumed, because its checkpoints hold the model only.
+        """
         # A launcher ends all processes when one of them has ended.
         self.trainer.accelerator.wait_for_everyone()
         number = self.stop.signal or signal.SIGTERM
@@ -203,6 +209,7 @@ class StepGuard(TrainerCallback):
 
     @staticmethod
     def _is_logged(args, state) -> bool:
+        """Whether the Trainer logs the step that is about to be taken."""
         every = max(int(state.logging_steps or 1), 1)
         is_first = state.global_step == 0
         return (state.global_step + 1) % every == 0 or (args.logging_first_step and is_first)
@@ -220,6 +227,8 @@ def stop_gradient_at_frozen_embeddings(model):
 
     def stop(module, args, output):
         is_trained = any(parameter.requires_grad for parameter in module.parameters())
-        return output if is_trained else output.detach()
+        if is_trained:
+            return output
+        return output.detach()
 
     return model.get_input_embeddings().register_forward_hook(stop)

@@ -39,6 +39,7 @@ def held_output(args: SFTConfig, method: str, console: Console) -> Iterator[str 
 
     The main process searches, and every process gets its result or its error.
     """
+    # Not a `with` block: the main process alone enters the lock, inside of decided_by_main.
     hold = locks.held(Path(args.output_dir), layout.TRAIN_LOCK, LOCK_WAIT_S, "run")
     is_ours = processes.decided_by_main(lambda: hold.__enter__().is_left_over)
     try:
@@ -62,6 +63,7 @@ def prepare_output_dir(args: SFTConfig, method: str, is_ours: bool, console: Con
     """
     folder = Path(args.output_dir)
     there = sorted(path.name for path in folder.iterdir() if path.name != layout.TRAIN_LOCK)
+
     resume = str(args.resume_from_checkpoint or "").lower()
     if not resume and there:
         raise UserError(
@@ -115,19 +117,23 @@ def _last_whole_checkpoint(folder: Path, console: Console) -> str | None:
     without_best = {}
     found = None
     for path in reversed(checkpoints_in(folder)):
-        if problem := damage(path):
+        problem = damage(path)
+        if problem is not None:
             _rename_damaged(path, problem, console)
             continue
 
+        # The end of training loads the best checkpoint, which must be whole as well.
         best = best_beside(path) or path
         problem_of_best = damage(best) if best != path else None
-        if problem_of_best:
+        if problem_of_best is not None:
             without_best[path] = f"{best.name}, the best until then: {problem_of_best}"
             continue
 
         # A checkpoint of save_only_model has no optimizer state.
-        has_optimizer = any(any(path.glob(pattern)) for pattern in _OPTIMIZER_FILES)
-        if has_optimizer:
+        optimizer_files: list[Path] = []
+        for pattern in _OPTIMIZER_FILES:
+            optimizer_files += path.glob(pattern)
+        if optimizer_files:
             found = str(path)
             break
 
@@ -141,7 +147,10 @@ def _last_whole_checkpoint(folder: Path, console: Console) -> str | None:
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """Folders of checkpoints by step, the newest last, without renamed damaged ones."""
-    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()]
+    found = []
+    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if path.name.rpartition("-")[2].isdigit():
+            found.append(path)
     return sorted(found, key=step_of)
 
 
@@ -169,6 +178,7 @@ def delete_oldest(newest: Path, best: str | None, limit: int | None) -> None:
     """
     if not limit or limit < 0:
         return
+
     kept = {newest.name, Path(best or newest).name}
     others = [path for path in checkpoints_in(newest.parent) if path.name not in kept]
     num_excess = max(0, len(others) + len(kept) - limit)
@@ -194,7 +204,9 @@ def best_beside(checkpoint: Path) -> Path | None:
     name = state.get("best_model_checkpoint") if isinstance(state, dict) else None
     if not isinstance(state, dict) or not isinstance(name, str | None):
         raise UserError(f"{checkpoint / TRAINER_STATE} is not the state of a run; remove {checkpoint}")
-    return checkpoint.parent / Path(name).name if name else None
+    if not name:
+        return None
+    return checkpoint.parent / Path(name).name
 
 
 @contextmanager

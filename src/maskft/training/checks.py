@@ -62,45 +62,21 @@ def check_config(config: TrainConfig) -> None:
     method = config.method.method
     training = config.training
     check_method(config.method)
-    mask = mask_config(config.mask) if method in MASK_METHODS else None
-    for spec in fields(config.mask) if mask is None else ():
-        if getattr(config.mask, spec.name) != spec.default:
-            raise UserError(f"{spec.name} is a setting of masks, and method {method} learns none; remove the option")
-    sparsity = config.mask.mask_sparsity
-    if mask is not None and sparsity is not None and mask.selection != "topk":
-        named = f"mask_preset {mask.preset} (" if mask.preset else "("
-        raise UserError(
-            f"mask_sparsity {sparsity} has no effect with {named}mask_selection {mask.selection}), which removes "
-            "weights by the value of their scores; leave it out, or give --mask_selection topk"
-        )
-    for name, spec in type(config.model).__dataclass_fields__.items():
-        if name.startswith(_OF_LORA) and getattr(config.model, name) != spec.default:
-            raise UserError(f"{name} is TRL's option of LoRA; write --method peft --peft_config '{_LORA}'")
-    for name, instead in _UNUSED.items():
-        value = getattr(training, name)
-        default = TrainingArguments.__dataclass_fields__[name].default
-        if value != default and not (name == "shuffle_dataset" and training.packing):  # which packs in that order
-            raise UserError(f"{name} is {value!r}, which maskft train does not use; {instead}")
-    if not 0 <= training.kl_to_base < math.inf:
-        raise UserError(f"kl_to_base is {training.kl_to_base}; it must be 0 or more")
-    if training.kl_to_base and method in UNTRAINED_METHODS:
-        raise UserError(f"kl_to_base is a term of the loss, and method {method} is not trained; remove the option")
+
+    # Building the mask's configuration checks its settings.
+    mask = None
+    if method in MASK_METHODS:
+        mask = mask_config(config.mask)
+    _check_mask_options(config, mask)
+    _check_unused_options(config)
+
+    check_kl_to_base(training, method)
     check_kl_budget(training, method)
     if method == "mask" or config.method.keep_mask is not None:
         check_mask_sharding()
     check_trackers(training.report_to)
-    # Fixed masks use one GPU, and preparing data none.
-    if method not in UNTRAINED_METHODS and not config.data.prepare_only and training.n_gpu > 1:
-        raise UserError(
-            f"this process sees {training.n_gpu} GPUs, and trains on one: add --accelerate_config multi_gpu, "
-            "or set CUDA_VISIBLE_DEVICES=0"
-        )
-    if training.metric_for_best_model != "eval_loss" or training.greater_is_better:
-        raise UserError(
-            f"metric_for_best_model is {training.metric_for_best_model}, with greater_is_better "
-            f"{training.greater_is_better}; the best checkpoint is that of the lowest eval_loss, all that training "
-            "measures: drop both, and measure checkpoints with maskft evaluate"
-        )
+    _check_devices_and_metric(config)
+
     if config.model.load_in_4bit or config.model.load_in_8bit:
         check_quantised(method)
     if training.trust_remote_code:
@@ -113,8 +89,69 @@ def check_config(config: TrainConfig) -> None:
         raise UserError("prepare_only has nowhere to put the rows; name a prepared_data_dir")
 
 
+def _check_mask_options(config: TrainConfig, mask: MaskConfig | None) -> None:
+    """Raise for settings of masks that have no effect, because of the method or of the selection."""
+    if mask is None:
+        method = config.method.method
+        for spec in fields(config.mask):
+            if getattr(config.mask, spec.name) != spec.default:
+                raise UserError(
+                    f"{spec.name} is a setting of masks, and method {method} learns none; remove the option"
+                )
+        return
+
+    sparsity = config.mask.mask_sparsity
+    if sparsity is not None and mask.selection != "topk":
+        named = f"mask_preset {mask.preset} (" if mask.preset else "("
+        raise UserError(
+            f"mask_sparsity {sparsity} has no effect with {named}mask_selection {mask.selection}), which removes "
+            "weights by the value of their scores; leave it out, or give --mask_selection topk"
+        )
+
+
+def _check_unused_options(config: TrainConfig) -> None:
+    """Raise for options of TRL that ``maskft train`` accepts with all others and does not use."""
+    for name, spec in type(config.model).__dataclass_fields__.items():
+        if name.startswith(_OF_LORA) and getattr(config.model, name) != spec.default:
+            raise UserError(f"{name} is TRL's option of LoRA; write --method peft --peft_config '{_LORA}'")
+
+    training = config.training
+    for name, instead in _UNUSED.items():
+        value = getattr(training, name)
+        default = TrainingArguments.__dataclass_fields__[name].default
+        is_used = name == "shuffle_dataset" and training.packing  # rows are packed in that order
+        if value != default and not is_used:
+            raise UserError(f"{name} is {value!r}, which maskft train does not use; {instead}")
+
+
+def _check_devices_and_metric(config: TrainConfig) -> None:
+    """Raise for several GPUs in one process, and for another metric than the held-out loss."""
+    training = config.training
+    # Fixed masks use one GPU, and preparing data none.
+    is_trained = config.method.method not in UNTRAINED_METHODS and not config.data.prepare_only
+    if is_trained and training.n_gpu > 1:
+        raise UserError(
+            f"this process sees {training.n_gpu} GPUs, and trains on one: add --accelerate_config multi_gpu, "
+            "or set CUDA_VISIBLE_DEVICES=0"
+        )
+    if training.metric_for_best_model != "eval_loss" or training.greater_is_better:
+        raise UserError(
+            f"metric_for_best_model is {training.metric_for_best_model}, with greater_is_better "
+            f"{training.greater_is_better}; the best checkpoint is that of the lowest eval_loss, all that training "
+            "measures: drop both, and measure checkpoints with maskft evaluate"
+        )
+
+
+def check_kl_to_base(training: TrainingArguments, method: str) -> None:
+    """Raise for a coefficient that is out of range, or of a method that is not trained."""
+    if not 0 <= training.kl_to_base < math.inf:
+        raise UserError(f"kl_to_base is {training.kl_to_base}; it must be 0 or more")
+    if training.kl_to_base and method in UNTRAINED_METHODS:
+        raise UserError(f"kl_to_base is a term of the loss, and method {method} is not trained; remove the option")
+
+
 def check_kl_budget(training: TrainingArguments, method: str) -> None:
-    """Refuse a budget that is out of range, beside a coefficient, or of a method that is not trained."""
+    """Raise for a budget that is out of range, beside a coefficient, or of a method that is not trained."""
     budget = training.kl_budget
     if budget is not None:
         if not 0 < budget < math.inf:
@@ -126,7 +163,9 @@ def check_kl_budget(training: TrainingArguments, method: str) -> None:
             )
         if method in UNTRAINED_METHODS:
             raise UserError(f"kl_budget is a term of the loss, and method {method} is not trained; remove the option")
-    if training.kl_dataset_name is not None and budget is None and not training.kl_to_base:
+
+    has_kl = budget is not None or training.kl_to_base
+    if training.kl_dataset_name is not None and not has_kl:
         raise UserError("kl_dataset_name names rows of a KL term: give kl_budget (or kl_to_base) too")
     if training.kl_batch_size < 1:
         raise UserError(f"kl_batch_size is {training.kl_batch_size}; it must be at least 1")
@@ -136,8 +175,9 @@ def check_kl_budget(training: TrainingArguments, method: str) -> None:
 
 
 def check_trackers(names: list[str]) -> None:
-    """Refuse a name of ``report_to`` that transformers does not know, or whose package is not installed."""
+    """Raise for a name of ``report_to`` that transformers does not know, or whose package is not installed."""
     try:
+        # Creating a callback imports its package; the Trainer would do so after minutes of loading.
         for callback in get_reporting_integration_callbacks(names):
             callback()
     except (ValueError, RuntimeError, ImportError) as error:
@@ -145,7 +185,7 @@ def check_trackers(names: list[str]) -> None:
 
 
 def check_quantised(method: str) -> None:
-    """Refuse quantised weights where they would have to be trained, or are ranked and written as floats."""
+    """Raise for quantised weights where they would have to be trained, or are ranked and written as floats."""
     if method not in (PEFT, "mask"):
         raise UserError(
             f"method {method} needs weights that are floats: name the unquantised model, without load_in_4bit and "
@@ -154,37 +194,52 @@ def check_quantised(method: str) -> None:
 
 
 def check_method(args: MethodArguments) -> None:
-    """Refuse settings of one method that are given with another, and numbers out of range."""
+    """Raise for settings of one method that are given with another, and numbers out of range."""
     method = args.method
     for name, methods in _ONLY_WITH.items():
-        if getattr(args, name) != MethodArguments.__dataclass_fields__[name].default and method not in methods:
+        is_given = getattr(args, name) != MethodArguments.__dataclass_fields__[name].default
+        if is_given and method not in methods:
             raise UserError(f"{name} goes with --method {' or '.join(methods)}, not with {method}; remove {name}")
     for name in ("num_candidates", "num_calibration_samples"):
-        if getattr(args, name) < 1:
-            raise UserError(f"{name} is {getattr(args, name)}; it must be at least 1")
+        value = getattr(args, name)
+        if value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1")
+
     if method == PEFT:
         if args.peft_config is None:
             raise UserError(f"method peft needs --peft_config, such as '{_LORA}'")
         adapter_config(args.peft_config)
-    if method == PEFT and args.start_mask is not None and (args.keep_last or processes.uses_fsdp()):
+    is_merged_at_end = method == PEFT and args.start_mask is not None
+    if is_merged_at_end and (args.keep_last or processes.uses_fsdp()):
         raise UserError("an adapter after start_mask is merged at the end: drop keep_last, and use no FSDP")
-    if args.partial_layers and min(args.partial_layers) < 0:
-        raise UserError(f"partial_layers names layer {min(args.partial_layers)}; layers are counted from 0")
+    if args.partial_layers:
+        first = min(args.partial_layers)
+        if first < 0:
+            raise UserError(f"partial_layers names layer {first}; layers are counted from 0")
     if args.keep_mask is not None and args.start_mask is not None:
         raise UserError("keep_mask and start_mask are both given; removed weights stay at zero or only start there")
 
 
 def check_size(method: str, config: MaskConfig) -> None:
-    """Refuse a fixed mask without a given size."""
+    """Raise for a fixed mask without a given size."""
     if config.selection != "topk":
         raise UserError(f"mask_selection is {config.selection!r}; {method} removes mask_sparsity of the weights")
 
 
 def check_context(model, *sets) -> None:
-    """Refuse tokenised rows that are longer than the model's context."""
-    longest = max(len(ids) for rows in sets for ids in rows["input_ids"])
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or longest
-    if longest > context:
+    """Raise for tokenised rows that are longer than the model's context.
+
+    Args:
+        model: The model.
+        *sets: Data sets with ``input_ids``.
+    """
+    longest = 0
+    for rows in sets:
+        for ids in rows["input_ids"]:
+            longest = max(longest, len(ids))
+
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context and longest > context:  # models without position embeddings have no limit
         raise UserError(f"the longest row has {longest} tokens, the model's context {context}: lower max_length")
 
 
@@ -199,13 +254,20 @@ def check_processes(model, train_set, heldout_set) -> None:
         raise UserError(
             "modules_to_save does not train under FSDP; remove it, or train with --accelerate_config multi_gpu"
         )
-    missing = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
-    for rank, name in enumerate(processes.gather(missing[0] if missing else None)):
+
+    first_missing = None
+    parameters = {}
+    for name, parameter in model.named_parameters():
+        parameters[name] = f"{parameter.dtype}, shape {tuple(parameter.shape)}"
+        if first_missing is None and parameter.device.type == "meta":
+            first_missing = name
+    for rank, name in enumerate(processes.gather(first_missing)):
         if name is not None:
             raise UserError(f"{name} is still on the meta device on rank {rank}; load or initialise the weights first")
-    processes.check_same(
-        {name: f"{parameter.dtype}, shape {tuple(parameter.shape)}" for name, parameter in model.named_parameters()},
-        "the models",
-    )
-    counts = {"number of training rows": len(train_set), "number of held-out rows": len(heldout_set)}
-    processes.check_same({name: f"{count:,}" for name, count in counts.items()}, "the data")
+    processes.check_same(parameters, "the models")
+
+    counts = {
+        "number of training rows": f"{len(train_set):,}",
+        "number of held-out rows": f"{len(heldout_set):,}",
+    }
+    processes.check_same(counts, "the data")

@@ -25,22 +25,25 @@ def describe(model, tokenizer, data: Prepared, config: TrainConfig, console: Con
     """Print the resolved settings, data and one row, to be checked before a long run."""
     method = config.method
     training = config.training
-    supervised = supervised_token_count(data.train)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
 
-    console.print(f"method {method.method}: {trainable:,} trainable parameters")
+    num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    console.print(f"method {method.method}: {num_trainable:,} trainable parameters")
     if training.is_float32_by_machine:
         console.print("computing in float32: this CPU has no bfloat16 instructions (--bf16 true asks for it anyway)")
     if method.method == "mask":
-        targets = sum(layer.in_features * layer.out_features for layer in adapter_layers(model).values())
+        # By the sizes of the layers: weights in four bits are stored as vectors of bytes.
+        num_targets = sum(layer.in_features * layer.out_features for layer in adapter_layers(model).values())
         mask = model.peft_config[ADAPTER]
-        console.print(mask_line(mask, targets))
+        console.print(mask_line(mask, num_targets))
         if mask.beside_preset:
             console.print(f"preset {mask.preset}, but {mask.beside_preset}", markup=False, highlight=False)
+
+    num_supervised = supervised_token_count(data.train)
+    num_supervised_heldout = supervised_token_count(data.heldout)
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     console.print(
-        f"data: {len(data.train):,} training rows ({supervised:,} supervised tokens), {len(data.heldout):,} held out "
-        f"({supervised_token_count(data.heldout):,} supervised tokens); {batch} sequences per step"
+        f"data: {len(data.train):,} training rows ({num_supervised:,} supervised tokens), {len(data.heldout):,} held "
+        f"out ({num_supervised_heldout:,} supervised tokens); {batch} sequences per step"
     )
     console.print("one sample, supervised text in [[ ]]:", highlight=False)
     console.print(format_sample(data.train[0], tokenizer), markup=False, highlight=False)
@@ -78,7 +81,8 @@ def report(
     """
     folder = config.training.output_dir
     if failure is not None:
-        if verdict is not None and not verdict.kept and not verdict.is_better:
+        is_replaced = verdict is not None and not verdict.kept and not verdict.is_better
+        if is_replaced:
             raise UserError(f"{failure}: {verdict}. Saved in {folder}: an adapter that removes nothing")
         raise UserError(f"{failure} is saved in {folder}")
 
@@ -100,16 +104,18 @@ def report(
     else:
         console.print(f"held-out loss {start:.4f} without a mask, best {best:.4f} with it (step {step})")
         _report_verdict(summary, verdict, config, console)
+
     if summary.kl is not None:
         console.print(str(summary.kl), soft_wrap=True, markup=False, highlight=False)
     if verdict is None or verdict.is_better or verdict.kept:
-        model = "--adapter" if layout.holds_adapter(folder) else "--model_name_or_path"
-        advice = f"next: maskft evaluate {model} {folder} --dataset_name TEST.jsonl --output_dir results/NAME"
+        option = "--adapter" if layout.holds_adapter(folder) else "--model_name_or_path"
+        advice = f"next: maskft evaluate {option} {folder} --dataset_name TEST.jsonl --output_dir results/NAME"
         # Not wrapped: it is a command to paste.
         console.print(advice, soft_wrap=True)
 
 
 def _report_verdict(summary: TrainingSummary, verdict: Verdict | None, config: TrainConfig, console: Console) -> None:
+    """Print the verdict on a mask, the folder, and the way to the mask if another adapter was saved."""
     folder = config.training.output_dir
     if verdict is None:
         console.print(f"saved to {folder}; too few held-out rows to compare the mask with no mask")
@@ -124,9 +130,11 @@ def _report_verdict(summary: TrainingSummary, verdict: Verdict | None, config: T
         console.print(f"{verdict}. Saved in {folder}: an adapter that removes nothing.")
         if summary.best_step == 0:
             console.print("No checkpoint beat the starting mask.")
-            if hint := too_few_steps(summary, config):
+            hint = too_few_steps(summary, config)
+            if hint is not None:
                 console.print(hint, soft_wrap=True, highlight=False)
             return
+
         checkpoint = Path(folder) / f"checkpoint-{summary.best_step}"
         if checkpoint.is_dir() and not config.training.save_only_model:
             console.print(
@@ -143,6 +151,7 @@ def too_few_steps(summary: TrainingSummary, config: TrainConfig) -> str | None:
     mask = mask_config(config.mask)
     if not is_free(mask.selection):
         return None
+
     travel = summary.num_steps * config.training.learning_rate / 2
     if travel >= mask.start_value:
         return None

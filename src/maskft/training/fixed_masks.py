@@ -53,12 +53,20 @@ def make_fixed_mask(
     Norms of inputs (Wanda) and gradients are computed on the first training rows. Held-out rows choose the best of
     several random masks.
 
+    Args:
+        model: The base model.
+        data: The rows.
+        run: The run.
+        tokenizer: The model's tokenizer.
+        console: Where to print.
+
     Returns:
         The masked model and a summary of the run.
 
     Raises:
         UserError: If the size of the mask is not given, or ``match_adapter`` masks other layers or shapes.
     """
+    # The layers, by an adapter without scores.
     method = run.method
     config = mask_config(run.mask, inference_mode=True, sparsity_ramp=0.0)
     check_size(method.method, config)
@@ -67,6 +75,7 @@ def make_fixed_mask(
     weights = [layer.weight.detach() for layer in layers]
     counts = _counts(method.match_adapter, layers)
 
+    # Statistics of the training rows.
     norms: Sequence[Tensor] = ()
     gradients: Sequence[Tensor] = ()
     num_rows = min(method.num_calibration_samples, len(data.train))
@@ -78,6 +87,7 @@ def make_fixed_mask(
         with masked.disable_adapter():
             gradients = weight_gradients(masked, layers, rows)
 
+    # The candidates. Layers take masks in coded form, and so the best one is kept.
     measure = heldout_loss(masked, tokenizer, run.training)
     is_choice = method.num_candidates > 1
     history = []
@@ -90,14 +100,16 @@ def make_fixed_mask(
         history.append({"mask_seed": seed, "eval_loss": loss})
         if best is None or loss < best.loss:
             # A loss of NaN counts as the highest, so that any later candidate is better.
-            best = _Candidate(loss if math.isfinite(loss) else math.inf, seed, coded)
+            comparable_loss = loss if math.isfinite(loss) else math.inf
+            best = _Candidate(comparable_loss, seed, coded)
 
     assert best is not None
     _set_masks(layers, best.coded)
     masked.peft_config[ADAPTER].mask_seed = best.seed
-    removed = sum(mask_info(code)["num_removed"] for code in best.coded)
+
+    num_removed = sum(mask_info(code)["num_removed"] for code in best.coded)
     numel = sum(weight.numel() for weight in weights)
-    console.print(f"{method.method}: removes {removed:,} of {numel:,} target weights")
+    console.print(f"{method.method}: removes {num_removed:,} of {numel:,} target weights")
     if is_choice:
         console.print(f"best of {method.num_candidates} by held-out loss: seed {best.seed}, {best.loss:.4f}")
     return masked, TrainingSummary(

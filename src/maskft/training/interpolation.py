@@ -59,7 +59,11 @@ def interpolate(
         history.append({"value": share, "eval_loss": mean_nll(measure(data.heldout))})
 
     # A loss that is not finite is the worst: NaN compares with nothing.
-    best = min(history, key=lambda row: row["eval_loss"] if math.isfinite(row["eval_loss"]) else math.inf)
+    def comparable_loss(row: dict[str, float]) -> float:
+        loss = row["eval_loss"]
+        return loss if math.isfinite(loss) else math.inf
+
+    best = min(history, key=comparable_loss)
     _set(model, before, after, best["value"])
     console.print(f"{INTERPOLATE}: {best['value']:g} is the best of {len(history)} shares by held-out loss")
     return TrainingSummary(
@@ -68,6 +72,8 @@ def interpolate(
 
 
 def _set(model, before: Mapping[str, Tensor], after: Mapping[str, Tensor], share: float) -> None:
+    """Write (1 - share) * before + share * after into the model, computed in float32."""
     for name, parameter in model.named_parameters():
         t0 = before[name].to(parameter.device).float()
-        parameter.copy_(lerp(t0, after[name].float(), share))
+        t1 = after[name].float()
+        parameter.copy_(lerp(t0, t1, share))

@@ -34,8 +34,12 @@ def is_launched() -> bool:
 @functools.cache
 def launch_options() -> frozenset[str]:
     """Options of ``accelerate launch``, without dashes, and ``accelerate_config``."""
-    options = {option for action in launch_command_parser()._actions for option in action.option_strings}
-    return frozenset({"accelerate_config", *(option.lstrip("-") for option in options if option.startswith("--"))})
+    names = {"accelerate_config"}
+    for action in launch_command_parser()._actions:
+        for option in action.option_strings:
+            if option.startswith("--"):
+                names.add(option.lstrip("-"))
+    return frozenset(names)
 
 
 def launch(launch_words: Sequence[str], module: str, command: Sequence[str]) -> int:
@@ -61,12 +65,14 @@ def launch(launch_words: Sequence[str], module: str, command: Sequence[str]) -> 
     if args.config_file:
         kind = _read_config(args.config_file).get("distributed_type")
     has_strategy = kind not in (None, "NO") or args.multi_gpu or args.use_fsdp or torch.cuda.device_count() > 1
-    if (args.num_processes or 1) > 1 and not has_strategy:
+    wants_several = (args.num_processes or 1) > 1
+    if wants_several and not has_strategy:
         # accelerate would silently start one process.
         raise UserError(
             f"num_processes is {args.num_processes}, but no strategy for them: add --accelerate_config fsdp2, or "
             "multi_gpu (on CPUs too)"
         )
+
     before = dict(os.environ)
     os.environ |= {_LAUNCHED: "1", COMMAND: shlex.join(["maskft", *command, *launch_words])}
     # The processes print their own errors; torchrun would add a page to each.
@@ -105,7 +111,11 @@ def _status(error: ChildFailedError | SignalException | subprocess.CalledProcess
         code = -error.sigval
     else:
         code = error.returncode
-    return 128 - code if code < 0 else max(1, code)
+
+    # Python has -N for a process that was killed by signal N.
+    if code < 0:
+        return 128 - code
+    return max(1, code)
 
 
 def _refused(message: str) -> None:

@@ -57,11 +57,20 @@ class Manifest(FileModel):
 
 
 def seal(folder: Path, course: Course) -> None:
-    """Write the manifest of a checkpoint."""
+    """Write the manifest of a checkpoint, which marks it as complete.
+
+    Args:
+        folder: The checkpoint, with all its other files.
+        course: Configuration and data of the run.
+    """
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / layout.MANIFEST)
+    # hashlib releases the GIL, so that threads hash several files at once.
     with ThreadPoolExecutor(4) as pool:
         sums = list(pool.map(files.digest_now, paths))
-    named = {str(path.relative_to(folder)): sha256 for path, sha256 in zip(paths, sums, strict=True)}
+
+    named = {}
+    for path, sha256 in zip(paths, sums, strict=True):
+        named[str(path.relative_to(folder))] = sha256
     manifest = Manifest(course=course, files=named)
     files.write_text(folder / layout.MANIFEST, json.dumps(manifest.model_dump(), indent=1) + "\n")
 
@@ -104,9 +113,11 @@ def course_of(config: TrainConfig, data: Prepared, kl_rows: KLRows | None = None
         for spec in dataclasses.fields(group):
             if spec.init and spec.name not in FREE:
                 options[spec.name] = getattr(group, spec.name)
-    options = {name: _plain(_content(name, value)) for name, value in data_identity(options).items()}
 
-    return options | {
+    course = {}
+    for name, value in data_identity(options).items():
+        course[name] = _plain(_content(name, value))
+    return course | {
         "data": _data_digest(data),
         "kl_data": None if kl_rows is None else _data_digest(kl_rows),
         "base": model_identity(str(config.model.model_name_or_path)),
@@ -120,7 +131,7 @@ def check_course(checkpoint: Path, now: Course) -> None:
     Raises:
         UserError: One message with all differences.
     """
-    # The checkpoint may have been written before an option existed.
+    # The checkpoint may have been written before an option existed, which then had its default.
     before = _plain(option_defaults()) | read_manifest(checkpoint).course
 
     differences = []
@@ -136,7 +147,9 @@ def check_course(checkpoint: Path, now: Course) -> None:
 
 def _shown(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 40 else text[:37] + "..."
+    if len(text) <= 40:
+        return text
+    return text[:37] + "..."
 
 
 def _content(name: str, value: Any) -> Any:
@@ -164,6 +177,7 @@ def _plain(value: Any) -> Any:
 
 
 def _data_digest(data: Prepared | KLRows) -> str:
+    """Digest of the tokens and labels of all rows, some at a time."""
     digests = []
     for rows in (data.train, data.heldout):
         tokens = rows.select_columns(["input_ids", "labels"])

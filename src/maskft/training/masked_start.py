@@ -43,6 +43,7 @@ def set_removed_to_zero(model: PreTrainedModel, method: MethodArguments) -> None
     if not masks.num_removed:
         raise UserError(f"{option} {folder!r} removes nothing; name a mask that does (--keep_worse true keeps one)")
 
+    # By name and shape first, then by content.
     modules = dict(model.named_modules())
     weights = {name: getattr(modules.get(name), "weight", None) for name in sorted(masks)}
     base = config.base_model_name_or_path
@@ -75,8 +76,11 @@ class RemovedStayZero(TrainerCallback):
         """Find the weights, which may have been sharded over processes since the masks were applied."""
         for name, mask in self._masks.items():
             weight = model.get_submodule(name).weight
-            removed = rows_of(~mask, weight) if is_sharded(weight) else ~mask
-            self._removed.append((weight, removed.to(local_part(weight).device)))
+            removed = ~mask
+            if is_sharded(weight):
+                removed = rows_of(removed, weight)
+            device = local_part(weight).device
+            self._removed.append((weight, removed.to(device)))
 
     def clear_gradients(self) -> None:
         """Zero the gradients of removed weights, which must not count in the norm that clips the others."""
@@ -92,4 +96,6 @@ class RemovedStayZero(TrainerCallback):
 
 def local_part(tensor: Tensor) -> Tensor:
     """This process's part of a tensor that may be sharded over processes."""
-    return tensor.detach().to_local() if is_sharded(tensor) else tensor.detach()
+    if is_sharded(tensor):
+        return tensor.detach().to_local()
+    return tensor.detach()

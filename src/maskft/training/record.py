@@ -107,31 +107,18 @@ def read_record(folder: str | Path) -> TrainingRecord:
 def make_record(
     config: TrainConfig, summary: TrainingSummary, data: Prepared, verdict: Verdict | None
 ) -> TrainingRecord:
-    """The record of a run."""
-    recipe = {"method": config.method.method, "model_name_or_path": config.model.model_name_or_path}
-    for group in (config.data, config.mask, config.method):
-        for name, spec in type(group).__dataclass_fields__.items():
-            value = getattr(group, name)
-            is_given = value is not None and value != spec.default
-            if is_given and name not in ("prepared_data_dir", "prepare_only"):
-                recipe[name] = value
-    if datasets := hub_ids(config.data.dataset_name or ""):
-        recipe["datasets"] = datasets
+    """The record of a run.
 
-    defaults = option_defaults()
-    given = vars(config.model) | vars(config.training)
-    for name in sorted(given.keys() & defaults.keys() - FREE - _DERIVED):
-        value = given[name]
-        is_plain = isinstance(value, str | int | float | list | dict)
-        if value not in (None, defaults[name]) and is_plain:
-            recipe[name] = value
-    recipe |= {name: getattr(config.training, name) for name in _RECORDED}
+    Args:
+        config: The run.
+        summary: Its results.
+        data: Its rows.
+        verdict: For a mask, the comparison with its parent.
+    """
+    recipe = _settings(config)
 
-    method = config.method
-    is_trained = method.method not in UNTRAINED_METHODS
-    is_matched = method.match_adapter is not None
-    unused = unused_options(method.method, recipe, is_trained=is_trained, is_matched=is_matched)
-    recipe = {name: value for name, value in recipe.items() if name not in unused}
+    # The outcome, for the card of an adapter.
+    is_trained = config.method.method not in UNTRAINED_METHODS
     if is_trained:
         recipe["best_step"] = summary.best_step
     if is_trained or summary.best_loss is not None:
@@ -148,6 +135,41 @@ def make_record(
     )
 
 
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    """Settings that decide the outcome, and every other one that the method uses and that is not a default."""
+    settings: dict[str, Any] = {
+        "method": config.method.method,
+        "model_name_or_path": config.model.model_name_or_path,
+    }
+    for group in (config.data, config.mask, config.method):
+        for name, spec in type(group).__dataclass_fields__.items():
+            value = getattr(group, name)
+            is_given = value is not None and value != spec.default
+            if is_given and name not in ("prepared_data_dir", "prepare_only"):
+                settings[name] = value
+    datasets = hub_ids(config.data.dataset_name or "")
+    if datasets:
+        settings["datasets"] = datasets
+
+    # Of TRL's hundreds of options those that were changed, and in any case those of _RECORDED.
+    defaults = option_defaults()
+    given = vars(config.model) | vars(config.training)
+    names = given.keys() & defaults.keys() - FREE - _DERIVED
+    for name in sorted(names):
+        value = given[name]
+        is_plain = isinstance(value, str | int | float | list | dict)
+        if value not in (None, defaults[name]) and is_plain:
+            settings[name] = value
+    for name in _RECORDED:
+        settings[name] = getattr(config.training, name)
+
+    method = config.method.method
+    is_trained = method not in UNTRAINED_METHODS
+    is_matched = config.method.match_adapter is not None
+    unused = unused_options(method, settings, is_trained=is_trained, is_matched=is_matched)
+    return {name: value for name, value in settings.items() if name not in unused}
+
+
 def summarise(trainer: MaskTrainer, method: str) -> TrainingSummary:
     """Summary of a run of ``method`` that has ended."""
     state = trainer.state
@@ -158,6 +180,7 @@ def summarise(trainer: MaskTrainer, method: str) -> TrainingSummary:
     if trainer.reference is not None and trainer.reference.losses:
         start_loss = mean_nll(trainer.reference.losses)
 
+    # Without load_best_model_at_end the model of the last step is kept.
     best_step = next(reversed(losses), None)
     if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
         best_step = step_of(Path(state.best_model_checkpoint))
@@ -193,7 +216,8 @@ def _kl_report(trainer: MaskTrainer, best_step: int | None) -> KLReport | None:
     if best_step not in measured:
         kl = trainer.measure_kl()
         return trainer.near_base.report(kl, kl, None)
-    return trainer.near_base.report(measured[best_step], next(reversed(measured.values())), best_step)
+    last_kl = next(reversed(measured.values()))
+    return trainer.near_base.report(measured[best_step], last_kl, best_step)
 
 
 def _plain(value: Any) -> Any:

@@ -73,11 +73,10 @@ class MaskTrainer(SFTTrainer):
         self._window = (time.perf_counter(), 0)
         self.near_base = _near_base(model, tokenizer, data, config, kl_rows)
 
-        scores = {
-            name: parameter.data
-            for name, parameter in model.named_parameters()
-            if "mask_scores" in name and parameter.requires_grad
-        }
+        scores = {}
+        for name, parameter in model.named_parameters():
+            if "mask_scores" in name and parameter.requires_grad:
+                scores[name] = parameter.data
         super().__init__(
             model=model,
             args=trainer_arguments(config.training, resume_from is not None),
@@ -93,6 +92,7 @@ class MaskTrainer(SFTTrainer):
             if name in scores and parameter.dtype != scores[name].dtype:
                 parameter.data = scores[name].to(parameter.device)
 
+        # TrainingProgress takes their place.
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.started = time.perf_counter()
@@ -158,6 +158,8 @@ class MaskTrainer(SFTTrainer):
         """TRL's loss and, in training, the term that holds the model near its base."""
         if self.near_base is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+        # The base's pass comes first; the model's own pass is TRL's, and the term is computed from both.
         whole = self.accelerator.unwrap_model(model)
         with self.accelerator.autocast():
             self.near_base.before_forward(whole, inputs)
@@ -313,7 +315,8 @@ class MaskTrainer(SFTTrainer):
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        save_weights(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), folder, state_dict)
+        whole = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        save_weights(whole, folder, state_dict)
         self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / TRAINING_ARGS_NAME)
 
@@ -323,9 +326,8 @@ class MaskTrainer(SFTTrainer):
         """Warn of keys that a checkpoint lacks, except tied weights, which are saved once."""
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}
         missing = [name for name in load_result.missing_keys if name not in tied]
-        super()._issue_warnings_after_load(
-            SimpleNamespace(missing_keys=missing, unexpected_keys=load_result.unexpected_keys)
-        )
+        without_tied = SimpleNamespace(missing_keys=missing, unexpected_keys=load_result.unexpected_keys)
+        super()._issue_warnings_after_load(without_tied)
 
     # Under FSDP, torch runs a dummy optimizer step to create the state that it saves, and counts it.
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -347,6 +349,7 @@ class MaskTrainer(SFTTrainer):
         reason = f"{error} at step {self.state.global_step + 1}: {NOT_UPDATED}; lower learning_rate or check the data"
         if self.state.best_model_checkpoint is None:
             raise UserError(f"{reason}; no checkpoint was measured yet") from None
+
         self._load_best_model()
         step = step_of(Path(self.state.best_model_checkpoint))
         # MaskProgress does this when training ends without an error.
@@ -386,6 +389,7 @@ def _near_base(model, tokenizer, data: Prepared, config: TrainConfig, kl_rows: K
 
 
 def _made(name: str, make: Callable[..., T], *args, **kwargs) -> T:
+    """The result of ``make``; its errors become one line."""
     try:
         return make(*args, **kwargs)
     except (ValueError, TypeError, KeyError) as error:

@@ -92,7 +92,8 @@ class Verdict(FileModel):
 def _digits(*numbers: float | None) -> int:
     """Four decimals, or more if a number would round to zero: "[-0.0001, -0.0000] better" contradicts itself."""
     digits = 4
-    smallest = min((abs(number) for number in numbers if number), default=1.0)
+    sizes = [abs(number) for number in numbers if number]
+    smallest = min(sizes, default=1.0)
     while smallest < 0.5 * 10**-digits and digits < 8:
         digits += 1
     return digits
@@ -133,23 +134,37 @@ def never_worse(
         with model.disable_adapter():
             parent = measure(data.heldout)
     found = measure(data.heldout)
+    parent_nll = None
+    if parent is not None:
+        parent_nll = [nll for nll, _ in parent]
     losses = HeldoutLosses(
         ids=ids,
         num_tokens=[count for _, count in found],
         nll=[nll for nll, _ in found],
-        parent_nll=None if parent is None else [nll for nll, _ in parent],
+        parent_nll=parent_nll,
         clusters=clusters,
     )
 
-    if not isinstance(adapter, MaskConfig) or len(set(clusters or ids)) < MIN_ROWS:
+    # Rows of one cluster are one observation.
+    num_units = len(set(clusters or ids))
+    if not isinstance(adapter, MaskConfig) or num_units < MIN_ROWS:
         return losses, None
+
     difference, low, high = paired_interval(losses)
     is_better = high is not None and high < 0
+    # Fixed masks are controls, and always kept.
     kept = is_better or config.method.keep_worse or config.method.method != "mask"
     if not kept:
         remove_nothing(model)
-    numbers = {"difference": difference, "ci_low": low, "ci_high": high, "num_rows": len(ids)}
-    return losses, Verdict(**numbers, is_better=is_better, kept=kept)
+    verdict = Verdict(
+        difference=difference,
+        ci_low=low,
+        ci_high=high,
+        num_rows=len(ids),
+        is_better=is_better,
+        kept=kept,
+    )
+    return losses, verdict
 
 
 def row_ids(rows: Dataset) -> list[str]:
@@ -173,7 +188,7 @@ def paired_interval(losses: HeldoutLosses) -> tuple[float | None, float | None, 
     if not np.isfinite(sums).all():
         return None, None, None
     if losses.clusters is not None:
-        units = np.unique(losses.clusters, return_inverse=True)[1]
+        _, units = np.unique(losses.clusters, return_inverse=True)
         sums = np.bincount(units, sums)
         tokens = np.bincount(units, tokens)
 
@@ -191,10 +206,11 @@ def paired_interval(losses: HeldoutLosses) -> tuple[float | None, float | None, 
 
 
 def _resampled(sums: NDArray[np.float64], tokens: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Mean per token of each resample of the units."""
+    """Mean per token of each resample of the units, which are rows or clusters; shape (NUM_RESAMPLES,)."""
     random = np.random.default_rng(0)
     count = len(sums)
     means = np.empty(NUM_RESAMPLES)
+    # Resamples drawn at once, so that the indices of all of them are never in memory together.
     chunk = max(1, _MAX_DRAWS // count)
     for start in range(0, NUM_RESAMPLES, chunk):
         stop = min(start + chunk, NUM_RESAMPLES)
@@ -209,6 +225,7 @@ def _t_quantile(degrees: int) -> float:
     With t = sqrt(degrees) * tan(angle), the density of the angle is proportional to cos(angle) ** (degrees - 1). It is
     integrated numerically and inverted.
     """
+    # The angle's standard deviation is about 1 / sqrt(degrees). The mass beyond 12 of these is too small for six digits.
     largest_angle = min(math.pi / 2, 12 / math.sqrt(degrees))
     angles = np.linspace(0, largest_angle, 2**18 + 1)
     middles = (angles[1:] + angles[:-1]) / 2
@@ -219,12 +236,14 @@ def _t_quantile(degrees: int) -> float:
 
 def remove_nothing(model) -> None:
     """Make the adapter remove no weight, and reset modules that were trained beside it."""
+    # A top-k mask of sparsity 0 keeps every weight, whatever the scores are.
     config = model.peft_config[ADAPTER]
     for spec in fields(MaskConfig):
         if spec.metadata.get("is_of_removal"):
             setattr(config, spec.name, spec.default)
     config.sparsity = 0.0
     config.sparsity_ramp = 0.0
+
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
             trained = module.modules_to_save[ADAPTER].parameters()
