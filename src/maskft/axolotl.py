@@ -53,14 +53,15 @@ class MaskPlugin(BasePlugin):
         """
         if cfg.adapter != "mask":
             return None
-        given = {
+
+        options = {
             "target_modules": cfg.lora_target_modules,
             "modules_to_save": cfg.lora_modules_to_save,
             "layers_to_transform": cfg.peft_layers_to_transform,
             "save_scores": True,  # axolotl resumes from the adapter that it saved
             **(cfg.mask or {}),
         }
-        given = {name: value for name, value in given.items() if value}
+        given = {name: value for name, value in options.items() if value}
         config = MaskConfig(task_type="CAUSAL_LM", **given)
         if config_only:
             return None, config

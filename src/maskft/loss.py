@@ -25,7 +25,9 @@ RowLoss = tuple[float, int]  # nats per supervised token, and the number of thes
 def mean_nll(losses: Iterable[RowLoss]) -> float:
     """Nats per token over all rows."""
     losses = list(losses)
-    return sum(nll * count for nll, count in losses) / sum(count for _, count in losses)
+    total = sum(nll * count for nll, count in losses)
+    num_tokens = sum(count for _, count in losses)
+    return total / num_tokens
 
 
 @torch.no_grad()
@@ -50,16 +52,18 @@ def nll_per_item(
         Per row: nats per supervised token, and the number of supervised tokens.
     """
     model.eval()
-    out: list[RowLoss] = [(0.0, 0)] * len(rows)
-    for indices in length_sorted_batches([len(row["input_ids"]) for row in rows], batch_size):
-        batch = [rows[i] for i in indices]
+    losses: list[RowLoss] = [(0.0, 0)] * len(rows)
+    lengths = [len(row["input_ids"]) for row in rows]
+    for indices in length_sorted_batches(lengths, batch_size):
+        batch = [rows[index] for index in indices]
         ids_BT, mask_BT = pad([row["input_ids"] for row in batch], pad_token_id, model.device)
         labels_BT, _ = pad([row["labels"] for row in batch], IGNORED, model.device)
-        for index, pair in zip(indices, _batch_nll(model, ids_BT, mask_BT, labels_BT), strict=True):
-            out[index] = pair
+        found = _batch_nll(model, ids_BT, mask_BT, labels_BT)
+        for index, loss in zip(indices, found, strict=True):
+            losses[index] = loss
             if on_loss:
-                on_loss(index, pair)
-    return out
+                on_loss(index, loss)
+    return losses
 
 
 @dataclass(frozen=True)
@@ -94,18 +98,20 @@ def shared_rows(
     """Measure rows, of which each process of a run takes a share; every process must call it with the same rows.
 
     Args:
-        rows: What to measure.
+        rows: The rows.
         measure: Measures some of the rows, in their order.
 
     Returns:
-        What ``measure`` returns for all rows, in their order, on every process.
+        The losses of all rows, in their order, on every process.
     """
     count = len(rows)
     num_processes = processes.num_processes()
     # Each process takes the same number of rows: under FSDP all have to run the same number of batches.
-    shares = math.ceil(count / num_processes)
-    own = [(processes.rank() + share * num_processes) % count for share in range(shares)]
+    # If they do not divide evenly, the last processes measure some of the first rows once more.
+    num_own = math.ceil(count / num_processes)
+    own = [(processes.rank() + number * num_processes) % count for number in range(num_own)]
     found = measure([rows[index] for index in own])
+
     results: list[RowLoss] = [(0.0, 0)] * count
     for indices, parts in processes.gather((own, found)):
         for index, result in zip(indices, parts, strict=True):
@@ -120,7 +126,14 @@ def length_sorted_batches(lengths: Sequence[int], batch_size: int) -> list[list[
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, device, side: str = "right") -> tuple[Tensor, Tensor]:
-    """Pad rows of token ids to one length; returns ids (B, T) and the attention mask (B, T), both int64."""
+    """Pad rows of token ids to one length; returns ids (B, T) and the attention mask (B, T), both int64.
+
+    Args:
+        rows: Token ids, or labels.
+        value: Padding.
+        device: Device of the results.
+        side: ``right`` or ``left``.
+    """
     ids = [torch.tensor(list(row), dtype=torch.long) for row in rows]
     ids_BT = pad_sequence(ids, batch_first=True, padding_value=value, padding_side=side)
     mask_BT = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side=side)
@@ -128,17 +141,28 @@ def pad(rows: Sequence[Sequence[int]], value: int, device, side: str = "right") 
 
 
 def _batch_nll(model, ids_BT: Tensor, mask_BT: Tensor, labels_BT: Tensor) -> list[RowLoss]:
+    """Losses of one padded batch, row by row."""
+    # The logits at position t predict token t + 1.
     targets_BT = labels_BT[:, 1:]
     supervised_BT = targets_BT != IGNORED
+
     # Logits only where there is a label: over a vocabulary of 49k the head is a third of the forward pass.
     first = int(supervised_BT.any(0).nonzero().min()) if supervised_BT.any() else 0
     positions = torch.arange(first, targets_BT.shape[1], device=ids_BT.device)
     logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT, logits_to_keep=positions, use_cache=False).logits
     targets_BT = targets_BT[:, first:]
-    pairs = zip(logits_BTV.split(1), targets_BT.split(1), strict=True)  # row by row: logits are copied in float64
-    losses_BT = torch.cat([_cross_entropy(*pair) for pair in pairs]).masked_fill(~supervised_BT[:, first:], 0)
-    counts = supervised_BT.sum(1)
-    return [(float(s / max(int(c), 1)), int(c)) for s, c in zip(losses_BT.sum(1), counts, strict=True)]
+    supervised_BT = supervised_BT[:, first:]
+
+    # Row by row: the logits are copied in float32 and float64, and those of a whole batch take gigabytes.
+    losses = []
+    for logits_1TV, targets_1T in zip(logits_BTV.split(1), targets_BT.split(1), strict=True):
+        losses.append(_cross_entropy(logits_1TV, targets_1T))
+    losses_BT = torch.cat(losses).masked_fill(~supervised_BT, 0)
+
+    result = []
+    for total, count in zip(losses_BT.sum(1), supervised_BT.sum(1).tolist(), strict=True):
+        result.append((float(total / max(count, 1)), count))
+    return result
 
 
 def _cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
@@ -147,6 +171,7 @@ def _cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     Summed in float32, as by torch's cross_entropy, 49,152 small probabilities are too few by 1e-5 nats (it depends on
     how many the processor sums at once), and by 1e-4 with the vocabulary in the middle.
     """
+    # log(sum(exp(l))) - l[target], with the highest logit taken out of the sum against overflow.
     highest_BT1 = logits_BTV.amax(-1, keepdim=True).float()
     sums_BT = (logits_BTV.float() - highest_BT1).exp_().sum(-1, dtype=torch.float64)
     chosen_BT = logits_BTV.gather(-1, targets_BT.clamp(min=0).unsqueeze(-1)).squeeze(-1)

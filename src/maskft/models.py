@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -64,11 +65,15 @@ def load_model(name_or_path: str, dtype: str = "float32", **kwargs) -> PreTraine
     Raises:
         UserError: If there is no such model, a folder is not one, or a file of it cannot be read.
     """
+    # The weights of a GGUF file, which the embedded model is too, are dequantised to float32.
     if name_or_path == EMBEDDED_MODEL:
-        return _load_embedded(torch.float32 if dtype == "auto" else getattr(torch, dtype), **kwargs)
+        embedded_dtype = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+        return _load_embedded(embedded_dtype, **kwargs)
     check_model_source(name_or_path)
     if is_gguf(name_or_path):
-        return _load_gguf(name_or_path, "float32" if dtype == "auto" else dtype, **kwargs)
+        gguf_dtype = "float32" if dtype == "auto" else dtype
+        return _load_gguf(name_or_path, gguf_dtype, **kwargs)
+
     name_or_path = os.path.expanduser(name_or_path)
     with _one_line(f"cannot load model {name_or_path!r}"):
         _check_configuration(name_or_path, revision=kwargs.get("revision"))
@@ -97,9 +102,11 @@ def _one_line(problem: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
+        reason = first_line(error)
         # The message of these is written for people; of others ("'list' object has no attribute ...") it is not.
         is_clear = isinstance(error, OSError | ValueError | ImportError | RuntimeError)
-        reason = first_line(error) if is_clear else f"{type(error).__name__}: {first_line(error)}"
+        if not is_clear:
+            reason = f"{type(error).__name__}: {reason}"
         raise UserError(f"{problem}: {reason}") from error
 
 
@@ -109,7 +116,7 @@ def _check_configuration(name_or_path: str, revision: str | None = None) -> None
 
 
 def _check_values(values: dict[str, Any], name_or_path: str) -> None:
-    """Refuse a configuration that asks for code or for more modules than any model has.
+    """Raise for a configuration that asks for code or for more modules than any model has.
 
     A value of ``attn_implementation`` with a slash names a kernel of the hub: transformers would download its code and
     run it.
@@ -121,8 +128,13 @@ def _check_values(values: dict[str, Any], name_or_path: str) -> None:
             raise UserError(
                 f"the configuration of {name_or_path!r} asks for code from the hub ({key}: {value!r}); remove it"
             )
-        most = _MAX_LABELS if key == "num_labels" else _MAX_LAYERS if _NUM_LAYERS.fullmatch(key) else None
-        if most and isinstance(value, int | float) and value > most:
+
+        most = math.inf
+        if key == "num_labels":
+            most = _MAX_LABELS
+        elif _NUM_LAYERS.fullmatch(key):
+            most = _MAX_LAYERS
+        if isinstance(value, int | float) and value > most:
             raise UserError(f"the configuration of {name_or_path!r} has {key} {value:,}; at most {most:,} are built")
 
 
@@ -132,6 +144,9 @@ def load_config(name_or_path: str, **kwargs) -> PretrainedConfig:
     Args:
         name_or_path: What :func:`load_model` takes, or a ``.json`` file with a configuration.
         **kwargs: Passed on to ``AutoConfig.from_pretrained`` (``revision``).
+
+    Raises:
+        UserError: If there is no such model, or its configuration cannot be read.
     """
     if name_or_path == EMBEDDED_MODEL:
         return embedded_config()
@@ -163,8 +178,14 @@ def load_tokenizer(name_or_path: str, chat_template_path: str | None = None, **k
         name_or_path: What :func:`load_model` takes.
         chat_template_path: A ``.jinja`` file that becomes its chat template, for models that have none.
         **kwargs: Passed on to ``AutoTokenizer.from_pretrained`` (``revision``).
+
+    Raises:
+        UserError: If there is no such tokenizer or template, or a file of it cannot be read.
     """
-    template = None if chat_template_path is None else _read_template(chat_template_path)
+    template = None
+    if chat_template_path is not None:
+        template = _read_template(chat_template_path)
+
     if name_or_path == EMBEDDED_MODEL:
         path = embedded_file()
         # The class that AutoTokenizer finds as well, after it has read the file once more.
@@ -180,6 +201,7 @@ def load_tokenizer(name_or_path: str, chat_template_path: str | None = None, **k
         where = "" if Path(name_or_path).exists() else ", which is no folder here"
         with _one_line(f"cannot load the tokenizer of {name_or_path!r}{where}"):
             tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(name_or_path), **_NO_CODE, **kwargs)
+
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if template is not None:
@@ -199,9 +221,9 @@ def _check_tokenizer_folder(name: str) -> None:
     if not isinstance(values, dict):
         raise UserError(f"{str(settings)!r} holds no object; copy the tokenizer again")
     for key, value in values.items():
-        if key.endswith("_file") and isinstance(value, str) and is_there(value):
-            if not Path(value).resolve().is_relative_to(folder.resolve()):
-                raise UserError(f"{str(settings)!r} names a file outside of its folder ({key}: {value!r}); remove it")
+        names_file = key.endswith("_file") and isinstance(value, str) and is_there(value)
+        if names_file and not Path(value).resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{str(settings)!r} names a file outside of its folder ({key}: {value!r}); remove it")
 
 
 def _read_template(file: str) -> str:
@@ -216,7 +238,7 @@ def _read_template(file: str) -> str:
 
 
 def check_tokenizer_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer that can produce ids outside the model's embedding."""
+    """Raise for a tokenizer that can produce ids outside the model's embedding."""
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise UserError(
@@ -228,8 +250,12 @@ def is_local_folder(name_or_path: str) -> bool:
     """Whether the name means a folder on this machine: it exists, is written like a path, or is in a folder here."""
     if Path(name_or_path).exists() or name_or_path.startswith((".", "/", "~")):
         return True
+    # A name on the hub is NAME or OWNER/NAME.
     owner, slash, name = name_or_path.partition("/")
-    return bool(slash) and ("/" in name or not name or Path(owner).is_dir())
+    if not slash:
+        return False
+    is_deeper = "/" in name or not name
+    return is_deeper or Path(owner).is_dir()
 
 
 def base_of(adapter: str | Path, name: str) -> str:
@@ -242,13 +268,15 @@ def base_of(adapter: str | Path, name: str) -> str:
 
 
 def check_model_source(name_or_path: str) -> None:
-    """Refuse a local folder that is not a model, before anything is loaded."""
+    """Raise for a local folder that is not a model, before anything is loaded."""
     if is_gguf(name_or_path):
-        if gguf_file(name_or_path) is not None:
-            read_head(gguf_file(name_or_path))
+        file = gguf_file(name_or_path)
+        if file is not None:
+            read_head(file)
         return
     if not is_local_folder(name_or_path):
         return
+
     folder = Path(name_or_path).expanduser()
     if not folder.exists():
         raise UserError(f"model folder {name_or_path!r} does not exist")
@@ -264,27 +292,39 @@ def check_model_source(name_or_path: str) -> None:
 
 
 def _check_index(file: Path) -> None:
-    """Refuse an index of weights with another structure, or one that names files outside of its folder."""
+    """Raise for an index of weights with another structure, or one that names files outside of its folder."""
     content = read_json(file)
-    places = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
+    file_of = content.get("weight_map") if isinstance(content, dict) else None  # name of a weight -> name of its file
+    is_index = isinstance(file_of, dict) and all(isinstance(name, str) for name in file_of.values())
+    if not is_index:
         raise UserError(f"{str(file)!r} is not an index of weights: it has no weight_map; copy the model again")
-    for place in {*places.values()}:
-        if Path(place).name != place:
-            raise UserError(f"{str(file)!r} names a file outside of its folder ({place!r}); copy the model again")
+    for name in set(file_of.values()):
+        if Path(name).name != name:
+            raise UserError(f"{str(file)!r} names a file outside of its folder ({name!r}); copy the model again")
 
 
 def model_identity(name: str) -> str:
     """Return a hub name as it is; a local folder by its configuration, tokenizer and samples of its weights."""
-    if is_gguf(name) and gguf_file(name) is not None:
-        return "sha256:" + digest_file(gguf_file(name), is_sampled=True)
+    if is_gguf(name):
+        file = gguf_file(name)
+        if file is not None:
+            return "sha256:" + digest_file(file, is_sampled=True)
     folder = Path(name).expanduser()
     if not folder.is_dir():
         return name
-    weights = {file for pattern in _WEIGHTS for file in folder.glob(pattern)}
-    others = {file for pattern in _OTHERS for file in folder.glob(pattern) if file.is_file()}
-    files = [(file, digest_file(file, is_sampled=file in weights)) for file in sorted(weights | others)]
-    return "sha256:" + digest("".join(f"{file.name} {file.stat().st_size} {content}\n" for file, content in files))
+
+    weights: set[Path] = set()
+    for pattern in _WEIGHTS:
+        weights.update(folder.glob(pattern))
+    others: set[Path] = set()
+    for pattern in _OTHERS:
+        others.update(file for file in folder.glob(pattern) if file.is_file())
+
+    lines = []
+    for file in sorted(weights | others):
+        content = digest_file(file, is_sampled=file in weights)
+        lines.append(f"{file.name} {file.stat().st_size} {content}\n")
+    return "sha256:" + digest("".join(lines))
 
 
 # GGUF files
@@ -304,8 +344,10 @@ def gguf_parts(name_or_path: str) -> tuple[str, str]:
 def gguf_file(name_or_path: str) -> Path | None:
     """Path of a GGUF file on this machine; None where the name can only be one on the hub, OWNER/NAME/FILE.gguf."""
     path = Path(name_or_path).expanduser()
-    is_of_hub = name_or_path.count("/") == 2 and not name_or_path.startswith((".", "/", "~"))
-    return None if is_of_hub and not path.exists() else path
+    can_be_of_hub = name_or_path.count("/") == 2 and not name_or_path.startswith((".", "/", "~"))
+    if can_be_of_hub and not path.exists():
+        return None
+    return path
 
 
 def _load_gguf(name_or_path: str, dtype: str, **kwargs) -> PreTrainedModel:

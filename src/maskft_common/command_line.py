@@ -56,7 +56,9 @@ def with_default(text: str, default: Any = "%(default)s") -> str:
         text: The help of an option; returned as it is if it states a default.
         default: Its default in words; by default the parser's own, which argparse fills in.
     """
-    return text if DEFAULT.search(text) else f"{text} (default: {default})"
+    if DEFAULT.search(text):
+        return text
+    return f"{text} (default: {default})"
 
 
 def has_default(action: argparse.Action) -> bool:
@@ -92,9 +94,11 @@ def read_options(arguments: type[Arguments], namespace: argparse.Namespace) -> A
 
 def _keywords(hint: Any) -> dict[str, Any]:
     """Keywords of ``add_argument`` for a type."""
+    # A switch: --NAME alone is true.
     if hint is bool:
         return {"type": true_or_false, "nargs": "?", "const": True, "metavar": "true|false"}
 
+    # X | None is X; other unions are read as text, and their fields convert it.
     if get_origin(hint) is UnionType:
         kinds = [kind for kind in get_args(hint) if kind is not NoneType]
         hint = kinds[0] if len(kinds) == 1 else str
@@ -109,6 +113,7 @@ def _keywords(hint: Any) -> dict[str, Any]:
 
 def true_or_false(text: str) -> bool:
     """The type of a switch."""
-    if text.lower() not in ("true", "false"):
+    lower = text.lower()
+    if lower not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() == "true"
+    return lower == "true"

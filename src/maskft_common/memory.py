@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 
+# Parameters of mallopt, from glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
 _M_TOP_PAD = -2
 _M_MMAP_MAX = -4
@@ -25,8 +26,9 @@ def peak_memory_bytes() -> int:
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) * 1024
     except (OSError, IndexError, ValueError):
-        pass
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        pass  # not Linux
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def resident_memory_bytes() -> int:
@@ -35,7 +37,7 @@ def resident_memory_bytes() -> int:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc not to give freed memory back to the kernel.
+    """Set glibc to keep freed memory, and not to give it back to the kernel.
 
     By default every large activation is mapped, zeroed page by page and unmapped again, in every operation of every
     step. Does nothing where the C library is not glibc.
@@ -46,6 +48,6 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return
-    mallopt(_M_MMAP_MAX, 0)
-    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-    mallopt(_M_TOP_PAD, 2**28)
+    mallopt(_M_MMAP_MAX, 0)  # large blocks come from the heap as well
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)  # the heap is never shortened
+    mallopt(_M_TOP_PAD, 2**28)  # and grows by 256 MiB at a time

@@ -40,7 +40,9 @@ def num_processes() -> int:
         return 1
     import torch.distributed as dist
 
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if not dist.is_available() or not dist.is_initialized():
+        return 1
+    return dist.get_world_size()
 
 
 def gather(value: T) -> list[T]:
@@ -59,13 +61,15 @@ def reduce_(values: Tensor, op: str = "sum") -> Tensor:
     if num_processes() > 1:
         import torch.distributed as dist
 
-        dist.all_reduce(values, op=dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
+        operation = dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM
+        dist.all_reduce(values, op=operation)
     return values
 
 
 def decided_by_main(decide: Callable[[], T]) -> T:
     """Call ``decide`` in the main process only; its result, or its UserError, is that of every process."""
-    answer: list = [None, None]
+    # Errors are sent too: if the main process alone raised, the others would wait for its broadcast.
+    answer: list = [None, None]  # the result, the error's message
     if is_main():
         try:
             answer[0] = decide()
@@ -75,17 +79,22 @@ def decided_by_main(decide: Callable[[], T]) -> T:
         import torch.distributed as dist
 
         dist.broadcast_object_list(answer, src=0)
-    if answer[1] is not None:
-        raise UserError(answer[1])
-    return answer[0]
+
+    result, message = answer
+    if message is not None:
+        raise UserError(message)
+    return result
 
 
 def check_same(value: dict[str, str], what: str) -> None:
-    """Refuse, in every process with the same line, when the processes do not hold the same ``value``.
+    """Raise in every process, with the same line, unless all processes hold the same ``value``.
 
     Args:
-        value: What must be equal everywhere, by name.
-        what: Plural noun for the message, with what to do: ``"{what} differ ..."``.
+        value: The values to compare, by name.
+        what: Plural noun for the message: ``"{what} differ ..."``.
+
+    Raises:
+        UserError: For the first name whose value differs.
     """
     first, *others = gather(value)
     for rank, other in enumerate(others, start=1):
@@ -101,5 +110,6 @@ def largest(*flags: Tensor) -> int:
     """Index (from 1) of the last of the 0-dimensional bool ``flags`` that is set in any process; 0 if none is."""
     import torch
 
-    weighted = torch.stack([flag.to(torch.int32) * index for index, flag in enumerate(flags, start=1)])
-    return int(reduce_(weighted.max(), "max"))
+    # One number for all flags, so that one collective is enough.
+    indices = torch.stack([flag.to(torch.int32) * index for index, flag in enumerate(flags, start=1)])
+    return int(reduce_(indices.max(), "max"))

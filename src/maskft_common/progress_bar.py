@@ -18,7 +18,9 @@ def time_text(seconds: float) -> str:
     """``90 s`` and longer in minutes, ``90 min`` and longer in hours: ``12 s``, ``34 min``, ``1.6 h``."""
     if seconds < 90:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
 
 
 def shortened(text: str, width: int) -> str:
@@ -71,14 +73,18 @@ class Progress(rich.progress.Progress):
             time_left: Text in place of the time left at the mean speed so far; "" shows none.
         """
         task = self._task(task_id)
-        count = f"{completed:>{len(f'{task.total:g}')}g}/{task.total:g}"
+        total = f"{task.total:g}"
+        count = f"{completed:>{len(total)}g}/{total}"
         if time_left is None:
             time_left = self._left(task_id, completed)
         parts = [part for part in (time_left, note) if part]
+
         if self.console.is_terminal:
-            room = self.console.width - len(task.description) - len(count) - _BAR_WIDTH - 3
+            num_gaps = 3  # one column between each two of the four parts
+            room = self.console.width - len(task.description) - len(count) - _BAR_WIDTH - num_gaps
             self.update(task_id, completed=completed, note=shortened("  ".join(parts), room))
             return
+
         self.update(task_id, completed=completed)
         if is_news or time.monotonic() > self._next_line:
             line = "  ".join([f"  {task.description} {count}", *reversed(parts)])
@@ -90,7 +96,8 @@ class Progress(rich.progress.Progress):
         total = self._task(task_id).total or completed
         if completed <= first or completed >= total:
             return ""
-        seconds = (time.monotonic() - began) / (completed - first) * (total - completed)
+        seconds_each = (time.monotonic() - began) / (completed - first)
+        seconds = seconds_each * (total - completed)
         return f"{time_text(seconds)} left"
 
     def _task(self, task_id: TaskID) -> Task:

@@ -17,7 +17,7 @@ def silence() -> None:
     warnings.simplefilter("ignore", FutureWarning)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
-    # That it gives the model the tokenizer's special tokens, and how it sorts checkpoints.
+    # It warns that it gives the model the tokenizer's special tokens, and of the order in which it sorts checkpoints.
     logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
     if not is_main():
         warnings.simplefilter("ignore")

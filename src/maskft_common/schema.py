@@ -30,31 +30,44 @@ class FileModel(BaseModel):
 def read_model(model: type[Model], content: Any, source: str | os.PathLike, remedy: str = "") -> Model:
     """Return ``content`` (parsed JSON or YAML) as ``model``.
 
+    Args:
+        model: The pydantic model of the file.
+        content: Its content.
+        source: The file, for errors.
+        remedy: Added to errors.
+
     Raises:
-        UserError: For the first mistake, in one line: the file, the place in it, the value, and what to write.
+        UserError: For the first mistake, in one line: the file, the place in it, the value, and the remedy.
     """
     try:
         return model.model_validate(content)
     except ValidationError as error:
         problem = first_problem(error, model)
-    raise UserError(f"{os.fspath(source)}: {problem}{'; ' + remedy if remedy else ''}")
+    # Outside of the block: pydantic's own message, of many lines, is not shown as the cause.
+    advice = f"; {remedy}" if remedy else ""
+    raise UserError(f"{os.fspath(source)}: {problem}{advice}")
 
 
 def first_problem(error: ValidationError, kind: Any) -> str:
     """Return the first mistake in content that does not fit ``kind``: the place, the value, and the remedy."""
     problem = error.errors(include_url=False)[0]
-    place = printable(".".join(str(part) for part in problem["loc"] if not _is_choice_of_union(part)))
-    where = place or "the content"
+    parts = [str(part) for part in problem["loc"] if not _is_choice_of_union(part)]
+    place = printable(".".join(parts))
     if problem["type"] == "extra_forbidden":
-        name = str(problem["loc"][-1])
-        known = _field_names(kind, problem["loc"][:-1])
-        return f"unknown key {place!r}{did_you_mean(name, known)}; there are {', '.join(known)}"
+        *parents, name = problem["loc"]
+        known = _field_names(kind, tuple(parents))
+        return f"unknown key {place!r}{did_you_mean(str(name), known)}; there are {', '.join(known)}"
     if problem["type"] == "missing":
         return f"{place} is missing"
+
     text = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] != "value_error":
-        return f"{where} is {_shown(problem['input'])}: {text[:1].lower()}{text[1:]}"
-    return text if not place or text.startswith(place) else f"{place}: {text}"
+    if problem["type"] != "value_error":  # pydantic's own message: "Input should be ..."
+        where = place or "the content"
+        text = text[:1].lower() + text[1:]
+        return f"{where} is {_shown(problem['input'])}: {text}"
+    if not place or text.startswith(place):
+        return text
+    return f"{place}: {text}"
 
 
 def _is_choice_of_union(part: str | int) -> bool:
@@ -64,16 +77,23 @@ def _is_choice_of_union(part: str | int) -> bool:
 
 def _shown(value: Any) -> str:
     text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    if len(text) <= 60:
+        return text
+    return text[:57] + "..."
 
 
 def _field_names(kind: Any, place: tuple) -> list[str]:
     """Names of the fields of the model at ``place`` below ``kind``, a model or a type made of models."""
     if isinstance(kind, type) and issubclass(kind, BaseModel):
+        annotations = {field.alias or name: field.annotation for name, field in kind.model_fields.items()}
         if not place:
-            return [field.alias or name for name, field in kind.model_fields.items()]
-        below = {field.alias or name: field.annotation for name, field in kind.model_fields.items()}
-        return _field_names(below.get(place[0]), place[1:])
+            return list(annotations)
+        return _field_names(annotations.get(place[0]), place[1:])
+
     # A key of a dict or an index of a list takes one part of the place, a union takes none.
     rest = place[1:] if get_origin(kind) in (dict, list) else place
-    return next((names for part in get_args(kind) if (names := _field_names(part, rest))), [])
+    for part in get_args(kind):
+        names = _field_names(part, rest)
+        if names:
+            return names
+    return []

@@ -37,9 +37,10 @@ class _Loader(yaml.SafeLoader):
 
 def _text_or_float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float | str:
     text = loader.construct_scalar(node)
-    is_number = node.style is None and text.lstrip("+-")[:1].isdigit()
-    if is_number:
-        with suppress(ValueError):  # YAML 1.1 takes 1e-3 for text
+    # YAML 1.1 takes 1e-3 for text. In quotes (which are the node's style) it is text.
+    begins_as_number = node.style is None and text.lstrip("+-")[:1].isdigit()
+    if begins_as_number:
+        with suppress(ValueError):
             return float(text)
     return text
 

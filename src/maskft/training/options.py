@@ -198,7 +198,7 @@ def _is_number(value: Any, kind: type) -> bool:
     if isinstance(value, bool | dict | list):
         return False
     try:
-        kind(str(value))  # YAML 1.1 reads 1e-4 as text, and argparse converts it
+        kind(str(value))  # a number in quotes is one: argparse converts defaults that are text
     except ValueError:
         return False
     return True

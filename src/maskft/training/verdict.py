@@ -225,7 +225,7 @@ def _t_quantile(degrees: int) -> float:
     With t = sqrt(degrees) * tan(angle), the density of the angle is proportional to cos(angle) ** (degrees - 1). It is
     integrated numerically and inverted.
     """
-    # The angle's standard deviation is about 1 / sqrt(degrees). The mass beyond 12 of these is too small for six digits.
+    # The angle's standard deviation is about 1 / sqrt(degrees); the mass beyond 12 of these is below six digits.
     largest_angle = min(math.pi / 2, 12 / math.sqrt(degrees))
     angles = np.linspace(0, largest_angle, 2**18 + 1)
     middles = (angles[1:] + angles[:-1]) / 2
