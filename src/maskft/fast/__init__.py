@@ -32,7 +32,7 @@ def enable() -> None:
 
 
 def disable() -> None:
-    """Use the plain way, for all layers of this process; what the fast step has kept is freed at the next forward."""
+    """Use the plain way, for all layers of this process; tensors that were kept are freed at the next forward."""
     if is_enabled():
         MASKERS.remove(FastMasker)
 

@@ -22,6 +22,7 @@ from ..masking import RankBy, score_gradient
 if TYPE_CHECKING:
     from .masker import FastMasker
 
+# All maskers by their numbers, while their layers live; and the numbers of those whose weight a graph reads.
 _maskers: WeakValueDictionary[int, FastMasker] = WeakValueDictionary()
 _in_graphs: set[int] = set()
 _numbers = itertools.count(1)
@@ -63,6 +64,8 @@ def linear(
 ) -> Tensor:
     """Map x (..., I) to (..., O) with the weight that is up to date; x and bias have the ``dtype``."""
     layer = masker.layer
+    # The arguments of a function whose result is a constant have to be constants: numbers and text. The training mode
+    # is among them so that the graph depends on it.
     _refresh_at_trace(masker.number, str(dtype).removeprefix("torch."), layer.training)
     weight = cast(Tensor, masker.value)
     scores = layer.mask_scores[name] if name in layer.mask_scores else None
@@ -97,6 +100,7 @@ class _StraightThrough(torch.autograd.Function):
         ctx.save_for_backward(scores, weight, *optional)
         ctx.has_slope = slope is not None
         ctx.ranks_by = ranks_by
+        # A view: torch treats an input that is returned as it is in a special way.
         return masked.view_as(masked)
 
     @staticmethod
@@ -127,7 +131,7 @@ def refresh_graphs() -> None:
     """Bring the weights that graphs read up to date."""
     for number in list(_in_graphs):
         masker = _maskers.get(number)
-        if masker is None:
+        if masker is None:  # its layer is gone
             _in_graphs.discard(number)
         else:
             masker.refresh()

@@ -76,6 +76,7 @@ class FastMasker(Masker):
         dtype: torch.dtype,
         names: list[str],
     ) -> Tensor:
+        """Map x (..., I) to (..., O) outside of graphs; ``names`` are the active masks."""
         layer = self.layer
         weight = self.weight(dtype)
         trained = {}
@@ -85,7 +86,8 @@ class FastMasker(Masker):
         if not trained or not torch.is_grad_enabled():
             return F.linear(x, weight.t() if layer.is_transposed else weight, bias)
 
-        # On a matrix: a view made inside the function could not be changed in place, as ReLU(inplace=True) does.
+        # On a matrix, reshaped outside: a view that an autograd function returns cannot be changed in place, which
+        # ReLU(inplace=True) after the layer does.
         x_TI = x.reshape(-1, x.shape[-1])
         y_TO = cast(Tensor, _FastLinear.apply(x_TI, weight, bias, self, list(trained), *trained.values()))
         return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
@@ -178,8 +180,9 @@ class FastMasker(Masker):
         layer = self.layer
         weight = layer.weight
         names = tuple(layer.active_masks)
-        # Addresses alone would not do: torch.func.functional_call puts tensors in place of these, each of which may be
-        # where the one before it was, with the same version.
+        # A tensor is the same if object, address and version are. Addresses and versions alone would not do:
+        # torch.func.functional_call puts tensors in place of these, each of which may be where the one before it was,
+        # with the same version. Objects alone would not either: `.data = ...` moves a tensor.
         key: list[Any] = [
             names,
             dtype,
@@ -195,7 +198,8 @@ class FastMasker(Masker):
                 continue
             config = layer.mask_configs[name]
             scores = layer.mask_scores[name]
-            # Frozen scores do not change in an optimizer step: the reference of preference training stays.
+            # Fused optimizers raise no version, so that steps are counted. Frozen scores do not change in a step: the
+            # weight under the reference of preference training stays.
             steps = num_optimizer_steps() if scores.requires_grad else None
             key += [
                 scores.data_ptr(),
@@ -228,6 +232,8 @@ class FastMasker(Masker):
         out = self._buffer(weight, dtype, tuple(names))
         self.slopes = {}
 
+        # The first mask with scores is written in one pass over the weight. The order of several does not matter: they
+        # remove the union, to zero (see check_can_mask).
         first = next((name for name in names if name in layer.mask_scores), None)
         if first is None:
             out.copy_(weight)
@@ -238,7 +244,10 @@ class FastMasker(Masker):
                 out.copy_(selection.blend(out, layer.get_mask(name), layer.removed_value(name)))
 
     def _buffer(self, weight: Tensor, dtype: torch.dtype, names: tuple[str, ...]) -> Tensor:
-        """Where to write: the old value, unless it is of other adapters, whose graph may still need it."""
+        """Where to write: into the old value, unless that is of other adapters, whose graph may still need it.
+
+        A new tensor at every step, the plain way, would take twice the memory for a moment.
+        """
         out = self.value
         is_of_others = self._key is not None and self._key[0] != names
         self._key = None  # until it is written
@@ -299,7 +308,7 @@ class FastMasker(Masker):
         is_priced = self._is_priced(config, name)
         removed_by_others = [~layer.get_mask(other) for other in active if other != name]
 
-        # A kept factor is the weight with the signs of the scores, or the slopes.
+        # A kept factor is the weight with the signs of the scores or, where that is not kept, the slopes.
         factor = self._kept_factor(config, name, weight, scores)
         signed_weight = factor if _keeps_signed_weight(config) else None
         slopes = slopes_of.get(name, factor) if signed_weight is None else None
@@ -313,6 +322,7 @@ class FastMasker(Masker):
             if out is not grad_weight:
                 gradient.copy_(grad_weight[part])
 
+            # (W - removed value) * sign(s), from one matrix or from two.
             if signed_weight is not None:
                 gradient.mul_(signed_weight[part])
             else:
@@ -326,6 +336,7 @@ class FastMasker(Masker):
             for removed in removed_by_others:
                 gradient.masked_fill_(removed[part], 0.0)
             if is_priced:
+                # As in Masker.add_price_: the slope of a soft gate has noise in it.
                 slope = None if selection.has_soft_gate(config) else slope
                 gradient.add_(selection.price_gradient(config, scores[part], scores.numel(), slope))
         return out
@@ -338,6 +349,7 @@ class FastMasker(Masker):
         """
         if config.price == 0:
             return False
+
         now = (num_optimizer_steps(), torch._C._current_graph_task_id())
         before = self._priced_at.get(name)
         is_same_step = before is not None and before[0] == now[0]
@@ -362,6 +374,7 @@ class FastMasker(Masker):
         """
         is_on_cpu = scores.device.type == "cpu"
         is_signed = _keeps_signed_weight(config)
+        # One row of scores is enough to see whether the gate has a slope other than 1.
         is_wanted = is_on_cpu if is_signed else selection.hard_slope(config, scores[:1]) is not None
         if not is_wanted:
             return None
@@ -380,11 +393,13 @@ class FastMasker(Masker):
         known_key, factor = self._kept.get(name, ((), None))
         if known_key == key and factor is not None:
             return factor
-        # So far no step has had a second backward pass: the key is kept alone, by which the next pass knows.
+        # The first backward pass of a step, and no step so far has had a second one: only the key is kept. If the next
+        # pass has the same key, it belongs to the same step, and a factor pays.
         if known_key != key and factor is None and is_on_cpu:
             self._kept[name] = (key, None)
             return None
 
+        # Computed anew, into the tensor of the last step if there is one.
         like = weight if is_signed else scores
         if factor is None or (factor.shape, factor.dtype) != (like.shape, like.dtype):
             factor = torch.empty_like(like)
@@ -410,6 +425,7 @@ class _FastLinear(torch.autograd.Function):
         names: list[str],
         *scores: Any,
     ) -> Tensor:
+        # Scores are inputs, so that autograd asks for their gradients; the output is computed from the weight alone.
         ctx.save_for_backward(x_TI, weight, *scores)
         ctx.masker = masker
         ctx.names = names
@@ -432,7 +448,7 @@ class _FastLinear(torch.autograd.Function):
 
         grad_scores = []
         for name, scores_of_name in zip(ctx.names, scores, strict=True):
-            # Anew for each adapter: score_gradient overwrites it.
+            # dL/dW_eff in the layout of the weight; anew for each adapter, because score_gradient overwrites it.
             grad_weight = x_TI.t().mm(grad_y_TO) if is_transposed else grad_y_TO.t().mm(x_TI)
             gradient = masker.score_gradient(name, grad_weight, scores_of_name, ctx.slopes, ctx.active)
             grad_scores.append(gradient)
@@ -440,8 +456,10 @@ class _FastLinear(torch.autograd.Function):
 
 
 def _keeps_signed_weight(config: MaskConfig) -> bool:
+    """Whether the kept factor is ``weight * sign(scores)``; the gradient has no other factor then."""
     return config.ranks_by == "abs" and config.removed_value == "zero"
 
 
 def _version(tensor: Tensor) -> int:
+    """Count of writes to a tensor, kept by torch; tensors of ``torch.inference_mode()`` have none."""
     return 0 if tensor.is_inference() else tensor._version

@@ -55,7 +55,7 @@ class Near(NamedTuple):
 def mask_without_lowest(scores: Tensor, num: int, rank_by: RankBy = "abs") -> Tensor:
     """Bool mask, True = keep, that removes the ``num`` lowest of ``scores``."""
     mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
-    # A weight of True everywhere, of which memory holds one entry.
+    # The mask of a matrix is the masked weight of a matrix of True, of which memory holds one entry.
     ones = scores.new_ones((), dtype=torch.bool).expand(scores.numel())
     keep_highest_(mask, ones, scores, num, rank_by)
     return mask
@@ -118,7 +118,7 @@ def keep_highest_(
         band = (cut, cut)
         num_below, indices, values = _split_(out, weight, scores, band, rank_by)
 
-    if num == num_below:
+    if num == num_below:  # no entry of the band goes, so that it shows no new cut
         return near
     # Entries below the band are gone; of those in the band, the lowest go too.
     keep = remove_lowest(values, num - num_below)
@@ -157,8 +157,8 @@ def _probable_bands(scores: Tensor, num: int, rank_by: RankBy) -> Iterator[tuple
     total = scores.numel()
     if total < _SAMPLED_MIN_NUMEL:
         return
-    # Of n entries, n^(2/3) are sampled: the sample then costs as little as ranking what lies in its band. An odd stride
-    # visits every column of a matrix whose width is a power of two.
+    # Of n entries, n^(2/3) are sampled: the sample then costs as little as ranking the entries in its band. An odd
+    # stride (`| 1` makes it odd) visits every column of a matrix whose width is a power of two.
     stride = int(total ** (1 / 3)) | 1
     sample = ranking_keys(scores.detach().reshape(-1)[::stride], rank_by)
 
@@ -204,7 +204,9 @@ def _num_below(scores: Tensor, value: float, rank_by: RankBy) -> int:
 
 
 def _kth_smallest(scores: Tensor, k: int, rank_by: RankBy) -> float:
-    return check_not_nan(ranking_keys(scores, rank_by)).kthvalue(k).values.item()
+    """The ``k``-th smallest ranking value, counted from 1; raises if a score is NaN."""
+    keys = check_not_nan(ranking_keys(scores, rank_by))
+    return keys.kthvalue(k).values.item()
 
 
 def _split_(
@@ -229,10 +231,12 @@ def _split_(
     integer = _INTEGERS[weight.element_size()]
 
     num_below = 0
+    # Each begins with an empty tensor, because torch.cat takes no empty list.
     indices = [scores_flat.new_empty(0, dtype=torch.int64)]
     values = [torch.empty(0, device=device)]
 
-    # Without scores, too, range() below needs a step of at least 1.
+    # One chunk after the other on a CPU, the whole matrix on a GPU. Without scores, too, range() below needs a step of
+    # at least 1.
     chunk = max(1, min(CHUNK_NUMEL, numel) if device.type == "cpu" else numel)
     keys_buffer = torch.empty(chunk, device=device)
     sign_buffer = torch.empty(chunk, device=device)
@@ -262,6 +266,7 @@ def _split_(
         # A sum of -1, one for each that stays; exact in int32, and ten times faster than counting flags.
         num_below += len(keys) + int(stays.sum(dtype=torch.int32))
 
+        # The bits of the weight where an entry stays, and no bit where it goes.
         stays = stays.to(integer)
         bits = weight_flat[part].view(integer)
         if out.dtype == weight.dtype:
@@ -285,10 +290,13 @@ def _find_in_band(
     minus each key, a difference that rounds in the order of the keys, and ``furthest`` those for ``high``: of negative
     floats, the closer one is to 0, the lower its bits are as an integer.
     """
+    # The plain way, for a chunk of another size and for a band that begins at -inf, whose differences are not finite.
     if len(keys) % _ROWS or low == -math.inf:
         is_in_band = (keys >= low) & (keys <= high)
         return is_in_band.nonzero().squeeze(1)
 
+    # A column may hold a key in the band if its lowest bits are not above those of `high`: keys below the band have
+    # positive differences, whose bits are above those of all negative ones.
     num_columns = len(keys) // _ROWS
     lowest = signs.view(_ROWS, -1).amin(0)
     columns = (lowest <= furthest).nonzero().squeeze(1)
@@ -307,7 +315,9 @@ def score_gradient_(
 ) -> Tensor:
     """:func:`maskft.masking.score_gradient`, written into ``grad`` (float32)."""
     grad.mul_(weight)
-    return grad.mul_(torch.sign(scores)) if rank_by == "abs" else grad
+    if rank_by == "abs":
+        grad.mul_(torch.sign(scores))
+    return grad
 
 
 def row_parts(matrix: Tensor) -> list[slice]:

@@ -16,7 +16,7 @@ _is_watching = False
 
 
 def watch_optimizers() -> None:
-    """Count the steps of all optimizers of this process from now on."""
+    """Count the steps of all optimizers of this process from now on; repeated calls change nothing."""
     global _is_watching
     if not _is_watching:
         _is_watching = True
