@@ -38,7 +38,11 @@ class MaskPlugin(BasePlugin):
         return [AdapterCapabilities(name="mask", lora_like=False, relora=False)]
 
     def load_adapter(
-        self, model: Any, cfg: Any, inference: bool = False, config_only: bool = False
+        self,
+        model: Any,
+        cfg: Any,
+        inference: bool = False,
+        config_only: bool = False,
     ) -> tuple[PeftModel | None, MaskConfig] | None:
         """Put a mask over ``model``, from ``lora_model_dir`` if that is given.
 

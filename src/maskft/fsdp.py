@@ -42,7 +42,11 @@ _NUM_BINS = 1 << 16  # one for each value of half a float32
 
 
 def remove_lowest_of_shards(
-    shard: Tensor, num: int, rank: int, all_reduce: Callable[[Tensor], Tensor], all_gather: Callable[[Tensor], Tensor]
+    shard: Tensor,
+    num: int,
+    rank: int,
+    all_reduce: Callable[[Tensor], Tensor],
+    all_gather: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """This rank's rows of the mask that :func:`maskft.masking.remove_lowest` gives on the whole matrix.
 
@@ -163,7 +167,12 @@ def whole_mask(config: MaskConfig, scores: DTensor) -> Tensor:
 def _like(rows: Tensor, scores: DTensor) -> DTensor:
     """This rank's rows as a DTensor that is sharded as ``scores``."""
     return DTensor.from_local(
-        rows, scores.device_mesh, scores.placements, run_check=False, shape=scores.shape, stride=scores.stride()
+        rows,
+        scores.device_mesh,
+        scores.placements,
+        run_check=False,
+        shape=scores.shape,
+        stride=scores.stride(),
     )
 
 

@@ -125,7 +125,12 @@ def length_sorted_batches(lengths: Sequence[int], batch_size: int) -> list[list[
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def pad(rows: Sequence[Sequence[int]], value: int, device, side: str = "right") -> tuple[Tensor, Tensor]:
+def pad(
+    rows: Sequence[Sequence[int]],
+    value: int,
+    device,
+    side: str = "right",
+) -> tuple[Tensor, Tensor]:
     """Pad rows of token ids to one length; returns ids (B, T) and the attention mask (B, T), both int64.
 
     Args:

@@ -107,7 +107,11 @@ def check_not_nan(keys: Tensor) -> Tensor:
 
 
 def initial_scores(
-    weight: Tensor, start: ScoreStart, generator: torch.Generator, std: float = 0.02, value: float = 0.0
+    weight: Tensor,
+    start: ScoreStart,
+    generator: torch.Generator,
+    std: float = 0.02,
+    value: float = 0.0,
 ) -> Tensor:
     """Scores to start from: float32, shape and device of ``weight``.
 

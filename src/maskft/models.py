@@ -78,7 +78,11 @@ def load_model(name_or_path: str, dtype: str = "float32", **kwargs) -> PreTraine
     with _one_line(f"cannot load model {name_or_path!r}"):
         _check_configuration(name_or_path, revision=kwargs.get("revision"))
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name_or_path, dtype=dtype, output_loading_info=True, **_NO_CODE, **kwargs
+            name_or_path,
+            dtype=dtype,
+            output_loading_info=True,
+            **_NO_CODE,
+            **kwargs,
         )
     model, info = loaded
     _check_complete(info, name_or_path)
@@ -356,7 +360,12 @@ def _load_gguf(name_or_path: str, dtype: str, **kwargs) -> PreTrainedModel:
         kwargs.setdefault("quantization_config", transformers.GgufConfig(dequantize=True))
     with _one_line(f"cannot load model {name_or_path!r}"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=file, dtype=dtype, output_loading_info=True, **_NO_CODE, **kwargs
+            folder,
+            gguf_file=file,
+            dtype=dtype,
+            output_loading_info=True,
+            **_NO_CODE,
+            **kwargs,
         )
     model, info = loaded
     _check_complete(info, name_or_path)

@@ -33,7 +33,11 @@ _WITHOUT_ROWS = ("random_mask", "l1_mask")
 
 
 def unused_options(
-    method: str | None, options: Mapping[str, Any], *, is_trained: bool, is_matched: bool
+    method: str | None,
+    options: Mapping[str, Any],
+    *,
+    is_trained: bool,
+    is_matched: bool,
 ) -> frozenset[str]:
     """Names of the options that do not change what a method does.
 

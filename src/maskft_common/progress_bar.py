@@ -61,7 +61,12 @@ class Progress(rich.progress.Progress):
         self.move(task_id, self._task(task_id).completed + advance)
 
     def move(
-        self, task_id: TaskID, completed: float, note: str = "", is_news: bool = False, time_left: str | None = None
+        self,
+        task_id: TaskID,
+        completed: float,
+        note: str = "",
+        is_news: bool = False,
+        time_left: str | None = None,
     ) -> None:
         """Set how much of a task is completed.
 

@@ -27,7 +27,12 @@ class FileModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-def read_model(model: type[Model], content: Any, source: str | os.PathLike, remedy: str = "") -> Model:
+def read_model(
+    model: type[Model],
+    content: Any,
+    source: str | os.PathLike,
+    remedy: str = "",
+) -> Model:
     """Return ``content`` (parsed JSON or YAML) as ``model``.
 
     Args:

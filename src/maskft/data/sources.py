@@ -182,7 +182,10 @@ def _registered(name: str) -> TrainingSet | None:
 
 
 def find_rows(
-    name: str, split: str | None, config: str | None = None, data_dir: str | None = None
+    name: str,
+    split: str | None,
+    config: str | None = None,
+    data_dir: str | None = None,
 ) -> tuple[Rows, TrainingSet | None]:
     """Find the rows of a file, a registered set, a file in ``data_dir`` or a hub data set.
 
@@ -238,7 +241,12 @@ def _of_source(rows: Rows, source: str) -> Iterator[tuple[str, Row]]:
             yield place, row
 
 
-def load_from_hub(name: str, config: str | None, split: str, data_files: str | None = None) -> Dataset:
+def load_from_hub(
+    name: str,
+    config: str | None,
+    split: str,
+    data_files: str | None = None,
+) -> Dataset:
     """Download one split of a hub data set, or read it from the hub's cache.
 
     Raises:

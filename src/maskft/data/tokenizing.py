@@ -26,7 +26,10 @@ Message = dict[str, str]
 
 
 def tokenize_example(
-    example: Row, tokenizer, max_length: int | None = None, completion_only_loss: bool = True
+    example: Row,
+    tokenizer,
+    max_length: int | None = None,
+    completion_only_loss: bool = True,
 ) -> dict[str, list[int]]:
     """Turn an example into token ids and labels; the one tokenisation for training and for evaluation.
 
@@ -295,7 +298,10 @@ def _render(messages: list[Message], tokenizer, generation: bool = False) -> str
     with time_limit(_TEMPLATE_SECONDS, problem):
         try:
             return tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=generation, date_string=date
+                messages,
+                tokenize=False,
+                add_generation_prompt=generation,
+                date_string=date,
             )
         except UserError:
             raise

@@ -26,7 +26,12 @@ GAMMA = -0.1
 ZETA = 1.1
 
 
-def gumbel_gate(scores: Tensor, noise: Tensor, sharpness: float, temperature: float) -> tuple[Tensor, Tensor]:
+def gumbel_gate(
+    scores: Tensor,
+    noise: Tensor,
+    sharpness: float,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
     """Gate sigmoid((k * s + noise) / tau) and its slope: binary concrete, https://arxiv.org/abs/1611.00712.
 
     With a scale k and a falling tau, as MaskLLM uses its many-valued kind (https://arxiv.org/abs/2409.17481).

@@ -60,7 +60,12 @@ class MaskFiles(AdapterFiles):
     loads_scores = False
 
     def encode(
-        self, model: nn.Module, config: MaskConfig, adapter_name: str, state_dict: StateDict, of_peft: StateDict
+        self,
+        model: nn.Module,
+        config: MaskConfig,
+        adapter_name: str,
+        state_dict: StateDict,
+        of_peft: StateDict,
     ) -> StateDict:
         """Code the masks, and fill checksums and fingerprints into ``config``.
 
@@ -210,7 +215,11 @@ def _check_not_pickled(config: MaskConfig, folder: Path) -> None:
 
 
 def _load_masks(
-    model: nn.Module, config: MaskConfig, adapter_name: str, state_dict: StateDict, is_of_config: bool
+    model: nn.Module,
+    config: MaskConfig,
+    adapter_name: str,
+    state_dict: StateDict,
+    is_of_config: bool,
 ) -> StateDict:
     """Check the tensors of a file and give the masks to their layers; see :meth:`MaskFiles.decode`.
 

@@ -58,7 +58,10 @@ _PIECE_WEIGHTS = 2**22  # whole rows of about so many at a time
 
 
 def merge_into_gguf(
-    adapter: str | Path, gguf: str | Path, output: str | Path, accept_other_base: bool = False
+    adapter: str | Path,
+    gguf: str | Path,
+    output: str | Path,
+    accept_other_base: bool = False,
 ) -> list[str]:
     """Write a mask into a copy of a GGUF file, exactly.
 

@@ -68,7 +68,11 @@ def one_line(adapter: str | Path, problem: str) -> Iterator[None]:
 
 
 def merge(
-    adapter: str | Path, output_dir: str | Path, base: str | None = None, dtype: str = "auto", scale: float = 1.0
+    adapter: str | Path,
+    output_dir: str | Path,
+    base: str | None = None,
+    dtype: str = "auto",
+    scale: float = 1.0,
 ) -> str:
     """Merge a mask into its base, verify the result, and write it as an ordinary checkpoint.
 

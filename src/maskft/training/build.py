@@ -50,7 +50,12 @@ def load_tokenizer_of(source: ModelConfig, training: TrainingArguments):
     return load_tokenizer(source.model_name_or_path, training.chat_template_path, revision=source.model_revision)
 
 
-def load_data(args: DataArguments, training: TrainingArguments, tokenizer, console: Console) -> Prepared:
+def load_data(
+    args: DataArguments,
+    training: TrainingArguments,
+    tokenizer,
+    console: Console,
+) -> Prepared:
     """Read and tokenise the rows that ``args`` names."""
     data = prepare(
         args,
@@ -84,7 +89,13 @@ def load_base(args: ModelConfig, tokenizer, method: str) -> PreTrainedModel:
     return model
 
 
-def build_model(model: PreTrainedModel, method: MethodArguments, source: ModelConfig, mask: MaskArguments, seed: int):
+def build_model(
+    model: PreTrainedModel,
+    method: MethodArguments,
+    source: ModelConfig,
+    mask: MaskArguments,
+    seed: int,
+):
     """Prepare the trainable parameters of the method: all weights, some layers, an adapter of PEFT's, or mask scores.
 
     Args:

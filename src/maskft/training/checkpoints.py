@@ -231,7 +231,10 @@ def written_whole(checkpoint: Path) -> Iterator[None]:
 
 
 def save_final(
-    model, folder: str | Path, recipe: dict[str, Any] | None = None, trainer: SFTTrainer | None = None
+    model,
+    folder: str | Path,
+    recipe: dict[str, Any] | None = None,
+    trainer: SFTTrainer | None = None,
 ) -> None:
     """Write weights or adapter from the main process; all training processes must call it.
 
@@ -276,6 +279,8 @@ def trainable_state(model) -> dict[str, Any]:
     It has no frozen weights if the model has an adapter.
     """
     options = StateDictOptions(
-        full_state_dict=True, cpu_offload=True, ignore_frozen_params=hasattr(model, "peft_config")
+        full_state_dict=True,
+        cpu_offload=True,
+        ignore_frozen_params=hasattr(model, "peft_config"),
     )
     return get_model_state_dict(model, options=options)

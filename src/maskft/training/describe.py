@@ -65,7 +65,11 @@ def mask_line(config: MaskConfig, num_target_weights: int) -> str:
 
 
 def report(
-    summary: TrainingSummary, verdict: Verdict | None, config: TrainConfig, failure: str | None, console: Console
+    summary: TrainingSummary,
+    verdict: Verdict | None,
+    config: TrainConfig,
+    failure: str | None,
+    console: Console,
 ) -> None:
     """Print the outcome of the run, the folder, and the next command.
 
@@ -114,7 +118,12 @@ def report(
         console.print(advice, soft_wrap=True)
 
 
-def _report_verdict(summary: TrainingSummary, verdict: Verdict | None, config: TrainConfig, console: Console) -> None:
+def _report_verdict(
+    summary: TrainingSummary,
+    verdict: Verdict | None,
+    config: TrainConfig,
+    console: Console,
+) -> None:
     """Print the verdict on a mask, the folder, and the way to the mask if another adapter was saved."""
     folder = config.training.output_dir
     if verdict is None:

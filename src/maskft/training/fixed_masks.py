@@ -46,7 +46,11 @@ class _Candidate(NamedTuple):
 
 
 def make_fixed_mask(
-    model: PreTrainedModel, data: Prepared, run: TrainConfig, tokenizer, console: Console
+    model: PreTrainedModel,
+    data: Prepared,
+    run: TrainConfig,
+    tokenizer,
+    console: Console,
 ) -> tuple[PeftModel, TrainingSummary]:
     """Make the mask of the run's method.
 

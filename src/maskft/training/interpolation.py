@@ -27,7 +27,11 @@ from .record import TrainingSummary
 
 @torch.no_grad()
 def interpolate(
-    model: PreTrainedModel, before_model: str, data: Prepared, measure: HeldoutLoss, console: Console
+    model: PreTrainedModel,
+    before_model: str,
+    data: Prepared,
+    measure: HeldoutLoss,
+    console: Console,
 ) -> TrainingSummary:
     """Interpolate ``model``, in place, with the model before fine-tuning, at the share with the lowest held-out loss.
 
@@ -67,7 +71,10 @@ def interpolate(
     _set(model, before, after, best["value"])
     console.print(f"{INTERPOLATE}: {best['value']:g} is the best of {len(history)} shares by held-out loss")
     return TrainingSummary(
-        method=INTERPOLATE, best_loss=best["eval_loss"], peak_memory_bytes=peak_memory_bytes(), history=history
+        method=INTERPOLATE,
+        best_loss=best["eval_loss"],
+        peak_memory_bytes=peak_memory_bytes(),
+        history=history,
     )
 
 

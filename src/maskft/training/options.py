@@ -76,7 +76,11 @@ def make_parser() -> TrlParser:
     # argparse would take --learning_rat for --learning_rate without a word. TRL's own formatter would add
     # "(default: None)" to options that are not set, and a second default to texts that state one.
     parser = _Parser(
-        _GROUPS, prog="maskft train", allow_abbrev=False, add_help=False, formatter_class=argparse.HelpFormatter
+        _GROUPS,
+        prog="maskft train",
+        allow_abbrev=False,
+        add_help=False,
+        formatter_class=argparse.HelpFormatter,
     )
     for action in parser._actions:
         if has_default(action):
@@ -129,7 +133,12 @@ def parse_words(argv: Sequence[str]) -> tuple[TrainConfig, list[str], list[str]]
     return config, [*of_recipe, *of_flags], _subtract_subsequence(words, of_flags)
 
 
-def _check_known(of_recipe: Sequence[str], of_flags: Sequence[str], known: Collection[str], recipe: str | None) -> None:
+def _check_known(
+    of_recipe: Sequence[str],
+    of_flags: Sequence[str],
+    known: Collection[str],
+    recipe: str | None,
+) -> None:
     """Raise for words that neither the parser nor ``accelerate launch`` knows.
 
     Args:

@@ -105,7 +105,10 @@ def read_record(folder: str | Path) -> TrainingRecord:
 
 
 def make_record(
-    config: TrainConfig, summary: TrainingSummary, data: Prepared, verdict: Verdict | None
+    config: TrainConfig,
+    summary: TrainingSummary,
+    data: Prepared,
+    verdict: Verdict | None,
 ) -> TrainingRecord:
     """The record of a run.
 

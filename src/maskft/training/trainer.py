@@ -380,7 +380,13 @@ class MaskTrainer(SFTTrainer):
         super().log(logs, start_time)
 
 
-def _near_base(model, tokenizer, data: Prepared, config: TrainConfig, kl_rows: KLRows | None) -> NearBase | None:
+def _near_base(
+    model,
+    tokenizer,
+    data: Prepared,
+    config: TrainConfig,
+    kl_rows: KLRows | None,
+) -> NearBase | None:
     """The KL term of the loss; None without ``kl_to_base`` and ``kl_budget``."""
     training = config.training
     if not training.kl_to_base and training.kl_budget is None:

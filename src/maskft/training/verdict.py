@@ -106,7 +106,11 @@ def read_heldout(folder: str | Path) -> HeldoutLosses:
 
 
 def never_worse(
-    model, data: Prepared, config: TrainConfig, measure: Measure, parent: list[RowLoss] | None = None
+    model,
+    data: Prepared,
+    config: TrainConfig,
+    measure: Measure,
+    parent: list[RowLoss] | None = None,
 ) -> tuple[HeldoutLosses | None, Verdict | None]:
     """Compare a model with its parent on the held-out rows; a learned mask that is not better is set to remove nothing.
 

@@ -31,7 +31,12 @@ class AdapterFiles:
     loads_scores = True
 
     def encode(
-        self, model: nn.Module, config: MaskConfig, adapter_name: str, state_dict: StateDict, of_peft: StateDict
+        self,
+        model: nn.Module,
+        config: MaskConfig,
+        adapter_name: str,
+        state_dict: StateDict,
+        of_peft: StateDict,
     ) -> StateDict:
         """Tensors to save for one adapter.
 

@@ -57,7 +57,13 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
     other_param_names = ("saved_masks", "mask_configs", "removed_values")
     quantization_backend: QuantizedWeight | None
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: MaskConfig, module_name: str) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: MaskConfig,
+        module_name: str,
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.module_name = module_name
@@ -251,7 +257,13 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         if adapter_names is not None:
             check_rows(x, adapter_names)
 
-    def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
+    def _mixed_batch_forward(
+        self,
+        x: Tensor,
+        *args: Any,
+        adapter_names: list[str],
+        **kwargs: Any,
+    ) -> Tensor:
         return cast(Tensor, mixed_batch_forward(self, x, adapter_names, *args, **kwargs))
 
     def train(self, mode: bool = True) -> MaskedLinear:

@@ -119,7 +119,13 @@ class Masker:
 
         return weight.to(dtype)
 
-    def add_price_(self, gradient: Tensor, scores: Tensor, slope: Tensor | None, name: str) -> Tensor:
+    def add_price_(
+        self,
+        gradient: Tensor,
+        scores: Tensor,
+        slope: Tensor | None,
+        name: str,
+    ) -> Tensor:
         """Add the gradient of ``price``, to the first backward pass of an optimizer step only."""
         config = self.layer.mask_configs[name]
         if config.price > 0 and self._is_first_backward(name):

@@ -196,7 +196,12 @@ def adapter_names_for_layers(
             handle.remove()
 
 
-def _add_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]) -> Any:
+def _add_adapter_names(
+    module: nn.Module,
+    args: Any,
+    kwargs: dict[str, Any],
+    adapter_names: list[str],
+) -> Any:
     kwargs["adapter_names"] = adapter_names
     return args, kwargs
 
@@ -294,7 +299,13 @@ def check_rows(x: Tensor, adapter_names: Sequence[str]) -> None:
 
 
 @torch.compiler.disable
-def mixed_batch_forward(layer: MaskedLinear, x: Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
+def mixed_batch_forward(
+    layer: MaskedLinear,
+    x: Tensor,
+    adapter_names: Sequence[str],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     """Map x (B, ..., I) to (B, ..., O), each row with the mask named for it, or none.
 
     Args:
@@ -355,7 +366,12 @@ def _correction(plan: BatchPlan, x: Tensor, num_outputs: int) -> Tensor:
         # row for each input feature of each row of the batch; each "bag" is one output.
         table = x_BTI.transpose(1, 2).reshape(num_rows * num_inputs, num_tokens)
         sums = F.embedding_bag(
-            plan.columns, table, plan.offsets, mode="sum", per_sample_weights=values, include_last_offset=True
+            plan.columns,
+            table,
+            plan.offsets,
+            mode="sum",
+            per_sample_weights=values,
+            include_last_offset=True,
         )
         y_BTO = sums.view(num_rows, num_outputs, num_tokens).transpose(1, 2)
     return y_BTO.reshape(*x.shape[:-1], num_outputs)

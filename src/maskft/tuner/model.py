@@ -125,7 +125,13 @@ class MaskModel(BaseTuner):
         if self._removed_values:  # popped, so that the layers alone hold the values
             layer.removed_values[adapter_name] = self._removed_values.pop(current_key)
 
-    def _replace_module(self, parent: Any, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+    def _replace_module(
+        self,
+        parent: Any,
+        child_name: str,
+        new_module: nn.Module,
+        child: nn.Module,
+    ) -> None:
         """Replace a module; PEFT's way needs a ``weight``, and many classification heads do not have one."""
         if hasattr(child, "weight"):
             super()._replace_module(parent, child_name, new_module, child)
@@ -187,7 +193,11 @@ class MaskModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
         """Tensors that PEFT is to load, after masks were given to their layers; see ``adapter_files.py``."""
         assert isinstance(config, MaskConfig)

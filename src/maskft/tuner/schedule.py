@@ -47,15 +47,36 @@ class MaskProgress(TrainerCallback):
     It depends on the global step alone, so that a resumed run sets the same values.
     """
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_train_begin(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
         """Before the first step, or the first after resuming."""
         self._set(model, state.global_step, state.max_steps)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_step_end(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
         """Before the evaluation and the checkpoint after a step, and before the next step."""
         self._set(model, state.global_step, state.max_steps)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_train_end(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
         """The scores of the best checkpoint, if they were loaded, need the progress of its step."""
         if args.load_best_model_at_end and state.best_model_checkpoint:
             step = int(state.best_model_checkpoint.rpartition("-")[2])  # of "checkpoint-STEP"

@@ -220,7 +220,10 @@ def mask_from_scores(config: MaskConfig, scores: Tensor) -> Tensor:
 
 
 def gate_and_slope(
-    config: MaskConfig, scores: Tensor, module_name: str, is_training: bool
+    config: MaskConfig,
+    scores: Tensor,
+    module_name: str,
+    is_training: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Gate of one matrix and its slope, as described at the top of this file.
 
@@ -255,7 +258,12 @@ def hard_slope(config: MaskConfig, scores: Tensor) -> Tensor | None:
     return slope_of(config, scores)
 
 
-def price_gradient(config: MaskConfig, scores: Tensor, numel: int, slope: Tensor | None = None) -> Tensor:
+def price_gradient(
+    config: MaskConfig,
+    scores: Tensor,
+    numel: int,
+    slope: Tensor | None = None,
+) -> Tensor:
     """Derivative of price * (share of the weights removed) with respect to scores.
 
     Args:
@@ -288,7 +296,12 @@ def blend(weight: Tensor, gate: Tensor, removed_value: Tensor | None = None) -> 
 # Noise of soft gates
 
 
-def draw_noise(config: MaskConfig, module_name: str, shape: torch.Size, device: torch.device) -> Tensor:
+def draw_noise(
+    config: MaskConfig,
+    module_name: str,
+    shape: torch.Size,
+    device: torch.device,
+) -> Tensor:
     """Noise of one matrix, decided by the seed, the name, the progress and the kind of device.
 
     Nothing is kept between steps, so that a resumed run draws the noise of an uninterrupted one.
