@@ -16,8 +16,20 @@ from transformers import LlamaConfig
 from maskft_common.errors import UserError, install_hint
 from maskft_common.layout import EMBEDDED_MODEL
 
-# struct's codes of GGUF's types of values.
-_FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+# GGUF's number of a type of scalars -> struct's code.
+_FORMATS = {
+    0: "B",  # uint8
+    1: "b",  # int8
+    2: "H",  # uint16
+    3: "h",  # int16
+    4: "I",  # uint32
+    5: "i",  # int32
+    6: "f",  # float32
+    7: "?",  # bool
+    10: "Q",  # uint64
+    11: "q",  # int64
+    12: "d",  # float64
+}
 _STRING = 8
 _ARRAY = 9
 _HEADER_BYTES = 2**22  # more than metadata, vocabulary and the list of tensors take

@@ -19,6 +19,7 @@ from maskft_common import processes
 
 from .data.tokenizing import IGNORED
 
+Row = Mapping[str, Any]  # with input_ids and labels
 RowLoss = tuple[float, int]  # nats per supervised token, and the number of these tokens
 
 
@@ -33,7 +34,7 @@ def mean_nll(losses: Iterable[RowLoss]) -> float:
 @torch.no_grad()
 def nll_per_item(
     model,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Row],
     *,
     batch_size: int = 16,
     pad_token_id: int = 0,
@@ -82,19 +83,17 @@ class HeldoutLoss:
     pad_token_id: int
     context: Callable[[], AbstractContextManager] = nullcontext
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> list[RowLoss]:
+    def __call__(self, rows: Sequence[Row]) -> list[RowLoss]:
         """Losses of the rows, in their order."""
 
-        def nll_of(chosen: Sequence[Mapping[str, Any]]) -> list[RowLoss]:
+        def nll_of(chosen: Sequence[Row]) -> list[RowLoss]:
             return nll_per_item(self.model, chosen, batch_size=self.batch_size, pad_token_id=self.pad_token_id)
 
         with self.context():
             return shared_rows(rows, nll_of)
 
 
-def shared_rows(
-    rows: Sequence[Mapping[str, Any]], measure: Callable[[Sequence[Mapping[str, Any]]], list[RowLoss]]
-) -> list[RowLoss]:
+def shared_rows(rows: Sequence[Row], measure: Callable[[Sequence[Row]], list[RowLoss]]) -> list[RowLoss]:
     """Measure rows, of which each process of a run takes a share; every process must call it with the same rows.
 
     Args:
@@ -164,8 +163,10 @@ def _batch_nll(model, ids_BT: Tensor, mask_BT: Tensor, labels_BT: Tensor) -> lis
         losses.append(_cross_entropy(logits_1TV, targets_1T))
     losses_BT = torch.cat(losses).masked_fill(~supervised_BT, 0)
 
+    totals = losses_BT.sum(1)
+    counts = supervised_BT.sum(1).tolist()
     result = []
-    for total, count in zip(losses_BT.sum(1), supervised_BT.sum(1).tolist(), strict=True):
+    for total, count in zip(totals, counts, strict=True):
         result.append((float(total / max(count, 1)), count))
     return result
 
@@ -179,5 +180,6 @@ def _cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     # log(sum(exp(l))) - l[target], with the highest logit taken out of the sum against overflow.
     highest_BT1 = logits_BTV.amax(-1, keepdim=True).float()
     sums_BT = (logits_BTV.float() - highest_BT1).exp_().sum(-1, dtype=torch.float64)
-    chosen_BT = logits_BTV.gather(-1, targets_BT.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    indices_BT1 = targets_BT.clamp(min=0).unsqueeze(-1)
+    chosen_BT = logits_BTV.gather(-1, indices_BT1).squeeze(-1)
     return sums_BT.log() + (highest_BT1.squeeze(-1).double() - chosen_BT.double())

@@ -139,6 +139,8 @@ def spread_by_rank(keys: Tensor, std: float) -> Tensor:
     order = ranking_keys(keys, "signed").argsort(stable=True).cpu()
     # A uniform distribution on (0, w) has the standard deviation w / sqrt(12).
     step = std * math.sqrt(12) / len(order)
+    # In float64, because float32 cannot count beyond 2^24 entries.
+    values = torch.arange(1, len(order) + 1, dtype=torch.float64) * step
     scores = torch.empty(keys.shape)
-    scores.view(-1)[order] = (torch.arange(1, len(order) + 1, dtype=torch.float64) * step).float()
+    scores.view(-1)[order] = values.float()
     return scores.to(keys.device)

@@ -98,7 +98,7 @@ def _keywords(hint: Any) -> dict[str, Any]:
     if hint is bool:
         return {"type": true_or_false, "nargs": "?", "const": True, "metavar": "true|false"}
 
-    # X | None is X; other unions are read as text, and their fields convert it.
+    # X | None is X; other unions are read as text.
     if get_origin(hint) is UnionType:
         kinds = [kind for kind in get_args(hint) if kind is not NoneType]
         hint = kinds[0] if len(kinds) == 1 else str

@@ -238,7 +238,10 @@ def use_default_modes(folder: str | Path, pattern: str = "*.safetensors") -> Non
         folder: Where they were saved.
         pattern: Which of its files.
     """
-    found = [file for file in Path(folder).glob(pattern) if file.is_file() and not file.is_symlink()]
+    found = []
+    for file in Path(folder).glob(pattern):
+        if file.is_file() and not file.is_symlink():  # a link's file is somebody else's
+            found.append(file)
     if not found:
         return
 

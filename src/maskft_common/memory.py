@@ -37,7 +37,7 @@ def resident_memory_bytes() -> int:
 
 
 def keep_freed_memory() -> None:
-    """Set glibc to keep freed memory, and not to give it back to the kernel.
+    """Configure glibc to keep freed memory instead of giving it back to the kernel.
 
     By default every large activation is mapped, zeroed page by page and unmapped again, in every operation of every
     step. Does nothing where the C library is not glibc.

@@ -111,5 +111,8 @@ def largest(*flags: Tensor) -> int:
     import torch
 
     # One number for all flags, so that one collective is enough.
-    indices = torch.stack([flag.to(torch.int32) * index for index, flag in enumerate(flags, start=1)])
-    return int(reduce_(indices.max(), "max"))
+    indices = []
+    for index, flag in enumerate(flags, start=1):
+        indices.append(flag.to(torch.int32) * index)
+    highest = torch.stack(indices).max()
+    return int(reduce_(highest, "max"))

@@ -92,7 +92,9 @@ def fixed_masks(
 
     # One stream of random numbers for all matrices, in their order.
     generator = torch.Generator().manual_seed(seed)
-    keys = [method.keys(weight, statistic, generator) for weight, statistic in zip(weights, statistics, strict=True)]
+    keys = []
+    for weight, statistic in zip(weights, statistics, strict=True):
+        keys.append(method.keys(weight, statistic, generator))
     if counts is None:
         counts = [num_removed(weight.numel(), sparsity) for weight in weights]
 

@@ -65,12 +65,9 @@ def to_examples(
             if first is None:
                 columns = _recognised_columns(row, known)
             example = known[columns](row, as_chat, *columns)
-
             if as_messages and isinstance(example.get("prompt"), list):
                 example["messages"] = example.pop("prompt") + example.pop("completion")
-            # A column of a data set has one type, and the first row has decided about it.
-            if first is not None and type(example.get("prompt")) is not type(first.get("prompt")):
-                raise UserError("'prompt' is text in some rows and messages in others; use one of them throughout")
+            _check_like_first(example, first)
             if row.get("cluster_id") is not None:
                 example["cluster_id"] = str(row["cluster_id"])
             identity = _identity(row, columns, example)
@@ -95,6 +92,12 @@ def to_examples(
         raise UserError(f"{name} is empty: it has no rows")
     dataset = concatenate_datasets([*chunks, _chunk(examples, first)])
     return _without_empty_columns(dataset)
+
+
+def _check_like_first(example: dict, first: dict | None) -> None:
+    """Raise if the prompt has another type than that of the first row: a column of a data set has one type."""
+    if first is not None and type(example.get("prompt")) is not type(first.get("prompt")):
+        raise UserError("'prompt' is text in some rows and messages in others; use one of them throughout")
 
 
 def _identity(row: Row, columns: tuple[str, ...], example: dict) -> str:

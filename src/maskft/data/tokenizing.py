@@ -208,8 +208,11 @@ def format_sample(tokenized_row: Row, tokenizer, max_chars: int = 600) -> str:
             half = max_chars // 2
             text = f"{text[:half]} ... {text[-half:]}"
         # The row may be a stranger's, and control characters could rewrite the terminal.
-        text = "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
-        parts.append(f"[[{text}]]" if is_supervised else text)
+        shown = ""
+        for character in text:
+            is_shown = character.isprintable() or character == "\n"
+            shown += character if is_shown else repr(character)[1:-1]
+        parts.append(f"[[{shown}]]" if is_supervised else shown)
     return "".join(parts)
 
 

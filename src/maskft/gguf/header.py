@@ -20,11 +20,24 @@ MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _COUNTS = struct.Struct("<4sIQQ")  # magic, version, number of tensors, number of metadata keys
 _ALIGNMENT = 32  # unless general.alignment says otherwise
-# GGUF's numbers of the types of metadata values; those of scalars with struct's codes.
+# GGUF's numbers of the types of metadata values.
 STRING = 8
 ARRAY = 9
 UINT64 = 10
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+# Of scalars -> struct's code.
+_SCALARS = {
+    0: "B",  # uint8
+    1: "b",  # int8
+    2: "H",  # uint16
+    3: "h",  # int16
+    4: "I",  # uint32
+    5: "i",  # int32
+    6: "f",  # float32
+    7: "?",  # bool
+    UINT64: "Q",
+    11: "q",  # int64
+    12: "d",  # float64
+}
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,39 @@ from torch import Tensor
 
 # ggml's numbers of its types, with the names that llama.cpp prints.
 TYPE_NAMES = {
-    **{0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1"},
-    **{10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K"},
-    **{16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS"},
-    **{24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 30: "BF16", 34: "TQ1_0", 35: "TQ2_0"},
-    **{39: "MXFP4", 40: "NVFP4"},
+    0: "F32",
+    1: "F16",
+    2: "Q4_0",
+    3: "Q4_1",
+    6: "Q5_0",
+    7: "Q5_1",
+    8: "Q8_0",
+    9: "Q8_1",
+    10: "Q2_K",
+    11: "Q3_K",
+    12: "Q4_K",
+    13: "Q5_K",
+    14: "Q6_K",
+    15: "Q8_K",
+    16: "IQ2_XXS",
+    17: "IQ2_XS",
+    18: "IQ3_XXS",
+    19: "IQ1_S",
+    20: "IQ4_NL",
+    21: "IQ3_S",
+    22: "IQ2_S",
+    23: "IQ4_XS",
+    24: "I8",
+    25: "I16",
+    26: "I32",
+    27: "I64",
+    28: "F64",
+    29: "IQ1_M",
+    30: "BF16",
+    34: "TQ1_0",
+    35: "TQ2_0",
+    39: "MXFP4",
+    40: "NVFP4",
 }
 
 
@@ -67,8 +95,21 @@ def _float_format(name: str, num_bytes: int) -> Format:
     """A format of single floats, whose bit pattern is the code; +0.0 is all zeros."""
     fields = []
     for byte in range(num_bytes):
-        fields.append(Field(byte_of=torch.tensor([byte]), shift_of=torch.tensor([0]), width=8, offset=8 * byte))
-    return Format(name, block_size=1, block_bytes=num_bytes, zero=0, code_bytes=num_bytes, fields=tuple(fields))
+        field = Field(
+            byte_of=torch.tensor([byte]),
+            shift_of=torch.tensor([0]),
+            width=8,
+            offset=8 * byte,
+        )
+        fields.append(field)
+    return Format(
+        name,
+        block_size=1,
+        block_bytes=num_bytes,
+        zero=0,
+        code_bytes=num_bytes,
+        fields=tuple(fields),
+    )
 
 
 def _formats_of_32() -> dict[int, Format]:
@@ -98,13 +139,15 @@ def _formats_of_32() -> dict[int, Format]:
             Field(2 + weight // 8, weight % 8, width=1, offset=4),
         ),
     )
+    # One byte a weight, signed; its bits are taken as they are.
+    no_shift = torch.zeros(32, dtype=torch.int64)
     q8_0 = Format(
         "Q8_0",
         block_size=32,
         block_bytes=34,
         zero=0,
         code_bytes=1,
-        fields=(Field(2 + weight, torch.zeros(32, dtype=torch.int64), width=8),),
+        fields=(Field(2 + weight, no_shift, width=8),),
     )
     return {2: q4_0, 6: q5_0, 8: q8_0}
 

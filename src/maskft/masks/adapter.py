@@ -155,7 +155,7 @@ class MaskFiles(AdapterFiles):
         for name in ("base_model_name_or_path", "removed_value_model"):
             model = getattr(config, name)
             if model:
-                setattr(config, name, from_anywhere(model))  # a relative path would be right in this folder only
+                setattr(config, name, from_anywhere(model))  # a relative path is right in one working directory only
 
         file = folder / ADAPTER_WEIGHTS
         scores = config.scores_of_save
@@ -242,28 +242,29 @@ def _load_masks(
 
     # For a resized vocabulary PEFT writes the weights of modules_to_save under two names, and reads one of them.
     own = f".modules_to_save.{adapter_name}."
-    once = {key: value for key, value in rest.items() if ".modules_to_save." not in key.replace(own, ".")}
+    once = {}
+    hashed_weights = {}  # by the names under which the configuration has their checksums
+    for key, value in rest.items():
+        name_in_file = key.replace(own, ".")
+        hashed_weights[name_in_file] = value
+        if ".modules_to_save." not in name_in_file:
+            once[key] = value
     # Without checksums nothing but masks and modules_to_save may come with the file.
     hashed: Collection[str] = ()
     if config.mask_sha256 is not None:
         hashed = config.weights_sha256 or ()
 
-    # All checks come first, so that a file that fails one has changed nothing.
+    # The names, the checksums and the base are checked before anything is loaded.
     _check_names(layers, coded, once, adapter_name, hashed)
     if is_of_config:
         if mask_fingerprint(coded) != config.mask_sha256:
             raise UserError(
                 "the masks do not match mask_sha256 in adapter_config.json; the two files are of two adapters"
             )
-        check_weights({key.replace(own, "."): value for key, value in rest.items()}, config.weights_sha256)
+        check_weights(hashed_weights, config.weights_sha256)
     for name, layer in layers.items():
         decode_mask(coded[name], name, layer.get_base_weight().shape)
-    lacks_scores = any(adapter_name in layer.mask_scores and name not in scores for name, layer in layers.items())
-    if lacks_scores:
-        raise UserError(
-            "the adapter holds a mask but not its scores, so it cannot be trained further: save it with "
-            "MaskConfig(save_scores=True), or load it for inference"
-        )
+    _check_has_scores(layers, scores, adapter_name)
     if config.verify_base:
         check_base(layers.values(), config)
 
@@ -353,6 +354,16 @@ def _check_names(
             f"the adapter file has entries that are neither masks nor modules_to_save nor in its weights_sha256: "
             f"{listed(unknown)}; it is not loaded, because they would overwrite base weights"
         )
+
+
+def _check_has_scores(layers: Mapping[str, MaskedLinear], scores: Collection[str], adapter_name: str) -> None:
+    """Raise if the file has no scores for a layer that is to be trained."""
+    for name, layer in layers.items():
+        if adapter_name in layer.mask_scores and name not in scores:
+            raise UserError(
+                "the adapter holds a mask but not its scores, so it cannot be trained further: save it with "
+                "MaskConfig(save_scores=True), or load it for inference"
+            )
 
 
 def check_weights(found: Mapping[str, Tensor], declared: Mapping[str, str] | None) -> None:

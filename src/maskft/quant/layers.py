@@ -319,10 +319,8 @@ def _why_not_torchao(weight: Any) -> str | None:
 
     # One byte for each weight, in its place.
     data = getattr(weight, "qdata", None)
-    is_plain = (
-        data is not None and data.dtype in (torch.int8, torch.uint8) and data.shape == weight.shape and data.dim() == 2
-    )
-    if not is_plain:
+    is_of_bytes = data is not None and data.dtype in (torch.int8, torch.uint8)
+    if not is_of_bytes or data.shape != weight.shape or data.dim() != 2:
         return f"torchao packs the codes of its {kind} for one kernel; use Int8WeightOnlyConfig or IntxWeightOnlyConfig"
 
     zero_point = getattr(weight, "zero_point", None)

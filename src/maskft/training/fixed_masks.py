@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from datasets import Dataset
 from peft import PeftModel
 from rich.console import Console
 from torch import Tensor
@@ -79,17 +80,9 @@ def make_fixed_mask(
     weights = [layer.weight.detach() for layer in layers]
     counts = _counts(method.match_adapter, layers)
 
-    # Statistics of the training rows.
-    norms: Sequence[Tensor] = ()
-    gradients: Sequence[Tensor] = ()
     num_rows = min(method.num_calibration_samples, len(data.train))
     rows = data.train.select(range(num_rows))
-    if FIXED_MASKS[method.method].of_inputs:
-        with masked.disable_adapter():
-            norms = input_norms(masked, layers, rows["input_ids"][:])
-    if FIXED_MASKS[method.method].of_gradients:
-        with masked.disable_adapter():
-            gradients = weight_gradients(masked, layers, rows)
+    norms, gradients = _statistics(method.method, masked, layers, rows)
 
     # The candidates. Layers take masks in coded form, and so the best one is kept.
     measure = heldout_loss(masked, tokenizer, run.training)
@@ -123,6 +116,24 @@ def make_fixed_mask(
         peak_memory_bytes=peak_memory_bytes(),
         history=history if is_choice else [],
     )
+
+
+def _statistics(
+    method: str,
+    masked: PeftModel,
+    layers: Sequence[MaskedLinear],
+    rows: Dataset,
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Norms of inputs and gradients of weights, each of every layer; empty if the method does not look at them."""
+    norms: Sequence[Tensor] = ()
+    gradients: Sequence[Tensor] = ()
+    if FIXED_MASKS[method].of_inputs:
+        with masked.disable_adapter():
+            norms = input_norms(masked, layers, rows["input_ids"][:])
+    if FIXED_MASKS[method].of_gradients:
+        with masked.disable_adapter():
+            gradients = weight_gradients(masked, layers, rows)
+    return norms, gradients
 
 
 def _counts(match_adapter: str | None, layers: Sequence[MaskedLinear]) -> list[int] | None:

@@ -63,7 +63,8 @@ def seal(folder: Path, course: Course) -> None:
         folder: The checkpoint, with all its other files.
         course: Configuration and data of the run.
     """
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / layout.MANIFEST)
+    manifest_file = folder / layout.MANIFEST
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != manifest_file)
     # hashlib releases the GIL, so that threads hash several files at once.
     with ThreadPoolExecutor(4) as pool:
         sums = list(pool.map(files.digest_now, paths))
@@ -72,7 +73,7 @@ def seal(folder: Path, course: Course) -> None:
     for path, sha256 in zip(paths, sums, strict=True):
         named[str(path.relative_to(folder))] = sha256
     manifest = Manifest(course=course, files=named)
-    files.write_text(folder / layout.MANIFEST, json.dumps(manifest.model_dump(), indent=1) + "\n")
+    files.write_text(manifest_file, json.dumps(manifest.model_dump(), indent=1) + "\n")
 
 
 def read_manifest(folder: Path) -> Manifest:

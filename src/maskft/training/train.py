@@ -186,7 +186,11 @@ def save(
         # Before the mask, whose card names its tokenizer.
         tokenizer.save_pretrained(folder)
     save_final(model, folder, record.recipe, trainer)
+
+    # The record last: a folder that has it is a finished run.
     if processes.is_main():
         if losses is not None:
-            files.write_text(Path(folder) / layout.HELDOUT, json.dumps(losses.model_dump()) + "\n")
-        files.write_text(Path(folder) / layout.TRAINING, json.dumps(record.model_dump(), indent=2) + "\n")
+            text = json.dumps(losses.model_dump())
+            files.write_text(Path(folder) / layout.HELDOUT, text + "\n")
+        text = json.dumps(record.model_dump(), indent=2)
+        files.write_text(Path(folder) / layout.TRAINING, text + "\n")

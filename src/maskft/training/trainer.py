@@ -115,7 +115,15 @@ class MaskTrainer(SFTTrainer):
         if method.keep_last:
             last = KeepLast(self, Path(config.training.output_dir) / layout.LAST)
 
-        callbacks = (MaskProgress(), self.near_base, self.guard, self.stay_zero, self.progress, last, self.reference)
+        callbacks = [
+            MaskProgress(),
+            self.near_base,
+            self.guard,
+            self.stay_zero,
+            self.progress,
+            last,
+            self.reference,
+        ]
         return [callback for callback in callbacks if callback is not None]
 
     # Each override below says which behaviour of transformers or TRL it changes, and why.

@@ -128,29 +128,15 @@ def never_worse(
     if config.training.eval_strategy == "no":
         return None, None
 
-    ids = row_ids(data.heldout)
-    clusters = None
-    if "cluster_id" in data.heldout.column_names:
-        clusters = data.heldout["cluster_id"][:]
-
     adapter = getattr(model, "peft_config", {}).get(ADAPTER)
     if adapter is not None and parent is None:
         with model.disable_adapter():
             parent = measure(data.heldout)
     found = measure(data.heldout)
-    parent_nll = None
-    if parent is not None:
-        parent_nll = [nll for nll, _ in parent]
-    losses = HeldoutLosses(
-        ids=ids,
-        num_tokens=[count for _, count in found],
-        nll=[nll for nll, _ in found],
-        parent_nll=parent_nll,
-        clusters=clusters,
-    )
+    losses = _losses_of(data.heldout, found, parent)
 
     # Rows of one cluster are one observation.
-    num_units = len(set(clusters or ids))
+    num_units = len(set(losses.clusters or losses.ids))
     if not isinstance(adapter, MaskConfig) or num_units < MIN_ROWS:
         return losses, None
 
@@ -164,11 +150,28 @@ def never_worse(
         difference=difference,
         ci_low=low,
         ci_high=high,
-        num_rows=len(ids),
+        num_rows=len(losses.ids),
         is_better=is_better,
         kept=kept,
     )
     return losses, verdict
+
+
+def _losses_of(rows: Dataset, found: list[RowLoss], parent: list[RowLoss] | None) -> HeldoutLosses:
+    """The content of ``heldout.json``, from the losses of the rows under a model and under its parent."""
+    clusters = None
+    if "cluster_id" in rows.column_names:
+        clusters = rows["cluster_id"][:]
+    parent_nll = None
+    if parent is not None:
+        parent_nll = [nll for nll, _ in parent]
+    return HeldoutLosses(
+        ids=row_ids(rows),
+        num_tokens=[count for _, count in found],
+        nll=[nll for nll, _ in found],
+        parent_nll=parent_nll,
+        clusters=clusters,
+    )
 
 
 def row_ids(rows: Dataset) -> list[str]:
@@ -233,7 +236,8 @@ def _t_quantile(degrees: int) -> float:
     largest_angle = min(math.pi / 2, 12 / math.sqrt(degrees))
     angles = np.linspace(0, largest_angle, 2**18 + 1)
     middles = (angles[1:] + angles[:-1]) / 2
-    mass = np.concatenate([[0.0], np.cumsum(np.cos(middles) ** (degrees - 1))])
+    densities = np.cos(middles) ** (degrees - 1)
+    mass = np.concatenate([[0.0], np.cumsum(densities)])
     angle = np.interp(CONFIDENCE * mass[-1], mass, angles)
     return math.sqrt(degrees) * math.tan(angle)
 

@@ -203,6 +203,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
     @property
     def masker(self) -> Masker:
         """Applies the masks: the last class in ``MASKERS`` that accepts the layer as it is now."""
+        # Looked up at every call: sharding, torch.func's transforms and maskft.fast.disable() change the answer.
         kind = next(kind for kind in reversed(MASKERS) if kind.accepts(self))
         if type(self.cached_masker) is not kind:
             self.cached_masker = kind(self)

@@ -359,7 +359,8 @@ def _correction(plan: BatchPlan, x: Tensor, num_outputs: int) -> Tensor:
 
     if num_tokens == 1 and _has_sparse_product(values):
         # One token a row, as in decoding: the matrix times one long vector, all rows behind each other.
-        y_BTO = (plan.matrix_in(x.dtype) @ x_BTI.reshape(-1)).view(num_rows, 1, num_outputs)
+        product = plan.matrix_in(x.dtype) @ x_BTI.reshape(-1)
+        y_BTO = product.view(num_rows, 1, num_outputs)
     else:
         # A sum of weighted rows of a table: the plain way is the sparse product above with a matrix on the right, for
         # which torch's kernel took ten times as long (16 rows of 64 tokens, 576 x 1536, one thread). The table has a

@@ -55,7 +55,7 @@ class MaskModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         """Fill in the default target, and make sure that every adapter has a configuration of its own.
 
-        PEFT calls it first whenever an adapter is added.
+        PEFT calls it for every adapter that is added, before it looks for layers.
         """
         assert isinstance(peft_config, MaskConfig)
         if peft_config.target_modules is None:
