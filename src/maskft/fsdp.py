@@ -357,7 +357,7 @@ def refresh_masks(model: nn.Module, *_: Any) -> None:
         return
 
     for module in model.modules():
-        # What an evaluation left gathered is out of date. Not the model itself, which is in its forward.
+        # Weights that an evaluation left gathered are out of date. Not the model itself, which is in its forward.
         if isinstance(module, FSDPModule) and module is not model:
             module.reshard()
     for masker in maskers:

@@ -8,8 +8,8 @@ The scores c are trained, the weight W never is. As in the published code, score
 
 A mask is a bool tensor of the weight's shape, **True = keep**. ``sparsity`` is the fraction of weights that is
 *removed*, in [0, 1). Ranking happens in float32; the count is exact and ties are stable, of equal scores the first in
-index order goes first (the published code has neither). ``fast/selection.py`` computes the same masks faster; what else
-a mask can be learned by is in ``tuner/selection.py``.
+index order goes first (the published code has neither). ``fast/selection.py`` computes the same masks faster; other
+learners are in ``tuner/selection.py``.
 
 Shapes: a weight and its scores are (O, I) = (out_features, in_features), or (I, O) for GPT-2's ``Conv1D``.
 """

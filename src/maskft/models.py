@@ -146,7 +146,7 @@ def load_config(name_or_path: str, **kwargs) -> PretrainedConfig:
     """Read the configuration of a model, and nothing of its weights; see :func:`load_model`.
 
     Args:
-        name_or_path: What :func:`load_model` takes, or a ``.json`` file with a configuration.
+        name_or_path: As for :func:`load_model`, or a ``.json`` file with a configuration.
         **kwargs: Passed on to ``AutoConfig.from_pretrained`` (``revision``).
 
     Raises:
@@ -179,7 +179,7 @@ def load_tokenizer(name_or_path: str, chat_template_path: str | None = None, **k
     """Load the tokenizer of a model; see :func:`load_model`. A missing pad token becomes the EOS token.
 
     Args:
-        name_or_path: What :func:`load_model` takes.
+        name_or_path: As for :func:`load_model`.
         chat_template_path: A ``.jinja`` file that becomes its chat template, for models that have none.
         **kwargs: Passed on to ``AutoTokenizer.from_pretrained`` (``revision``).
 

@@ -307,7 +307,7 @@ def digest_now(file: Path) -> str:
 
 
 def digest_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Digest of tensors in their order, each with a label that says what its bytes are (name, dtype, shape)."""
+    """Digest of tensors in their order, each with a label that describes its bytes (name, dtype, shape)."""
     import torch
 
     found = hashlib.sha256()

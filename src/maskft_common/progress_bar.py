@@ -73,7 +73,7 @@ class Progress(rich.progress.Progress):
         Args:
             task_id: The task.
             completed: All of it so far.
-            note: What to show beside it.
+            note: Text to show beside it.
             is_news: Whether a log gets a line now.
             time_left: Text in place of the time left at the mean speed so far; "" shows none.
         """

@@ -1,4 +1,4 @@
-"""What to train and evaluate on: the data part of a recipe. Imports neither torch nor datasets."""
+"""Data for training and evaluation, a part of a recipe. Imports neither torch nor datasets."""
 
 # ruff: noqa: RUF009 -- an option is a dataclasses.field
 

@@ -41,7 +41,7 @@ TRAINING_SETS: dict[str, TrainingSet] = {
     "metamathqa": TrainingSet("meta-math/MetaMathQA", {("query", "response"): from_instruction}),
     # Tulu 3's decontaminated selection, as the published count tells, not the 72,441 rows of AI-MO/NuminaMath-TIR.
     "numinamath_tir": TrainingSet(TULU_MIXTURE, MESSAGES, source="ai2-adapt-dev/numinamath_tir_math_decontaminated"),
-    # Tulu 3's selection of theblackcat102/evol-codealpaca-v1, without what resembles HumanEval.
+    # Tulu 3's selection of theblackcat102/evol-codealpaca-v1, without rows that resemble HumanEval.
     "evol_codealpaca": TrainingSet(TULU_MIXTURE, MESSAGES, source="ai2-adapt-dev/evol_codealpaca_heval_decontaminated"),
     "code_alpaca": TrainingSet("sahil2801/CodeAlpaca-20k", {("instruction", "output"): from_instruction}),
     "tulu3_persona_python": TrainingSet("allenai/tulu-3-sft-personas-code", MESSAGES),

@@ -150,9 +150,9 @@ def _without_heldout(train: Dataset, heldout: Dataset, name: str) -> tuple[Datas
 def _hold_out(sets: Sequence[ReadSet], size: float, seed: int) -> tuple[Dataset, Dataset]:
     """Split off ``size`` of the rows taken, from each set those whose prompt has the smallest seeded hash.
 
-    With a fraction, that fraction of each set is never trained on, however few of its rows a mixture takes: so what one
-    recipe holds out of a set no other recipe with the same fraction and seed trains on. A count is shared among the
-    sets in proportion to the rows taken.
+    With a fraction, that fraction of each set is never trained on, however few of its rows a mixture takes: rows that
+    one recipe holds out are not trained on by any other recipe with the same fraction and seed. A count is shared among
+    the sets in proportion to the rows taken.
     """
     # held: how many rows of each set are held out. reserved: how many are kept out of training; with a fraction, that
     # of all rows of the set, though the mixture takes fewer.

@@ -266,7 +266,7 @@ def _as_earlier_turn(message: Message, text: str, before: str, until: str) -> st
     """Return ``until`` as the beginning of ``text`` that ends with the same turn.
 
     Some templates write more around a turn when it is the last one: Qwen 3 an empty thought before it, Phi 3 an end of
-    text after it. So the turn is as much of what follows ``before`` in ``text`` as occurs in its rendering as last.
+    text after it. So the turn is the longest stretch after ``before`` in ``text`` that occurs in its rendering as last.
     """
     if text.startswith(until):
         return until

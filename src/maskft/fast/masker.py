@@ -156,7 +156,7 @@ class FastMasker(Masker):
             self.add_hard_slopes()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Drop what belongs to an adapter."""
+        """Drop the state of an adapter."""
         super().delete_adapter(adapter_name)
         self._priced_at.pop(adapter_name, None)
         self._near.pop(adapter_name, None)

@@ -59,7 +59,7 @@ class TensorPlace:
 
 @dataclass(frozen=True)
 class GgufHead:
-    """What precedes the tensors' bytes.
+    """The part of a file before the bytes of its tensors.
 
     Attributes:
         path: The file.
@@ -134,7 +134,7 @@ def read_head(path: str | Path) -> GgufHead:
         path: The file.
 
     Raises:
-        UserError: If there is no such file, if it is not a GGUF file, one of several parts, or cut.
+        UserError: If the file does not exist, is not a GGUF file, is one of several parts, or is cut.
     """
     path = Path(path)
     if not path.exists():

@@ -274,7 +274,7 @@ def removed_codes(rows: Tensor, removed: Tensor, form: Format) -> Tensor:
 
 
 def restore_codes(rows: Tensor, removed: Tensor, codes: Tensor, form: Format) -> None:
-    """Write back what :func:`removed_codes` read before :func:`write_zeros`, in place."""
+    """Write back the codes that :func:`removed_codes` read before :func:`write_zeros`, in place."""
     where = removed.reshape(-1, form.block_size)
     full = torch.zeros(where.shape, dtype=torch.int32, device=where.device)
     full[where] = codes.to(where.device)

@@ -18,7 +18,7 @@ from .codec import mask_info
 
 PAPER = "https://arxiv.org/abs/2503.22764"
 _MARK = "<!-- written by maskft, and again whenever the folder is saved -->"
-# What PEFT and TRL write for a method they do not know; anything else is the author's own and is left alone.
+# Marks of the cards that PEFT and TRL write for a method they do not know. Any other card is its author's, and left.
 _OF_OTHERS = ("<!-- Provide a quick summary of what the model is/does. -->", "It has been trained using [TRL]")
 _ASK = """
 inputs = tokenizer("The capital of France is", return_tensors="pt").to(model.device)
@@ -154,5 +154,5 @@ def _last_part(path: str) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text without what Markdown would read as a cell's end, a link, HTML or emphasis."""
+    """Text with escapes for characters that Markdown would read as a cell's end, a link, HTML or emphasis."""
     return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", printable(text))

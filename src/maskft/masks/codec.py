@@ -86,7 +86,7 @@ def weights_sha256(weights: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def decode_mask(coded: Tensor, name: str = "mask", expected: Sequence[int] | None = None) -> Tensor:
-    """Decode what :func:`encode_mask` wrote; bool, True = keep.
+    """Decode the bytes that :func:`encode_mask` wrote; bool, True = keep.
 
     Args:
         coded: The bytes of a mask, 1-D uint8.
@@ -120,7 +120,7 @@ def decode_mask(coded: Tensor, name: str = "mask", expected: Sequence[int] | Non
         packed_again = np.packbits(removed)
         is_intact = has_count and _digest(shape, num_removed, packed_again) == digest
     except (zlib.error, ValueError, IndexError, MemoryError):
-        # A damaged payload may fail anywhere in the decoders, which is no other fault than a wrong checksum.
+        # A damaged payload may fail anywhere in the decoders, which is the same fault as a wrong checksum.
         is_intact = False
     if not is_intact:
         raise UserError(f"{name} is corrupted: its bytes do not match its sha256; fetch or save the adapter again")

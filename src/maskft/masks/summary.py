@@ -22,7 +22,7 @@ _COUNTS = ("numel", "num_removed", "num_bytes")
 
 
 class AdapterSummary(NamedTuple):
-    """What an adapter folder holds.
+    """Content of an adapter folder.
 
     Attributes:
         modules: A row per module, in the order of the layers, see :func:`module_rows`.

@@ -38,7 +38,7 @@ from .peft_config import adapter_config
 
 
 def unpack_embedded(folder: str) -> None:
-    """Write the embedded model as an ordinary checkpoint; after an error there is no folder."""
+    """Write the embedded model as an ordinary checkpoint; after an error the folder is removed."""
     with whole_folder(Path(folder)) as unpacked:
         load_tokenizer(EMBEDDED_MODEL).save_pretrained(unpacked)
         load_model(EMBEDDED_MODEL, "float32").save_pretrained(unpacked)

@@ -284,7 +284,7 @@ class MaskTrainer(SFTTrainer):
         with written_whole(folder):
             super()._save_checkpoint(model, trial)
             self._save_log_state(folder)
-            # Every process writes files of its own.
+            # Every process writes some of the files.
             self.accelerator.wait_for_everyone()
             if processes.is_main():
                 seal(folder, self._course)

@@ -12,7 +12,8 @@ from .model import MaskModel, adapter_layers, current_masks, start_scores
 from .schedule import MaskProgress, set_mask_progress
 from .selection import Learner, register_learner
 
-# What register_peft_method would fill in; it refuses names outside PEFT's enum. A test fails if PEFT reads others.
+# The three tables that register_peft_method fills in. It is not called, because it raises for names outside PEFT's
+# enum. A test fails if PEFT reads more tables.
 _name = cast(PeftType, MaskPeftType.MASK)
 PEFT_TYPE_TO_CONFIG_MAPPING[_name] = MaskConfig
 PEFT_TYPE_TO_TUNER_MAPPING[_name] = MaskModel

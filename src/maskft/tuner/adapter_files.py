@@ -1,7 +1,7 @@
 """The seam for saved adapters: how masks become tensors of a file and come back.
 
-This is the plain way: the file holds the float32 scores, as PEFT's own methods save what they train. ``maskft.masks``
-replaces it by coded masks with checksums.
+This is the plain way: the file holds the float32 scores, as PEFT's own methods save their trained parameters.
+``maskft.masks`` replaces it by coded masks with checksums.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class AdapterFiles:
             adapter_name: The adapter.
             state_dict: State dict of the whole model, with scores gathered from all ranks; weights that PEFT would save
                 beside the adapter may be removed.
-            of_peft: What PEFT would save: the scores.
+            of_peft: The tensors that PEFT would save: the scores.
 
         Raises:
             UserError: If the adapter was loaded as a mask, so that it has no scores.

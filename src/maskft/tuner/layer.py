@@ -403,7 +403,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
     def __getstate__(self) -> dict[str, Any]:
         """State for ``copy.deepcopy`` and ``pickle``, without the three attributes that belong to this object alone."""
         state = dict(self.__dict__)
-        state["cached_masker"] = None  # holds this layer; made again by __setstate__
+        state["cached_masker"] = None  # holds this layer; __setstate__ makes another
         state["place"] = None  # a weak reference; MaskModel.__setstate__ sets that of the copy
         state["mixed_batch"] = MixedBatchCache()  # its keys are ids of objects of this layer
         return state

@@ -93,10 +93,10 @@ class Masker:
         """Drop tensors computed from scores and weights: these have changed, and not by an optimizer."""
 
     def refresh(self) -> None:
-        """Bring up to date what must not wait for the next forward pass: adapters, progress or mode have changed."""
+        """Update state that must not wait for the next forward pass: adapters, progress or mode have changed."""
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Drop what belongs to an adapter."""
+        """Drop the state of an adapter."""
         self._priced_in.pop(adapter_name, None)
         self.forget()
 

@@ -119,7 +119,7 @@ class BatchPlan:
 
 
 class MixedBatchCache:
-    """What one layer keeps between mixed batches.
+    """State that one layer keeps between mixed batches.
 
     Attributes:
         places: Adapter name -> (version of its mask, the saved mask or None, the places of the mask). The saved mask

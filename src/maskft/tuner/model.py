@@ -53,7 +53,7 @@ class MaskModel(BaseTuner):
     _undo_hooks: list[Callable[[], None]] | None = None
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
-        """Fill in the default target, and make sure that every adapter has a configuration of its own.
+        """Fill in the default target, and make sure that no two adapters share a configuration object.
 
         PEFT calls it for every adapter that is added, before it looks for layers.
         """
@@ -226,7 +226,7 @@ def adapter_layers(model: nn.Module, adapter_name: str | None = "default") -> di
         if not isinstance(module, MaskedLinear):
             continue
         if adapter_name is None or adapter_name in module.mask_configs:
-            # FSDP1 puts this before the names of what it wraps; state dicts do not have it.
+            # FSDP1 puts this before the names of wrapped modules; state dicts do not have it.
             plain_name = name.replace("_fsdp_wrapped_module.", "")
             layers[plain_name] = module
     return layers

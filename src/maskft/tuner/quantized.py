@@ -1,6 +1,6 @@
 """The seam for quantised base weights: how a layer reads them, and how a mask is merged into their codes.
 
-A linear layer of floats needs nothing of this. ``maskft.quant`` registers what it knows.
+A linear layer of floats needs nothing of this. ``maskft.quant`` registers the kinds that it supports.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class QuantizedWeight(QuantizationBackend):
         return self.get_base_weight(base_layer).dtype
 
     def merge_zero_codes(self, layer: MaskedLinear, mask: Tensor) -> object:
-        """Write zeros where ``mask`` (bool, (O, I), True = keep) is False; return what :meth:`restore` needs."""
+        """Write zeros where ``mask`` (bool, (O, I), True = keep) is False; returns the stash for :meth:`restore`."""
         raise NotImplementedError
 
     def restore(self, layer: MaskedLinear, stash: object) -> None:

@@ -1,4 +1,4 @@
-"""Which weights a mask keeps: the learners that ``MaskConfig.selection`` can name, and what each computes from scores.
+"""Which weights a mask keeps: the learners that ``MaskConfig.selection`` can name, and their gates.
 
     W_eff = R + (W - R) * gate(s)          gate 1 keeps a weight W, gate 0 replaces it by R (0, or a given value)
     dL/ds = dL/dW_eff * (W - R) * slope(s)
