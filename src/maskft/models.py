@@ -299,8 +299,8 @@ def _check_index(file: Path) -> None:
     """Raise for an index of weights with another structure, or one that names files outside of its folder."""
     content = read_json(file)
     file_of = content.get("weight_map") if isinstance(content, dict) else None  # name of a weight -> name of its file
-    is_index = isinstance(file_of, dict) and all(isinstance(name, str) for name in file_of.values())
-    if not is_index:
+    is_index = isinstance(file_of, dict)
+    if not is_index or not all(isinstance(name, str) for name in file_of.values()):
         raise UserError(f"{str(file)!r} is not an index of weights: it has no weight_map; copy the model again")
     for name in set(file_of.values()):
         if Path(name).name != name:

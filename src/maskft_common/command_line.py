@@ -77,7 +77,12 @@ def add_options(parser, arguments: type, leave_out: Container[str] = ()) -> None
         if field.name in leave_out:
             continue
         keywords = _keywords(hints[field.name])
-        action = parser.add_argument(f"--{field.name}", default=field.default, help=field.metadata["help"], **keywords)
+        action = parser.add_argument(
+            f"--{field.name}",
+            default=field.default,
+            help=field.metadata["help"],
+            **keywords,
+        )
         if has_default(action):
             action.help = with_default(action.help)
 

@@ -77,7 +77,9 @@ def first_problem(error: ValidationError, kind: Any) -> str:
 
 def _is_choice_of_union(part: str | int) -> bool:
     """Whether a part of a place names a branch of a union (``function-after[...]``, a type), not a key."""
-    return isinstance(part, str) and ("[" in part or part in ("str", "int", "float", "bool", "none"))
+    if not isinstance(part, str):  # the index of a list
+        return False
+    return "[" in part or part in ("str", "int", "float", "bool", "none")
 
 
 def _shown(value: Any) -> str:

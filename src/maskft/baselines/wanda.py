@@ -73,7 +73,8 @@ def input_norms(model: Any, layers: Sequence[MaskedLinear], rows: Iterable[Seque
 
     def add(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x_TI = args[0].detach().reshape(-1, args[0].shape[-1])
+            x = args[0].detach()
+            x_TI = x.reshape(-1, x.shape[-1])
             squares_I = x_TI.float().pow(2).sum(0)
             before = squares[index]
             squares[index] = squares_I if before is None else before + squares_I

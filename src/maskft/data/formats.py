@@ -96,7 +96,11 @@ def to_examples(
 
 def _check_like_first(example: dict, first: dict | None) -> None:
     """Raise if the prompt has another type than that of the first row: a column of a data set has one type."""
-    if first is not None and type(example.get("prompt")) is not type(first.get("prompt")):
+    if first is None:
+        return
+    kind = type(example.get("prompt"))
+    kind_of_first = type(first.get("prompt"))
+    if kind is not kind_of_first:
         raise UserError("'prompt' is text in some rows and messages in others; use one of them throughout")
 
 
@@ -118,9 +122,13 @@ def _identity(row: Row, columns: tuple[str, ...], example: dict) -> str:
 
 def _without_empty_columns(dataset: Dataset) -> Dataset:
     """Drop the optional columns that no row has."""
-    for column, with_it in (("answer", ["answer", "answer_type"]), ("cluster_id", ["cluster_id"])):
-        if all(value is None for value in dataset[column][:]):
-            dataset = dataset.remove_columns(with_it)
+    dropped = []
+    if all(answer is None for answer in dataset["answer"][:]):
+        dropped += ["answer", "answer_type"]
+    if all(cluster is None for cluster in dataset["cluster_id"][:]):
+        dropped.append("cluster_id")
+    if dropped:
+        dataset = dataset.remove_columns(dropped)
     return dataset
 
 

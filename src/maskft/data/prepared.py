@@ -192,7 +192,8 @@ def data_identity(options: dict[str, Any]) -> dict[str, Any]:
         out[KL_DATA] = _mixture_identity(out[KL_DATA], data_dir, "train")
     for key in _FILES:
         if isinstance(out.get(key), str):
-            out[key] = _identity_of_path(Path(out[key]).expanduser()) or out[key]
+            path = Path(out[key]).expanduser()
+            out[key] = _identity_of_path(path) or out[key]
     return out
 
 

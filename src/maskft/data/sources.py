@@ -21,6 +21,7 @@ from maskft_common.files import check_regular, is_there, open_text, parse_json
 from .registry import TRAINING_SETS, TrainingSet
 
 FILE_ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".csv")
+# Not read, but a name that ends so is meant as a file, and not looked up on the hub.
 _OTHER_FILE_ENDINGS = (".tsv", ".txt", ".arrow", ".gz", ".zip", ".zst", ".xz", ".bz2", ".yaml", ".yml", ".md")
 
 Row = Mapping[str, Any]

@@ -158,7 +158,10 @@ def _hold_out(sets: Sequence[ReadSet], size: float, seed: int) -> tuple[Dataset,
     # of all rows of the set, though the mixture takes fewer.
     if size < 1:
         held = [max(1, round(size * each.count)) for each in sets]
-        reserved = [max(1, round(size * len(each.examples))) for each in sets]
+        reserved = []
+        for each in sets:
+            num_rows = len(each.examples)
+            reserved.append(max(1, round(size * num_rows)))
     else:
         held = _shares(int(size), [each.count for each in sets])
         reserved = held
@@ -176,8 +179,11 @@ def _hold_out(sets: Sequence[ReadSet], size: float, seed: int) -> tuple[Dataset,
         # together, and a larger share contains a smaller one.
         prompts = [prompt_digest(example) for example in each.examples]
         ids = each.examples["id"][:]
-        hashes = [digest(str(seed).encode() + bytes.fromhex(prompt)) for prompt in prompts]
-        ranked = sorted(range(len(prompts)), key=lambda n: (hashes[n], ids[n]))
+        keys = []
+        for prompt, row_id in zip(prompts, ids, strict=True):
+            seeded = str(seed).encode() + bytes.fromhex(prompt)
+            keys.append((digest(seeded), row_id))
+        ranked = sorted(range(len(prompts)), key=lambda n: keys[n])
 
         pool = sorted(ranked[num_reserved:])
         if each.count < len(prompts):

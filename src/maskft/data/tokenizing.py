@@ -273,9 +273,13 @@ def _as_earlier_turn(message: Message, text: str, before: str, until: str) -> st
 
     start = _common_length(before, text)
     turn = until[_common_length(before, until) :]
+
     # The longest stretch after ``before`` that is in the turn: if one is not, no longer one is, so bisection finds it.
+    def is_too_long(length: int) -> bool:
+        return text[start : start + length] not in turn
+
     lengths = range(1, len(turn) + 1)
-    length = bisect.bisect_left(lengths, True, key=lambda n: text[start : start + n] not in turn)
+    length = bisect.bisect_left(lengths, True, key=is_too_long)
     found = text[start : start + length]
 
     # A stretch without the turn's last word (if it has one) is not the turn.

@@ -151,5 +151,6 @@ def dequantised(head: GgufHead, tensor: str) -> Tensor:
     place: TensorPlace = head.tensors[tensor]
     raw = np.fromfile(head.path, dtype=np.uint8, count=place.num_bytes, offset=place.start)
     values = dequantize(raw, GGMLQuantizationType(place.kind)).reshape(place.shape)
-    matrix = torch.from_numpy(np.array(values, dtype=np.float32))  # of plain floats, dequantize returns a view
+    copied = np.array(values, dtype=np.float32)  # of plain floats, dequantize returns a view
+    matrix = torch.from_numpy(copied)
     return from_file_order(head, tensor, matrix).contiguous()

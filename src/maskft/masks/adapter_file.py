@@ -16,8 +16,12 @@ from .codec import is_of_mask
 
 def weights_beside_masks(file: Path) -> dict[str, Tensor]:
     """Tensors of the file that are neither masks nor scores: modules_to_save and resized embeddings."""
-    with safe_open(file, "pt") as tensors:
-        return {name: tensors.get_tensor(name) for name in tensors.keys() if not is_of_mask(name)}
+    weights = {}
+    with safe_open(file, "pt") as tensors:  # reads only the tensors that are asked for
+        for name in tensors.keys():
+            if not is_of_mask(name):
+                weights[name] = tensors.get_tensor(name)
+    return weights
 
 
 def add_tensors(file: Path, added: Mapping[str, Tensor]) -> None:

@@ -81,7 +81,13 @@ def _card(folder: Path, config: Any, tags: list[str]) -> str:
         pipeline_tag="text-generation" if is_causal else None,
         tags=list(dict.fromkeys(["maskft", "mask-fine-tuning", *tags])),  # each once, in this order
     )
-    lines = [_MARK, "", *_about(folder, config), *_use(folder, config), *_training(config, recipe)]
+    lines = [
+        _MARK,
+        "",
+        *_about(folder, config),
+        *_use(folder, config),
+        *_training(config, recipe),
+    ]
     text = "\n".join(lines).rstrip()
     return str(ModelCard(f"---\n{front.to_yaml()}\n---\n{text}\n"))
 
@@ -91,8 +97,12 @@ def _about(folder: Path, config: Any) -> Iterator[str]:
     with safe_open(folder / layout.ADAPTER_WEIGHTS, "pt") as tensors:
         names = [name for name in tensors.keys() if name.endswith(".mask_coded")]
         infos = [mask_info(tensors.get_tensor(name), name) for name in names]
-    removed = sum(info["num_removed"] for info in infos)
-    numel = sum(info["shape"][0] * info["shape"][1] for info in infos)
+    removed = 0
+    numel = 0
+    for info in infos:
+        rows, columns = info["shape"]
+        removed += info["num_removed"]
+        numel += rows * columns
 
     path = config.base_model_name_or_path or "a language model"
     base = _last_part(path)

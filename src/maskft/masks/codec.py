@@ -154,7 +154,12 @@ def mask_info(coded: Tensor, name: str = "mask") -> dict[str, Any]:
     """Header of a coded mask without decoding it: shape, num_removed, sha256 (hex), num_bytes."""
     header = coded[: _HEADER.size] if coded.dim() else coded  # a scalar cannot be sliced, and _bytes raises for it
     shape, num_removed, digest, _ = _read_header(_bytes(header, name), name)
-    return {"shape": shape, "num_removed": num_removed, "sha256": digest.hex(), "num_bytes": coded.numel()}
+    return {
+        "shape": shape,
+        "num_removed": num_removed,
+        "sha256": digest.hex(),
+        "num_bytes": coded.numel(),
+    }
 
 
 def _bytes(coded: Tensor, name: str) -> bytes:
@@ -217,7 +222,9 @@ def _model(numel: int, num_removed: int) -> Any:
     # correctly everywhere, powers of floats are not.
     num_kept = numel - num_removed
     # The probability of a byte depends on its number of ones alone: p^ones * (1 - p)^(8 - ones), p = removed / numel.
-    by_ones = [num_removed**ones * num_kept ** (8 - ones) / numel**8 for ones in range(9)]
+    by_ones = []
+    for num_ones in range(9):
+        by_ones.append(num_removed**num_ones * num_kept ** (8 - num_ones) / numel**8)
     probabilities = np.array([by_ones[byte.bit_count()] for byte in range(256)])
     # Both options have changed their default between releases, and the code with it.
     return constriction.stream.model.Categorical(probabilities, perfect=False, lazy=False)

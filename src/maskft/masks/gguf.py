@@ -265,8 +265,11 @@ class _Masks:
                 "in a quantised file cannot; train without modules_to_save"
             )
         coded = read_coded(adapter)
-        shapes = {module: mask_info(data, module)["shape"] for module, data in coded.items()}
-        return cls(config, coded, head, find_tensors(head, shapes))
+        shapes = {}
+        for module, data in coded.items():
+            shapes[module] = mask_info(data, module)["shape"]
+        tensors = find_tensors(head, shapes)
+        return cls(config, coded, head, tensors)
 
     @property
     def type_names(self) -> str:

@@ -104,7 +104,9 @@ def merge(
 
     config = read_config(adapter)
     model, tokenizer, _ = load_masked(adapter, base, dtype)
-    layers = {name.removeprefix(PREFIX): layer for name, layer in adapter_layers(model).items()}
+    layers = {}
+    for name, layer in adapter_layers(model).items():
+        layers[name.removeprefix(PREFIX)] = layer
     if scale < 1:
         for layer in layers.values():
             _scale_change(layer, scale)
@@ -146,7 +148,8 @@ def _scale_change(layer: MaskedLinear, scale: float) -> None:
 
 def adapter_tokenizer(adapter: str | Path, base: str, *template, **kwargs):
     """The tokenizer saved with the adapter, or that of its base model; see ``models.load_tokenizer``."""
-    has_own = any((Path(adapter) / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
+    own_files = (Path(adapter) / "tokenizer.json", Path(adapter) / "tokenizer_config.json")
+    has_own = any(file.is_file() for file in own_files)
     source = str(adapter) if has_own else base
     return load_tokenizer(source, *template, **kwargs)
 

@@ -65,8 +65,10 @@ def module_rows(coded: Mapping[str, Tensor]) -> list[dict[str, Any]]:
     rows = []
     for name in sorted(coded, key=_in_layer_order):
         info = mask_info(coded[name], name)
-        numel = info["shape"][0] * info["shape"][1]
-        rows.append({"module": name, "numel": numel, "sparsity": info["num_removed"] / numel, **info})
+        num_rows, num_columns = info["shape"]
+        numel = num_rows * num_columns
+        sparsity = info["num_removed"] / numel
+        rows.append({"module": name, "numel": numel, "sparsity": sparsity, **info})
     return rows
 
 
@@ -83,13 +85,16 @@ def summary_lines(summary: AdapterSummary, all_modules: bool = False) -> list[st
     cells.append(_cells({"module": "total", **summary.total}))
 
     # Names to the left of their column, numbers to the right.
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    width_of_names, *widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
     for name, *numbers in cells:
-        right = [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True)]
-        lines.append("  ".join([name.ljust(widths[0]), *right]))
-    rule = "-" * len(lines[0])
-    table = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
+        padded = [name.ljust(width_of_names)]
+        for number, width in zip(numbers, widths, strict=True):
+            padded.append(number.rjust(width))
+        lines.append("  ".join(padded))
+    head, *body, total = lines
+    rule = "-" * len(head)
+    table = [head, rule, *body, rule, total]
 
     facts = []
     for name, value in _facts(summary).items():

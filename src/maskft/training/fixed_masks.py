@@ -75,7 +75,8 @@ def make_fixed_mask(
     method = run.method
     config = mask_config(run.mask, inference_mode=True, sparsity_ramp=0.0)
     check_size(method.method, config)
-    masked = with_adapter(model.to(run.training.device), config, run.model).eval()
+    model = model.to(run.training.device)
+    masked = with_adapter(model, config, run.model).eval()
     layers = list(adapter_layers(masked, ADAPTER).values())
     weights = [layer.weight.detach() for layer in layers]
     counts = _counts(method.match_adapter, layers)

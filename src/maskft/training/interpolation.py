@@ -50,9 +50,11 @@ def interpolate(
     """
     dtype = str(model.dtype).removeprefix("torch.")
     before = dict(load_model(before_model, dtype).named_parameters())
+    # A copy, because the model is overwritten at every share.
     after = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for name in {**before, **after}:
-        if name not in before or name not in after or before[name].shape != after[name].shape:
+        is_in_both = name in before and name in after
+        if not is_in_both or before[name].shape != after[name].shape:
             raise UserError(
                 f"before_model {before_model!r} is another model: {name} is not in both, or of another shape"
             )

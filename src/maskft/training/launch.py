@@ -64,7 +64,12 @@ def launch(launch_words: Sequence[str], module: str, command: Sequence[str]) -> 
     kind = None
     if args.config_file:
         kind = _read_config(args.config_file).get("distributed_type")
-    has_strategy = kind not in (None, "NO") or args.multi_gpu or args.use_fsdp or torch.cuda.device_count() > 1
+    has_strategy = (
+        kind not in (None, "NO")  # of the file
+        or args.multi_gpu
+        or args.use_fsdp
+        or torch.cuda.device_count() > 1  # accelerate chooses multi_gpu
+    )
     wants_several = (args.num_processes or 1) > 1
     if wants_several and not has_strategy:
         # accelerate would silently start one process.
@@ -74,7 +79,8 @@ def launch(launch_words: Sequence[str], module: str, command: Sequence[str]) -> 
         )
 
     before = dict(os.environ)
-    os.environ |= {_LAUNCHED: "1", COMMAND: shlex.join(["maskft", *command, *launch_words])}
+    os.environ[_LAUNCHED] = "1"
+    os.environ[COMMAND] = shlex.join(["maskft", *command, *launch_words])
     # The processes print their own errors; torchrun would add a page to each.
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     try:

@@ -191,7 +191,8 @@ def summarise(trainer: MaskTrainer, method: str) -> TrainingSummary:
     layers = adapter_layers(model, ADAPTER) if method in MASK_METHODS else {}
     history = []
     for row in state.log_history:
-        history.append({key: value for key, value in row.items() if key not in _DIFFERS_WHEN_RESUMED})
+        kept = {key: value for key, value in row.items() if key not in _DIFFERS_WHEN_RESUMED}
+        history.append(kept)
 
     return TrainingSummary(
         method=method,

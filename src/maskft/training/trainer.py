@@ -296,7 +296,9 @@ class MaskTrainer(SFTTrainer):
 
     def _save_log_state(self, folder: Path) -> None:
         """Save the time so far and the loss since the last line of the log, which transformers does not save."""
-        loss = processes.reduce_(self._tr_loss.detach().double().clone()) / processes.num_processes()
+        # The mean over the processes, each of which has summed the loss of its own batches.
+        loss = processes.reduce_(self._tr_loss.detach().double().clone())
+        loss = loss / processes.num_processes()
         if processes.is_main():
             content = {
                 "loss": loss.item(),

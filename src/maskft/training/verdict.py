@@ -222,7 +222,9 @@ def _resampled(sums: NDArray[np.float64], tokens: NDArray[np.float64]) -> NDArra
     for start in range(0, NUM_RESAMPLES, chunk):
         stop = min(start + chunk, NUM_RESAMPLES)
         drawn = random.integers(count, size=(stop - start, count))
-        means[start:stop] = sums[drawn].sum(1) / tokens[drawn].sum(1)
+        total_nll = sums[drawn].sum(1)
+        total_tokens = tokens[drawn].sum(1)
+        means[start:stop] = total_nll / total_tokens
     return means
 
 
