@@ -64,7 +64,7 @@ def printable(text: str) -> str:
     shown = []
     num_marks = 0
     for character in text:
-        is_mark = unicodedata.category(character) in ("Mn", "Me")
+        is_mark = unicodedata.category(character) in ("Mn", "Me")  # nonspacing and enclosing marks
         num_marks = num_marks + 1 if is_mark else 0
         is_visible = character.isprintable() and not _INVISIBLE.match(character) and num_marks <= _MAX_MARKS
         shown.append(character if is_visible else character.encode("unicode_escape").decode())

@@ -109,7 +109,7 @@ def check_regular(path: str | os.PathLike) -> None:
         UserError: If the path is something else than a regular file.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():
+    if path.exists() and not path.is_file():  # follows links: a link to a file is one
         kind = "a folder" if path.is_dir() else "a pipe or a device"
         raise UserError(f"{str(path)!r} is {kind}, not a regular file; name a file")
 
@@ -214,7 +214,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         yield partial
         partial.rename(folder)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)  # after an error; renamed, it is not there any more
 
 
 def append_to(file: Path) -> TextIO:

@@ -81,7 +81,7 @@ def read_yaml(file: str | os.PathLike) -> Any:
         raise UserError(f"{os.fspath(file)} has more than {_MAX_BYTES // 2**20} MiB, which is too large for a recipe")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-        num_values = _num_values(content, {})
+        num_values = _num_values(content, {})  # counted without replacing aliases, which could fill the memory
     except UserError as error:
         raise UserError(f"{os.fspath(file)}, {error}") from None
     except (ValueError, yaml.YAMLError, RecursionError) as error:  # ValueError: no UTF-8, an integer of 5,000 digits

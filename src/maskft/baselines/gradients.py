@@ -30,6 +30,7 @@ def weight_gradients(model: Any, layers: Sequence[MaskedLinear], rows: Iterable[
         UserError: If a layer takes no part in the loss.
     """
     weights = [layer.weight for layer in layers]
+    # Float32, in which many small gradients are summed, whatever the dtype of the weights is.
     totals = [torch.zeros(weight.shape, device=weight.device) for weight in weights]
     num_tokens = 0
 

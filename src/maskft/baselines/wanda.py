@@ -34,6 +34,7 @@ def wanda_keys(model: Any, rows: Iterable[Sequence[int] | Tensor], adapter_name:
     if not layers or not hasattr(model, "disable_adapter"):
         raise UserError(f"the model has no mask adapter named {adapter_name!r}: pass what get_peft_model returned")
 
+    # The inputs of the unmasked model: the masks of an adapter without keys are not known yet.
     was_training = model.training
     model.eval()
     try:
@@ -94,6 +95,7 @@ def input_norms(model: Any, layers: Sequence[MaskedLinear], rows: Iterable[Seque
         for hook in hooks:
             hook.remove()
 
+    # Shaped to be multiplied with the weight.
     norms = []
     for layer, squares_I in zip(layers, squares, strict=True):
         if squares_I is None:

@@ -132,6 +132,7 @@ class ReadSet:
             pool = range(len(self.examples))
         if count is None:
             count = self.count
+        # Chosen by hash, and then in the order of the file: shuffling is left to the mixture and the trainer.
         if count < len(pool):
             ids = self.examples["id"][:]
             by_hash = sorted(pool, key=lambda n: digest(f"{seed} {ids[n]}"))

@@ -181,6 +181,7 @@ def data_identity(options: dict[str, Any]) -> dict[str, Any]:
     # The folder itself is left out: the files in it are named by their content below.
     out = {key: value for key, value in options.items() if key != "data_dir"}
 
+    # Data sets and mixtures of them.
     for key, split in zip(DATA_NAMES, (train_split, eval_split), strict=True):
         if isinstance(out.get(key), str):
             out[key] = _mixture_identity(out[key], data_dir, split)
@@ -190,6 +191,8 @@ def data_identity(options: dict[str, Any]) -> dict[str, Any]:
         out["dataset_eval_split"] = f"{eval_split} of {identity}"
     if isinstance(out.get(KL_DATA), str):
         out[KL_DATA] = _mixture_identity(out[KL_DATA], data_dir, "train")
+
+    # Other files, such as a chat template.
     for key in _FILES:
         if isinstance(out.get(key), str):
             path = Path(out[key]).expanduser()

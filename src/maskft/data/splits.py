@@ -137,6 +137,7 @@ def _first_rows(rows: Dataset, limit: int | None) -> Dataset:
 
 def _without_heldout(train: Dataset, heldout: Dataset, name: str) -> tuple[Dataset, int]:
     """Return the training rows whose prompt is not held out, and how many are left out."""
+    # By prompt and not by row: a question whose answer is worded otherwise would leak.
     held_prompts = {prompt_digest(example) for example in heldout}
     kept = [index for index, example in enumerate(train) if prompt_digest(example) not in held_prompts]
     if not kept:

@@ -167,6 +167,7 @@ def _walk(path: Path, data: mmap.mmap) -> GgufHead:
         # Of a file in the other byte order the number is huge.
         raise UserError(f"{str(path)!r} is GGUF version {version}; this maskft reads little-endian versions 2 and 3")
 
+    # Metadata: a name, the type of the value, the value.
     metadata: dict[str, Any] = {}
     keys: dict[str, tuple[int, int]] = {}
     for _ in range(num_keys):
@@ -176,6 +177,7 @@ def _walk(path: Path, data: mmap.mmap) -> GgufHead:
         metadata[key] = cursor.value(kind)
         keys[key] = (start, cursor.at)
 
+    # The table of tensors: a name, the sizes, the type, the place behind the head.
     infos_start = cursor.at
     found = []
     for _ in range(num_tensors):
@@ -208,6 +210,7 @@ def _num_bytes(shape: tuple[int, ...], kind: int) -> int | None:
 
 
 def _check_whole(head: GgufHead) -> None:
+    """Raise for one part of a split model, and for a file that ends before its last tensor."""
     num_parts = head.metadata.get("split.count", 0)
     if isinstance(num_parts, int) and num_parts > 1:
         raise UserError(
@@ -215,7 +218,7 @@ def _check_whole(head: GgufHead) -> None:
             "llama-gguf-split --merge FIRST_PART WHOLE"
         )
     for name, place in head.tensors.items():
-        end = place.start + (place.num_bytes or 0)
+        end = place.start + (place.num_bytes or 0)  # of an unknown type only the start is checked
         if end > head.file_bytes:
             raise UserError(
                 f"{str(head.path)!r} is cut: {name} ends at byte {end:,}, the file at {head.file_bytes:,}; "

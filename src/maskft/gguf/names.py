@@ -74,6 +74,7 @@ def _tensor_names(head: GgufHead, modules: Iterable[str]) -> dict[str, str]:
         )
     known = get_tensor_name_map(number, num_blocks)
 
+    # Two modules in one tensor (fused projections) cannot be masked apart.
     names = {}
     modules_of: dict[str, str] = {}
     for module in modules:
@@ -129,9 +130,10 @@ def from_file_order(head: GgufHead, tensor: str, matrix: Tensor) -> Tensor:
 def _heads(head: GgufHead, tensor: str) -> int | None:
     """Number of heads of a tensor whose rows the file has in another order; None: they have transformers' order."""
     architecture = head.metadata["general.architecture"]
-    part = tensor.removesuffix(".weight").rpartition(".")[2]
+    part = tensor.removesuffix(".weight").rpartition(".")[2]  # attn_q of blk.3.attn_q.weight
     if architecture not in _PERMUTED or part not in _HEADS:
         return None
+
     key = f"{architecture}.attention.{_HEADS[part]}"
     # A model without groups of heads need not name the number of its keys' heads.
     value = head.metadata.get(key, head.metadata.get(f"{architecture}.attention.head_count"))

@@ -56,6 +56,7 @@ def hard_concrete_gate(scores: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         scores: Scores s, any shape.
         noise: Standard logistic noise, shape of ``scores``.
     """
+    # Stretched beyond [0, 1] and clipped, so that the gate is exactly 0 or 1 with a probability above 0.
     share = torch.sigmoid((scores + noise) / BETA)
     stretched = share * (ZETA - GAMMA) + GAMMA
     is_inside = (stretched > 0) & (stretched < 1)

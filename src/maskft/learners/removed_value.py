@@ -32,6 +32,7 @@ def base_values(config: MaskConfig, model: nn.Module) -> dict[str, Tensor]:
     except UserError as error:
         raise UserError(f"removed_value_model: {error}") from error
 
+    # In the order of names, in which fingerprints are computed.
     weights = {}
     for name, module in sorted(model.named_modules()):
         if name and is_target(config, name):

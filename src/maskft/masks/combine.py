@@ -90,6 +90,7 @@ def combine_adapters(adapters: Sequence[str | Path], combination: str, output_di
     mask_sets = [MaskSet.from_adapter(adapter) for adapter in adapters]
     combined = combine_masks(mask_sets, combination)
 
+    # The configuration of an adapter with these masks, as if it had been trained.
     coded = {module: encode_mask(mask) for module, mask in combined.items()}
     new_config = MaskConfig(
         # Whole names: patterns that were right for one adapter could match modules which the combination leaves alone.
@@ -105,11 +106,14 @@ def combine_adapters(adapters: Sequence[str | Path], combination: str, output_di
         base_quantisation=_base_quantisation(configs),
         recipe=_recipe(adapters, configs, combination),
     )
+
+    # The files that PEFT would write, without a model: the tensors first, as saving the configuration reads them.
     with files.whole_folder(output_dir) as partial:
         tensors = {f"{PREFIX}{module}.mask_coded": code for module, code in coded.items()}
         save_file(tensors, partial / layout.ADAPTER_WEIGHTS, metadata={"format": "pt"})
         files.use_default_modes(partial)
         new_config.save_pretrained(str(partial))
+
     unchecked = "" if new_config.base_fingerprint else "; the base's fingerprint is not recorded"
     return (
         f"{output_dir}: the {combination} of {len(adapters)} masks removes {combined.num_removed:,} of "

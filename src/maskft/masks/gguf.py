@@ -338,6 +338,7 @@ class _Masks:
                     are_zero = removed_codes(rows, removed, form) == form.zero
                     if not bool(are_zero.all()):
                         raise UserError(f"{str(self.head.path)!r}: {tensor} has weights where the mask removes them")
+                    # The codes of this piece follow those of the pieces before it.
                     num_bytes = int(removed.sum()) * form.code_bytes
                     codes = codes_from_bytes(self.codes[used : used + num_bytes], form)
                     restore_codes(rows, removed, codes, form)
@@ -357,6 +358,7 @@ class _Masks:
         tensor = self.tensors[module]
         place = self.head.tensors[tensor]
         num_rows, num_columns = place.shape
+        # The mask is in transformers' order, and the rows of some tensors are in another one.
         mask = decode_mask(self.coded[module], module, place.shape)
         removed = ~to_file_order(self.head, tensor, mask)
 
@@ -366,6 +368,7 @@ class _Masks:
         for first in range(0, num_rows, step):
             count = min(step, num_rows - first)
             content = _read(file, place.start + first * row_bytes, count * row_bytes)
+            # A bytearray, because callers write into the rows.
             rows = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(count, row_bytes)
             yield rows, removed[first : first + count]
 
@@ -408,6 +411,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     try:
         with partial.open("xb") as file:
             yield file
+            # On the disk before it gets its name, so that a power cut leaves no file of that name with missing bytes.
             file.flush()
             os.fsync(file.fileno())
         partial.rename(path)

@@ -107,6 +107,7 @@ def merge(
     layers = {}
     for name, layer in adapter_layers(model).items():
         layers[name.removeprefix(PREFIX)] = layer
+    # A mask over a part of the change is a mask whose removed weights take values, in place of zero.
     if scale < 1:
         for layer in layers.values():
             _scale_change(layer, scale)
@@ -123,6 +124,7 @@ def merge(
         merged.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         files.use_default_modes(partial)
+        # An error in these checks removes the folder.
         written = load_model(str(partial), str(merged.dtype).removeprefix("torch."))
         _check_logits(written, probe, expected)
         _check_removed(written, masks, removed_values)
@@ -155,8 +157,9 @@ def adapter_tokenizer(adapter: str | Path, base: str, *template, **kwargs):
 
 
 def _probe(model) -> torch.Tensor:
-    """Random token ids, the same at every call."""
+    """Random token ids, the same at every call; shape (_PROBE_SEQUENCES, T)."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
+    # At most as long as the model's context.
     longest = getattr(model.config, "max_position_embeddings", None) or _PROBE_TOKENS
     shape = (_PROBE_SEQUENCES, min(_PROBE_TOKENS, longest))
     generator = torch.Generator().manual_seed(0)

@@ -128,6 +128,7 @@ def _by_kind(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         parts = row["module"].split(".")
         name = ".".join("*" if _INDEX.fullmatch(part) else part for part in parts)
+        # Modules of one name may differ in shape, in models whose layers are not all of one size.
         kinds.setdefault((name, row["shape"]), []).append(row)
 
     joined = []

@@ -67,6 +67,9 @@ class Storage(ABC):
         """
         codes = self.codes()
         before = codes[removed].clone()
+
+        # All codes are written, of which only the removed ones have changed: formats that pack several codes into a
+        # byte cannot write one alone.
         zero = self.zero()
         if isinstance(zero, int):
             zero = torch.tensor(zero, dtype=codes.dtype, device=codes.device)
@@ -267,6 +270,7 @@ def storage_of(layer: Any) -> Storage | None:
         if name == "Linear8bitLt":
             return None if layer.state.has_fp16_weights else Bnb8bit(layer)
 
+    # transformers' layer over the blocks of a GGUF file. Some files have permuted columns, which a mask would miss.
     if name == "GgufLinear" and layer.ggml_type in FORMATS and layer.input_permutation is None:
         return Gguf(layer)
 
@@ -323,6 +327,7 @@ def _why_not_torchao(weight: Any) -> str | None:
     if not is_of_bytes or data.shape != weight.shape or data.dim() != 2:
         return f"torchao packs the codes of its {kind} for one kernel; use Int8WeightOnlyConfig or IntxWeightOnlyConfig"
 
+    # A weight is scale * (code - zero point): 0 has a code only if the zero point is a whole number.
     zero_point = getattr(weight, "zero_point", None)
     if zero_point is not None and zero_point.is_floating_point():
         return f"zero points of torchao's {kind} are floats, so that zero cannot be stored; quantise symmetrically"

@@ -175,6 +175,7 @@ def start_on_data(model: PeftModel, rows: Dataset, num_samples: int, device: tor
     """
     if model.peft_config[ADAPTER].init_scores not in DATA_STARTS:
         return
+    # Moved back, because the Trainer moves the model itself, to a device per process.
     before = model.device
     model.to(device).eval()
     keys = wanda_keys(model, rows["input_ids"][:num_samples], ADAPTER)
@@ -190,6 +191,7 @@ def _train_only_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
     except UserError as error:
         # The message names the option of masks.
         raise UserError(str(error).replace("layers_to_transform", "partial_layers")) from None
+
     model.requires_grad_(False)
     for name, module in model.named_modules():
         if name and check_target_module_exists(config, name):
