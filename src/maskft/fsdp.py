@@ -257,9 +257,11 @@ class ShardedMasker(FastMasker):
             rows.copy_(self.original)
         else:
             name = self.adapter()
-            self.shard = shard_mask(layer.mask_configs[name], cast(DTensor, layer.mask_scores[name]))
+            scores = cast(DTensor, layer.mask_scores[name])
+            self.shard = shard_mask(layer.mask_configs[name], scores)
             gate = self._gate(name)
             rows.copy_(selection.blend(self.original, gate, self.removed_rows))
+        # Written last: an error in between leaves rows that are not current.
         self._shown = self._state()
 
     def score_gradient(
@@ -349,7 +351,8 @@ def refresh_masks(model: nn.Module, *_: Any) -> None:
 
     layers = []
     for module in model.modules():
-        is_managed = getattr(getattr(module, "mask_scores", None), "_is_fsdp_managed_module", False)
+        scores = getattr(module, "mask_scores", None)
+        is_managed = getattr(scores, "_is_fsdp_managed_module", False)
         if isinstance(module, MaskedLinear) and is_managed and len(module.mask_scores):
             layers.append(module)
     maskers = _attached(layers)

@@ -79,7 +79,8 @@ def score_gradient(grad: Tensor, weight: Tensor, scores: Tensor, rank_by: RankBy
 
 def check_sparsity(sparsity: float) -> float:
     """Return ``sparsity`` if it is a fraction removed in [0, 1), else raise :class:`UserError`."""
-    if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0.0 <= sparsity < 1.0:
+    is_number = isinstance(sparsity, int | float) and not isinstance(sparsity, bool)  # in Python a bool is an int
+    if not is_number or not 0.0 <= sparsity < 1.0:
         raise UserError(
             f"sparsity is {sparsity!r}; it is the fraction of weights removed and must be in [0, 1): 0.1 removes 10 %"
         )
