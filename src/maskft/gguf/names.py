@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -148,11 +149,15 @@ def dequantised(head: GgufHead, tensor: str) -> Tensor:
     """Values of a tensor in transformers' order, float32, one tensor in memory."""
     import numpy as np
 
-    from gguf import GGMLQuantizationType, dequantize
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
     place: TensorPlace = head.tensors[tensor]
-    raw = np.fromfile(head.path, dtype=np.uint8, count=place.num_bytes, offset=place.start)
-    values = dequantize(raw, GGMLQuantizationType(place.kind)).reshape(place.shape)
+    quantization = GGMLQuantizationType(place.kind)
+    # Not place.num_bytes, which is not known of types without a zero level.
+    block_size, block_bytes = GGML_QUANT_SIZES[quantization]
+    num_bytes = math.prod(place.shape) // block_size * block_bytes
+    raw = np.fromfile(head.path, dtype=np.uint8, count=num_bytes, offset=place.start)
+    values = dequantize(raw, quantization).reshape(place.shape)
     copied = np.array(values, dtype=np.float32)  # of plain floats, dequantize returns a view
     matrix = torch.from_numpy(copied)
     return from_file_order(head, tensor, matrix).contiguous()
