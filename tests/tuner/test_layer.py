@@ -1,6 +1,7 @@
 """The masked layer: outputs and gradients against a naive reference, caching, accumulation, precision."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -374,3 +375,17 @@ def test_gradient_checkpointing_gives_the_same_gradient():
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         grads.append([p.grad for p in model.parameters() if p.requires_grad])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize(
+    "register",
+    ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"],
+)
+def test_hooks_that_a_mask_bypasses_are_warned_about(register):
+    base = nn.Linear(4, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        MaskedLinear(base, "default", MaskConfig(sparsity=0.5), "layer")
+    getattr(base, register)(lambda *args: None)
+    with pytest.warns(UserWarning, match="Set the hooks on the same path after the mask is applied"):
+        MaskedLinear(base, "default", MaskConfig(sparsity=0.5), "layer")

@@ -65,6 +65,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         module_name: str,
     ) -> None:
         super().__init__()
+        _warn_about_hooks(base_layer)
         self.base_layer = base_layer
         self.module_name = module_name
         self.is_transposed = isinstance(base_layer, Conv1D)
@@ -419,6 +420,21 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
     def extra_repr(self) -> str:
         """Shows how the base weight is quantised."""
         return quantization_extra_repr(self)
+
+
+def _warn_about_hooks(base_layer: nn.Module) -> None:
+    """Warn where hooks will be ignored, as PEFT's SHiRA does: forward takes the base's weight, not its forward."""
+    hooks = (
+        base_layer._forward_hooks,
+        base_layer._forward_pre_hooks,
+        base_layer._backward_hooks,
+        base_layer._backward_pre_hooks,
+    )
+    if any(hooks):
+        warnings.warn(
+            "One of the layers that are masked has forward or backward (pre) hooks, which the masked layer ignores: it "
+            "does not call the base layer. Set the hooks on the same path after the mask is applied."
+        )
 
 
 def _forget(layer: MaskedLinear, keys: Any) -> None:
