@@ -59,6 +59,7 @@ def main() -> None:
         metavar="TERM",
         help=f"budgets in nats per token, {TUNED!r} or {NO_TERM!r}; default: {' '.join(str(term) for term in TERMS)}",
     )
+    parser.add_argument("--rate", help="learning rate of all methods here, instead of the one tuned without a budget")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--results", type=Path, default=Path("results/smollm2-kl-budget"))
     parser.add_argument("--table", type=Path, metavar="FOLDER", help="write table and picture of a folder's results")
@@ -92,28 +93,31 @@ def run(args, task: str, seed: int) -> None:
         content["base"] = test.measure(load_model(EMBEDDED_MODEL, "float32"))
     for method in args.methods:
         for term in args.terms:
-            if (method, term) in done:
+            label = f"{method}, {args.rate}" if args.rate else method
+            if (label, term) in done:
                 continue
-            folder = args.work / f"{task}-{method}-{term}-{seed}".replace(" ", "-")
+            folder = args.work / f"{task}-{label}-{term}-{seed}".replace(" ", "-")
             summary = train(args, task, method, term, seed, folder)
             model = four_bits.trained(EMBEDDED_MODEL, folder, method, is_merged=False)
             course = [
                 [entry["step"], entry["kl"], entry["kl_multiplier"]] for entry in summary["history"] if "kl" in entry
             ]
-            row = {"method": method, "term": term, "kl": summary.get("kl"), "course": course}
+            row = {"method": label, "term": term, "kl": summary.get("kl"), "course": course}
             content["rows"].append(row | test.measure(model))
             del model
             file.write_text(json.dumps(content) + "\n")
             # Only the numbers are kept: a fully fine-tuned model is half a gigabyte.
             shutil.rmtree(folder)
             reached = "" if row["kl"] is None else f", KL {row['kl']['reached']:.3f}"
-            print(f"{task} seed {seed}: {method}, {term}: {content['rows'][-1]['accuracy']:.1%}{reached}", flush=True)
+            print(f"{task} seed {seed}: {label}, {term}: {content['rows'][-1]['accuracy']:.1%}{reached}", flush=True)
 
 
 def train(args, task: str, method: str, term: float | str, seed: int, folder: Path) -> dict:
     """Train a method with a budget, the tuned weight or no term; returns the run's summary."""
     if not (folder / TRAINING).is_file():
         options = [*METHODS[method], *RATES[task][method]]
+        if args.rate:
+            options[options.index("--learning_rate") + 1] = args.rate
         if term != TUNED:
             place = options.index("--kl_to_base")
             del options[place : place + 2]
@@ -220,7 +224,7 @@ def draw(runs: list[dict], folder: Path) -> None:
                 for row in run["rows"]:
                     if row["term"] in (TUNED, NO_TERM):
                         continue
-                    colour, marker = SHOWN[row["method"]]
+                    colour, marker = SHOWN[row["method"].split(",")[0]]
                     budgets.append(row["term"])
                     face = COLOURS[colour] if run["task"] == "sums" else "none"
                     axes.plot(
