@@ -311,8 +311,7 @@ TABLE_HEAD = [
     "What: a deletion mask, LoRA r 16 and full fine-tuning with a KL penalty, trained over a base held in GGUF blocks",
     "and over float weights; as trained, merged and stored.",
     "Recipe: `recipes/smollm2/exact_in_four_bits.py`; rates and KL weights are those that held-out rows chose over the",
-    "float base, in `study_curve_banking77_kl_seeds.yaml` and, for sums, `study_curve_sums_rivals.yaml`; but LoRA's",
-    "rate on intents, 3e-3, is the one below the chosen one (5e-3).",
+    "float base, in `study_curve_banking77_kl_seeds.yaml` and, for sums, `study_curve_sums_rivals.yaml`.",
     "Machine: AMD EPYC, one core, bfloat16 autocast. Answers: the JSON files beside this page.",
     "",
 ]
