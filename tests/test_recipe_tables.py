@@ -50,3 +50,11 @@ def test_skills_in_sequence(script):
     result = json.loads((folder / "sequence-seed0.json").read_text())
     # The file begins with lines that a person wrote.
     assert (folder / "sequence.md").read_text().endswith(sequence.table(result).split("\n", 2)[2])
+
+
+def test_the_second_of_two_masks(script):
+    script("skills_that_add_up")
+    second_mask = script("skills_second_mask")
+    folder = RESULTS / "smollm2-skills"
+    found = json.loads((folder / "second_mask-seed0.json").read_text())
+    assert (folder / "second_mask.md").read_text().endswith(second_mask.table(found, "banking77", "sst2"))

@@ -213,14 +213,17 @@ def table(result: dict) -> str:
     settings = result["settings"]
     tasks = settings["tasks"]
     base = result["base"]
+    brackets = ""
+    if base.get("label_hits"):
+        brackets = "In brackets: the right one of the task's own labels, maybe written in another task's form. "
     lines = [
         "# Skills in sequence",
         "",
         f"`{settings['model']}`, seed {settings['seed']}, {settings['num_test']} test rows a task, in the order "
         f"{', '.join(tasks)}; accuracy exact and teacher-forced, in %, after the last task. Backward transfer: after "
-        "the last task minus just after its own, mean over all but the last. In brackets: the right one of the task's "
-        "own labels, which may be written in another task's form. Forgetting: nats per token, after minus before; with "
-        "an adapter a task the mean over the adapters. Replay: 6 % of the rows of later tasks.",
+        f"the last task minus just after its own, mean over all but the last. {brackets}Forgetting: nats per token, "
+        "after minus before; with an adapter a task the mean over the adapters. Replay: 6 % of the rows of later "
+        "tasks.",
         "",
         f"| learned | {' | '.join(tasks)} | mean | backward transfer, points | MB | instructions | wikipedia |",
         f"|---|{'---|' * len(tasks)}---|---|---|---|---|",
