@@ -58,3 +58,12 @@ def test_the_second_of_two_masks(script):
     folder = RESULTS / "smollm2-skills"
     found = json.loads((folder / "second_mask-seed0.json").read_text())
     assert (folder / "second_mask.md").read_text().endswith(second_mask.table(found, "banking77", "sst2"))
+
+
+def test_kl_budget(script, copied):
+    folder = copied("smollm2-kl-budget")
+    table = (folder / "table.md").read_text()
+    script("kl_budget").write(folder)
+    assert (folder / "table.md").read_text() == table
+    committed = (RESULTS / "smollm2-kl-budget" / "forgotten.svg").read_text()
+    assert (folder / "forgotten.svg").read_text().count("<use ") == committed.count("<use ")

@@ -166,6 +166,10 @@ def table(runs: list[dict]) -> str:
     for run in runs:
         for row in run["rows"]:
             found.setdefault((row["method"], row["term"]), []).append((run, row))
+    methods = list(dict.fromkeys(method for method, _ in found))
+    # Budgets from the smallest, then the others, in the order in which they were run.
+    found = dict(sorted(found.items(), key=lambda item: (methods.index(item[0][0]), _place_of(item[0][1]))))
+    has_tuned = any(term == TUNED for _, term in found)
     budgeted = [row for (_, term), pairs in found.items() if term not in (TUNED, NO_TERM) for _, row in pairs]
     within = sum(row["kl"]["reached"] <= row["kl"]["budget"] for row in budgeted)
     bound = [row for row in budgeted if row["kl"]["multiplier"] >= NOT_BINDING]
@@ -177,14 +181,17 @@ def table(runs: list[dict]) -> str:
         "",
         f"Seed {seeds}; 200 test rows. Of {len(budgeted)} runs with a budget {within} kept to it. It held back "
         f"{len(bound)} (multiplier of {NOT_BINDING:g} or more at the end); {near} of them ended within {TOLERANCE:.0%} "
-        f"of it. Accuracy minus the tuned weight's: simultaneous 95 % intervals over "
-        f"{'seeds and test rows' if len(runs) > 2 else 'test rows, about these models'}. Forgetting: nats per token, "
-        "after minus before.",
-        "",
-        "| method | budget, nats | KL reached | at the end | multiplier | accuracy % | - tuned weight, points | "
-        "instructions | wikipedia |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "of it. Forgetting: nats per token, after minus before.",
     ]
+    columns = ["method", "budget, nats", "KL reached", "at the end", "multiplier", "accuracy %"]
+    if has_tuned:
+        lines[-1] += (
+            " Accuracy minus the tuned weight's: simultaneous 95 % intervals over "
+            f"{'seeds and test rows' if len(runs) > 2 else 'test rows, about these models'}."
+        )
+        columns.append("- tuned weight, points")
+    columns += PROBES
+    lines += ["", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for (method, term), pairs in found.items():
         rows = [row for _, row in pairs]
         reached = "–"
@@ -206,32 +213,39 @@ def table(runs: list[dict]) -> str:
             at_end,
             multiplier,
             f"{100 * np.mean([row['accuracy'] for row in rows]):.1f}",
-            ahead,
         ]
+        if has_tuned:
+            cells.append(ahead)
         cells += [f"{np.mean([forgotten(run, row, probe) for run, row in pairs]):+.3f}" for probe in PROBES]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
 
+def _place_of(term: float | str) -> float:
+    return term if isinstance(term, float) else float("inf")
+
+
 def draw(runs: list[dict], folder: Path) -> None:
-    """Forgetting on each probe against the budget, a mark per run; the line is equality."""
+    """Forgetting on each probe against the KL that a run reached, a mark per run; the line is equality.
+
+    Marks of sums are hollow.
+    """
     panels = []
     for probe in PROBES:
 
         def on(axes, probe=probe) -> None:
-            budgets = []
+            largest = 0.0
             for run in runs:
                 for row in run["rows"]:
                     if row["term"] in (TUNED, NO_TERM):
                         continue
                     colour, marker = SHOWN[row["method"].split(",")[0]]
-                    budgets.append(row["term"])
-                    face = COLOURS[colour] if run["task"] == "sums" else "none"
-                    axes.plot(
-                        row["term"], forgotten(run, row, probe), marker, color=COLOURS[colour], markerfacecolor=face
-                    )
-            axes.plot([0, max(budgets)], [0, max(budgets)], color=COLOURS["grey"], linewidth=0.8)
-            axes.set_xlabel("budget, nats per token")
+                    reached = row["kl"]["reached"]
+                    largest = max(largest, reached)
+                    face = "none" if run["task"] == "sums" else COLOURS[colour]
+                    axes.plot(reached, forgotten(run, row, probe), marker, color=COLOURS[colour], markerfacecolor=face)
+            axes.plot([0, largest], [0, largest], color=COLOURS["grey"], linewidth=0.8)
+            axes.set_xlabel("KL(base || model) reached, nats per token")
             axes.set_ylabel(f"{probe}: forgotten, nats")
 
         panels.append(Panel(f"Forgetting of {probe}", on))

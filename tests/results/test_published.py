@@ -23,7 +23,14 @@ SUMMARY = "summary.json"
 GOLDEN = json.loads((Path(__file__).parent / "golden_verdicts.json").read_text(encoding="utf-8"))
 
 
-NO_STUDIES = {"benchmarks", "board-smollm2", "smollm2-exact-in-four-bits", "smollm2-skills", "qwen25-05b-intents"}
+NO_STUDIES = {
+    "benchmarks",
+    "board-smollm2",
+    "qwen25-05b-intents",
+    "smollm2-exact-in-four-bits",
+    "smollm2-kl-budget",
+    "smollm2-skills",
+}
 STUDIES = sorted({folder.name for folder in RESULTS.iterdir()} - NO_STUDIES)
 
 
