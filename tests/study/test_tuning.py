@@ -340,6 +340,7 @@ def test_a_mask_of_a_model_that_was_not_tuned_has_the_controls_that_need_no_rate
         plan_of(content)
 
 
+@pytest.mark.slow
 def test_a_study_with_standard_controls_runs_to_its_end(content, tmp_path, in_process):
     content |= {"seeds": [0], "controls": "standard"}
     content["methods"]["mask"]["mask_layers_to_transform"] = [1]

@@ -152,6 +152,7 @@ def test_four_processes_give_the_mask_of_one_with_a_killed_rank_and_a_straggler(
     check_equal(out, one_process, resumed=True)
 
 
+@pytest.mark.slow
 @needs_fsdp2_on_cpus
 def test_two_processes_of_fsdp2_give_the_mask_of_one(arguments, one_process, tmp_path):
     out = tmp_path / "out"

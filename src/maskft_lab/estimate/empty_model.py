@@ -35,13 +35,13 @@ def model_without_data(
     if isinstance(num_layers, int) and num_layers > MAX_LAYERS:
         raise UserError(f"the configuration has {num_layers:,} layers; there are estimates up to {MAX_LAYERS:,}")
 
-    options = {"dtype": dtype, "trust_remote_code": False}
+    options = {"dtype": dtype}
     if attention:
         # Flash attention, from whichever package, keeps the tensors that sdpa keeps.
         options["attn_implementation"] = "eager" if attention == "eager" else "sdpa"
     own_config = copy.deepcopy(config)  # from_config writes dtype and attention into it
     try:
-        model = AutoModelForCausalLM.from_config(own_config, **options)
+        model = AutoModelForCausalLM.from_config(own_config, trust_remote_code=False, **options)
     except (ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError) as error:
         raise UserError(f"the configuration makes no causal language model: {first_line(error)}") from error
 
