@@ -166,7 +166,7 @@ def check_known(
     """Refuse a name that no result has.
 
     Args:
-        what: What it names, for the message: ``task``, ``metric``, ``baseline``.
+        what: Kind of name, for the message: ``task``, ``metric``, ``baseline``.
         names: Names that were asked for.
         known: Names that results have.
 

@@ -94,7 +94,7 @@ def compare(
     rows = _with_verdicts(rows, settings)
     differences = [difference for difference, _ in rows]
 
-    # What the reader should know beside the numbers.
+    # Notes for the reader beside the numbers.
     notes += _identical_notes(differences, baseline)
     if num_looks > 1:
         # First, because a page shows two notes.

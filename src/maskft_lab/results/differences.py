@@ -227,7 +227,7 @@ def measure(
         settings: Resamples, their seed, and whether the training seeds are fixed.
 
     Returns:
-        The difference, not yet judged, and what it was measured from.
+        The difference, not yet judged, and its measurements.
 
     Raises:
         UserError: If an item has no value, or there are too few items or clusters.
