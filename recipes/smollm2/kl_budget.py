@@ -102,13 +102,17 @@ def run(args, task: str, seed: int) -> None:
             course = [
                 [entry["step"], entry["kl"], entry["kl_multiplier"]] for entry in summary["history"] if "kl" in entry
             ]
-            row = {"method": label, "term": term, "kl": summary.get("kl"), "course": course}
+            kl = summary.get("kl")
+            if kl is not None:
+                # The name alone: results say nothing of where they were made.
+                kl["rows"] = Path(kl["rows"]).name
+            row = {"method": label, "term": term, "kl": kl, "course": course}
             content["rows"].append(row | test.measure(model))
             del model
             file.write_text(json.dumps(content) + "\n")
             # Only the numbers are kept: a fully fine-tuned model is half a gigabyte.
             shutil.rmtree(folder)
-            reached = "" if row["kl"] is None else f", KL {row['kl']['reached']:.3f}"
+            reached = "" if kl is None else f", KL {kl['reached']:.3f}"
             print(f"{task} seed {seed}: {label}, {term}: {content['rows'][-1]['accuracy']:.1%}{reached}", flush=True)
 
 
