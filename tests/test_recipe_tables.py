@@ -43,13 +43,14 @@ def test_skills_that_add_up(script, copied):
     )
 
 
-def test_skills_in_sequence(script):
+@pytest.mark.parametrize("name", ["sequence", "sequence_of_five"])
+def test_skills_in_sequence(name, script):
     script("skills_that_add_up")
     sequence = script("skills_in_sequence")
     folder = RESULTS / "smollm2-skills"
-    result = json.loads((folder / "sequence-seed0.json").read_text())
+    result = json.loads((folder / f"{name}-seed0.json").read_text())
     # The file begins with lines that a person wrote.
-    assert (folder / "sequence.md").read_text().endswith(sequence.table(result).split("\n", 2)[2])
+    assert (folder / f"{name}.md").read_text().endswith(sequence.table(result).split("\n", 2)[2])
 
 
 def test_the_second_of_two_masks(script):
