@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from grids import TYPES, grid_of
+from grids import TYPES, BlockGrid, NF4Grid, grid_of
 
 import maskft_lab
 from maskft.data.arguments import DataArguments
@@ -112,7 +112,7 @@ def linear_weights(model) -> dict[str, torch.Tensor]:
     }
 
 
-def store(model, how: str, grid, scales: dict[str, torch.Tensor]) -> int:
+def store(model, how: str, grid: BlockGrid | NF4Grid, scales: dict[str, torch.Tensor]) -> int:
     """Replace the linear weights by what a grid of grids.py holds of them; returns how many values differ."""
     num_differ = 0
     for name, weight in linear_weights(model).items():
@@ -192,8 +192,9 @@ def make_bases(folder: Path, type_name: str) -> dict[str, Path]:
             continue
         model = load_model(EMBEDDED_MODEL, "float32")
         if name == type_name:
+            grid = grid_of(type_name)
             for weight in linear_weights(model).values():
-                weight.copy_(grid_of(type_name).fresh(weight))
+                weight.copy_(grid.fresh(weight))
         load_tokenizer(EMBEDDED_MODEL).save_pretrained(path)
         model.save_pretrained(path)
     return bases

@@ -214,6 +214,7 @@ def table(result: dict) -> str:
     tasks = settings["tasks"]
     base = result["base"]
     brackets = ""
+    # sequence-seed0.json was measured before label hits were; to measure them its models would be trained again.
     if base.get("label_hits"):
         brackets = "In brackets: the right one of the task's own labels, maybe written in another task's form. "
     lines = [
@@ -235,19 +236,14 @@ def table(result: dict) -> str:
         own = {task: 100 * float(np.mean(found["after"][place][task])) for place, task in enumerate(tasks)}
         transfer = float(np.mean([last[task] - own[task] for task in tasks[:-1]]))
         forgotten = [f"{found['probes'][probe] - base['probes'][probe]:+.3f}" for probe in skills.PROBES]
-        shown = [f"{last[task]:.1f}{among_labels(found, task)}" for task in tasks]
+        shown = [skills.percent(found["after"][-1][task], found.get("label_hits", {}).get(task)) for task in tasks]
         cells = [name, *shown, f"{np.mean(list(last.values())):.1f}"]
         cells += [f"{transfer:+.1f}", f"{found['bytes'] / 1e6:.1f}", *forgotten]
         lines.append(f"| {' | '.join(cells)} |")
-    before = ", ".join(f"{task} {100 * np.mean(base['hits'][task]):.1f}{among_labels(base, task)}" for task in tasks)
-    lines += ["", f"Before training: {before} %."]
+    base_label_hits = base.get("label_hits", {})
+    shown = [f"{task} {skills.percent(base['hits'][task], base_label_hits.get(task))}" for task in tasks]
+    lines += ["", f"Before training: {', '.join(shown)} %."]
     return "\n".join(lines) + "\n"
-
-
-def among_labels(found: dict, task: str) -> str:
-    """Accuracy among a task's labels in brackets; empty if it has many labels."""
-    hits = found.get("label_hits", {}).get(task)
-    return "" if hits is None else f" ({100 * np.mean(hits):.1f})"
 
 
 if __name__ == "__main__":

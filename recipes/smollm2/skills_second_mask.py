@@ -23,7 +23,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import skills_that_add_up as skills
 import torch
 from peft import get_peft_model
@@ -187,10 +186,8 @@ def table(found: dict, first: str, second: str) -> str:
 
 
 def percent(measured: dict, task: str) -> str:
-    """Accuracy on a task, and in brackets among its own labels if they are few."""
-    text = f"{100 * np.mean(measured['hits'][task]):.1f}"
-    label_hits = measured["label_hits"].get(task)
-    return text if label_hits is None else f"{text} ({100 * np.mean(label_hits):.1f})"
+    """Accuracy on a task, also among its labels."""
+    return skills.percent(measured["hits"][task], measured["label_hits"].get(task))
 
 
 if __name__ == "__main__":

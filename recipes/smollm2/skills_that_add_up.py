@@ -603,6 +603,12 @@ def table(results: Sequence[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def percent(hits: Sequence[int], label_hits: Sequence[int] | None) -> str:
+    """Accuracy on a task in %, and in brackets that among its own labels, if it has few."""
+    text = f"{100 * np.mean(hits):.1f}"
+    return text if label_hits is None else f"{text} ({100 * np.mean(label_hits):.1f})"
+
+
 def method_label(method: str, name: str) -> str:
     """A method as the tables call it; ``name`` is a task or a combination."""
     return "union of masks" if method == "mask" and "+" in name else METHODS[method]
