@@ -17,6 +17,7 @@ from ..tuner import MaskConfig, adapter_layers
 from ..tuner.selection import is_free
 from .arguments import TrainConfig
 from .method_arguments import ADAPTER, UNTRAINED_METHODS, mask_config
+from .padding import padding_advice
 from .record import TrainingSummary
 from .verdict import Verdict
 
@@ -45,6 +46,9 @@ def describe(model, tokenizer, data: Prepared, config: TrainConfig, console: Con
         f"data: {len(data.train):,} training rows ({num_supervised:,} supervised tokens), {len(data.heldout):,} held "
         f"out ({num_supervised_heldout:,} supervised tokens); {batch} sequences per step"
     )
+    advice = padding_advice(model, [len(row) for row in data.train["input_ids"]], training)
+    if advice is not None:
+        console.print(advice, soft_wrap=True, highlight=False)
     console.print("one sample, supervised text in [[ ]]:", highlight=False)
     console.print(format_sample(data.train[0], tokenizer), markup=False, highlight=False)
 

@@ -103,9 +103,12 @@ class KLOnTask:
             batch_number: Number of the batch since the start of training; not used here.
         """
         is_supervised_BT = is_before_label(inputs["labels"])
+        # The head runs only in columns with a label: with a large vocabulary it is a good part of a forward pass.
+        columns = is_supervised_BT.any(0).nonzero().flatten()
         given = {name: inputs[name] for name in _MODEL_INPUTS if name in inputs}
         with torch.no_grad(), self._base.of(model) as base:
-            logits_NV = base(**given, use_cache=False).logits[is_supervised_BT]
+            logits_BTV = base(**given, logits_to_keep=columns, use_cache=False).logits
+        logits_NV = logits_BTV[is_supervised_BT[:, columns]]
         self._base_log_probs_NV = logits_NV.float().log_softmax(-1)
         self._is_supervised_BT = is_supervised_BT
 

@@ -24,6 +24,7 @@ from .fixed_masks import make_fixed_mask
 from .interpolation import interpolate
 from .method_arguments import FIXED_MASK_METHODS, INTERPOLATE, PEFT
 from .near_base import KLRows, load_kl_rows
+from .padding import check_rows_are_separate
 from .record import TrainingRecord, TrainingSummary, make_record, summarise
 from .trainer import MaskTrainer
 from .verdict import HeldoutLosses, never_worse
@@ -68,6 +69,7 @@ def run(config: TrainConfig, resume_from: str | None, console: Console) -> Train
     model = load_base(config.model, tokenizer, method.method)
     kl_rows = load_kl_rows(config, tokenizer)
     check_context(model, data.train, data.heldout)
+    check_rows_are_separate(model, data.train[:2]["input_ids"], training)
     if kl_rows is not None:
         check_context(model, kl_rows.train, kl_rows.heldout)
 

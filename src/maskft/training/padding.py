@@ -1,0 +1,176 @@
+"""Batches without padding: when they are worth it, and whether a model keeps their rows apart.
+
+With ``padding_free`` (and with packing) TRL puts the rows of a batch one behind another into a single sequence, whose
+``position_ids`` start again at 0 with each row. transformers masks attention between rows by them, with every
+attention implementation. Layers that carry a state from token to token do not.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from maskft_common.errors import UserError
+
+from .arguments import TrainingArguments
+
+# Below it, an advice is not worth a line.
+_LEAST_SHARE_OF_PADDING = 0.2
+# Work without padding over work with it. Attention among all tokens of a batch costs more than within padded rows.
+_MOST_WORK = 0.85
+# Tokens of each of two rows by which a model is tested.
+_TESTED_TOKENS = 16
+
+
+def padding_share(lengths: Sequence[int], batch_size: int) -> float:
+    """Expected share of padding in a batch of rows drawn at random, each padded to the longest.
+
+    Args:
+        lengths: Tokens of each row, > 0.
+        batch_size: Rows of a batch, >= 1.
+
+    Returns:
+        In [0, 1).
+    """
+    return 1 - mean_length(lengths) / expected_longest(lengths, batch_size)
+
+
+def mean_length(lengths: Sequence[int]) -> float:
+    """Tokens of a row."""
+    return sum(lengths) / len(lengths)
+
+
+def expected_longest(lengths: Sequence[int], batch_size: int) -> float:
+    """Expected length of the longest of ``batch_size`` rows drawn independently."""
+    # The longest of a batch is at most the k-th shortest of n rows with probability (k / n) ** batch_size.
+    total = 0.0
+    below = 0.0
+    for rank, length in enumerate(sorted(lengths), start=1):
+        up_to_here = (rank / len(lengths)) ** batch_size
+        total += length * (up_to_here - below)
+        below = up_to_here
+    return total
+
+
+def padding_advice(model: nn.Module, lengths: Sequence[int], training: TrainingArguments) -> str | None:
+    """Advice to train without padding.
+
+    Args:
+        model: The model, with or without an adapter.
+        lengths: Tokens of each training row.
+        training: The options of the run.
+
+    Returns:
+        One line; None if padding is already avoided or rare, if attention among all tokens of a batch would cost more
+        than padding does, or for a kind of model that may not keep rows apart.
+    """
+    if training.padding_free or training.packing or not _may_separate_rows(model):
+        return None
+
+    batch_size = training.per_device_train_batch_size
+    share = padding_share(lengths, batch_size)
+    if share < _LEAST_SHARE_OF_PADDING:
+        return None
+
+    mean = mean_length(lengths)
+    longest = expected_longest(lengths, batch_size)
+    # Flash attention computes nothing between rows; the other implementations compute it and mask it.
+    attended = mean if _has_flash_attention(model) else batch_size * mean
+    with_padding = longest * _work_per_token(model, longest)
+    without_padding = mean * _work_per_token(model, attended)
+    if without_padding > _MOST_WORK * with_padding:
+        return None
+    return f"{share:.0%} of a batch is padding: --padding_free true trains without it (the same loss, in less time)"
+
+
+def check_rows_are_separate(model: nn.Module, rows: Sequence[Sequence[int]], training: TrainingArguments) -> None:
+    """Check that a model keeps apart the rows of a sequence without padding.
+
+    Args:
+        model: The model, before it is wrapped or sharded.
+        rows: Token ids of training rows.
+        training: The options of the run.
+
+    Raises:
+        UserError: If a row's predictions change with the row before it.
+    """
+    # A wrapped packing cuts rows anywhere, and lets them see each other by design.
+    is_packed_apart = training.packing and training.packing_strategy != "wrapped"
+    option = "packing" if is_packed_apart else "padding_free"
+    if not (is_packed_apart or training.padding_free) or len(rows) < 2:
+        return
+    # Made for such sequences; and it cannot run yet, where the model is still on the CPU.
+    if _has_flash_attention(model):
+        return
+
+    first = rows[0][:_TESTED_TOKENS]
+    second = rows[1][:_TESTED_TOKENS]
+    if not _may_take_positions(model) or not separates_rows(model, first, second):
+        kind = model.config.model_type
+        raise UserError(
+            f"{option}: models of type {kind} do not keep rows of one sequence apart; train without {option}"
+        )
+
+
+@torch.no_grad()
+def separates_rows(model: nn.Module, first: Sequence[int], second: Sequence[int]) -> bool:
+    """Whether the second of two rows in one sequence has the logits that it has alone.
+
+    Args:
+        model: A causal language model.
+        first: Token ids of a row.
+        second: Token ids of another row.
+    """
+    device = next(model.parameters()).device
+    second_1T = torch.tensor([[*second]], device=device)
+    both_1T = torch.tensor([[*first, *second]], device=device)
+    starts_again = torch.tensor([[*range(len(first)), *range(len(second))]], device=device)
+    goes_on = torch.arange(both_1T.shape[1], device=device)[None]
+
+    def logits_of_second(position_ids: Tensor) -> Tensor:
+        logits_1TV = model(input_ids=both_1T, position_ids=position_ids, use_cache=False).logits
+        return logits_1TV[:, len(first) :].float()
+
+    was_training = model.training
+    model.eval()
+    alone_1TV = model(input_ids=second_1T, use_cache=False).logits.float()
+    error = (logits_of_second(starts_again) - alone_1TV).abs().max()
+    # Rounding differs between the two, by more in bfloat16. One text in place of two rows is the scale.
+    difference_of_one_text = (logits_of_second(goes_on) - alone_1TV).abs().max()
+    model.train(was_training)
+    return bool(error <= 0.1 * difference_of_one_text)
+
+
+def _may_separate_rows(model: nn.Module) -> bool:
+    """Whether a model's kind suggests that it keeps rows apart, without computing anything."""
+    whole = _without_adapter(model)
+    # transformers' mark of layers whose state runs from token to token.
+    is_recurrent = getattr(whole, "_is_stateful", False)
+    # TRL has no batches without padding for rows with images.
+    has_images = hasattr(whole.config, "vision_config")
+    return not is_recurrent and not has_images and _may_take_positions(whole)
+
+
+def _may_take_positions(model: nn.Module) -> bool:
+    return "position_ids" in inspect.signature(_without_adapter(model).forward).parameters
+
+
+def _has_flash_attention(model: nn.Module) -> bool:
+    return "flash" in (model.config._attn_implementation or "")
+
+
+def _without_adapter(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _work_per_token(model: nn.Module, num_attended: float) -> float:
+    """Floating point operations of a forward pass for a token that attends to so many, without the embedding's."""
+    config = model.config.get_text_config()
+    # By the sizes of the layers: weights in four bits are stored as vectors of bytes.
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    num_weights = sum(layer.in_features * layer.out_features for layer in layers)
+    return 2 * num_weights + 4 * num_attended * config.hidden_size * config.num_hidden_layers
