@@ -10,10 +10,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -82,18 +82,39 @@ def run(module: str, workers: int) -> None:
 
     results = subprocess.run([*mutmut, "results", "--all", "true"], cwd=folder, env=environment, capture_output=True)
     states = dict(line.strip().split(": ") for line in results.stdout.decode().splitlines() if ": " in line)
-    counts = Counter(states.values())
-    if not counts:
+    if not states:
         raise SystemExit(f"{module}: mutmut ended without results; see {folder / 'log.txt'}")
-    killed = counts["killed"] + counts["timeout"]
-    others = ", ".join(f"{count} {state}" for state, count in counts.items() if state not in ("killed", "timeout"))
-    print(f"{module}: {killed} of {len(states)} killed, {100 * killed / len(states):.1f} % ({others})", flush=True)
+
+    survivors = []
+    num_equivalent = 0
     for mutant, state in states.items():
         if state in ("killed", "timeout"):
             continue
         shown = subprocess.run([*mutmut, "show", mutant], cwd=folder, env=environment, capture_output=True).stdout
         changed = [line for line in shown.decode().splitlines() if line[:1] in "+-" and line[:3] not in ("+++", "---")]
-        print(f"\n{mutant} ({state})\n" + "\n".join(changed), flush=True)
+        if is_equivalent(changed):
+            num_equivalent += 1
+        else:
+            survivors.append(f"{mutant} ({state})\n" + "\n".join(changed))
+
+    num_mutants = len(states) - num_equivalent
+    num_killed = num_mutants - len(survivors)
+    share = 100 * num_killed / num_mutants
+    print(f"{module}: {num_killed} of {num_mutants} killed, {share:.1f} %; {num_equivalent} without effect left out")
+    for survivor in survivors:
+        print(f"\n{survivor}", flush=True)
+
+
+# Changes without effect: ``strict=`` of sequences whose lengths the lines before made equal, and the default device
+# where the only device is the CPU.
+WITHOUT_EFFECT = re.compile(r", *strict=\w+|, *device=[\w.]+|, *(?=\))")
+
+
+def is_equivalent(changed: list[str]) -> bool:
+    """Whether the lines before and after a change differ in nothing but arguments that have no effect here."""
+    before = [WITHOUT_EFFECT.sub("", line[1:]) for line in changed if line.startswith("-")]
+    after = [WITHOUT_EFFECT.sub("", line[1:]) for line in changed if line.startswith("+")]
+    return before == after
 
 
 def pytest_settings() -> str:
