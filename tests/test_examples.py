@@ -1,19 +1,55 @@
 """Each script in examples/ runs as its first lines say, offline, and prints what it found."""
 
+import os
 import re
-import subprocess
+import runpy
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
+import torch
+import trl  # noqa: F401 - imported once, for all scripts
+
+from killing import forget
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def printed_by(script):
-    done = subprocess.run([sys.executable, str(EXAMPLES / script)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+@pytest.fixture
+def printed_by(tmp_path):
+    """Runs a script in a fork, which has imported everything, and returns what it prints."""
+
+    def printed_by(script):
+        out = tmp_path / "out.txt"
+        pid = os.fork()
+        if pid == 0:
+            run_and_exit(script, out)
+        _, status = os.waitpid(pid, 0)
+        assert os.waitstatus_to_exitcode(status) == 0, out.read_text()[-2000:]
+        return out.read_text()
+
+    return printed_by
+
+
+def run_and_exit(script, out):
+    """Run a script as Python does, and end this process."""
+    status = 1
+    try:
+        # The threads of the forked process are not here, and torch would wait for them.
+        torch.set_num_threads(1)
+        # The examples have a tiny.py, as the tests have.
+        forget("tiny")
+        sys.path.insert(0, str(EXAMPLES))
+        sys.argv = [script]
+        sys.stdout = sys.stderr = open(out, "w")
+        runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
 
 
 def losses_before_and_after(printed):
@@ -22,22 +58,22 @@ def losses_before_and_after(printed):
 
 
 @pytest.mark.parametrize("script", ["dpo_with_a_mask.py", "mask_a_vision_language_model.py"])
-def test_the_mask_learns(script):
+def test_the_mask_learns(script, printed_by):
     before, after = losses_before_and_after(printed_by(script))
     assert after < before
 
 
-def test_a_mask_after_fine_tuning():
+def test_a_mask_after_fine_tuning(printed_by):
     before, after = losses_before_and_after(printed_by("mask_after_fine_tuning.py"))
     assert after < before + 0.01  # from the smallest weights a mask starts at no cost, and the best checkpoint is kept
 
 
-def test_two_masks_over_one_base():
+def test_two_masks_over_one_base(printed_by):
     sums, words, _ = map(float, re.findall(r"loss on a sum (\d\.\d{4})", printed_by("two_masks_over_one_base.py")))
     assert sums < words  # the mask learned on sums is the better one on a sum
 
 
-def test_a_mask_is_rewarded():
+def test_a_mask_is_rewarded(printed_by):
     before, after = map(
         float, re.findall(r"reward (\d\.\d{4}) [^,\n]*, (\d\.\d{4})", printed_by("grpo_with_a_mask.py"))[-1]
     )
