@@ -21,6 +21,7 @@ NAMES = (
     "intervals",
     "mixed_batch",
     "attention",
+    "padding",
 )
 
 

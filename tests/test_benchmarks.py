@@ -11,28 +11,32 @@ from benchmarks.learners import LEARNERS, PLAIN
 
 import benchmark_files
 import tiny
+from forking import forked, run_script
 from tiny_tokenizer import tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
 
 
 def run(tmp_path, *names, expected=None):
-    command = [sys.executable, "-m", "benchmarks", *names, "--quick", "--output", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    out = tmp_path / "out.txt"
+    status = forked(lambda: run_script("benchmarks", *names, "--quick", "--output", tmp_path), out)
+    printed = out.read_text()
+    assert status == 0, printed[-2000:]
     record = json.loads((tmp_path / "benchmarks.json").read_text())
     assert record["environment"]["packages"]["torch"] and record["settings"]["threads"] == 2
     assert {row["benchmark"] for row in record["rows"]} == (expected or set(names))
-    return record["rows"], done.stdout
+    return record["rows"], printed
 
 
 def test_ratios_of_both_sides_are_written(tmp_path):
-    rows, printed = run(tmp_path, "refresh", "file", "step", "published", "attention")
+    rows, printed = run(tmp_path, "refresh", "file", "step", "published", "attention", "padding")
     for row in rows:
         assert row["value"] > 0 and row["what"] in printed
         if "ratio_of_each_round" in row:
             assert len(row["ratio_of_each_round"]) == 2
     sides = {row["what"] for row in rows if row["benchmark"] in ("step", "published", "attention")}
+    free = [row["what"] for row in rows if row["benchmark"] == "padding"]
+    assert len(free) == 6 and all(what.endswith("without padding / padded") for what in free)
     assert sides == {
         "tiny, deletion mask, 2 rows of 8: eager / sdpa",
         "tiny: mask / floor",

@@ -1,16 +1,12 @@
 """Each script in examples/ runs as its first lines say, offline, and prints what it found."""
 
-import os
 import re
-import runpy
-import sys
-import traceback
 from pathlib import Path
 
 import pytest
-import torch
 import trl  # noqa: F401 - imported once, for all scripts
 
+from forking import forked, run_script
 from killing import forget
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -18,38 +14,19 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 @pytest.fixture
 def printed_by(tmp_path):
-    """Runs a script in a fork, which has imported everything, and returns what it prints."""
+    """Runs a script, and returns what it prints."""
 
     def printed_by(script):
+        def run():
+            # The examples have a tiny.py, as the tests have.
+            forget("tiny")
+            run_script(EXAMPLES / script)
+
         out = tmp_path / "out.txt"
-        pid = os.fork()
-        if pid == 0:
-            run_and_exit(script, out)
-        _, status = os.waitpid(pid, 0)
-        assert os.waitstatus_to_exitcode(status) == 0, out.read_text()[-2000:]
+        assert forked(run, out) == 0, out.read_text()[-2000:]
         return out.read_text()
 
     return printed_by
-
-
-def run_and_exit(script, out):
-    """Run a script as Python does, and end this process."""
-    status = 1
-    try:
-        # The threads of the forked process are not here, and torch would wait for them.
-        torch.set_num_threads(1)
-        # The examples have a tiny.py, as the tests have.
-        forget("tiny")
-        sys.path.insert(0, str(EXAMPLES))
-        sys.argv = [script]
-        sys.stdout = sys.stderr = open(out, "w")
-        runpy.run_path(str(EXAMPLES / script), run_name="__main__")
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        os._exit(status)
 
 
 def losses_before_and_after(printed):
