@@ -110,14 +110,14 @@ def test_kl_is_bounded_and_resumed_as_losses_are(net, tmp_path, monkeypatch):
 
     values = [[item["kl"] for item in kl(ROWS, size)["items"]] for size in (None, 4, 4)]
     assert sizes == [6, 6, 4, 4, 2, 2] and values[1] == values[2] == pytest.approx(values[0]) and min(values[0]) > 0
-    with pytest.raises(UserError, match="the model's context 256; lower max_length"):
+    with pytest.raises(UserError, match="the model's context 256: lower max_length"):
         kl([ROWS[0] | {"prompt": "1+" * 150}], 1)
 
 
 def test_rows_beyond_the_context_are_refused_before_the_losses(net, tmp_path):
     rows = [*ROWS, {"id": "long", "prompt": "1+" * 150, "completion": "150"}]
     journal = Journal(tmp_path / "answers.jsonl", {})
-    with pytest.raises(UserError, match="the longest item has 304 tokens, the model's context 256; lower max_length"):
+    with pytest.raises(UserError, match="the longest item has 304 tokens, the model's context 256: lower max_length"):
         evaluate_rows(net, TOKENIZER, rows, journal=journal)
     assert not journal.values
 

@@ -119,7 +119,7 @@ def test_what_does_not_fit_into_the_context_is_refused(make):
     context = net.config.max_position_embeddings
     prompt = [5] * (context - 4)
     assert len(greedy_generate(net, TOKENIZER, [prompt], Bounds(4))) == 1
-    said = f"has {context - 4} tokens and its answer may have 5, the .* context {context}; lower alpaca to 4, or leave"
+    said = f"has {context - 4} tokens and its answer may have 5, the .* context {context}: lower alpaca to 4, or leave"
     with pytest.raises(UserError, match=said):
         greedy_generate(net, TOKENIZER, [[5], prompt], Bounds(5, option="alpaca"))
 

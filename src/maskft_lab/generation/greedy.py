@@ -109,20 +109,20 @@ def greedy_generate(
     max_new_tokens = bounds.max_new_tokens
     check_context(model, longest, max_new_tokens, bounds.option)
 
-    # Names with an underscore are notes of transformers, not settings.
-    settings = {name for name in model.generation_config.to_diff_dict() if not name.startswith("_")}
-    is_known = settings <= SUPPORTED_SETTINGS and _attention_is_known(model)
+    is_known = _settings_are_known(model) and _attention_is_known(model)
     num_shared = shared_prefix_length(prompts) if is_known else 0
 
     batch_size = bounds.batch_size
     if not batch_size:
+        # The prefix is kept once for all rows, so a row pays only for the tokens after it.
         batch_size = memory_bound_rows(model, longest - num_shared, max_new_tokens)
     batch_size = min(batch_size, len(prompts))
 
     job = _Job(model, tokenizer, prompts, bounds, on_answer)
     if is_known:
+        prefix = prompts[0][:num_shared]
         with attention(model):
-            cache = RowCache(model, batch_size, prompts[0][:num_shared])
+            cache = RowCache(model, batch_size, prefix)
             _generate_in_rows(job, cache, batch_size)
     else:
         _generate_in_batches(job, batch_size)
@@ -135,10 +135,20 @@ def check_context(
     max_new_tokens: int = 0,
     option: str = "max_new_tokens",
 ) -> None:
-    """Refuse items of up to ``longest`` tokens that, with their answers, may not fit into the context."""
+    """Raise if items of up to ``longest`` tokens, with their answers, may be longer than the model's context.
+
+    Args:
+        model: A causal language model.
+        longest: Tokens of the longest item.
+        max_new_tokens: Upper bound on generated tokens; 0: a loss is measured, nothing is generated.
+        option: The user's name of ``max_new_tokens``, for messages.
+    """
     if not longest:
-        raise UserError("every prompt is empty, and a model answers something; give rows with prompts")
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
+        raise UserError("all prompts are empty")
+
+    config = model.config.get_text_config()
+    # Models without position embeddings, such as Mamba, have no limit. Some configs have the name, and None or -1.
+    context = getattr(config, "max_position_embeddings", None) or 0
     is_limited = context > 0
     if not is_limited or longest + max_new_tokens <= context:
         return
@@ -151,7 +161,7 @@ def check_context(
         answer = ""
         advice = "lower max_length, or "
     raise UserError(
-        f"the longest item has {longest} tokens{answer}, the model's context {context}; {advice}leave out items "
+        f"the longest item has {longest} tokens{answer}, the model's context {context}: {advice}leave out items "
         "that long"
     )
 
@@ -164,14 +174,20 @@ def shared_prefix_length(prompts: Sequence[Sequence[int]]) -> int:
     # The first and the last in lexicographic order differ at least as early as any other two.
     first = min(prompts)
     last = max(prompts)
-    limit = min(len(prompt) for prompt in prompts) - 1
+    shortest = min(len(prompt) for prompt in prompts)
+    # The logits after a row come from its own last token, so that one cannot be in the prefix.
+    limit = shortest - 1
     length = 0
     while length < limit and first[length] == last[length]:
         length += 1
     return length if length >= MIN_SHARED_TOKENS else 0
 
 
-def memory_bound_rows(model, num_tokens: int, max_new_tokens: int = 0) -> int:
+def memory_bound_rows(
+    model,
+    num_tokens: int,
+    max_new_tokens: int = 0,
+) -> int:
     """Return how many rows fit into half of the free memory, 1 to `MAX_BATCH_SIZE`.
 
     A row needs its keys and values, the activations of one layer, and logits: those of its last token in generation;
@@ -185,25 +201,37 @@ def memory_bound_rows(model, num_tokens: int, max_new_tokens: int = 0) -> int:
     config = model.config.get_text_config()
     itemsize = model.dtype.itemsize
     num_heads = getattr(config, "num_attention_heads", None) or 1  # Mamba has none
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    head_size = getattr(config, "head_dim", None)
+    if not head_size:
+        head_size = config.hidden_size // num_heads
     num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
 
-    key_bytes = config.num_hidden_layers * num_kv_heads * head_size * itemsize  # per token
-    cache_bytes = 2 * key_bytes * (num_tokens + max_new_tokens)
+    # Keys and values of all layers.
+    key_size = config.num_hidden_layers * num_kv_heads * head_size
+    cache_bytes_per_token = 2 * key_size * itemsize
+    max_tokens = num_tokens + max_new_tokens
+    cache_bytes = cache_bytes_per_token * max_tokens
+
+    # About 16 tensors of the hidden size in one layer: those of attention, and of an MLP four times as wide.
     activation_bytes = 16 * config.hidden_size * itemsize * num_tokens
-    num_logits = config.vocab_size * (1 if max_new_tokens else num_tokens + 1)
-    logit_bytes = 3 * 4 * num_logits
+
+    # Logits in float32, and a copy of them in float64: 12 bytes each.
+    num_positions = 1 if max_new_tokens else num_tokens + 1
+    num_logits = num_positions * config.vocab_size
+    logit_bytes = 12 * num_logits
 
     # Twice the cache: when that of a batch grows, it is copied.
     row_bytes = 2 * cache_bytes + activation_bytes + logit_bytes
-    num_rows = free_memory_bytes(model.device) / 2 // row_bytes
-    return int(max(1, min(MAX_BATCH_SIZE, num_rows)))
+    usable_bytes = free_memory_bytes(model.device) / 2
+    num_rows = int(usable_bytes // row_bytes)
+    return max(1, min(MAX_BATCH_SIZE, num_rows))
 
 
 def free_memory_bytes(device: torch.device) -> int:
     """Memory free for new tensors on ``device``, in bytes."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+        return free_bytes
     return psutil.virtual_memory().available
 
 
@@ -233,12 +261,17 @@ class _Job:
         eos_ids = config.eos_token_id  # a number, a list, or None
         if not isinstance(eos_ids, list):
             eos_ids = [eos_ids]
-        self.eos_ids = {tokenizer.eos_token_id, *eos_ids} - {None}
+        # A chat model may end its turn with another token than the tokenizer's end of text.
+        self.eos_ids = {tokenizer.eos_token_id, *eos_ids}
+        self.eos_ids.discard(None)
 
+        # Whether an answer has reached a stop string is checked at every token. Decoding all of the answer each time
+        # would be quadratic: the last tokens are enough, because a stop string has at most as many tokens as bytes.
         self.stop_strings = list(bounds.stop_strings)
-        # A stop string cannot span more tokens than it has bytes.
-        num_bytes = [len(stop.encode()) for stop in self.stop_strings]
-        self.lookback = max(num_bytes, default=0)
+        self.lookback = 0
+        for stop in self.stop_strings:
+            num_bytes = len(stop.encode())
+            self.lookback = max(self.lookback, num_bytes)
 
         self.processors: list = []
         if config.repetition_penalty not in (None, 1.0):
@@ -246,7 +279,11 @@ class _Job:
         if config.no_repeat_ngram_size:
             self.processors.append(NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size))
 
-    def next_tokens(self, rows: list[list[int]], logits_BV: Tensor) -> list[int]:
+    def next_tokens(
+        self,
+        rows: list[list[int]],
+        logits_BV: Tensor,
+    ) -> list[int]:
         """The most likely token after each row."""
         for process in self.processors:
             # In float32, as in transformers: bfloat16 would round a penalty away.
@@ -254,24 +291,36 @@ class _Job:
             # Row by row, because a processor takes a matrix of ids, and rows differ in length.
             for row, ids in enumerate(rows):
                 ids_1T = torch.tensor([ids], device=logits_BV.device)
-                logits_BV[row] = process(ids_1T, logits_BV[row : row + 1])[0]
-        return logits_BV.argmax(-1).tolist()
+                logits_1V = logits_BV[row : row + 1]
+                logits_BV[row] = process(ids_1T, logits_1V)[0]
+        tokens_B = logits_BV.argmax(-1)
+        return tokens_B.tolist()
 
     def is_over(self, tokens: list[int]) -> bool:
         """Whether the answer ``tokens`` ends with its last token."""
-        if tokens[-1] in self.eos_ids or len(tokens) >= self.bounds.max_new_tokens:
+        if tokens[-1] in self.eos_ids:
+            return True
+        if len(tokens) >= self.bounds.max_new_tokens:
             return True
         if not self.stop_strings:
             return False
-        tail = self.tokenizer.decode(tokens[-self.lookback :], skip_special_tokens=False)
+
+        # With special tokens: lm-eval has the text of one, such as <|im_end|>, among its stop strings.
+        last_tokens = tokens[-self.lookback :]
+        tail = self.tokenizer.decode(last_tokens, skip_special_tokens=False)
         return any(stop in tail for stop in self.stop_strings)
 
-    def finish(self, index: int, tokens: list[int]) -> None:
-        """Keep the answer of one prompt."""
+    def finish(
+        self,
+        index: int,
+        tokens: list[int],
+    ) -> None:
+        """Decode the answer of one prompt, cut it before the first stop string, and keep it."""
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        ends = [text.find(stop) for stop in self.stop_strings if stop in text]
-        if ends:
-            text = text[: min(ends)]
+        ends = [text.find(stop) for stop in self.stop_strings]
+        found = [end for end in ends if end >= 0]
+        if found:
+            text = text[: min(found)]
 
         self.out[index] = text
         if self.on_answer:
@@ -285,65 +334,97 @@ class _Row(NamedTuple):
     ids: list[int]  # its tokens, then those of the answer
 
 
-def _generate_in_rows(job: _Job, cache: RowCache, batch_size: int) -> None:
+def _generate_in_rows(
+    job: _Job,
+    cache: RowCache,
+    batch_size: int,
+) -> None:
     """Answer the prompts with a shared prefix, row by row.
 
     ``rows`` are in the order of their places in the cache: first the open ones, which are still being answered, then
     those that are done and whose places are free.
     """
     lengths = [len(prompt) for prompt in job.prompts]
-    waiting = deque(length_sorted_batches(lengths, len(lengths))[0])
+    # One batch of all prompts: their indices, the longest prompt first.
+    (order,) = length_sorted_batches(lengths, len(lengths))
+    waiting = deque(order)
+    refill_below = batch_size - batch_size // 8
+
     rows: list[_Row] = []
     num_open = 0
     while waiting or num_open:
         # New prompts take the free places once an eighth of the batch is free: reading one at a time is slow.
-        if waiting and num_open < batch_size - batch_size // 8:
+        if waiting and num_open < refill_below:
             first = num_open
             del rows[first:]
             while waiting and len(rows) < batch_size:
                 index = waiting.popleft()
-                rows.append(_Row(index, list(job.prompts[index])))
+                ids = list(job.prompts[index])
+                rows.append(_Row(index, ids))
             num_open = len(rows)
-            logits_BV = cache.add([row.ids for row in rows[first:]], first)
+            new_ids = [row.ids for row in rows[first:]]
+            logits_BV = cache.add(new_ids, first)
         else:
             first = 0
+            num_computed = num_open
             # With 7, 15, ... open rows, one that is done is computed too: products of 8, 16, ... rows are faster.
-            num_computed = num_open + 1 if num_open % 8 == 7 else num_open
-            logits_BV = cache.step([row.ids for row in rows[:num_computed]])
+            if num_open % 8 == 7:
+                num_computed += 1
+            computed_ids = [row.ids for row in rows[:num_computed]]
+            logits_BV = cache.step(computed_ids)
 
-        tokens = job.next_tokens([row.ids for row in rows[first:num_open]], logits_BV)
+        open_ids = [row.ids for row in rows[first:num_open]]
+        tokens = job.next_tokens(open_ids, logits_BV)
         # From the last to the first, so that a row which is done can change places with the last open one.
         for place in reversed(range(first, num_open)):
             row = rows[place]
-            row.ids.append(tokens[place - first])
-            answer = row.ids[len(job.prompts[row.index]) :]
+            token = tokens[place - first]
+            row.ids.append(token)
+            prompt_length = lengths[row.index]
+            answer = row.ids[prompt_length:]
             if job.is_over(answer):
                 job.finish(row.index, answer)
+                # The last open row takes this place: in ``rows`` they change places, in the cache it is copied over.
                 num_open -= 1
                 rows[place] = rows[num_open]
                 rows[num_open] = row
                 cache.move(num_open, place)
 
 
+def _settings_are_known(model) -> bool:
+    """Whether all settings in the model's generation_config are followed here or change no greedy answer."""
+    changed = model.generation_config.to_diff_dict()
+    # Names with an underscore are notes of transformers, such as _from_model_config, not settings.
+    settings = {name for name in changed if not name.startswith("_")}
+    return settings <= SUPPORTED_SETTINGS
+
+
 def _attention_is_known(model) -> bool:
-    """Try it: logits with a shared prefix, rows of two lengths and one step must be those of the plain forward pass."""
+    """Whether `RowCache` computes this model's attention; it is tried, because a list of architectures ages.
+
+    Logits with a shared prefix, rows of two lengths and one step must be those of the plain forward pass.
+    """
     vocab_size = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocab_size, (PROBE_TOKENS,), generator=generator).tolist()
+    ids_T = torch.randint(0, vocab_size, (PROBE_TOKENS,), generator=generator)
+    ids = ids_T.tolist()
     shorter = ids[:-4]
     try:
-        layers = {type(layer) for layer in DynamicCache(config=model.config).layers}
-        if layers != {DynamicLayer}:
+        cache_layers = DynamicCache(config=model.config).layers
+        layer_types = {type(layer) for layer in cache_layers}
+        if layer_types != {DynamicLayer}:
             return False  # a recurrent state, or a window over keys and values
 
         ids_1T = torch.tensor([ids], device=model.device)
-        plain_TV = model(input_ids=ids_1T, use_cache=False).logits[0].float()
+        plain = model(input_ids=ids_1T, use_cache=False)
+        plain_TV = plain.logits[0].float()
         # After the two prompts that are added below, and after the step.
         places = [len(ids) - 2, len(shorter) - 2, len(ids) - 1]
         expected_NV = plain_TV[places]
 
         with attention(model):
-            cache = RowCache(model, 2, ids[: PROBE_TOKENS // 2])
+            prefix = ids[: PROBE_TOKENS // 2]
+            cache = RowCache(model, 2, prefix)
             added_BV = cache.add([ids[:-1], shorter[:-1]], 0)
             stepped_BV = cache.step([ids])
             found_NV = torch.cat([added_BV, stepped_BV]).float()
@@ -351,8 +432,10 @@ def _attention_is_known(model) -> bool:
         # An architecture with another kind of cache, mask or attention: transformers generates, no need to report it.
         return False
 
+    # Two kernels round differently. A wrong mask or position moves the logits by far more than this tolerance.
     errors_N = (found_NV - expected_NV).abs().mean(1)
-    return bool((errors_N <= 0.02 * expected_NV.std()).all())
+    tolerance = 0.02 * expected_NV.std()
+    return bool((errors_N <= tolerance).all())
 
 
 def _generate_in_batches(job: _Job, batch_size: int) -> None:
@@ -366,7 +449,7 @@ def _generate_in_batches(job: _Job, batch_size: int) -> None:
             attention_mask=mask_BT,
             max_new_tokens=job.bounds.max_new_tokens,
             do_sample=False,
-            # A model's settings of sampling would be warned about.
+            # transformers would warn that a greedy run does not use the model's sampling settings.
             temperature=None,
             top_p=None,
             top_k=None,
@@ -375,6 +458,9 @@ def _generate_in_batches(job: _Job, batch_size: int) -> None:
             stop_strings=job.stop_strings or None,
             tokenizer=job.tokenizer if job.stop_strings else None,
         )
-        answers_BT = generated_BT[:, ids_BT.shape[1] :]
-        for index, tokens in zip(indices, answers_BT.tolist(), strict=True):
+        # A row that ended before the others has padding behind its answer; it is a special token, decoding drops it.
+        prompt_length = ids_BT.shape[1]
+        answers_BT = generated_BT[:, prompt_length:]
+        answers = answers_BT.tolist()
+        for index, tokens in zip(indices, answers, strict=True):
             job.finish(index, tokens)

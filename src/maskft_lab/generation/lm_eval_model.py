@@ -42,20 +42,28 @@ class BatchedLM(HFLM):
         )
         self.rows = batch_size
 
-    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+    def generate_until(
+        self,
+        requests,
+        disable_tqdm: bool = False,
+    ) -> list[str]:
         """Answer the requests; those with the same settings are answered together."""
+        # By their text: settings are dictionaries with lists, which cannot be keys.
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             _, settings = request.args
-            groups.setdefault(repr(settings), []).append(index)
+            group_of_settings = groups.setdefault(repr(settings), [])
+            group_of_settings.append(index)
 
         out: list[str] = [""] * len(requests)
         for indices in groups.values():
             group = [requests[index] for index in indices]
             _, settings = group[0].args
             settings = normalize_gen_kwargs(settings, self.max_gen_toks)
+            # A setting that is not known, such as a repetition penalty of the task, is left to lm-eval.
+            is_known = settings.keys() <= _GREEDY_SETTINGS
             is_greedy = not settings["do_sample"] and settings.get("num_beams", 1) == 1
-            if is_greedy and settings.keys() <= _GREEDY_SETTINGS:
+            if is_greedy and is_known:
                 answers = self._generate_greedily(group, settings)
             else:
                 answers = super().generate_until(group, disable_tqdm)
@@ -63,7 +71,16 @@ class BatchedLM(HFLM):
                 out[index] = answer
         return out
 
-    def _generate_greedily(self, requests, settings: dict) -> list[str]:
+    def _generate_greedily(
+        self,
+        requests,
+        settings: dict,
+    ) -> list[str]:
+        """Answer requests that have the same ``settings``, which are as `normalize_gen_kwargs` returns them.
+
+        Raises:
+            UserError: If the answers may fill the whole context.
+        """
         max_new_tokens = settings["max_gen_toks"]
         task_name = requests[0].task_name
         max_prompt_tokens = self.max_length - max_new_tokens
@@ -73,43 +90,56 @@ class BatchedLM(HFLM):
                 "which leaves no room for a prompt"
             )
 
+        # Truncated on the left, as in lm-eval: the question is at the end of a few-shot prompt.
         prompts = []
         for request in requests:
             text, _ = request.args
-            prompts.append(self._prompt_ids(text)[-max_prompt_tokens:])
+            ids = self._prompt_ids(text)
+            prompts.append(ids[-max_prompt_tokens:])
 
+        # lm-eval ends an answer at the text of the end token too. An empty stop string would end every answer at once.
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
-        stop_strings = [stop for stop in (*settings["until"], eos) if stop]
+        candidates = [*settings["until"], eos]
+        stop_strings = [stop for stop in candidates if stop]
         bounds = Bounds(max_new_tokens, self.rows, stop_strings)
         with Progress() as progress:
             bar = progress.add_task(task_name or "answers", total=len(prompts))
 
             def on_answer(index: int, text: str) -> None:
+                # lm-eval's own cache of answers, which its generate_until fills in the same way.
                 self.cache_hook.add_partial("generate_until", requests[index].args, text)
                 progress.advance(bar)
 
             return greedy_generate(self.model, self.tokenizer, prompts, bounds, on_answer)
 
     def _prompt_ids(self, text: str) -> list[int]:
-        return self.tok_batch_encode([text])[0][0].tolist()
+        ids_1T, _ = self.tok_batch_encode([text])
+        return ids_1T[0].tolist()
 
     def num_truncated(self, arguments: Iterable[tuple[str, dict]]) -> int:
-        """How many of these requests have a prompt that is cut on its left to leave room for the answer.
+        """How many of these requests have a prompt that is truncated on the left to leave room for the answer.
 
         Args:
             arguments: Prompt and settings of each request for generation.
         """
         count = 0
         for text, settings in arguments:
-            max_new_tokens = normalize_gen_kwargs(settings, self.max_gen_toks)["max_gen_toks"]
-            if len(self._prompt_ids(text)) > self.max_length - max_new_tokens:
+            normalized = normalize_gen_kwargs(settings, self.max_gen_toks)
+            max_prompt_tokens = self.max_length - normalized["max_gen_toks"]
+            if len(self._prompt_ids(text)) > max_prompt_tokens:
                 count += 1
         return count
 
-    def _detect_batch_size(self, requests=None, pos: int = 0) -> int:
+    def _detect_batch_size(
+        self,
+        requests=None,
+        pos: int = 0,
+    ) -> int:
         """Rows for log-likelihoods, by a bound on memory; lm-eval itself tries until memory runs out."""
         num_tokens = self.max_length
         if requests:
             _, context_ids, continuation_ids = requests[pos]
-            num_tokens = min(num_tokens, len(context_ids) + len(continuation_ids))
-        return min(memory_bound_rows(self.model, num_tokens), self.max_batch_size)
+            row_length = len(context_ids) + len(continuation_ids)
+            num_tokens = min(num_tokens, row_length)
+        num_rows = memory_bound_rows(self.model, num_tokens)
+        return min(num_rows, self.max_batch_size)

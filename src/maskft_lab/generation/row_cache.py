@@ -41,7 +41,12 @@ class RowCache:
         prefix: Tokens with which every row begins; may be empty.
     """
 
-    def __init__(self, model, num_rows: int, prefix: Sequence[int]):
+    def __init__(
+        self,
+        model,
+        num_rows: int,
+        prefix: Sequence[int],
+    ):
         self._model = model
         self._num_rows = num_rows
         self._prefix_length = len(prefix)
@@ -52,10 +57,14 @@ class RowCache:
 
         if prefix:
             ids_1P = torch.tensor([list(prefix)], device=model.device)
-            positions_1P = torch.arange(len(prefix), device=model.device)[None]
-            self._forward(ids_1P, positions_1P, self._attend_in_prefix)
+            positions_P = torch.arange(len(prefix), device=model.device)
+            self._forward(ids_1P, positions_P[None], self._attend_in_prefix)
 
-    def add(self, rows: Sequence[Sequence[int]], first: int) -> Tensor:
+    def add(
+        self,
+        rows: Sequence[Sequence[int]],
+        first: int,
+    ) -> Tensor:
         """Read prompts, and put them in the places from ``first`` on.
 
         Args:
@@ -68,20 +77,29 @@ class RowCache:
         device = self._model.device
         num_shared = self._prefix_length
         after_prefix = [ids[num_shared:] for ids in rows]
+        # On the left, so that the logits after each prompt are in the last column.
         ids_BQ, is_token_BQ = pad(after_prefix, 0, device, side="left")
+        num_new = ids_BQ.shape[1]
         num_padded_B1 = (is_token_BQ == 0).sum(1, keepdim=True)
-        places_Q = torch.arange(ids_BQ.shape[1], device=device)
-        positions_BQ = num_shared + (places_Q - num_padded_B1).clamp(min=0)
+
+        # Columns with padding -> places after the prefix; padding itself takes place 0.
+        columns_Q = torch.arange(num_new, device=device)
+        places_BQ = (columns_Q - num_padded_B1).clamp(min=0)
+        positions_BQ = num_shared + places_BQ
 
         # Padding attends to itself: with nothing to attend to it would turn NaN, and NaN times zero is NaN.
-        is_earlier_QQ = places_Q <= places_Q[:, None]
-        is_itself_QQ = places_Q == places_Q[:, None]
-        mask_BQQ = (is_token_BQ.bool()[:, None] & is_earlier_QQ) | is_itself_QQ
+        columns_Q1 = columns_Q[:, None]
+        is_earlier_QQ = columns_Q <= columns_Q1
+        is_itself_QQ = columns_Q == columns_Q1
+        is_token_B1Q = is_token_BQ.bool()[:, None]
+        mask_BQQ = (is_token_B1Q & is_earlier_QQ) | is_itself_QQ
         # All tokens attend to the whole prefix.
-        mask_B1QT = F.pad(mask_BQQ, (num_shared, 0), value=True)[:, None]
+        mask_BQT = F.pad(mask_BQQ, (num_shared, 0), value=True)
+        mask_B1QT = mask_BQT[:, None]
 
-        # Rows are stored without their padding: place 0 of the cache is the first token after the prefix.
-        order_BQ = (places_Q + num_padded_B1).clamp(max=len(places_Q) - 1)
+        # Rows are stored without their padding: place 0 of the cache is the first token after the prefix. Behind the
+        # last token of a short row its copies follow, until the steps overwrite them.
+        order_BQ = (columns_Q + num_padded_B1).clamp(max=num_new - 1)
         order_B1Q1 = order_BQ[:, None, :, None]
 
         attend = partial(self._attend_in_prompts, first, order_B1Q1, mask_B1QT)
@@ -97,28 +115,43 @@ class RowCache:
             The logits after each row, (B, V).
         """
         device = self._model.device
-        ids_B1 = torch.tensor([ids[-1:] for ids in rows], device=device)
-        positions_B = torch.tensor([len(ids) - 1 for ids in rows], device=device)
+        last_tokens = [ids[-1:] for ids in rows]
+        last_positions = [len(ids) - 1 for ids in rows]
+        ids_B1 = torch.tensor(last_tokens, device=device)
+        positions_B = torch.tensor(last_positions, device=device)
         places_B = positions_B - self._prefix_length
 
+        # Rows differ in length: of a shorter one, the places behind its last token hold nothing of this row.
         width = int(places_B.max()) + 1
-        is_later_BT = torch.arange(width, device=device) > places_B[:, None]
+        places_T = torch.arange(width, device=device)
+        is_later_BT = places_T > places_B[:, None]
         is_later_B11T = is_later_BT[:, None, None]
 
+        # Indexes (num_rows, K, capacity, D): for each row, all key heads at the row's own new place.
         rows_B = torch.arange(len(rows), device=device)
         new_places = (rows_B, slice(None), places_B)
 
         attend = partial(self._attend_in_step, new_places, is_later_B11T)
         return self._forward(ids_B1, positions_B[:, None], attend)
 
-    def move(self, source: int, target: int) -> None:
+    def move(
+        self,
+        source: int,
+        target: int,
+    ) -> None:
         """Copy a row to the place of another."""
         for keys_and_values in self._rows.values():
             for tensor in keys_and_values:
                 tensor[target] = tensor[source]
 
-    def _forward(self, ids_BQ: Tensor, positions_BQ: Tensor, attend: Attend) -> Tensor:
+    def _forward(
+        self,
+        ids_BQ: Tensor,
+        positions_BQ: Tensor,
+        attend: Attend,
+    ) -> Tensor:
         """Run the model with ``attend`` as the attention of every layer; returns the last logits, (B, V)."""
+        # transformers passes arguments that it does not know on to the attention function: `_attend` gets ``attend``.
         output = self._model(
             input_ids=ids_BQ,
             position_ids=positions_BQ,
@@ -130,7 +163,12 @@ class RowCache:
 
     # The attention of a layer in the three forward passes
 
-    def _attend_in_prefix(self, layer: int, scaling: float, query_key_value: QueryKeyValue) -> Tensor:
+    def _attend_in_prefix(
+        self,
+        layer: int,
+        scaling: float,
+        query_key_value: QueryKeyValue,
+    ) -> Tensor:
         query, key, value = query_key_value
         self._prefix[layer] = (key[0], value[0])
         return _attention(query, key, value, scaling, None)
@@ -147,9 +185,10 @@ class RowCache:
         query, key, value = query_key_value
         num_rows = len(key)
         width = key.shape[2]
+        last = first + num_rows
         kept_keys, kept_values = self._room(layer, key, value, width)
-        kept_keys[first : first + num_rows, :, :width] = torch.take_along_dim(key, order_B1Q1, 2)
-        kept_values[first : first + num_rows, :, :width] = torch.take_along_dim(value, order_B1Q1, 2)
+        kept_keys[first:last, :, :width] = torch.take_along_dim(key, order_B1Q1, 2)
+        kept_values[first:last, :, :width] = torch.take_along_dim(value, order_B1Q1, 2)
 
         if layer in self._prefix:
             prefix_key_KPD, prefix_value_KPD = self._prefix[layer]
@@ -180,7 +219,8 @@ class RowCache:
 
         # The query heads of a key head are rows of one matrix: keys and values are not repeated for each of them.
         query_BKGD = query.reshape(num_rows, num_kv_heads, -1, head_size) * scaling
-        scores_BKGT = query_BKGD @ key_BKTD.transpose(2, 3)
+        key_BKDT = key_BKTD.transpose(2, 3)
+        scores_BKGT = query_BKGD @ key_BKDT
         scores_BKGT = scores_BKGT.masked_fill(is_later_B11T, float("-inf"))
 
         if layer not in self._prefix:
@@ -191,17 +231,24 @@ class RowCache:
         # All rows and query heads of a key head are one matrix, N = B x G, so the prefix is read once for all rows.
         prefix_key_KPD, prefix_value_KPD = self._prefix[layer]
         num_shared = prefix_key_KPD.shape[1]
-        query_KND = query_BKGD.transpose(0, 1).reshape(num_kv_heads, -1, head_size)
-        scores_KNP = query_KND @ prefix_key_KPD.transpose(1, 2)
-        scores_BKGP = scores_KNP.view(num_kv_heads, num_rows, -1, num_shared).transpose(0, 1)
+        query_KBGD = query_BKGD.transpose(0, 1)
+        query_KND = query_KBGD.reshape(num_kv_heads, -1, head_size)
+        prefix_key_KDP = prefix_key_KPD.transpose(1, 2)
+        scores_KNP = query_KND @ prefix_key_KDP
+        scores_KBGP = scores_KNP.view(num_kv_heads, num_rows, -1, num_shared)
+        scores_BKGP = scores_KBGP.transpose(0, 1)
 
-        weights = _softmax(torch.cat([scores_BKGP, scores_BKGT], -1), value.dtype)
-        weights_KNP = weights[..., :num_shared].transpose(0, 1).reshape(scores_KNP.shape)
+        # One softmax over both parts, which gives the weights that attention over the whole row would have.
+        scores = torch.cat([scores_BKGP, scores_BKGT], -1)
+        weights = _softmax(scores, value.dtype)
+        weights_BKGP = weights[..., :num_shared]
         weights_BKGT = weights[..., num_shared:]
+        weights_KNP = weights_BKGP.transpose(0, 1).reshape(scores_KNP.shape)
 
+        # The output is the sum over both parts.
         out_of_rows_BKGD = weights_BKGT @ value_BKTD
         out_of_prefix_KND = weights_KNP @ prefix_value_KPD
-        out_of_prefix_KBGD = out_of_prefix_KND.view(out_of_rows_BKGD.transpose(0, 1).shape)
+        out_of_prefix_KBGD = out_of_prefix_KND.view(num_kv_heads, num_rows, -1, out_of_rows_BKGD.shape[-1])
         out_BKGD = out_of_rows_BKGD + out_of_prefix_KBGD.transpose(0, 1)
         return out_BKGD.reshape(num_rows, 1, num_heads, -1)
 
@@ -219,18 +266,25 @@ class RowCache:
             if capacity >= width:
                 return rows
         else:
+            # The sizes of the heads are known from the first keys and values only.
             _, *key_shape = key.shape
             _, *value_shape = value.shape
-            rows = [key.new_zeros(self._num_rows, *key_shape), value.new_zeros(self._num_rows, *value_shape)]
+            zero_keys = key.new_zeros(self._num_rows, *key_shape)
+            zero_values = value.new_zeros(self._num_rows, *value_shape)
+            rows = [zero_keys, zero_values]
             capacity = key.shape[2]
 
-        more_tokens = (0, 0, 0, width + SPARE_TOKENS - capacity)
-        self._rows[layer] = [F.pad(tensor, more_tokens) for tensor in rows]
+        # Growth copies everything: some spare tokens make it rare.
+        num_more = width + SPARE_TOKENS - capacity
+        at_end_of_tokens = (0, 0, 0, num_more)  # F.pad counts from the last dimension, D, to the one before it
+        self._rows[layer] = [F.pad(tensor, at_end_of_tokens) for tensor in rows]
         return self._rows[layer]
 
 
 def _softmax(scores: Tensor, dtype: torch.dtype) -> Tensor:
-    return scores.softmax(-1, dtype=torch.float32).to(dtype)
+    """Attention weights, computed in float32 as in transformers' eager attention."""
+    weights = scores.softmax(-1, dtype=torch.float32)
+    return weights.to(dtype)
 
 
 def _attention(
@@ -241,6 +295,7 @@ def _attention(
     mask: Tensor | None,
 ) -> Tensor:
     """Attention of many tokens, (B, Q, H, D); without ``mask`` each attends to itself and those before it."""
+    is_grouped = query.shape[1] != key.shape[1]
     out_BHQD = F.scaled_dot_product_attention(
         query,
         key,
@@ -248,7 +303,7 @@ def _attention(
         attn_mask=mask,
         is_causal=mask is None,
         scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
+        enable_gqa=is_grouped,
     )
     return out_BHQD.transpose(1, 2).contiguous()
 
@@ -263,6 +318,7 @@ def _attend(
     **kwargs,
 ) -> tuple[Tensor, None]:
     """Attention in the interface of transformers, which hands on ``attend`` from `RowCache`."""
+    # Raised when `greedy_generate` tries the model; transformers then generates in its own way.
     for name in UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise ValueError(f"attention with {name}")
@@ -278,7 +334,10 @@ AttentionInterface.register(ATTENTION, _attend)
 @contextlib.contextmanager
 def attention(model) -> Iterator[None]:
     """Let the model attend through `RowCache` inside the context."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    # The setter belongs to the transformers model, which a PEFT model wraps.
+    base = model
+    if hasattr(model, "get_base_model"):
+        base = model.get_base_model()
     before = base.config._attn_implementation
     base.set_attn_implementation(ATTENTION)
     try:
