@@ -52,12 +52,14 @@ def why_unconfined() -> str | None:
     if sys.platform != "linux":
         return f"it takes Linux namespaces, and this is {sys.platform}"
     try:
+        # An import from a shared library: it fails where the libraries are in a folder that is not visible inside.
         result = _run("import decimal", Limits(), confined=True)
     except UserError as error:
         return str(error)
     if result.passed:
         return None
-    return f"an empty program did not run: {result.reason} {result.stderr[-500:]}".strip()
+    last_output = result.stderr[-500:]
+    return f"an empty program did not run: {result.reason} {last_output}".strip()
 
 
 def check_allowed(allow_unconfined: bool) -> bool:
@@ -71,7 +73,12 @@ def check_allowed(allow_unconfined: bool) -> bool:
     return reason is None
 
 
-def run_code(code: str, *, allow_unconfined: bool = False, **limits: Any) -> SandboxResult:
+def run_code(
+    code: str,
+    *,
+    allow_unconfined: bool = False,
+    **limits: Any,
+) -> SandboxResult:
     """Run one Python program confined and return how it ended; see `run_many`."""
     (result,) = run_many([code], num_workers=1, allow_unconfined=allow_unconfined, **limits)
     return result
@@ -106,17 +113,15 @@ def run_many(
     is_confined = check_allowed(allow_unconfined)
     bounds = Limits(**limits)
     stop = threading.Event()
+    run = functools.partial(
+        _run,
+        limits=bounds,
+        confined=is_confined,
+        stop=stop,
+    )
+    # Threads are enough: each only waits for its program, which is a process.
     with ThreadPoolExecutor(num_workers or num_cores()) as pool:
-        futures = [
-            pool.submit(
-                _run,
-                code,
-                bounds,
-                confined=is_confined,
-                stop=stop,
-            )
-            for code in programs
-        ]
+        futures = [pool.submit(run, code) for code in programs]
         try:
             for num_done, future in enumerate(as_completed(futures), start=1):
                 result = future.result()
@@ -147,19 +152,29 @@ def _run(
             folder = "/"
             home = "/tmp"  # the program's, in memory
         else:
+            # A leftover process may still write there while the folder is deleted, hence ignore_cleanup_errors.
             temporary = tempfile.TemporaryDirectory(prefix="maskft-sandbox-", ignore_cleanup_errors=True)
             home = opened.enter_context(temporary)
             folder = home
 
+        # The job comes through a file without a name, which a kill of this process cannot leave behind.
         job_file = opened.enter_context(tempfile.TemporaryFile("w+"))
-        json.dump(_job(code, limits, confined), job_file)
+        job = _job(code, limits, confined)
+        json.dump(job, job_file)
         job_file.seek(0)
 
+        # The launcher and init alone hold the other end: when it closes, the run is over.
         report_end, child_report_end = os.pipe()
         try:
             process = subprocess.Popen(
-                # -S, -P, -B: no site hooks, nothing from the current folder, no bytecode written
-                [sys.executable, "-S", "-P", "-B", str(_CHILD), str(child_report_end)],
+                [
+                    sys.executable,
+                    "-S",  # no site hooks
+                    "-P",  # nothing from the current folder
+                    "-B",  # no bytecode written
+                    str(_CHILD),
+                    str(child_report_end),
+                ],
                 stdin=job_file,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -175,7 +190,7 @@ def _run(
             os.close(child_report_end)
 
         with process, open(report_end, "rb", buffering=0) as report_file:
-            num_helpers = 2 if confined else 1
+            num_helpers = 2 if confined else 1  # the launcher; confined, init below it
             watch = Watch(process, report_file.fileno(), limits, num_helpers, stop)
             try:
                 watch.until_end()
@@ -184,7 +199,11 @@ def _run(
             return watch.result("confined" if confined else "unconfined")
 
 
-def _job(code: str, limits: Limits, confined: bool) -> dict[str, Any]:
+def _job(
+    code: str,
+    limits: Limits,
+    confined: bool,
+) -> dict[str, Any]:
     """The job for ``child.py``."""
     folders, import_paths = _python_folders()
     return {
@@ -218,15 +237,24 @@ def _environment(home: str) -> dict[str, str]:
 def _python_folders() -> tuple[list[str], list[str]]:
     """Return the folders a program may read, and those of them to import installed packages from."""
     site_packages = [path for path in site.getsitepackages() if os.path.isdir(path)]
-    if site.ENABLE_USER_SITE and os.path.isdir(site.getusersitepackages()):
-        site_packages.append(site.getusersitepackages())
-    standard_library = [os.path.dirname(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")]
+    if site.ENABLE_USER_SITE:
+        user_site_packages = site.getusersitepackages()
+        if os.path.isdir(user_site_packages):
+            site_packages.append(user_site_packages)
+
+    # The folder above: libpython is beside the standard library.
+    standard_library = []
+    for name in ("stdlib", "platstdlib"):
+        folder = sysconfig.get_path(name)
+        standard_library.append(os.path.dirname(folder))
     candidates = [*site_packages, *standard_library, *_LIBRARIES]
 
+    # A path and the one that it links to: the loader and Python may ask for either.
     wanted: set[str] = set()
     for path in candidates:
         if os.path.isdir(path):
-            wanted |= {path, os.path.realpath(path)}
+            wanted.add(path)
+            wanted.add(os.path.realpath(path))
 
     # Sorted, a folder comes before those inside of it, which it makes visible.
     folders: list[str] = []

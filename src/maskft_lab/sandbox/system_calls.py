@@ -153,21 +153,25 @@ def seccomp_filter(machine_name: str | None = None) -> bytes:
     machine = MACHINES.index(name)
 
     program: list[Instruction] = [
+        # A call in another machine's numbers, such as a 32-bit one on x86_64, would be mistaken for a different call.
         (LOAD, 0, 0, MACHINE_AT),
         (JUMP_IF_EQUAL, 1, 0, AUDIT_ARCH[machine]),
         (RETURN, 0, 0, KILL),
+        # ENOSYS, on which libc falls back to an older call; EPERM would be an error to it.
         (LOAD, 0, 0, NUMBER_AT),
         (JUMP_IF_GREATER_OR_EQUAL, 0, 1, FIRST_UNKNOWN_CALL),
         (RETURN, 0, 0, FAIL | errno.ENOSYS),
         (JUMP_IF_EQUAL, 0, 1, CLONE3[machine]),
         (RETURN, 0, 0, FAIL | errno.ENOSYS),
     ]
+    # The number of the call is loaded from here on; a block of `_refuse_if` that loads an argument returns.
     for numbers in REFUSED_CALLS.values():
         program.append((JUMP_IF_EQUAL, 0, 1, numbers[machine]))
         program.append((RETURN, 0, 0, FAIL | errno.EPERM))
     for numbers, position, bits in REFUSED_BITS.values():
         program += _refuse_if(numbers[machine], position, [(JUMP_IF_ANY_BIT, 0, 1, bits)])
     for numbers in SOCKETS.values():
+        # The other way round: AF_UNIX skips the instruction that refuses.
         program += _refuse_if(numbers[machine], 0, [(JUMP_IF_EQUAL, 1, 0, AF_UNIX)])
     for numbers, position, values in REFUSED_VALUES.values():
         program += _refuse_if(numbers[machine], position, _is_one_of(values))
@@ -181,7 +185,11 @@ def seccomp_filter(machine_name: str | None = None) -> bytes:
     return b"".join(struct.pack("HBBI", *instruction) for instruction in program)
 
 
-def _refuse_if(number: int, position: int, test: list[Instruction]) -> list[Instruction]:
+def _refuse_if(
+    number: int,
+    position: int,
+    test: list[Instruction],
+) -> list[Instruction]:
     """Refuse a call where ``test`` of an argument falls through to the next instruction; skipping one allows it."""
     block: list[Instruction] = [
         (LOAD, 0, 0, ARGUMENTS_AT[position]),
@@ -197,6 +205,7 @@ def _is_one_of(values: tuple[int, ...]) -> list[Instruction]:
     last = len(values) - 1
     tests: list[Instruction] = []
     for index, value in enumerate(values):
+        skip_if_equal = last - index  # the tests that follow
         skip_if_other = 1 if index == last else 0
-        tests.append((JUMP_IF_EQUAL, last - index, skip_if_other, value))
+        tests.append((JUMP_IF_EQUAL, skip_if_equal, skip_if_other, value))
     return tests

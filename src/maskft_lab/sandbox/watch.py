@@ -26,6 +26,13 @@ _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _READ_BYTES = 2**16
 
+# Positions in the list that `_stat` returns; ticks are CPU time, those of reaped children apart.
+_USER_TICKS = 11
+_SYSTEM_TICKS = 12
+_REAPED_USER_TICKS = 13
+_REAPED_SYSTEM_TICKS = 14
+_RESIDENT_PAGES = 21
+
 
 @dataclass(frozen=True)
 class SandboxResult:
@@ -100,9 +107,12 @@ class Watch:
     cpu_time_s: float = 0.0
 
     def __post_init__(self) -> None:
+        self.stdout_fd = self.process.stdout.fileno()
+        self.stderr_fd = self.process.stderr.fileno()
+        # Descriptor -> the bytes read from it.
         self.kept = {
-            self.process.stdout.fileno(): bytearray(),
-            self.process.stderr.fileno(): bytearray(),
+            self.stdout_fd: bytearray(),
+            self.stderr_fd: bytearray(),
             self.report_fd: bytearray(),
         }
 
@@ -117,13 +127,17 @@ class Watch:
                 selector.register(descriptor, selectors.EVENT_READ)
 
             while self.report_fd in selector.get_map():
-                for key, _ in selector.select(max(0.0, next_check_s - time.monotonic())):
+                wait_s = max(0.0, next_check_s - time.monotonic())
+                for key, _ in selector.select(wait_s):
                     if not self._read(key.fd):
                         selector.unregister(key.fd)
+
+                # A program that writes all the time wakes this loop at every piece, but is looked at no more often.
                 now_s = time.monotonic()
                 if now_s < next_check_s:
                     continue
                 next_check_s = now_s + INTERVAL_S
+
                 if self.verdict is None:
                     self.verdict = self._over_limit(now_s - start_s)
                     if self.verdict is not None:
@@ -133,7 +147,8 @@ class Watch:
                     self.process.kill()
 
             # The rest of the output. An unconfined leftover process may never stop writing, hence the bound.
-            for descriptor in list(selector.get_map()):
+            still_open = list(selector.get_map())
+            for descriptor in still_open:
                 for _ in range(64):
                     if not self._read(descriptor):
                         break
@@ -148,10 +163,13 @@ class Watch:
         if descriptor == self.report_fd:
             kept += piece
         else:
-            kept += piece[: self.limits.max_output_bytes - len(kept)]
+            # Beyond the limit it is read and dropped: a full pipe would block the program.
+            num_free = self.limits.max_output_bytes - len(kept)
+            kept += piece[:num_free]
         return bool(piece)
 
     def _over_limit(self, wall_time_s: float) -> tuple[str, str] | None:
+        """Status and reason once a limit is crossed, else None; also updates ``cpu_time_s``."""
         limits = self.limits
         if self.stop is not None and self.stop.is_set():
             return "failed", "stopped from outside"
@@ -181,8 +199,11 @@ class Watch:
         Raises:
             UserError: If the program was not started.
         """
-        stdout, stderr, report_text = (bytes(kept).decode("utf-8", "replace") for kept in self.kept.values())
-        # As of a program that was killed, until a report says otherwise.
+        stdout = self.kept[self.stdout_fd].decode("utf-8", "replace")
+        stderr = self.kept[self.stderr_fd].decode("utf-8", "replace")
+        report_text = self.kept[self.report_fd].decode("utf-8", "replace")
+
+        # Defaults for a program that was killed before its end could be reported.
         end: dict[str, Any] = {
             "outcome": "",
             "reason": "",
@@ -192,8 +213,11 @@ class Watch:
         reports = [json.loads(line) for line in report_text.splitlines()]
         for report in reports:
             end |= report
+
+        # Without any report the launcher itself failed, unless it was killed for a limit before it could start.
         if not reports and self.verdict is None:
-            end["refused"] = f"the launcher ended with code {self.process.returncode}: {stderr.strip()[-500:]}"
+            last_output = stderr.strip()[-500:]
+            end["refused"] = f"the launcher ended with code {self.process.returncode}: {last_output}"
         if "refused" in end:
             raise UserError(f"the program could not be started in the sandbox: {end['refused']}")
 
@@ -209,7 +233,11 @@ class Watch:
             confinement=confinement,
         )
 
-    def _judge(self, end: dict[str, Any], has_ended: bool) -> tuple[Any, str]:
+    def _judge(
+        self,
+        end: dict[str, Any],
+        has_ended: bool,
+    ) -> tuple[Any, str]:
         """Status and reason of a run.
 
         Args:
@@ -217,6 +245,7 @@ class Watch:
             has_ended: Whether there was one, and not only the report of its start.
         """
         exit_code = end["exit_code"]
+        # Before the limits: a program that reached its last line passed, also if it crossed one by then.
         if end["outcome"] == "passed" and exit_code == 0:
             return "passed", ""
         if self.verdict is not None:
@@ -239,38 +268,47 @@ def tree_usage(launcher: int, num_helpers: int) -> tuple[int, float]:
     """
     memory_bytes = 0
     ticks = 0
+    # Processes below the launcher, each with its generation; a tree, because processes may start others at any time.
     todo = [(launcher, 0)]
     while todo:
         pid, generation = todo.pop()
+        process_folder = f"/proc/{pid}"
         try:
-            fields = _stat(f"/proc/{pid}")
-            threads = os.listdir(f"/proc/{pid}/task")
+            process_stat = _stat(process_folder)
+            threads = os.listdir(f"{process_folder}/task")
         except OSError:  # it ended meanwhile
             continue
 
         # A first thread that has ended shows no pages, but the other threads still hold them all.
         most_pages = 0
-        of_most_pages = f"/proc/{pid}"
+        folder_of_most_pages = process_folder
         for thread in threads:
-            folder = f"/proc/{pid}/task/{thread}"
+            folder = f"{process_folder}/task/{thread}"
             with contextlib.suppress(OSError):  # as above
-                num_pages = int(_stat(folder)[21])
+                num_pages = int(_stat(folder)[_RESIDENT_PAGES])
                 if num_pages > most_pages:
                     most_pages = num_pages
-                    of_most_pages = folder
+                    folder_of_most_pages = folder
+                # Each thread lists the processes that it started itself.
                 children = Path(f"{folder}/children").read_text().split()
-                todo += [(int(child), generation + 1) for child in children]
+                for child in children:
+                    todo.append((int(child), generation + 1))
 
-        user_ticks, system_ticks, user_ticks_of_reaped, system_ticks_of_reaped = map(int, fields[11:15])
-        ticks += user_ticks_of_reaped + system_ticks_of_reaped
+        ticks += int(process_stat[_REAPED_USER_TICKS])
+        ticks += int(process_stat[_REAPED_SYSTEM_TICKS])
         if generation >= num_helpers:
-            ticks += user_ticks + system_ticks
-            memory_bytes += most_pages * _PAGE_BYTES + _num_mappings(of_most_pages) * MAPPING_BYTES
+            ticks += int(process_stat[_USER_TICKS])
+            ticks += int(process_stat[_SYSTEM_TICKS])
+            memory_bytes += most_pages * _PAGE_BYTES
+            memory_bytes += _num_mappings(folder_of_most_pages) * MAPPING_BYTES
     return memory_bytes, ticks / _TICKS_PER_S
 
 
 def _num_mappings(folder: str) -> int:
-    """Count the mappings of the process or thread with this folder below /proc; 0 if it has ended."""
+    """Count the mappings of the process or thread with this folder below /proc; 0 if it has ended.
+
+    Piece by piece: a process with 65,530 mappings has megabytes of text here.
+    """
     count = 0
     with contextlib.suppress(OSError), open(f"{folder}/maps", "rb", buffering=0) as file:
         while piece := file.read(_READ_BYTES):
@@ -279,10 +317,10 @@ def _num_mappings(folder: str) -> int:
 
 
 def _stat(folder: str) -> list[bytes]:
-    """The numbers of a process or thread, counted after its name in brackets.
+    """The numbers of a process or thread in /proc, counted after its name in brackets (proc_pid_stat(5)).
 
-    11, 12: user and system time; 13, 14: the same of reaped children; 21: resident pages. As bytes: the program can
-    give itself a name that is not valid text.
+    As bytes, and from the last bracket: the program can give itself a name with brackets, or one that is not text.
     """
-    _, _, numbers = Path(f"{folder}/stat").read_bytes().rpartition(b")")
+    stat = Path(f"{folder}/stat").read_bytes()
+    _, _, numbers = stat.rpartition(b")")
     return numbers.split()
