@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import tiny
+from maskft_common.errors import UserError
 from maskft_lab.analysis import curvature
 from maskft_lab.analysis.curvature import (
     analyse_curvature,
@@ -79,6 +80,14 @@ def test_the_projection_is_p_h_p(quadratic, tmp_path):
     estimate = trace_estimate(forms, shares)
     assert abs(estimate["trace"] - np.trace(inner)) < 4 * estimate["stderr_probes"]
     assert trace_estimate(forms[:1, :1], np.ones(1))["stderr_rows"] is None
+
+
+@pytest.mark.parametrize("factor", [0.0, np.nan])
+def test_a_hessian_that_lanczos_cannot_take_is_one_message(factor):
+    """A model whose loss is not finite has products with NaN."""
+    products = [lambda vector: factor * vector]
+    with pytest.raises(UserError, match=r"the largest eigenvalue cannot be computed .*losses are finite"):
+        largest_eigenvalue(products, np.ones(1), np.ones(6, dtype=bool), seed=0)
 
 
 def rows(count=4, length=6):

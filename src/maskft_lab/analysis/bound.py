@@ -25,12 +25,20 @@ TAIL_SHARE = 0.25  # "the mean training loss after training stabilizes" (Table 7
 
 def log2_binomial(d: int, z: int) -> float:
     """log2 of the number of ways to choose ``z`` of ``d`` weights, in bits: d H(p) up to terms of order log2 d."""
-    # By lgamma: the binomial coefficient itself has as many digits as there are weights.
-    log_binomial = math.lgamma(d + 1) - math.lgamma(z + 1) - math.lgamma(d - z + 1)
+    # C(d, z) = d! / (z! (d - z)!), and lgamma(n + 1) is log n!. The coefficient itself, as math.comb returns it, would
+    # have as many digits as there are weights.
+    log_of_all = math.lgamma(d + 1)
+    log_of_removed = math.lgamma(z + 1)
+    log_of_kept = math.lgamma(d - z + 1)
+    log_binomial = log_of_all - log_of_removed - log_of_kept
     return log_binomial / math.log(2)
 
 
-def code_lengths(d: int, z: int, bits: float) -> dict[str, float]:
+def code_lengths(
+    d: int,
+    z: int,
+    bits: float,
+) -> dict[str, float]:
     """Code lengths of Eq. 11, in bits.
 
     Args:
@@ -50,7 +58,8 @@ def complexity_term(code_length: float, num_rows: int | None) -> float:
     """Phi of Eq. 6, of a code length in bits (as the paper puts it), for at least 2 training rows."""
     check_num_rows(num_rows)
     numerator = code_length + math.log(1 / DELTA)
-    return math.sqrt(numerator / (2 * (num_rows - 1)))
+    denominator = 2 * (num_rows - 1)
+    return math.sqrt(numerator / denominator)
 
 
 def check_num_rows(num_rows: int | None) -> None:
@@ -89,12 +98,15 @@ def upper_bounds(
     phi_mask = complexity_term(lengths["mask"], num_rows)
     delta_complexity = phi_mask - phi_full
 
+    bound_full = loss_full + phi_full
+    bound_mask = loss_mask + phi_mask
+
     # A model that guesses has the loss log(vocabulary): a bound above that says nothing.
     loss_of_guessing = math.log(vocab_size)
     return {
         "code_lengths": lengths,
         "phi": {"full": phi_full, "mask": phi_mask},
-        "bound": {"full": loss_full + phi_full, "mask": loss_mask + phi_mask},
+        "bound": {"full": bound_full, "mask": bound_mask},
         "delta_train": delta_train,
         "delta_complexity": delta_complexity,
         "difference": delta_train + delta_complexity,
@@ -110,6 +122,7 @@ def stable_training_loss(history: Sequence[Mapping], until_step: int | None = No
     """
     losses: list[float] = []
     for row in history:
+        # Rows of held-out losses have no training loss.
         is_in_time = until_step is None or row["step"] <= until_step
         if "loss" in row and is_in_time:
             losses.append(row["loss"])
@@ -119,6 +132,7 @@ def stable_training_loss(history: Sequence[Mapping], until_step: int | None = No
             "with smaller logging_steps, or until a step lowers held-out loss"
         )
 
+    # A short run may log fewer than four losses.
     num_in_tail = max(1, round(TAIL_SHARE * len(losses)))
     tail = losses[-num_in_tail:]
     return sum(tail) / len(tail)
@@ -145,13 +159,30 @@ def analyse_bound(
     masks = masks_of(adapter)
     z = masks.num_removed
 
+    # Over all weights of the model, where those that the mask does not cover count as kept, and over the masked
+    # matrices alone.
     of_model: dict[str, dict] = {}
     of_matrices: dict[str, dict] = {}
     for bits in BITS:
         key = str(bits)  # JSON has text as keys
-        of_model[key] = upper_bounds(losses, num_weights, z, bits, num_rows, vocab_size)
-        of_matrices[key] = upper_bounds(losses, masks.numel, z, bits, num_rows, vocab_size)
+        of_model[key] = upper_bounds(
+            losses,
+            num_weights,
+            z,
+            bits,
+            num_rows,
+            vocab_size,
+        )
+        of_matrices[key] = upper_bounds(
+            losses,
+            masks.numel,
+            z,
+            bits,
+            num_rows,
+            vocab_size,
+        )
 
+    # A code length that exists: the file of an adapter is entropy-coded, so it can be compared with log2 C(d, z).
     weights_file = Path(adapter) / ADAPTER_WEIGHTS
     record = {
         "training_loss": {"full": loss_full, "mask": loss_mask},

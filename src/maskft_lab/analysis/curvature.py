@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 from torch import Tensor, nn
 
 from maskft.data.tokenizing import IGNORED
@@ -41,7 +41,8 @@ from .losses import Batch, Sampling, make_batches
 from .masks import masks_of
 from .records import Report, digest_folder, is_finished, no_report, pieces_of, write_record
 
-Product = Callable[[np.ndarray], np.ndarray]  # v -> H v, float64 (num_weights,)
+# v -> H v, float64 (num_weights,)
+Product = Callable[[np.ndarray], np.ndarray]
 
 TOLERANCE = 1e-3  # of eigenvalues, relative
 
@@ -61,11 +62,17 @@ class _Logits(nn.Module):
         self.model = model
 
     def forward(self, ids_BT: Tensor) -> Tensor:
-        logits_BTV = self.model(input_ids=ids_BT, use_cache=False).logits
-        return logits_BTV[:, :-1].flatten(0, 1).float()
+        output = self.model(input_ids=ids_BT, use_cache=False)
+        # The logits at the last token predict nothing that is there.
+        logits_BTV = output.logits[:, :-1]
+        return logits_BTV.flatten(0, 1).float()
 
 
-def hessian_products(model, names: Sequence[str], batches: Sequence[Batch]) -> list[Product]:
+def hessian_products(
+    model,
+    names: Sequence[str],
+    batches: Sequence[Batch],
+) -> list[Product]:
     """Hessian-vector products of the mean loss (nats per token) of each batch, over the weights of the named modules.
 
     Args:
@@ -73,10 +80,12 @@ def hessian_products(model, names: Sequence[str], batches: Sequence[Batch]) -> l
         names: Modules, in the order in which their weights are flattened and joined.
         batches: Token ids and labels.
     """
+    # Lists, because modules are replaced while they are visited.
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             # By name: torch's, and the copy of it that transformers has.
-            if type(child).__name__ in ("SiLU", "SiLUActivation"):
+            kind = type(child).__name__
+            if kind in ("SiLU", "SiLUActivation"):
                 setattr(parent, name, _SiLU())
 
     # Other weights need no gradient, and the Hessian leaves them out.
@@ -86,11 +95,14 @@ def hessian_products(model, names: Sequence[str], batches: Sequence[Batch]) -> l
         weight = model.get_submodule(name).weight
         weights.append(weight.requires_grad_(True))
 
+    # One operator for each batch: their spread gives the standard error over rows.
     loss = nn.CrossEntropyLoss(ignore_index=IGNORED)
     products: list[Product] = []
     for ids_BT, labels_BT in batches:
+        # The logits at position t predict token t + 1.
         targets = labels_BT[:, 1:].flatten()
-        products.append(operator_product(_Logits(model), loss, weights, ids_BT, targets))
+        product = operator_product(_Logits(model), loss, weights, ids_BT, targets)
+        products.append(product)
     return products
 
 
@@ -116,8 +128,10 @@ def operator_product(
     like = parameters[0]
 
     def product(vector: np.ndarray) -> np.ndarray:
+        """H v: float64 outside, as ARPACK wants it, and the weights' float32 on their device inside."""
         on_device = torch.as_tensor(vector, dtype=like.dtype, device=like.device)
-        return (operator @ on_device).double().cpu().numpy()
+        result = operator @ on_device
+        return result.double().cpu().numpy()
 
     return product
 
@@ -146,7 +160,8 @@ def quadratic_forms(
     def forms_of(index: int) -> list[float]:
         # By its number, so that a resumed run draws the same probes.
         generator = np.random.default_rng([seed, index])
-        z = kept * generator.choice([-1.0, 1.0], len(kept))
+        signs = generator.choice([-1.0, 1.0], len(kept))
+        z = kept * signs
         return [float(z @ product(z)) for product in products]
 
     forms = []
@@ -172,11 +187,14 @@ def trace_estimate(forms: np.ndarray, shares: np.ndarray) -> dict[str, float | N
     per_probe = forms @ shares  # (probes,)
     stderr_probes = None
     if num_probes > 1:
-        stderr_probes = float(per_probe.std(ddof=1) / num_probes**0.5)
+        deviation = per_probe.std(ddof=1)
+        stderr_probes = float(deviation / num_probes**0.5)
 
+    # Batches have different numbers of tokens: the spread is weighted as the mean is.
     stderr_rows = None
     if num_batches > 1:
-        _, stderr_rows = weighted_mean(forms.mean(0), shares)
+        per_batch = forms.mean(0)
+        _, stderr_rows = weighted_mean(per_batch, shares)
     return {
         "trace": float(per_probe.mean()),
         "stderr_probes": stderr_probes,
@@ -213,8 +231,11 @@ def largest_eigenvalue(
 
     num_weights = len(kept)
     # A start of kept entries, which Lanczos does not leave: removed ones would add eigenvalues of 0.
-    start = kept * np.random.default_rng(seed).standard_normal(num_weights)
-    operator = LinearOperator((num_weights, num_weights), matvec=apply, dtype=np.float64)
+    generator = np.random.default_rng(seed)
+    start = kept * generator.standard_normal(num_weights)
+    shape = (num_weights, num_weights)
+    operator = LinearOperator(shape, matvec=apply, dtype=np.float64)
+    # Lanczos needs products only: H itself would have num_weights^2 entries.
     try:
         # BE: both ends of the spectrum, from one Krylov space.
         (smallest, largest), vectors = eigsh(
@@ -224,15 +245,19 @@ def largest_eigenvalue(
             v0=start,
             tol=TOLERANCE,
         )
-    except (ArpackNoConvergence, TypeError) as error:
-        raise UserError(f"the largest eigenvalue cannot be computed ({error}); take more --num_rows") from error
+    except (ArpackError, TypeError) as error:
+        # No convergence, a Hessian of zeros or with NaN, or (TypeError) fewer than three weights.
+        raise UserError(
+            f"the largest eigenvalue cannot be computed ({error}): check that the model's losses are finite, or take "
+            "more --num_rows"
+        ) from error
 
     # To first order, a perturbation dH changes the eigenvalue by v^T dH v, v the eigenvector of length 1.
     v = kept * vectors[:, 1]
-    forms = np.array([v @ product(v) for product in products])
+    forms = [v @ product(v) for product in products]
     stderr_rows = None
     if len(products) > 1:
-        _, stderr_rows = weighted_mean(forms, shares)
+        _, stderr_rows = weighted_mean(np.array(forms), shares)
     return {
         "eigenvalue": float(largest),
         "stderr_rows": stderr_rows,
@@ -276,39 +301,59 @@ def analyse_curvature(
     if is_finished(file, settings):
         return
 
+    # One order of the matrices for the masks, the weights and all vectors.
     masks = masks_of(adapter)
     names = sorted(masks)
-    kept = torch.cat([masks[name].flatten() for name in names]).numpy()
+    flat_masks = [masks[name].flatten() for name in names]
+    kept = torch.cat(flat_masks).numpy()
 
     # Eager, because fused attention has no second derivative.
     model = load_model(start, "float32", attn_implementation="eager")
     model = model.to(sampling.device).eval()
     batches = make_batches(rows, sampling.batch_size, sampling.device)
     products = hessian_products(model, names, batches)
-
     shares = _token_shares(batches)
 
+    # Each Hessian has its probes and one eigenvalue.
     num_hessians = 4
     total = num_hessians * (num_probes + 1)
     num_done = 0
 
     def count() -> None:
+        """Report one more probe or eigenvalue."""
         nonlocal num_done
         num_done += 1
         report(num_done, total)
 
+    # A probe of a large model may take minutes: those that are done are kept beside the file.
     pieces = pieces_of(file, settings)
     forms: dict[str, np.ndarray] = {}
     hessians: dict[str, dict] = {}
 
     def measure(name: str, diagonal: np.ndarray) -> None:
-        forms[name] = quadratic_forms(products, diagonal, num_probes, sampling.seed, pieces, name, count)
-        find = functools.partial(largest_eigenvalue, products, shares, diagonal, sampling.seed)
+        """Compute trace and eigenvalues of one Hessian at the model's present weights."""
+        forms[name] = quadratic_forms(
+            products,
+            diagonal,
+            num_probes,
+            sampling.seed,
+            pieces,
+            name,
+            count,
+        )
+        find = functools.partial(
+            largest_eigenvalue,
+            products,
+            shares,
+            diagonal,
+            sampling.seed,
+        )
         largest = pieces.get(f"{name} eigenvalue", find)
         count()
-        hessians[name] = {**trace_estimate(forms[name], shares), "largest": largest}
+        trace = trace_estimate(forms[name], shares)
+        hessians[name] = {**trace, "largest": largest}
 
-    # Products are at the present weights: first those under the mask, then those with it.
+    # Products are at the present weights: first those under the mask, then, after ``apply_``, those with it.
     every = np.ones_like(kept)
     measure("start_all", every)
     measure("start_kept", kept)

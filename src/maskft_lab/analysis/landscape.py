@@ -40,26 +40,37 @@ def plane_through(
     Raises:
         UserError: If the three lie on one line: two may be the same model.
     """
+    # From the origin to the other two.
     u = {name: second[name] - first[name] for name in first}
     v = {name: third[name] - first[name] for name in first}
 
-    # Gram-Schmidt: u has length 1; v loses its part along u, then has length 1 too. The floor keeps u finite if first
-    # and second are equal, which is reported below.
+    # Gram-Schmidt: u has length 1; v loses its part along u, then has length 1 too.
     length_u = _dot(u, u) ** 0.5
-    u = {name: each / max(length_u, 1e-30) for name, each in u.items()}
+    divisor = max(length_u, 1e-30)  # keeps u finite if first and second are equal, which is reported below
+    u = {name: each / divisor for name, each in u.items()}
     along = _dot(u, v)
     v = {name: each - along * u[name] for name, each in v.items()}
     length_v = _dot(v, v) ** 0.5
+
+    # A length that is so small beside the other is rounding error of float32 weights.
     if length_v <= 1e-6 * length_u or length_u <= 1e-6 * length_v:
         raise UserError("three models on one line span no plane: are two of them the same?")
     v = {name: each / length_v for name, each in v.items()}
 
-    coordinates = np.array([[0.0, 0.0], [length_u, 0.0], [along, length_v]])
-    return u, v, coordinates
+    coordinates = [
+        [0.0, 0.0],
+        [length_u, 0.0],
+        [along, length_v],
+    ]
+    return u, v, np.array(coordinates)
 
 
 @torch.no_grad()
-def set_weights(model, center: Weights, steps: Sequence[tuple[float, Weights]]) -> None:
+def set_weights(
+    model,
+    center: Weights,
+    steps: Sequence[tuple[float, Weights]],
+) -> None:
     """Set parameters to ``center`` plus the sum of amount x direction.
 
     The same amounts give the same bits, in whatever order points are visited; amounts of 0 give ``center``.
@@ -98,12 +109,13 @@ def analyse_landscape(
         UserError: If the models differ in architecture, or a loss is not finite.
     """
     check_grid(grid)
+    rows_digests = {split: digest(rows_of_split) for split, rows_of_split in rows.items()}
     settings: dict[str, Any] = {
         "what": "plane",
         "grid": grid,
         "batch_size": sampling.batch_size,
         "models": [digest_folder(model) for model in models],
-        "rows": {split: digest(each) for split, each in rows.items()},
+        "rows": rows_digests,
     }
     if is_finished(file, settings):
         return
@@ -118,10 +130,12 @@ def analyse_landscape(
     continued = weights_of(load_model(end, "float32").to(sampling.device))
     if _shapes(origin) != _shapes(continued):
         raise UserError(f"{end!r} is not of the architecture of the model under the mask")
+    # The third model is the first with its masked weights at 0. From here on ``model`` only holds points of the plane.
     masks.apply_(model)
     u, v, coordinates = plane_through(origin, continued, weights_of(model))
 
     def losses_at(x: float, y: float) -> dict[str, float]:
+        """Mean loss of each split at a point of the plane."""
         set_weights(model, origin, [(x, u), (y, v)])
         losses: dict[str, float] = {}
         for split, rows_of_split in rows.items():
@@ -136,9 +150,11 @@ def analyse_landscape(
     for i, x_i in enumerate(x):
         for j, y_j in enumerate(y):
             compute = partial(losses_at, x_i, y_j)
-            found.append(pieces.get(f"plane {i} {j}", compute))
+            losses_of_point = pieces.get(f"plane {i} {j}", compute)
+            found.append(losses_of_point)
             report(len(found), grid**2)
 
+    # Points were visited with y in the inner loop: as a matrix, the first index is x.
     plane: dict[str, Any] = {
         "points": coordinates.tolist(),
         "x": x,
@@ -163,7 +179,7 @@ def _axes(coordinates: np.ndarray, grid: int) -> tuple[list[float], list[float]]
     low = coordinates.min(0)
     high = coordinates.max(0)
     margin = MARGIN * (high - low)
-    points = np.linspace(low - margin, high + margin, grid)  # (grid, 2)
+    points = np.linspace(low - margin, high + margin, grid)  # (grid, 2): both axes at once
     x, y = points.T.tolist()
     return x, y
 
@@ -173,7 +189,8 @@ def _shapes(weights: Weights) -> dict[str, torch.Size]:
 
 
 def _dot(a: Weights, b: Weights) -> float:
-    """Inner product over all weights, in float64."""
+    """Inner product over all weights, in float64: float32 sums of millions of products lose digits."""
+    # Matrix by matrix, because a flat copy of all weights would double the memory.
     total = 0.0
     for name in a:
         own = a[name].flatten().double()

@@ -36,11 +36,16 @@ def rows_folder(study: Path, given: str | None) -> Path:
     if given:
         found = [Path(given)]
     else:
+        # prepared/DIGEST/SPLIT, the digest of the data's settings: runs with other data have a folder beside it.
         first_split = SPLITS[0]
-        found = sorted(path.parent for path in (study / PREPARED).glob(f"*/{first_split}"))
-    is_complete = len(found) == 1 and all((found[0] / split).is_dir() for split in SPLITS)
+        folders = (study / PREPARED).glob(f"*/{first_split}")
+        found = sorted(folder.parent for folder in folders)
+
+    is_complete = False
+    if len(found) == 1:
+        is_complete = all((found[0] / split).is_dir() for split in SPLITS)
     if not is_complete:
-        names = ", ".join(map(str, found)) or "none"
+        names = ", ".join(str(folder) for folder in found) or "none"
         raise UserError(
             f"losses need one folder with tokenised rows ({' and '.join(SPLITS)}), got {names}: name it with --rows; "
             "`maskft train ... --prepare_only --prepared_data_dir DIR` makes one"
@@ -48,7 +53,11 @@ def rows_folder(study: Path, given: str | None) -> Path:
     return found[0]
 
 
-def load_rows(folder: Path, num_rows: int, seed: int = 0) -> dict[str, list[dict]]:
+def load_rows(
+    folder: Path,
+    num_rows: int,
+    seed: int = 0,
+) -> dict[str, list[dict]]:
     """Draw rows of both splits, the same for every model.
 
     Args:
@@ -63,8 +72,11 @@ def load_rows(folder: Path, num_rows: int, seed: int = 0) -> dict[str, list[dict
     for split in SPLITS:
         data = load_from_disk(str(folder / split))
         data = data.select_columns(["input_ids", "labels"])
+        # A generator for each split: the rows of one do not depend on how many the other has.
         generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randperm(len(data), generator=generator)[:num_rows]
+        shuffled = torch.randperm(len(data), generator=generator)
+        drawn = shuffled[:num_rows]
+        # Which rows is random, their order is that of the data set.
         in_order = drawn.sort().values.tolist()
         out[split] = data.select(in_order).to_list()
     return out
@@ -82,7 +94,9 @@ def make_batches(
     batches: list[Batch] = []
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
-        ids_BT, _ = pad([row["input_ids"] for row in batch], 0, device)
-        labels_BT, _ = pad([row["labels"] for row in batch], IGNORED, device)
+        ids = [row["input_ids"] for row in batch]
+        labels = [row["labels"] for row in batch]
+        ids_BT, _ = pad(ids, 0, device)
+        labels_BT, _ = pad(labels, IGNORED, device)
         batches.append((ids_BT, labels_BT))
     return batches

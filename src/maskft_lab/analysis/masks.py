@@ -33,7 +33,11 @@ def masks_of(adapter: str) -> MaskSet:
     return MaskSet.from_adapter(adapter)
 
 
-def head_shares(mask: Tensor, num_blocks: int, num_heads: int) -> Tensor:
+def head_shares(
+    mask: Tensor,
+    num_blocks: int,
+    num_heads: int,
+) -> Tensor:
     """Share removed of the part of each query head.
 
     Args:
@@ -47,24 +51,31 @@ def head_shares(mask: Tensor, num_blocks: int, num_heads: int) -> Tensor:
     Raises:
         UserError: If the matrix cannot be divided into the heads.
     """
+    # Output features are heads one after another, each of head_dim rows.
     num_rows = mask.shape[0]
     if num_rows % num_blocks or num_heads % num_blocks:
         raise UserError(f"a matrix of shape {tuple(mask.shape)} does not divide into {num_blocks} of {num_heads} heads")
 
     is_removed = ~mask
-    shares_of_blocks = is_removed.float().reshape(num_blocks, -1).mean(1)
+    # One row for each head.
+    removed_of_blocks = is_removed.float().reshape(num_blocks, -1)
+    shares_of_blocks = removed_of_blocks.mean(1)
     # With grouped-query attention, consecutive query heads share a key and a value head.
     heads_of_block = num_heads // num_blocks
     return shares_of_blocks.repeat_interleave(heads_of_block)
 
 
-def shares_by_head(masks: MaskSet, num_heads: int, num_kv_heads: int) -> dict[str, dict[str, Any]]:
+def shares_by_head(
+    masks: MaskSet,
+    num_heads: int,
+    num_kv_heads: int,
+) -> dict[str, dict[str, Any]]:
     """Layer -> ``shares`` removed per query head and their ``chance``, of layers whose Q, K and V are all masked.
 
     A share is the mean over Q, K and V: a cell of Fig. 13, a point of Fig. 14. ``chance`` is its standard deviation if
     the removed places of each matrix were drawn at random.
     """
-    # Layer -> shares of each of its matrices, and their variances.
+    # Layer -> shares of each of its matrices, and the variance of each by chance.
     shares: dict[str, list[list[float]]] = {}
     variances: dict[str, list[float]] = {}
     for name, mask in masks.items():
@@ -72,21 +83,29 @@ def shares_by_head(masks: MaskSet, num_heads: int, num_kv_heads: int) -> dict[st
         if kind not in _PROJECTIONS:
             continue
         # The 3 of model.layers.3.self_attn.q_proj.
-        layer = next((part for part in parts if part.isdigit()), "other")
+        numbers = [part for part in parts if part.isdigit()]
+        layer = numbers[0] if numbers else "other"
         num_blocks = num_heads if kind == "q_proj" else num_kv_heads
-        shares_of_matrix = head_shares(mask, num_blocks, num_heads).tolist()
-        shares.setdefault(layer, []).append(shares_of_matrix)
-        variances.setdefault(layer, []).append(_variance_by_chance(mask, num_blocks))
+
+        shares_of_matrix = head_shares(mask, num_blocks, num_heads)
+        shares_of_layer = shares.setdefault(layer, [])
+        shares_of_layer.append(shares_of_matrix.tolist())
+
+        variance = _variance_by_chance(mask, num_blocks)
+        variances_of_layer = variances.setdefault(layer, [])
+        variances_of_layer.append(variance)
 
     found: dict[str, dict[str, Any]] = {}
     for layer in shares:
         num_matrices = len(shares[layer])
+        # With some of Q, K and V only, the mean would be of something else than in other layers.
         if num_matrices != len(_PROJECTIONS):
             continue
         # The standard deviation of a mean of independent shares.
         chance = sum(variances[layer]) ** 0.5 / num_matrices
+        mean_shares = np.mean(shares[layer], axis=0)
         found[layer] = {
-            "shares": np.mean(shares[layer], axis=0).tolist(),
+            "shares": mean_shares.tolist(),
             "chance": chance,
         }
     return found
@@ -102,14 +121,19 @@ def _variance_by_chance(mask: Tensor, num_blocks: int) -> float:
     p = float(is_removed.double().mean())
     total = mask.numel()
     size = total // num_blocks
-    return p * (1 - p) / size * (total - size) / max(total - 1, 1)
+
+    # With replacement the variance would be p (1 - p) / n. A block that is all of the matrix has no variance at all.
+    with_replacement = p * (1 - p) / size
+    return with_replacement * (total - size) / max(total - 1, 1)
 
 
 def describe_mask(masks: MaskSet, config) -> dict:
     """``num_weights``, ``num_removed``, and `shares_by_head` if the model's text configuration has heads."""
+    by_head: dict[str, dict[str, Any]] = {}
     num_heads = getattr(config, "num_attention_heads", None)
-    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads  # not set: each head has its own
-    by_head = shares_by_head(masks, num_heads, num_kv_heads) if num_heads else {}
+    if num_heads:
+        num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads  # not set: each head has its own
+        by_head = shares_by_head(masks, num_heads, num_kv_heads)
     return {
         "num_weights": masks.numel,
         "num_removed": masks.num_removed,
@@ -131,8 +155,13 @@ def analyse_masks(
     """
     digests: dict[str, list[str]] = {}
     for name, (adapter, start) in adapters.items():
-        digests[name] = [digest_folder(adapter), digest_folder(start)]
-    settings: dict[str, Any] = {"what": "masks by head", "masks": digests}
+        adapter_digest = digest_folder(adapter)
+        start_digest = digest_folder(start)
+        digests[name] = [adapter_digest, start_digest]
+    settings: dict[str, Any] = {
+        "what": "masks by head",
+        "masks": digests,
+    }
     if is_finished(file, settings):
         return
 

@@ -24,20 +24,27 @@ def no_report(num_done: int, total: int) -> None:
 def digest_folder(folder: str | Path) -> str:
     """Digest of a folder's weight files: the identity of a model, whatever its path. Of a hub model its name."""
     path = Path(folder)
-    weights = sorted([*path.glob("*.safetensors"), *path.glob("*.bin")])
+    weights = [*path.glob("*.safetensors"), *path.glob("*.bin")]
+    weights.sort()
     if not weights:
         return str(folder)
+    # Sharded models have several files; their names, like the folder's, do not count.
     digests = [digest_file(file) for file in weights]
     return digest(digests)
 
 
-def write_record(file: Path, record: Mapping, settings: Mapping) -> None:
+def write_record(
+    file: Path,
+    record: Mapping,
+    settings: Mapping,
+) -> None:
     """Write plain values and lists as JSON, whole or not at all, after the ``settings`` that they depend on.
 
     Raises:
         UserError: If a number is NaN or infinite; nothing is written then.
     """
     content = {"settings": _with_version(settings), **record}
+    # JSON has no NaN; Python would write one that other readers refuse.
     try:
         text = json.dumps(content, allow_nan=False)
     except ValueError as error:
@@ -59,7 +66,9 @@ def read_record(file: Path) -> dict[str, Any]:
         content = parse_json(text, parse_constant=refuse_constant)
         return dict(content)
     except (ValueError, TypeError) as error:
-        raise UserError(f"{file} is not as maskft analyze writes it ({error}): remove it, make it again") from error
+        raise UserError(
+            f"{file} is not as maskft analyze writes it ({error}): delete it and run maskft analyze again"
+        ) from error
 
 
 def is_finished(file: Path, settings: Mapping) -> bool:
@@ -67,14 +76,19 @@ def is_finished(file: Path, settings: Mapping) -> bool:
     if not file.is_file():
         return False
     # As JSON gives them back: a tuple becomes a list.
-    wanted = json.loads(json.dumps(_with_version(settings)))
-    return read_record(file).get("settings") == wanted
+    settings_text = json.dumps(_with_version(settings))
+    wanted = json.loads(settings_text)
+    found = read_record(file).get("settings")
+    return found == wanted
 
 
 def pieces_of(file: Path, settings: Mapping) -> Store:
     """The finished pieces of the record that ``file`` will hold; pieces of other settings are deleted."""
-    return Store(file.with_name(f".{file.name}.parts.jsonl"), _with_version(settings), discard=True)
+    # Hidden, so that neither a report nor a user takes the pieces for the record.
+    parts = file.with_name(f".{file.name}.parts.jsonl")
+    return Store(parts, _with_version(settings), discard=True)
 
 
 def _with_version(settings: Mapping) -> dict:
+    """The settings and the version: another version may compute other numbers from the same settings."""
     return {**settings, "maskft_version": __version__}

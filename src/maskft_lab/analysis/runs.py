@@ -83,15 +83,16 @@ def read_study(
     if not folder.is_dir():
         raise UserError(f"{str(folder)!r} is not a folder; name the output_dir of a study")
 
-    is_published = not any((folder / layout.RUNS).glob(f"*/{layout.RUN}"))
-    if is_published:
-        runs = _published(folder)
-    else:
+    # Published results have no folders of runs, only the files that a study wrote about them.
+    records = (folder / layout.RUNS).glob(f"*/{layout.RUN}")
+    if any(records):
         runs = _runs_in(folder, study_name)
+    else:
+        runs = _published(folder)
     if not runs:
         raise UserError(f"{str(folder)!r} holds neither finished runs (runs/*/run.json) nor results of a study")
 
-    bases = list(dict.fromkeys(run.base for run in runs))
+    bases = list(dict.fromkeys(run.base for run in runs))  # each once, in the order of the runs
     if base is None and len(bases) > 1:
         raise UserError(f"runs of different base models cannot be compared ({', '.join(bases)}): name one with --base")
     base = _known("base model", base or bases[0], bases)
@@ -109,6 +110,7 @@ def _runs_in(folder: Path, study_name: str | None) -> list[TrainedRun]:
         for model in summary["models"].values():
             rows += model["runs"]
 
+    # Without a summary, all results of the folder count.
     candidates = sorted((folder / layout.RESULTS).glob(f"*/{layout.RESULT}"))
     if rows:
         names_of_results = {row["result"] for row in rows}
@@ -117,6 +119,7 @@ def _runs_in(folder: Path, study_name: str | None) -> list[TrainedRun]:
 
     records = sorted((folder / layout.RUNS).glob(f"*/{layout.RUN}"))
     runs = [_from_record(folder, file, results) for file in records]
+    # The runs that the summaries name, and those that they start from, which another study may have made.
     if rows:
         in_summaries = {_identity(row["run"]) for row in rows}
         wanted = _with_starts(in_summaries, runs)
@@ -127,6 +130,7 @@ def _runs_in(folder: Path, study_name: str | None) -> list[TrainedRun]:
     kept = []
     for run in runs:
         is_rejected = not run.results and (run.name, run.seed) in evaluated
+        # A run without results and without a chosen one is only not evaluated yet.
         if not is_rejected:
             kept.append(run)
     return kept
@@ -137,8 +141,10 @@ def _with_starts(ids: set[str], runs: Sequence[TrainedRun]) -> set[str]:
     start_of = {}
     for run in runs:
         if run.start:
-            start_of[_identity(run.id)] = _identity(run.start)
+            identity = _identity(run.id)
+            start_of[identity] = _identity(run.start)
 
+    # Chains meet: one that was found already has its own ancestors, too.
     found: set[str] = set()
     for run_id in ids:
         ancestor: str | None = run_id
@@ -154,6 +160,7 @@ def find_mask(runs: Sequence[TrainedRun], wanted: str | None = None) -> TrainedR
     Raises:
         UserError: If no mask with its adapter folder is among ``runs``, or none has this id or name.
     """
+    # Only with its adapter's folder: published results have none.
     masks = [run for run in runs if run.method == MASK and BEST in run.models]
     if not masks:
         methods = dict.fromkeys(str(run.method) for run in runs)
@@ -161,6 +168,7 @@ def find_mask(runs: Sequence[TrainedRun], wanted: str | None = None) -> TrainedR
             f"there is no learned mask with its adapter folder among these runs (methods: {', '.join(methods)})"
         )
 
+    # A run may be named by its id or, for all seeds of a method, by the method's name.
     names: list[str] = []
     for run in masks:
         names += [run.name, run.id]
@@ -178,6 +186,7 @@ def parent_of(run: TrainedRun, runs: Sequence[TrainedRun]) -> TrainedRun | None:
     """
     if run.start is None:
         return None
+    # By identity: a study that shares the folder may have made the run under another name.
     start = _identity(run.start)
     for other in runs:
         if _identity(other.id) == start:
@@ -205,7 +214,7 @@ def full_run(mask: TrainedRun, runs: Sequence[TrainedRun]) -> TrainedRun:
     """
     parent = parent_of(mask, runs)
     if parent is None or parent.method != FULL:
-        start = parent.id if parent else mask.base
+        start = mask.base if parent is None else parent.id
         raise UserError(f"{mask.id} starts from {start}, and this analysis needs a mask of a full fine-tuning")
     return parent
 
@@ -225,26 +234,33 @@ def _results_of(candidates: Sequence[Path]) -> dict[str, dict[str, Result]]:
         if '"kind": "evaluation"' not in beginning:
             continue
         result = read_result(file)
+        # Results of maskft evaluate, outside of a study, belong to no run.
         study = result.get("study")
         if study is not None:
-            roles = found.setdefault(_identity(study["run"]), {})
+            identity = _identity(study["run"])
+            roles = found.setdefault(identity, {})
             roles[study["role"]] = result
     return found
 
 
-def _from_record(study: Path, file: Path, results: dict[str, dict[str, Result]]) -> TrainedRun:
+def _from_record(
+    study: Path,
+    file: Path,
+    results: dict[str, dict[str, Result]],
+) -> TrainedRun:
     """The run of a ``run.json``, with its training history and results."""
     record = files.read_json(file)
     training = _read_if_there(file.parent / layout.TRAINING)
 
     models: dict[str, str] = {}
     for role, path in record["models"].items():
-        # Paths inside the study are relative to it.
+        # Paths inside the study are relative to it; others are of a model elsewhere, or its name on the hub.
         inside = study / path
         models[role] = str(inside) if inside.exists() else path
 
+    run_id = record["run"]
     return TrainedRun(
-        id=record["run"],
+        id=run_id,
         name=record["name"],
         method=record["method"],
         seed=record["seed"],
@@ -254,15 +270,17 @@ def _from_record(study: Path, file: Path, results: dict[str, dict[str, Result]])
         summary=training.get("summary", {}),
         data=training.get("data", {}),
         models=models,
-        results=results.get(_identity(record["run"]), {}),
+        results=results.get(_identity(run_id), {}),
     )
 
 
 def _published(folder: Path) -> list[TrainedRun]:
     """The rows of the published summary are the list of runs; some lack their result file."""
-    results = _results_of(sorted(folder.glob("*.json*")))
+    candidates = sorted(folder.glob("*.json*"))  # large ones are gzipped, *.json.gz
+    results = _results_of(candidates)
     training = _read_if_there(folder / layout.TRAINING)
-    models = _read_if_there(folder / PUBLISHED_SUMMARY).get("models", {})
+    published_summary = _read_if_there(folder / PUBLISHED_SUMMARY)
+    models = published_summary.get("models", {})
 
     runs: dict[str, TrainedRun] = {}
     for base, summary in models.items():
@@ -290,7 +308,10 @@ def _published(folder: Path) -> list[TrainedRun]:
 
 
 def _read_if_there(file: Path) -> dict[str, Any]:
-    return files.read_json(file) if file.is_file() else {}
+    """The object in a JSON file; an empty one if the file does not exist."""
+    if not file.is_file():
+        return {}
+    return files.read_json(file)
 
 
 def plain_name(label: str) -> str:
@@ -298,7 +319,11 @@ def plain_name(label: str) -> str:
     return re.sub(rf" \(({BEST}|continued)\)", "", label, count=1)
 
 
-def _known(what: str, name: str, names: Sequence[str]) -> str:
+def _known(
+    what: str,
+    name: str,
+    names: Sequence[str],
+) -> str:
     if name not in names:
         raise UserError(f"no {what} is called {name!r}{did_you_mean(name, names)}; there are {', '.join(names)}")
     return name
