@@ -25,7 +25,15 @@ _ALIKE = {
     "generation_kwargs": "generation_kwargs",
 }
 # Packages whose version may change answers or scores without a change of the task's own version.
-_DECIDING_PACKAGES = ("lm_eval", "transformers", "torch", "maskft", "math-verify", "langdetect", "alpaca_eval")
+_DECIDING_PACKAGES = (
+    "lm_eval",
+    "transformers",
+    "torch",
+    "maskft",
+    "math-verify",
+    "langdetect",
+    "alpaca_eval",
+)
 
 
 def group_by_name(results: Sequence[Result]) -> Groups:
@@ -42,7 +50,7 @@ def group_by_name(results: Sequence[Result]) -> Groups:
         group.append(result)
 
     for name, group in groups.items():
-        seeds = [result["model"]["seed"] for result in group]
+        seeds = _seeds_of(group)
         for index, seed in enumerate(seeds):
             is_distinct = seed is not None and seed not in seeds[:index]
             if len(group) > 1 and not is_distinct:
@@ -50,7 +58,7 @@ def group_by_name(results: Sequence[Result]) -> Groups:
                     f"{len(group)} results are named {name!r}, and not with different seeds (seed {seed}): "
                     "give each file once, and other models other names (NAME=PATH)"
                 )
-        methods = dict.fromkeys(result["model"]["method"] for result in group)
+        methods = {result["model"]["method"]: None for result in group}
         if len(methods) > 1:
             raise UserError(
                 f"results named {name!r} are of different methods ({quoted(methods)}), not seeds of one: "
@@ -82,16 +90,18 @@ def pair_by_seed(
         return group, baseline_group
 
     # Which side has one result, if any has: its own seed counts as no noise.
+    single = baseline_group
+    others = group
     if len(group) == 1:
-        single, others = group, baseline_group
-    else:
-        single, others = baseline_group, group
+        single = group
+        others = baseline_group
     is_single = len(single) == 1
-    if is_single and (fixed_seeds or _is_without_seed(single[0], others)):
-        return group, baseline_group
+    if is_single:
+        if fixed_seeds or _is_without_seed(single[0], others):
+            return group, baseline_group
 
-    seeds = [result["model"]["seed"] for result in group]
-    baseline_seeds = [result["model"]["seed"] for result in baseline_group]
+    seeds = _seeds_of(group)
+    baseline_seeds = _seeds_of(baseline_group)
     common = set(seeds) & set(baseline_seeds)
     if not common and is_single:
         raise UserError(
@@ -105,9 +115,24 @@ def pair_by_seed(
             f"{quoted(baseline_seeds)}: give results of the same seeds for both"
         )
 
-    of_method = [result for result in group if result["model"]["seed"] in common]
-    of_baseline = [result for result in baseline_group if result["model"]["seed"] in common]
+    # Both groups are in the order of their seeds, so that these are one for one.
+    of_method = _with_seeds(group, common)
+    of_baseline = _with_seeds(baseline_group, common)
     return of_method, of_baseline
+
+
+def _seeds_of(group: Sequence[Result]) -> list[int | None]:
+    """Return the seed of each result."""
+    return [result["model"]["seed"] for result in group]
+
+
+def _with_seeds(group: Sequence[Result], seeds: set[int | None]) -> list[Result]:
+    """Return those of the results that have one of the seeds."""
+    out: list[Result] = []
+    for result in group:
+        if result["model"]["seed"] in seeds:
+            out.append(result)
+    return out
 
 
 def _is_without_seed(result: Result, others: Sequence[Result]) -> bool:
@@ -143,8 +168,8 @@ def seed_notes(
         num_given = len(groups[name]) + len(groups[baseline])
         num_paired = len(of_method) + len(of_baseline)
         if num_paired < num_given:
-            seeds_of_method = [result["model"]["seed"] for result in of_method]
-            seeds = ", ".join(map(str, seeds_of_method))
+            seeds_of_method = _seeds_of(of_method)
+            seeds = ", ".join(str(seed) for seed in seeds_of_method)
             notes.append(f"{name} is compared at seed {seeds} only, which {baseline} has too")
 
         # Different lengths: one result beside several seeds. Its method is null where no study wrote it.
@@ -155,6 +180,7 @@ def seed_notes(
                 f"{single[0]['name']} is one result beside {len(others)} seeds, which is right for a model that no "
                 "seed has shaped, such as a pre-trained one"
             )
+    # Each once: one baseline beside several methods would be noted for each of them.
     return list(dict.fromkeys(notes))
 
 
@@ -234,7 +260,13 @@ def check_comparable(results: Sequence[Result], tasks: Sequence[str]) -> None:
             if task not in result["tasks"]:
                 continue
             for other in alike:
-                mismatches = list(_mismatches(other["tasks"][task], result["tasks"][task]))
+                mismatches = list(
+                    _mismatches(
+                        other["tasks"][task],
+                        result["tasks"][task],
+                    )
+                )
+                # One report for a result: beside others it would often repeat the same.
                 if mismatches:
                     names = f"{name_and_seed(other)} and {name_and_seed(result)}"
                     problems += [f"{task}: {mismatch} ({names})" for mismatch in mismatches]
@@ -280,8 +312,9 @@ def _mismatches(a: TaskRecord, b: TaskRecord) -> Iterator[str]:
             yield f"different higher_is_better of {name}, {is_higher_a} and {is_higher_b}"
 
         if are_guessed:
-            highest = [_highest(a, name), _highest(b, name)]
-            low, high = sorted(highest)
+            highest_a = _highest(a, name)
+            highest_b = _highest(b, name)
+            low, high = sorted([highest_a, highest_b])
             if high > _LARGEST_RATING:
                 yield f"{name} goes up to {low:g} in one and up to {high:g} in the other (percent?)"
 
@@ -299,7 +332,9 @@ def _item_mismatches(a: TaskRecord, b: TaskRecord) -> Iterator[str]:
     items_b = {item["id"]: item for item in b["items"]}
     if items_a.keys() != items_b.keys():
         in_one = items_a.keys() ^ items_b.keys()
-        first = next(name for name in [*items_a, *items_b] if name in in_one)
+        # The first of them in the order of the files, since a set has none.
+        names_in_one = [name for name in [*items_a, *items_b] if name in in_one]
+        first = names_in_one[0]
         yield f"different items, {len(items_a)} and {len(items_b)} of them, {first!r} in one only"
         return
 
@@ -331,8 +366,9 @@ def setting_notes(results: Sequence[Result]) -> list[str]:
         if text:
             notes.append(f"the results differ in the setting {key}: {text}")
 
+    packages_of_results = [result["environment"]["packages"] for result in results]
     for package in _DECIDING_PACKAGES:
-        versions = [result["environment"]["packages"].get(package) for result in results]
+        versions = [packages.get(package) for packages in packages_of_results]
         text = _if_different(results, versions)
         if text:
             notes.append(f"the results were made with different versions of {package}: {text}")
@@ -369,8 +405,10 @@ def unit_of(
     metric: str,
 ) -> str:
     """Return the unit of a metric in all of these results, at least one, which `check_comparable` accepts."""
-    records = [result["tasks"][task]["metrics"][metric] for result in results]
-    units = {record["unit"] for record in records}
+    units: set[str] = set()
+    for result in results:
+        record = result["tasks"][task]
+        units.add(record["metrics"][metric]["unit"])
     # A value above 1 in any result shows that it is no fraction.
     if units == _GUESSED_UNITS:
         return "score"

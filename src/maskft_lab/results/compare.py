@@ -75,8 +75,11 @@ def compare(
     check_comparable(results, tasks)
     pairs, notes = _pairs(groups, baseline, tasks, item_metrics)
     main = _main_metrics(groups[baseline][0], pairs)
-    is_main = [main[task] == metric for _, task, metric in pairs]
-    largest_family = max(is_main.count(True), is_main.count(False))
+    num_main = 0
+    for _, task, metric in pairs:
+        if main[task] == metric:
+            num_main += 1
+    largest_family = max(num_main, len(pairs) - num_main)
     settings = settings.with_resamples(largest_family)
 
     # Measured one by one, then judged as families.
@@ -88,8 +91,14 @@ def compare(
             settings.fixed_seeds,
         )
     rows: list[Row] = []
-    for (name, task, metric), is_main_one in zip(pairs, is_main, strict=True):
-        row = measure(paired[name], task, metric, is_main_one, settings)
+    for name, task, metric in pairs:
+        row = measure(
+            paired[name],
+            task,
+            metric,
+            main[task] == metric,
+            settings,
+        )
         rows.append(row)
     rows = _with_verdicts(rows, settings)
     differences = [difference for difference, _ in rows]
@@ -100,6 +109,7 @@ def compare(
         # First, because a page shows two notes.
         percent = 100 * settings.confidence
         notes.insert(0, f"judged as one of {num_looks} looks: each at {percent:.4g} % (Bonferroni)")
+    # Of methods without a metric in common with the baseline nothing is noted.
     compared = {name: paired[name] for name, _, _ in pairs}
     notes += seed_notes(compared, groups)
     notes += setting_notes(results)
@@ -123,16 +133,23 @@ def _with_verdicts(rows: Sequence[Row], settings: Settings) -> list[Row]:
     # Two families, so that many secondary metrics do not weaken the claims about the main ones.
     judged: dict[Pair, Difference] = {}
     for is_main in (True, False):
-        family = [row for row in rows if row[0].is_main == is_main]
+        family: list[Row] = []
+        for difference, measured in rows:
+            if difference.is_main == is_main:
+                family.append((difference, measured))
         for difference in judge(family, settings):
-            pair = (difference.method, difference.task, difference.metric)
-            judged[pair] = difference
+            judged[_pair_of(difference)] = difference
 
+    # In the order of the rows again.
     out: list[Row] = []
-    for row, measured in rows:
-        pair = (row.method, row.task, row.metric)
+    for difference, measured in rows:
+        pair = _pair_of(difference)
         out.append((judged[pair], measured))
     return out
+
+
+def _pair_of(difference: Difference) -> Pair:
+    return difference.method, difference.task, difference.metric
 
 
 def _identical_notes(differences: Sequence[Difference], baseline: str) -> list[str]:
@@ -141,6 +158,7 @@ def _identical_notes(differences: Sequence[Difference], baseline: str) -> list[s
     methods = dict.fromkeys(row.method for row in differences)
     for name in methods:
         of_method = [row for row in differences if row.method == name]
+        # In all metrics: of a model that only answers alike, the loss still differs.
         is_identical = all(row.num_identical == row.num_items for row in of_method)
         if is_identical:
             notes.append(
@@ -159,7 +177,10 @@ def _pairs(
     pairs: list[Pair] = []
     notes: list[str] = []
     for task, metric in product(tasks, metrics):
-        measured = [name for name in groups if _is_measured(groups[name], task, metric)]
+        measured: list[str] = []
+        for name, group in groups.items():
+            if _is_measured(group, task, metric):
+                measured.append(name)
         methods: list[str] = []
         if baseline in measured:
             methods = [name for name in measured if name != baseline]
@@ -200,7 +221,8 @@ def _main_metrics(
     # A result lists its metrics with the main one first; the user may have asked for others only.
     main: dict[str, str] = {}
     compared = {(task, metric) for _, task, metric in pairs}
-    for task, _ in compared:
+    tasks = {task for task, _ in compared}
+    for task in tasks:
         metrics = result["tasks"][task]["metrics"]
         of_task = [metric for metric in metrics if (task, metric) in compared]
         main[task] = of_task[0]

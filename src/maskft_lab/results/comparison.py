@@ -57,6 +57,7 @@ class Settings:
 
     def of_one_look(self) -> Settings:
         """Return them with the confidence at which each of the looks is judged."""
+        # Bonferroni: the looks share the probability of a false claim.
         alpha = (1 - self.confidence) / self.looks
         return replace(self, confidence=1 - alpha, looks=1)
 
@@ -238,6 +239,7 @@ class Comparison:
 
 def _visible(value: Any) -> Any:
     """Return a record with all of its texts printable."""
+    # Keys are names of our fields, which pydantic checks.
     if isinstance(value, str):
         return printable(value)
     if isinstance(value, Mapping):

@@ -16,10 +16,18 @@ from maskft_common.errors import UserError
 
 from .comparable import Paired, name_and_seed, unit_of
 from .comparison import BETTER, NOT_DISTINGUISHABLE, WORSE, Difference, Settings
-from .families import noise_of, simultaneous_level
+from .families import Noise, noise_of, simultaneous_level
 from .proportions import FEW, Interval, tango_interval
 from .schema import Item, Result, cluster_ids, item_weights
-from .statistics import Block, Bootstrap, as_block, holm, mcnemar_exact, mean_over_seeds, weighted_mean
+from .statistics import (
+    Block,
+    Bootstrap,
+    as_block,
+    holm,
+    mcnemar_exact,
+    mean_over_seeds,
+    weighted_mean,
+)
 
 
 @dataclass(frozen=True)
@@ -50,10 +58,12 @@ class Sample:
     @property
     def is_binary(self) -> bool:
         """Whether exact tests of right and wrong hold: 0/1 scores of independent items, one result per side."""
-        if self.diffs_SN.shape[0] > 1 or self.clusters is not None:
+        num_seeds = self.diffs_SN.shape[0]
+        if num_seeds > 1 or self.clusters is not None:
             return False
         both = np.stack([self.values_SN, self.baseline_SN])
-        return bool(np.isin(both, (0, 1)).all())
+        is_0_or_1 = np.isin(both, (0, 1))
+        return bool(is_0_or_1.all())
 
 
 class Measured:
@@ -133,7 +143,8 @@ def _won_and_lost(block: Block) -> tuple[float, float, int]:
     num_units = block.weights_N.size
     # Relative to the mean weight, so that they sum to the number of units, as Tango's interval needs.
     relative_weights_U = block.weights_N * num_units / block.weights_N.sum()
-    gains_U = mean_over_seeds(block.diffs_SN) * relative_weights_U
+    diffs_U = mean_over_seeds(block.diffs_SN)
+    gains_U = diffs_U * relative_weights_U
     won = gains_U[gains_U > 0].sum()
     lost = -gains_U[gains_U < 0].sum()
     return float(won), float(lost), num_units
@@ -163,7 +174,7 @@ def sample_of(
     if num_items < 2:
         raise UserError(f"{metric} on {task} has 1 item, too few to compare: evaluate at least 2, better hundreds")
 
-    # Weights and clusters are the same in all results: check_comparable has seen to it.
+    # Weights and clusters are the same in all results: `check_comparable` raises where they are not.
     items = _items_by_id(of_baseline[0], task)
     clusters = cluster_ids(items)
     if clusters and len(set(clusters)) == 1:
@@ -194,6 +205,7 @@ def item_values(
     rows: list[list[float]] = []
     for result in group:
         items = _items_by_id(result, task)
+        # The mean of the others would be of items that may be the easy ones.
         for item in items:
             if item[metric] is None:
                 raise UserError(
@@ -238,9 +250,16 @@ def measure(
     measured = Measured(sample, unit, settings.num_resamples, settings.seed)
 
     record = of_baseline[0]["tasks"][task]
-    names = (of_method[0]["name"], of_baseline[0]["name"])
+    method = of_method[0]["name"]
+    baseline = of_baseline[0]["name"]
     higher_is_better = record["metrics"][metric]["higher_is_better"]
-    row = difference_of(names, measured, metric, higher_is_better, is_main)
+    row = difference_of(
+        (method, baseline),
+        measured,
+        metric,
+        higher_is_better,
+        is_main,
+    )
     return replace(row, test_set=record.get("data_file")), measured
 
 
@@ -327,9 +346,12 @@ def judge(
     alpha = 1 - confidence
 
     # Holm's correction decides which differences are claimed, max-T how wide their intervals are.
-    p_values = [measured.p_value(confidence) for _, measured in family]
+    p_values: list[float] = []
+    noises: list[Noise] = []
+    for row, measured in family:
+        p_values.append(measured.p_value(confidence))
+        noises.append(noise_of(measured.drawn, row.task))
     adjusted = holm(p_values).tolist()
-    noises = [noise_of(measured.drawn, row.task) for row, measured in family]
     level = simultaneous_level(noises, alpha, settings.seed)
 
     judged: list[Difference] = []
@@ -375,7 +397,10 @@ def _agreeing(
     """Return an interval that agrees with its verdict: without a claim it holds zero, with one it ends there."""
     low, high = interval
     if not is_claimed:
-        return Interval(min(low, 0.0), max(high, 0.0))
-    if difference > 0:
-        return Interval(max(low, 0.0), high)
-    return Interval(low, min(high, 0.0))
+        low = min(low, 0.0)
+        high = max(high, 0.0)
+    elif difference > 0:
+        low = max(low, 0.0)
+    else:
+        high = min(high, 0.0)
+    return Interval(low, high)

@@ -35,7 +35,8 @@ def noise_of(drawn: Bootstrap, task: str) -> Noise:
     block = drawn.block
     # The difference is a weighted mean over units, so its error is the sum of these parts.
     shares_N = block.weights_N / block.weights_N.sum()
-    centred_N = block.diffs_SN.mean(axis=0) - block.means_S.mean()
+    diffs_N = block.diffs_SN.mean(axis=0)
+    centred_N = diffs_N - block.means_S.mean()
     part_N = shares_N * centred_N
 
     # Only the excess: the spread between seeds that items explain is in the parts already.
@@ -93,8 +94,10 @@ def _correlation(family: Sequence[Noise]) -> NDArray[np.float64]:
     for row, a in enumerate(family):
         for column, b in enumerate(family):
             covariance_JJ[row, column] = _covariance(a, b)
-    covariance_JJ += np.diag([noise.own_variance for noise in family])
-    deviations_J = np.sqrt(np.diag(covariance_JJ))
+    own_variances_J = [noise.own_variance for noise in family]
+    covariance_JJ += np.diag(own_variances_J)
+    variances_J = np.diag(covariance_JJ)
+    deviations_J = np.sqrt(variances_J)
 
     # Models that never differ have deviation 0 and no correlation. They get a scale of 0, which makes them independent
     # of all others, the widest case. `where` leaves them out of the division, which would warn.

@@ -26,7 +26,13 @@ def gains_of(differences: Sequence[Difference]) -> list[dict[str, Any]]:
     The gain is that in the first metric of the test that is a fraction, else in the first. Forgetting is measured by
     the loss of the probe, if it has one: when an ability is lost, accuracies no longer differ.
     """
-    tests = [row for row in differences if not row.task.startswith(BEFORE)]
+    tests: list[Difference] = []
+    of_probes: list[Difference] = []
+    for row in differences:
+        if row.task.startswith(BEFORE):
+            of_probes.append(row)
+        else:
+            tests.append(row)
     if not tests:
         return []
 
@@ -34,10 +40,12 @@ def gains_of(differences: Sequence[Difference]) -> list[dict[str, Any]]:
     test = min(tests, key=lambda row: row.unit != "fraction")
     gains = {row.method: row for row in tests if row.place == test.place}
 
+    # A point needs both coordinates: methods without the metric of the test are left out.
     probes: dict[str, list[Difference]] = {}
-    for row in differences:
-        if row.task.startswith(BEFORE) and row.method in gains:
-            probes.setdefault(row.task, []).append(row)
+    for row in of_probes:
+        if row.method in gains:
+            rows_of_probe = probes.setdefault(row.task, [])
+            rows_of_probe.append(row)
 
     curves = []
     for task, rows in probes.items():
@@ -90,10 +98,12 @@ def _scaled(
     """Return a difference and its interval, shares in points; ``sign`` -1 turns both around."""
     scale = 100.0 if row.unit == "fraction" else 1.0
     scale = sign * scale
-    # Sorted, because a negative sign swaps the ends.
-    ends = sorted([scale * row.ci_low, scale * row.ci_high])
+    ends = [scale * row.ci_low, scale * row.ci_high]
+    ends.sort()  # a negative sign swaps them
     return scale * row.difference, ends
 
 
 def _unit(row: Difference) -> str:
-    return "points" if row.unit == "fraction" else row.unit.removesuffix("/token")
+    if row.unit == "fraction":
+        return "points"
+    return row.unit.removesuffix("/token")

@@ -34,7 +34,15 @@ _NO_FILTER = "none"
 _SETTINGS = ("limit", "gen_kwargs", "model_dtype", "random_seed", "fewshot_seed", "system_instruction_sha")
 
 # A damaged file of another program may end in any of these, depending on where the damage is.
-_DAMAGE = (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, IndexError)
+_DAMAGE = (
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    IndexError,
+)
 
 
 def samples_in(folder: Path) -> list[Path]:
@@ -134,7 +142,9 @@ def _task(
         metric, _, _ = name.partition(",")  # without its filter
         direction = directions.get(metric)
         # Left out: metrics that are not numbers, have no direction, or are parts of a score of the whole corpus.
-        if not isinstance(direction, bool) or not all(map(is_finite, values)):
+        if not isinstance(direction, bool):
+            continue
+        if not all(is_finite(value) for value in values):
             continue
         if _is_mean(reported, name, values):
             metrics[name] = metric_from_items(items, name, higher_is_better=direction)
@@ -142,7 +152,10 @@ def _task(
         raise UserError(f"{file}: no metric is a number per item, so there is nothing to compare")
 
     kept = ("id", *metrics)
-    kept_items = [{key: item[key] for key in kept} for item in items]
+    kept_items: list[Item] = []
+    for item in items:
+        kept_item = {key: item[key] for key in kept}
+        kept_items.append(kept_item)
     # A block may be missing, or null.
     versions = summary.get("versions") or {}
     shots = summary.get("n-shot") or {}
@@ -184,7 +197,9 @@ def _items(file: Path) -> tuple[list[Item], list[Item]]:
             if row["filter"] != _NO_FILTER:
                 name = f"{metric},{row['filter']}"
             value = row.get(metric)
-            item[name] = int(value) if isinstance(value, bool) else value
+            if isinstance(value, bool):
+                value = int(value)  # right or wrong; a result has numbers
+            item[name] = value
     if not items:
         raise UserError(f"{file}: no samples in it: evaluate again with --log_samples")
     return list(items.values()), list(questions.values())

@@ -35,8 +35,9 @@ class Cell(NamedTuple):
 @cache
 def paper() -> dict[str, Any]:
     """Return the content of ``paper.yaml``."""
-    text = resources.files(__package__).joinpath("paper.yaml").read_text(encoding="utf-8")
-    return cast(dict[str, Any], yaml.safe_load(text))
+    file = resources.files(__package__).joinpath("paper.yaml")
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return cast(dict[str, Any], content)
 
 
 def paper_tables(results: Sequence[Result]) -> tuple[list[tuple[str, Table]], list[str]]:
@@ -58,8 +59,11 @@ def paper_tables(results: Sequence[Result]) -> tuple[list[tuple[str, Table]], li
         tables.append((caption, table))
         used |= {id(result) for result in in_table}
 
-    unused = [result for result in results if id(result) not in used]
-    left_over = dict.fromkeys(_name_of(result) for result in unused)
+    # Names in the order of the results, each once: seeds share one.
+    left_over: dict[str, None] = {}
+    for result in results:
+        if id(result) not in used:
+            left_over[_name_of(result)] = None
     return tables, list(left_over)
 
 
@@ -115,6 +119,7 @@ def _fill(
 
         cells: list[Cell] = []
         for key, figure in zip(columns, row["cells"], strict=True):
+            # How the column is measured and the row trained; of their labels, that of the row.
             asked = benchmarks[key] | row
             chosen = _choose(fitting, asked)
             study = None
@@ -169,8 +174,9 @@ def _choose(
             continue
 
         score = 100 * value
-        # The seed of a pre-trained model means nothing.
-        seed = None if asked["method"] == "pretrained" else result["model"]["seed"]
+        seed = result["model"]["seed"]
+        if asked["method"] == "pretrained":
+            seed = None  # without training it means nothing
         # `setdefault` keeps the first result of a seed, and returns it.
         other, other_score = by_seed.setdefault(seed, (result, score))
         # Several studies may have measured the same model without a seed.
@@ -300,7 +306,10 @@ def _delta_text(cell: Cell, best: Cell) -> str:
     theirs = f"{paper_difference:+.1f}"
 
     # Figures of two studies may be of two models.
-    if not cell.ours or not best.ours or cell.study != best.study:
+    are_both_there = cell.ours and best.ours
+    if not are_both_there or cell.study != best.study:
         return f"{theirs} / {NO_RESULT}"
-    difference = statistics.fmean(cell.ours) - statistics.fmean(best.ours)
+    our_mean = statistics.fmean(cell.ours)
+    our_best_mean = statistics.fmean(best.ours)
+    difference = our_mean - our_best_mean
     return f"{theirs} / {difference:+.1f}"

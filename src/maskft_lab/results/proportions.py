@@ -56,7 +56,8 @@ def proportion_interval(
     # Without clusters each item is one.
     labels_N = np.arange(values_N.size)
     if clusters is not None:
-        _, labels_N = np.unique(np.asarray(clusters), return_inverse=True)
+        clusters_N = np.asarray(clusters)
+        _, labels_N = np.unique(clusters_N, return_inverse=True)
     num_clusters = int(labels_N.max()) + 1
 
     # The variance of the mean: residuals are summed within a cluster first, since they may depend on each other there.
@@ -163,9 +164,12 @@ def tango_score(
     b = (a - won + lost) * delta - won - lost
     c = -lost * delta * (1 - delta)
     discriminant = max(0.0, b * b - 4 * a * c)
-    lost_share = (math.sqrt(discriminant) - b) / (2 * a)
+    root = math.sqrt(discriminant)
+    lost_share = (root - b) / (2 * a)
 
-    variance = num_items * (2 * lost_share + delta * (1 - delta))
+    variance_of_item = 2 * lost_share + delta * (1 - delta)
+    variance = num_items * variance_of_item
+    # Rounding may leave none at the ends of the range, where any distance rejects.
     if variance <= 0:
         return math.copysign(math.inf, distance)
     return distance / math.sqrt(variance)
@@ -179,7 +183,8 @@ def _wilson(
     """Return Wilson's score interval; ``num_items`` may be a fraction, or infinite."""
     shrinkage = 1 + z * z / num_items
     # Between the share and one half, the closer to one half the fewer items there are.
-    centre = (share + z * z / (2 * num_items)) / shrinkage
+    shift = z * z / (2 * num_items)
+    centre = (share + shift) / shrinkage
     variance = share * (1 - share) / num_items
     correction = (z / (2 * num_items)) ** 2
     half = z / shrinkage * math.sqrt(variance + correction)

@@ -65,6 +65,7 @@ def check_output(output: str | None, results: Iterable[str]) -> None:
     Raises:
         UserError: If it is one of the files that would be read.
     """
+    # Resolved, because two paths may be of one file.
     if output and Path(output).resolve() in input_files(results):
         raise UserError(f"--output {output} is one of the results and would replace it: name another file")
 
@@ -84,7 +85,9 @@ def _name_and_path(text: str) -> tuple[str | None, Path]:
 
 def _files_of(path: Path) -> list[Path]:
     """Return the files of a path, at least one; it need not exist."""
-    if not path.is_dir() or (path / layout.RESULT).is_file():
+    if not path.is_dir():
+        return [path]
+    if (path / layout.RESULT).is_file():
         return [result_file(path)]
     samples = samples_in(path)
     if samples:

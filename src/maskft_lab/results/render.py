@@ -10,7 +10,16 @@ from typing import Any
 
 from maskft_common.errors import printable
 
-from .comparison import BETTER, NOT_DISTINGUISHABLE, SCHEMA_VERSION, WORSE, Comparison, Difference, Place, Score
+from .comparison import (
+    BETTER,
+    NOT_DISTINGUISHABLE,
+    SCHEMA_VERSION,
+    WORSE,
+    Comparison,
+    Difference,
+    Place,
+    Score,
+)
 from .tables import Table, draw, latex_text, markdown_text
 from .verdict import brief_metric
 from .words import (
@@ -69,7 +78,13 @@ def render_scores(scores: Sequence[Score], output_format: str) -> str:
 
 def to_json(record: dict[str, Any]) -> str:
     """Return a record as text for a file."""
-    return json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(
+        record,
+        indent=1,
+        ensure_ascii=False,
+        allow_nan=False,
+    )
+    return text + "\n"
 
 
 # The tables
@@ -87,7 +102,8 @@ def difference_table(comparison: Comparison) -> Table:
         "won / lost / tied",
         "verdict",
     )
-    return Table(columns, [_difference_cells(row) for row in comparison.differences])
+    rows = [_difference_cells(row) for row in comparison.differences]
+    return Table(columns, rows)
 
 
 def _difference_cells(row: Difference) -> tuple[str, ...]:
@@ -112,12 +128,15 @@ def cross_domain_table(scores: Sequence[Score]) -> Table:
     At an edge, where an error would say nothing, a cell is ``value [low, high]`` with the bounds of a 95 % interval.
     A model that has a metric of one task at some of its seeds only counts as without.
     """
-    # Columns, the metrics of a task side by side: scores come model by model, so a task's may lie apart.
-    units = {score.place: score.unit for score in scores}
-    tasks = list(dict.fromkeys(score.task for score in scores))
-    places = sorted(units, key=lambda place: tasks.index(place[0]))
+    units: dict[Place, str] = {}
+    task_names: dict[str, str] = {}
+    for score in scores:
+        units[score.place] = score.unit
+        task_names[score.task] = task_text(score)
 
-    task_names = {score.task: task_text(score) for score in scores}
+    # Columns, the metrics of a task side by side: scores come model by model, so a task's may lie apart.
+    tasks = list(task_names)
+    places = sorted(units, key=lambda place: tasks.index(place[0]))
     labels = []
     for task, metric in places:
         name = f"{task_names[task]} {metric}".strip()
@@ -153,7 +172,8 @@ def _page(comparison: Comparison) -> str:
     first = brief_metric(rows)
     places = _first_places(comparison, first)
     shown = [row for row in rows if row.place in places]
-    of_first_method = [row for row in rows if row.method == rows[0].method]
+    first_method = rows[0].method
+    of_first_method = [row for row in rows if row.method == first_method]
 
     # Sentences first: they take the lines they need, and the table has the rest, less one for the count at the end.
     sentences = _page_sentences(comparison, shown, of_first_method)
@@ -189,7 +209,8 @@ def _first_places(comparison: Comparison, first: Place) -> list[Place]:
         places.append(brief_metric(of_task))
 
     in_rows = {row.place for row in rows}
-    return [place for place in dict.fromkeys(places) if place in in_rows]
+    unique_places = dict.fromkeys(places)
+    return [place for place in unique_places if place in in_rows]
 
 
 def _claiming_places(comparison: Comparison, shown: Sequence[Place]) -> list[Place]:
@@ -309,12 +330,16 @@ def _block(
         heading += f", {most.num_seeds} seeds"
 
     block: list[tuple[str, ...]] = []
-    block.append((_cut(heading, PAGE_WIDTH), "", "", ""))
+    shown_heading = _cut(heading, PAGE_WIDTH)
+    block.append((shown_heading, "", "", ""))
     for row in rows:
+        name = f"  {row.method}"
         value = f"{scale * row.value:.{digits}f}"
-        block.append((f"  {row.method}", value, difference_text(row), row.verdict))
+        difference = difference_text(row)
+        block.append((name, value, difference, row.verdict))
+    baseline_name = f"  {comparison.baseline}"
     baseline_value = f"{scale * most.baseline_value:.{digits}f}"
-    block.append((f"  {comparison.baseline}", baseline_value, "", "(baseline)"))
+    block.append((baseline_name, baseline_value, "", "(baseline)"))
     return block
 
 

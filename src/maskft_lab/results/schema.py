@@ -148,6 +148,7 @@ def build_result(
     """
     # Every key of a model is there, null where it is not known, so that readers need no defaults.
     all_null = dict.fromkeys(ModelRecord.__annotations__)
+    task_records = {task: dict(record) for task, record in tasks.items()}
     result: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "kind": "evaluation",
@@ -157,7 +158,7 @@ def build_result(
         "model": all_null | dict(model),
         "settings": dict(settings),
         "environment": environment() | {"device": device},
-        "tasks": {task: dict(record) for task, record in tasks.items()},
+        "tasks": task_records,
     }
     if training is not None:
         result["training"] = dict(training)
@@ -320,7 +321,12 @@ def write_result(
     """
     check_result(result, path)
     try:
-        text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(
+            result,
+            indent=1,
+            ensure_ascii=False,
+            allow_nan=False,
+        )
     except ValueError as error:
         raise UserError(f"{path}: a result cannot hold NaN or infinity: give null for what has no value") from error
     write_text(path, text + "\n")
@@ -364,13 +370,16 @@ def check_result(
         UserError: The first thing that is wrong, in one line.
     """
     # The version before anything else: a newer schema may break every other check.
-    version = result.get("schema_version") if isinstance(result, dict) else None
+    version = None
+    if isinstance(result, dict):
+        version = result.get("schema_version")
     if not isinstance(version, int):
         raise UserError(f"{source}: not a result file, no schema_version: give one that `maskft evaluate` wrote")
     if version > SCHEMA_VERSION:
         raise UserError(
             f"{source}: schema version {version} is newer than this maskft reads ({SCHEMA_VERSION}): upgrade maskft"
         )
+    # Strict: without it pydantic would accept the text "1" for a number.
     try:
         _adapter().validate_python(result, strict=True)
     except ValidationError as error:
@@ -421,7 +430,8 @@ def _check_metric(
     is_fraction = metric["unit"] == "fraction"
     for item in items:
         identity = item["id"]
-        if name not in item or not isinstance(item[name], int | float | None):
+        has_number = name in item and isinstance(item[name], int | float | None)
+        if not has_number:
             raise ValueError(f"item {identity!r} has {name} {item.get(name)!r}, not a number or null")
         value = item[name]
         if value is not None and abs(value) > sys.float_info.max:  # 1e400 is read as infinity

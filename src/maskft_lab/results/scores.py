@@ -62,27 +62,32 @@ def _score(
     unit: str,
     fixed_seeds: bool,
 ) -> Score:
+    """Return the value of one model in one metric, with its error, or its interval at an edge, where there is one."""
     num_seeds = len(group)
+    first = group[0]
+    task_record = first["tasks"][task]
     score = Score(
-        model=group[0]["name"],
+        model=first["name"],
         task=task,
         metric=metric,
         unit=unit,
         value=None,
         stderr=None,
         num_seeds=num_seeds,
-        test_set=group[0]["tasks"][task].get("data_file"),
+        test_set=task_record.get("data_file"),
     )
-    records = [result["tasks"][task]["metrics"][metric] for result in group]
-    values_or_none = [record["value"] for record in records]
-    values = [value for value in values_or_none if value is not None]
+    values: list[float] = []
+    for result in group:
+        value_or_none = result["tasks"][task]["metrics"][metric]["value"]
+        if value_or_none is not None:
+            values.append(value_or_none)
     if len(values) < num_seeds:
         return score  # one seed without a value, and there is no mean
 
     # One result has its own error, over items; of several seeds it is that over the seeds.
     if num_seeds == 1:
         value = values[0]
-        stderr = records[0]["stderr"]
+        stderr = task_record["metrics"][metric]["stderr"]
     else:
         value, stderr = weighted_mean(values)
 
@@ -91,7 +96,7 @@ def _score(
     is_over_items = fixed_seeds and num_seeds > 1
     values_N = None
     clusters = None
-    items = group[0]["tasks"][task]["items"]
+    items = task_record["items"]
     if is_share or is_over_items:
         values_N = _mean_items(group, task, metric)
     if values_N is not None:

@@ -122,7 +122,8 @@ def as_block(
     """
     diffs_SN = np.asarray(diffs_SN, dtype=float)
     is_matrix = diffs_SN.ndim == 2
-    if not is_matrix or diffs_SN.shape[0] < 1 or diffs_SN.shape[1] < 2:
+    is_large_enough = is_matrix and diffs_SN.shape[0] >= 1 and diffs_SN.shape[1] >= 2
+    if not is_large_enough:
         raise ValueError(f"differences of shape {diffs_SN.shape}: a bootstrap needs seeds x items, at least 2 items")
 
     num_items = diffs_SN.shape[1]
@@ -138,14 +139,16 @@ def as_block(
         return Block(diffs_SN, weights_N)
 
     # Clusters by number: 0, 1, 2, ...
-    _, labels_N = np.unique(np.asarray(clusters), return_inverse=True)
+    clusters_N = np.asarray(clusters)
+    _, labels_N = np.unique(clusters_N, return_inverse=True)
     if labels_N.shape != (num_items,) or labels_N.max() == 0:
         raise ValueError(f"{labels_N.size} items of {len(set(clusters))} clusters: errors need at least 2 clusters")
 
     # The weighted mean of each cluster, and its weight. A bincount with weights is their sum by label.
     totals_G = np.bincount(labels_N, weights_N)
     weighted_SN = diffs_SN * weights_N
-    sums_SG = np.stack([np.bincount(labels_N, row) for row in weighted_SN])
+    sums_of_seeds = [np.bincount(labels_N, weighted_N) for weighted_N in weighted_SN]
+    sums_SG = np.stack(sums_of_seeds)
     means_SG = sums_SG / totals_G
     return Block(means_SG, totals_G.astype(float))
 
@@ -185,7 +188,9 @@ class Bootstrap:
         self.between = 0.0
         self.interaction = 0.0
         if self.num_seeds > 1:
-            self.between, self.interaction = _variance_components(block.diffs_SN, block.weights_N)
+            between, interaction = _variance_components(block.diffs_SN, block.weights_N)
+            self.between = between
+            self.interaction = interaction
         self._resample(np.random.default_rng(seed))
 
     def _resample(self, rng: np.random.Generator) -> None:
@@ -246,8 +251,10 @@ class Bootstrap:
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
         """Return the interval of the difference; ``confidence`` is its coverage, in (0, 1)."""
-        tails = [(1 - confidence) / 2, (1 + confidence) / 2]
-        low, high = np.quantile(self.resamples(confidence), tails)
+        lower_tail = (1 - confidence) / 2
+        upper_tail = (1 + confidence) / 2
+        resampled_R = self.resamples(confidence)
+        low, high = np.quantile(resampled_R, [lower_tail, upper_tail])
         return float(low), float(high)
 
     def p_value(self, confidence: float = 0.95) -> float:
@@ -284,7 +291,8 @@ class Bootstrap:
             return float(distance < 0)
 
         t = distance / math.sqrt(variance)
-        return float(stats.t.sf(t, self.num_seeds - 1))
+        degrees_of_freedom = self.num_seeds - 1
+        return float(stats.t.sf(t, degrees_of_freedom))
 
 
 def mcnemar_exact(a: ArrayLike, b: ArrayLike) -> float:
@@ -381,4 +389,5 @@ def _resample_counts(
     first_of_row = num_units * np.arange(rows)
     drawn += first_of_row[:, None]
     counts = np.bincount(drawn.ravel(), minlength=rows * num_units)
-    return counts.reshape(rows, num_units).astype(float)
+    counts_RN = counts.reshape(rows, num_units)
+    return counts_RN.astype(float)

@@ -90,8 +90,10 @@ def markdown_cell(text: str) -> str:
 
 def latex_text(text: str) -> str:
     """Escape the characters that LaTeX reads as commands."""
-    characters = [_LATEX_SPECIAL.get(character, character) for character in printable(text)]
-    return "".join(characters)
+    out: list[str] = []
+    for character in printable(text):
+        out.append(_LATEX_SPECIAL.get(character, character))
+    return "".join(out)
 
 
 def _cleaned(
@@ -167,8 +169,7 @@ def _terminal_table(table: Table, width: int) -> str:
     blocks: list[list[int]] = []
     for index in range(1, len(widths)):
         # The first block, or one more where the last has no room.
-        is_full = not blocks or _width_of([*blocks[-1], index], widths) > width
-        if is_full:
+        if not blocks or _width_of([*blocks[-1], index], widths) > width:
             blocks.append([])
         blocks[-1].append(index)
 
@@ -178,8 +179,10 @@ def _terminal_table(table: Table, width: int) -> str:
         drawn = []
         for row in (table.columns, *table.rows):
             cells = [row[0].ljust(widths[0])]
-            cells += [row[index].rjust(widths[index]) for index in block]
-            drawn.append("  ".join(cells).rstrip())
+            for index in block:
+                cells.append(row[index].rjust(widths[index]))
+            line = "  ".join(cells)
+            drawn.append(line.rstrip())
         heads, *others = drawn
         rule = "─" * _width_of(block, widths)
         lines += [heads, rule, *others, ""]
@@ -188,4 +191,7 @@ def _terminal_table(table: Table, width: int) -> str:
 
 def _width_of(block: list[int], widths: list[int]) -> int:
     """Return the width of the first column and those of a block, two blanks between them."""
-    return widths[0] + sum(2 + widths[index] for index in block)
+    total = widths[0]
+    for index in block:
+        total += 2 + widths[index]
+    return total

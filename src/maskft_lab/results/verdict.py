@@ -8,11 +8,27 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from .comparable import Groups, having, is_parent, pair_by_seed
-from .comparison import BETTER, NOT_DISTINGUISHABLE, WORSE, Difference, MaskVerdict, Place, Settings
+from .comparison import (
+    BETTER,
+    NOT_DISTINGUISHABLE,
+    WORSE,
+    Difference,
+    MaskVerdict,
+    Place,
+    Settings,
+)
 from .differences import Measured, judge, measure
 from .proportions import FEW
 from .schema import BEFORE, Result
-from .words import difference_text, is_alike, numbers_text, points_or_unit, scale_and_digits, task_text, unit_text
+from .words import (
+    difference_text,
+    is_alike,
+    numbers_text,
+    points_or_unit,
+    scale_and_digits,
+    task_text,
+    unit_text,
+)
 
 MASK = "mask"
 EQUAL_TOKENS = 0.02  # share by which numbers of tokens may differ and still count as equal
@@ -92,8 +108,9 @@ def verdicts_on_masks(
             parent, so that the verdict agrees with the table.
         settings: As of the comparison.
     """
-    task, metric = brief_metric([row for row, _ in rows])
-    baseline = rows[0][0].baseline
+    differences = [difference for difference, _ in rows]
+    task, metric = brief_metric(differences)
+    baseline = differences[0].baseline
 
     # Differences from the baseline on this task, by method and metric, and the models that have the metric.
     from_baseline: dict[tuple[str, str], Row] = {}
@@ -110,8 +127,17 @@ def verdicts_on_masks(
     def against_parents(metrics: Mapping[str, str]) -> dict[str, Row]:
         """Return each mask against its parent, in the metric of the mask."""
         # Differences from the baseline are judged already, in the family of the table.
-        pairs = [pair for pair in kin.parents.items() if pair[1] != baseline]
-        judged = _judged(groups, pairs, task, metrics, settings)
+        pairs: list[Pair] = []
+        for mask, parent in kin.parents.items():
+            if parent != baseline:
+                pairs.append((mask, parent))
+        judged = _judged(
+            groups,
+            pairs,
+            task,
+            metrics,
+            settings,
+        )
         found: dict[str, Row] = {}
         for mask, parent in kin.parents.items():
             if parent == baseline:
@@ -127,7 +153,10 @@ def verdicts_on_masks(
     # they are one family, whose p-values and intervals depend on each other.
     reasons: dict[str, str] = {}
     for mask, (difference, _) in of_parents.items():
-        beside = [kin.parents[mask]] + [control for of_mask, control in kin.controls if of_mask == mask]
+        beside = [kin.parents[mask]]
+        for of_mask, control in kin.controls:
+            if of_mask == mask:
+                beside.append(control)
         loss = _loss_of(rows, groups, task, mask, beside)
         reason = silence(difference)
         if loss is not None and reason is not None:
@@ -137,12 +166,22 @@ def verdicts_on_masks(
         of_parents = against_parents(metrics)
 
     # The strongest control is chosen by its result. Holm's correction over all controls pays for the choice.
-    of_controls = _judged(groups, kin.controls, task, metrics, settings)
+    of_controls = _judged(
+        groups,
+        kin.controls,
+        task,
+        metrics,
+        settings,
+    )
 
     verdicts: list[MaskVerdict] = []
     for mask in kin.parents:
-        # A control that lacks the metric in one of its results was not judged.
-        controls = [of_controls[pair] for pair in kin.controls if pair[0] == mask and pair in of_controls]
+        controls: list[Row] = []
+        for pair in kin.controls:
+            of_mask, _ = pair
+            # A control that lacks the metric in one of its results was not judged.
+            if of_mask == mask and pair in of_controls:
+                controls.append(of_controls[pair])
         verdict = _verdict(of_parents[mask], controls, reasons.get(mask))
         verdicts.append(verdict)
     return verdicts
@@ -227,7 +266,8 @@ def _loss_of(
     for row, _ in rows:
         if row.task != task or row.unit == "fraction":
             continue
-        if all(_have(groups, (mask, name), task, row.metric) for name in beside):
+        is_measured = all(_have(groups, (mask, name), task, row.metric) for name in beside)
+        if is_measured:
             return row.metric
     return None
 
@@ -255,7 +295,8 @@ def _kin(
 
     kin = Kin({}, [])
     for mask in groups:
-        is_learned = groups[mask][0]["model"]["method"] == MASK
+        first = groups[mask][0]
+        is_learned = first["model"]["method"] == MASK
         if mask not in known or not is_learned:
             continue
 
@@ -263,7 +304,7 @@ def _kin(
         others = [name for name in names if name != mask]
         parents = [name for name in others if _all_paired(groups, mask, name, is_parent)]
         if parents:
-            parent, *_ = parents
+            parent = parents[0]
         elif mask != baseline and _all_paired(groups, mask, baseline, _may_be_parent):
             parent = baseline
         else:
@@ -306,8 +347,18 @@ def _judged(
 
     family: list[Row] = []
     for mask, name in with_metric:
-        paired = pair_by_seed(groups[mask], groups[name], settings.fixed_seeds)
-        row = measure(paired, task, metrics[mask], True, settings)
+        paired = pair_by_seed(
+            groups[mask],
+            groups[name],
+            settings.fixed_seeds,
+        )
+        row = measure(
+            paired,
+            task,
+            metrics[mask],
+            is_main=True,
+            settings=settings,
+        )
         family.append(row)
 
     differences = judge(family, settings)
@@ -370,9 +421,11 @@ def _all_paired(
 
 def _may_be_parent(other: Result, mask: Result) -> bool:
     """Whether a mask may have been trained over a model: one of their fingerprints is not known."""
-    if other["model"]["adapter"] is not None:
+    of_other = other["model"]
+    of_mask = mask["model"]
+    if of_other["adapter"] is not None:
         return False
-    return other["model"]["fingerprint"] is None or mask["model"]["fingerprint"] is None
+    return of_other["fingerprint"] is None or of_mask["fingerprint"] is None
 
 
 def _is_control(other: Result, mask: Result) -> bool:
@@ -400,7 +453,8 @@ def _start_of(result: Result) -> tuple[Any, Any] | None:
 
 def _tokens_of(result: Result) -> int:
     """Return the tokens of a run until its end, from the pre-trained model on; 0 if they are not known."""
-    return result.get("training", {}).get("complete_num_train_tokens") or 0
+    training = result.get("training", {})
+    return training.get("complete_num_train_tokens") or 0
 
 
 # The words

@@ -51,7 +51,8 @@ def difference_text(row: Difference, unit: str = "") -> str:
     the two agree on every item at every seed. ``(no interval)``: it would be the whole range, -100 to 100 points.
     Published comparisons from before intervals were simultaneous have only unadjusted ones, and their text says so.
     """
-    text = _with_interval(row, (row.ci_low, row.ci_high), unit)
+    bounds = (row.ci_low, row.ci_high)
+    text = _with_interval(row, bounds, unit)
     is_unadjusted = row.num_comparisons > 1 and row.unadjusted_low is None
     if is_unadjusted:
         text += " unadjusted"
@@ -70,12 +71,16 @@ def is_alike(row: Difference) -> bool:
 
 def _unadjusted_text(row: Difference) -> str:
     """Return ``, unadjusted [0.6, 1.8]`` if that interval differs from the one beside the verdict."""
-    if row.num_comparisons == 1 or row.unadjusted_low is None or row.unadjusted_high is None:
+    if row.num_comparisons == 1:
+        return ""  # both are the same
+    if row.unadjusted_low is None or row.unadjusted_high is None:
         return ""
     bounds = (row.unadjusted_low, row.unadjusted_high)
     if is_alike(row) or _is_everything(row, bounds):
         return ""
-    _, interval = _with_interval(row, bounds).split(" ", 1)
+    # The text after the difference, which is written already.
+    text = _with_interval(row, bounds)
+    _, interval = text.split(" ", 1)
     return f", unadjusted {interval}"
 
 
@@ -129,7 +134,8 @@ def score_text(score: Score) -> str:
     value = f"{scale * score.value:.{digits}f}"
 
     # Both bounds are None or neither is; mypy needs both checks.
-    if score.low is not None and score.high is not None and shows_interval(score):
+    has_interval = shows_interval(score)
+    if has_interval and score.low is not None and score.high is not None:
         low = f"{scale * score.low:.{digits}f}"
         high = f"{scale * score.high:.{digits}f}"
         return f"{value} [{low}, {high}]"
