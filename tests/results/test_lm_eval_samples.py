@@ -131,7 +131,7 @@ def test_damage_ends_in_one_line(folders):
         ("[1]\n", "line 1: not a sample of lm-eval"),
         ("", "no samples in it"),
         (json.dumps({"doc_id": 1}) + "\n", "no samples of lm-eval 0.4.5 or later, 'filter' is missing"),
-        (whole.replace('"metrics": [', '"metrics": 3, "x": ['), "not a whole samples file of lm-eval"),
+        (whole.replace('"metrics": [', '"metrics": 3, "x": ['), "not a complete samples file of lm-eval"),
     ):
         file.write_text(text)
         refuse([folders[0]], match)

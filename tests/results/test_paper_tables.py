@@ -145,7 +145,7 @@ def test_a_cell_is_of_one_study():
         ),
         (
             [result("base", {"gsm8k": {"accuracy": 1}}, "pretrained", training={"base": f"m{n}"}) for n in range(2)],
-            r"several base models, m0, m1; give those of one",
+            r"several base models, m0, m1: give those of one",
         ),
     ],
 )

@@ -288,7 +288,7 @@ def test_two_seeds_make_no_claim_and_no_interval_is_impossible():
     (row,) = comparison.differences
     assert row.ci_low == row.unadjusted_low == -1.0 and row.ci_high <= 1.0
     assert "not distinguishable; two seeds: no claim over seeds" in sentence(row)
-    assert "Two seeds: what is not distinguishable is no claim over seeds." in render(comparison, "terminal")
+    assert "Two seeds: 'not distinguishable' supports no claim over seeds." in render(comparison, "terminal")
 
 
 def test_a_test_set_is_called_by_its_file():

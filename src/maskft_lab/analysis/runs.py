@@ -81,7 +81,7 @@ def read_study(
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{str(folder)!r} is not a folder; name the output_dir of a study")
+        raise UserError(f"{str(folder)!r} is not a folder: give the output_dir of a study")
 
     # Published results have no folders of runs, only the files that a study wrote about them.
     records = (folder / layout.RUNS).glob(f"*/{layout.RUN}")

@@ -189,7 +189,7 @@ def check_known(
     names: Iterable[str],
     known: Iterable[str],
 ) -> None:
-    """Refuse a name that no result has.
+    """Raise for a name that no result has.
 
     Args:
         what: Kind of name, for the message: ``task``, ``metric``, ``baseline``.
@@ -243,7 +243,7 @@ def select(
 
 
 def check_comparable(results: Sequence[Result], tasks: Sequence[str]) -> None:
-    """Refuse results that were not measured alike, with each one's differences from an earlier result in one line.
+    """Raise for results that were not measured alike, with each one's differences from an earlier result in one line.
 
     Args:
         results: Results of any names.
@@ -409,7 +409,7 @@ def unit_of(
     for result in results:
         record = result["tasks"][task]
         units.add(record["metrics"][metric]["unit"])
-    # A value above 1 in any result shows that it is no fraction.
+    # A value above 1 in any result shows that it is not a fraction.
     if units == _GUESSED_UNITS:
         return "score"
     return units.pop()

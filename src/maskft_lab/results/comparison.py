@@ -112,6 +112,7 @@ class Difference:
     ``test_set`` is the file that the items are from, where it is known: tables call the task by it.
     """
 
+    # Which models, and the metric in which they are compared.
     method: str
     baseline: str
     task: str
@@ -119,11 +120,14 @@ class Difference:
     unit: str
     higher_is_better: bool
     is_main: bool
+
+    # Means over the items and seeds, in the unit of the metric.
     num_items: int
     num_seeds: int
     value: float
     baseline_value: float
     difference: float
+
     test: str
     won: int
     lost: int

@@ -86,6 +86,7 @@ class Measured:
         self.sample = sample
         self.unit = unit
         block = sample.block()
+        # Drawn once: intervals of all levels are read from the same resamples.
         self.drawn = Bootstrap(block, num_resamples, seed)
 
         # Where few or no items differ, resampling takes the difference for nearly or exactly known.
@@ -132,6 +133,7 @@ class Measured:
             confidence: To which the resamples are stretched, in (0, 1), see `Bootstrap.p_value`.
         """
         if self.sample.is_binary:
+            # One row on each side: a binary sample is of one seed.
             (values_N,) = self.sample.values_SN
             (baseline_N,) = self.sample.baseline_SN
             return mcnemar_exact(values_N, baseline_N)
@@ -282,6 +284,7 @@ def difference_of(
     method, baseline = names
     sample = measured.sample
     num_seeds = sample.diffs_SN.shape[0]
+    # Over the seeds first, all alike, then over the items by their weights.
     values_N = sample.values_SN.mean(axis=0)
     baseline_N = sample.baseline_SN.mean(axis=0)
     value, _ = weighted_mean(values_N, sample.weights)

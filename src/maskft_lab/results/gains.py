@@ -49,7 +49,7 @@ def gains_of(differences: Sequence[Difference]) -> list[dict[str, Any]]:
 
     curves = []
     for task, rows in probes.items():
-        # The other way round: the first metric that is no fraction.
+        # The other way round: the first metric that is not a fraction.
         probe = min(rows, key=lambda row: row.unit == "fraction")
         points: list[dict[str, Any]] = []
         for row in rows:

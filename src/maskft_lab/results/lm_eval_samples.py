@@ -87,7 +87,7 @@ def read_samples(
         except UserError:
             raise  # which is a ValueError, and says more
         except _DAMAGE as error:
-            raise UserError(f"{file}: not a whole samples file of lm-eval ({first_line(error)})") from None
+            raise UserError(f"{file}: not a complete samples file of lm-eval ({first_line(error)})") from None
 
         # Some settings are at the top of the file, others in its block `config`.
         config = summary.get("config") or {}
@@ -214,7 +214,9 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
             try:
                 row = parse_json(line)
             except ValueError as error:
-                raise UserError(f"{file}, line {number}: not JSON ({first_line(error)}): is the file whole?") from None
+                raise UserError(
+                    f"{file}, line {number}: not JSON ({first_line(error)}): is the file complete?"
+                ) from None
             if not isinstance(row, dict):
                 raise UserError(f"{file}, line {number}: not a sample of lm-eval")
             yield row

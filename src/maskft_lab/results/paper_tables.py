@@ -253,7 +253,7 @@ def _of_backbone(results: Sequence[Result], backbone: str) -> list[Result]:
         if base and not result["training"].get("variant"):
             bases.add(base)
     if len(bases) > 1:
-        raise UserError(f"the results are of several base models, {', '.join(sorted(bases))}; give those of one")
+        raise UserError(f"the results are of several base models, {', '.join(sorted(bases))}: give those of one")
     return others
 
 

@@ -56,7 +56,7 @@ def input_files(paths: Iterable[str]) -> set[Path]:
 
 
 def check_output(output: str | None, results: Iterable[str]) -> None:
-    """Refuse an output file that is one of the results, which it would replace.
+    """Raise if an output file is one of the results, which it would replace.
 
     Args:
         output: Path of the output; None for standard output.
@@ -74,7 +74,7 @@ def _name_and_path(text: str) -> tuple[str | None, Path]:
     """Split ``NAME=PATH``; the name is None where there is a path alone."""
     name, separator, path = text.partition("=")
     if not text or (separator and not path):
-        raise UserError(f"{text!r} names no file; give a result, a folder of results, or NAME=PATH")
+        raise UserError(f"{text!r} names no file: give a result, a folder of results, or NAME=PATH")
     if not separator or not name:
         return None, Path(text)
     # A path may have an equals sign in it.

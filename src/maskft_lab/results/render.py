@@ -240,7 +240,7 @@ def _page_sentences(
 
     has_two_seeds = any(row.num_seeds == 2 for row in shown)
     if has_two_seeds and not comparison.fixed_seeds:
-        sentences.append("Two seeds: what is not distinguishable is no claim over seeds.")
+        sentences.append("Two seeds: 'not distinguishable' supports no claim over seeds.")
     sentences += [_note(note) for note in comparison.notes[:2]]
     return sentences
 
@@ -346,16 +346,19 @@ def _block(
 def _cut(text: str, width: int) -> str:
     if len(text) <= width:
         return text
+    # The ellipsis takes one column itself.
     return text[: width - 1] + "…"
 
 
 def _note(note: str) -> str:
+    # Some notes ask the reader something.
     end = "" if note.endswith("?") else "."
     return f"Note: {note}{end}"
 
 
 def _how_to_read(comparison: Comparison) -> str:
     """Return one sentence about differences, intervals and errors, with what applies to this comparison."""
+    # Each clause only where a reader of this comparison meets its subject.
     percent = f"{100 * comparison.confidence:g} %"
     text = (
         f"Differences are method - {comparison.baseline}, with {percent} intervals of "

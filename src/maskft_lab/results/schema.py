@@ -175,6 +175,7 @@ def build_task(
     chat_template_hash: str | None = None,
 ) -> TaskRecord:
     """Return the record of one task: ``metrics`` from `metric_from_items`, ``fingerprint`` from `items_fingerprint`."""
+    # Copies of the dictionaries: what the caller does with its own later is not part of the result.
     return {
         "version": version,
         "num_fewshot": num_fewshot,
@@ -319,6 +320,7 @@ def write_result(
     Raises:
         UserError: If the result is not of this schema, holds NaN or infinity, or the file cannot be written.
     """
+    # Before the file is opened: a wrong result must not replace a good one.
     check_result(result, path)
     try:
         text = json.dumps(
@@ -328,7 +330,7 @@ def write_result(
             allow_nan=False,
         )
     except ValueError as error:
-        raise UserError(f"{path}: a result cannot hold NaN or infinity: give null for what has no value") from error
+        raise UserError(f"{path}: a result cannot hold NaN or infinity: give null where there is no value") from error
     write_text(path, text + "\n")
 
 
@@ -346,6 +348,7 @@ def read_result(path: str | os.PathLike[str]) -> Result:
     except OSError as error:
         raise UserError(f"{file}: the result cannot be read ({error.strerror or error}): check the path") from error
     except (ValueError, EOFError, zlib.error) as error:
+        # The last two come from a damaged gzip file.
         raise UserError(
             f"{file}: not a result file, not JSON ({error}): evaluate again with `maskft evaluate`"
         ) from error
@@ -396,7 +399,7 @@ def _adapter() -> TypeAdapter[Result]:
 
 
 def _check_task(task: TaskRecord) -> TaskRecord:
-    """Refuse items without an id or with equal ids, and metrics that differ from those of the items."""
+    """Raise for items without an id or with equal ids, and for metrics that differ from those of the items."""
     # Items are paired by their ids.
     items = task["items"]
     seen: set[str] = set()
@@ -426,7 +429,7 @@ def _check_metric(
     metric: MetricRecord,
     items: list[Item],
 ) -> None:
-    """Refuse values of items that are no numbers or out of range, and a metric that is not their mean."""
+    """Raise for values of items that are not numbers or out of range, and for a metric that is not their mean."""
     is_fraction = metric["unit"] == "fraction"
     for item in items:
         identity = item["id"]
@@ -460,7 +463,7 @@ def is_finite(value: object) -> TypeGuard[float]:
 
 
 def refuse_constant(name: str) -> None:
-    """Refuse NaN and infinity where JSON is parsed: Python reads them, and other programs cannot.
+    """Raise for NaN and infinity where JSON is parsed: Python reads them, and other programs cannot.
 
     Raises:
         ValueError: Always.

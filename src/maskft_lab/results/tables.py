@@ -56,6 +56,7 @@ def draw(
         output_format: ``terminal``, ``markdown`` or ``latex``.
         width: Columns of the terminal; by default those of the one that is used.
     """
+    # Texts are escaped before they are measured: an escape may change their length.
     if output_format == "terminal":
         cleaned = _cleaned(table, printable)
         return _terminal_table(cleaned, width or _terminal_width())
@@ -106,6 +107,7 @@ def _cleaned(
 
 
 def _is_heading(row: tuple[str, ...]) -> bool:
+    """Whether a row has text in its first cell only."""
     _, *others = row
     return not any(others)
 
@@ -152,7 +154,9 @@ def _latex_row(cells: tuple[str, ...]) -> str:
 
 
 def _terminal_width() -> int:
-    return shutil.get_terminal_size(fallback=(80, 24)).columns
+    # The fallback is for a pipe or a file.
+    size = shutil.get_terminal_size(fallback=(80, 24))
+    return size.columns
 
 
 def _terminal_table(table: Table, width: int) -> str:

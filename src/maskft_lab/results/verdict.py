@@ -259,7 +259,7 @@ def _loss_of(
     mask: str,
     beside: Sequence[str],
 ) -> str | None:
-    """Return the first metric of the task that is no share, and in which a mask and all models beside it were measured.
+    """Return the first metric of the task that is not a share and that a mask and all models beside it have.
 
     A control without it would leave the verdict, which would then be about weaker controls, or about none.
     """
@@ -429,7 +429,7 @@ def _may_be_parent(other: Result, mask: Result) -> bool:
 
 
 def _is_control(other: Result, mask: Result) -> bool:
-    """Whether a model that is no learned mask was trained from the mask's start on as many tokens."""
+    """Whether a model that is not a learned mask was trained from the mask's start on as many tokens."""
     if other["model"]["method"] == MASK:
         return False
 
@@ -438,6 +438,7 @@ def _is_control(other: Result, mask: Result) -> bool:
     if start is None or start != _start_of(other):
         return False
 
+    # Both count from the pre-trained model on, so the tokens of the common start are in both.
     num_tokens = _tokens_of(mask)
     difference = abs(_tokens_of(other) - num_tokens)
     return num_tokens > 0 and difference <= EQUAL_TOKENS * num_tokens
@@ -462,6 +463,7 @@ def _tokens_of(result: Result) -> int:
 
 def _text(against: Sequence[Row], reason: str | None) -> str:
     """Return the words of a verdict, after the seeds that contradict it."""
+    # Where seeds point in both directions, the mean may be that of one outlier: their differences come first.
     doubts = ""
     for row, measured in against:
         by_seed = measured.by_seed

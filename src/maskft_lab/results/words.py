@@ -31,6 +31,7 @@ def sentence(row: Difference) -> str:
     unit = points_or_unit(row.unit)
     difference = difference_text(row, unit) + _unadjusted_text(row)
 
+    # The verdict follows from the adjusted p; the plain one is what a single comparison would have had.
     p_value = f"{row.test} p {p_text(row.p_value)}"
     if row.num_comparisons > 1:
         p_value += f" ({p_text(row.p_adjusted)} after Holm over {row.num_comparisons} comparisons)"
