@@ -129,7 +129,11 @@ def operator_product(
 
     def product(vector: np.ndarray) -> np.ndarray:
         """H v: float64 outside, as ARPACK wants it, and the weights' float32 on their device inside."""
-        on_device = torch.as_tensor(vector, dtype=like.dtype, device=like.device)
+        on_device = torch.as_tensor(
+            vector,
+            dtype=like.dtype,
+            device=like.device,
+        )
         result = operator @ on_device
         return result.double().cpu().numpy()
 
@@ -162,7 +166,11 @@ def quadratic_forms(
         generator = np.random.default_rng([seed, index])
         signs = generator.choice([-1.0, 1.0], len(kept))
         z = kept * signs
-        return [float(z @ product(z)) for product in products]
+        forms_of_batches: list[float] = []
+        for product in products:
+            form = z @ product(z)
+            forms_of_batches.append(float(form))
+        return forms_of_batches
 
     forms = []
     for index in range(num_probes):

@@ -41,21 +41,27 @@ def plane_through(
         UserError: If the three lie on one line: two may be the same model.
     """
     # From the origin to the other two.
-    u = {name: second[name] - first[name] for name in first}
-    v = {name: third[name] - first[name] for name in first}
+    u: Weights = {}
+    v: Weights = {}
+    for name, origin in first.items():
+        u[name] = second[name] - origin
+        v[name] = third[name] - origin
 
     # Gram-Schmidt: u has length 1; v loses its part along u, then has length 1 too.
     length_u = _dot(u, u) ** 0.5
     divisor = max(length_u, 1e-30)  # keeps u finite if first and second are equal, which is reported below
-    u = {name: each / divisor for name, each in u.items()}
+    for name in u:
+        u[name] = u[name] / divisor
     along = _dot(u, v)
-    v = {name: each - along * u[name] for name, each in v.items()}
+    for name in v:
+        v[name] = v[name] - along * u[name]
     length_v = _dot(v, v) ** 0.5
 
     # A length that is so small beside the other is rounding error of float32 weights.
     if length_v <= 1e-6 * length_u or length_u <= 1e-6 * length_v:
         raise UserError("three models on one line span no plane: are two of them the same?")
-    v = {name: each / length_v for name, each in v.items()}
+    for name in v:
+        v[name] = v[name] / length_v
 
     coordinates = [
         [0.0, 0.0],
@@ -109,7 +115,9 @@ def analyse_landscape(
         UserError: If the models differ in architecture, or a loss is not finite.
     """
     check_grid(grid)
-    rows_digests = {split: digest(rows_of_split) for split, rows_of_split in rows.items()}
+    rows_digests: dict[str, str] = {}
+    for split, rows_of_split in rows.items():
+        rows_digests[split] = digest(rows_of_split)
     settings: dict[str, Any] = {
         "what": "plane",
         "grid": grid,
@@ -128,6 +136,7 @@ def analyse_landscape(
     origin = weights_of(model)
     # Unnamed, like the masked weights below: a name would keep the second model in memory to the end.
     continued = weights_of(load_model(end, "float32").to(sampling.device))
+    # Before the difference of their weights, which would end in an error of torch, or broadcast.
     if _shapes(origin) != _shapes(continued):
         raise UserError(f"{end!r} is not of the architecture of the model under the mask")
     # The third model is the first with its masked weights at 0. From here on ``model`` only holds points of the plane.
@@ -136,7 +145,8 @@ def analyse_landscape(
 
     def losses_at(x: float, y: float) -> dict[str, float]:
         """Mean loss of each split at a point of the plane."""
-        set_weights(model, origin, [(x, u), (y, v)])
+        steps = [(x, u), (y, v)]
+        set_weights(model, origin, steps)
         losses: dict[str, float] = {}
         for split, rows_of_split in rows.items():
             nll = nll_per_item(model, rows_of_split, batch_size=sampling.batch_size)
@@ -179,13 +189,15 @@ def _axes(coordinates: np.ndarray, grid: int) -> tuple[list[float], list[float]]
     low = coordinates.min(0)
     high = coordinates.max(0)
     margin = MARGIN * (high - low)
-    points = np.linspace(low - margin, high + margin, grid)  # (grid, 2): both axes at once
+    start = low - margin
+    stop = high + margin
+    points = np.linspace(start, stop, grid)  # (grid, 2): both axes at once
     x, y = points.T.tolist()
     return x, y
 
 
 def _shapes(weights: Weights) -> dict[str, torch.Size]:
-    return {name: each.shape for name, each in weights.items()}
+    return {name: weight.shape for name, weight in weights.items()}
 
 
 def _dot(a: Weights, b: Weights) -> float:

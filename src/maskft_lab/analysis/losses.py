@@ -43,7 +43,8 @@ def rows_folder(study: Path, given: str | None) -> Path:
 
     is_complete = False
     if len(found) == 1:
-        is_complete = all((found[0] / split).is_dir() for split in SPLITS)
+        folders_of_splits = [found[0] / split for split in SPLITS]
+        is_complete = all(folder.is_dir() for folder in folders_of_splits)
     if not is_complete:
         names = ", ".join(str(folder) for folder in found) or "none"
         raise UserError(
@@ -91,6 +92,7 @@ def make_batches(
 
     Not sorted by length: the spread between batches tells the error of a mean over rows.
     """
+    # The attention mask of `pad` is not needed: the labels of padding are ignored, and nothing attends to it.
     batches: list[Batch] = []
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]

@@ -124,7 +124,8 @@ def _variance_by_chance(mask: Tensor, num_blocks: int) -> float:
 
     # With replacement the variance would be p (1 - p) / n. A block that is all of the matrix has no variance at all.
     with_replacement = p * (1 - p) / size
-    return with_replacement * (total - size) / max(total - 1, 1)
+    num_others = total - size
+    return with_replacement * num_others / max(total - 1, 1)
 
 
 def describe_mask(masks: MaskSet, config) -> dict:

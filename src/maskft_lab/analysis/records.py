@@ -24,8 +24,9 @@ def no_report(num_done: int, total: int) -> None:
 def digest_folder(folder: str | Path) -> str:
     """Digest of a folder's weight files: the identity of a model, whatever its path. Of a hub model its name."""
     path = Path(folder)
-    weights = [*path.glob("*.safetensors"), *path.glob("*.bin")]
-    weights.sort()
+    safetensors = path.glob("*.safetensors")
+    pickles = path.glob("*.bin")
+    weights = sorted([*safetensors, *pickles])
     if not weights:
         return str(folder)
     # Sharded models have several files; their names, like the folder's, do not count.

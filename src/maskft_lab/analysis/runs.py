@@ -92,7 +92,8 @@ def read_study(
     if not runs:
         raise UserError(f"{str(folder)!r} holds neither finished runs (runs/*/run.json) nor results of a study")
 
-    bases = list(dict.fromkeys(run.base for run in runs))  # each once, in the order of the runs
+    unique_bases = dict.fromkeys(run.base for run in runs)  # a set would lose the order of the runs
+    bases = list(unique_bases)
     if base is None and len(bases) > 1:
         raise UserError(f"runs of different base models cannot be compared ({', '.join(bases)}): name one with --base")
     base = _known("base model", base or bases[0], bases)
@@ -103,7 +104,8 @@ def _runs_in(folder: Path, study_name: str | None) -> list[TrainedRun]:
     """The finished runs in a study's folder, without those that tuning tried and rejected."""
     # Several studies may share the folder; the summary of each, once it is written, names its runs and results.
     rows: list[dict] = []
-    for file in folder.glob(layout.SUMMARY.format("*")):
+    summary_files = folder.glob(layout.SUMMARY.format("*"))
+    for file in summary_files:
         summary = files.read_json(file)
         if study_name is not None and summary["study"] != study_name:
             continue
@@ -111,14 +113,16 @@ def _runs_in(folder: Path, study_name: str | None) -> list[TrainedRun]:
             rows += model["runs"]
 
     # Without a summary, all results of the folder count.
-    candidates = sorted((folder / layout.RESULTS).glob(f"*/{layout.RESULT}"))
+    results_folder = folder / layout.RESULTS
+    candidates = sorted(results_folder.glob(f"*/{layout.RESULT}"))
     if rows:
         names_of_results = {row["result"] for row in rows}
         candidates = [file for file in candidates if file.parent.name in names_of_results]
     results = _results_of(candidates)
 
-    records = sorted((folder / layout.RUNS).glob(f"*/{layout.RUN}"))
-    runs = [_from_record(folder, file, results) for file in records]
+    runs_folder = folder / layout.RUNS
+    records = sorted(runs_folder.glob(f"*/{layout.RUN}"))
+    runs = [_from_record(folder, record, results) for record in records]
     # The runs that the summaries name, and those that they start from, which another study may have made.
     if rows:
         in_summaries = {_identity(row["run"]) for row in rows}
@@ -126,12 +130,15 @@ def _runs_in(folder: Path, study_name: str | None) -> list[TrainedRun]:
         runs = [run for run in runs if _identity(run.id) in wanted]
 
     # Runs that tuning tried and did not choose have the name and the seed of the one it chose, and no results.
-    evaluated = {(run.name, run.seed) for run in runs if run.results}
-    kept = []
+    evaluated: set[tuple[str, int | None]] = set()
     for run in runs:
-        is_rejected = not run.results and (run.name, run.seed) in evaluated
-        # A run without results and without a chosen one is only not evaluated yet.
-        if not is_rejected:
+        if run.results:
+            evaluated.add((run.name, run.seed))
+
+    # A run without results whose name and seed no other has is only not evaluated yet.
+    kept: list[TrainedRun] = []
+    for run in runs:
+        if run.results or (run.name, run.seed) not in evaluated:
             kept.append(run)
     return kept
 
@@ -229,7 +236,7 @@ def _results_of(candidates: Sequence[Path]) -> dict[str, dict[str, Result]]:
     """Identity of a run -> role -> result; a published folder holds other JSON files beside its results."""
     found: dict[str, dict[str, Result]] = {}
     for file in candidates:
-        # Results begin with their kind. Parsing all other files to find out would take seconds.
+        # Results have their kind in the first lines. Parsing all other files to find out would take seconds.
         beginning = files.read_text(file)[:200]
         if '"kind": "evaluation"' not in beginning:
             continue

@@ -419,13 +419,18 @@ def _attention_is_known(model) -> bool:
         plain = model(input_ids=ids_1T, use_cache=False)
         plain_TV = plain.logits[0].float()
         # After the two prompts that are added below, and after the step.
-        places = [len(ids) - 2, len(shorter) - 2, len(ids) - 1]
+        places = [
+            len(ids) - 2,
+            len(shorter) - 2,
+            len(ids) - 1,
+        ]
         expected_NV = plain_TV[places]
 
         with attention(model):
             prefix = ids[: PROBE_TOKENS // 2]
-            cache = RowCache(model, 2, prefix)
-            added_BV = cache.add([ids[:-1], shorter[:-1]], 0)
+            prompts = [ids[:-1], shorter[:-1]]
+            cache = RowCache(model, len(prompts), prefix)
+            added_BV = cache.add(prompts, 0)
             stepped_BV = cache.step([ids])
             found_NV = torch.cat([added_BV, stepped_BV]).float()
     except (TypeError, ValueError, AttributeError, RuntimeError, KeyError, IndexError):
@@ -443,7 +448,12 @@ def _generate_in_batches(job: _Job, batch_size: int) -> None:
     lengths = [len(prompt) for prompt in job.prompts]
     for indices in length_sorted_batches(lengths, batch_size):
         prompts = [job.prompts[index] for index in indices]
-        ids_BT, mask_BT = pad(prompts, job.pad_id, job.model.device, side="left")
+        ids_BT, mask_BT = pad(
+            prompts,
+            job.pad_id,
+            job.model.device,
+            side="left",  # the answer follows the prompt's last token
+        )
         generated_BT = job.model.generate(
             input_ids=ids_BT,
             attention_mask=mask_BT,

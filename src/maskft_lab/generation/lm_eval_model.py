@@ -62,7 +62,8 @@ class BatchedLM(HFLM):
             settings = normalize_gen_kwargs(settings, self.max_gen_toks)
             # A setting that is not known, such as a repetition penalty of the task, is left to lm-eval.
             is_known = settings.keys() <= _GREEDY_SETTINGS
-            is_greedy = not settings["do_sample"] and settings.get("num_beams", 1) == 1
+            num_beams = settings.get("num_beams", 1)
+            is_greedy = not settings["do_sample"] and num_beams == 1
             if is_greedy and is_known:
                 answers = self._generate_greedily(group, settings)
             else:
@@ -107,10 +108,20 @@ class BatchedLM(HFLM):
 
             def on_answer(index: int, text: str) -> None:
                 # lm-eval's own cache of answers, which its generate_until fills in the same way.
-                self.cache_hook.add_partial("generate_until", requests[index].args, text)
+                self.cache_hook.add_partial(
+                    "generate_until",
+                    requests[index].args,
+                    text,
+                )
                 progress.advance(bar)
 
-            return greedy_generate(self.model, self.tokenizer, prompts, bounds, on_answer)
+            return greedy_generate(
+                self.model,
+                self.tokenizer,
+                prompts,
+                bounds,
+                on_answer,
+            )
 
     def _prompt_ids(self, text: str) -> list[int]:
         ids_1T, _ = self.tok_batch_encode([text])

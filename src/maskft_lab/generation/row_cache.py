@@ -51,7 +51,7 @@ class RowCache:
         self._num_rows = num_rows
         self._prefix_length = len(prefix)
         # Layer -> keys and values of the prefix, each (K, P, D).
-        self._prefix: dict[int, tuple[Tensor, Tensor]] = {}
+        self._prefix: dict[int, list[Tensor]] = {}
         # Layer -> keys and values of the rows, each (num_rows, K, capacity, D).
         self._rows: dict[int, list[Tensor]] = {}
 
@@ -170,7 +170,7 @@ class RowCache:
         query_key_value: QueryKeyValue,
     ) -> Tensor:
         query, key, value = query_key_value
-        self._prefix[layer] = (key[0], value[0])
+        self._prefix[layer] = [key[0], value[0]]  # there is one row
         return _attention(query, key, value, scaling, None)
 
     def _attend_in_prompts(
@@ -187,8 +187,9 @@ class RowCache:
         width = key.shape[2]
         last = first + num_rows
         kept_keys, kept_values = self._room(layer, key, value, width)
-        kept_keys[first:last, :, :width] = torch.take_along_dim(key, order_B1Q1, 2)
-        kept_values[first:last, :, :width] = torch.take_along_dim(value, order_B1Q1, 2)
+        new_places = (slice(first, last), slice(None), slice(width))
+        kept_keys[new_places] = torch.take_along_dim(key, order_B1Q1, 2)
+        kept_values[new_places] = torch.take_along_dim(value, order_B1Q1, 2)
 
         if layer in self._prefix:
             prefix_key_KPD, prefix_value_KPD = self._prefix[layer]
@@ -248,7 +249,8 @@ class RowCache:
         # The output is the sum over both parts.
         out_of_rows_BKGD = weights_BKGT @ value_BKTD
         out_of_prefix_KND = weights_KNP @ prefix_value_KPD
-        out_of_prefix_KBGD = out_of_prefix_KND.view(num_kv_heads, num_rows, -1, out_of_rows_BKGD.shape[-1])
+        value_size = value.shape[-1]
+        out_of_prefix_KBGD = out_of_prefix_KND.view(num_kv_heads, num_rows, -1, value_size)
         out_BKGD = out_of_rows_BKGD + out_of_prefix_KBGD.transpose(0, 1)
         return out_BKGD.reshape(num_rows, 1, num_heads, -1)
 
@@ -325,7 +327,8 @@ def _attend(
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     attend: Attend = kwargs["attend"]
-    return attend(module.layer_idx, scaling, (query, key, value)), None
+    output = attend(module.layer_idx, scaling, (query, key, value))
+    return output, None  # no attention weights
 
 
 AttentionInterface.register(ATTENTION, _attend)
