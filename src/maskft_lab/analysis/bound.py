@@ -90,6 +90,7 @@ def upper_bounds(
         ``code_lengths``; ``phi`` and ``bound``, of ``full`` and ``mask``; ``delta_train`` and ``delta_complexity`` of
         Eq. 10, and ``difference``, their sum; ``is_vacuous``, whether the smaller Phi exceeds the loss of guessing.
     """
+    # The difference of the bounds has two parts (Eq. 10): of the training losses, and of the complexity terms.
     loss_full, loss_mask = losses
     delta_train = loss_mask - loss_full
 

@@ -209,6 +209,7 @@ def start_model(run: TrainedRun, runs: Sequence[TrainedRun]) -> str:
     parent = parent_of(run, runs)
     if parent is not None:
         return parent.models[BEST]
+    # A mask over a model from elsewhere: its adapter names it.
     config = read_config(run.models[BEST])
     return config.base_model_name_or_path or run.base
 

@@ -50,6 +50,7 @@ def group_by_name(results: Sequence[Result]) -> Groups:
         group.append(result)
 
     for name, group in groups.items():
+        # Several results of one name are seeds, and an average over them must not count one twice.
         seeds = _seeds_of(group)
         for index, seed in enumerate(seeds):
             is_distinct = seed is not None and seed not in seeds[:index]
@@ -294,6 +295,7 @@ def _mismatches(a: TaskRecord, b: TaskRecord) -> Iterator[str]:
 
     yield from _item_mismatches(a, b)
 
+    # Metrics that only one of them has are not compared, so they are no problem.
     for name in a["metrics"]:
         if name not in b["metrics"]:
             continue

@@ -219,6 +219,7 @@ def _fits(result: Result, asked: Mapping[str, Any]) -> bool:
     if method == "pretrained":
         return True
 
+    # Null or missing counts as the usual: one domain, top-k, the best checkpoint.
     is_mixed = training.get("mixed") or False
     selection = training.get("selection") or "topk"
     checkpoint = training.get("checkpoint") or "best"

@@ -34,6 +34,7 @@ def read_all(paths: Iterable[str]) -> list[Result]:
     for text in paths:
         name, path = _name_and_path(text)
         found = _files_of(path)
+        # The files of a folder of lm-eval are tasks of one model; ours are a result each.
         if is_samples_file(found[0]):
             results.append(read_samples(found, name))
             continue

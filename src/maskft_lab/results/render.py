@@ -107,6 +107,7 @@ def difference_table(comparison: Comparison) -> Table:
 
 
 def _difference_cells(row: Difference) -> tuple[str, ...]:
+    # n is the number of values in the mean: with several seeds each item has one for each.
     num_values = f"{row.num_items:,}"
     if row.num_seeds > 1:
         num_values += f" x {row.num_seeds} seeds"
@@ -246,6 +247,7 @@ def _page_sentences(
 
 
 def _wrapped(sentences: Sequence[str]) -> list[str]:
+    # Continued lines are indented, so that one sees where a sentence begins.
     lines: list[str] = []
     for text in sentences:
         wrapped = textwrap.wrap(

@@ -74,6 +74,7 @@ def brief_metric(differences: Sequence[Difference]) -> Place:
     The trained task goes before probes of earlier abilities, a metric that is not 0 for all models before one that is,
     accuracy before other metrics, and main metrics before others.
     """
+    # An exact match that no model ever gets right says nothing about any of them.
     not_all_zero: set[Place] = set()
     for row in differences:
         if row.value or row.baseline_value:
@@ -361,6 +362,7 @@ def _judged(
         )
         family.append(row)
 
+    # One call: the p-values of a family are adjusted together, and its intervals are simultaneous.
     differences = judge(family, settings)
     judged: dict[Pair, Row] = {}
     for pair, difference, row in zip(with_metric, differences, family, strict=True):
@@ -401,6 +403,7 @@ def _all_paired(
     """
     of_mask = groups[mask]
     of_other = groups[name]
+    # Seed by seed: the parent of seed 1 is not that of seed 2, though both have one name.
     by_seed = {result["model"]["seed"]: result for result in of_mask}
     pairs: list[tuple[Result, Result]] = []
     for result in of_other:
@@ -498,6 +501,7 @@ def _conclusion(
     reason: str | None,
 ) -> str:
     """Return the conclusion, then the differences from parent and control."""
+    # The conclusion, the reason where the loss decides, then the numbers.
     if control is None:
         said = _CONCLUSIONS[parent.verdict, None]
     else:

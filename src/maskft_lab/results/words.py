@@ -20,6 +20,7 @@ def sentence(row: Difference) -> str:
     Of several comparisons the interval beside the verdict is simultaneous; the unadjusted one is labelled, since it may
     leave zero out where nothing is claimed.
     """
+    # The metric, and how many seeds and clusters its values are from.
     where = f"{row.metric} on {task_text(row)}"
     if row.num_seeds > 1:
         # Fixed seeds: a claim about these models, and not about other seeds.
@@ -36,6 +37,7 @@ def sentence(row: Difference) -> str:
     if row.num_comparisons > 1:
         p_value += f" ({p_text(row.p_adjusted)} after Holm over {row.num_comparisons} comparisons)"
 
+    # Two seeds can hardly show anything, and where nothing is shown a reader may take it for equality.
     said = row.verdict
     has_two_seeds = row.num_seeds == 2 and not row.by_seed
     if has_two_seeds and row.verdict == NOT_DISTINGUISHABLE:
