@@ -75,7 +75,12 @@ def bytes_saved_for_backward(
         return saved_bytes
 
 
-def _saved_bytes(model: nn.Module, num_rows: int, num_tokens: int, autocast: torch.dtype | None) -> int:
+def _saved_bytes(
+    model: nn.Module,
+    num_rows: int,
+    num_tokens: int,
+    autocast: torch.dtype | None,
+) -> int:
     """Bytes that one forward pass of a model of fake tensors saves, without the model's own tensors."""
     own = {_storage_id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     # By id, as views of one storage count once. The storages are held: a later one could get the id of a freed one.

@@ -91,7 +91,11 @@ class Estimate:
         return sum(self.memory.values())
 
 
-def estimate(run: TrainConfig, device: str | None = None, device_memory_gb: float | None = None) -> Estimate:
+def estimate(
+    run: TrainConfig,
+    device: str | None = None,
+    device_memory_gb: float | None = None,
+) -> Estimate:
     """Estimate the needs of ``run`` from the configuration of its model.
 
     Args:
@@ -121,7 +125,11 @@ def estimate(run: TrainConfig, device: str | None = None, device_memory_gb: floa
     )
 
 
-def _largest_micro_batch(needs: RunMemory, device: str, device_memory_gb: float | None) -> int | None:
+def _largest_micro_batch(
+    needs: RunMemory,
+    device: str,
+    device_memory_gb: float | None,
+) -> int | None:
     if device_memory_gb is None:
         return None
     if not 0 < device_memory_gb < math.inf:

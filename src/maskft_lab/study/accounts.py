@@ -137,7 +137,12 @@ def _without_folder(name: str) -> str:
 # Blocks of a result
 
 
-def training_block(run: StudyRun, recipe: Recipe, role: str, record: RunRecord) -> dict[str, Any]:
+def training_block(
+    run: StudyRun,
+    recipe: Recipe,
+    role: str,
+    record: RunRecord,
+) -> dict[str, Any]:
     """Block ``training`` of a result, by which ``maskft report`` finds its row of the paper's tables."""
     domain = None
     is_mixed = None
@@ -166,7 +171,12 @@ def training_block(run: StudyRun, recipe: Recipe, role: str, record: RunRecord) 
     }
 
 
-def study_block(run: StudyRun, recipe: Recipe, role: str, record: RunRecord) -> dict[str, Any]:
+def study_block(
+    run: StudyRun,
+    recipe: Recipe,
+    role: str,
+    record: RunRecord,
+) -> dict[str, Any]:
     """Block ``study`` of a result, from which the study's tables are made."""
     block = {
         "role": role,

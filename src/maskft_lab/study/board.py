@@ -79,7 +79,12 @@ class Board:
         self.failed[run] = reason
         self._end(run, f"failed: {reason}", is_news=True)
 
-    def _end(self, run: StudyRun, outcome: str, is_news: bool) -> None:
+    def _end(
+        self,
+        run: StudyRun,
+        outcome: str,
+        is_news: bool,
+    ) -> None:
         started_at = self._started_at.pop(run, time.monotonic())  # now, if its parent failed and it never started
         seconds = time.monotonic() - started_at
         self._num_done += 1
@@ -89,7 +94,12 @@ class Board:
         text = f"{run.title}: {outcome}, {seconds:.0f} s"
         if run in self.failed and self.console.is_terminal:
             # The bar shows only the latest note.
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self.console.print(
+                text,
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
         self._show(text, is_news)
 
     def tick(self) -> None:

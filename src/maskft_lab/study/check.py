@@ -200,7 +200,11 @@ def _check_no_test_split(data: DataArguments, would: str) -> None:
         raise UserError(f"{would} the split {split!r} of {name!r}; hold out rows of the training data")
 
 
-def _check_not_reported(heldout: Iterable[dict], reported: set[str], would: str) -> None:
+def _check_not_reported(
+    heldout: Iterable[dict],
+    reported: set[str],
+    would: str,
+) -> None:
     is_reported = [prompt_digest(row) in reported for row in heldout]
     num_rows = len(is_reported)
     num_reported = sum(is_reported)

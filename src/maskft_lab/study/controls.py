@@ -92,7 +92,11 @@ def _check_one_length(name: str, grid: Collection[str]) -> None:
             )
 
 
-def _controls_of(name: str, methods: Methods, train: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _controls_of(
+    name: str,
+    methods: Methods,
+    train: Mapping[str, Any],
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Names and methods of the controls of one mask."""
     mask = methods[name]
     parent = mask.get("from")

@@ -67,7 +67,11 @@ def damage_of_result(file: Path) -> str | None:
 
 
 @lru_cache(maxsize=16384)
-def _damage_of_result(file: Path, mtime_ns: int, size: int) -> str | None:
+def _damage_of_result(
+    file: Path,
+    mtime_ns: int,
+    size: int,
+) -> str | None:
     try:
         read_result(file)
     except UserError as error:

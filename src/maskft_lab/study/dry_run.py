@@ -26,7 +26,12 @@ _TO_DO = "to do"  # state of a run that is not trained
 Cost = tuple[float | None, float | None]  # tokens and seconds; None if unknown
 
 
-def print_dry_run(plan: Plan, folder: Path, own: Collection[str], why_no_time: str | None = None) -> None:
+def print_dry_run(
+    plan: Plan,
+    folder: Path,
+    own: Collection[str],
+    why_no_time: str | None = None,
+) -> None:
     """Print what would run, from what, and the cost; writes nothing.
 
     Args:
@@ -85,7 +90,12 @@ def _shown_id(run: StudyRun) -> str:
     return f"{name}{run.variant}{tried}"
 
 
-def _totals(plan: Plan, left: dict[str, Cost], own: Collection[str], why_no_time: str | None) -> str:
+def _totals(
+    plan: Plan,
+    left: dict[str, Cost],
+    own: Collection[str],
+    why_no_time: str | None,
+) -> str:
     tokens = _sum([cost[0] for cost in left.values()])
     seconds = _sum([cost[1] for cost in left.values()])
     tokens_text, time = _words(tokens, seconds)

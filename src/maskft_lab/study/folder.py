@@ -25,7 +25,12 @@ class Study:
         lock_fd: Descriptor of the study's lock, which its commands hold too; None on other machines.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe, lock_fd: int | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        recipe: Recipe,
+        lock_fd: int | None = None,
+    ):
         self.folder = folder
         self.recipe = recipe
         self.lock_fd = lock_fd
@@ -172,7 +177,12 @@ class Study:
         return name
 
 
-def evaluation_id(run: StudyRun, role: str, evaluation: dict, study: str) -> str:
+def evaluation_id(
+    run: StudyRun,
+    role: str,
+    evaluation: dict,
+    study: str,
+) -> str:
     """Folder name of an evaluation of one of the run's models.
 
     It ends with a hash of the evaluation and a hash of the study's name: studies in one folder copy each other's
@@ -184,7 +194,11 @@ def evaluation_id(run: StudyRun, role: str, evaluation: dict, study: str) -> str
         evaluation: The options, see :func:`evaluation_identity`.
         study: Name of the study.
     """
-    settings = {"run": run.hash, "role": role, "evaluation": evaluation}
+    settings = {
+        "run": run.hash,
+        "role": role,
+        "evaluation": evaluation,
+    }
     if run.point is not None:
         settings["point"] = list(run.point)
 

@@ -72,7 +72,12 @@ def alone(runs: Sequence[StudyRun]) -> set[StudyRun]:
 
 
 @contextlib.contextmanager
-def local(study: Study, work: Work, runs_alone: Collection[StudyRun] = (), num_at_once: int = 1) -> Iterator[Submit]:
+def local(
+    study: Study,
+    work: Work,
+    runs_alone: Collection[StudyRun] = (),
+    num_at_once: int = 1,
+) -> Iterator[Submit]:
     """This machine, ``num_at_once`` runs at a time, which share its cores.
 
     A run of ``runs_alone`` is trained with all cores, and nothing runs beside its training. OMP_NUM_THREADS decides
@@ -124,7 +129,11 @@ def local(study: Study, work: Work, runs_alone: Collection[StudyRun] = (), num_a
 
 
 @contextlib.contextmanager
-def ray(study: Study, work: Work, runs_alone: Collection[StudyRun] = ()) -> Iterator[Submit]:
+def ray(
+    study: Study,
+    work: Work,
+    runs_alone: Collection[StudyRun] = (),
+) -> Iterator[Submit]:
     """A Ray cluster: RAY_ADDRESS, else one on this machine. All nodes must see the study's folder."""
     import ray
 
@@ -133,7 +142,11 @@ def ray(study: Study, work: Work, runs_alone: Collection[StudyRun] = ()) -> Iter
     launch = study.recipe.launch
     study = study.without_lock()
     # No retries by Ray: the study submits a lost run again itself, a limited number of times.
-    task = ray.remote(num_cpus=launch.num_cpus, num_gpus=launch.num_gpus, max_retries=0)(work)
+    task = ray.remote(
+        num_cpus=launch.num_cpus,
+        num_gpus=launch.num_gpus,
+        max_retries=0,
+    )(work)
 
     def submit(runs: list[StudyRun]) -> list[Any]:
         return [task.remote(study, run).future() for run in runs]
@@ -284,7 +297,12 @@ class _SlurmJob:
 # Choosing one
 
 
-def launcher_of(kind: str, num_at_once: int = 1, partition: str | None = None, time_min: int | None = None) -> Launcher:
+def launcher_of(
+    kind: str,
+    num_at_once: int = 1,
+    partition: str | None = None,
+    time_min: int | None = None,
+) -> Launcher:
     """The launcher that the options of ``maskft study`` ask for.
 
     Raises:
@@ -309,7 +327,12 @@ def launcher_of(kind: str, num_at_once: int = 1, partition: str | None = None, t
     return partial(local, num_at_once=num_at_once)
 
 
-def _check_option(name: str, value: str | int | None, owner: str, kind: str) -> None:
+def _check_option(
+    name: str,
+    value: str | int | None,
+    owner: str,
+    kind: str,
+) -> None:
     if value is None:
         return
     if kind != owner:

@@ -51,7 +51,11 @@ def load_recipe(file: str | Path, data_dir: str | Path | None = None) -> Recipe:
     return parse_recipe(read_yaml(file), data_dir, file)
 
 
-def parse_recipe(content: Any, data_dir: str | Path | None = None, source: str | Path = "study") -> Recipe:
+def parse_recipe(
+    content: Any,
+    data_dir: str | Path | None = None,
+    source: str | Path = "study",
+) -> Recipe:
     """Build a :class:`Recipe` from the content of the YAML; see :func:`load_recipe`.
 
     Args:
@@ -133,7 +137,11 @@ def _template_file(name: Any, source: Path) -> str:
     return str(template)
 
 
-def _completed(sets: dict[str, Options], evaluation: Options, data_dir: str | Path | None) -> dict[str, Options]:
+def _completed(
+    sets: dict[str, Options],
+    evaluation: Options,
+    data_dir: str | Path | None,
+) -> dict[str, Options]:
     """Sets of earlier abilities with the options they share with ``evaluation``."""
     how = {key: value for key, value in evaluation.items() if key in HOW}
     how_of_heldout = {key: value for key, value in evaluation.items() if key in HOW_OF_HELDOUT}

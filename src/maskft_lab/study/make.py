@@ -16,7 +16,13 @@ from functools import partial
 from pathlib import Path
 
 from maskft.data.arguments import TEMPLATE, DataArguments, mixture_text
-from maskft.training.method_arguments import INTERPOLATE, MASK_METHODS, PEFT, UNTRAINED_METHODS, method_label
+from maskft.training.method_arguments import (
+    INTERPOLATE,
+    MASK_METHODS,
+    PEFT,
+    UNTRAINED_METHODS,
+    method_label,
+)
 from maskft_common import files, layout
 from maskft_common.environment import environment
 from maskft_common.errors import NOT_UPDATED, UserError
@@ -27,8 +33,21 @@ from .accounts import build_record, study_block, training_block
 from .damage import is_whole_result, written_files
 from .folder import Study
 from .identity import short_digest
-from .path import PATH, has_path, path_sets, path_values, point_name, points
-from .process import PYTHON, THREADS_OF_ENVIRONMENT, Threads, command_words, run_command
+from .path import (
+    PATH,
+    has_path,
+    path_sets,
+    path_values,
+    point_name,
+    points,
+)
+from .process import (
+    PYTHON,
+    THREADS_OF_ENVIRONMENT,
+    Threads,
+    command_words,
+    run_command,
+)
 from .recipe import CURRENT_RATE, PRETRAINED, REVISION, Recipe
 from .run_record import RunRecord, write_run_record
 from .study_run import BEST, LAST, Heldout, StudyRun
@@ -88,7 +107,14 @@ def _record(study: Study, run: StudyRun) -> RunRecord:
     training["best_step"] = round(share * record.num_steps)
 
     before = _record_before(study, run)
-    return build_record(run, study.recipe, record.models, record.settings, training, before)
+    return build_record(
+        run,
+        study.recipe,
+        record.models,
+        record.settings,
+        training,
+        before,
+    )
 
 
 def _training_summary(folder: Path) -> dict:
@@ -111,7 +137,11 @@ def _record_before(study: Study, run: StudyRun) -> RunRecord | None:
 # Preparing
 
 
-def prepare_base(study: Study, runs: list[StudyRun], tick: Tick = _no_tick) -> None:
+def prepare_base(
+    study: Study,
+    runs: list[StudyRun],
+    tick: Tick = _no_tick,
+) -> None:
     """Unpack the embedded model, once for all runs."""
     folder = study.folder / layout.BASE
     is_embedded = any(run.model == layout.EMBEDDED_MODEL for run in runs)
@@ -123,7 +153,11 @@ def prepare_base(study: Study, runs: list[StudyRun], tick: Tick = _no_tick) -> N
     _call(study, words, study.folder / layout.LOG, tick)
 
 
-def prepare_data(study: Study, runs: list[StudyRun], tick: Tick = _no_tick) -> None:
+def prepare_data(
+    study: Study,
+    runs: list[StudyRun],
+    tick: Tick = _no_tick,
+) -> None:
     """Read and tokenise the data of all trainings to come, so that mistakes in it are found before any starts.
 
     Raises:
@@ -159,7 +193,12 @@ def prepare_data(study: Study, runs: list[StudyRun], tick: Tick = _no_tick) -> N
 # Making a run
 
 
-def make(study: Study, run: StudyRun, tick: Tick = _no_tick, threads: Threads = THREADS_OF_ENVIRONMENT) -> None:
+def make(
+    study: Study,
+    run: StudyRun,
+    tick: Tick = _no_tick,
+    threads: Threads = THREADS_OF_ENVIRONMENT,
+) -> None:
     """Train and evaluate the unfinished part of ``run``.
 
     Args:
@@ -205,7 +244,11 @@ def _call(
     run_command(words, log, tick, study.lock_fd, num_threads)
 
 
-def _trained(study: Study, run: StudyRun, call: Call) -> RunRecord:
+def _trained(
+    study: Study,
+    run: StudyRun,
+    call: Call,
+) -> RunRecord:
     """Train a run; if its loss was not finite while settings are tried, a record without a loss."""
     try:
         return _train(study, run, call)
@@ -247,7 +290,11 @@ def _delete_checkpoints(study: Study, run: StudyRun) -> None:
 # Points of a path
 
 
-def _measure_path(study: Study, run: StudyRun, call: Call) -> None:
+def _measure_path(
+    study: Study,
+    run: StudyRun,
+    call: Call,
+) -> None:
     """Measure every point of a run's path on its held-out rows and on earlier abilities."""
     checkpoints = study.checkpoints(run)
     names = []
@@ -279,7 +326,11 @@ def _measure_path(study: Study, run: StudyRun, call: Call) -> None:
 # Training
 
 
-def _train(study: Study, run: StudyRun, call: Call) -> RunRecord:
+def _train(
+    study: Study,
+    run: StudyRun,
+    call: Call,
+) -> RunRecord:
     """Train and return the run's record."""
     is_pretrained = run.method.method == PRETRAINED
     options = run.options if is_pretrained else _train_options(study, run)
@@ -302,10 +353,21 @@ def _train(study: Study, run: StudyRun, call: Call) -> RunRecord:
 
     models = {role: study.inside(models[role]) for role in run.roles}
     before = _record_before(study, run)
-    return build_record(run, study.recipe, models, options, training, before)
+    return build_record(
+        run,
+        study.recipe,
+        models,
+        options,
+        training,
+        before,
+    )
 
 
-def _changes_nothing(study: Study, run: StudyRun, options: dict) -> bool:
+def _changes_nothing(
+    study: Study,
+    run: StudyRun,
+    options: dict,
+) -> bool:
     """Whether full fine-tuning would continue at rate 0, because the schedule of its start had ended.
 
     A mask at rate 0 does change the model: it removes weights before its first step. And a path needs checkpoints.
@@ -373,7 +435,12 @@ def launch_words(recipe: Recipe, run: StudyRun) -> list[str]:
 # Evaluation
 
 
-def _evaluate(study: Study, run: StudyRun, role: str, call: Call) -> None:
+def _evaluate(
+    study: Study,
+    run: StudyRun,
+    role: str,
+    call: Call,
+) -> None:
     """Evaluate one of the run's models, or copy the result of the same model."""
     same = _same_result(study, run, role)
     if same is None:
@@ -398,7 +465,11 @@ def _evaluate(study: Study, run: StudyRun, role: str, call: Call) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _same_result(study: Study, run: StudyRun, role: str) -> Path | None:
+def _same_result(
+    study: Study,
+    run: StudyRun,
+    role: str,
+) -> Path | None:
     """A result of the same model: of another study in the folder, or of the best if the last is the best."""
     own_folder = study.result_file(run, role).parent
     # A folder's name ends with the hash of the evaluation and four digits for the study, see `evaluation_id`.
@@ -413,7 +484,12 @@ def _same_result(study: Study, run: StudyRun, role: str) -> Path | None:
     return None
 
 
-def _measured(study: Study, run: StudyRun, role: str, call: Call) -> Result:
+def _measured(
+    study: Study,
+    run: StudyRun,
+    role: str,
+    call: Call,
+) -> Result:
     """Evaluate on the tasks of the study and on the sets of earlier abilities; one result with all tasks."""
     # Answers that other versions of the packages gave before an interruption are not mixed with today's.
     versions = short_digest(environment()["packages"])
@@ -475,7 +551,11 @@ def _measure(
         call([*PYTHON, "evaluate", *words], log)
 
 
-def _model_options(study: Study, run: StudyRun, role: str) -> dict:
+def _model_options(
+    study: Study,
+    run: StudyRun,
+    role: str,
+) -> dict:
     """Options of ``maskft evaluate`` that name one of the run's models."""
     model = study.model(run, role)
     label = {"name": run.labels[role], "seed": run.seed}
@@ -487,7 +567,11 @@ def _model_options(study: Study, run: StudyRun, role: str) -> dict:
         if scaled.point is not None:
             _, scale = scaled.point
         change = "none" if run.method.method == PRETRAINED else model
-        options = {"model_name_or_path": study.base(run), "change": change, "scale": scale}
+        options = {
+            "model_name_or_path": study.base(run),
+            "change": change,
+            "scale": scale,
+        }
         return options | label
 
     # An adapter that was trained after a mask was merged at its end, and is a model.

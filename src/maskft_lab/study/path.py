@@ -27,7 +27,15 @@ from .damage import is_whole_result
 from .identity import options_identity, short_digest
 from .load_recipe import HOW, HOW_OF_HELDOUT
 from .recipe import PRETRAINED, Choice, Options, Recipe
-from .study_run import PathPoint, Point, PointValues, StudyRun, Trial, Tuned, settings_text
+from .study_run import (
+    PathPoint,
+    Point,
+    PointValues,
+    StudyRun,
+    Trial,
+    Tuned,
+    settings_text,
+)
 
 PATH = "path"  # folder of a run's points
 WHOLE_TRAINING: Point = (1.0, 1.0)
@@ -84,7 +92,11 @@ def heldout_options(recipe: Recipe, run: StudyRun) -> Options:
     return {"eval_split_size": DataArguments.eval_split_size} | options
 
 
-def path_sets(recipe: Recipe, run: StudyRun, run_folder: Path) -> dict[str, tuple[Path, Options]]:
+def path_sets(
+    recipe: Recipe,
+    run: StudyRun,
+    run_folder: Path,
+) -> dict[str, tuple[Path, Options]]:
     """Set of rows -> folder of its results for all points, and options of ``maskft evaluate``.
 
     The folder's name has a digest of the options: other rows are another measurement.
@@ -103,7 +115,11 @@ def path_sets(recipe: Recipe, run: StudyRun, run_folder: Path) -> dict[str, tupl
     return sets
 
 
-def path_values(recipe: Recipe, run: StudyRun, run_folder: Path) -> dict[Point, PointValues] | None:
+def path_values(
+    recipe: Recipe,
+    run: StudyRun,
+    run_folder: Path,
+) -> dict[Point, PointValues] | None:
     """Measurements of every point of a run's path; None if one is missing."""
     sets = path_sets(recipe, run, run_folder)
     measured: dict[Point, PointValues] = {}
@@ -168,7 +184,11 @@ def _forgetting(values: PointValues, base: PointValues) -> float:
     return sum(rises) / len(rises) if rises else 0.0
 
 
-def choose(candidates: Sequence[PathPoint], best_gain: float, rule: Choice) -> PathPoint:
+def choose(
+    candidates: Sequence[PathPoint],
+    best_gain: float,
+    rule: Choice,
+) -> PathPoint:
     """The point with the least forgetting among those that gain enough, or the highest gain within a forgetting budget.
 
     If no point meets the constraint, the one that comes nearest.
@@ -202,7 +222,12 @@ def _most_gain(point: PathPoint) -> tuple[float, ...]:
     return -point.gain, point.forgetting, point.values[HELDOUT]["nll"]
 
 
-def with_chosen_point(tuned: Tuned, rivals: Iterable[Tuned], base: PointValues, rule: Choice) -> Tuned:
+def with_chosen_point(
+    tuned: Tuned,
+    rivals: Iterable[Tuned],
+    base: PointValues,
+    rule: Choice,
+) -> Tuned:
     """Replace the winner of a method by the trial and point that ``rule`` takes.
 
     Args:
@@ -288,7 +313,11 @@ def _num_bytes(results: Sequence[Result]) -> dict[str, int | None]:
     return largest
 
 
-def _path_point(point: PathPoint, probe: str, base: PointValues) -> dict[str, Any]:
+def _path_point(
+    point: PathPoint,
+    probe: str,
+    base: PointValues,
+) -> dict[str, Any]:
     """A point of a curve, in percentage points (or nats per token without accuracy) and nats per token."""
     run = point.trial.run
     settings = settings_text(point.trial.settings)

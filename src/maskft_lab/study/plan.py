@@ -22,7 +22,14 @@ from maskft_common.errors import UserError
 
 from .identity import options_identity, plain, short_digest, written_out
 from .path import WHOLE_TRAINING, with_chosen_point
-from .recipe import CURRENT_RATE, PRETRAINED, Method, Options, Recipe, TimesParent
+from .recipe import (
+    CURRENT_RATE,
+    PRETRAINED,
+    Method,
+    Options,
+    Recipe,
+    TimesParent,
+)
 from .run_options import run_options
 from .study_run import Look, StudyRun, Tuned
 from .tuning import tune
@@ -148,7 +155,12 @@ class _Planner:
 
     # Runs
 
-    def run(self, method: Method, axes: Axes, seed: int) -> StudyRun:
+    def run(
+        self,
+        method: Method,
+        axes: Axes,
+        seed: int,
+    ) -> StudyRun:
         """One run and, before it, the runs it is made from."""
         axes, place = self._place(method, axes)
         key = (*place, seed)
@@ -184,7 +196,14 @@ class _Planner:
             settings = tuned.winner.settings
         elif tried is not None:
             settings = tried
-        options = run_options(self.recipe, method, axes, seed, match, settings)
+        options = run_options(
+            self.recipe,
+            method,
+            axes,
+            seed,
+            match,
+            settings,
+        )
 
         is_after_full = start is not None and start.method.method == "full"
         if options.get("learning_rate") == CURRENT_RATE and not is_after_full:
@@ -194,7 +213,11 @@ class _Planner:
         name = _slug(method.name)
         if method.method != PRETRAINED:
             name += f"-s{seed}"
-        hashed_parents = {"start": start, "match": match, **masks}
+        hashed_parents = {
+            "start": start,
+            "match": match,
+            **masks,
+        }
         hash_of_run = self._hash(method, options, hashed_parents)
 
         # Stage: after the trials that choose its settings, and not before its parents.
@@ -222,7 +245,12 @@ class _Planner:
         self.runs.append(run)
         return run
 
-    def _parent(self, name: str, axes: Axes, seed: int) -> StudyRun:
+    def _parent(
+        self,
+        name: str,
+        axes: Axes,
+        seed: int,
+    ) -> StudyRun:
         """The run of the method ``name`` with the same seed, else its only one."""
         method = self.recipe.methods[name]
         seeds = self.seeds(method)
@@ -304,7 +332,12 @@ class _Planner:
 
     # Names
 
-    def _hash(self, method: Method, options: Options, parents: dict[str, StudyRun | None]) -> str:
+    def _hash(
+        self,
+        method: Method,
+        options: Options,
+        parents: dict[str, StudyRun | None],
+    ) -> str:
         """Hash of everything that decides a run's outcome. Any change of it renames published runs."""
         named = options_identity(written_out(method.method, options))
         removed_value_model = named.get("mask_removed_value_model")

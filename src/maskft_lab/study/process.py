@@ -182,7 +182,12 @@ def _detach(duplicate) -> int:
     return duplicate.detach()
 
 
-def _run(words: list[str], log: str, environment: dict[str, str], lock: int | None) -> None:
+def _run(
+    words: list[str],
+    log: str,
+    environment: dict[str, str],
+    lock: int | None,
+) -> None:
     """In the child: the command, as if it had been started alone."""
     if lock is not None:
         os.set_inheritable(lock, True)  # or execvp below would close it (PEP 446)

@@ -236,7 +236,11 @@ class Method(SectionWithOptions):
     @property
     def parents(self) -> dict[str, str]:
         """Key -> name of the method that this one is made from."""
-        named = {"from": self.start, "match": self.match, **self.masks}
+        named = {
+            "from": self.start,
+            "match": self.match,
+            **self.masks,
+        }
         return {key: name for key, name in named.items() if name is not None}
 
 
@@ -377,7 +381,12 @@ class Recipe(Section):
                     raise ValueError(f"methods.{name}.{option} is {mask.name!r}; name a mask made from the same model")
         return self
 
-    def _check_over_base(self, name: str, method: Method, start: Method | None) -> None:
+    def _check_over_base(
+        self,
+        name: str,
+        method: Method,
+        start: Method | None,
+    ) -> None:
         """With a path, adapters are measured over the model before training, so they must start from it."""
         if not self.path or method.method not in _OVER_BASE:
             return
@@ -393,7 +402,12 @@ class Recipe(Section):
                 f"before training; drop {key} or path"
             )
 
-    def _check_start_of_path(self, name: str, method: Method, parents: list[Method | None]) -> None:
+    def _check_start_of_path(
+        self,
+        name: str,
+        method: Method,
+        parents: list[Method | None],
+    ) -> None:
         """A run needs a checkpoint to start from, which ``path.choose`` may replace by a scaled model."""
         if not self.path or not self.path.choose:
             return
@@ -435,6 +449,10 @@ class Recipe(Section):
         return self
 
 
-def _check_known(where: str, name: str | None, known: Collection[str]) -> None:
+def _check_known(
+    where: str,
+    name: str | None,
+    known: Collection[str],
+) -> None:
     if name is not None and name not in known:
         raise ValueError(f"{where} is {name!r}{did_you_mean(name, known)}; there are {', '.join(known)}")

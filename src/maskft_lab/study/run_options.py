@@ -20,7 +20,14 @@ from maskft_common.method_options import LEARNER_OPTIONS
 
 from .identity import plain, written_out
 from .process import command_words
-from .recipe import CURRENT_RATE, PRETRAINED, REVISION, Method, Options, Recipe
+from .recipe import (
+    CURRENT_RATE,
+    PRETRAINED,
+    REVISION,
+    Method,
+    Options,
+    Recipe,
+)
 from .study_run import LAYERS, StudyRun
 
 # Options that say which matrices are masked: a fixed mask takes them from the learned mask that it matches.
@@ -117,7 +124,11 @@ def run_options(
     return _as_matched(options, own, method, match)
 
 
-def _check_allowed(recipe: Recipe, method: Method, own: Options) -> None:
+def _check_allowed(
+    recipe: Recipe,
+    method: Method,
+    own: Options,
+) -> None:
     # A mask_seed in `train` would have no effect: each run's own seed replaces it. A method may fix it on purpose.
     refused = recipe.train.keys() & (_OF_THE_STUDY | {"mask_seed"})
     # The revision is that of the study's model, one for all methods.
@@ -129,7 +140,12 @@ def _check_allowed(recipe: Recipe, method: Method, own: Options) -> None:
         )
 
 
-def _as_matched(options: Options, own: Options, method: Method, match: StudyRun) -> Options:
+def _as_matched(
+    options: Options,
+    own: Options,
+    method: Method,
+    match: StudyRun,
+) -> Options:
     """Options of a fixed mask, which lies in the same matrices as the learned mask it matches."""
     of_match = written_out(match.method.method, match.options)  # a preset may say which matrices
     for key in _PLACES:
@@ -156,7 +172,11 @@ def parsed_run(run: StudyRun) -> TrainConfig:
     Raises:
         UserError: For an option that ``maskft train`` does not know, or a wrong value.
     """
-    options = {"method": run.method.method, "model_name_or_path": run.model, **run.options}
+    options = {
+        "method": run.method.method,
+        "model_name_or_path": run.model,
+        **run.options,
+    }
 
     # Values that are known once the parent is trained; until then, place holders that parse.
     if options.get("learning_rate") == CURRENT_RATE:
@@ -205,7 +225,11 @@ def tokens_of(recipe: Recipe, run: StudyRun) -> int | None:
     return round(num_rows * tokens_per_row)
 
 
-def _num_rows(recipe: Recipe, config: TrainConfig, num_rows: int | None) -> float | None:
+def _num_rows(
+    recipe: Recipe,
+    config: TrainConfig,
+    num_rows: int | None,
+) -> float | None:
     """Rows of all epochs or steps, from the number of rows in the data; None if the recipe says neither."""
     training = config.training
     if training.max_steps > 0:

@@ -18,7 +18,13 @@ from maskft_common.errors import UserError
 from .board import Board
 from .folder import Study
 from .launchers import Launcher, alone, is_local
-from .make import heldout, is_done, make, prepare_base, prepare_data
+from .make import (
+    heldout,
+    is_done,
+    make,
+    prepare_base,
+    prepare_data,
+)
 from .plan import Plan, build_plan
 from .process import THREADS_OF_ENVIRONMENT, Threads
 from .recipe import Recipe
@@ -31,7 +37,12 @@ _MAX_LOST = 3  # times that a run is submitted again after its worker was lost
 _MAX_REASON = 300  # characters of a lost worker's error: remote ones carry whole tracebacks
 
 
-def run_study(plan: Plan, folder: Path, launcher: Launcher, is_brief: bool = False) -> None:
+def run_study(
+    plan: Plan,
+    folder: Path,
+    launcher: Launcher,
+    is_brief: bool = False,
+) -> None:
     """Make every unfinished run, then print and write the table.
 
     Runs whose settings are known come first. Their held-out losses choose the settings of the next stage, and so on.
@@ -56,7 +67,13 @@ def run_study(plan: Plan, folder: Path, launcher: Launcher, is_brief: bool = Fal
         plan, failed = _make_all(study, launcher, console, is_brief)
 
         text = summarise(study, plan.ready.runs, plan.tunings)
-        console.print(text, end="", highlight=False, markup=False, soft_wrap=True)
+        console.print(
+            text,
+            end="",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
         if not is_brief:
             table = shown_folder / layout.STUDY_TABLE.format(plan.recipe.name)
             results = shown_folder / layout.RESULTS
@@ -69,7 +86,12 @@ def run_study(plan: Plan, folder: Path, launcher: Launcher, is_brief: bool = Fal
         raise UserError(f"run {run.title!r} failed{others}: {reason}")
 
 
-def _make_all(study: Study, launcher: Launcher, console: Console, is_brief: bool) -> tuple[Plan, dict[StudyRun, str]]:
+def _make_all(
+    study: Study,
+    launcher: Launcher,
+    console: Console,
+    is_brief: bool,
+) -> tuple[Plan, dict[StudyRun, str]]:
     """Make stage after stage; returns the last plan, and failed runs with the reason."""
     reasons: dict[str, str] = {}  # by id: every plan has new run objects
     while True:
@@ -79,7 +101,14 @@ def _make_all(study: Study, launcher: Launcher, console: Console, is_brief: bool
         ready = plan.ready.runs
 
         failed = {run: reasons[run.id] for run in ready if run.id in reasons}
-        failed, num_made = _make_stage(study, plan, failed, launcher, console, is_brief)
+        failed, num_made = _make_stage(
+            study,
+            plan,
+            failed,
+            launcher,
+            console,
+            is_brief,
+        )
         for run, reason in failed.items():
             reasons[run.id] = reason
 
@@ -125,7 +154,15 @@ def _make_stage(
         return study.run_folder(run) / layout.LOG
 
     costs = _costs(study.recipe, runs)
-    with Board(runs, finished, log_of, console, is_brief, failed, costs) as board:
+    with Board(
+        runs,
+        finished,
+        log_of,
+        console,
+        is_brief,
+        failed,
+        costs,
+    ) as board:
         if todo:
             prepare_base(study, todo, board.tick)
             # Also the data of runs that wait: a mistake in it is found before hours of training, not after.
@@ -216,7 +253,12 @@ def _make_runs(
                 job.cancel()
 
 
-def _ready(study: Study, waiting: list[StudyRun], jobs: Mapping[StudyRun, Any], board: Board) -> list[StudyRun]:
+def _ready(
+    study: Study,
+    waiting: list[StudyRun],
+    jobs: Mapping[StudyRun, Any],
+    board: Board,
+) -> list[StudyRun]:
     """The runs of ``waiting`` whose parents are trained; those whose parent failed are removed and noted."""
 
     def suffices(parent: StudyRun) -> bool:

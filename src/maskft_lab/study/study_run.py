@@ -278,7 +278,11 @@ def _trial_record(trial: Trial) -> dict[str, Any]:
     loss = None if trial.heldout is None else trial.heldout.loss
     if loss is not None and math.isinf(loss):  # JSON has no infinity
         loss = None
-    return {"settings": trial.settings, "runs": [trial.run.id], "heldout_loss": loss}
+    return {
+        "settings": trial.settings,
+        "runs": [trial.run.id],
+        "heldout_loss": loss,
+    }
 
 
 def _is_number(value: Any) -> bool:

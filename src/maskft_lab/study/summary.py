@@ -26,7 +26,11 @@ from .study_run import BEST, LAST, StudyRun, Tuned
 _COUNTS = ("epochs", "tokens", "total_epochs", "total_tokens")
 
 
-def summarise(study: Study, runs: Sequence[StudyRun], tunings: Sequence[Tuned]) -> str:
+def summarise(
+    study: Study,
+    runs: Sequence[StudyRun],
+    tunings: Sequence[Tuned],
+) -> str:
     """Compare all results of a study with its baseline, write summary and table; return one page: table and verdict.
 
     Args:
@@ -118,7 +122,11 @@ def _notes_on_forgetting(recipe: Recipe, results: list[Result]) -> list[str]:
     return ["Note: no curve is written without path.choose and a name that both sets of `before` have."]
 
 
-def _compared(results: list[Result], recipe: Recipe, tunings: Sequence[Tuned]) -> tuple[str, str, dict]:
+def _compared(
+    results: list[Result],
+    recipe: Recipe,
+    tunings: Sequence[Tuned],
+) -> tuple[str, str, dict]:
     """Tables for a terminal, tables in Markdown, record."""
     names = list(dict.fromkeys(result["name"] for result in results))
     rows = [_row(result) for result in results]
@@ -149,7 +157,11 @@ def _compared(results: list[Result], recipe: Recipe, tunings: Sequence[Tuned]) -
         record = {"runs": rows, "not_compared": str(error)}
         return f"not compared: {error}\n", f"Not compared: {error}\n", record
 
-    record = {"baseline": baseline, "runs": rows, "comparison": comparison.to_dict()}
+    record = {
+        "baseline": baseline,
+        "runs": rows,
+        "comparison": comparison.to_dict(),
+    }
     if base_name is not None:
         record["curves"] = curves(tunings, results, with_base, base_values)
     return render(comparison, "terminal"), render(comparison, "markdown"), record
@@ -163,7 +175,11 @@ def _name_of_base(results: list[Result]) -> str | None:
     return None
 
 
-def _baseline(results: list[Result], names: list[str], recipe: Recipe) -> str | None:
+def _baseline(
+    results: list[Result],
+    names: list[str],
+    recipe: Recipe,
+) -> str | None:
     """The recipe's baseline, in its first variant; else the best of the first full fine-tuning, else the first result.
 
     None if the recipe's has no result.

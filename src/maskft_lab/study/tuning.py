@@ -78,7 +78,12 @@ def _combinations(method: Method, parent: Options) -> list[Options]:
     return combinations
 
 
-def _multiples(method: Method, option: str, values: TimesParent, parent: Options) -> list[float]:
+def _multiples(
+    method: Method,
+    option: str,
+    values: TimesParent,
+    parent: Options,
+) -> list[float]:
     base = _number(parent.get(option))
     if not base:
         raise UserError(
