@@ -45,20 +45,31 @@ class Board:
         self.is_brief = is_brief
         self.failed = dict(failed)
         self._log_of = log_of
+        # The count, for the bar.
         self._num_done = len(finished) + len(failed)
+        # The costs, for the time left. Runs that were finished before say nothing about the speed of this start.
         self._costs = costs or dict.fromkeys(runs, 1.0)
-        # Runs that were finished before count for the bar, but say nothing about the speed of this start.
-        left = [run for run in runs if run not in finished and run not in failed]
-        self._cost_left = sum(self._costs[run] for run in left)
+        ended_before = {*finished, *failed}
+        self._cost_left = 0.0
+        for run in runs:
+            if run not in ended_before:
+                self._cost_left += self._costs[run]
         self._cost_done = 0.0
         self._began_at = time.monotonic()
+
+        # When each running run was started, oldest first.
         self._started_at: dict[StudyRun, float] = {}
+
         self._progress = Progress(console)
         self._last_shown = time.monotonic()
 
     def __enter__(self) -> Board:
         num_runs = len(self.runs)
-        self._task = self._progress.add_task("runs", total=num_runs, completed=self._num_done)
+        self._task = self._progress.add_task(
+            "runs",
+            total=num_runs,
+            completed=self._num_done,
+        )
         self._progress.start()
         return self
 
@@ -85,15 +96,17 @@ class Board:
         outcome: str,
         is_news: bool,
     ) -> None:
-        started_at = self._started_at.pop(run, time.monotonic())  # now, if its parent failed and it never started
-        seconds = time.monotonic() - started_at
+        now = time.monotonic()
+        started_at = self._started_at.pop(run, now)  # a run whose parent failed never started: 0 s
+        seconds = now - started_at
         self._num_done += 1
-        self._cost_done += self._costs[run]
-        self._cost_left -= self._costs[run]
+        cost = self._costs[run]
+        self._cost_done += cost
+        self._cost_left -= cost
 
         text = f"{run.title}: {outcome}, {seconds:.0f} s"
         if run in self.failed and self.console.is_terminal:
-            # The bar shows only the latest note.
+            # The bar shows only the latest note; a failure is to stay on the screen.
             self.console.print(
                 text,
                 highlight=False,
@@ -104,7 +117,10 @@ class Board:
 
     def tick(self) -> None:
         """Refresh the bar about twice a second; in a log, print a line now and then."""
-        pause = SECONDS_BETWEEN_REFRESHES if self.console.is_terminal else SECONDS_BETWEEN_LINES
+        if self.console.is_terminal:
+            pause = SECONDS_BETWEEN_REFRESHES
+        else:
+            pause = SECONDS_BETWEEN_LINES
         seconds_since = time.monotonic() - self._last_shown
         if not self._started_at or seconds_since <= pause:
             return
@@ -121,13 +137,19 @@ class Board:
             return
         self._last_shown = time.monotonic()
         time_left = self._time_left()
-        self._progress.move(self._task, self._num_done, note, is_news, time_left)
+        self._progress.move(
+            self._task,
+            self._num_done,
+            note,
+            is_news,
+            time_left,
+        )
 
     def _time_left(self) -> str:
         """Time left at the speed so far, by the cost of the runs that are finished; "" before the first."""
-        has_costs = self._cost_done > 0 and self._cost_left > 0
-        if not has_costs:
+        if self._cost_done <= 0 or self._cost_left <= 0:
             return ""
         elapsed = time.monotonic() - self._began_at
+        # Wall-clock time in relation to cost, so that runs side by side are counted in.
         seconds_left = elapsed * self._cost_left / self._cost_done
         return f"{time_text(seconds_left)} left"

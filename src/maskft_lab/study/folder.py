@@ -19,6 +19,8 @@ from .study_run import BEST, StudyRun
 class Study:
     """A study's folder, and the names of the files in it.
 
+    Nothing here writes. Records and results are read again at each question: runs on other machines may write them.
+
     Args:
         folder: Absolute: adapters name their base model by it.
         recipe: The study's recipe.
@@ -34,6 +36,8 @@ class Study:
         self.folder = folder
         self.recipe = recipe
         self.lock_fd = lock_fd
+
+        # Finished runs, also those that other studies made under other names.
         self._folders_by_hash: dict[str, Path] = {}
         self.rescan()
 
@@ -41,7 +45,7 @@ class Study:
         """Look for finished runs; several studies may share a folder, and use each other's runs."""
         records = (self.folder / layout.RUNS).glob(f"*/{layout.RUN}")
         self._folders_by_hash = {}
-        for record in sorted(records):
+        for record in sorted(records):  # in a fixed order: of two folders with one hash, the last counts
             run_folder = record.parent
             self._folders_by_hash[_hash_of(run_folder)] = run_folder
 
@@ -103,7 +107,8 @@ class Study:
             share, _ = run.point
             return str(self.checkpoint(run, share))
 
-        name = self.record(run).models.get(role)
+        record = self.record(run)
+        name = record.models.get(role)
         if name is None:
             raise UserError(f"the loss of {run.title!r} was not finite; lower learning_rate or check the data")
         # A folder relative to the study's, a folder elsewhere, or a name on the hub.
@@ -122,20 +127,26 @@ class Study:
     def checkpoints(self, run: StudyRun) -> dict[float, Path]:
         """Share of training -> checkpoint of every point of a finished run's path."""
         path = self.recipe.path
-        is_trained = run.method.method not in (PRETRAINED, *UNTRAINED_METHODS)
+        untrained = (PRETRAINED, *UNTRAINED_METHODS)
+        is_trained = run.method.method not in untrained
         if path is None or not is_trained:
             return {}
         num_steps = self.record(run).num_steps
         if not num_steps:  # it diverged, or took no step
             return {}
-        return {share: self.checkpoint(run, share) for share, _ in path.points}
+
+        found = {}
+        for share, _ in path.points:  # of points at the end of training, all scales have one checkpoint
+            found[share] = self.checkpoint(run, share)
+        return found
 
     # Results
 
     def result_file(self, run: StudyRun, role: str) -> Path:
         """Result file of one of the run's models."""
         name = evaluation_id(run, role, self._evaluation, self.recipe.name)
-        return self.folder / layout.RESULTS / name / layout.RESULT
+        result_folder = self.folder / layout.RESULTS / name
+        return result_folder / layout.RESULT
 
     @cached_property
     def _evaluation(self) -> dict:
@@ -144,7 +155,7 @@ class Study:
 
     def check_damage(self, run: StudyRun) -> None:
         """Raise if files of a finished run, or its results, are not as they were written."""
-        found: dict[Path, str | None] = {}
+        found: dict[Path, str | None] = {}  # folder -> its damage
         if self.has_record(run):
             folder = self.run_folder(run)
             found[folder] = damage_of_run(folder)
@@ -162,7 +173,8 @@ class Study:
         for name in (layout.RUNS, layout.RESULTS, layout.PREPARED, layout.SLURM):
             own = self.folder / name
             # Three levels: `runs`, a run, and its checkpoints.
-            for place in (own, *own.glob("*"), *own.glob("*/*")):
+            places = (own, *own.glob("*"), *own.glob("*/*"))
+            for place in places:
                 if place.is_symlink() and place.is_dir():
                     raise UserError(
                         f"{str(place)!r} is a link to a folder; a study writes and deletes in its folders: remove the "
@@ -199,7 +211,7 @@ def evaluation_id(
         "role": role,
         "evaluation": evaluation,
     }
-    if run.point is not None:
+    if run.point is not None:  # only then: another key would rename all published evaluations
         settings["point"] = list(run.point)
 
     prefix, _, _ = run.id.rpartition("-")  # method and seed
@@ -209,6 +221,7 @@ def evaluation_id(
 
 
 def _hash_of(run_folder: Path) -> str:
+    """The hash at the end of a run's folder name."""
     return run_folder.name.rpartition("-")[2]
 
 
@@ -220,11 +233,13 @@ def _checkpoint_at(folder: Path, step: float) -> Path:
         if number.isdecimal():  # not `checkpoint-12.damaged`
             found[int(number)] = path
 
+    # Not `found[round(step)]`: transformers rounds the interval between checkpoints up, so a share may be off by one.
     nearest = min(found, key=lambda number: abs(number - step), default=None)
     is_saved = nearest is not None and abs(nearest - step) < 1
     if not is_saved:
+        steps = sorted(found)
         raise UserError(
-            f"path: {folder.name} has no checkpoint at step {step:g} (it has {sorted(found)}): path.checkpoints must "
+            f"path: {folder.name} has no checkpoint at step {step:g} (it has {steps}): path.checkpoints must "
             "be multiples of save_steps; delete runs made with other path settings first"
         )
     return found[nearest]

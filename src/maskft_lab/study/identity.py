@@ -16,7 +16,7 @@ from maskft_common.files import digest, digest_file
 
 from ..evaluation.benchmarks import benchmark_files
 
-_HASH_LENGTH = 10
+_HASH_LENGTH = 10  # hexadecimal digits, 40 bits: among 10,000 runs, two have one name once in 20,000 studies
 
 
 def short_digest(settings: dict) -> str:
@@ -44,23 +44,28 @@ def evaluation_identity(evaluation: dict, before: dict[str, dict] | None = None)
     folder = evaluation.get("data_dir")
     if folder is not None:
         tasks = mixture_text(evaluation.get("tasks")) or ""
-        for task, found in _benchmark_digests(tasks, folder).items():
-            identity[f"files of {task}"] = found
+        digests = _benchmark_digests(tasks, folder)
+        for task, digest_of_files in digests.items():
+            identity[f"files of {task}"] = digest_of_files
 
     # Only where there are sets: an empty entry would rename the published evaluations without them.
     if before:
-        identity["before"] = {name: evaluation_identity(options) for name, options in before.items()}
+        identities = {}
+        for name, options in before.items():
+            identities[name] = evaluation_identity(options)
+        identity["before"] = identities
     return identity
 
 
 def _benchmark_digests(tasks: str, folder: str) -> dict[str, str]:
     """Task -> hash of its files in a folder, for tasks with files there."""
+    data_folder = Path(folder).expanduser()
     digests = {}
     for task in tasks.split(","):
         task = task.strip()
         if not task:
             continue
-        files = benchmark_files(task, Path(folder).expanduser())
+        files = benchmark_files(task, data_folder)
         if files:
             digests_of_files = [digest_file(file) for file in files]
             digests[task] = short_digest({"files": digests_of_files})
@@ -68,7 +73,11 @@ def _benchmark_digests(tasks: str, folder: str) -> dict[str, str]:
 
 
 def written_out(method: str, options: dict) -> dict:
-    """The options of a method, with ``mask_preset`` replaced by its options and with defaults the method decides."""
+    """The options of a method, with ``mask_preset`` replaced by its options and with defaults the method decides.
+
+    Two recipes that mean the same, one by a preset and one by its options, get the same runs.
+    """
+    # The preset.
     name = options.get("mask_preset")
     if not name and method in MASK_METHODS:
         name = "recommended"
@@ -95,7 +104,7 @@ def written_out(method: str, options: dict) -> dict:
 
 def plain(value: Any) -> Any:
     """One spelling for values that mean the same: 2.0 is 2, an enum is its value."""
-    value = getattr(value, "value", value)
+    value = getattr(value, "value", value)  # of an enum
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, list | tuple):

@@ -66,31 +66,42 @@ def parse_recipe(
     source = Path(source)
     if isinstance(content, dict):
         content = {"name": source.stem, **content}
+
+    # Controls are added to the plain content, before pydantic checks all methods in one pass.
     try:
         content = _with_controls(content)
     except ValueError as error:
         raise UserError(f"{source}: {error}") from None
+
     recipe = read_model(Recipe, content, source)
 
     # Files that `train`, the training sets and the methods name.
     train = recipe.train | _kl_data_in(data_dir, recipe.train)
     if TEMPLATE in train:
         train[TEMPLATE] = _template_file(train[TEMPLATE], source)
+
     data = {}
     for name, part in recipe.data.items():
-        data[name] = part.model_copy(update=in_data_dir(part.options, data_dir))
+        options = in_data_dir(part.options, data_dir)
+        data[name] = part.model_copy(update=options)
+
     methods = {}
     for name, method in recipe.methods.items():
-        methods[name] = method.model_copy(update=_kl_data_in(data_dir, method.options))
+        options = _kl_data_in(data_dir, method.options)
+        methods[name] = method.model_copy(update=options)
 
     # Files that evaluations name.
     evaluation = recipe.evaluation
-    if "tasks" in evaluation or "dataset_name" in evaluation:
+    has_rows_or_tasks = "tasks" in evaluation or "dataset_name" in evaluation
+    if has_rows_or_tasks:
         evaluation = in_data_dir(evaluation, data_dir)
     # The pre-trained model is evaluated with the template and revision of training too, so that all rows of the table
     # answer the same prompts.
-    shared = {key: train[key] for key in (TEMPLATE, REVISION) if key in train}
-    evaluation = shared | evaluation
+    shared = {}
+    for key in (TEMPLATE, REVISION):
+        if key in train:
+            shared[key] = train[key]
+    evaluation = shared | evaluation  # the evaluation's own win
 
     update = {
         "train": train,
@@ -116,7 +127,7 @@ def _with_controls(content: Any) -> Any:
     if not is_asked_for or not isinstance(methods, dict | None):
         return content
 
-    masks = controls if names_masks else None
+    masks = controls if names_masks else None  # None: all learned masks
     train = _section(content, "train")
     grid = _section(content, "grid")
     methods = with_standard_controls(methods or {}, train, masks, grid)
@@ -142,9 +153,20 @@ def _completed(
     evaluation: Options,
     data_dir: str | Path | None,
 ) -> dict[str, Options]:
-    """Sets of earlier abilities with the options they share with ``evaluation``."""
-    how = {key: value for key, value in evaluation.items() if key in HOW}
-    how_of_heldout = {key: value for key, value in evaluation.items() if key in HOW_OF_HELDOUT}
+    """Sets of earlier abilities with the options they share with ``evaluation``.
+
+    Args:
+        sets: Name of a set -> its own options.
+        evaluation: Options of the study's evaluation.
+        data_dir: Folder in which data files are looked for.
+    """
+    how = {}
+    how_of_heldout = {}
+    for key, value in evaluation.items():
+        if key in HOW:
+            how[key] = value
+        elif key in HOW_OF_HELDOUT:
+            how_of_heldout[key] = value
 
     completed = {}
     for name, options in sets.items():
@@ -152,7 +174,8 @@ def _completed(
         tasks = options.get("tasks", ["heldout"])  # without tasks, a set is of rows
         if "heldout" in tasks:
             shared |= how_of_heldout
-        completed[name] = shared | in_data_dir(options, data_dir)
+        own = in_data_dir(options, data_dir)
+        completed[name] = shared | own
     return completed
 
 
@@ -170,9 +193,11 @@ def in_data_dir(options: Options, data_dir: str | Path | None) -> Options:
         return options
 
     def found(name: str) -> str:
+        # Other names are those of hub data sets. A file in the working directory comes before one in data_dir.
         is_file_name = name.lower().endswith(FILE_ENDINGS)
         if not is_file_name or is_there(name):
             return name
+
         file = Path(data_dir).expanduser() / name
         if not file.is_file():
             raise UserError(f"data file {name!r} is neither here nor in data_dir {str(data_dir)!r}")

@@ -75,10 +75,11 @@ def heldout(study: Study, run: StudyRun) -> Heldout | None:
 
     record = study.record(run)
     points_measured = {}
-    has_diverged = not record.models
+    has_diverged = not record.models  # see `_trained`
     if has_path(study.recipe, run) and not has_diverged:
-        points_measured = path_values(study.recipe, run, study.run_folder(run))
-        if points_measured is None:
+        folder = study.run_folder(run)
+        points_measured = path_values(study.recipe, run, folder)
+        if points_measured is None:  # a point is not measured yet
             return None
 
     loss = record.best_heldout_loss
@@ -92,7 +93,8 @@ def is_done(study: Study, run: StudyRun) -> bool:
     """Whether the run and all its evaluations are finished."""
     if heldout(study, run) is None:
         return False
-    return all(is_whole_result(study.result_file(run, role)) for role in run.labels)
+    files_of_results = [study.result_file(run, role) for role in run.labels]
+    return all(is_whole_result(file) for file in files_of_results)
 
 
 def _record(study: Study, run: StudyRun) -> RunRecord:
@@ -101,7 +103,7 @@ def _record(study: Study, run: StudyRun) -> RunRecord:
     if run.point is None or not record.num_steps:
         return record
 
-    # The record counts epochs, tokens and learning rate at ``best_step``. Replacing that step by the point's is enough.
+    # The record counts epochs, tokens and learning rate at `best_step`. Replacing that step by the point's is enough.
     training = _training_summary(study.run_folder(run))
     share, _ = run.point
     training["best_step"] = round(share * record.num_steps)
@@ -148,6 +150,7 @@ def prepare_base(
     if not is_embedded or folder.exists():
         return
 
+    # In a child process, so that the board goes on meanwhile.
     code = f"from maskft.training.build import unpack_embedded; unpack_embedded({str(folder)!r})"
     words = [sys.executable, "-c", code]
     _call(study, words, study.folder / layout.LOG, tick)
@@ -174,11 +177,15 @@ def prepare_data(
         if not is_to_train:
             continue
 
-        options = {key: value for key, value in run.options.items() if key in deciding}
+        options = {}
+        for key, value in run.options.items():
+            if key in deciding:
+                options[key] = value
         if options in prepared:
             continue
         prepared.append(options)
 
+        # The command writes the prepared rows, from which the trainings read, and ends before it loads a model.
         command = options | {
             "prepared_data_dir": str(study.folder / layout.PREPARED),
             "prepare_only": True,
@@ -214,6 +221,7 @@ def make(
     call_training = partial(_call, study, tick=tick, num_threads=threads.training)
     call_evaluation = partial(_call, study, tick=tick, num_threads=threads.evaluation)
 
+    # Training.
     if not study.is_trained(run):
         folder = study.run_folder(run)
         record = _trained(study, run, call_training)
@@ -223,13 +231,15 @@ def make(
         write_run_record(folder, record)
         study.note_finished(folder)
 
+    # The path, from checkpoints that are kept for it.
     _delete_checkpoints(study, run)
     if has_path(study.recipe, run) and heldout(study, run) is None:
         _measure_path(study, run, call_evaluation)
 
+    # Evaluation of each model that a table shows.
     for role in run.labels:
-        is_evaluated = is_whole_result(study.result_file(run, role))
-        if not is_evaluated:
+        file = study.result_file(run, role)
+        if not is_whole_result(file):
             _evaluate(study, run, role, call_evaluation)
 
 
@@ -272,6 +282,8 @@ def _trained(
 def _delete_checkpoints(study: Study, run: StudyRun) -> None:
     """Delete the checkpoints of a finished run, except those at points of its path.
 
+    A checkpoint may hold the optimizer's moments too, which are twice as large as the model.
+
     A run with the folder ``path`` is left alone: a study without a path that shares the folder must not delete them.
     """
     folder = study.run_folder(run)
@@ -279,12 +291,13 @@ def _delete_checkpoints(study: Study, run: StudyRun) -> None:
     if path_folder.exists():
         return
 
-    kept = set(study.checkpoints(run).values())
+    checkpoints_of_points = study.checkpoints(run)
+    kept = set(checkpoints_of_points.values())
     for checkpoint in folder.glob("checkpoint-*"):
         if checkpoint not in kept:
             shutil.rmtree(checkpoint)
     if kept:
-        path_folder.mkdir()
+        path_folder.mkdir()  # the mark that the remaining ones stay
 
 
 # Points of a path
@@ -302,8 +315,9 @@ def _measure_path(
     scales = []
     for point in points(study.recipe, run):
         share, scale = point
+        checkpoint = checkpoints.get(share, "none")  # the base model has no checkpoints: no change
         names.append(point_name(point))
-        changes.append(str(checkpoints.get(share, "none")))  # the base model has no checkpoints: no change
+        changes.append(str(checkpoint))
         scales.append(scale)
 
     # All points in one command, which loads the base model once.
@@ -313,13 +327,14 @@ def _measure_path(
         "scale": scales,
         "name": names,
     }
-    named_sets = path_sets(study.recipe, run, study.run_folder(run))
+    folder = study.run_folder(run)
+    named_sets = path_sets(study.recipe, run, folder)
     sets = list(named_sets.values())
     if len(names) == 1:
         # maskft evaluate writes one model's result into output_dir itself, not into a folder of its name.
-        name = names[0]
+        [name] = names
         models["name"] = name
-        sets = [(folder / name, options) for folder, options in sets]
+        sets = [(folder_of_set / name, options) for folder_of_set, options in sets]
     _measure(study, run, models, sets, call)
 
 
@@ -335,14 +350,16 @@ def _train(
     is_pretrained = run.method.method == PRETRAINED
     options = run.options if is_pretrained else _train_options(study, run)
 
-    training = None
+    training = None  # stays so where nothing is trained
     if is_pretrained:
         models = {BEST: study.base(run)}
     elif _changes_nothing(study, run, options):
-        models = dict.fromkeys(run.roles, study.model(run.start, BEST))
+        start = study.model(run.start, BEST)
+        models = dict.fromkeys(run.roles, start)
     else:
         folder = study.run_folder(run)
-        words = [*launch_words(study.recipe, run), *command_words(options)]
+        launch = launch_words(study.recipe, run)
+        words = [*launch, *command_words(options)]
         call(words, folder / layout.LOG)
         training = _training_summary(folder)
 
@@ -351,6 +368,7 @@ def _train(
         last = folder if is_last_best else folder / layout.LAST
         models = {BEST: str(folder), LAST: str(last)}
 
+    # Relative to the study's folder, which may be moved.
     models = {role: study.inside(models[role]) for role in run.roles}
     before = _record_before(study, run)
     return build_record(
@@ -384,7 +402,7 @@ def _train_options(study: Study, run: StudyRun) -> dict:
         "method": run.method.method,
         "model_name_or_path": study.start(run),
         "output_dir": str(study.run_folder(run)),
-        "resume_from_checkpoint": "auto",
+        "resume_from_checkpoint": "auto",  # from the last complete checkpoint, if the run was interrupted
         "prepared_data_dir": str(study.folder / layout.PREPARED),
     }
 
@@ -402,6 +420,8 @@ def _train_options(study: Study, run: StudyRun) -> dict:
     if run.method.method == "mask":
         options["keep_worse"] = True  # a study compares masks, also bad ones
     options |= run.options  # after keep_worse: a recipe may turn that off
+
+    # Options that overrule the recipe's.
     if study.recipe.path:
         options["save_total_limit"] = _ALL_CHECKPOINTS
     if options.get("learning_rate") == CURRENT_RATE:
@@ -425,9 +445,10 @@ def launch_words(recipe: Recipe, run: StudyRun) -> list[str]:
 
     launch = recipe.launch
     options: dict = {"accelerate_config": launch.accelerate_config}
-    has_several = (launch.num_processes or 1) > 1
+    num_processes = launch.num_processes or 1
+    has_several = num_processes > 1
     if launch.accelerate_config or has_several:
-        # Passed on also when it is 1: without it, a configuration for eight GPUs would start eight processes.
+        # With a configuration also if it is 1: without it, one for eight GPUs would start eight processes.
         options["num_processes"] = launch.num_processes
     return [*PYTHON, "train", *command_words(options)]
 
@@ -474,8 +495,12 @@ def _same_result(
     own_folder = study.result_file(run, role).parent
     # A folder's name ends with the hash of the evaluation and four digits for the study, see `evaluation_id`.
     hash_of_evaluation = own_folder.name.split("-")[-2]
-    candidates = sorted(own_folder.parent.glob(f"*-{hash_of_evaluation}-????/{layout.RESULT}"))
-    if study.model(run, BEST) == study.model(run, role):
+    pattern = f"*-{hash_of_evaluation}-????/{layout.RESULT}"
+    candidates = sorted(own_folder.parent.glob(pattern))
+
+    # The hash has the role in it, so that the best and the last model have two hashes even if they are one model.
+    is_best = study.model(run, BEST) == study.model(run, role)
+    if is_best:
         candidates.append(study.result_file(run, BEST))
 
     for file in candidates:
@@ -492,10 +517,12 @@ def _measured(
 ) -> Result:
     """Evaluate on the tasks of the study and on the sets of earlier abilities; one result with all tasks."""
     # Answers that other versions of the packages gave before an interruption are not mixed with today's.
-    versions = short_digest(environment()["packages"])
+    packages = environment()["packages"]
+    versions = short_digest(packages)
     final_folder = study.result_file(run, role).parent
     folder = final_folder.with_name(f"{final_folder.name}.{versions}.partial")
 
+    # One command for all sets, which loads the model once.
     sets = [(folder, study.recipe.evaluation)]
     folders_before = {}
     for name, options in study.recipe.before.items():
@@ -504,12 +531,14 @@ def _measured(
         folder_before = folder / f"before-{digest_of_name}"
         folders_before[name] = folder_before
         sets.append((folder_before, options))
-    _measure(study, run, _model_options(study, run, role), sets, call)
+    models = _model_options(study, run, role)
+    _measure(study, run, models, sets, call)
 
+    # The tasks of all sets in one result; those of a set are named `before NAME` or `before NAME TASK`.
     result = read_result(folder / layout.RESULT)
     for name, folder_before in folders_before.items():
-        tasks_before = read_result(folder_before / layout.RESULT)["tasks"]
-        for task, found in tasks_before.items():
+        result_before = read_result(folder_before / layout.RESULT)
+        for task, found in result_before["tasks"].items():
             suffix = "" if task == HELDOUT else f" {task}"
             result["tasks"][f"{BEFORE}{name}{suffix}"] = found
     return result
@@ -537,6 +566,7 @@ def _measure(
 
     words: list[str] = []
     for folder, options in sets:
+        # If some model's result is missing, all models are evaluated, and those with a result are skipped there.
         results = [folder / subfolder / layout.RESULT for subfolder in subfolders]
         missing = [file for file in results if not is_whole_result(file)]
         if not missing:
@@ -561,7 +591,7 @@ def _model_options(
     label = {"name": run.labels[role], "seed": run.seed}
 
     if study.recipe.path:
-        # A fixed mask is scaled as the mask that it is compared with.
+        # The model is the base with a scaled change. A fixed mask is scaled as the mask that it is compared with.
         scaled = run if run.match is None else run.match
         scale = 1.0
         if scaled.point is not None:
@@ -576,8 +606,8 @@ def _model_options(
 
     # An adapter that was trained after a mask was merged at its end, and is a model.
     is_merged = bool(run.masks)
-    is_adapter = run.method.method in (*MASK_METHODS, PEFT) and not is_merged
-    if is_adapter:
+    makes_adapter = run.method.method in (*MASK_METHODS, PEFT)
+    if makes_adapter and not is_merged:
         return {"model_name_or_path": study.start(run), "adapter": model} | label
     return {"model_name_or_path": model} | label
 

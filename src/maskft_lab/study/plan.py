@@ -50,7 +50,8 @@ class Plan:
     @property
     def ready(self) -> Plan:
         """The runs whose settings are known."""
-        return replace(self, runs=[run for run in self.runs if not run.is_assumed])
+        ready = [run for run in self.runs if not run.is_assumed]
+        return replace(self, runs=ready)
 
 
 def build_plan(recipe: Recipe, look: Look = lambda run: None) -> Plan:
@@ -67,6 +68,8 @@ def build_plan(recipe: Recipe, look: Look = lambda run: None) -> Plan:
     """
     planner = _Planner(recipe, look)
     planner.check_number()
+
+    # Every method, in each variant of the grid, with each seed.
     for method in recipe.methods.values():
         for axes in planner.variants(method):
             for seed in planner.seeds(method):
@@ -81,16 +84,20 @@ def build_plan(recipe: Recipe, look: Look = lambda run: None) -> Plan:
     runs = []
     for run in planner.runs:
         is_trial = run.tried is not None
-        if is_trial and run.id in ids_of_finals:
-            continue
-        runs.append(run)
+        is_listed_as_final = is_trial and run.id in ids_of_finals
+        if not is_listed_as_final:
+            runs.append(run)
 
     tunings = list(planner.tunings.values())
     return Plan(recipe, runs, tunings)
 
 
 class _Planner:
-    """Makes each run once, after the runs it is made from."""
+    """Makes each run once, after the runs it is made from.
+
+    ``run`` returns the run of a method, grid values and a seed, and calls itself for its parents. So ``runs`` lists
+    parents first, whatever the order of the methods in the recipe.
+    """
 
     def __init__(self, recipe: Recipe, look: Look):
         self.recipe = recipe
@@ -112,6 +119,7 @@ class _Planner:
             if method.tune:
                 num_trials = math.prod(_num_values(values) for values in method.tune.values())
             runs_of_variant = len(self.seeds(method)) + num_trials
+            # Counted, not made: a grid of ten options with ten values each has 10 billion variants.
             axes = self.axes(method)
             num_variants = math.prod(len(values) for values in axes.values())
             number += num_variants * runs_of_variant
@@ -148,10 +156,15 @@ class _Planner:
     def _place(self, method: Method, axes: Axes) -> tuple[Axes, tuple]:
         """The grid values that concern a method, and a hashable key for them (values may be lists)."""
         own_keys = self.axes(method)
-        axes = {key: value for key, value in axes.items() if key in own_keys}
-        rows = [[name, option, value] for (name, option), value in axes.items()]
+        own_axes = {}
+        rows = []
+        for key, value in axes.items():
+            if key in own_keys:
+                name, option = key
+                own_axes[key] = value
+                rows.append([name, option, value])
         place = (method.name, json.dumps(rows))
-        return axes, place
+        return own_axes, place
 
     # Runs
 
@@ -185,7 +198,10 @@ class _Planner:
         tried: Options | None = None,
     ) -> StudyRun:
         """One run, with the settings that won or that are tried."""
-        parents = {key: self._parent(name, axes, seed) for key, name in method.parents.items()}
+        # Parents: the keys `from`, `match`, and those of masks.
+        parents = {}
+        for key, name in method.parents.items():
+            parents[key] = self._parent(name, axes, seed)
         masks = dict(parents)
         start = masks.pop("from", None)
         match = masks.pop("match", None)
@@ -209,10 +225,10 @@ class _Planner:
         if options.get("learning_rate") == CURRENT_RATE and not is_after_full:
             raise UserError(f"method {method.name!r}: learning_rate {CURRENT_RATE} goes with `from` a full fine-tuning")
 
-        # Name.
-        name = _slug(method.name)
+        # Folder name: method, seed, hash.
+        prefix = _slug(method.name)
         if method.method != PRETRAINED:
-            name += f"-s{seed}"
+            prefix += f"-s{seed}"
         hashed_parents = {
             "start": start,
             "match": match,
@@ -224,6 +240,7 @@ class _Planner:
         stages = [parent.stage for parent in parents.values()]
         stages.append(1 if tuned is None else tuned.stage + 1)
 
+        # The settings of a run are a guess as long as those of one of its parents are.
         is_guess = tuned is not None and not tuned.is_settled
         has_guessed_parent = any(parent.is_assumed for parent in parents.values())
         run = StudyRun(
@@ -235,7 +252,7 @@ class _Planner:
             start=start,
             match=match,
             masks=masks,
-            id=f"{name}-{hash_of_run}",
+            id=f"{prefix}-{hash_of_run}",
             stage=max(stages),
             is_assumed=is_guess or has_guessed_parent,
             tried=tried,
@@ -270,13 +287,15 @@ class _Planner:
             return tuned
 
         # The choice needs the base model's measurements, and (for accuracy_at_least) the best gain of any method.
-        before = self.look(self._base_run())
+        base_run = self._base_run()
+        before = self.look(base_run)
         rivals = []
         for rival in self._rivals():
             for rival_axes in self.variants(rival):
                 rivals.append(self._tried(rival, rival_axes))
 
-        all_settled = all(each.is_settled for each in [tuned, *rivals])
+        all_tuned = [tuned, *rivals]
+        all_settled = all(each.is_settled for each in all_tuned)
         if before is None or not all_settled:
             # A guess, as for settings: the runs that depend on it are not made yet.
             return replace(tuned, is_settled=False, point=WHOLE_TRAINING)
@@ -289,7 +308,7 @@ class _Planner:
         methods = self.recipe.methods.values()
         base = next(method for method in methods if method.method == PRETRAINED)
         [seed] = self.seeds(base)
-        return self.run(base, {}, seed)
+        return self.run(base, axes={}, seed=seed)
 
     def _rivals(self) -> list[Method]:
         """The tuned methods that train from the base model.
@@ -315,6 +334,7 @@ class _Planner:
         # Settings are tried with one seed, and hold for all.
         seed = self.seeds(method)[0]
 
+        # The parent's options with defaults: `times_parent` may refer to a rate that the recipe does not set.
         of_parent: Options = {}
         if method.start:
             parent = self._parent(method.start, axes, seed)
@@ -339,7 +359,9 @@ class _Planner:
         parents: dict[str, StudyRun | None],
     ) -> str:
         """Hash of everything that decides a run's outcome. Any change of it renames published runs."""
-        named = options_identity(written_out(method.method, options))
+        # Data and models enter by their content, so that a study may be moved to another machine.
+        all_options = written_out(method.method, options)
+        named = options_identity(all_options)
         removed_value_model = named.get("mask_removed_value_model")
         if removed_value_model:
             named["mask_removed_value_model"] = model_identity(removed_value_model)
@@ -358,12 +380,13 @@ class _Planner:
             "model": model_identity(self.recipe.model),
             "options": changed,
         }
+        # The parents, and with `path.choose` the points of their paths that this run starts from.
         points = {}
         for key, parent in parents.items():
             settings[key] = parent.hash if parent else None
             if parent and parent.point:
                 points[key] = list(parent.point)
-        if points:
+        if points:  # only then: another key would rename published runs
             settings["points"] = points
 
         # Each process adds a micro-batch to the batch, unless global_batch_size fixes it.
@@ -387,7 +410,10 @@ def _check_names(runs: list[StudyRun]) -> None:
 
 
 def _num_values(values: list | TimesParent) -> int:
-    return len(values.times_parent) if isinstance(values, TimesParent) else len(values)
+    """How many values of an option are tried."""
+    if isinstance(values, TimesParent):
+        return len(values.times_parent)
+    return len(values)
 
 
 def _slug(text: str) -> str:

@@ -30,7 +30,7 @@ REVISION = "model_revision"  # the option that names a revision of a hub model
 # torch takes seeds of 64 bits, numpy (behind transformers.set_seed) of 32.
 MAX_SEED = 2**32 - 1
 
-# Methods in which an adapter is trained, or that keep the weights of a mask, over the model before training.
+# Methods whose models are an adapter or a mask over the model before training.
 _OVER_BASE = (*MASK_METHODS, PEFT)
 
 
@@ -45,6 +45,7 @@ def as_text(options: dict[str, Any]) -> dict[str, Any]:
 
 def _without_repeats(values: list) -> list:
     for index, value in enumerate(values):
+        # Not by a set: values of a grid may be lists, which have no hash.
         if value in values[:index]:
             raise ValueError(f"duplicate value {value!r}")
     return values
@@ -52,6 +53,7 @@ def _without_repeats(values: list) -> list:
 
 def _evaluation(section: dict[str, Any]) -> dict[str, Any]:
     """Options of ``maskft evaluate``: ``heldout`` becomes one of the tasks, and its options join the others."""
+    # Both may be null in the file.
     heldout = section.get("heldout") or {}
     tasks = section.get("tasks") or []
     if isinstance(tasks, str):
@@ -59,7 +61,11 @@ def _evaluation(section: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(heldout, dict) or not isinstance(tasks, list):
         raise ValueError("tasks must be a list of names, and heldout lines of `name: value`")
 
-    options = {key: value for key, value in section.items() if key not in ("heldout", "tasks")}
+    options = {}
+    for key, value in section.items():
+        if key not in ("heldout", "tasks"):
+            options[key] = value
+
     if tasks:  # without tasks, only held-out rows are evaluated
         has_rows = bool(heldout) or "dataset_name" in options
         if has_rows and "heldout" not in tasks:
@@ -68,13 +74,18 @@ def _evaluation(section: dict[str, Any]) -> dict[str, Any]:
     return as_text(options | heldout)
 
 
+# Numbers with their ranges. A wrong value is an error when the recipe is read, not hours later in a run.
 Count = Annotated[int, Field(gt=0)]
 Number = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+
+# Options of commands: any, because the parser of the command checks them, see check.py.
 Options = dict[str, Any]
 Texts = Annotated[Options, AfterValidator(as_text)]
 Evaluation = Annotated[Options, AfterValidator(_evaluation)]
+
+# Lists whose every value is a run: two equal ones would be two runs with one name.
 Values = Annotated[list, Field(min_length=1), AfterValidator(_without_repeats)]
 Seeds = Annotated[list[Seed], Field(min_length=1), AfterValidator(_without_repeats)]
 
@@ -137,16 +148,19 @@ class MethodPath(Section):
     The measurements use rows held out from training data, and rows of earlier abilities that the study does not report.
     """
 
-    before: dict[Annotated[Name, Field(pattern="^[^/]+$")], Texts] = {}  # as evaluation.before, of other rows
+    # As evaluation.before, of other rows. The name is part of a folder's, so it has no slash.
+    before: dict[Annotated[Name, Field(pattern="^[^/]+$")], Texts] = {}
     checkpoints: Annotated[list[Share], Field(min_length=1)] = [1.0]  # shares of training, with the whole change
     scales: list[Share] = []  # fractions of the change at the end of training, W0 + scale * (W - W0)
     choose: Choice | None = None  # None: the setting with the lowest held-out loss, at its best checkpoint
 
     @model_validator(mode="after")
     def _check_measured(self) -> MethodPath:
-        needs_loss = self.choose is not None and self.choose.forgetting_at_most is not None
+        if self.choose is None or self.choose.forgetting_at_most is None:
+            return self
+
         has_loss = any(not options.get("kl") for options in self.before.values())
-        if needs_loss and not has_loss:
+        if not has_loss:
             raise ValueError("choose.forgetting_at_most needs a set in path.before whose loss is measured (not kl)")
         return self
 
@@ -159,14 +173,16 @@ class MethodPath(Section):
         return list(dict.fromkeys(along_training + along_change))
 
 
+_TRAINED = tuple(method for method in METHODS if method not in UNTRAINED_METHODS)
+
 # Keys of a method -> the methods that may have them.
 _METHODS_WITH = {
     "from": METHODS,
     "data": METHODS,
     "seeds": METHODS,
     "options": METHODS,
-    "tune": tuple(method for method in METHODS if method not in UNTRAINED_METHODS),
-    "last": tuple(method for method in METHODS if method not in UNTRAINED_METHODS),
+    "tune": _TRAINED,
+    "last": _TRAINED,
     "match": FIXED_MASK_METHODS,
     "start_mask": ("full", PEFT),  # an adapter trained after a mask is merged at its end
     "keep_mask": ("full",),
@@ -188,7 +204,8 @@ class Method(SectionWithOptions):
         seeds: None: the study's.
     """
 
-    name: str = Field(default="", alias="(its key in the recipe)")  # in tables
+    # In tables. Set from the method's key (`_named`); an alias that nobody writes keeps `name` from being a key itself.
+    name: str = Field(default="", alias="(its key in the recipe)")
     method: Literal[(PRETRAINED, *METHODS)]
     start: str | None = Field(default=None, alias="from")
     match: str | None = None
@@ -203,6 +220,7 @@ class Method(SectionWithOptions):
     @model_validator(mode="after")
     def _check_keys(self) -> Method:
         for key, methods in _METHODS_WITH.items():
+            # `from` is a keyword of Python, so its field is called `start`.
             value = self.start if key == "from" else getattr(self, key)
             if value and self.method not in methods:
                 raise ValueError(f"{key} is for {', '.join(methods)}, not for method {self.method}")
@@ -210,8 +228,10 @@ class Method(SectionWithOptions):
         if self.method == INTERPOLATE and self.start is None:
             raise ValueError("interpolate needs `from`: the method whose model is mixed with the model before it")
 
+        # An adapter that was trained after a mask is merged at its end: no adapter of the last step is kept beside it.
         is_merged_adapter = self.method == PEFT and bool(self.masks)
-        if len(self.masks) > 1 or (is_merged_adapter and self.last):
+        has_two_masks = len(self.masks) > 1
+        if has_two_masks or (is_merged_adapter and self.last):
             raise ValueError("only one of start_mask, keep_mask and (for an adapter) last is possible")
 
         tuned = self.tune or {}
@@ -230,18 +250,22 @@ class Method(SectionWithOptions):
     @property
     def masks(self) -> dict[str, str]:
         """Option of ``maskft train`` -> name of the method whose mask full fine-tuning starts with or keeps."""
-        named = {"start_mask": self.start_mask, "keep_mask": self.keep_mask}
-        return {option: name for option, name in named.items() if name is not None}
+        named = {}
+        if self.start_mask is not None:
+            named["start_mask"] = self.start_mask
+        if self.keep_mask is not None:
+            named["keep_mask"] = self.keep_mask
+        return named
 
     @property
     def parents(self) -> dict[str, str]:
         """Key -> name of the method that this one is made from."""
-        named = {
-            "from": self.start,
-            "match": self.match,
-            **self.masks,
-        }
-        return {key: name for key, name in named.items() if name is not None}
+        named = {}
+        if self.start is not None:
+            named["from"] = self.start
+        if self.match is not None:
+            named["match"] = self.match
+        return named | self.masks
 
 
 def _named(methods: dict[str, Method]) -> dict[str, Method]:
@@ -305,7 +329,7 @@ class Recipe(Section):
         """The grid: (name of a method, option) -> values."""
         axes = {}
         for key, values in self.grid.items():
-            name, _, option = key.rpartition(".")
+            name, _, option = key.rpartition(".")  # from the right: names of methods may have dots, options none
             axes[name, option] = values
         return axes
 
@@ -325,11 +349,13 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_names(self) -> Recipe:
+        # The baseline.
         labels: list[str] = []
         for method in self.methods.values():
             labels += method.labels
         _check_known("baseline", self.baseline, labels)
 
+        # The grid.
         for key in self.grid:
             name, _, option = key.rpartition(".")
             _check_known(f"grid {key}: the method", name, self.methods)
@@ -337,6 +363,7 @@ class Recipe(Section):
             if option in tuned:
                 raise ValueError(f"grid: {key!r} is in the method's tune too; remove one of them")
 
+        # The methods.
         for name, method in self.methods.items():
             for key, parent in method.parents.items():
                 _check_known(f"methods.{name}.{key}", parent, self.methods)
@@ -353,19 +380,24 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check_no_cycle(self) -> Recipe:
         parents = {name: method.parents.values() for name, method in self.methods.items()}
+
+        # graphlib finds the cycle and names its members; the order that it could give is not needed here.
         try:
             TopologicalSorter(parents).prepare()
         except CycleError as error:
-            cycle = error.args[1]
+            cycle = error.args[1]  # names, the first also at the end
             raise ValueError(f"the runs form a cycle: {' -> '.join(cycle)}; break it") from None
         return self
 
     @model_validator(mode="after")
     def _check_parents(self) -> Recipe:
         for name, method in self.methods.items():
+            # The methods that this one is made from; `_check_names` has found that they exist.
             start = self.methods[method.start] if method.start else None
             match = self.methods[method.match] if method.match else None
-            masks = {option: self.methods[mask] for option, mask in method.masks.items()}
+            masks = {}
+            for option, mask in method.masks.items():
+                masks[option] = self.methods[mask]
 
             self._check_over_base(name, method, start)
             if match and match.method != "mask":
@@ -375,10 +407,13 @@ class Recipe(Section):
             self._check_start_of_path(name, method, [start, *masks.values()])
 
             # The mask is applied to the weights of `from`, so it must have been made for them.
-            for option, mask in masks.items():
-                is_of_same_model = mask.method in MASK_METHODS and mask.start == method.start
-                if not is_of_same_model:
-                    raise ValueError(f"methods.{name}.{option} is {mask.name!r}; name a mask made from the same model")
+            for option, mask_method in masks.items():
+                is_mask = mask_method.method in MASK_METHODS
+                is_of_same_model = mask_method.start == method.start
+                if not is_mask or not is_of_same_model:
+                    raise ValueError(
+                        f"methods.{name}.{option} is {mask_method.name!r}; name a mask made from the same model"
+                    )
         return self
 
     def _check_over_base(
@@ -408,7 +443,13 @@ class Recipe(Section):
         method: Method,
         parents: list[Method | None],
     ) -> None:
-        """A run needs a checkpoint to start from, which ``path.choose`` may replace by a scaled model."""
+        """A run needs a checkpoint to start from, which ``path.choose`` may replace by a scaled model.
+
+        Args:
+            name: Of the method.
+            method: The method.
+            parents: The methods that it starts from, None where there is none.
+        """
         if not self.path or not self.path.choose:
             return
         trained = []
@@ -431,6 +472,7 @@ class Recipe(Section):
         if not self.path:
             return self
 
+        # Gain and forgetting are differences from the base model, so the study measures that too.
         has_base = any(method.method == PRETRAINED for method in self.methods.values())
         if not has_base:
             raise ValueError(f"path measures what training changes: add the model before it, {{method: {PRETRAINED}}}")
@@ -444,7 +486,8 @@ class Recipe(Section):
                 raise ValueError(f"methods.{name}: path.choose chooses the checkpoint; drop last")
             is_trained = method.method not in (PRETRAINED, *UNTRAINED_METHODS)
             if is_trained and method.tune is None:
-                # An empty `tune` is one trial, of the method as it is: its points are the candidates.
+                # An empty `tune` is one trial, of the method as it is: its points are the candidates. The recipe is
+                # frozen, so the method is replaced inside its dictionary.
                 self.methods[name] = method.model_copy(update={"tune": {}})
         return self
 

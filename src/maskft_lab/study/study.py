@@ -33,6 +33,7 @@ from .study_run import StudyRun
 from .summary import summarise
 
 LOCK_WAIT_S = 120  # a killed study's child finishes its step and saves it
+_POLL_S = 0.1  # between two looks at the running jobs
 _MAX_LOST = 3  # times that a run is submitted again after its worker was lost
 _MAX_REASON = 300  # characters of a lost worker's error: remote ones carry whole tracebacks
 
@@ -57,6 +58,7 @@ def run_study(
         UserError: If a run failed; the runs that do not depend on it are made first.
     """
     console = Console()
+    # Commands run elsewhere and need the absolute path; messages show the folder as the user wrote it.
     shown_folder = folder
     folder = folder.absolute()
 
@@ -66,18 +68,20 @@ def run_study(
         study.check_no_folder_links()
         plan, failed = _make_all(study, launcher, console, is_brief)
 
+        # The table is printed and written also if a run failed: the other results are there.
         text = summarise(study, plan.ready.runs, plan.tunings)
         console.print(
             text,
             end="",
             highlight=False,
-            markup=False,
-            soft_wrap=True,
+            markup=False,  # brackets in names are not rich's markup
+            soft_wrap=True,  # rows of the table are not broken at the width of a terminal
         )
         if not is_brief:
             table = shown_folder / layout.STUDY_TABLE.format(plan.recipe.name)
             results = shown_folder / layout.RESULTS
-            console.print(f"table: {table}\nresults: {results}", highlight=False, soft_wrap=True)
+            places = f"table: {table}\nresults: {results}"
+            console.print(places, highlight=False, soft_wrap=True)
 
     if failed:
         run, reason = next(iter(failed.items()))
@@ -100,11 +104,16 @@ def _make_all(
         plan = build_plan(study.recipe, partial(heldout, study))
         ready = plan.ready.runs
 
-        failed = {run: reasons[run.id] for run in ready if run.id in reasons}
+        # Runs that failed in an earlier stage are not tried again.
+        failed_before = {}
+        for run in ready:
+            if run.id in reasons:
+                failed_before[run] = reasons[run.id]
+
         failed, num_made = _make_stage(
             study,
             plan,
-            failed,
+            failed_before,
             launcher,
             console,
             is_brief,
@@ -126,12 +135,21 @@ def _make_stage(
     console: Console,
     is_brief: bool,
 ) -> tuple[dict[StudyRun, str], int]:
-    """Make every unfinished run whose settings are known; returns all failed runs, and how many were started.
+    """Make every unfinished run whose settings are known; returns all failed runs, and how many were to be made.
+
+    Args:
+        study: The study.
+        plan: All runs, as far as they are known.
+        failed: Runs that failed in earlier stages, with the reason.
+        launcher: Where the runs are made.
+        console: Where progress is shown.
+        is_brief: In a log, show no line for each run.
 
     Raises:
         UserError: For a mistake in the data of any run, before the first is made.
     """
     runs = plan.ready.runs
+    # Damaged files are the user's to delete: a run may have taken days.
     for run in runs:
         study.check_damage(run)
 
@@ -146,7 +164,8 @@ def _make_stage(
             todo.append(run)
 
     # About: the settings of waiting runs are guesses, and the winner's run may exist already, as a trial.
-    num_waiting = len({run.id for run in plan.runs}) - len(runs)
+    all_ids = {run.id for run in plan.runs}
+    num_waiting = len(all_ids) - len(runs)
     waits = f"; about {num_waiting} wait for what tuning chooses" if num_waiting else ""
     console.print(f"{len(runs)} runs, {len(finished)} finished before{waits}", highlight=False)
 
@@ -170,7 +189,8 @@ def _make_stage(
 
             # Runs of earlier stages, such as the trials of tuning, are finished.
             newest_stage = max(run.stage for run in runs)
-            runs_alone = alone([run for run in runs if run.stage == newest_stage])
+            runs_of_stage = [run for run in runs if run.stage == newest_stage]
+            runs_alone = alone(runs_of_stage)
             _make_runs(study, todo, board, launcher, runs_alone)
     return board.failed, len(todo)
 
@@ -188,8 +208,15 @@ def _costs(recipe: Recipe, runs: Sequence[StudyRun]) -> dict[StudyRun, float] | 
 
     # A run without training still has its evaluation: about a tenth of a training.
     most_tokens = max(tokens.values(), default=0)
-    evaluation = most_tokens / 10 or 1  # if nothing is trained, all runs cost the same
-    return {run: tokens[options_but_seeds(run)] + evaluation for run in runs}
+    evaluation = most_tokens / 10
+    if not evaluation:
+        evaluation = 1  # if nothing is trained, all runs cost the same
+
+    costs = {}
+    for run in runs:
+        key = options_but_seeds(run)
+        costs[run] = tokens[key] + evaluation
+    return costs
 
 
 def failure_of(
@@ -198,7 +225,10 @@ def failure_of(
     tick: Callable[[], None] = lambda: None,
     threads: Threads = THREADS_OF_ENVIRONMENT,
 ) -> str | None:
-    """Make a run; returns why it failed, None if it did not. This is what launchers call, wherever they run it."""
+    """Make a run; returns why it failed, None if it did not. Launchers call this, wherever they run it.
+
+    An expected failure is returned, because an exception of a worker means to the study that the worker was lost.
+    """
     try:
         make(study, run, tick, threads)
     except UserError as error:
@@ -218,27 +248,32 @@ def _make_runs(
     Those of ``runs_alone`` are submitted first: they need all cores, and would later wait for all others.
     """
     waiting = list(todo)
-    jobs: dict[StudyRun, Any] = {}
+    jobs: dict[StudyRun, Any] = {}  # the started runs, until they have ended
     num_lost: Counter[StudyRun] = Counter()
+    # On this machine no worker is lost: an unexpected error is one of the program, and would be raised again.
     max_lost = 0 if is_local(launcher) else _MAX_LOST
 
     with launcher(study, failure_of, runs_alone) as submit:
         try:
             while waiting or jobs:
+                # Start as many as the launcher has room for.
                 ready = _ready(study, waiting, jobs, board)
                 ready.sort(key=lambda run: run not in runs_alone)  # those alone first: False sorts before True
                 if ready:
                     new_jobs = submit(ready)
-                    started = dict(zip(ready, new_jobs, strict=False))  # the launcher may have room for fewer
+                    started = dict(zip(ready, new_jobs, strict=False))  # fewer jobs than runs if there is no room
                     jobs |= started
                     waiting = [run for run in waiting if run not in started]
                     for run in started:
                         board.started(run)
 
+                # Note those that have ended.
                 done = [run for run, job in jobs.items() if job.done()]
                 for run in done:
-                    reason, is_lost = _end_of(jobs.pop(run))
-                    num_lost[run] += is_lost
+                    job = jobs.pop(run)
+                    reason, is_lost = _end_of(job)
+                    if is_lost:
+                        num_lost[run] += 1
                     if is_lost and num_lost[run] <= max_lost:
                         waiting.append(run)  # submitted again; it resumes from its checkpoints
                     elif reason is None:
@@ -247,7 +282,7 @@ def _make_runs(
                         board.has_failed(run, reason)
 
                 board.tick()
-                time.sleep(0.1)
+                time.sleep(_POLL_S)
         finally:  # Ctrl-C too
             for job in jobs.values():
                 job.cancel()
@@ -259,12 +294,21 @@ def _ready(
     jobs: Mapping[StudyRun, Any],
     board: Board,
 ) -> list[StudyRun]:
-    """The runs of ``waiting`` whose parents are trained; those whose parent failed are removed and noted."""
+    """The runs of ``waiting`` whose parents are trained; those whose parent failed are removed and noted.
+
+    Args:
+        study: The study.
+        waiting: Runs that have not started; changed in place.
+        jobs: The started runs.
+        board: Where failures are noted.
+    """
 
     def suffices(parent: StudyRun) -> bool:
         # Its evaluation may go on, or have failed: children do not need it. But with a path, the evaluation chooses
         # which checkpoint they start from.
-        return study.recipe.path is None and study.has_record(parent)
+        if study.recipe.path is not None:
+            return False
+        return study.has_record(parent)
 
     # A plan lists parents first, so a failure reaches all runs below in one pass.
     for run in list(waiting):
@@ -274,12 +318,19 @@ def _ready(
                 waiting.remove(run)
                 break
 
+    # A set, because this is asked ten times a second, for each parent of possibly thousands of runs.
+    still_waiting = set(waiting)
+
     def is_there(parent: StudyRun) -> bool:
         if parent in jobs:
             return suffices(parent)
-        return parent not in waiting
+        return parent not in still_waiting
 
-    return [run for run in waiting if all(map(is_there, run.parents))]
+    ready = []
+    for run in waiting:
+        if all(is_there(parent) for parent in run.parents):
+            ready.append(run)
+    return ready
 
 
 def _end_of(job: Any) -> tuple[str | None, bool]:
@@ -288,8 +339,8 @@ def _end_of(job: Any) -> tuple[str | None, bool]:
         return job.result(), False
     except Exception as error:  # of the worker, its node or its container: any type
         message = f"{type(error).__name__}: {error}"
-        reason = " ".join(message.split())[:_MAX_REASON]
-        return reason, True
+        one_line = " ".join(message.split())
+        return one_line[:_MAX_REASON], True
 
 
 def _outcome(study: Study, run: StudyRun) -> str:
@@ -297,5 +348,5 @@ def _outcome(study: Study, run: StudyRun) -> str:
     measured = heldout(study, run)
     if measured is not None and math.isfinite(measured.loss):
         return f"finished, held-out loss {measured.loss:.4f}"
-    # Without an evaluation during training there is no loss either.
+    # Only trials may diverge without an error; other runs without a loss had no evaluation during training.
     return "finished" if run.tried is None else "diverged"
