@@ -620,7 +620,11 @@ def test_the_end_of_training_is_accounted_for_where_it_is_not_kept(base, data, r
     study, before, point = Study(tmp_path, plan.recipe), plan.runs[0], replace(plan.runs[1], point=(0.5, 1.0))
     write_run_record(study.run_folder(point), found["full"])
     (study.run_folder(point) / layout.TRAINING).write_text(json.dumps({"summary": trainings["full"]}))
+    for step in (3, 4):
+        (study.run_folder(point) / f"checkpoint-{step}").mkdir()
     assert (_record(study, point).best_step, _record(study, point).total_tokens) == (4, {"best": 400, "last": 800})
+    early = replace(point, point=(0.3, 1.0))  # 2.4 of the 8 steps: transformers saves the third
+    assert (_record(study, early).best_step, _record(study, early).total_tokens) == (3, {"best": 300, "last": 800})
     write_run_record(study.run_folder(before), found["pre-trained"])
     assert study.model(before, "best") == str(base)
 

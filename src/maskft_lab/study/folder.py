@@ -118,6 +118,9 @@ class Study:
     def checkpoint(self, run: StudyRun, share: float) -> Path:
         """Checkpoint of a finished run after a share of its steps, in (0, 1]; needs a run with steps.
 
+        Its step may differ from the share of the steps by less than one, because transformers rounds the interval
+        between checkpoints up.
+
         Raises:
             UserError: If no checkpoint was saved at that step.
         """
@@ -220,6 +223,11 @@ def evaluation_id(
     return f"{prefix}-{role}-{hash_of_evaluation}-{hash_of_study}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of a checkpoint's folder."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
 def _hash_of(run_folder: Path) -> str:
     """The hash at the end of a run's folder name."""
     return run_folder.name.rpartition("-")[2]
@@ -233,7 +241,6 @@ def _checkpoint_at(folder: Path, step: float) -> Path:
         if number.isdecimal():  # not `checkpoint-12.damaged`
             found[int(number)] = path
 
-    # Not `found[round(step)]`: transformers rounds the interval between checkpoints up, so a share may be off by one.
     nearest = min(found, key=lambda number: abs(number - step), default=None)
     is_saved = nearest is not None and abs(nearest - step) < 1
     if not is_saved:

@@ -31,7 +31,7 @@ from ..evaluation.evaluation_arguments import AND, HELDOUT
 from ..results.schema import BEFORE, Result, read_result, write_result
 from .accounts import build_record, study_block, training_block
 from .damage import is_whole_result, written_files
-from .folder import Study
+from .folder import Study, step_of
 from .identity import short_digest
 from .path import (
     PATH,
@@ -106,7 +106,9 @@ def _record(study: Study, run: StudyRun) -> RunRecord:
     # The record counts epochs, tokens and learning rate at `best_step`. Replacing that step by the point's is enough.
     training = _training_summary(study.run_folder(run))
     share, _ = run.point
-    training["best_step"] = round(share * record.num_steps)
+    checkpoint = study.checkpoint(run, share)
+    # Not round(share * num_steps), which may be one step off, see `Study.checkpoint`.
+    training["best_step"] = step_of(checkpoint)
 
     before = _record_before(study, run)
     return build_record(
