@@ -59,14 +59,22 @@ def build_record(
     # With the training before, which counts up to its best checkpoint: the run started from that.
     epochs_before = parent.total_epochs[BEST] if parent else 0.0
     tokens_before = parent.total_tokens[BEST] if parent else 0
-    total_epochs = {role: round(epochs_before + number, 4) for role, number in epochs.items()}
-    total_tokens = {role: tokens_before + number for role, number in tokens.items()}
+    total_epochs = {}
+    total_tokens = {}
+    for role in (BEST, LAST):
+        total_epochs[role] = round(epochs_before + epochs[role], 4)
+        total_tokens[role] = tokens_before + tokens[role]
 
     settings = _without_folders(run.options)
     if "learning_rate" in options:
         settings["learning_rate"] = options["learning_rate"]  # the number for `current`
 
-    is_from_run = run.start is not None and run.start.method.method != PRETRAINED
+    start = None
+    if run.start is not None and run.start.method.method != PRETRAINED:
+        start = run.start.id
+    match = None
+    if run.match is not None:
+        match = run.match.id
     return RunRecord(
         study=recipe.name,
         run=run.id,
@@ -75,8 +83,8 @@ def build_record(
         seed=run.seed,
         model=_without_folder(run.model),
         data=data_name(run, recipe),
-        start=run.start.id if is_from_run else None,
-        match=run.match.id if run.match else None,
+        start=start,
+        match=match,
         settings=settings,
         models=models,
         num_steps=num_steps or None,
@@ -95,7 +103,11 @@ def build_record(
 def _counts(training: dict[str, Any]) -> tuple[float | None, dict[str, float], dict[str, int]]:
     """Learning rate of the best checkpoint, epochs and tokens of each role."""
     best_step = training["best_step"]
-    share = 1.0 if best_step is None else best_step / training["num_steps"]
+    num_tokens = training["num_train_tokens"]
+    num_epochs = training["num_epochs"]
+    share = 1.0  # of the steps, up to the best; without an evaluation the last is the best
+    if best_step is not None:
+        share = best_step / training["num_steps"]
 
     measured: dict[str, Any] = {}
     for row in training["history"]:
@@ -104,12 +116,12 @@ def _counts(training: dict[str, Any]) -> tuple[float | None, dict[str, float], d
 
     # Tokens are counted at each evaluation. Without one at this step, they are in proportion to the steps.
     counted = measured.get("eval_num_tokens")
-    tokens_at_best = int(counted) if counted else round(share * training["num_train_tokens"])
+    tokens_at_best = int(counted) if counted else round(share * num_tokens)
     if best_step == 0:  # the start is best
         tokens_at_best = 0
 
-    epochs = {BEST: share * training["num_epochs"], LAST: training["num_epochs"]}
-    tokens = {BEST: tokens_at_best, LAST: training["num_train_tokens"]}
+    epochs = {BEST: share * num_epochs, LAST: num_epochs}
+    tokens = {BEST: tokens_at_best, LAST: num_tokens}
     return measured.get("learning_rate"), epochs, tokens
 
 
@@ -119,7 +131,9 @@ def _without_folders(options: dict[str, Any]) -> dict[str, Any]:
     shown.pop("data_dir", None)
     shown.pop("eval_data_dir", None)
     if TEMPLATE in shown:
-        shown[TEMPLATE] = Path(shown[TEMPLATE]).name
+        template = Path(shown[TEMPLATE])
+        shown[TEMPLATE] = template.name
+
     for key in (*DATA_NAMES, KL_DATA):
         mixture = shown.get(key)
         if isinstance(mixture, str):
@@ -155,8 +169,14 @@ def training_block(
         name_before = None if run.start is None else data_name(run.start, recipe)
         is_mixed = _MIXED in (name, name_before)
 
-    selection = selection_of(run.options) if run.method.method == "mask" else None
-    variant = run.name if is_control(recipe, run) else None
+    selection = None
+    if run.method.method == "mask":
+        selection = selection_of(run.options)
+    variant = None
+    if is_control(recipe, run):
+        variant = run.name
+
+    # The counts of both ends: a row of the paper's table shows how long training went on after the best.
     return {
         "base": record.model,
         "domain": domain,
@@ -188,6 +208,7 @@ def study_block(
     if run.point is not None:
         share, scale = run.point
         block["point"] = {"checkpoint": share, "scale": scale}
+    # Of the whole run, and then of this role.
     for key in ("run", "start", "match", "settings", "num_steps", "best_step"):
         block[key] = getattr(record, key)
     for key in ("epochs", "tokens", "total_epochs", "total_tokens"):
@@ -198,12 +219,13 @@ def study_block(
 def is_control(recipe: Recipe, run: StudyRun) -> bool:
     """Whether the paper's tables have no row for a run: a control, a grid's variant, the second of a kind."""
     method = run.method
-    has_no_row = method.method in ("wanda_mask", INTERPOLATE)
-    if has_no_row or run.axes:
+    is_not_in_paper = method.method in ("wanda_mask", INTERPOLATE)
+    if is_not_in_paper or run.axes:
         return True
 
+    # In the paper, full fine-tuning starts from the base model, and only masks continue from there.
     is_continued = run.start is not None and run.start.method.method != PRETRAINED
-    if method.method in ("full", PEFT) and is_continued:
+    if is_continued and method.method in ("full", PEFT):
         return True
 
     # Of methods that a row of the paper does not tell apart, the first of the recipe has the row.
@@ -212,5 +234,6 @@ def is_control(recipe: Recipe, run: StudyRun) -> bool:
         return method.method, method.start, method.data, selection
 
     own_kind = kind(method)
-    first = next(other for other in recipe.methods.values() if kind(other) == own_kind)
+    same_kind = (other for other in recipe.methods.values() if kind(other) == own_kind)
+    first = next(same_kind)
     return first.name != method.name

@@ -37,6 +37,7 @@ _OF_THE_STUDY = {
     "overwrite",
     "help",
 }
+# Options without which the parser of `maskft evaluate` would complain.
 _PLACE_HOLDERS = ["--output_dir", "any", "--model_name_or_path", "any", "--change", "none"]
 _OF_PATH = "path.before."  # begins the name of a section
 
@@ -84,6 +85,7 @@ def _with_num_processes(recipe: Recipe) -> Recipe:
 
 def _check_run(run: StudyRun, recipe: Recipe) -> None:
     """Make every check of ``maskft train`` that needs no data and no model."""
+    # An error names the run, so that the line of the recipe is found.
     try:
         parsed = parsed_run(run)
         check_method(parsed.method)
@@ -91,7 +93,7 @@ def _check_run(run: StudyRun, recipe: Recipe) -> None:
         if recipe.path:
             _check_checkpoints(recipe.path.checkpoints, parsed.training)
         if run.method.method in MASK_METHODS:
-            config = mask_config(parsed.mask)
+            config = mask_config(parsed.mask)  # raises for a wrong value
             if run.method.method in FIXED_MASK_METHODS:
                 check_size(run.method.method, config)
     except UserError as error:
@@ -100,7 +102,8 @@ def _check_run(run: StudyRun, recipe: Recipe) -> None:
 
 def _check_checkpoints(shares: Iterable[float], training) -> None:
     """Check that a checkpoint is saved at every share of training."""
-    # As a share of training. A count of steps is one only if max_steps is given: -1 makes it negative.
+    # As a share of training. A count of steps is one only if max_steps is given: -1, the default, makes it negative,
+    # and then it is known only with the data whether a checkpoint is saved there.
     interval = training.save_steps
     if interval >= 1:
         interval /= training.max_steps
@@ -122,11 +125,12 @@ def _check_path_rows(plan: Plan) -> None:
     for run in plan.runs:
         if has_path(plan.recipe, run):
             options = heldout_options(plan.recipe, run)
-            rows = short_digest(options_identity(options))
-            first_runs.setdefault(rows, run.title)
+            identity = options_identity(options)
+            digest = short_digest(identity)
+            first_runs.setdefault(digest, run.title)
 
     if len(first_runs) > 1:
-        first, second = list(first_runs.values())[:2]
+        first, second, *_ = first_runs.values()
         raise UserError(
             f"path: {first!r} and {second!r} have different held-out rows; give all methods the first of data, "
             f"{plan.recipe.first_data!r}, and options of its rows there or in train"
@@ -139,8 +143,10 @@ def _check_path_rows(plan: Plan) -> None:
 def check_before_running(plan: Plan) -> None:
     """Check tasks and data, and that nothing is chosen on rows that are reported on."""
     sets = _evaluation_args(plan.recipe)
+    rows = {}  # section -> its rows
     try:
-        rows = {where: evaluate.check_inputs(args) for where, args in sets.items()}
+        for where, args in sets.items():
+            rows[where] = evaluate.check_inputs(args)
     except UserError as error:
         raise UserError(f"evaluation: {error}") from None
 
@@ -150,6 +156,7 @@ def check_before_running(plan: Plan) -> None:
         if not where.startswith(_OF_PATH):
             reported.update(prompt_digest(row) for row in rows_there)
 
+    # Tuning, and then the choice of points, which looks at the rows of earlier abilities too.
     _check_tuned_rows(plan, reported)
     path = plan.recipe.path
     if path is None or path.choose is None:
@@ -170,8 +177,11 @@ def _check_tuned_rows(plan: Plan, reported: set[str]) -> None:
             continue
 
         # Most runs hold out the same rows, and reading them takes a while.
-        of_data = {name: value for name, value in run.options.items() if name in data_options}
-        key = repr(sorted(of_data.items()))
+        of_data = []
+        for name, value in run.options.items():
+            if name in data_options:
+                of_data.append((name, value))
+        key = repr(sorted(of_data))
         if key in seen:
             continue
         seen.add(key)
@@ -180,12 +190,14 @@ def _check_tuned_rows(plan: Plan, reported: set[str]) -> None:
         data = parsed.data
         would = f"method {run.method.name!r} would be {verb} on"
         _check_no_test_split(data, would)
-        splits = load_splits(data, data.split_seed, None, parsed.training.dataset_text_field)
+        text_field = parsed.training.dataset_text_field
+        splits = load_splits(data, data.split_seed, None, text_field)
         _check_not_reported(splits.heldout, reported, would)
 
 
 def _check_no_test_split(data: DataArguments, would: str) -> None:
     """Refuse the test split of a hub data set as held-out rows, whether or not the study reports on it."""
+    # The rows are those of eval_dataset_name, of another split of the training data, or a part of the training rows.
     name = data.eval_dataset_name or data.dataset_name
     split = data.dataset_eval_split
     if not split:
@@ -224,9 +236,11 @@ def how_chosen(method: Method, options: Options) -> str | None:
     """
     if method.tune is not None:
         return "tuned"
-    # The best of several drawn masks, or of several mixtures with the model before.
-    is_best_drawn = method.method == "random_mask" and options.get("num_candidates", 1) > 1
-    if is_best_drawn or method.method == INTERPOLATE:
+    # The best of several mixtures with the model before, or of several drawn masks.
+    if method.method == INTERPOLATE:
+        return "chosen"
+    num_candidates = options.get("num_candidates", 1)
+    if method.method == "random_mask" and num_candidates > 1:
         return "chosen"
     return None
 
@@ -247,17 +261,22 @@ def _evaluation_args(recipe: Recipe) -> dict[str, Namespace]:
         for name, options in recipe.path.before.items():
             sections[f"{_OF_PATH}{name}"] = options
 
+    # argparse has no public list of its options.
     parser = evaluate.make_parser()
-    known = {action.dest for action in parser._actions} - _OF_THE_STUDY
+    all_options = {action.dest for action in parser._actions}
+    known = all_options - _OF_THE_STUDY
     parsed = {}
     for where, options in sections.items():
+        # The names. argparse alone would take a unique beginning of a name for the option.
         allowed = set(known)
         if where.startswith(_OF_PATH):
             allowed.discard("tasks")  # points are measured on rows
         for option in options:
             if option not in allowed:
-                raise UserError(f"{where} has an unknown option {option!r}{did_you_mean(option, allowed)}")
+                hint = did_you_mean(option, allowed)
+                raise UserError(f"{where} has an unknown option {option!r}{hint}")
 
+        # The values.
         try:
             words = [*_PLACE_HOLDERS, *evaluation_words(options)]
             args = parser.parse_args(words)

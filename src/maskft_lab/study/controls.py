@@ -50,6 +50,7 @@ def with_standard_controls(
     Raises:
         ValueError: If one of ``masks`` is not a learned mask, there is none at all, or the grid varies its length.
     """
+    # The masks that get controls.
     learned = [name for name, method in methods.items() if _is_learned_mask(method)]
     if masks is not None:
         for name in masks:
@@ -71,13 +72,16 @@ def with_standard_controls(
             unique_name = f"{control} ({name})" if is_taken else control
             controls[unique_name] = method
 
+    # The recipe's own methods come first: a study without a baseline compares with its first full fine-tuning.
     kept = {}
     for name, method in methods.items():
         is_left_out = method is None and name in controls
         if not is_left_out:
             kept[name] = method
-    added = {name: method for name, method in controls.items() if name not in methods}
-    return kept | added
+    for name, method in controls.items():
+        if name not in methods:
+            kept[name] = method
+    return kept
 
 
 def _is_learned_mask(method: Any) -> bool:
@@ -103,13 +107,18 @@ def _controls_of(
     # The file has not been checked yet: a value of a wrong type counts as missing here, and pydantic reports it.
     parent_method = methods.get(parent) if isinstance(parent, str) else None
     has_full_parent = isinstance(parent_method, dict) and parent_method.get("method") == "full"
-    layers = mask.get("mask_layers_to_transform", train.get("mask_layers_to_transform"))
+    layers_of_all = train.get("mask_layers_to_transform")
+    layers = mask.get("mask_layers_to_transform", layers_of_all)
     tune = mask.get("tune")
     if not isinstance(tune, dict):
         tune = {}
 
     # If the mask's steps are tuned, so are those of trained controls.
-    tuned_lengths = {option: tune[option] for option in LENGTHS if option in tune}
+    tuned_lengths = {}
+    for option in LENGTHS:
+        if option in tune:
+            tuned_lengths[option] = tune[option]
+
     # An option that `train` gives all methods is left out: written twice, two equal controls would look different.
     shared = {}
     for option in _SHARED:
@@ -119,7 +128,8 @@ def _controls_of(
         if not is_repeated:
             shared[option] = mask[option]
 
-    for control, entry in read_yaml(TEMPLATE).items():
+    template = read_yaml(TEMPLATE)
+    for control, entry in template.items():
         # All controls but fixed masks continue the mask's parent (at multiples of its rate), or undo a part of it.
         is_fixed_mask = entry["method"] in FIXED_MASK_METHODS
         if not is_fixed_mask and not has_full_parent:
@@ -130,20 +140,23 @@ def _controls_of(
         # The entry with the names of this mask and its parent, and with options copied from the mask.
         method = {}
         for key, value in entry.items():
-            method[key] = value.format(mask=name, parent=parent) if isinstance(value, str) else value
+            if isinstance(value, str):
+                value = value.format(mask=name, parent=parent)
+            method[key] = value
         for key in ("from", "data", "seeds"):
             if key in mask:
                 method[key] = mask[key]
 
+        # A trained control gets the mask's length, rows and batches, and rates of its own to choose from.
         is_trained = entry["method"] in ("full", PEFT)
         if is_trained:
             tried = dict(tuned_lengths)
             if method.pop("tune", None):  # a mark in the file; the values depend on the mask
                 tried |= _rates(tune, entry["method"])
-            method = shared | method
+            method = shared | method  # the entry's own options win
             if tried:
                 method["tune"] = tried
-        if "partial_layers" in entry:
+        if "partial_layers" in entry:  # a mark too
             method["partial_layers"] = layers
 
         label = control.format(mask=name, parent=parent)
@@ -163,5 +176,7 @@ def _rates(tune: Mapping[str, Any], method: str) -> dict[str, Any]:
     number = max(num_settings, _MIN_RATES)
 
     if method == PEFT:
-        return {"learning_rate": list(_ADAPTER_RATES[:number])}
-    return {"learning_rate": {"times_parent": list(_RATES[:number])}}
+        rates = list(_ADAPTER_RATES[:number])
+        return {"learning_rate": rates}
+    factors = list(_RATES[:number])
+    return {"learning_rate": {"times_parent": factors}}

@@ -29,11 +29,13 @@ def _is_kept(name: str) -> bool:
     """Whether a file, named relative to the run's folder, stays as it is once the run is finished."""
     if name in (layout.LOG, layout.RUN, layout.CARD):  # a card is its author's to edit
         return False
+    # Most checkpoints are deleted once the run is finished.
     top_folder, *_ = name.split("/")
     is_checkpoint = top_folder.startswith("checkpoint-")
 
     file_name = name.rpartition("/")[2]
-    is_temporary = file_name.startswith(".") or file_name.endswith((".lock", ".partial"))
+    is_hidden = file_name.startswith(".")  # also temporary files of writes that were cut off
+    is_temporary = is_hidden or file_name.endswith((".lock", ".partial"))
     return not is_checkpoint and not is_temporary
 
 
@@ -43,11 +45,11 @@ def damage_of_run(folder: Path) -> str | None:
     Each file is read once per process, and again after it was written to.
     """
     try:
-        written = read_run_record(folder).files
+        record = read_run_record(folder)
     except (UserError, OSError):
         return f"its {layout.RUN} cannot be read"
 
-    for name, sha256 in written.items():
+    for name, sha256 in record.files.items():
         path = folder / name
         try:
             if not path.is_file():

@@ -40,10 +40,11 @@ def print_dry_run(
         own: Methods in the recipe's file; the others are controls.
         why_no_time: Why there is no time although the recipe has a speed.
     """
+    # Expand the recipe again, now that the losses of finished runs may choose settings.
     study = Study(folder.absolute(), plan.recipe)
     plan = build_plan(plan.recipe, partial(heldout, study))
-    has_stages = bool(plan.tunings)
 
+    has_stages = bool(plan.tunings)
     columns = ["run", "from", "tokens", "time", "state"]
     if has_stages:
         columns.insert(0, "stage")
@@ -54,22 +55,33 @@ def print_dry_run(
     for run in plan.runs:
         tokens, seconds = costs.of(run)
         state = _state(study, run)
-        left[run.id] = (tokens, seconds) if state == _TO_DO else (0, 0)
+        if state == _TO_DO:
+            left[run.id] = (tokens, seconds)
+        else:
+            left[run.id] = (0, 0)
         if run.is_assumed:
             state = f"waits for stage {run.stage - 1}"
 
         parents = ", ".join(_shown_id(parent) for parent in run.parents)
-        cells = [_shown_id(run), parents or run.model, *_words(tokens, seconds), state]
+        tokens_text, time = _words(tokens, seconds)
+        cells = [
+            _shown_id(run),
+            parents or run.model,
+            tokens_text,
+            time,
+            state,
+        ]
         if has_stages:
             cells.insert(0, str(run.stage))
         # As Text, because brackets in names would be read as rich's markup.
         table.add_row(*map(Text, cells))
 
-    width = None if Console().is_terminal else _LOG_WIDTH
+    width = None if Console().is_terminal else _LOG_WIDTH  # None: the terminal's
     console = Console(width=width)
     console.print(table, markup=False)
-    text = _totals(plan, left, own, why_no_time) + _about_stages(plan)
-    console.print(text, highlight=False, soft_wrap=True)
+    totals = _totals(plan, left, own, why_no_time)
+    about_stages = _about_stages(plan)
+    console.print(totals + about_stages, highlight=False, soft_wrap=True)
 
 
 def _state(study: Study, run: StudyRun) -> str:
@@ -86,7 +98,9 @@ def _shown_id(run: StudyRun) -> str:
     if run.is_assumed:
         prefix, _, _ = run.id.rpartition("-")
         name = f"{prefix}-?"
-    tried = f" {settings_text(run.tried)}" if run.tried else ""
+    tried = ""
+    if run.tried:
+        tried = f" {settings_text(run.tried)}"
     return f"{name}{run.variant}{tried}"
 
 
@@ -96,12 +110,15 @@ def _totals(
     own: Collection[str],
     why_no_time: str | None,
 ) -> str:
-    tokens = _sum([cost[0] for cost in left.values()])
-    seconds = _sum([cost[1] for cost in left.values()])
+    """Numbers of runs, and the cost of those that are not trained yet."""
+    tokens = _sum([tokens for tokens, _ in left.values()])
+    seconds = _sum([seconds for _, seconds in left.values()])
     tokens_text, time = _words(tokens, seconds)
 
     # By id, as in `left`.
-    is_own = {run.id: run.method.name in own for run in plan.runs}
+    is_own = {}
+    for run in plan.runs:
+        is_own[run.id] = run.method.name in own
     num_own = sum(is_own.values())
     num_controls = len(is_own) - num_own
 
@@ -125,12 +142,14 @@ def _sum(values: list[float | None]) -> float | None:
 
 
 def _about_stages(plan: Plan) -> str:
+    """How many runs each stage has; "" without tuning."""
     if not plan.tunings:
         return ""
     # Of two runs with one id (a trial and the final run with its settings), the first is counted.
     stage_of = {run.id: run.stage for run in reversed(plan.runs)}
     counts = Counter(stage_of.values())
-    stages = ", ".join(f"stage {stage}: {counts[stage]}" for stage in sorted(counts))
+    words = [f"stage {stage}: {counts[stage]}" for stage in sorted(counts)]
+    stages = ", ".join(words)
     text = f"\nRuns by stage: {stages}; a stage starts when the held-out losses of the one before are known."
     if any(run.is_assumed for run in plan.runs):
         text += " Runs that wait are shown with the first settings of each list."
@@ -138,6 +157,7 @@ def _about_stages(plan: Plan) -> str:
 
 
 def _words(tokens: float | None, seconds: float | None) -> tuple[str, str]:
+    """Tokens and time as text; a question mark for an unknown one."""
     tokens_text = "?" if tokens is None else f"{tokens:.3g}"
     time = "?" if seconds is None else time_text(seconds)
     return tokens_text, time
@@ -163,7 +183,7 @@ def cost_of(recipe: Recipe, run: StudyRun) -> Cost:
     Every method is assumed to be as slow as full fine-tuning.
     """
     tokens = tokens_of(recipe, run)
-    if tokens == 0:
+    if tokens == 0:  # nothing is trained, at any speed
         return 0, 0.0
     if tokens is None or not recipe.tokens_per_s:
         return tokens, None

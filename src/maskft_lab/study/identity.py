@@ -95,7 +95,7 @@ def written_out(method: str, options: dict) -> dict:
     if method not in UNTRAINED_METHODS:
         implied["learning_rate"] = default_learning_rate(method, options)
 
-    # An unknown preset stays in the options; checking the run reports it.
+    # The method's own options win. An unknown preset stays in them; checking the run reports it.
     given = dict(options)
     if preset:
         given.pop("mask_preset", None)

@@ -46,26 +46,29 @@ Launcher = Callable[[Study, Work, Collection[StudyRun]], contextlib.AbstractCont
 
 def alone(runs: Sequence[StudyRun]) -> set[StudyRun]:
     """Trainings that no other one can overlap: each other run is an ancestor or a descendant, or trains nothing."""
-    known: dict[StudyRun, set[StudyRun]] = {}
+    known: dict[StudyRun, set[StudyRun]] = {}  # lineages, each found once: runs share most of their ancestors
 
     def lineage(run: StudyRun) -> set[StudyRun]:
         """The run and its ancestors."""
-        if run not in known:
-            known[run] = {run}
-            for parent in run.parents:
-                known[run] |= lineage(parent)
-        return known[run]
+        if run in known:
+            return known[run]
+        found = {run}
+        for parent in run.parents:
+            found |= lineage(parent)
+        known[run] = found
+        return found
 
     def can_overlap(run: StudyRun, other: StudyRun) -> bool:
         return run not in lineage(other) and other not in lineage(run)
 
     untrained = (PRETRAINED, *UNTRAINED_METHODS)
     trained = [run for run in runs if run.method.method not in untrained]
-    found = set()
+    found_alone = set()
     for run in trained:
-        if not any(can_overlap(run, other) for other in trained):
-            found.add(run)
-    return found
+        overlaps = any(can_overlap(run, other) for other in trained)
+        if not overlaps:
+            found_alone.add(run)
+    return found_alone
 
 
 # This machine
@@ -88,14 +91,18 @@ def local(
 
     # Several processes with a thread per core each would slow each other down.
     is_shared = num_at_once > 1 and "OMP_NUM_THREADS" not in os.environ
-    share = max(1, num_cores() // num_at_once) if is_shared else None
+    share = None
+    if is_shared:
+        share = max(1, num_cores() // num_at_once)
 
     def tick() -> None:
+        # A thread cannot be killed from outside, so its command looks ten times a second whether the study has ended.
         if is_over.is_set():
             raise KeyboardInterrupt  # which ends the command that this thread waits for
 
     def submit(runs: list[StudyRun]) -> list[Future]:
         new: list[Future] = []
+        # In order, until one does not fit: the first of `runs` are those that others wait for.
         for run in runs:
             running = [other for job, other in jobs.items() if not job.done()]
             if len(running) == num_at_once:
@@ -105,7 +112,8 @@ def local(
             # Its evaluation shares the cores again.
             is_alone = is_shared and run in runs_alone
             in_training = {other for other in running if not study.has_record(other)}
-            is_blocked = is_shared and bool(in_training & set(runs_alone))
+            alone_in_training = in_training.intersection(runs_alone)
+            is_blocked = is_shared and bool(alone_in_training)
             if is_blocked or (is_alone and running):
                 break
 
@@ -141,6 +149,7 @@ def ray(
         ray.init(log_to_driver=False, include_dashboard=False)
     launch = study.recipe.launch
     study = study.without_lock()
+
     # No retries by Ray: the study submits a lost run again itself, a limited number of times.
     task = ray.remote(
         num_cpus=launch.num_cpus,
@@ -149,7 +158,9 @@ def ray(
     )(work)
 
     def submit(runs: list[StudyRun]) -> list[Any]:
-        return [task.remote(study, run).future() for run in runs]
+        # All at once: Ray queues those for which it has no room. A future has the methods of a job.
+        references = [task.remote(study, run) for run in runs]
+        return [reference.future() for reference in references]
 
     yield submit
 
@@ -181,8 +192,12 @@ def slurm(
     is_real = cluster == "slurm"
     launch = study.recipe.launch
     study = study.without_lock()
-    queue = _Queue(f"maskft-{files.digest(str(study.folder))[:8]}")
 
+    # The jobs of a study have one name, by which those of an earlier start are found; two studies have two names.
+    digest_of_folder = files.digest(str(study.folder))
+    queue = _Queue(f"maskft-{digest_of_folder[:8]}")
+
+    # SLURM counts whole cores and GPUs; the recipe may give a run a share of one.
     options = {
         "timeout_min": time_min or TIME_MIN,
         "cpus_per_task": max(1, round(launch.num_cpus)),
@@ -192,10 +207,16 @@ def slurm(
         options["gpus_per_node"] = max(1, round(launch.num_gpus))
     if partition:
         options["slurm_partition"] = partition
+
     logs = study.folder / layout.SLURM / "%j"  # %j: the number of the job
-    executor = submitit.AutoExecutor(logs, cluster, slurm_max_num_timeout=_MAX_TIMEOUTS)
+    executor = submitit.AutoExecutor(
+        logs,
+        cluster,
+        slurm_max_num_timeout=_MAX_TIMEOUTS,
+    )
     executor.update_parameters(**options)
 
+    # A killed study of this machine ends with its commands; jobs of SLURM go on without it.
     if is_real:
         queue.clear()  # jobs of a killed study would write into the same folders
 
@@ -203,7 +224,10 @@ def slurm(
         try:
             # A batch is one job array, submitted when the context ends.
             with executor.batch():
-                jobs = [executor.submit(_SlurmJob(work), study, run) for run in runs]
+                jobs = []
+                for run in runs:
+                    job = executor.submit(_SlurmJob(work), study, run)
+                    jobs.append(job)
         except submitit.core.utils.FailedJobError as error:
             message = " ".join(str(error).split())
             raise UserError(f"SLURM refused the jobs: {message}") from None
@@ -234,11 +258,15 @@ class _Queue:
 
     def last_seen(self, job_id: str) -> float:
         """When a job was last in the queue; while SLURM does not answer, all jobs count as seen."""
-        if time.monotonic() - self._asked_at > _ASK_S:
+        seconds_since = time.monotonic() - self._asked_at
+        if seconds_since > _ASK_S:
             answer = self._ask()
             self._asked_at = time.monotonic()
             has_answered = answer.returncode == 0
-            ids = answer.stdout.split() if has_answered else list(self._seen_at)
+            if has_answered:
+                ids = answer.stdout.split()
+            else:
+                ids = list(self._seen_at)
             for each in ids:
                 self._seen_at[each] = self._asked_at
         # A job that was just submitted counts as seen: the queue may not list it yet.
@@ -262,12 +290,17 @@ class _Submitted:
         now = time.monotonic()
         last_seen = self.queue.last_seen(self.job.job_id)
         is_gone = now - last_seen > _GONE_S
-        return self.job.paths.result_pickle.exists() or is_gone
+        return is_gone or self._has_result()
 
     def result(self) -> str | None:
-        if not self.job.paths.result_pickle.exists():
-            raise RuntimeError(f"SLURM's job {self.job.job_id} ended without a result (see {self.job.paths.stderr})")
+        # submitit's own result() waits until sacct says that the job has ended, without accounting forever.
+        if not self._has_result():
+            log = self.job.paths.stderr
+            raise RuntimeError(f"SLURM's job {self.job.job_id} ended without a result (see {log})")
         return self.job.result()
+
+    def _has_result(self) -> bool:
+        return self.job.paths.result_pickle.exists()
 
     def cancel(self) -> None:
         self.job.cancel(check=False)
@@ -310,11 +343,13 @@ def launcher_of(
     """
     modules = {"ray": "ray", "slurm": "submitit"}
     module = modules.get(kind)
-    if module and importlib.util.find_spec(module) is None:
+    is_missing = module is not None and importlib.util.find_spec(module) is None
+    if is_missing:
         raise UserError(f"--launcher {kind} needs {module}, which is not installed; {install_hint(kind)}")
     if kind == "slurm" and shutil.which("sbatch") is None:
         raise UserError("--launcher slurm needs sbatch, which is not on PATH; start the study on a node of the cluster")
 
+    # An option of another launcher would have no effect.
     given_num = None if num_at_once == 1 else num_at_once  # 1 is the default
     _check_option("num_at_once", given_num, "local", kind)
     _check_option("partition", partition, "slurm", kind)
@@ -343,5 +378,6 @@ def _check_option(
 
 def is_local(launcher: Launcher) -> bool:
     """Whether runs are made on this machine, where a worker cannot be lost."""
+    # `launcher_of` wraps a launcher to give it its options.
     function = launcher.func if isinstance(launcher, partial) else launcher
     return function is local

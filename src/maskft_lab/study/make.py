@@ -408,7 +408,7 @@ def _train_options(study: Study, run: StudyRun) -> dict:
         "prepared_data_dir": str(study.folder / layout.PREPARED),
     }
 
-    # Models of the runs that this one is made from.
+    # Models of the runs that this one is made from. Their names were not known when the recipe was expanded.
     if run.match is not None:
         options["match_adapter"] = study.model(run.match, BEST)
     # The model before ``start`` was trained: interpolate mixes both, a difference mask takes removed weights from it.
@@ -433,6 +433,7 @@ def _train_options(study: Study, run: StudyRun) -> dict:
 
 def _current_rate(study: Study, run: StudyRun) -> float:
     """The rate that the schedule of ``run.start`` had reached at its best checkpoint."""
+    # With a path, the record is that of the chosen point.
     record = _record(study, run.start)
     rate = record.learning_rate_at_best
     if rate is None:
@@ -470,12 +471,13 @@ def _evaluate(
         result = _measured(study, run, role, call)
     else:
         result = read_result(same)
-    result = result | {"name": run.labels[role]}
+    result = result | {"name": run.labels[role]}  # a copy has the name of the other study's model
 
     # A folder of plain weights (the pre-trained model, the end of training) does not say by which method it was made.
     method = method_label(run.method.method, run.options)
     result["model"] |= {"seed": run.seed, "method": method}
 
+    # The blocks from which tables are made.
     record = _record(study, run)
     result["training"] = training_block(run, study.recipe, role, record)
     result["study"] = study_block(run, study.recipe, role, record)
@@ -562,10 +564,11 @@ def _measure(
         sets: Folder of the results and options, for each set.
         call: Runs a command.
     """
-    # Several models have a folder each in output_dir; the result of one is in output_dir itself.
+    # `maskft evaluate` gives each of several models a folder in output_dir; the result of one is in output_dir itself.
     has_several = isinstance(models["name"], list)
     subfolders = models["name"] if has_several else [""]
 
+    # The words of one command, with the evaluations joined by AND.
     words: list[str] = []
     for folder, options in sets:
         # If some model's result is missing, all models are evaluated, and those with a result are skipped there.

@@ -52,10 +52,13 @@ _OF_DATA |= {"eval_split_size", "data_dir", "dataset_text_field"}
 
 def has_path(recipe: Recipe, run: StudyRun) -> bool:
     """Whether points between the base model and the end of the run's training are measured on held-out rows."""
+    # The base model has a path too, of one point: no change.
     if recipe.path is None or run.method.method in UNTRAINED_METHODS:
         return False
     # A tuned method is measured with the runs that tried its settings.
-    return run.tried is not None or run.tuned is None
+    is_trial = run.tried is not None
+    is_tuned = run.tuned is not None
+    return is_trial or not is_tuned
 
 
 def points(recipe: Recipe, run: StudyRun) -> list[Point]:
@@ -78,7 +81,9 @@ def heldout_options(recipe: Recipe, run: StudyRun) -> Options:
     """
     data = run.options
     if not data:  # the pre-trained model
-        data = recipe.train | recipe.data[recipe.first_data].options
+        first_data = recipe.data[recipe.first_data]
+        data = recipe.train | first_data.options
+
     options = {}
     for key, value in data.items():
         if key in _OF_DATA and value is not None:
@@ -106,12 +111,15 @@ def path_sets(
     for key, value in recipe.evaluation.items():
         if key in HOW or key in HOW_OF_HELDOUT:
             shared[key] = value
-    options_of = {HELDOUT: shared | heldout_options(recipe, run), **recipe.path.before}
+    options_of = {HELDOUT: shared | heldout_options(recipe, run)}
+    options_of.update(recipe.path.before)  # which have the shared options already, see load_recipe.py
 
     sets = {}
     for name, options in options_of.items():
-        digest = short_digest(options_identity(options))
-        sets[name] = (run_folder / PATH / f"{name}-{digest}", options)
+        identity = options_identity(options)
+        digest = short_digest(identity)
+        folder = run_folder / PATH / f"{name}-{digest}"
+        sets[name] = (folder, options)
     return sets
 
 
@@ -131,7 +139,9 @@ def path_values(
                 return None
             result = read_result(file)
             metrics = result["tasks"][HELDOUT]["metrics"]
-            values[name] = {metric: record["value"] for metric, record in metrics.items()}
+            values[name] = {}
+            for metric, record in metrics.items():
+                values[name][metric] = record["value"]
         measured[point] = values
     return measured
 
@@ -180,8 +190,11 @@ def _forgetting(values: PointValues, base: PointValues) -> float:
     for name, metrics in values.items():
         has_loss = "nll" in metrics  # sets with `kl` have none
         if name != HELDOUT and has_loss:
-            rises.append(metrics["nll"] - base[name]["nll"])
-    return sum(rises) / len(rises) if rises else 0.0
+            rise = metrics["nll"] - base[name]["nll"]
+            rises.append(rise)
+    if not rises:
+        return 0.0
+    return sum(rises) / len(rises)
 
 
 def choose(
@@ -215,11 +228,13 @@ def choose(
 
 
 def _least_forgetting(point: PathPoint) -> tuple[float, ...]:
-    return point.forgetting, -point.gain, point.values[HELDOUT]["nll"]
+    heldout_loss = point.values[HELDOUT]["nll"]
+    return point.forgetting, -point.gain, heldout_loss
 
 
 def _most_gain(point: PathPoint) -> tuple[float, ...]:
-    return -point.gain, point.forgetting, point.values[HELDOUT]["nll"]
+    heldout_loss = point.values[HELDOUT]["nll"]
+    return -point.gain, point.forgetting, heldout_loss
 
 
 def with_chosen_point(
@@ -242,8 +257,11 @@ def with_chosen_point(
 
     gains = [point.gain for point in own]
     for rival in rivals:
-        gains += [point.gain for point in points_of(rival.trials, base)]
-    best = choose(own, max(gains), rule)
+        rival_points = points_of(rival.trials, base)
+        gains += [point.gain for point in rival_points]
+    best_gain = max(gains)
+
+    best = choose(own, best_gain, rule)
     return replace(
         tuned,
         winner=best.trial,
@@ -284,13 +302,16 @@ def curves(
     content = {}
     for curve in gains_of(differences):
         probe = curve["probe"]
+
+        # Points along the paths, and then the chosen ones on the test.
         curve_points = []
         for tuned in tunings:
             for point in tuned.points:
                 curve_points.append(_path_point(point, probe, base))
         for chosen in curve["points"]:
             method = chosen["method"]  # a name of the results
-            curve_points.append(chosen | {"label": "chosen", "num_bytes": num_bytes[method]})
+            added = {"label": "chosen", "num_bytes": num_bytes[method]}
+            curve_points.append(chosen | added)
 
         content[probe] = {
             "model": results[0]["model"]["name_or_path"],
@@ -307,9 +328,11 @@ def _num_bytes(results: Sequence[Result]) -> dict[str, int | None]:
         size = result["model"].get("num_bytes")
         of_seeds.setdefault(result["name"], []).append(size)
 
+    # The size of an entropy-coded mask differs a little from seed to seed.
     largest = {}
     for name, sizes in of_seeds.items():
-        largest[name] = max(sizes) if all(sizes) else None
+        is_known = all(sizes)
+        largest[name] = max(sizes) if is_known else None
     return largest
 
 
@@ -320,23 +343,27 @@ def _path_point(
 ) -> dict[str, Any]:
     """A point of a curve, in percentage points (or nats per token without accuracy) and nats per token."""
     run = point.trial.run
-    settings = settings_text(point.trial.settings)
     share, scale = point.point
+    path_name = run.name
+    settings = settings_text(point.trial.settings)
+    if settings:
+        path_name = f"{run.name}, {settings}"
 
     # `gain` is an accuracy or already a difference of losses, see `_gain`.
     gained = point.gain
     accuracy_before = base[HELDOUT].get("accuracy")
     if accuracy_before is not None:
         gained = 100 * (point.gain - accuracy_before)
+    forgotten = point.values[probe]["nll"] - base[probe]["nll"]
     return {
         "method": run.name,
-        "path": f"{run.name}, {settings}" if settings else run.name,
+        "path": path_name,
         "label": f"{share:g} of training, {scale:g} of the change",
         "share": share,
         "scale": scale,
         "rows": "held-out",
         "points_gained": gained,
-        "nats_forgotten": point.values[probe]["nll"] - base[probe]["nll"],
+        "nats_forgotten": forgotten,
         "num_seeds": 1,
         "is_chosen": False,
         "budget": run.options.get("kl_budget"),

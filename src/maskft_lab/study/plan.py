@@ -75,6 +75,7 @@ def build_plan(recipe: Recipe, look: Look = lambda run: None) -> Plan:
             for seed in planner.seeds(method):
                 planner.run(method, axes, seed)
 
+    # All but the trials.
     finals = [run for run in planner.runs if run.tried is None]
     _check_names(finals)
 
@@ -129,6 +130,7 @@ class _Planner:
 
     def axes(self, method: Method) -> dict[tuple[str, str], list]:
         """Grid axes of a method: its own and those of the methods it is made from, in the order of the recipe."""
+        # A method made from one with a grid has a run for each of that method's variants.
         inherited: set[tuple[str, str]] = set()
         for name in method.parents.values():
             parent = self.recipe.methods[name]
@@ -155,6 +157,7 @@ class _Planner:
 
     def _place(self, method: Method, axes: Axes) -> tuple[Axes, tuple]:
         """The grid values that concern a method, and a hashable key for them (values may be lists)."""
+        # A child asks for its parent with its own grid values, of which the parent may have a part.
         own_keys = self.axes(method)
         own_axes = {}
         rows = []

@@ -56,13 +56,15 @@ def command_words(options: dict[str, Any]) -> list[str]:
     for name, value in options.items():
         if value is None:
             continue
+        # JSON for dictionaries, such as peft_config: Python's own text has single quotes.
         items = value if isinstance(value, list) else [value]
         texts = []
         for item in items:
             text = json.dumps(item) if isinstance(item, dict) else str(item)
             texts.append(text)
 
-        if len(texts) == 1 and texts[0].startswith("-"):
+        is_negative = len(texts) == 1 and texts[0].startswith("-")
+        if is_negative:
             # As a word on its own, argparse takes -1e-05 for an option.
             words.append(f"--{name}={texts[0]}")
         else:
@@ -73,7 +75,8 @@ def command_words(options: dict[str, Any]) -> list[str]:
 def start_server() -> None:
     """Start the fork server, whose imports take seconds, while this process does something else."""
     if sys.platform == "linux":
-        multiprocessing.get_context("forkserver").set_forkserver_preload(IMPORTED)
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(IMPORTED)
         forkserver.ensure_running()
 
 
@@ -84,6 +87,7 @@ def start_command(
     num_threads: int | None = None,
 ) -> multiprocessing.process.BaseProcess:
     """Start a command, its output appended to ``log``; it holds the study's lock until it ends."""
+    # Elsewhere a new interpreter for each command: macOS's frameworks do not survive a fork, and Windows has none.
     if sys.platform == "linux":
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(IMPORTED)
@@ -135,15 +139,18 @@ def run_command(
 
 
 def _check_status(status: int, log: Path) -> None:
+    """Raise if a command failed, with the signal that ended it or the last line of its log."""
     # A child that a signal ended has the negative number; a shell or launcher in between makes it 128 + number.
     number = -status if status < 0 else status - 128
-    if number in set(signal.Signals):
+    is_signal = number in set(signal.Signals)
+    if is_signal:
         # The log's last line would be one of progress.
         name = signal.Signals(number).name
         hint = ", as when memory runs out" if name == "SIGKILL" else ""
         raise UserError(f"ended by {name}{hint} (see {log})")
     if status:
-        reason = last_line(log).removeprefix("maskft: error: ") or f"exit status {status}"
+        line = last_line(log)
+        reason = line.removeprefix("maskft: error: ") or f"exit status {status}"
         raise UserError(f"{reason} (see {log})")
 
 
@@ -153,7 +160,8 @@ def last_line(log: Path) -> str:
         with log.open("rb") as stream:
             # Only the end: a board reads logs twice a second. Half a character at the cut is replaced when decoding.
             size = log.stat().st_size
-            stream.seek(max(0, size - _TAIL_BYTES))
+            start = max(0, size - _TAIL_BYTES)
+            stream.seek(start)
             tail = stream.read()
     except OSError:
         return ""
@@ -173,7 +181,7 @@ class _Descriptor:
         self.fd = fd
 
     def __reduce__(self):
-        # The number alone would mean nothing in another process.
+        # The number alone would mean nothing in another process. DupFd sends the descriptor itself, over a socket.
         duplicate = multiprocessing.reduction.DupFd(self.fd)
         return _detach, (duplicate,)
 
@@ -194,7 +202,8 @@ def _run(
     if sys.platform == "linux":
         _die_with_the_server()
 
-    # By descriptor, not by sys.stdout: libraries in C and the command's own children write to it too.
+    # Stdin, stdout, stderr. By descriptor, not by sys.stdout: libraries in C and the command's own children write to
+    # it too.
     with open(log, "ab", buffering=0) as output, open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)
         os.dup2(output.fileno(), 1)
@@ -202,16 +211,18 @@ def _run(
     os.environ.clear()
     os.environ.update(environment)
 
+    # A command of another program replaces this process.
     num_words = len(PYTHON)
     is_of_maskft = words[:num_words] == PYTHON
     if not is_of_maskft:
         os.execvp(words[0], words)
 
     num_threads = environment.get("OMP_NUM_THREADS", "")
-    if num_threads.isdecimal() and "torch" in sys.modules:
+    torch = sys.modules.get("torch")
+    if torch is not None and num_threads.isdecimal():
         # torch read the variable when the server imported it. With two threads each, two trainings on two cores are
         # five times slower than with one.
-        sys.modules["torch"].set_num_threads(int(num_threads))
+        torch.set_num_threads(int(num_threads))
 
     # As `python -m` would, but with the server's imports.
     name = PYTHON[-1]

@@ -426,6 +426,7 @@ class Recipe(Section):
         if not self.path or method.method not in _OVER_BASE:
             return
 
+        # The key that makes it start from another model.
         key = None
         if method.masks:
             key = "start_mask"
@@ -452,6 +453,7 @@ class Recipe(Section):
         """
         if not self.path or not self.path.choose:
             return
+        # Fixed masks and the base model have no points to choose from.
         trained = []
         for parent in parents:
             if parent and parent.method in ("full", "mask"):

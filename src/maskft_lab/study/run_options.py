@@ -33,7 +33,7 @@ from .study_run import LAYERS, StudyRun
 # Options that say which matrices are masked: a fixed mask takes them from the learned mask that it matches.
 _PLACES = ("mask_layers_to_transform", "mask_layers_pattern", "mask_target_modules", "mask_exclude_modules")
 
-# Options that the study itself sets.
+# Options that the study itself sets. Those of models come from the keys of a method, such as `from`.
 _OF_THE_STUDY = frozenset(
     {
         "method",
@@ -77,7 +77,7 @@ def run_options(
     Raises:
         UserError: If an option is the study's to set, or contradicts the mask that is matched.
     """
-    if method.method == PRETRAINED:
+    if method.method == PRETRAINED:  # nothing is trained
         return {}
 
     # The method's own options: of its line in the recipe, the grid, and tuning.
@@ -86,7 +86,8 @@ def run_options(
         if name == method.name:
             of_grid[option] = value
     own = method.options | of_grid | chosen
-    data = recipe.data[method.data or recipe.first_data].options
+    name_of_data = method.data or recipe.first_data
+    data = recipe.data[name_of_data].options
     _check_allowed(recipe, method, own | data)
 
     # Those of `train` for masks apply to masks alone.
@@ -95,29 +96,39 @@ def run_options(
     for key, value in recipe.train.items():
         if is_mask or not key.startswith("mask_"):
             options[key] = value
+
+    # Those of the data, and the seeds.
     options |= data
     options["seed"] = seed
     if is_mask:
         options["mask_seed"] = seed
+
     options |= own
     if method.last:
         options["keep_last"] = True
+
     # null in a recipe takes an option of `train` back.
-    options = {key: plain(value) for key, value in options.items() if value is not None}
+    given = {}
+    for key, value in options.items():
+        if value is not None:
+            given[key] = plain(value)
+    options = given
 
     if "peft_config" in options:
         # The content of a file is part of the run's name, not the file's name.
         options["peft_config"] = read_peft_config(options["peft_config"])
 
     num_candidates = options.get("num_candidates")
-    if isinstance(num_candidates, int) and num_candidates > 1 and own.get("mask_seed") is None:
+    draws_several = isinstance(num_candidates, int) and num_candidates > 1
+    if draws_several and own.get("mask_seed") is None:
         # The candidates are mask_seed, mask_seed + 1, ...: with the plain seed, two runs would share nearly all.
         options["mask_seed"] = seed * num_candidates
 
     # One layer and a list of one layer are the same run.
     for key in LAYERS:
-        if key in options and not isinstance(options[key], list):
-            options[key] = [options[key]]
+        layers = options.get(key, [])
+        if not isinstance(layers, list):
+            options[key] = [layers]
 
     if match is None:
         return options
@@ -129,13 +140,21 @@ def _check_allowed(
     method: Method,
     own: Options,
 ) -> None:
+    """Raise for an option that the study decides.
+
+    Args:
+        recipe: The recipe, whose ``train`` is checked.
+        method: The method.
+        own: Options of the method, its grid, its tuning and its data.
+    """
     # A mask_seed in `train` would have no effect: each run's own seed replaces it. A method may fix it on purpose.
     refused = recipe.train.keys() & (_OF_THE_STUDY | {"mask_seed"})
     # The revision is that of the study's model, one for all methods.
     refused |= own.keys() & (_OF_THE_STUDY | {REVISION})
     if refused:
+        first = min(refused)  # by name, so that the message is the same each time
         raise UserError(
-            f"method {method.name!r} sets {min(refused)}, which the study decides (by seeds, from, last or train); "
+            f"method {method.name!r} sets {first}, which the study decides (by seeds, from, last or train); "
             "remove it from the method"
         )
 
@@ -155,15 +174,20 @@ def _as_matched(
                 f"has {of_match.get(key)}; leave it out"
             )
 
-    options = {key: value for key, value in options.items() if key not in _PLACES}
-    if not removes_a_share(options):
+    matched = dict(options)
+    for key in _PLACES:
+        matched.pop(key, None)
+
+    if not removes_a_share(matched):
         # It removes as many weights as its match; the learner that `train` gives all masks does not apply.
-        of_learner = set(LEARNER_OPTIONS) - own.keys()
-        options = {key: value for key, value in options.items() if key not in of_learner}
+        for key in LEARNER_OPTIONS:
+            if key not in own:
+                matched.pop(key, None)
+
     for key in _PLACES:
         if key in of_match:
-            options[key] = of_match[key]
-    return options
+            matched[key] = of_match[key]
+    return matched
 
 
 def parsed_run(run: StudyRun) -> TrainConfig:
@@ -188,23 +212,27 @@ def parsed_run(run: StudyRun) -> TrainConfig:
     known = defaults.keys() | launch_options()
     for name, value in options.items():
         if name not in known:
-            keys = [field.alias or key for key, field in Method.model_fields.items()]
-            raise UserError(
-                f"unknown key {name!r}{did_you_mean(name, [*keys, *known])}; options are in maskft train --help"
-            )
+            # It may also be a misspelt key of a method, such as `tune`.
+            keys_of_methods = [field.alias or key for key, field in Method.model_fields.items()]
+            hint = did_you_mean(name, [*keys_of_methods, *known])
+            raise UserError(f"unknown key {name!r}{hint}; options are in maskft train --help")
+
         # The command line would take "8" as 8, and the run's name, a hash of the options, would differ from that of 8.
         takes_number = type(defaults.get(name)) in (int, float)
         is_quoted_number = isinstance(value, str) and value.replace(".", "", 1).isdigit()
         if takes_number and is_quoted_number:
             raise UserError(f"{name} is {value!r}, a text; write the number without quotes")
 
-    config, *_ = parse_words(command_words(options))
+    words = command_words(options)
+    config, *_ = parse_words(words)
     return config
 
 
 def options_but_seeds(run: StudyRun) -> str:
     """Method and options of a run, for runs that differ in their seeds alone; parsing them takes a while."""
-    options = {key: value for key, value in run.options.items() if key not in SEEDS}
+    options = dict(run.options)
+    for key in SEEDS:
+        options.pop(key, None)
     return repr((run.method.name, options))
 
 
@@ -213,14 +241,15 @@ def tokens_of(recipe: Recipe, run: StudyRun) -> int | None:
     if run.method.method in (PRETRAINED, *UNTRAINED_METHODS):
         return 0
 
-    data = recipe.data[run.method.data or recipe.first_data]
+    name_of_data = run.method.data or recipe.first_data
+    data = recipe.data[name_of_data]
     if data.tokens_per_row is None:
         return None
     config = parsed_run(run)
     num_rows = _num_rows(recipe, config, data.num_rows)
     if num_rows is None:
         return None
-    max_length = config.training.max_length or math.inf
+    max_length = config.training.max_length or math.inf  # longer rows are cut
     tokens_per_row = min(data.tokens_per_row, max_length)
     return round(num_rows * tokens_per_row)
 
@@ -231,6 +260,7 @@ def _num_rows(
     num_rows: int | None,
 ) -> float | None:
     """Rows of all epochs or steps, from the number of rows in the data; None if the recipe says neither."""
+    # max_steps decides the length where it is given.
     training = config.training
     if training.max_steps > 0:
         num_processes = recipe.launch.num_processes or 1
@@ -243,4 +273,7 @@ def _num_rows(
         num_rows = limit
     elif limit is not None:
         num_rows = min(num_rows, limit)
-    return None if num_rows is None else num_rows * training.num_train_epochs
+
+    if num_rows is None:
+        return None
+    return num_rows * training.num_train_epochs

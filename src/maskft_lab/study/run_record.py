@@ -64,7 +64,9 @@ class RunRecord(FileModel):
 def read_run_record(folder: Path) -> RunRecord:
     """Record of the finished run in ``folder``."""
     file = folder / layout.RUN
-    return read_model(RunRecord, read_json(file), file, "delete the run's folder to run it again")
+    content = read_json(file)
+    remedy = "delete the run's folder to run it again"
+    return read_model(RunRecord, content, file, remedy)
 
 
 def write_run_record(folder: Path, record: RunRecord) -> None:

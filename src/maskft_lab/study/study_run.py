@@ -25,9 +25,11 @@ PointValues = Mapping[str, Mapping[str, float]]
 
 def settings_text(settings: Options) -> str:
     """Settings as text, e.g. ``learning_rate=0.003, num_train_epochs=40``."""
-    return ", ".join(f"{option}={value}" for option, value in settings.items())
+    words = [f"{option}={value}" for option, value in settings.items()]
+    return ", ".join(words)
 
 
+# eq=False: runs are compared and hashed by identity. Their fields have dictionaries, which have no hash.
 @dataclass(frozen=True, eq=False)
 class StudyRun:
     """One run: one training (or one base model as it is), and the evaluations of its models.
@@ -95,15 +97,20 @@ class StudyRun:
         words = []
         for (name, option), value in self.axes.items():
             is_shared = options.count(option) > 1
-            prefix = f"{name} " if is_shared and name != self.method.name else ""
+            is_of_other = name != self.method.name
+            prefix = f"{name} " if is_shared and is_of_other else ""
             shown_option = option.removeprefix("mask_")
-            words.append(f"{prefix}{shown_option}={_value_text(option, value)}")
-        return f" [{', '.join(words)}]"
+            shown_value = _value_text(option, value)
+            words.append(f"{prefix}{shown_option}={shown_value}")
+        all_words = ", ".join(words)
+        return f" [{all_words}]"
 
     @property
     def roles(self) -> tuple[str, ...]:
         """Which of the run's models are kept."""
-        return (BEST, LAST) if self.method.last else (BEST,)
+        if self.method.last:
+            return (BEST, LAST)
+        return (BEST,)
 
     @property
     def num_tried(self) -> int:
@@ -112,7 +119,7 @@ class StudyRun:
         if self.tuned:
             return self.tuned.num_settings + elsewhere
         if self.method.method == INTERPOLATE:
-            return len(SHARES)
+            return len(SHARES)  # of the two models that are mixed
 
         num_drawn = 1
         if self.method.method == "random_mask":
@@ -137,7 +144,9 @@ class StudyRun:
     @property
     def title(self) -> str:
         """Name of the run in messages: method, grid values, settings that are tried, seed."""
-        tried = f", {settings_text(self.tried)}" if self.tried else ""
+        tried = ""
+        if self.tried:
+            tried = f", {settings_text(self.tried)}"
         return f"{self.name}{tried}, seed {self.seed}"
 
 
@@ -154,7 +163,7 @@ class Heldout:
     points: Mapping[Point, PointValues] = field(default_factory=dict)
 
 
-# Held-out loss of a run; None while it is not finished.
+# Held-out loss of a run; None while it is not finished. A function, so that a plan can be made without any files.
 Look = Callable[[StudyRun], Heldout | None]
 
 
@@ -226,7 +235,7 @@ class Tuned:
     @property
     def num_settings(self) -> int:
         """How many settings were tried; with points along paths, how many points were candidates."""
-        return max(len(self.trials), len(self.points))
+        return max(len(self.trials), len(self.points))  # points are empty without a path
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able record for the study's summary."""
@@ -253,24 +262,27 @@ class Tuned:
             share, scale = self.point
             settings += f" at {share:g} of training, {scale:g} of the change,"
         else:
+            # Equal losses, as at learning rate 0: calling the first one the best would mislead.
             losses = [trial.heldout.loss for trial in self.trials if trial.heldout is not None]
-            are_equal = len(losses) > 1 and len(set(losses)) == 1
-            if are_equal and math.isfinite(losses[0]):
+            has_several = len(losses) > 1
+            are_equal = len(set(losses)) == 1
+            if has_several and are_equal and math.isfinite(losses[0]):
                 return f"{name}: {settings} is the first of {len(losses)} with the same held-out loss"
 
         text = f"{name}: {settings} is the best of {self.num_settings} on held-out rows"
-        return "; ".join([text, *self._edges()])
+        parts = [text, *self._edges()]
+        return "; ".join(parts)
 
     def _edges(self) -> Iterator[str]:
         """The winner's values at an end of their list: a better value may lie beyond it."""
         for option, value in self.winner.settings.items():
             tried = [trial.settings[option] for trial in self.trials]
-            values = {value for value in tried if _is_number(value)}
-            if len(values) < 2:
+            numbers = {each for each in tried if _is_number(each)}
+            if len(numbers) < 2:
                 continue
-            if value == min(values):
+            if value == min(numbers):
                 yield f"no lower {option} was tried"
-            elif value == max(values):
+            elif value == max(numbers):
                 yield f"no higher {option} was tried"
 
 
@@ -293,12 +305,18 @@ def _value_text(option: str, value: Any) -> str:
     """A grid value in a label; consecutive layers as first-last."""
     if value is None:
         # Layers and rows that are not restricted are all of them.
-        return "all" if option in (*LAYERS, "max_train_samples") else "default"
+        is_restriction = option in (*LAYERS, "max_train_samples")
+        return "all" if is_restriction else "default"
 
-    is_list_of_numbers = isinstance(value, list) and all(isinstance(number, int) for number in value)
-    if is_list_of_numbers and len(value) > 1:
-        first = value[0]
-        consecutive = list(range(first, first + len(value)))
-        if value == consecutive:
-            return f"{first}-{value[-1]}"
+    if not isinstance(value, list) or len(value) < 2:
+        return str(value)
+
+    has_only_numbers = all(isinstance(number, int) for number in value)
+    if not has_only_numbers:
+        return str(value)
+
+    first = value[0]
+    consecutive = list(range(first, first + len(value)))
+    if value == consecutive:
+        return f"{first}-{value[-1]}"
     return str(value)

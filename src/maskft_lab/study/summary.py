@@ -46,6 +46,8 @@ def summarise(
     models: dict[str, Any] = {}  # base model -> record; a study has one base model
     text = ""
     table = [f"# {recipe.name}", ""]
+
+    # Without any result, a table with a title alone: an older one would be taken for this study's.
     if results:
         model = results[0]["study"]["model"]
         results, notes = without_repeats(results, recipe.baseline)
@@ -55,26 +57,32 @@ def summarise(
             record["tuning"] = [tuned.to_dict() for tuned in tunings]
         models[model] = record
 
+        # The comparison, the accounts of all models, and notes.
         notes += [f"Tuned: {tuned}." for tuned in tunings]
         notes += _notes_on_forgetting(recipe, results)
-        accounts = _accounts_table(results, _settings_tried(runs))
+        num_tried = _settings_tried(runs)
+        accounts = _accounts_table(results, num_tried)
         table += [f"## {model}", "", compared, accounts, ""]
         table += [f"- {note}" for note in notes]
         table += [""]
 
-    summary = json.dumps({"study": recipe.name, "models": models}, indent=1)
-    write_text(study.folder / layout.SUMMARY.format(recipe.name), summary + "\n")
-    write_text(study.folder / layout.STUDY_TABLE.format(recipe.name), "\n".join(table))
+    summary = {"study": recipe.name, "models": models}
+    summary_file = study.folder / layout.SUMMARY.format(recipe.name)
+    write_text(summary_file, json.dumps(summary, indent=1) + "\n")
+    table_file = study.folder / layout.STUDY_TABLE.format(recipe.name)
+    write_text(table_file, "\n".join(table))
     return text
 
 
 def _delete_old_curves(study: Study) -> None:
     """Delete this study's curves: the file of a probe that the recipe no longer has would stay."""
-    for file in study.folder.glob(layout.CURVE.format("*", "*")):
+    pattern = layout.CURVE.format("*", "*")
+    for file in study.folder.glob(pattern):
         with suppress(UserError, AttributeError):  # not a curve
             probe = read_json(file).get("probe")
-            # The pattern matches curves of a study `NAME-2` too; the probe inside tells where the name ends.
-            if file.name == layout.CURVE.format(study.recipe.name, probe):
+            # The pattern matches curves of other studies too; the probe inside tells where a study's name ends.
+            own_name = layout.CURVE.format(study.recipe.name, probe)
+            if file.name == own_name:
                 file.unlink()
 
 
@@ -92,7 +100,8 @@ def _results(study: Study, runs: Sequence[StudyRun]) -> list[Result]:
             file = study.result_file(run, role)
             if not is_whole_result(file):
                 continue
-            result = read_result(file) | {"name": label}  # it may have had another name
+            result = read_result(file)
+            result = result | {"name": label}  # another recipe of the same study may have had another
             result["study"]["result"] = file.parent.name
             results.append(result)
     return results
@@ -108,8 +117,9 @@ def _settings_tried(runs: Sequence[StudyRun]) -> dict[str, int]:
 
 
 def _notes_on_forgetting(recipe: Recipe, results: list[Result]) -> list[str]:
+    """Notes on measurements of forgetting that a reader may miss."""
     if not recipe.before:
-        if len(results) < 2:
+        if len(results) < 2:  # a single model is compared with nothing
             return []
         return ["Note: forgetting was not measured beyond the tasks above (no evaluation.before)."]
 
@@ -128,15 +138,16 @@ def _compared(
     tunings: Sequence[Tuned],
 ) -> tuple[str, str, dict]:
     """Tables for a terminal, tables in Markdown, record."""
-    names = list(dict.fromkeys(result["name"] for result in results))
+    names = list(dict.fromkeys(result["name"] for result in results))  # each once, in the order of the runs
     rows = [_row(result) for result in results]
 
     # One model, or no baseline: a table of scores without differences.
     baseline = _baseline(results, names, recipe)
     if baseline is None or len(names) < 2:
         reached = scores(results, fixed_seeds=recipe.fixed_seeds)
-        record = {"runs": rows}
-        return render_scores(reached, "terminal"), render_scores(reached, "markdown"), record
+        for_terminal = render_scores(reached, "terminal")
+        for_file = render_scores(reached, "markdown")
+        return for_terminal, for_file, {"runs": rows}
 
     # Curves need the base model twice: its values on the rows of the points, and its test result.
     base_values = None
@@ -144,7 +155,9 @@ def _compared(
         if tuned.points:
             base_values = tuned.base
             break
-    base_name = None if base_values is None else _name_of_base(results)
+    base_name = None
+    if base_values is not None:
+        base_name = _name_of_base(results)
 
     settings = Settings(fixed_seeds=recipe.fixed_seeds)
     try:
@@ -164,7 +177,9 @@ def _compared(
     }
     if base_name is not None:
         record["curves"] = curves(tunings, results, with_base, base_values)
-    return render(comparison, "terminal"), render(comparison, "markdown"), record
+    for_terminal = render(comparison, "terminal")
+    for_file = render(comparison, "markdown")
+    return for_terminal, for_file, record
 
 
 def _name_of_base(results: list[Result]) -> str | None:
@@ -205,7 +220,8 @@ def _row(result: Result) -> dict:
     metrics = {}
     for task, record in result["tasks"].items():
         for name, metric in record["metrics"].items():
-            metrics[f"{task}/{name}"] = metric["value"]
+            key = f"{task}/{name}"
+            metrics[key] = metric["value"]
 
     study = result["study"]
     row = {
@@ -233,6 +249,7 @@ def without_repeats(results: list[Result], baseline: str | None) -> tuple[list[R
         best_is_last = study["best_step"] == study["num_steps"]
         is_best.setdefault(result["name"], []).append(best_is_last)
 
+    # At some seeds only, the two rows differ, and both are listed.
     repeats = [name for name, same in is_best.items() if all(same)]
     notes = [f"Note: {name} is not listed: same as the best checkpoint (last step)." for name in repeats]
     others = [result for result in results if result["name"] not in repeats]
@@ -245,6 +262,7 @@ def _accounts_table(results: list[Result], num_tried: dict[str, int]) -> str:
     ``tuned`` is the number of settings among which held-out rows chose. ``kB`` is the size of the stored change: a mask
     entropy-coded, all other numbers in bfloat16.
     """
+    # A column without a value in any row is left out.
     has_tuning = any(num_tried.values())
     has_sizes = any(result["model"].get("num_bytes") for result in results)
     columns = ["model", "seed", "best step", "epochs", "tokens", "total epochs", "total tokens"]
@@ -270,10 +288,12 @@ def _accounts_table(results: list[Result], num_tried: dict[str, int]) -> str:
         ]
         if has_tuning:
             number = num_tried.get(result["name"])
-            row.append(str(number) if number else "–")
+            shown_number = str(number) if number else "–"
+            row.append(shown_number)
         if has_sizes:
             num_bytes = result["model"].get("num_bytes")
-            row.append(f"{num_bytes / 1000:,.0f}" if num_bytes else "–")
+            size = f"{num_bytes / 1000:,.0f}" if num_bytes else "–"
+            row.append(size)
         rows.append(tuple(row))
 
     table = Table(tuple(columns), rows)

@@ -38,9 +38,11 @@ def tune(
         UserError: If no held-out loss is measured, the tuned option has no effect, or the parent lacks a value to
             multiply.
     """
-    if method.tune and own.get("eval_strategy") == "no":
+    has_no_losses = own.get("eval_strategy") == "no"
+    if method.tune and has_no_losses:
         raise UserError(f"method {method.name!r}: tune chooses by held-out loss, and eval_strategy is no; drop that")
 
+    # With max_steps all numbers of epochs would be one training, under several names.
     max_steps = _number(own.get("max_steps"))
     is_length_fixed = max_steps is not None and max_steps > 0
     if "num_train_epochs" in method.tune and is_length_fixed:
@@ -49,11 +51,12 @@ def tune(
     trials = []
     for settings in _combinations(method, parent):
         run = run_of(settings)
-        trials.append(Trial(settings, run, look(run)))
+        measured = look(run)
+        trials.append(Trial(settings, run, measured))
 
     is_settled = all(trial.heldout is not None for trial in trials)
     if is_settled:
-        winner = min(trials, key=_heldout_loss)
+        winner = min(trials, key=_heldout_loss)  # of equal ones the first
     else:
         winner = trials[0]  # a guess, with which the runs below can be listed
     return Tuned(trials, winner, is_settled)
@@ -71,6 +74,7 @@ def _combinations(method: Method, parent: Options) -> list[Options]:
             values = _multiples(method, option, values, parent)
         lists[option] = values
 
+    # Without options to tune, the product is one empty combination: the method as it is.
     combinations = []
     for values in itertools.product(*lists.values()):
         settings = dict(zip(lists, values, strict=True))
@@ -84,14 +88,27 @@ def _multiples(
     values: TimesParent,
     parent: Options,
 ) -> list[float]:
+    """The values of ``times_parent`` as multiples of the parent's value.
+
+    Args:
+        method: The method, for errors.
+        option: The option.
+        values: The factors.
+        parent: The options of the run that it starts from, with defaults.
+    """
     base = _number(parent.get(option))
     if not base:
         raise UserError(
             f"method {method.name!r}: tune.{option} is given as times_parent, and {method.start!r} has none; "
             "give the values"
         )
-    # Six digits, so that 3 * 0.1 is 0.3, in labels and in the run's name.
-    return [float(f"{factor * base:.6g}") for factor in values.times_parent]
+
+    multiples = []
+    for factor in values.times_parent:
+        # Six digits, so that 3 * 0.1 is 0.3, in labels and in the run's name.
+        six_digits = f"{factor * base:.6g}"
+        multiples.append(float(six_digits))
+    return multiples
 
 
 def _number(value: Any) -> float | None:
