@@ -59,9 +59,11 @@ def build_record(
     # With the training before, which counts up to its best checkpoint: the run started from that.
     epochs_before = parent.total_epochs[BEST] if parent else 0.0
     tokens_before = parent.total_tokens[BEST] if parent else 0
+    rounded_epochs = {}
     total_epochs = {}
     total_tokens = {}
     for role in (BEST, LAST):
+        rounded_epochs[role] = round(epochs[role], 4)
         total_epochs[role] = round(epochs_before + epochs[role], 4)
         total_tokens[role] = tokens_before + tokens[role]
 
@@ -69,8 +71,8 @@ def build_record(
     if "learning_rate" in options:
         settings["learning_rate"] = options["learning_rate"]  # the number for `current`
 
-    start = None
-    if run.start is not None and run.start.method.method != PRETRAINED:
+    start = None  # also for the base model: a table shows runs that count as trained before
+    if run.is_continued:
         start = run.start.id
     match = None
     if run.match is not None:
@@ -91,7 +93,7 @@ def build_record(
         best_step=best_step,
         best_heldout_loss=training["best_loss"] if training else None,
         learning_rate_at_best=learning_rate,
-        epochs={role: round(number, 4) for role, number in epochs.items()},
+        epochs=rounded_epochs,
         tokens=tokens,
         total_epochs=total_epochs,
         total_tokens=total_tokens,
@@ -109,6 +111,7 @@ def _counts(training: dict[str, Any]) -> tuple[float | None, dict[str, float], d
     if best_step is not None:
         share = best_step / training["num_steps"]
 
+    # The line of the log with the evaluation of the best checkpoint.
     measured: dict[str, Any] = {}
     for row in training["history"]:
         if "eval_loss" in row and row["step"] == best_step:
@@ -158,6 +161,7 @@ def training_block(
     record: RunRecord,
 ) -> dict[str, Any]:
     """Block ``training`` of a result, by which ``maskft report`` finds its row of the paper's tables."""
+    # None for the base model, which was trained on no domain.
     domain = None
     is_mixed = None
     is_trained = run.method.method != PRETRAINED
@@ -166,7 +170,9 @@ def training_block(
         if name in DOMAINS:
             domain = name
         # Whether the full fine-tuning, of a mask that of its start, used all domains.
-        name_before = None if run.start is None else data_name(run.start, recipe)
+        name_before = None
+        if run.start is not None:
+            name_before = data_name(run.start, recipe)
         is_mixed = _MIXED in (name, name_before)
 
     selection = None
@@ -209,7 +215,8 @@ def study_block(
         share, scale = run.point
         block["point"] = {"checkpoint": share, "scale": scale}
     # Of the whole run, and then of this role.
-    for key in ("run", "start", "match", "settings", "num_steps", "best_step"):
+    of_run = ("run", "start", "match", "settings", "num_steps", "best_step")
+    for key in of_run:
         block[key] = getattr(record, key)
     for key in ("epochs", "tokens", "total_epochs", "total_tokens"):
         block[key] = getattr(record, key)[role]
@@ -224,8 +231,7 @@ def is_control(recipe: Recipe, run: StudyRun) -> bool:
         return True
 
     # In the paper, full fine-tuning starts from the base model, and only masks continue from there.
-    is_continued = run.start is not None and run.start.method.method != PRETRAINED
-    if is_continued and method.method in ("full", PEFT):
+    if run.is_continued and method.method in ("full", PEFT):
         return True
 
     # Of methods that a row of the paper does not tell apart, the first of the recipe has the row.
@@ -234,6 +240,6 @@ def is_control(recipe: Recipe, run: StudyRun) -> bool:
         return method.method, method.start, method.data, selection
 
     own_kind = kind(method)
-    same_kind = (other for other in recipe.methods.values() if kind(other) == own_kind)
-    first = next(same_kind)
+    same_kind = [other for other in recipe.methods.values() if kind(other) == own_kind]
+    first = same_kind[0]
     return first.name != method.name

@@ -125,6 +125,7 @@ class Board:
         if not self._started_at or seconds_since <= pause:
             return
 
+        # One run stands for all: the bar has one line.
         run = next(iter(self._started_at))  # the one that has run longest
         num_others = len(self._started_at) - 1
         others = f" (and {num_others} more)" if num_others else ""
@@ -133,7 +134,8 @@ class Board:
 
     def _show(self, note: str, is_news: bool) -> None:
         """Show a note beside the bar; in a log only if it is news, as each note is a line there."""
-        if not is_news and not self.console.is_terminal:
+        is_log = not self.console.is_terminal
+        if is_log and not is_news:
             return
         self._last_shown = time.monotonic()
         time_left = self._time_left()

@@ -267,7 +267,7 @@ def _evaluation_args(recipe: Recipe) -> dict[str, Namespace]:
     known = all_options - _OF_THE_STUDY
     parsed = {}
     for where, options in sections.items():
-        # The names. argparse alone would take a unique beginning of a name for the option.
+        # The names. The parser knows options too that the study itself sets.
         allowed = set(known)
         if where.startswith(_OF_PATH):
             allowed.discard("tasks")  # points are measured on rows

@@ -17,6 +17,7 @@ def written_files(folder: Path) -> dict[str, str]:
 
     Whole files are read: some seconds for each 10 GB.
     """
+    # In a fixed order, so that a run made twice has the same record.
     digests = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -51,6 +52,7 @@ def damage_of_run(folder: Path) -> str | None:
 
     for name, sha256 in record.files.items():
         path = folder / name
+        # A file may vanish, or its disk fail, between two of these steps.
         try:
             if not path.is_file():
                 return f"its {name} is missing"

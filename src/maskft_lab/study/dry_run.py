@@ -50,6 +50,7 @@ def print_dry_run(
         columns.insert(0, "stage")
     table = Table(*columns, title=plan.recipe.name)
 
+    # A row for each run. `left` has the cost of the runs that are not trained yet.
     costs = _Costs(plan.recipe)
     left: dict[str, Cost] = {}  # by id: the run that tried the winner's settings is the winner
     for run in plan.runs:
@@ -59,7 +60,7 @@ def print_dry_run(
             left[run.id] = (tokens, seconds)
         else:
             left[run.id] = (0, 0)
-        if run.is_assumed:
+        if run.is_assumed:  # its settings are a guess, so its files cannot be looked for
             state = f"waits for stage {run.stage - 1}"
 
         parents = ", ".join(_shown_id(parent) for parent in run.parents)
@@ -122,6 +123,7 @@ def _totals(
     num_own = sum(is_own.values())
     num_controls = len(is_own) - num_own
 
+    # The speed behind the time, or why there is none.
     if plan.recipe.tokens_per_s:
         speed = f"at {plan.recipe.tokens_per_s:.3g} tokens/s of full fine-tuning"
     elif why_no_time:
@@ -146,7 +148,9 @@ def _about_stages(plan: Plan) -> str:
     if not plan.tunings:
         return ""
     # Of two runs with one id (a trial and the final run with its settings), the first is counted.
-    stage_of = {run.id: run.stage for run in reversed(plan.runs)}
+    stage_of = {}
+    for run in plan.runs:
+        stage_of.setdefault(run.id, run.stage)
     counts = Counter(stage_of.values())
     words = [f"stage {stage}: {counts[stage]}" for stage in sorted(counts)]
     stages = ", ".join(words)

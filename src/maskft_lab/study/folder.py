@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import cached_property
 from pathlib import Path
 
-from maskft.training.method_arguments import UNTRAINED_METHODS
 from maskft_common import layout
 from maskft_common.errors import UserError
 
@@ -43,7 +42,8 @@ class Study:
 
     def rescan(self) -> None:
         """Look for finished runs; several studies may share a folder, and use each other's runs."""
-        records = (self.folder / layout.RUNS).glob(f"*/{layout.RUN}")
+        runs_folder = self.folder / layout.RUNS
+        records = runs_folder.glob(f"*/{layout.RUN}")
         self._folders_by_hash = {}
         for record in sorted(records):  # in a fixed order: of two folders with one hash, the last counts
             run_folder = record.parent
@@ -61,6 +61,7 @@ class Study:
 
     def run_folder(self, run: StudyRun) -> Path:
         """Folder of a run: model or adapter, log, ``run.json``; another study's, if that has made the same run."""
+        # Its own first: it may hold the checkpoints of an interrupted training.
         own = self.folder / layout.RUNS / run.id
         if own.exists():
             return own
@@ -73,13 +74,15 @@ class Study:
 
     def has_record(self, run: StudyRun) -> bool:
         """Whether a run's training is over: its record is written last."""
-        return (self.run_folder(run) / layout.RUN).is_file()
+        record = self.run_folder(run) / layout.RUN
+        return record.is_file()
 
     def is_trained(self, run: StudyRun) -> bool:
         """Whether the run's models are there, as they were written."""
         if not self.has_record(run):
             return False
-        return damage_of_run(self.run_folder(run)) is None
+        folder = self.run_folder(run)
+        return damage_of_run(folder) is None
 
     # Models
 
@@ -113,7 +116,9 @@ class Study:
             raise UserError(f"the loss of {run.title!r} was not finite; lower learning_rate or check the data")
         # A folder relative to the study's, a folder elsewhere, or a name on the hub.
         inside = self.folder / name
-        return str(inside) if inside.exists() else name
+        if inside.exists():
+            return str(inside)
+        return name
 
     def checkpoint(self, run: StudyRun, share: float) -> Path:
         """Checkpoint of a finished run after a share of its steps, in (0, 1]; needs a run with steps.
@@ -125,14 +130,13 @@ class Study:
             UserError: If no checkpoint was saved at that step.
         """
         num_steps = self.record(run).num_steps
-        return _checkpoint_at(self.run_folder(run), share * num_steps)
+        folder = self.run_folder(run)
+        return _checkpoint_at(folder, share * num_steps)
 
     def checkpoints(self, run: StudyRun) -> dict[float, Path]:
         """Share of training -> checkpoint of every point of a finished run's path."""
         path = self.recipe.path
-        untrained = (PRETRAINED, *UNTRAINED_METHODS)
-        is_trained = run.method.method not in untrained
-        if path is None or not is_trained:
+        if path is None or not run.method.is_trained:
             return {}
         num_steps = self.record(run).num_steps
         if not num_steps:  # it diverged, or took no step
@@ -147,7 +151,12 @@ class Study:
 
     def result_file(self, run: StudyRun, role: str) -> Path:
         """Result file of one of the run's models."""
-        name = evaluation_id(run, role, self._evaluation, self.recipe.name)
+        name = evaluation_id(
+            run,
+            role,
+            self._evaluation,
+            self.recipe.name,
+        )
         result_folder = self.folder / layout.RESULTS / name
         return result_folder / layout.RESULT
 
@@ -167,13 +176,20 @@ class Study:
             if file.is_file():
                 found[file.parent] = damage_of_result(file)
 
+        # The damage is said and not mended: deleting hours of training is the user's decision.
         for place, problem in found.items():
             if problem:
                 raise UserError(f"{run.title}: {problem}; delete {str(place)!r} to run it again")
 
     def check_no_folder_links(self) -> None:
         """Raise if a folder in the study is a link: runs would be written, and checkpoints deleted, elsewhere."""
-        for name in (layout.RUNS, layout.RESULTS, layout.PREPARED, layout.SLURM):
+        names = (
+            layout.RUNS,
+            layout.RESULTS,
+            layout.PREPARED,
+            layout.SLURM,
+        )
+        for name in names:
             own = self.folder / name
             # Three levels: `runs`, a run, and its checkpoints.
             places = (own, *own.glob("*"), *own.glob("*/*"))
@@ -219,12 +235,14 @@ def evaluation_id(
 
     prefix, _, _ = run.id.rpartition("-")  # method and seed
     hash_of_evaluation = short_digest(settings)
-    hash_of_study = short_digest({"study": study})[:4]
+    digest_of_study = short_digest({"study": study})
+    hash_of_study = digest_of_study[:4]
     return f"{prefix}-{role}-{hash_of_evaluation}-{hash_of_study}"
 
 
 def step_of(checkpoint: Path) -> int:
     """The step in the name of a checkpoint's folder."""
+    # Not imported from maskft.training.checkpoints, which brings TRL's trainer: seconds for one line.
     return int(checkpoint.name.rpartition("-")[2])
 
 
@@ -241,8 +259,11 @@ def _checkpoint_at(folder: Path, step: float) -> Path:
         if number.isdecimal():  # not `checkpoint-12.damaged`
             found[int(number)] = path
 
-    nearest = min(found, key=lambda number: abs(number - step), default=None)
-    is_saved = nearest is not None and abs(nearest - step) < 1
+    def distance(number: int) -> float:
+        return abs(number - step)
+
+    nearest = min(found, key=distance, default=None)
+    is_saved = nearest is not None and distance(nearest) < 1
     if not is_saved:
         steps = sorted(found)
         raise UserError(

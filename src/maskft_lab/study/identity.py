@@ -27,7 +27,9 @@ def short_digest(settings: dict) -> str:
 
 def options_identity(options: dict) -> dict:
     """The options as they enter a run's hash: data by its content."""
-    plain_options = {key: plain(value) for key, value in options.items()}
+    plain_options = {}
+    for key, value in options.items():
+        plain_options[key] = plain(value)
     return data_identity(plain_options)
 
 
@@ -82,7 +84,9 @@ def written_out(method: str, options: dict) -> dict:
     if not name and method in MASK_METHODS:
         name = "recommended"
     preset = PRESETS.get(str(name), {})
-    implied = {f"mask_{key}": value for key, value in preset.items()}
+    implied = {}
+    for key, value in preset.items():
+        implied[f"mask_{key}"] = value
 
     # Defaults that depend on the method or on other options.
     if method in MASK_METHODS:
@@ -105,10 +109,14 @@ def written_out(method: str, options: dict) -> dict:
 def plain(value: Any) -> Any:
     """One spelling for values that mean the same: 2.0 is 2, an enum is its value."""
     value = getattr(value, "value", value)  # of an enum
+    # JSON writes 2.0 and 2 in two ways, and the hash of a run is one of its JSON.
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
+        plain_items = {}
+        for key, item in value.items():
+            plain_items[str(key)] = plain(item)
+        return plain_items
     return value

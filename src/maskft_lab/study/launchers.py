@@ -22,14 +22,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from maskft.training.method_arguments import UNTRAINED_METHODS
 from maskft_common import files, layout
 from maskft_common.environment import num_cores
 from maskft_common.errors import UserError, install_hint
 
 from .folder import Study
 from .process import Threads
-from .recipe import PRETRAINED
 from .study_run import StudyRun
 
 _ASK_S = 2.0  # between two questions to SLURM's queue
@@ -61,8 +59,8 @@ def alone(runs: Sequence[StudyRun]) -> set[StudyRun]:
     def can_overlap(run: StudyRun, other: StudyRun) -> bool:
         return run not in lineage(other) and other not in lineage(run)
 
-    untrained = (PRETRAINED, *UNTRAINED_METHODS)
-    trained = [run for run in runs if run.method.method not in untrained]
+    # The others take seconds.
+    trained = [run for run in runs if run.method.is_trained]
     found_alone = set()
     for run in trained:
         overlaps = any(can_overlap(run, other) for other in trained)
@@ -102,7 +100,7 @@ def local(
 
     def submit(runs: list[StudyRun]) -> list[Future]:
         new: list[Future] = []
-        # In order, until one does not fit: the first of `runs` are those that others wait for.
+        # In order, until one does not fit: a run that needs all cores would wait forever if later ones passed it.
         for run in runs:
             running = [other for job, other in jobs.items() if not job.done()]
             if len(running) == num_at_once:

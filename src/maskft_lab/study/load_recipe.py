@@ -76,7 +76,8 @@ def parse_recipe(
     recipe = read_model(Recipe, content, source)
 
     # Files that `train`, the training sets and the methods name.
-    train = recipe.train | _kl_data_in(data_dir, recipe.train)
+    kl_data = _kl_data_in(data_dir, recipe.train)
+    train = recipe.train | kl_data
     if TEMPLATE in train:
         train[TEMPLATE] = _template_file(train[TEMPLATE], source)
 
@@ -103,6 +104,7 @@ def parse_recipe(
             shared[key] = train[key]
     evaluation = shared | evaluation  # the evaluation's own win
 
+    # Not read by pydantic again: `model_copy` takes the values as they are.
     update = {
         "train": train,
         "data": data,
@@ -112,7 +114,8 @@ def parse_recipe(
     }
     if recipe.path:
         before = _completed(recipe.path.before, evaluation, data_dir)
-        update["path"] = recipe.path.model_copy(update={"before": before})
+        path = recipe.path.model_copy(update={"before": before})
+        update["path"] = path
     return recipe.model_copy(update=update)
 
 
@@ -128,6 +131,7 @@ def _with_controls(content: Any) -> Any:
         return content
 
     masks = controls if names_masks else None  # None: all learned masks
+    # The controls depend on the options of all masks, and a grid may vary the length of one.
     train = _section(content, "train")
     grid = _section(content, "grid")
     methods = with_standard_controls(methods or {}, train, masks, grid)
@@ -142,7 +146,8 @@ def _section(content: dict, name: str) -> dict:
 
 def _template_file(name: Any, source: Path) -> str:
     """The file of a chat template that a recipe names; relative names count from the recipe."""
-    template = source.parent / Path(str(name)).expanduser()
+    named = Path(str(name)).expanduser()
+    template = source.parent / named  # `named` itself if it is absolute
     if not template.is_file():
         raise UserError(f"{source}: {TEMPLATE} {str(template)!r} does not exist; relative names count from the recipe")
     return str(template)
@@ -170,6 +175,7 @@ def _completed(
 
     completed = {}
     for name, options in sets.items():
+        # A set of rows takes the options of held-out rows too; benchmarks know nothing of them.
         shared = dict(how)
         tasks = options.get("tasks", ["heldout"])  # without tasks, a set is of rows
         if "heldout" in tasks:
@@ -203,6 +209,7 @@ def in_data_dir(options: Options, data_dir: str | Path | None) -> Options:
             raise UserError(f"data file {name!r} is neither here nor in data_dir {str(data_dir)!r}")
         return str(file)
 
+    # A mixture names several sets, each with its share.
     renamed = dict(options)
     for key in (*DATA_NAMES, KL_DATA):
         mixture = options.get(key)

@@ -471,7 +471,7 @@ def _evaluate(
         result = _measured(study, run, role, call)
     else:
         result = read_result(same)
-    result = result | {"name": run.labels[role]}  # a copy has the name of the other study's model
+    result = result | {"name": run.labels[role]}  # another study may have another name
 
     # A folder of plain weights (the pre-trained model, the end of training) does not say by which method it was made.
     method = method_label(run.method.method, run.options)

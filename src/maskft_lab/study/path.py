@@ -158,6 +158,7 @@ def points_of(trials: Iterable[Trial], base: PointValues) -> list[PathPoint]:
     """
     found = []
     for trial in trials:
+        # Of a run without a loss there are no points.
         measured = trial.heldout.points if trial.heldout else {}
         for point, values in measured.items():
             if _has_diverged(values):
@@ -212,6 +213,7 @@ def choose(
         rule: The constraint.
     """
     if rule.accuracy_at_least is not None:
+        # A share of the best of all methods, so that all are compared at about the same gain.
         wanted_gain = rule.accuracy_at_least * best_gain
         enough = [point for point in candidates if point.gain >= wanted_gain]
         if enough:
@@ -255,6 +257,7 @@ def with_chosen_point(
     if not own:
         return tuned  # all of its runs diverged
 
+    # The best gain of any method.
     gains = [point.gain for point in own]
     for rival in rivals:
         rival_points = points_of(rival.trials, base)

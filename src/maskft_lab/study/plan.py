@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from maskft.models import model_identity
-from maskft.training.method_arguments import UNTRAINED_METHODS
 from maskft.training.options import option_defaults
 from maskft_common.errors import UserError
 
@@ -118,11 +117,13 @@ class _Planner:
         for method in self.recipe.methods.values():
             num_trials = 0
             if method.tune:
-                num_trials = math.prod(_num_values(values) for values in method.tune.values())
+                numbers = [_num_values(values) for values in method.tune.values()]
+                num_trials = math.prod(numbers)
             runs_of_variant = len(self.seeds(method)) + num_trials
             # Counted, not made: a grid of ten options with ten values each has 10 billion variants.
             axes = self.axes(method)
-            num_variants = math.prod(len(values) for values in axes.values())
+            lengths = [len(values) for values in axes.values()]
+            num_variants = math.prod(lengths)
             number += num_variants * runs_of_variant
 
         if number > MAX_RUNS:
@@ -180,7 +181,7 @@ class _Planner:
         """One run and, before it, the runs it is made from."""
         axes, place = self._place(method, axes)
         key = (*place, seed)
-        if key in self._made:
+        if key in self._made:  # several children share a parent
             return self._made[key]
 
         # All seeds share one choice, which is made with the first of them.
@@ -240,12 +241,17 @@ class _Planner:
         hash_of_run = self._hash(method, options, hashed_parents)
 
         # Stage: after the trials that choose its settings, and not before its parents.
-        stages = [parent.stage for parent in parents.values()]
-        stages.append(1 if tuned is None else tuned.stage + 1)
+        own_stage = 1 if tuned is None else tuned.stage + 1
+        stages = [own_stage]
+        for parent in parents.values():
+            stages.append(parent.stage)
 
         # The settings of a run are a guess as long as those of one of its parents are.
         is_guess = tuned is not None and not tuned.is_settled
         has_guessed_parent = any(parent.is_assumed for parent in parents.values())
+        point = None
+        if tuned is not None:
+            point = tuned.point
         run = StudyRun(
             method=method,
             model=self.recipe.model,
@@ -260,7 +266,7 @@ class _Planner:
             is_assumed=is_guess or has_guessed_parent,
             tried=tried,
             tuned=tuned,
-            point=None if tuned is None else tuned.point,
+            point=point,
         )
         self.runs.append(run)
         return run
@@ -309,7 +315,8 @@ class _Planner:
     def _base_run(self) -> StudyRun:
         """The run of the base model, which a recipe with a path has."""
         methods = self.recipe.methods.values()
-        base = next(method for method in methods if method.method == PRETRAINED)
+        bases = (method for method in methods if method.method == PRETRAINED)
+        base = next(bases)
         [seed] = self.seeds(base)
         return self.run(base, axes={}, seed=seed)
 
@@ -342,14 +349,21 @@ class _Planner:
         if method.start:
             parent = self._parent(method.start, axes, seed)
             if parent.method.method != PRETRAINED:  # a model that was not trained has no rate to multiply
-                of_parent = self.defaults | written_out(parent.method.method, parent.options)
+                written = written_out(parent.method.method, parent.options)
+                of_parent = self.defaults | written
         given = run_options(self.recipe, method, axes, seed)
         own = self.defaults | written_out(method.method, given)
 
         def run_of(settings: Options) -> StudyRun:
             return self._make(method, axes, seed, tried=settings)
 
-        tuned = tune(method, own, of_parent, run_of, self.look)
+        tuned = tune(
+            method,
+            own,
+            of_parent,
+            run_of,
+            self.look,
+        )
         self._trials[place] = tuned
         return tuned
 
@@ -394,9 +408,12 @@ class _Planner:
 
         # Each process adds a micro-batch to the batch, unless global_batch_size fixes it.
         num_processes = self.recipe.launch.num_processes or 1
-        is_trained = method.method not in (PRETRAINED, *UNTRAINED_METHODS)
-        if is_trained and num_processes != 1 and not options.get("global_batch_size"):
-            settings["launch"] = {"num_processes": num_processes, "command": None}  # `command`: a key of earlier names
+        depends_on_number = method.is_trained and not options.get("global_batch_size")
+        if depends_on_number and num_processes != 1:
+            settings["launch"] = {
+                "num_processes": num_processes,
+                "command": None,  # a key of earlier versions, in the names of published runs
+            }
         return short_digest(settings)
 
 
@@ -421,5 +438,6 @@ def _num_values(values: list | TimesParent) -> int:
 
 def _slug(text: str) -> str:
     """A name as part of a folder's name: lower-case letters, digits and ``_``."""
-    slug = re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")
+    slug = re.sub(r"[^a-z0-9]+", "_", text.lower())
+    slug = slug.strip("_")
     return slug or "run"  # a name may have none of these characters

@@ -37,6 +37,7 @@ _OVER_BASE = (*MASK_METHODS, PEFT)
 def as_text(options: dict[str, Any]) -> dict[str, Any]:
     """Options with mixtures as the command line takes them."""
     texts = dict(options)
+    # In a recipe a mixture may be written as `name: rows`, a line each.
     for key in (*DATA_NAMES, KL_DATA):
         if key in texts:
             texts[key] = mixture_text(texts[key])
@@ -56,7 +57,7 @@ def _evaluation(section: dict[str, Any]) -> dict[str, Any]:
     # Both may be null in the file.
     heldout = section.get("heldout") or {}
     tasks = section.get("tasks") or []
-    if isinstance(tasks, str):
+    if isinstance(tasks, str):  # as on the command line
         tasks = [name.strip() for name in tasks.split(",")]
     if not isinstance(heldout, dict) or not isinstance(tasks, list):
         raise ValueError("tasks must be a list of names, and heldout lines of `name: value`")
@@ -159,8 +160,9 @@ class MethodPath(Section):
         if self.choose is None or self.choose.forgetting_at_most is None:
             return self
 
-        has_loss = any(not options.get("kl") for options in self.before.values())
-        if not has_loss:
+        # Sets with `kl` are measured by the divergence from the base model, which is no loss.
+        measure_kl = [bool(options.get("kl")) for options in self.before.values()]
+        if all(measure_kl):
             raise ValueError("choose.forgetting_at_most needs a set in path.before whose loss is measured (not kl)")
         return self
 
@@ -239,6 +241,11 @@ class Method(SectionWithOptions):
         if in_both:
             raise ValueError(f"{min(in_both)} has values in tune and one beside it; remove one of them")
         return self
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether something is trained: not for the base model, interpolation, and masks that are computed."""
+        return self.method not in (PRETRAINED, *UNTRAINED_METHODS)
 
     @property
     def labels(self) -> list[str]:
@@ -339,6 +346,7 @@ class Recipe(Section):
         """Take ``before`` out of ``evaluation``: it has other types than the options around it."""
         if not isinstance(content, dict):
             return content
+        # Anything of a wrong type is left to pydantic, whose messages name the place.
         evaluation = content.get("evaluation")
         if not isinstance(evaluation, dict) or "before" not in evaluation:
             return content
@@ -370,8 +378,9 @@ class Recipe(Section):
             _check_known(f"methods.{name}.data", method.data, self.data)
 
             # Methods are compared seed by seed, so all have the seeds of the study, unless that has only one.
-            has_other_seeds = bool(method.seeds) and method.seeds != self.seeds
-            if has_other_seeds and len(self.seeds) > 1:
+            if not method.seeds or len(self.seeds) == 1:
+                continue
+            if method.seeds != self.seeds:
                 raise ValueError(
                     f"methods.{name}.seeds is {method.seeds}, but seeds {self.seeds} pair the runs; remove it"
                 )
@@ -379,7 +388,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_no_cycle(self) -> Recipe:
-        parents = {name: method.parents.values() for name, method in self.methods.items()}
+        parents = {}
+        for name, method in self.methods.items():
+            parents[name] = method.parents.values()
 
         # graphlib finds the cycle and names its members; the order that it could give is not needed here.
         try:
@@ -475,8 +486,8 @@ class Recipe(Section):
             return self
 
         # Gain and forgetting are differences from the base model, so the study measures that too.
-        has_base = any(method.method == PRETRAINED for method in self.methods.values())
-        if not has_base:
+        kinds = {method.method for method in self.methods.values()}
+        if PRETRAINED not in kinds:
             raise ValueError(f"path measures what training changes: add the model before it, {{method: {PRETRAINED}}}")
         if "heldout" in self.path.before:
             raise ValueError("path.before: heldout are the rows that choose; give the set another name")
@@ -486,8 +497,7 @@ class Recipe(Section):
         for name, method in self.methods.items():
             if method.last:
                 raise ValueError(f"methods.{name}: path.choose chooses the checkpoint; drop last")
-            is_trained = method.method not in (PRETRAINED, *UNTRAINED_METHODS)
-            if is_trained and method.tune is None:
+            if method.is_trained and method.tune is None:
                 # An empty `tune` is one trial, of the method as it is: its points are the candidates. The recipe is
                 # frozen, so the method is replaced inside its dictionary.
                 self.methods[name] = method.model_copy(update={"tune": {}})

@@ -10,7 +10,6 @@ from maskft.training.arguments import TrainConfig
 from maskft.training.launch import launch_options
 from maskft.training.method_arguments import (
     MASK_METHODS,
-    UNTRAINED_METHODS,
     read_peft_config,
     removes_a_share,
 )
@@ -238,7 +237,7 @@ def options_but_seeds(run: StudyRun) -> str:
 
 def tokens_of(recipe: Recipe, run: StudyRun) -> int | None:
     """Tokens that a run trains on, without padding; None where the recipe does not say."""
-    if run.method.method in (PRETRAINED, *UNTRAINED_METHODS):
+    if not run.method.is_trained:
         return 0
 
     name_of_data = run.method.data or recipe.first_data

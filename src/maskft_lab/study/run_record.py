@@ -26,14 +26,14 @@ class RunRecord(FileModel):
         settings: Options of ``maskft train``, without folders of the machine.
         models: Folders relative to the study's, if they are in it.
         num_steps: None if nothing was trained.
-        averaged_steps: Always empty today; published studies have records with it.
+        averaged_steps: Always empty today.
         best_heldout_loss: In nats per token.
         epochs: Of its own training.
         tokens: Of its own training, without padding.
         total_epochs: With those of the run it starts from.
         total_tokens: With those of the run it starts from.
         peak_memory_bytes: Of one process.
-        files: Name in the run's folder -> sha256; empty in the oldest published records.
+        files: Name in the run's folder -> sha256.
     """
 
     study: str
@@ -49,6 +49,7 @@ class RunRecord(FileModel):
     models: dict[str, str]
     num_steps: int | None
     best_step: int | None
+    # With a default: records of published studies have it, newer ones need not.
     averaged_steps: list[int] = []
     best_heldout_loss: float | None
     learning_rate_at_best: float | None
@@ -58,6 +59,7 @@ class RunRecord(FileModel):
     total_tokens: dict[str, int]
     train_time_s: float | None
     peak_memory_bytes: int | None
+    # With a default: the oldest published records lack it.
     files: dict[str, str] = {}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from maskft.training.method_arguments import INTERPOLATE, SHARES
 
-from .recipe import Method, Options
+from .recipe import PRETRAINED, Method, Options
 
 # Roles of a run's models: the best checkpoint on held-out rows, and the end of training.
 BEST = "best"
@@ -62,6 +62,7 @@ class StudyRun:
     id: str
     stage: int = 1
     is_assumed: bool = False
+    # Of a run whose method is tuned, one of the two is set: `tried` for trials, `tuned` for the others.
     tried: dict[str, Any] | None = None
     tuned: Tuned | None = None
     point: Point | None = None
@@ -74,8 +75,14 @@ class StudyRun:
     @property
     def parents(self) -> list[StudyRun]:
         """The runs that must be trained before this one starts."""
-        candidates = (self.start, self.match, *self.masks.values())
+        candidates = [self.start, self.match]
+        candidates += self.masks.values()
         return [run for run in candidates if run is not None]
+
+    @property
+    def is_continued(self) -> bool:
+        """Whether it starts from a model that the study has trained."""
+        return self.start is not None and self.start.method.method != PRETRAINED
 
     @property
     def takes_values_before(self) -> bool:
@@ -93,6 +100,7 @@ class StudyRun:
         if not self.axes:
             return ""
 
+        # Of all methods on the axes, this one and those it is made from.
         options = [option for _, option in self.axes]
         words = []
         for (name, option), value in self.axes.items():
@@ -115,6 +123,7 @@ class StudyRun:
     @property
     def num_tried(self) -> int:
         """Number of settings, or drawn masks, among which held-out rows chose this one; 0 without a choice."""
+        # Tables show this number: the best of many is better by chance alone.
         elsewhere = self.method.tuned_elsewhere or 0
         if self.tuned:
             return self.tuned.num_settings + elsewhere
@@ -129,7 +138,7 @@ class StudyRun:
     @property
     def labels(self) -> dict[str, str]:
         """Role (``best``, ``last``) -> name in tables; empty for a run of tuning."""
-        if self.tried is not None:
+        if self.tried is not None:  # it is measured on the rows that choose alone
             return {}
         labels = {}
         for role, label in zip(self.roles, self.method.labels, strict=True):

@@ -23,7 +23,19 @@ from .path import curves
 from .recipe import PRETRAINED, Recipe
 from .study_run import BEST, LAST, StudyRun, Tuned
 
-_COUNTS = ("epochs", "tokens", "total_epochs", "total_tokens")
+# Keys of a result's block `study` that the summary repeats for each run.
+_OF_STUDY = (
+    "run",
+    "result",
+    "start",
+    "role",
+    "best_step",
+    "num_steps",
+    "epochs",
+    "tokens",
+    "total_epochs",
+    "total_tokens",
+)
 
 
 def summarise(
@@ -166,7 +178,7 @@ def _compared(
         if base_name not in (None, baseline):
             with_base = compare(results, base_name, settings=settings)
     except UserError as error:
-        # Measured, but not comparable: the reason instead of an error keeps the numbers.
+        # Measured, but not comparable, as with different test sets: the reason instead of an error keeps the numbers.
         record = {"runs": rows, "not_compared": str(error)}
         return f"not compared: {error}\n", f"Not compared: {error}\n", record
 
@@ -208,9 +220,9 @@ def _baseline(
                 wanted = result["name"]
                 break
 
+    prefix_of_variants = f"{wanted} ["  # followed by values of the grid
     for name in names:
-        is_variant = name.startswith(f"{wanted} [")  # followed by values of the grid
-        if name == wanted or is_variant:
+        if name == wanted or name.startswith(prefix_of_variants):
             return name
     return None
 
@@ -223,14 +235,16 @@ def _row(result: Result) -> dict:
             key = f"{task}/{name}"
             metrics[key] = metric["value"]
 
-    study = result["study"]
+    model = result["model"]
     row = {
         "name": result["name"],
-        "method": result["model"]["method"],
-        "seed": result["model"]["seed"],
+        "method": model["method"],
+        "seed": model["seed"],
         "metrics": metrics,
     }
-    for key in ("run", "result", "start", "role", "best_step", "num_steps", *_COUNTS):
+
+    study = result["study"]
+    for key in _OF_STUDY:
         row[key] = study[key]
     return row
 
@@ -243,11 +257,12 @@ def without_repeats(results: list[Result], baseline: str | None) -> tuple[list[R
     is_best: dict[str, list[bool]] = {}  # name of an end of training -> for each seed, whether it is the best
     for result in results:
         study = result["study"]
-        name, _, _ = result["name"].partition(" [")  # without values of the grid
-        if study["role"] != LAST or name == baseline:
+        label = result["name"]
+        name, _, _ = label.partition(" [")  # without values of the grid
+        if study["role"] != LAST or name == baseline:  # a baseline must stay
             continue
         best_is_last = study["best_step"] == study["num_steps"]
-        is_best.setdefault(result["name"], []).append(best_is_last)
+        is_best.setdefault(label, []).append(best_is_last)
 
     # At some seeds only, the two rows differ, and both are listed.
     repeats = [name for name, same in is_best.items() if all(same)]
@@ -265,7 +280,15 @@ def _accounts_table(results: list[Result], num_tried: dict[str, int]) -> str:
     # A column without a value in any row is left out.
     has_tuning = any(num_tried.values())
     has_sizes = any(result["model"].get("num_bytes") for result in results)
-    columns = ["model", "seed", "best step", "epochs", "tokens", "total epochs", "total tokens"]
+    columns = [
+        "model",
+        "seed",
+        "best step",
+        "epochs",
+        "tokens",
+        "total epochs",
+        "total tokens",
+    ]
     if has_tuning:
         columns.append("tuned")
     if has_sizes:
@@ -274,12 +297,13 @@ def _accounts_table(results: list[Result], num_tried: dict[str, int]) -> str:
     rows = []
     for result in results:
         study = result["study"]
-        steps = "–"
+        model = result["model"]
+        steps = "–"  # nothing was trained
         if study["num_steps"]:
             steps = f"{study['best_step']} of {study['num_steps']}"
         row = [
             result["name"],
-            str(result["model"]["seed"]),
+            str(model["seed"]),
             steps,
             f"{study['epochs']:.2f}",
             f"{study['tokens']:.3g}",
@@ -291,7 +315,7 @@ def _accounts_table(results: list[Result], num_tried: dict[str, int]) -> str:
             shown_number = str(number) if number else "–"
             row.append(shown_number)
         if has_sizes:
-            num_bytes = result["model"].get("num_bytes")
+            num_bytes = model.get("num_bytes")
             size = f"{num_bytes / 1000:,.0f}" if num_bytes else "–"
             row.append(size)
         rows.append(tuple(row))

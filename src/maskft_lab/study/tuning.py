@@ -97,7 +97,7 @@ def _multiples(
         parent: The options of the run that it starts from, with defaults.
     """
     base = _number(parent.get(option))
-    if not base:
+    if not base:  # multiples of 0 are all 0
         raise UserError(
             f"method {method.name!r}: tune.{option} is given as times_parent, and {method.start!r} has none; "
             "give the values"
