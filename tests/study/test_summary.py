@@ -2,7 +2,7 @@
 
 import pytest
 
-from maskft_lab.study.summary import without_repeats
+from maskft_lab.study.summary import _accounts_table, without_repeats
 
 
 def result(name, role, best_step, num_steps=8):
@@ -26,3 +26,12 @@ def test_an_end_that_is_the_best_at_every_seed_is_left_out():
 def test_an_end_that_differs_at_one_seed_stays_for_all(best_step):
     results = [*BEST, result("mask (complete)", "last", 8), result("mask (complete)", "last", best_step)]
     assert without_repeats(results, None) == (results, [])
+
+
+def test_without_an_evaluation_during_training_the_last_step_is_the_best():
+    ends = [result("mask (complete)", "last", None), result("mask (complete)", "last", None)]
+    kept, notes = without_repeats([*BEST, *ends], None)
+    assert kept == BEST and len(notes) == 1
+    end = ends[0] | {"model": {"seed": 0}}
+    end["study"] |= dict.fromkeys(("epochs", "tokens", "total_epochs", "total_tokens"), 1)
+    assert "8 of 8" in _accounts_table([end], {})

@@ -365,8 +365,9 @@ def _train(
         call(words, folder / layout.LOG)
         training = _training_summary(folder)
 
-        # If the best checkpoint is the last one, both roles name one folder, and one evaluation serves both.
-        is_last_best = training["best_step"] == training["num_steps"]
+        # If the best checkpoint is the last one, both roles name one folder, and one evaluation serves both. Without an
+        # evaluation during training (None) the last step's model is kept.
+        is_last_best = training["best_step"] in (None, training["num_steps"])
         last = folder if is_last_best else folder / layout.LAST
         models = {BEST: str(folder), LAST: str(last)}
 

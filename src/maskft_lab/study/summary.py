@@ -261,7 +261,7 @@ def without_repeats(results: list[Result], baseline: str | None) -> tuple[list[R
         name, _, _ = label.partition(" [")  # without values of the grid
         if study["role"] != LAST or name == baseline:  # a baseline must stay
             continue
-        best_is_last = study["best_step"] == study["num_steps"]
+        best_is_last = _kept_step(study) == study["num_steps"]
         is_best.setdefault(label, []).append(best_is_last)
 
     # At some seeds only, the two rows differ, and both are listed.
@@ -269,6 +269,13 @@ def without_repeats(results: list[Result], baseline: str | None) -> tuple[list[R
     notes = [f"Note: {name} is not listed: same as the best checkpoint (last step)." for name in repeats]
     others = [result for result in results if result["name"] not in repeats]
     return others, notes
+
+
+def _kept_step(study: dict[str, Any]) -> int:
+    """The step of a run's best checkpoint; without an evaluation during training the model of the last step is kept."""
+    if study["best_step"] is None:
+        return study["num_steps"]
+    return study["best_step"]
 
 
 def _accounts_table(results: list[Result], num_tried: dict[str, int]) -> str:
@@ -300,7 +307,7 @@ def _accounts_table(results: list[Result], num_tried: dict[str, int]) -> str:
         model = result["model"]
         steps = "–"  # nothing was trained
         if study["num_steps"]:
-            steps = f"{study['best_step']} of {study['num_steps']}"
+            steps = f"{_kept_step(study)} of {study['num_steps']}"
         row = [
             result["name"],
             str(model["seed"]),
