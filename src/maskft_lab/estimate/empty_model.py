@@ -31,7 +31,8 @@ def model_without_data(
     Raises:
         UserError: If the configuration is not one of a causal language model with decoder layers.
     """
-    num_layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    text_config = config.get_text_config()  # of models with images too, the part that decodes text
+    num_layers = getattr(text_config, "num_hidden_layers", None)
     if isinstance(num_layers, int) and num_layers > MAX_LAYERS:
         raise UserError(f"the configuration has {num_layers:,} layers; there are estimates up to {MAX_LAYERS:,}")
 
@@ -40,13 +41,26 @@ def model_without_data(
         # Flash attention, from whichever package, keeps the tensors that sdpa keeps.
         options["attn_implementation"] = "eager" if attention == "eager" else "sdpa"
     own_config = copy.deepcopy(config)  # from_config writes dtype and attention into it
+
+    # A configuration with wrong values fails somewhere in the model's constructor, with an error of any of these types.
+    errors = (
+        ValueError,
+        TypeError,
+        AttributeError,
+        KeyError,
+        ZeroDivisionError,
+    )
     try:
-        model = AutoModelForCausalLM.from_config(own_config, trust_remote_code=False, **options)
-    except (ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError) as error:
+        model = AutoModelForCausalLM.from_config(
+            own_config,
+            trust_remote_code=False,
+            **options,
+        )
+    except errors as error:
         raise UserError(f"the configuration makes no causal language model: {first_line(error)}") from error
 
-    layers = layer_indices(name for name, _ in model.named_modules())
-    if not layers:
+    names = [name for name, _ in model.named_modules()]
+    if not layer_indices(names):
         raise UserError(f"the configuration has no decoder layers ({type(model).__name__}); is it complete?")
     return model
 
@@ -67,12 +81,13 @@ def bytes_saved_for_backward(
         num_tokens: Tokens of each row.
         autocast: The dtype of autocast; None: without.
     """
+    all_bytes = []
     with FakeTensorMode():
         _make_fake(model)
-        saved_bytes = []
         for num_rows in batch_sizes:
-            saved_bytes.append(_saved_bytes(model, num_rows, num_tokens, autocast))
-        return saved_bytes
+            saved_bytes = _saved_bytes(model, num_rows, num_tokens, autocast)
+            all_bytes.append(saved_bytes)
+    return all_bytes
 
 
 def _saved_bytes(
@@ -82,7 +97,9 @@ def _saved_bytes(
     autocast: torch.dtype | None,
 ) -> int:
     """Bytes that one forward pass of a model of fake tensors saves, without the model's own tensors."""
-    own = {_storage_id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    own_tensors = [*model.parameters(), *model.buffers()]
+    own = {_storage_id(tensor) for tensor in own_tensors}
+
     # By id, as views of one storage count once. The storages are held: a later one could get the id of a freed one.
     saved: dict[int, torch.UntypedStorage] = {}
 
@@ -94,21 +111,31 @@ def _saved_bytes(
             saved[storage_id] = tensor.untyped_storage()
         return tensor
 
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    autocast_context = torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None)
+    def give_back(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
 
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, give_back)
+    autocast_context = torch.autocast(
+        "cpu",
+        autocast or torch.bfloat16,  # a dtype is needed even where it is off
+        enabled=autocast is not None,
+    )
+
+    # B rows of T tokens. The ids are all 0: memory depends on shapes alone.
     ids_BT = torch.zeros(num_rows, num_tokens, dtype=torch.long)
     inputs = {
         "input_ids": ids_BT,
         "attention_mask": torch.ones_like(ids_BT),
         "labels": ids_BT,
-        "use_cache": False,
+        "use_cache": False,  # the cache of generation is not a part of training
     }
     with hooks, autocast_context:
-        model.train()
+        model.train()  # dropout saves its mask
         outputs = model(**inputs, fused_lm_head=True)
         outputs.log_probs.sum()
-    return sum(storage.nbytes() for storage in saved.values())
+
+    sizes = [storage.nbytes() for storage in saved.values()]
+    return sum(sizes)
 
 
 def _storage_id(tensor: torch.Tensor) -> int:
@@ -123,10 +150,18 @@ def _make_fake(model: nn.Module) -> None:
         _replace(module._buffers, made)
 
 
-def _replace(tensors: dict[str, torch.Tensor | None], made: dict[torch.Tensor, torch.Tensor]) -> None:
-    """Replace the values of a module's dictionary of parameters or buffers in place."""
+def _replace(
+    tensors: dict[str, torch.Tensor | None],
+    made: dict[torch.Tensor, torch.Tensor],
+) -> None:
+    """Replace the values of a module's dictionary of parameters or buffers in place.
+
+    Args:
+        tensors: The dictionary.
+        made: Old tensor -> new, of the whole model; added to.
+    """
     for name, tensor in tensors.items():
-        if tensor is None:
+        if tensor is None:  # such as the bias of a layer without one
             continue
         if tensor not in made:
             fake = torch.empty(tensor.shape, dtype=tensor.dtype)

@@ -24,7 +24,12 @@ from maskft.models import load_config
 from maskft.training.arguments import TrainConfig, with_accumulation
 from maskft.training.build import build_model
 from maskft.training.checks import check_method
-from maskft.training.method_arguments import INTERPOLATE, MASK_METHODS, UNTRAINED_METHODS, mask_config
+from maskft.training.method_arguments import (
+    INTERPOLATE,
+    MASK_METHODS,
+    UNTRAINED_METHODS,
+    mask_config,
+)
 from maskft.tuner.targets import layer_indices, resolve_targets
 from maskft_common.errors import UserError, did_you_mean
 from maskft_common.memory import resident_memory_bytes
@@ -52,15 +57,18 @@ _FIXED_MASK_BYTES = FLOAT32_BYTES + 1
 # Held-out rows, per logit of one row: a copy in float32 and one in float64.
 _HELDOUT_COPY_BYTES = 4 + 8
 
-# Bytes of optimizer state per trained parameter, as a function of the parameter's own size. 8-bit states have a float32
-# scale per block of 256, 4-bit ones per block of 128, for each of the two moments.
+# Bytes of a quantised moment: 8-bit ones have a float32 scale per block of 256, 4-bit ones per block of 128.
+_MOMENT_8BIT = 1 + FLOAT32_BYTES / 256
+_MOMENT_4BIT = 0.5 + FLOAT32_BYTES / 128
+
+# Bytes of optimizer state per trained parameter, as a function of the parameter's own size. Adam has two moments.
 OPTIMIZER_BYTES: dict[str, Callable[[int], float]] = {
     "adamw_torch": lambda size: 2 * size,
     "adamw_torch_fused": lambda size: 2 * size,
-    "adamw_bnb_8bit": lambda size: 2 * (1 + 4 / 256),
-    "adamw_8bit": lambda size: 2 * (1 + 4 / 256),
-    "adamw_torch_8bit": lambda size: 2 * (1 + 4 / 256),
-    "adamw_torch_4bit": lambda size: 2 * (0.5 + 4 / 128),
+    "adamw_bnb_8bit": lambda size: 2 * _MOMENT_8BIT,
+    "adamw_8bit": lambda size: 2 * _MOMENT_8BIT,
+    "adamw_torch_8bit": lambda size: 2 * _MOMENT_8BIT,
+    "adamw_torch_4bit": lambda size: 2 * _MOMENT_4BIT,
     "sgd": lambda size: 0,
 }
 
@@ -108,9 +116,11 @@ def estimate(
         UserError: For an unknown model, layers out of range, or a device too small for micro-batch 1.
     """
     _check(run)
+    # An estimate for another machine names its device.
     if not device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    run = replace(run, training=with_accumulation(run.training))
+    training = with_accumulation(run.training)  # global_batch_size as accumulation steps
+    run = replace(run, training=training)
 
     needs = RunMemory(run, device)
     return Estimate(
@@ -140,11 +150,13 @@ def _largest_micro_batch(
         limit -= RESERVE_BYTES
 
     def peak(num_rows: int) -> int:
-        return sum(needs.memory(num_rows).values())
+        terms = needs.memory(num_rows)
+        return sum(terms.values())
 
     # The peak grows with the rows. The position at which the limit would be inserted among the peaks of 1, 2, ... rows
     # is the number of micro-batches that fit, and so the largest that does.
-    largest = bisect_right(range(1, MAX_MICRO_BATCH + 1), limit, key=peak)
+    candidates = range(1, MAX_MICRO_BATCH + 1)
+    largest = bisect_right(candidates, limit, key=peak)
     if largest == 0:
         raise UserError(
             f"device memory is too small for micro-batch 1: about {peak(1) / 1e9:.3g} GB are needed, "
@@ -169,17 +181,25 @@ class RunMemory:
         source = run.model
 
         # From the configuration and the options.
-        self.config = load_config(source.model_name_or_path, revision=source.model_revision)
+        self.config = load_config(
+            source.model_name_or_path,
+            revision=source.model_revision,
+        )
         stored = getattr(self.config, "dtype", None)
-        self.stored_dtype = stored if isinstance(stored, torch.dtype) else torch.float32
+        self.stored_dtype = torch.float32  # of files whose configuration names none
+        if isinstance(stored, torch.dtype):
+            self.stored_dtype = stored
         if source.dtype == "auto":
             self.dtype = self.stored_dtype
         else:
             self.dtype = getattr(torch, source.dtype)
+        # Under autocast, matrices are multiplied in another dtype than they are stored in.
         self.autocast = _autocast_dtype(run.training, device)
         self.compute_dtype = self.autocast or self.dtype
         self.optimizer = _optimizer(run.training)
-        self.mask = mask_config(run.mask) if self.method in MASK_METHODS else None
+        self.mask = None
+        if self.method in MASK_METHODS:
+            self.mask = mask_config(run.mask)
 
         # On a CPU, Python and its libraries are in the same memory as the model.
         self.process_bytes = 0
@@ -193,13 +213,20 @@ class RunMemory:
             self.num_parameters = _num_weights(model.parameters())
             tensors = [*model.parameters(), *model.buffers()]
             self.weight_bytes = sum(tensor.nbytes for tensor in tensors)
-            layers = layer_indices(name for name, _ in model.named_modules())
+            names = [name for name, _ in model.named_modules()]
+            layers = layer_indices(names)
             self.model, self.masked = self._prepared(model)
 
         # The bytes for more rows follow from those for one and two, see `_activation_bytes`.
         num_tokens = run.training.max_length
-        self._saved_bytes = bytes_saved_for_backward(self.model, (1, 2), num_tokens, self.autocast)
+        self._saved_bytes = bytes_saved_for_backward(
+            self.model,
+            (1, 2),
+            num_tokens,
+            self.autocast,
+        )
 
+        # The numbers of trained and of masked weights.
         trained = {}
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
@@ -207,7 +234,8 @@ class RunMemory:
         self.num_trainable = _num_weights(trained.values())
         if self.method not in UNTRAINED_METHODS and not trained:
             raise UserError(f"method {self.method} trains no parameter of {source.model_name_or_path!r}")
-        self.masked_sizes = [module.weight.numel() for module in self.masked.values()]
+        masked_modules = self.masked.values()
+        self.masked_sizes = [module.weight.numel() for module in masked_modules]
         self.kept = self._kept(trained)
 
         # The backward pass ends at the lowest trained layer.
@@ -220,10 +248,16 @@ class RunMemory:
         add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
         if self.mask is None:
             run = self.run
-            seed = run.training.seed
-            trained_model = build_model(model, run.method, run.model, run.mask, seed)
+            trained_model = build_model(
+                model,
+                run.method,
+                run.model,
+                run.mask,
+                run.training.seed,
+            )
             return trained_model, {}
 
+        # The modules that PEFT would wrap.
         model.requires_grad_(False)
         resolve_targets(self.mask, model)
         masked = {}
@@ -237,6 +271,7 @@ class RunMemory:
             weight = torch.empty_like(module.weight, dtype=self.compute_dtype)
             module.weight = nn.Parameter(weight, requires_grad=is_learned)
 
+        # Modules that train in full beside the mask.
         saved_in_full = tuple(self.run.mask.mask_modules_to_save or ())
         for name, module in model.named_modules():
             if saved_in_full and name.endswith(saved_in_full):  # as PEFT matches them
@@ -257,13 +292,18 @@ class RunMemory:
         all_trained = others + Counter({FLOAT32_BYTES: num_scores})
 
         moments = OPTIMIZER_BYTES[self.optimizer]
-        optimizer_bytes = sum(number * moments(size) for size, number in all_trained.items())
+        optimizer_bytes = 0.0
+        for size, number in all_trained.items():
+            optimizer_bytes += number * moments(size)
+
         adapter_bytes = 0
         if self.method != "full":  # for which they are the weights, and counted as such
             adapter_bytes = _num_bytes(others)
+
         removed_bytes = 0
         if self.mask is not None and self.mask.removed_value == "base":
             removed_bytes = num_masked * self.dtype.itemsize
+
         return {
             # The base weights stay beside the effective ones.
             "effective weights": num_scores * self.compute_dtype.itemsize,
@@ -276,13 +316,21 @@ class RunMemory:
 
     def memory(self, rows: int) -> dict[str, int]:
         """Bytes per term at the peak of a run with micro-batches of ``rows`` rows."""
-        start = {"process": self.process_bytes, "weights": self.weight_bytes}
+        start = {
+            "process": self.process_bytes,
+            "weights": self.weight_bytes,
+        }
         if not self.num_trainable:
             masks = _FIXED_MASK_BYTES * sum(self.masked_sizes)
             return start | {"masks": masks}
 
         # The peak is one of these phases: the optimizer's step, the backward pass, an evaluation, the loading.
-        step = start | self.kept | {"activations": 0, "buffers": self._step_bytes()}
+        # A phase has the terms of all of training, and its own in their place.
+        step_terms = {
+            "activations": 0,
+            "buffers": self._step_bytes(),
+        }
+        step = start | self.kept | step_terms
         backward = step | {
             "activations": self._activation_bytes(rows),
             "buffers": 0,
@@ -293,27 +341,38 @@ class RunMemory:
         phases = [step, backward]
 
         if self.run.training.do_eval:
-            evaluation = start | self.kept | {"gradients": 0, "logits": self._heldout_logit_bytes()}
+            evaluation_terms = {
+                "gradients": 0,  # set to None after a step
+                "logits": self._heldout_logit_bytes(),
+            }
+            evaluation = start | self.kept | evaluation_terms
             phases.append(evaluation)
         if self.device == "cpu":
             # The pages of the weights' file are resident while it is read.
             file_bytes = self.num_parameters * self.stored_dtype.itemsize
             phases.append(start | {"file": file_bytes})
-        return max(phases, key=lambda terms: sum(terms.values()))
+
+        def total(terms: dict[str, int]) -> int:
+            return sum(terms.values())
+
+        return max(phases, key=total)
 
     @property
     def _vocab_size(self) -> int:
-        return self.config.get_text_config().vocab_size
+        text_config = self.config.get_text_config()
+        return text_config.vocab_size
 
     def _heldout_logit_bytes(self) -> int:
         """Logits of a batch of held-out rows, and copies of one row's in higher precision."""
-        logits_of_row = self.run.training.max_length * self._vocab_size
-        bytes_in_batch = self.run.training.per_device_eval_batch_size * self.compute_dtype.itemsize
+        training = self.run.training
+        logits_of_row = training.max_length * self._vocab_size
+        bytes_in_batch = training.per_device_eval_batch_size * self.compute_dtype.itemsize
         return logits_of_row * (bytes_in_batch + _HELDOUT_COPY_BYTES)
 
     def _logit_bytes(self, rows: int) -> int:
         """Temporary memory of the head, when the backward pass begins."""
-        num_tokens = min(rows * self.run.training.max_length, _TILE_TOKENS)
+        num_tokens = rows * self.run.training.max_length
+        num_tokens = min(num_tokens, _TILE_TOKENS)
         num_entries = min(self._vocab_size, _TILE_ENTRIES)
         tile_bytes = FLOAT32_BYTES * num_tokens * num_entries
         num_tiles = _CPU_TILES if self.device == "cpu" else 1
@@ -321,7 +380,8 @@ class RunMemory:
         # TRL sums the gradient of a trained head in float32, whatever its dtype.
         head = self.model.get_output_embeddings()
         trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
-        return FLOAT32_BYTES * _num_weights(trained) + tile_bytes * num_tiles
+        gradient_bytes = FLOAT32_BYTES * _num_weights(trained)
+        return gradient_bytes + tile_bytes * num_tiles
 
     def _step_bytes(self) -> int:
         """Temporary memory of an optimizer step, or of the refresh of a mask."""
@@ -329,6 +389,7 @@ class RunMemory:
         updates_all = self.optimizer == "adamw_torch" and self.device == "cuda"
         update = self.kept["gradients"] if updates_all else 0
 
+        # Matrices are ranked one after the other, and so the largest decides.
         largest = max(self.masked_sizes, default=0)
         ranking = _REFRESH_BYTES * largest if self.device == "cuda" else 0
         flipped = sum(self.masked_sizes)  # a byte per weight: whether its bit has flipped
@@ -339,7 +400,8 @@ class RunMemory:
         """Tensors that the forward pass keeps for the backward pass."""
         # Linear in the rows. Tensors that do not depend on them, such as weights cast by autocast, count once.
         one_row, two_rows = self._saved_bytes
-        saved = one_row + (rows - 1) * (two_rows - one_row)
+        bytes_per_row = two_rows - one_row
+        saved = one_row + (rows - 1) * bytes_per_row
         if not self.run.training.gradient_checkpointing:
             return saved
 
@@ -347,7 +409,9 @@ class RunMemory:
         num_layers = self.num_backward_layers
         hidden_size = self.config.get_text_config().hidden_size
         num_inputs = rows * self.run.training.max_length * hidden_size
-        return num_layers * num_inputs * self.compute_dtype.itemsize + saved // num_layers
+        bytes_of_input = num_inputs * self.compute_dtype.itemsize
+        bytes_in_layer = saved // num_layers
+        return num_layers * bytes_of_input + bytes_in_layer
 
 
 def _num_weights(parameters: Iterable[nn.Parameter]) -> int:
@@ -386,8 +450,10 @@ def _autocast_dtype(training, device: str) -> torch.dtype | None:
 
 
 def _optimizer(training) -> str:
-    name = str(getattr(training.optim, "value", training.optim))
+    """Name of the optimizer, whose state has a known size."""
+    name = str(getattr(training.optim, "value", training.optim))  # of transformers' enum
     if name not in OPTIMIZER_BYTES:
         known = ", ".join(OPTIMIZER_BYTES)
-        raise UserError(f"optim is {name!r}{did_you_mean(name, OPTIMIZER_BYTES)}; estimates are made for: {known}")
+        hint = did_you_mean(name, OPTIMIZER_BYTES)
+        raise UserError(f"optim is {name!r}{hint}; estimates are made for: {known}")
     return name

@@ -30,11 +30,15 @@ def explained(advice: str = ADVICE) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         # Only the GPU's allocator has an error type; the others raise a RuntimeError that its text alone tells apart.
         text = str(error)
-        is_out_of_memory = isinstance(error, MemoryError) or any(words in text for words in _WORDS)
+        has_words = any(words in text for words in _WORDS)
+        is_out_of_memory = isinstance(error, MemoryError) or has_words
         if not is_out_of_memory:
             raise
 
         message = first_line(error)
         request = re.search(r"[Tt]ried to allocate [\d.,]+ \w+", message)
-        shown = request[0].lower() if request else message[:_SHOWN_LENGTH]
+        if request:
+            shown = request[0].lower()
+        else:
+            shown = message[:_SHOWN_LENGTH]
         raise UserError(f"out of memory ({shown}); {advice}") from None
