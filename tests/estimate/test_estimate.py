@@ -153,6 +153,11 @@ def test_7b_on_a_card_of_24_gb(config, layers, num_parameters, run):
         estimate(run(config, **options | {"dtype": "float32"}), device="cuda", device_memory_gb=24)
 
 
+def test_a_card_smaller_than_the_reserve_has_no_memory(run):
+    with pytest.raises(UserError, match=r"GB are needed, 0 GB are there"):
+        estimate(run(mask_layers_to_transform=[2, 3]), device="cuda", device_memory_gb=0.5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("method", ["full", "mask", "peft"])

@@ -147,7 +147,7 @@ def _largest_micro_batch(
 
     limit = int(device_memory_gb * GIB)
     if device == "cuda":
-        limit -= RESERVE_BYTES
+        limit = max(limit - RESERVE_BYTES, 0)
 
     def peak(num_rows: int) -> int:
         terms = needs.memory(num_rows)
