@@ -18,11 +18,6 @@ from .study_run import BEST, LAST, StudyRun
 _MIXED = "mixed"  # name of the data of all domains
 
 
-def data_name(run: StudyRun, recipe: Recipe) -> str:
-    """Name in the recipe of a run's training set."""
-    return run.method.data or recipe.first_data
-
-
 # Records
 
 
@@ -67,6 +62,7 @@ def build_record(
         total_epochs[role] = round(epochs_before + epochs[role], 4)
         total_tokens[role] = tokens_before + tokens[role]
 
+    # The run's identity for tables.
     settings = _without_folders(run.options)
     if "learning_rate" in options:
         settings["learning_rate"] = options["learning_rate"]  # the number for `current`
@@ -84,7 +80,7 @@ def build_record(
         name=run.name,
         seed=run.seed,
         model=_without_folder(run.model),
-        data=data_name(run, recipe),
+        data=recipe.data_name(run.method),
         start=start,
         match=match,
         settings=settings,
@@ -137,6 +133,7 @@ def _without_folders(options: dict[str, Any]) -> dict[str, Any]:
         template = Path(shown[TEMPLATE])
         shown[TEMPLATE] = template.name
 
+    # Training, evaluation and KL data; a mixture names several files.
     for key in (*DATA_NAMES, KL_DATA):
         mixture = shown.get(key)
         if isinstance(mixture, str):
@@ -166,13 +163,13 @@ def training_block(
     is_mixed = None
     is_trained = run.method.method != PRETRAINED
     if is_trained:
-        name = data_name(run, recipe)
+        name = recipe.data_name(run.method)
         if name in DOMAINS:
             domain = name
         # Whether the full fine-tuning, of a mask that of its start, used all domains.
         name_before = None
         if run.start is not None:
-            name_before = data_name(run.start, recipe)
+            name_before = recipe.data_name(run.start.method)
         is_mixed = _MIXED in (name, name_before)
 
     selection = None
@@ -209,7 +206,7 @@ def study_block(
         "model": record.model,
         "study": recipe.name,
         "name": run.name,
-        "data": data_name(run, recipe),
+        "data": recipe.data_name(run.method),
     }
     if run.point is not None:
         share, scale = run.point

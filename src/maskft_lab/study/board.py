@@ -45,7 +45,7 @@ class Board:
         self.is_brief = is_brief
         self.failed = dict(failed)
         self._log_of = log_of
-        # The count, for the bar.
+        # The count, for the bar, which begins with the runs that were finished before.
         self._num_done = len(finished) + len(failed)
         # The costs, for the time left. Runs that were finished before say nothing about the speed of this start.
         self._costs = costs or dict.fromkeys(runs, 1.0)
@@ -99,6 +99,7 @@ class Board:
         now = time.monotonic()
         started_at = self._started_at.pop(run, now)  # a run whose parent failed never started: 0 s
         seconds = now - started_at
+        # The cost of a failed run is done too: it takes no more time.
         self._num_done += 1
         cost = self._costs[run]
         self._cost_done += cost
@@ -137,6 +138,7 @@ class Board:
         is_log = not self.console.is_terminal
         if is_log and not is_news:
             return
+        # The next line of `tick` comes a pause after this one.
         self._last_shown = time.monotonic()
         time_left = self._time_left()
         self._progress.move(

@@ -76,6 +76,7 @@ def _damage_of_result(
     mtime_ns: int,
     size: int,
 ) -> str | None:
+    # The time and size are arguments only as a part of the cache's key.
     try:
         read_result(file)
     except UserError as error:

@@ -44,6 +44,7 @@ def print_dry_run(
     study = Study(folder.absolute(), plan.recipe)
     plan = build_plan(plan.recipe, partial(heldout, study))
 
+    # Without tuning, all runs are of one stage.
     has_stages = bool(plan.tunings)
     columns = ["run", "from", "tokens", "time", "state"]
     if has_stages:
@@ -60,9 +61,11 @@ def print_dry_run(
             left[run.id] = (tokens, seconds)
         else:
             left[run.id] = (0, 0)
-        if run.is_assumed:  # its settings are a guess, so its files cannot be looked for
+        # Its settings, and so its folder, may still change.
+        if run.is_assumed:
             state = f"waits for stage {run.stage - 1}"
 
+        # A run without parents starts from the study's model.
         parents = ", ".join(_shown_id(parent) for parent in run.parents)
         tokens_text, time = _words(tokens, seconds)
         cells = [
@@ -116,7 +119,7 @@ def _totals(
     seconds = _sum([seconds for _, seconds in left.values()])
     tokens_text, time = _words(tokens, seconds)
 
-    # By id, as in `left`.
+    # By id, as in `left`: two runs with one id are trained once.
     is_own = {}
     for run in plan.runs:
         is_own[run.id] = run.method.name in own
@@ -189,6 +192,7 @@ def cost_of(recipe: Recipe, run: StudyRun) -> Cost:
     tokens = tokens_of(recipe, run)
     if tokens == 0:  # nothing is trained, at any speed
         return 0, 0.0
+    # The recipe says the speed of the intended hardware; this machine may be another.
     if tokens is None or not recipe.tokens_per_s:
         return tokens, None
     return tokens, tokens / recipe.tokens_per_s

@@ -167,6 +167,7 @@ class Study:
 
     def check_damage(self, run: StudyRun) -> None:
         """Raise if files of a finished run, or its results, are not as they were written."""
+        # The run, and the results of its models.
         found: dict[Path, str | None] = {}  # folder -> its damage
         if self.has_record(run):
             folder = self.run_folder(run)
@@ -202,7 +203,7 @@ class Study:
 
     def inside(self, name: str) -> str:
         """A path inside the study's folder relative to it, so that the folder can be moved; others unchanged."""
-        path = Path(name)
+        path = Path(name)  # a name on the hub is not below the folder either
         if path.is_relative_to(self.folder):
             return str(path.relative_to(self.folder))
         return name
@@ -233,7 +234,8 @@ def evaluation_id(
     if run.point is not None:  # only then: another key would rename all published evaluations
         settings["point"] = list(run.point)
 
-    prefix, _, _ = run.id.rpartition("-")  # method and seed
+    # For people, the method, the seed and the role; the hashes alone would do.
+    prefix, _, _ = run.id.rpartition("-")
     hash_of_evaluation = short_digest(settings)
     digest_of_study = short_digest({"study": study})
     hash_of_study = digest_of_study[:4]

@@ -187,6 +187,7 @@ def _completed(
 
 def _kl_data_in(data_dir: str | Path | None, options: Options) -> Options:
     """Only ``kl_dataset_name``, with its files found; empty if the options have none."""
+    # Without `data_dir`, which is an option of the training set.
     if KL_DATA not in options:
         return {}
     found = in_data_dir({KL_DATA: options[KL_DATA]}, data_dir)

@@ -41,7 +41,8 @@ PATH = "path"  # folder of a run's points
 WHOLE_TRAINING: Point = (1.0, 1.0)
 BEFORE_TRAINING: Point = (0.0, 0.0)
 
-# Options of data that decide the held-out rows.
+# Options of data that decide the held-out rows. NOT_OF_HELDOUT_DATA has two of them, because `maskft evaluate` defines
+# them itself.
 _OF_DATA = {field.name for field in fields(DataArguments)}
 _OF_DATA -= set(NOT_OF_HELDOUT_DATA)
 _OF_DATA |= {"eval_split_size", "data_dir", "dataset_text_field"}
@@ -137,6 +138,7 @@ def path_values(
             file = folder / point_name(point) / layout.RESULT
             if not is_whole_result(file):
                 return None
+            # Along a path, every set has this task alone.
             result = read_result(file)
             metrics = result["tasks"][HELDOUT]["metrics"]
             values[name] = {}
@@ -220,6 +222,7 @@ def choose(
             return min(enough, key=_least_forgetting)
         return min(candidates, key=_most_gain)
 
+    # The other constraint: a recipe gives one of the two.
     little = [point for point in candidates if point.forgetting <= rule.forgetting_at_most]
     if little:
         return min(little, key=_most_gain)
@@ -253,6 +256,7 @@ def with_chosen_point(
         base: Measurements of the model before training.
         rule: The constraint.
     """
+    # Among the points of all settings, so that the settings are chosen with the point.
     own = points_of(tuned.trials, base)
     if not own:
         return tuned  # all of its runs diverged
@@ -316,6 +320,7 @@ def curves(
             added = {"label": "chosen", "num_bytes": num_bytes[method]}
             curve_points.append(chosen | added)
 
+        # The curve with all of these points in place of the chosen ones.
         content[probe] = {
             "model": results[0]["model"]["name_or_path"],
             **curve,

@@ -331,6 +331,10 @@ class Recipe(Section):
         """Name of the training set of methods that name none."""
         return next(iter(self.data))
 
+    def data_name(self, method: Method) -> str:
+        """Name of a method's training set."""
+        return method.data or self.first_data
+
     @property
     def axes(self) -> dict[tuple[str, str], list]:
         """The grid: (name of a method, option) -> values."""

@@ -85,8 +85,8 @@ def run_options(
         if name == method.name:
             of_grid[option] = value
     own = method.options | of_grid | chosen
-    name_of_data = method.data or recipe.first_data
-    data = recipe.data[name_of_data].options
+    data_name = recipe.data_name(method)
+    data = recipe.data[data_name].options
     _check_allowed(recipe, method, own | data)
 
     # Those of `train` for masks apply to masks alone.
@@ -240,8 +240,8 @@ def tokens_of(recipe: Recipe, run: StudyRun) -> int | None:
     if not run.method.is_trained:
         return 0
 
-    name_of_data = run.method.data or recipe.first_data
-    data = recipe.data[name_of_data]
+    data_name = recipe.data_name(run.method)
+    data = recipe.data[data_name]
     if data.tokens_per_row is None:
         return None
     config = parsed_run(run)

@@ -121,6 +121,7 @@ def _make_all(
         for run, reason in failed.items():
             reasons[run.id] = reason
 
+        # All settings are known, or nothing more can become known.
         is_last_stage = len(ready) == len(plan.runs)
         is_stuck = num_made == 0  # a run whose loss would choose has failed
         if is_last_stage or is_stuck:
@@ -153,6 +154,7 @@ def _make_stage(
     for run in runs:
         study.check_damage(run)
 
+    # Runs that failed before are in neither list.
     finished = []
     todo = []
     for run in runs:

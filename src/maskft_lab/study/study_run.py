@@ -15,6 +15,7 @@ from .recipe import PRETRAINED, Method, Options
 BEST = "best"
 LAST = "last"
 
+# Options that are lists of layers.
 LAYERS = ("mask_layers_to_transform", "partial_layers")
 
 # A point between the base model and the end of training: share of the steps, fraction of the weights' change.
@@ -130,6 +131,7 @@ class StudyRun:
         if self.method.method == INTERPOLATE:
             return len(SHARES)  # of the two models that are mixed
 
+        # A random mask may be the best of several.
         num_drawn = 1
         if self.method.method == "random_mask":
             num_drawn = self.options.get("num_candidates", 1)
@@ -255,6 +257,7 @@ class Tuned:
             "trials": [_trial_record(trial) for trial in self.trials],
             "winner": self.winner.settings,
         }
+        # Of a path; summaries of studies without one have no such keys.
         if self.point is not None:
             share, scale = self.point
             record["point"] = {"checkpoint": share, "scale": scale}
@@ -267,6 +270,7 @@ class Tuned:
         name = self.winner.run.name
         settings = settings_text(self.winner.settings) or "its setting"
 
+        # With a path, the winner is a point, chosen by gain and forgetting and not by the loss.
         if self.point is not None:
             share, scale = self.point
             settings += f" at {share:g} of training, {scale:g} of the change,"
@@ -285,6 +289,7 @@ class Tuned:
     def _edges(self) -> Iterator[str]:
         """The winner's values at an end of their list: a better value may lie beyond it."""
         for option, value in self.winner.settings.items():
+            # A list of one value has no ends, and texts have no order.
             tried = [trial.settings[option] for trial in self.trials]
             numbers = {each for each in tried if _is_number(each)}
             if len(numbers) < 2:
@@ -317,6 +322,7 @@ def _value_text(option: str, value: Any) -> str:
         is_restriction = option in (*LAYERS, "max_train_samples")
         return "all" if is_restriction else "default"
 
+    # A list of one layer is shown as a list.
     if not isinstance(value, list) or len(value) < 2:
         return str(value)
 

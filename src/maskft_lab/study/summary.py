@@ -61,6 +61,7 @@ def summarise(
 
     # Without any result, a table with a title alone: an older one would be taken for this study's.
     if results:
+        # The comparison.
         model = results[0]["study"]["model"]
         results, notes = without_repeats(results, recipe.baseline)
         text, compared, record = _compared(results, recipe, tunings)
@@ -69,7 +70,7 @@ def summarise(
             record["tuning"] = [tuned.to_dict() for tuned in tunings]
         models[model] = record
 
-        # The comparison, the accounts of all models, and notes.
+        # The notes, and the accounts of all models.
         notes += [f"Tuned: {tuned}." for tuned in tunings]
         notes += _notes_on_forgetting(recipe, results)
         num_tried = _settings_tried(runs)
@@ -110,7 +111,7 @@ def _results(study: Study, runs: Sequence[StudyRun]) -> list[Result]:
     for run in runs:
         for role, label in run.labels.items():
             file = study.result_file(run, role)
-            if not is_whole_result(file):
+            if not is_whole_result(file):  # of a run that failed
                 continue
             result = read_result(file)
             result = result | {"name": label}  # another recipe of the same study may have had another
@@ -211,6 +212,7 @@ def _baseline(
 
     None if the recipe's has no result.
     """
+    # The name that the recipe gives or that is the default.
     wanted = recipe.baseline
     if not wanted:
         wanted = results[0]["name"]
@@ -220,6 +222,7 @@ def _baseline(
                 wanted = result["name"]
                 break
 
+    # It may be the name of a method with a grid, whose variants are compared with the first of them.
     prefix_of_variants = f"{wanted} ["  # followed by values of the grid
     for name in names:
         if name == wanted or name.startswith(prefix_of_variants):
@@ -229,6 +232,7 @@ def _baseline(
 
 def _row(result: Result) -> dict:
     """Identity, metrics and accounts of one result, for the summary."""
+    # The metrics of all tasks in one dictionary.
     metrics = {}
     for task, record in result["tasks"].items():
         for name, metric in record["metrics"].items():
@@ -317,6 +321,7 @@ def _accounts_table(results: list[Result], num_tried: dict[str, int]) -> str:
             f"{study['total_epochs']:.2f}",
             f"{study['total_tokens']:.3g}",
         ]
+        # The optional columns, in the order of the header.
         if has_tuning:
             number = num_tried.get(result["name"])
             shown_number = str(number) if number else "–"

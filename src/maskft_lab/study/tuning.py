@@ -54,6 +54,7 @@ def tune(
         measured = look(run)
         trials.append(Trial(settings, run, measured))
 
+    # A single unfinished trial could still be the best.
     is_settled = all(trial.heldout is not None for trial in trials)
     if is_settled:
         winner = min(trials, key=_heldout_loss)  # of equal ones the first
@@ -68,6 +69,7 @@ def _heldout_loss(trial: Trial) -> float:
 
 def _combinations(method: Method, parent: Options) -> list[Options]:
     """Every combination of the values to try."""
+    # The values of each option; multiples are computed here, because the grid may vary the parent's value.
     lists: dict[str, list] = {}
     for option, values in method.tune.items():
         if isinstance(values, TimesParent):
