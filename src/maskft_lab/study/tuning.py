@@ -40,7 +40,7 @@ def tune(
     """
     has_no_losses = own.get("eval_strategy") == "no"
     if method.tune and has_no_losses:
-        raise UserError(f"method {method.name!r}: tune chooses by held-out loss, and eval_strategy is no; drop that")
+        raise UserError(f"method {method.name!r}: tune needs held-out losses, but eval_strategy is no; remove it")
 
     # With max_steps all numbers of epochs would be one training, under several names.
     max_steps = _number(own.get("max_steps"))
