@@ -64,6 +64,7 @@ class Board:
         self._last_shown = time.monotonic()
 
     def __enter__(self) -> Board:
+        # Here and not in the constructor: the bar is shown from now on.
         num_runs = len(self.runs)
         self._task = self._progress.add_task(
             "runs",

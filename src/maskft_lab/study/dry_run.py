@@ -52,10 +52,15 @@ def print_dry_run(
     table = Table(*columns, title=plan.recipe.name)
 
     # A row for each run. `left` has the cost of the runs that are not trained yet.
-    costs = _Costs(plan.recipe)
+    costs: dict[str, Cost] = {}
     left: dict[str, Cost] = {}  # by id: the run that tried the winner's settings is the winner
     for run in plan.runs:
-        tokens, seconds = costs.of(run)
+        # Parsing a run's options takes a while, and runs that differ in their seeds alone cost the same.
+        key = options_but_seeds(run)
+        if key not in costs:
+            costs[key] = cost_of(plan.recipe, run)
+        tokens, seconds = costs[key]
+
         state = _state(study, run)
         if state == _TO_DO:
             left[run.id] = (tokens, seconds)
@@ -168,20 +173,6 @@ def _words(tokens: float | None, seconds: float | None) -> tuple[str, str]:
     tokens_text = "?" if tokens is None else f"{tokens:.3g}"
     time = "?" if seconds is None else time_text(seconds)
     return tokens_text, time
-
-
-class _Costs:
-    """Costs of runs; runs that differ in their seed alone are parsed once."""
-
-    def __init__(self, recipe: Recipe):
-        self.recipe = recipe
-        self._known: dict[str, Cost] = {}
-
-    def of(self, run: StudyRun) -> Cost:
-        key = options_but_seeds(run)
-        if key not in self._known:
-            self._known[key] = cost_of(self.recipe, run)
-        return self._known[key]
 
 
 def cost_of(recipe: Recipe, run: StudyRun) -> Cost:

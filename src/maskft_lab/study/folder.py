@@ -226,6 +226,7 @@ def evaluation_id(
         evaluation: The options, see :func:`evaluation_identity`.
         study: Name of the study.
     """
+    # The hash of the run covers its options, data and parents.
     settings = {
         "run": run.hash,
         "role": role,
@@ -255,6 +256,7 @@ def _hash_of(run_folder: Path) -> str:
 
 def _checkpoint_at(folder: Path, step: float) -> Path:
     """The checkpoint nearest to a step, less than one step away: a share of the steps may fall between two."""
+    # The checkpoints that are there, by their steps.
     found = {}
     for path in folder.glob("checkpoint-[1-9]*"):
         number = path.name.rpartition("-")[2]

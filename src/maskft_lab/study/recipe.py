@@ -111,8 +111,9 @@ class SectionWithOptions(Section):
 class Data(SectionWithOptions):
     """One training set, and the part of it that is held out."""
 
-    num_rows: Count | None = None  # training rows, for a dry run on a machine without the data
-    tokens_per_row: Number | None = None  # mean, for the same estimate
+    # Training rows and their mean length, for a dry run on a machine without the data.
+    num_rows: Count | None = None
+    tokens_per_row: Number | None = None
 
     @model_validator(mode="after")
     def _check_name(self) -> Data:
@@ -131,8 +132,10 @@ class TimesParent(Section):
 class Choice(Section):
     """How held-out rows choose a point of a method's path: by one of the two constraints."""
 
-    accuracy_at_least: Share | None = None  # share of the best gain of any method; then least forgetting
-    forgetting_at_most: Number | None = None  # nats per token; then the highest gain
+    # Share of the best gain of any method; of the points that reach it, the one with the least forgetting.
+    accuracy_at_least: Share | None = None
+    # Nats per token; of the points within, the one with the highest gain.
+    forgetting_at_most: Number | None = None
 
     @model_validator(mode="after")
     def _check_one(self) -> Choice:
@@ -151,9 +154,12 @@ class MethodPath(Section):
 
     # As evaluation.before, of other rows. The name is part of a folder's, so it has no slash.
     before: dict[Annotated[Name, Field(pattern="^[^/]+$")], Texts] = {}
-    checkpoints: Annotated[list[Share], Field(min_length=1)] = [1.0]  # shares of training, with the whole change
-    scales: list[Share] = []  # fractions of the change at the end of training, W0 + scale * (W - W0)
-    choose: Choice | None = None  # None: the setting with the lowest held-out loss, at its best checkpoint
+    # Shares of training, with the whole change of the weights.
+    checkpoints: Annotated[list[Share], Field(min_length=1)] = [1.0]
+    # Fractions of the change at the end of training, W0 + scale * (W - W0).
+    scales: list[Share] = []
+    # None: the setting with the lowest held-out loss, at its best checkpoint.
+    choose: Choice | None = None
 
     @model_validator(mode="after")
     def _check_measured(self) -> MethodPath:
@@ -225,7 +231,8 @@ class Method(SectionWithOptions):
             # `from` is a keyword of Python, so its field is called `start`.
             value = self.start if key == "from" else getattr(self, key)
             if value and self.method not in methods:
-                raise ValueError(f"{key} is for {', '.join(methods)}, not for method {self.method}")
+                all_methods = ", ".join(methods)
+                raise ValueError(f"{key} is for {all_methods}, not for method {self.method}")
 
         if self.method == INTERPOLATE and self.start is None:
             raise ValueError("interpolate needs `from`: the method whose model is mixed with the model before it")
@@ -239,7 +246,8 @@ class Method(SectionWithOptions):
         tuned = self.tune or {}
         in_both = tuned.keys() & self.options.keys()
         if in_both:
-            raise ValueError(f"{min(in_both)} has values in tune and one beside it; remove one of them")
+            first = min(in_both)  # by name, so that the message is the same each time
+            raise ValueError(f"{first} has values in tune and one beside it; remove one of them")
         return self
 
     @property
@@ -289,10 +297,13 @@ Methods = Annotated[dict[Name, Method], Field(min_length=1), AfterValidator(_nam
 class Launch(Section):
     """How a run is started."""
 
-    accelerate_config: str | None = None  # fsdp2, multi_gpu, ... of TRL, or a file of `accelerate config`
-    num_processes: Count | None = None  # None: as accelerate_config says, else 1
-    num_cpus: Number = 1  # per run, on a cluster
-    num_gpus: Annotated[float, Field(ge=0)] = 0  # per run, on a cluster
+    # fsdp2, multi_gpu, ... of TRL, or a file of `accelerate config`.
+    accelerate_config: str | None = None
+    # None: as accelerate_config says, else 1.
+    num_processes: Count | None = None
+    # Per run, on a cluster.
+    num_cpus: Number = 1
+    num_gpus: Annotated[float, Field(ge=0)] = 0
 
 
 class Recipe(Section):
@@ -401,15 +412,20 @@ class Recipe(Section):
             TopologicalSorter(parents).prepare()
         except CycleError as error:
             cycle = error.args[1]  # names, the first also at the end
-            raise ValueError(f"the runs form a cycle: {' -> '.join(cycle)}; break it") from None
+            members = " -> ".join(cycle)
+            raise ValueError(f"the runs form a cycle: {members}; break it") from None
         return self
 
     @model_validator(mode="after")
     def _check_parents(self) -> Recipe:
         for name, method in self.methods.items():
             # The methods that this one is made from; `_check_names` has found that they exist.
-            start = self.methods[method.start] if method.start else None
-            match = self.methods[method.match] if method.match else None
+            start = None
+            if method.start:
+                start = self.methods[method.start]
+            match = None
+            if method.match:
+                match = self.methods[method.match]
             masks = {}
             for option, mask in method.masks.items():
                 masks[option] = self.methods[mask]
@@ -419,7 +435,8 @@ class Recipe(Section):
                 raise ValueError(f"methods.{name}.match is {match.name!r}, which is not a learned mask")
             if start and start.method not in (PRETRAINED, "full"):
                 raise ValueError(f"methods.{name}.from is {start.name!r}, an adapter; start from full fine-tuning")
-            self._check_start_of_path(name, method, [start, *masks.values()])
+            parents = [start, *masks.values()]
+            self._check_start_of_path(name, method, parents)
 
             # The mask is applied to the weights of `from`, so it must have been made for them.
             for option, mask_method in masks.items():
@@ -513,5 +530,8 @@ def _check_known(
     name: str | None,
     known: Collection[str],
 ) -> None:
+    """Raise for a name that is not among the known ones; None passes."""
     if name is not None and name not in known:
-        raise ValueError(f"{where} is {name!r}{did_you_mean(name, known)}; there are {', '.join(known)}")
+        hint = did_you_mean(name, known)
+        all_names = ", ".join(known)
+        raise ValueError(f"{where} is {name!r}{hint}; there are {all_names}")

@@ -301,9 +301,11 @@ class Tuned:
 
 
 def _trial_record(trial: Trial) -> dict[str, Any]:
-    loss = None if trial.heldout is None else trial.heldout.loss
-    if loss is not None and math.isinf(loss):  # JSON has no infinity
-        loss = None
+    """JSON-able record of settings that were tried."""
+    loss = None
+    # JSON has no infinity, which is the loss of a run that diverged.
+    if trial.heldout is not None and not math.isinf(trial.heldout.loss):
+        loss = trial.heldout.loss
     return {
         "settings": trial.settings,
         "runs": [trial.run.id],
@@ -326,6 +328,7 @@ def _value_text(option: str, value: Any) -> str:
     if not isinstance(value, list) or len(value) < 2:
         return str(value)
 
+    # Layers or other numbers; a list of names, such as target_modules, is shown as it is.
     has_only_numbers = all(isinstance(number, int) for number in value)
     if not has_only_numbers:
         return str(value)

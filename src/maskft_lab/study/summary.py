@@ -79,6 +79,7 @@ def summarise(
         table += [f"- {note}" for note in notes]
         table += [""]
 
+    # The summary is for programs, the table for people.
     summary = {"study": recipe.name, "models": models}
     summary_file = study.folder / layout.SUMMARY.format(recipe.name)
     write_text(summary_file, json.dumps(summary, indent=1) + "\n")
@@ -188,6 +189,7 @@ def _compared(
         "runs": rows,
         "comparison": comparison.to_dict(),
     }
+    # `summarise` takes the curves out of the record again, into a file each.
     if base_name is not None:
         record["curves"] = curves(tunings, results, with_base, base_values)
     for_terminal = render(comparison, "terminal")
