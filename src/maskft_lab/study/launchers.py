@@ -191,7 +191,7 @@ def slurm(
     launch = study.recipe.launch
     study = study.without_lock()
 
-    # The jobs of a study have one name, by which those of an earlier start are found; two studies have two names.
+    # The jobs of a folder have one name, by which those of an earlier start are found.
     digest_of_folder = files.digest(str(study.folder))
     queue = _Queue(f"maskft-{digest_of_folder[:8]}")
 
