@@ -1,6 +1,7 @@
 """Paths: every trained method measured between the base model and the end of training."""
 
 import json
+import re
 
 import pytest
 import yaml
@@ -176,6 +177,18 @@ def test_a_path_that_cannot_be(change, message, content, tmp_path, capsys):
     content["methods"]["LoRA"] |= {"max_steps": 4}
     assert main(["study", str(write(tmp_path, content)), "--output_dir", str(tmp_path / "study")]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_checkpoints_that_rounding_moves(content):
+    """9 steps saved at every quarter: transformers rounds that up to every third."""
+    content["methods"] = {name: content["methods"][name] for name in ("base", "LoRA")}
+    content["methods"]["LoRA"] |= {"max_steps": 9, "save_steps": 0.25, "eval_steps": 0.25}
+    content["path"]["checkpoints"] = [0.25, 0.75, 1.0]
+    planned(content)
+    content["path"]["checkpoints"] = [0.5]
+    message = "has 0.5, which must be a multiple of save_steps: of 9 steps, 3, 6, 9 are saved"
+    with pytest.raises(UserError, match=re.escape(message)):
+        planned(content)
 
 
 def restart(content, choose=None, scales=(), **options):

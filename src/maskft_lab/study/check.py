@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import fields
@@ -102,14 +103,26 @@ def _check_run(run: StudyRun, recipe: Recipe) -> None:
 
 def _check_checkpoints(shares: Iterable[float], training) -> None:
     """Check that a checkpoint is saved at every share of training."""
-    # As a share of training. A count of steps is one only if max_steps is given: -1, the default, makes it negative,
-    # and then it is known only with the data whether a checkpoint is saved there.
+    if training.save_strategy != "steps":
+        return
     interval = training.save_steps
-    if interval >= 1:
-        interval /= training.max_steps
-    if not 0 < interval < 1:
+    if training.max_steps > 0:
+        if interval < 1:
+            interval = math.ceil(interval * training.max_steps)  # as transformers rounds it
+        saved = [*range(int(interval), training.max_steps, int(interval)), training.max_steps]
+        for share in shares:
+            step = share * training.max_steps
+            # Nearer than one step, as the path looks for it.
+            if min(abs(each - step) for each in saved) >= 1:
+                raise UserError(
+                    f"path.checkpoints has {share:g}, which must be a multiple of save_steps: of "
+                    f"{training.max_steps} steps, {', '.join(map(str, saved))} are saved"
+                )
         return
 
+    # Without max_steps, the number of steps is known only with the data; shares can be compared with a share.
+    if interval >= 1:
+        return
     for share in shares:
         if share == 1:
             continue  # the last step is always saved
