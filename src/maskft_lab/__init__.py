@@ -1,1 +1,1 @@
-"""Did it help? Studies, evaluation, verdicts and reports about masks; the method itself is :mod:`maskft`."""
+"""Studies, evaluation, verdicts and reports about masks: whether they help. The method itself is :mod:`maskft`."""

@@ -15,17 +15,20 @@ from maskft.models import load_model, load_tokenizer
 from maskft_common.errors import UserError
 from maskft_common.layout import ADAPTER_WEIGHTS, EMBEDDED_MODEL
 
-QUESTIONS = "questions.jsonl"  # of a folder: prompt and answer
+# In the folder of each mask: lines with a prompt and its answer.
+QUESTIONS = "questions.jsonl"
+
 _FOLDER = Path(__file__).parent
 _DEFAULT = "sums"
-_WIDTH = 24  # characters of a column: three of them and the blanks between fit a terminal of 80
+# Characters of a column: three columns with two blanks between them fit a terminal of 80.
+_WIDTH = 24
 _MAX_NEW_TOKENS = 12
 
 
 def ready_masks() -> dict[str, Path]:
     """Task -> folder of the masks that come with the package."""
-    folders = [file.parent for file in sorted(_FOLDER.glob(f"*/{ADAPTER_WEIGHTS}"))]
-    return {folder.name: folder for folder in folders}
+    files = sorted(_FOLDER.glob(f"*/{ADAPTER_WEIGHTS}"))
+    return {file.parent.name: file.parent for file in files}
 
 
 def load(task: str | None = None) -> tuple[PeftModel, PreTrainedTokenizerBase]:
@@ -55,6 +58,7 @@ def answer(
 ) -> str:
     """The first line of the model's greedy answer to ``prompt``, of at most 12 tokens; empty if it answers nothing."""
     (text,) = _answers(model, tokenizer, [prompt])
+    # The model does not always stop after its answer; it goes on in the next line.
     lines = text.strip().splitlines()
     if not lines:
         return ""
@@ -69,9 +73,12 @@ def show(folder: Path, name_or_path: str = EMBEDDED_MODEL) -> list[str]:
         name_or_path: Its base model.
     """
     text = (folder / QUESTIONS).read_text(encoding="utf-8")
-    questions = [json.loads(line) for line in text.splitlines()]
-    prompts = [question["prompt"] for question in questions]
-    expected = [question["answer"] for question in questions]
+    prompts: list[str] = []
+    expected: list[str] = []
+    for line in text.splitlines():
+        question = json.loads(line)
+        prompts.append(question["prompt"])
+        expected.append(question["answer"])
 
     # One model for both: the base is the model with its adapter off.
     tokenizer = load_tokenizer(name_or_path)
@@ -82,19 +89,23 @@ def show(folder: Path, name_or_path: str = EMBEDDED_MODEL) -> list[str]:
     with model.disable_adapter():
         plain = _answers(model, tokenizer, prompts)
 
+    # The table
     rows = [("question", "without the mask", "with the mask")]
     rows += zip(prompts, plain, masked, strict=True)
     lines: list[str] = []
     for row in rows:
         cells = [_fit(cell) for cell in row]
-        lines.append("  ".join(cells).rstrip())
+        line = "  ".join(cells)
+        lines.append(line.rstrip())
 
+    # The summary: answers, and the size of the mask's file, which is all that has to be shipped.
     num_right = _num_right(plain, expected)
     num_right_masked = _num_right(masked, expected)
-    num_bits = 8 * (folder / ADAPTER_WEIGHTS).stat().st_size
+    num_bytes = (folder / ADAPTER_WEIGHTS).stat().st_size
+    num_bits = 8 * num_bytes
     num_removed = MaskSet.from_adapter(folder).num_removed
     lines.append(
-        f"correct: {num_right} of {len(questions)}; {num_right_masked} with the mask, {num_bits:,} bits that remove "
+        f"correct: {num_right} of {len(prompts)}; {num_right_masked} with the mask, {num_bits:,} bits that remove "
         f"{num_removed:,} weights"
     )
     return lines
@@ -119,7 +130,9 @@ def ready_mask(task: str | None = None) -> Path:
     task = task or _DEFAULT
     masks = ready_masks()
     if task not in masks:
-        raise UserError(f"no ready mask {task}; there are: {', '.join(masks) or 'none in this installation'}")
+        # An installation may have been stripped of its data files.
+        available = ", ".join(masks) or "none in this installation"
+        raise UserError(f"no ready mask {task}; there are: {available}")
     return masks[task]
 
 
@@ -143,8 +156,10 @@ def _answers(
             do_sample=False,
             pad_token_id=0,
         )
+    # generate() returns each prompt with its answer.
     prompt_length = tokens["input_ids"].shape[1]
-    return tokenizer.batch_decode(ids_BT[:, prompt_length:], skip_special_tokens=True)
+    answers_BT = ids_BT[:, prompt_length:]
+    return tokenizer.batch_decode(answers_BT, skip_special_tokens=True)
 
 
 def _num_right(answers: list[str], expected: list[str]) -> int:
@@ -160,6 +175,7 @@ def _num_right(answers: list[str], expected: list[str]) -> int:
 
 def _fit(text: str) -> str:
     """One line of a column's width, cut or filled with blanks."""
+    # An answer may have several lines, which would break the table.
     text = " ".join(text.split())
     if len(text) > _WIDTH:
         text = text[: _WIDTH - 1] + "…"
