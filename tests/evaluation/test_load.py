@@ -12,6 +12,7 @@ from maskft_common.errors import UserError
 from maskft_lab.evaluation import load_models as load
 from maskft_lab.evaluation.evaluate import labelled_files
 from maskft_lab.evaluation.evaluation_arguments import EvaluationArguments
+from maskft_lab.evaluation.model_facts import base_and_revision
 
 
 def _edit(file, **values):
@@ -50,6 +51,17 @@ def test_the_hash_of_an_adapter(field, value, is_same, tmp_path):
         (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
         hashes.append(load.adapter_sha256(tmp_path))
     assert (hashes[0] == hashes[1]) is is_same
+
+
+def test_an_adapter_without_revision_is_over_the_main_one(base, tmp_path):
+    """PEFT writes null where another program may write the branch."""
+    for name, revision in (("a", None), ("b", "main"), ("c", "v1")):
+        LoraConfig(base_model_name_or_path=str(base), revision=revision).save_pretrained(tmp_path / name)
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    assert base_and_revision(None, [a, b]) == (str(base), "main")
+    assert base_and_revision(None, [c, "none"]) == (str(base), "v1")
+    with pytest.raises(UserError, match="belong to different revisions"):
+        base_and_revision(None, [a, c])
 
 
 @pytest.mark.parametrize(

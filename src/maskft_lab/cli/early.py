@@ -16,15 +16,20 @@ from maskft_common.files import is_there
 from maskft_common.layout import EMBEDDED_MODEL, holds_adapter, no_adapter
 from maskft_common.yaml_file import read_yaml
 
-MAX_SEED = 2**32 - 1  # of numpy, which transformers.set_seed seeds too
-NONE = "none"  # in --adapter and --change: the model itself
-HELP = Path(__file__).parent / "help"  # texts that `python -m maskft_lab.cli.reference` writes
+from ..evaluation.evaluation_arguments import NO_ADAPTER
+
+# numpy's largest seed; transformers.set_seed seeds numpy too.
+MAX_SEED = 2**32 - 1
+
+# Texts that `python -m maskft_lab.cli.reference` writes: the parsers that they come from need torch.
+HELP = Path(__file__).parent / "help"
 TRAIN_OPTIONS = HELP / "train_options.json"
 
 
 def help_text(command: str) -> str:
     """The help of a command whose parser needs torch."""
-    return (HELP / f"{command}.txt").read_text(encoding="utf-8").rstrip("\n")
+    text = (HELP / f"{command}.txt").read_text(encoding="utf-8")
+    return text.rstrip("\n")
 
 
 def asks_for_help(words: Sequence[str]) -> bool:
@@ -35,21 +40,24 @@ def asks_for_help(words: Sequence[str]) -> bool:
 def options_of(words: Sequence[str]) -> dict[str, list[str]]:
     """Option -> its values, as far as that can be told without a parser."""
     options: dict[str, list[str]] = {}
+    # The values of the last option; those before the first option are positional and kept nowhere.
     values: list[str] = []
     for word in words:
-        if word.startswith("--"):
-            name, equals, value = word.removeprefix("--").partition("=")
-            values = [value] if equals else []
-            options[name] = values
-        else:
+        if not word.startswith("--"):
             values.append(word)
+            continue
+        name, equals, value = word.removeprefix("--").partition("=")
+        values = [value] if equals else []
+        options[name] = values
     return options
 
 
 def with_config(words: Sequence[str]) -> list[str]:
     """The words of ``maskft train``, in which a recipe may come first without ``--config``."""
-    is_recipe = bool(words) and words[0].lower().endswith((".yaml", ".yml"))
-    return ["--config", *words] if is_recipe else list(words)
+    is_recipe = len(words) > 0 and words[0].lower().endswith((".yaml", ".yml"))
+    if is_recipe:
+        return ["--config", *words]
+    return list(words)
 
 
 def check_training(words: Sequence[str]) -> None:
@@ -59,12 +67,17 @@ def check_training(words: Sequence[str]) -> None:
         UserError: For the first mistake.
     """
     options = options_of(words)
-    settings: dict[str, Any] = {name: values[0] for name, values in options.items() if values}
-    recipe = settings.get("config")
-    if recipe is not None:
-        content = read_yaml(recipe)
+    flags: dict[str, Any] = {}
+    for name, values in options.items():
+        if values:
+            flags[name] = values[0]
+
+    # A flag wins over the recipe, as in the full parser.
+    settings = flags
+    if "config" in flags:
+        content = read_yaml(flags["config"])
         if isinstance(content, dict):
-            settings = content | settings
+            settings = content | flags
 
     _check_names(options)
     for name in ("seed", "data_seed"):
@@ -74,8 +87,13 @@ def check_training(words: Sequence[str]) -> None:
 
 def check_model(name: Any) -> None:
     """Check that a model that can only be a folder of this machine exists."""
-    if not isinstance(name, str) or name == EMBEDDED_MODEL or name.endswith(".json"):
-        return  # maskft estimate takes a config.json
+    # None, or another type in a recipe, which the parser reports.
+    if not isinstance(name, str) or name == EMBEDDED_MODEL:
+        return
+    # maskft estimate takes a config.json in the place of a model.
+    if name.endswith(".json"):
+        return
+    # A name of the hub is NAME or OWNER/NAME; a folder that looks like one cannot be told from it here.
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     if is_path and not is_there(name):
         raise UserError(f"model folder {name!r} does not exist")
@@ -84,15 +102,16 @@ def check_model(name: Any) -> None:
 def _check_seed(name: str, value: Any) -> None:
     """Check a seed that numpy takes; anything but a whole number is left to the parser."""
     text = str(value)
-    is_too_large = text.isdecimal() and len(text) <= 30 and int(text) > MAX_SEED
-    if is_too_large:
+    # Python raises ValueError for a number of thousands of digits; the parser has a message for it.
+    is_number = text.isdecimal() and len(text) <= 30
+    if is_number and int(text) > MAX_SEED:
         raise UserError(f"{name} is {value}; it must be at most {MAX_SEED}")
 
 
 def check_adapters(names: Sequence[str]) -> None:
     """Check that adapters of ``maskft evaluate`` are adapter folders."""
     for name in names:
-        if name != NONE and not _is_adapter(name):
+        if name != NO_ADAPTER and not _is_adapter(name):
             raise no_adapter(name)
 
 
@@ -109,10 +128,13 @@ def check_mask(name: str) -> None:
 
 def _check_names(options: dict[str, list[str]]) -> None:
     """Check names of options against the list that was written with the installed versions of TRL and others."""
-    listed = json.loads(TRAIN_OPTIONS.read_text(encoding="utf-8"))
-    if installed_versions(listed["versions"]) != listed["versions"]:
-        return  # they may have other options
+    text = TRAIN_OPTIONS.read_text(encoding="utf-8")
+    listed = json.loads(text)
     known = listed["options"]
+    versions = listed["versions"]
+    # Other versions may have other options: the parser checks the names then.
+    if installed_versions(versions) != versions:
+        return
     for name in options:
         if name not in known:
             raise UserError(f"unknown option --{name}{did_you_mean(name, known)}; see maskft train --help")
@@ -133,4 +155,5 @@ def _is_adapter(name: str) -> bool:
     try:
         return holds_adapter(name)
     except (OSError, ValueError):
+        # Too long for a path, or with a null byte.
         return False

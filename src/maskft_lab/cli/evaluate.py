@@ -11,18 +11,30 @@ from typing import TYPE_CHECKING
 from maskft_common.errors import UserError
 from maskft_common.layout import JOURNAL
 
-from ..evaluation.evaluation_arguments import AND, HELDOUT, EvaluationArguments
+from ..evaluation.evaluation_arguments import AND, HELDOUT, NO_ADAPTER, EvaluationArguments
 from . import early
 
 if TYPE_CHECKING:
     from maskft.data.arguments import DataArguments
 
     from ..evaluation.load_models import Loaded
+    from ..results.schema import Result
 
 # Options that decide which model is loaded, and how.
-_OF_MODELS = "model_name_or_path model_revision adapter change scale dtype device chat_template_path".split()
+_OF_MODELS = (
+    "model_name_or_path",
+    "model_revision",
+    "adapter",
+    "change",
+    "scale",
+    "dtype",
+    "device",
+    "chat_template_path",
+)
 
 Evaluation = tuple[EvaluationArguments, "DataArguments"]
+# Measures a model, given its position among the models of the evaluation.
+Measure = Callable[[int, "Loaded"], None]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -45,24 +57,36 @@ def main(argv: Sequence[str]) -> None:
     from ..evaluation.command_line import make_parser, read
 
     silence()
-    evaluations = [read(make_parser().parse_args(words)) for words in _split(argv)]
+    evaluations: list[Evaluation] = []
+    for words in _split(argv):
+        args = make_parser().parse_args(words)
+        evaluations.append(read(args))
     _check_output_dirs(evaluations)
-    groups = [list(group) for _, group in groupby(evaluations, _models_key)]
 
-    # All tasks and data are read before the first model is loaded.
+    # All tasks and data are read before the first model is loaded: a mistake in the last evaluation is reported now,
+    # and not after the hours of the first.
     is_alone = len(evaluations) == 1
-    measures_of = [[_prepared(*evaluation, is_alone) for evaluation in group] for group in groups]
+    groups: list[tuple[list[EvaluationArguments], list[Measure]]] = []
+    for _, group in groupby(evaluations, _models_key):
+        options_of_group = []
+        measures = []
+        for options, data in group:
+            options_of_group.append(options)
+            measures.append(_prepared(options, data, is_alone))
+        groups.append((options_of_group, measures))
 
     advice = "answers so far are kept: run the same command with a smaller --batch_size, or anew with --dtype bfloat16"
     with explained(advice):
-        for group, measures in zip(groups, measures_of, strict=True):
-            for index, loaded in enumerate(_models([options for options, _ in group])):
+        for options_of_group, measures in groups:
+            for index, loaded in enumerate(_models(options_of_group)):
                 for measure in measures:
                     measure(index, loaded)
-            del loaded  # frees its memory before the next model is loaded
+            # The name still refers to the last model, which would stay in memory while the next one is loaded.
+            del loaded
 
 
 def _check_early(argv: Sequence[str]) -> None:
+    """Check the names of models and adapters, which needs no torch."""
     for words in _split(argv):
         options = early.options_of(words)
         for model in options.get("model_name_or_path", []):
@@ -71,11 +95,17 @@ def _check_early(argv: Sequence[str]) -> None:
 
 
 def _split(argv: Sequence[str]) -> list[list[str]]:
-    """The words of each evaluation."""
-    return [list(words) for is_and, words in groupby(argv, lambda word: word == AND) if not is_and] or [[]]
+    """The words of each evaluation, which ``+`` separates."""
+    evaluations: list[list[str]] = []
+    for is_and, words in groupby(argv, lambda word: word == AND):
+        if not is_and:
+            evaluations.append(list(words))
+    # Without any word one evaluation, whose options are then reported as missing.
+    return evaluations or [[]]
 
 
 def _check_output_dirs(evaluations: Sequence[Evaluation]) -> None:
+    # Real paths: two names may lead to one folder.
     places = [os.path.realpath(options.output_dir) for options, _ in evaluations]
     for place in places:
         if places.count(place) > 1:
@@ -87,7 +117,7 @@ def _models_key(evaluation: Evaluation) -> list:
     return [getattr(options, name) for name in _OF_MODELS]
 
 
-def _prepared(options: EvaluationArguments, data: DataArguments, is_alone: bool) -> Callable[[int, Loaded], None]:
+def _prepared(options: EvaluationArguments, data: DataArguments, is_alone: bool) -> Measure:
     """Read tasks and data; returns the function that measures each of the models.
 
     Args:
@@ -105,24 +135,33 @@ def _prepared(options: EvaluationArguments, data: DataArguments, is_alone: bool)
     )
     from ..evaluation.heldout import heldout_rows, name_of_test_set
 
+    # Where the results are written
     base = options.model_name_or_path or "base"
-    folders = options.change or options.adapter or [early.NONE]
-    sources = [base if folder == early.NONE else folder for folder in folders]
+    folders = options.change or options.adapter or [NO_ADAPTER]
+    sources = [base if folder == NO_ADAPTER else folder for folder in folders]
     targets = labelled_files(options.output_dir, sources, options.name or [])
 
+    # A command that measures one thing was given by mistake if that is measured already. One of several may have been
+    # interrupted: it is repeated as it was, and finished results are left as they are.
     if is_alone and len(targets) == 1 and not options.overwrite:
         _, target = targets[0]
         if target.exists():
             raise UserError(f"{target} exists; name another output_dir or pass --overwrite")
 
     tasks = load_all_tasks(options)
-    settings = settings_of(options)
+    task_names = set(tasks)
     measures_rows = HELDOUT in options.task_names
+    if measures_rows:
+        task_names.add(HELDOUT)
     test_set = name_of_test_set(data, options.eval_split_size)
-    measured = {*tasks, HELDOUT} if measures_rows else set(tasks)
-    finished = [
-        None if options.overwrite else finished_result(target, name, settings, measured) for name, target in targets
-    ]
+
+    settings = settings_of(options)
+    finished: list[Result | None] = []
+    for name, target in targets:
+        if options.overwrite:
+            finished.append(None)
+        else:
+            finished.append(finished_result(target, name, settings, task_names))
 
     def measure(index: int, loaded: Loaded) -> None:
         name, target = targets[index]
@@ -134,15 +173,25 @@ def _prepared(options: EvaluationArguments, data: DataArguments, is_alone: bool)
 
         if loaded.facts.get("seed") is None and options.seed is not None:
             # A copy: another evaluation of the same loaded model may have another seed.
-            loaded = replace(loaded, facts=loaded.facts | {"seed": options.seed})
+            facts = loaded.facts | {"seed": options.seed}
+            loaded = replace(loaded, facts=facts)
+
         if measures_rows:
-            tasks[HELDOUT] = heldout_rows(data, options.eval_split_size, loaded.tokenizer, options.dataset_text_field)
+            # Only now: how rows are built depends on the tokenizer.
+            tasks[HELDOUT] = heldout_rows(
+                data,
+                options.eval_split_size,
+                loaded.tokenizer,
+                options.dataset_text_field,
+            )
 
         done = finished[index]
         if done is not None:
             check_same_evaluation(done, target, loaded, tasks, options.limit)
             print(f"{name}: already done, {target}")
             return
+
+        # Writes the result file; answers that an interrupted run has kept are not generated again.
         result = evaluate_loaded(loaded, tasks, options, target, name, test_set)
         _print(name, result)
         print(f"written to {target}")
@@ -156,23 +205,32 @@ def _models(evaluations: Sequence[EvaluationArguments]) -> Iterator[Loaded]:
 
     from ..evaluation.load_models import load_changes, load_each
 
-    options = evaluations[0]
     generates_nothing = all(each.no_generate and each.task_names == [HELDOUT] for each in evaluations)
+    options = evaluations[0]
     if options.change or generates_nothing:
         # A sixth faster on CPUs. Not while answers are generated: their growing caches would leave holes in memory.
         keep_freed_memory()
-    return load_changes(options) if options.change else load_each(options)
+    if options.change:
+        return load_changes(options)
+    return load_each(options)
 
 
 def _print(name: str, result: dict) -> None:
     from ..results.scores import scores
     from ..results.words import score_text, unit_text
 
-    texts = {(score.task, score.metric): score_text(score) for score in scores([result])}
+    texts = {}
+    for score in scores([result]):
+        texts[score.task, score.metric] = score_text(score)
+
     for task, record in result["tasks"].items():
         for metric, entry in record["metrics"].items():
-            value = "not finite" if entry["value"] is None else texts[task, metric]
+            # There is no score of a metric that is not finite.
+            value = "not finite"
+            if entry["value"] is not None:
+                value = texts[task, metric]
             label = metric if task == HELDOUT else f"{task} {metric}"
-            print(f"{name}: {label} {value} {unit_text(entry['unit'])}, {entry['num_items']} items")
+            unit = unit_text(entry["unit"])
+            print(f"{name}: {label} {value} {unit}, {entry['num_items']} items")
         if record.get("note"):
             print(f"{name}: {task}: {record['note']}")

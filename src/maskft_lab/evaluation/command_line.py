@@ -1,4 +1,4 @@
-"""The options of ``maskft evaluate``: its parser, their checks, and the checks of the data they name."""
+"""The options of ``maskft evaluate``: the parser, checks of the options, and checks of the data that they name."""
 
 from __future__ import annotations
 
@@ -9,14 +9,21 @@ from maskft_common.command_line import OneLineParser, add_options, read_options
 from maskft_common.errors import UserError
 from maskft_common.layout import holds_adapter
 
-from .evaluation_arguments import ALPACA_EVAL, HELDOUT, NOT_OF_HELDOUT_DATA, EvaluationArguments
-
-NONE = "none"  # instead of an adapter: the model itself
+from .evaluation_arguments import (
+    ALPACA_EVAL,
+    HELDOUT,
+    NO_ADAPTER,
+    NOT_OF_HELDOUT_DATA,
+    EvaluationArguments,
+)
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of ``maskft evaluate``."""
-    parser = OneLineParser("maskft evaluate", description="Measure held-out loss and accuracy, item by item.")
+    parser = OneLineParser(
+        "maskft evaluate",
+        description="Measure held-out loss and accuracy, item by item.",
+    )
     parser.add_argument(
         "models",
         nargs="*",
@@ -24,6 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="adapter folders, as with --adapter, or one model, as with --model_name_or_path",
     )
     add_options(parser, EvaluationArguments)
+    # The options of training's data, without those that concern training alone.
     data = parser.add_argument_group(
         "held-out data",
         "Evaluated rows: eval_dataset_name if given; else, with eval_split_size, the held-out part of dataset_name; "
@@ -39,16 +47,20 @@ def read(args: argparse.Namespace) -> tuple[EvaluationArguments, DataArguments]:
     Raises:
         UserError: For numbers out of range, and options that do not go together.
     """
+    # Values out of range raise here.
     options = read_options(EvaluationArguments, args)
     data = read_options(DataArguments, args)
     _take_models(options, args.models)
 
+    # Tasks
     if not options.output_dir:
         raise UserError("output_dir is missing; name a folder for the results with --output_dir")
     if not options.task_names:
         raise UserError("tasks names no task; name some, such as --tasks gsm8k,heldout")
     if options.limit and options.task_names == [HELDOUT]:
         raise UserError(f"limit is {options.limit}, but it applies to benchmarks only; use --max_eval_samples")
+
+    # Parts of a change
     if (options.scale or options.kl) and not options.change:
         raise UserError("--scale and --kl require --change (the trained model) and --model_name_or_path (the base)")
     if options.kl and HELDOUT not in options.task_names:
@@ -57,7 +69,9 @@ def read(args: argparse.Namespace) -> tuple[EvaluationArguments, DataArguments]:
         raise UserError("change needs --model_name_or_path, the model before training, and no --adapter")
     if options.scale and len(options.scale) != len(options.change):
         raise UserError(f"{len(options.scale)} scales for {len(options.change)} changes; give one for each")
-    if not all(0 <= scale <= 1 for scale in options.scale or []):
+    scales = options.scale or []
+    # NaN is in no range, so it is refused too.
+    if not all(0 <= scale <= 1 for scale in scales):
         raise UserError(f"scale is {options.scale}; the part of a change is 0 to 1")
     return options, data
 
@@ -66,7 +80,8 @@ def _take_models(options: EvaluationArguments, models: list[str]) -> None:
     """Sort the positional arguments into adapters and the one model."""
     if not models:
         return
-    adapters = [model for model in models if model == NONE or holds_adapter(model)]
+    # A name that is not an adapter folder is a model: its folder, or its name on the hub.
+    adapters = [model for model in models if model == NO_ADAPTER or holds_adapter(model)]
     others = [model for model in models if model not in adapters]
     if adapters and options.adapter:
         raise UserError(f"adapters are given as arguments and with --adapter ({adapters[0]!r}); give all in one way")
@@ -90,7 +105,12 @@ def check_inputs(args: argparse.Namespace) -> list[dict]:
     load_all_tasks(options)  # raises for mistakes in their data
     if HELDOUT not in options.task_names:
         return []
-    return heldout_rows(data, options.eval_split_size, None, options.dataset_text_field)
+    return heldout_rows(
+        data,
+        options.eval_split_size,
+        tokenizer=None,
+        text_field=options.dataset_text_field,
+    )
 
 
 def load_all_tasks(options: EvaluationArguments) -> dict:
@@ -100,9 +120,12 @@ def load_all_tasks(options: EvaluationArguments) -> dict:
 
     benchmarks = [name for name in options.task_names if name not in (HELDOUT, ALPACA_EVAL)]
     check_names(benchmarks, options.include_path)
-    alpaca = {}
+
+    # Before lm-eval's tasks, which may take a download: mistakes in a local file are reported at once.
+    alpaca: dict = {}
     if ALPACA_EVAL in options.task_names:
-        alpaca = {ALPACA_EVAL: load_alpaca(options)}
+        alpaca[ALPACA_EVAL] = load_alpaca(options)
+
     tasks = load_tasks(
         benchmarks,
         options.data_dir,

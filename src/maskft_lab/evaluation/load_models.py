@@ -22,9 +22,8 @@ from maskft_common.errors import UserError, first_line
 from maskft_common.files import digest_tensors
 from maskft_common.layout import ADAPTER_WEIGHTS, holds_adapter
 
-from .evaluation_arguments import EvaluationArguments
+from .evaluation_arguments import NO_ADAPTER, EvaluationArguments
 from .model_facts import (
-    NO_ADAPTER,
     adapter_sha256,
     base_and_revision,
     config_sha256,
@@ -32,6 +31,8 @@ from .model_facts import (
     model_fingerprint,
     portable_name,
 )
+
+_BYTES_OF_BFLOAT16 = 2
 
 
 @dataclass
@@ -66,6 +67,8 @@ def load_each(options: EvaluationArguments) -> Iterator[Loaded]:
     base = _Base(options, name, revision)
     model = base.model
     for adapter in adapters:
+        # Remove the adapter of the iteration before. An adapter that leaves a trace would change all results that
+        # follow, so this is checked.
         if model is not base.model:
             restored = model_fingerprint(model.unload())
             if restored != base.fingerprint:
@@ -75,6 +78,7 @@ def load_each(options: EvaluationArguments) -> Iterator[Loaded]:
             model = base.model
             yield base.loaded(model, adapter, facts_of(base.name), base.fingerprint)
             continue
+
         with one_line(adapter, f"does not fit {base.name!r}"):
             model = PeftModel.from_pretrained(base.model, adapter)
         sha256 = adapter_sha256(adapter)
@@ -83,7 +87,8 @@ def load_each(options: EvaluationArguments) -> Iterator[Loaded]:
             "adapter_sha256": sha256,
             **facts_of(adapter),
         }
-        yield base.loaded(model, adapter, facts, f"{base.fingerprint}+{sha256}")
+        identity = f"{base.fingerprint}+{sha256}"
+        yield base.loaded(model, adapter, facts, identity)
 
 
 def load_changes(options: EvaluationArguments) -> Iterator[Loaded]:
@@ -100,18 +105,25 @@ def load_changes(options: EvaluationArguments) -> Iterator[Loaded]:
     check_model_source(options.model_name_or_path)
     base = _Base(options, options.model_name_or_path)
     model = base.model.to(base.device)
+    # The base's only copy: each change overwrites the model.
     before = weights_of(model)
+    # By change: its scales follow one another, and the digest of a whole model reads all its weights.
     sha256_of: dict[str, str] = {}
     for change, scale in zip(changes, scales, strict=True):
         _set_weights(model, before)
         if change == NO_ADAPTER:
             facts = {"scale": scale, **facts_of(base.name)}
-            yield base.loaded(model, change, facts, f"{base.fingerprint}+0", before)
+            identity = f"{base.fingerprint}+0"
+            yield base.loaded(model, change, facts, identity, before)
             continue
 
+        # Before the weights are mixed: the digest is of the change, whatever the scale.
         model = _with_change(model, before, change, options.dtype)
         if change not in sha256_of:
-            sha256_of[change] = adapter_sha256(change) if holds_adapter(change) else _weights_sha256(model)
+            if holds_adapter(change):
+                sha256_of[change] = adapter_sha256(change)
+            else:
+                sha256_of[change] = _weights_sha256(model)
         facts = {
             "scale": scale,
             "adapter": portable_name(change),
@@ -119,6 +131,8 @@ def load_changes(options: EvaluationArguments) -> Iterator[Loaded]:
             "num_bytes": _stored_bytes(change, model),
             **facts_of(change),
         }
+
+        # W0 + scale * (W - W0), in place of W.
         for name, parameter in model.named_parameters():
             lerp(before[name], parameter.data, scale, out=parameter.data)
         identity = f"{base.fingerprint}+{scale}*{sha256_of[change]}"
@@ -134,15 +148,24 @@ class _Base:
         revision: Of a hub model, as an adapter names it; the user's option goes first.
     """
 
-    def __init__(self, options: EvaluationArguments, name: str, revision: str | None = None):
+    def __init__(
+        self,
+        options: EvaluationArguments,
+        name: str,
+        revision: str | None = None,
+    ):
         self.name = name
+        # Before the model is loaded, which may take minutes.
         self.device = check_device(options.device)
         self.revision = options.model_revision or revision or "main"
         self.template = options.chat_template_path
         self.model = load_model(name, options.dtype, revision=self.revision).eval()
         self.fingerprint = model_fingerprint(self.model)
-        generation = self.model.generation_config.to_diff_dict()
-        self.configuration = {**self.model.config.to_diff_dict(), "generation": generation}
+        # Read once, before an adapter could change it.
+        self.configuration = {
+            **self.model.config.to_diff_dict(),
+            "generation": self.model.generation_config.to_diff_dict(),
+        }
 
     def loaded(
         self,
@@ -161,6 +184,7 @@ class _Base:
             identity: A text that changes with the weights.
             before: Weights of the base by name, for a change.
         """
+        # Training may have saved another tokenizer or chat template beside the adapter.
         if source == NO_ADAPTER:
             tokenizer = load_tokenizer(self.name, self.template, revision=self.revision)
         else:
@@ -190,21 +214,27 @@ def _with_change(
         change: Folder of an adapter or of a whole model.
         dtype: To load a whole model in.
     """
+    # An adapter. It is merged: W0 + scale * (W - W0) needs the weights W.
     if holds_adapter(change):
         with one_line(change, "does not fit"):
             model = PeftModel.from_pretrained(model, change).merge_and_unload().eval()
-        gc.collect()  # PEFT's objects refer to each other in cycles, and hold the adapter's weights until then
+        # PEFT's objects refer to each other in cycles, and hold the adapter's weights until these are collected.
+        gc.collect()
         _check_same_shapes(before, dict(model.named_parameters()), change)
         return model
+
+    # A whole model
     check_model_source(change)
+    # The weights that are replaced are freed first, so that memory holds two models and not three.
     for parameter in model.parameters():
-        parameter.data = parameter.data.new_empty(0)  # room for the other model's weights
+        parameter.data = parameter.data.new_empty(0)
     after = load_model(change, dtype)
     weights = {name: parameter.data for name, parameter in after.named_parameters()}
     del after
     _check_same_shapes(before, weights, change)
     for name, parameter in model.named_parameters():
-        # A copy, one tensor at a time: loaded weights may be a file mapped into memory, which nothing may write to.
+        # A copy: loaded weights may be a file mapped into memory, which nothing may write to. One tensor at a time:
+        # each is freed by pop() before the next is copied.
         parameter.data = weights.pop(name).to(parameter.device, copy=True)
     return model
 
@@ -215,20 +245,22 @@ def _check_same_shapes(
     change: str,
 ) -> None:
     """Raise if two sets of weights differ in a name or a shape."""
-    for name in {**before, **after}:  # in order, which a set would not keep
+    # A dict keeps the order of the names, which a set would not: the first that differs is the one in the message.
+    for name in {**before, **after}:
         is_in_both = name in before and name in after
         if not is_in_both or before[name].shape != after[name].shape:
             raise UserError(f"change {change!r} is of another model: {name} is not in both, or of another shape")
 
 
 def _weights_sha256(model) -> str:
-    return digest_tensors(sorted(model.named_parameters()))
+    weights = sorted(model.named_parameters())
+    return digest_tensors(weights)
 
 
 def _stored_bytes(change: str, model) -> int:
     """Bytes that have to be stored for a change: masks coded, all other numbers in bfloat16."""
     if not holds_adapter(change):
-        return sum(2 * parameter.numel() for parameter in model.parameters())
+        return sum(_BYTES_OF_BFLOAT16 * parameter.numel() for parameter in model.parameters())
 
     tensors = load_file(Path(change) / ADAPTER_WEIGHTS)
     if facts_of(change)["method"] in MASK_METHODS:
@@ -239,7 +271,10 @@ def _stored_bytes(change: str, model) -> int:
 
     num_bytes = 0
     for tensor in tensors.values():
-        num_bytes += 2 * tensor.numel() if tensor.is_floating_point() else tensor.nbytes
+        if tensor.is_floating_point():
+            num_bytes += _BYTES_OF_BFLOAT16 * tensor.numel()
+        else:
+            num_bytes += tensor.nbytes
     return num_bytes
 
 
@@ -259,6 +294,7 @@ def check_device(device: str | None) -> str:
     if not device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        # RuntimeError for an unknown device, AssertionError for CUDA in a build of torch without it.
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(

@@ -17,7 +17,7 @@ from maskft_common.errors import UserError
 from maskft_common.files import digest, digest_tensors, read_json
 from maskft_common.layout import ADAPTER_CONFIG, TRAINING, holds_adapter, no_adapter
 
-NO_ADAPTER = "none"  # the name under which the base model itself is evaluated among adapters
+from .evaluation_arguments import NO_ADAPTER
 
 # Fields of an adapter_config.json that change no output: where the base was, how it was trained, who wrote it.
 _CHANGE_NO_OUTPUT_OF_ADAPTER = (
@@ -44,13 +44,20 @@ _CHANGE_NO_OUTPUT_OF_MODEL = (
 
 def model_fingerprint(model) -> str:
     """sha256 over the names, dtypes, shapes and bytes of all weights."""
-    weights = sorted(model.state_dict().items())
-    return digest_tensors((f"{name} {tensor.dtype} {tuple(tensor.shape)}", tensor) for name, tensor in weights)
+    labelled = []
+    for name, tensor in sorted(model.state_dict().items()):
+        label = f"{name} {tensor.dtype} {tuple(tensor.shape)}"
+        labelled.append((label, tensor))
+    return digest_tensors(labelled)
 
 
 def config_sha256(configuration: Mapping, tokenizer) -> str:
     """sha256 over the parts of a model's configuration and tokenizer that change outputs, without chat template."""
-    return digest({"configuration": _without_unused(configuration), **tokenizer_rules(tokenizer)})
+    content = {
+        "configuration": _without_unused(configuration),
+        **tokenizer_rules(tokenizer),
+    }
+    return digest(content)
 
 
 def _without_unused(value: Any) -> Any:
@@ -59,8 +66,10 @@ def _without_unused(value: Any) -> Any:
         return value
     kept = {}
     for key, each in value.items():
+        # Keys may be numbers, such as those of id2label, until they are written as JSON.
         name = str(key)
-        if name not in _CHANGE_NO_OUTPUT_OF_MODEL and not name.startswith("_"):
+        is_used = name not in _CHANGE_NO_OUTPUT_OF_MODEL and not name.startswith("_")
+        if is_used:
             kept[name] = _without_unused(each)
     return kept
 
@@ -70,11 +79,18 @@ def adapter_sha256(folder: str) -> str:
     config = read_json(Path(folder) / ADAPTER_CONFIG)
     used = {}
     for key, value in config.items():
-        if key not in _CHANGE_NO_OUTPUT_OF_ADAPTER:
-            # PEFT writes sets, such as target_modules, in no fixed order.
-            used[key] = sorted(value, key=str) if isinstance(value, list) else value
-    weights = b"".join(file.read_bytes() for file in sorted(Path(folder).glob("adapter_model.*")))
-    return digest(json.dumps(used, sort_keys=True).encode() + weights)
+        if key in _CHANGE_NO_OUTPUT_OF_ADAPTER:
+            continue
+        # PEFT writes sets, such as target_modules, in no fixed order.
+        if isinstance(value, list):
+            value = sorted(value, key=str)
+        used[key] = value
+    content = json.dumps(used, sort_keys=True).encode()
+
+    # adapter_model.safetensors, or .bin of an older PEFT.
+    for file in sorted(Path(folder).glob("adapter_model.*")):
+        content += file.read_bytes()
+    return digest(content)
 
 
 # Folders
@@ -91,19 +107,28 @@ def base_and_revision(name: str | None, adapters: Sequence[str]) -> tuple[str, s
         UserError: If a folder holds no adapter, or the adapters belong to different models or revisions.
     """
     configs = {adapter: _peft_config(adapter) for adapter in adapters if adapter != NO_ADAPTER}
-    named: dict[str, str | None] = {}
+
+    # Adapter -> the base that it names, found from the adapter's folder if it is a relative path.
+    bases: dict[str, str | None] = {}
     for adapter, config in configs.items():
         base = config.base_model_name_or_path
-        named[adapter] = base_of(adapter, base) if base else None
+        bases[adapter] = base_of(adapter, base) if base else None
 
-    if name is None and len(set(named.values())) == 1:
-        [name] = set(named.values())
+    distinct = set(bases.values())
+    if name is None and len(distinct) == 1:
+        [name] = distinct
     if name is None:
-        shown = ", ".join(f"{Path(adapter).name}: {base}" for adapter, base in named.items()) or "there are none"
+        pairs = [f"{Path(adapter).name}: {base}" for adapter, base in bases.items()]
+        shown = ", ".join(pairs) or "there are none"
         raise UserError(f"the adapters do not name one base model ({shown}); pass --model_name_or_path")
     check_model_source(name)
 
-    revisions = {config.revision for adapter, config in configs.items() if named[adapter] == name}
+    # An adapter without revision is over the main one. If the user named another base, the adapters' revisions are not
+    # of that.
+    revisions: set[str] = set()
+    for adapter, config in configs.items():
+        if bases[adapter] == name:
+            revisions.add(config.revision or "main")
     if len(revisions) > 1:
         raise UserError(f"the adapters belong to different revisions of {name!r}; evaluate them one by one")
     return name, next(iter(revisions), None)
@@ -114,6 +139,7 @@ def _peft_config(adapter: str) -> PeftConfig:
         raise no_adapter(adapter)
     with one_line(adapter, "has no adapter_config.json that PEFT can read"):
         config = PeftConfig.from_pretrained(adapter)
+    # A file of another program may hold any JSON value here.
     if not isinstance(config.base_model_name_or_path, str | None):
         raise UserError(f"{adapter!r}: base_model_name_or_path is {config.base_model_name_or_path!r}; write a name")
     return config
@@ -126,6 +152,7 @@ def facts_of(source: str) -> dict:
     """
     kind = None
     if holds_adapter(source):
+        # An enum of PEFT's own types, a text of others.
         peft_type = _peft_config(source).peft_type
         kind = str(getattr(peft_type, "value", peft_type))
     if kind == "MASK":
@@ -136,17 +163,26 @@ def facts_of(source: str) -> dict:
             "seed": config.recipe.get("seed"),
         }
 
+    content = None
     file = Path(source) / TRAINING
-    content = read_json(file) if file.is_file() else None
-    recipe = content.get("recipe") if isinstance(content, dict) else None
+    if file.is_file():
+        content = read_json(file)
+    recipe = None
+    if isinstance(content, dict):
+        recipe = content.get("recipe")
+
     facts = {}
+    if kind is not None:
+        facts["method"] = kind.lower()
     if isinstance(recipe, dict):
-        facts = {"method": recipe.get("method"), "seed": recipe.get("seed")}
-    if kind is None:
-        return facts
-    return {"method": kind.lower(), **facts}
+        facts["method"] = recipe.get("method")
+        facts["seed"] = recipe.get("seed")
+    return facts
 
 
 def portable_name(name: str) -> str:
     """Name for a result file, which is shared: the last component of a folder, a hub model in full."""
-    return Path(name).name if Path(name).exists() else name
+    path = Path(name)
+    if path.exists():
+        return path.name
+    return name
