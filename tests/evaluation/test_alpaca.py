@@ -8,7 +8,7 @@ import yaml
 
 from maskft_common.layout import ALPACA_OUTPUTS, JOURNAL, RESULT
 from maskft_lab.cli.main import main
-from maskft_lab.evaluation import alpaca, journal
+from maskft_lab.evaluation import alpaca, evaluate, journal
 from maskft_lab.results.schema import read_result
 
 NUM_PROMPTS = 12
@@ -90,6 +90,7 @@ def test_without_a_judge_the_outputs_are_written(command, tmp_path, capsys):
     assert status == 0, err
     assert len(json.loads((tmp_path / "out" / ALPACA_OUTPUTS).read_text())) == 3
     assert "not judged: name a judge with --alpaca_annotator" in printed and record(tmp_path / "out")["metrics"] == {}
+    assert str(tmp_path) not in (tmp_path / "out" / RESULT).read_text(), "results are shared"
     assert (
         main(["compare", str(tmp_path / "out")]) == 2 and "has no metric: evaluate it with" in capsys.readouterr().err
     )
@@ -123,10 +124,24 @@ def test_answers_are_kept_where_judging_fails_and_another_judge_judges_all(comma
     assert not list((tmp_path / "out").glob("alpaca_verdicts*"))
 
 
+def test_verdicts_are_kept_until_the_result_is_written(command, judge, tmp_path, monkeypatch):
+    def killed(path, result):
+        raise KeyboardInterrupt
+
+    words = ["--alpaca_annotator", judge("m")]
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "write_result", killed)
+        assert command(*words)[0] == 130
+    out = tmp_path / "out"
+    assert list(out.glob("alpaca_verdicts*")) and not (out / RESULT).exists()
+    assert command(*words)[0] == 0
+    assert sorted(file.name for file in out.iterdir()) == sorted([ALPACA_OUTPUTS, RESULT])
+
+
 @pytest.mark.parametrize(
     "words,content,message",
     [
-        (["--alpaca_annotator", "weighted_alpaca_eval_gpt4_turb"], None, "is no file, and no annotator of alpaca_eval"),
+        (["--alpaca_annotator", "weighted_alpaca_eval"], None, "is neither a file nor an annotator of alpaca_eval"),
         (["--reference_outputs", "nowhere.json"], None, "data file nowhere.json does not exist"),
         ([], "[]", "AlpacaEval's files are JSON lists of objects with instruction and output"),
         ([], '[{"instruction": "a"}]', "AlpacaEval's files are JSON lists of objects"),

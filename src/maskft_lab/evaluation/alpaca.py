@@ -32,14 +32,21 @@ HUB_FILE = "alpaca_eval_gpt4_baseline.json"
 # The length-controlled rate is a regression, for which the package has the difficulty of each of these prompts.
 PUBLISHED_REFERENCE = "gpt4_1106_preview"
 PUBLISHED_NUM_PROMPTS = 805
+# File of a judge's verdicts, beside the result until that is written.
+_VERDICTS = "alpaca_verdicts_{}.json"
 
 
 def alpaca_settings(options: EvaluationArguments) -> dict:
     """Further options that influence the numbers, for the result file."""
     annotator = options.alpaca_annotator
+    # A file is named by its content, without its folder: results are shared.
     if annotator and Path(annotator).is_file():
-        annotator = f"{Path(annotator).name} {files.digest_file(annotator)[:16]}"
-    return {"annotator": annotator, "max_new_tokens": options.alpaca_max_new_tokens}
+        sha256 = files.digest_file(annotator)
+        annotator = f"{Path(annotator).name} {sha256[:16]}"
+    return {
+        "annotator": annotator,
+        "max_new_tokens": options.alpaca_max_new_tokens,
+    }
 
 
 def load_alpaca(options: EvaluationArguments) -> list[Mapping[str, Any]]:
@@ -60,10 +67,14 @@ def load_alpaca(options: EvaluationArguments) -> list[Mapping[str, Any]]:
     if annotator is not None:
         if importlib.util.find_spec("alpaca_eval") is None:
             raise UserError(f"alpaca_annotator needs alpaca_eval, which is not installed; {install_hint('alpaca')}")
+        # Only with a judge: the package is optional, and slow to import.
         from alpaca_eval.constants import EVALUATORS_CONFIG_DIR
 
-        if not (EVALUATORS_CONFIG_DIR / annotator).is_dir() and not Path(annotator).is_file():
-            raise UserError(f"alpaca_annotator {annotator!r} is no file, and no annotator of alpaca_eval; name another")
+        is_known = (EVALUATORS_CONFIG_DIR / annotator).is_dir()
+        if not is_known and not Path(annotator).is_file():
+            raise UserError(
+                f"alpaca_annotator {annotator!r} is neither a file nor an annotator of alpaca_eval; name another"
+            )
     return references[: options.limit]
 
 
@@ -77,7 +88,8 @@ def _published_file() -> Path:
     from huggingface_hub import hf_hub_download
 
     with asking_hub(HUB_FILE, "name a file: --reference_outputs"):
-        return Path(hf_hub_download(HUB_DATASET, HUB_FILE, repo_type="dataset"))
+        file = hf_hub_download(HUB_DATASET, HUB_FILE, repo_type="dataset")
+        return Path(file)
 
 
 def evaluate_alpaca(
@@ -105,6 +117,7 @@ def evaluate_alpaca(
     Raises:
         UserError: If the package cannot judge them.
     """
+    # Answers
     model = loaded.model
     tokenizer = loaded.tokenizer
     instructions = [row["instruction"] for row in references]
@@ -112,9 +125,14 @@ def evaluate_alpaca(
     for instruction in instructions:
         message = {"role": "user", "content": instruction}
         prompts.append(prompt_ids({"prompt": [message]}, tokenizer))
-    bounds = Bounds(options.alpaca_max_new_tokens, options.batch_size, option="alpaca_max_new_tokens")
+    bounds = Bounds(
+        options.alpaca_max_new_tokens,
+        options.batch_size,
+        option="alpaca_max_new_tokens",
+    )
     answers = generated(model, tokenizer, prompts, bounds, f"{ALPACA_EVAL}: outputs", journal)
 
+    # The published format, in which other tools judge them too
     outputs: list[dict[str, Any]] = []
     for instruction, answer in zip(instructions, answers, strict=True):
         outputs.append(
@@ -125,18 +143,23 @@ def evaluate_alpaca(
             }
         )
     file = folder / layout.ALPACA_OUTPUTS
-    files.write_text(file, json.dumps(outputs, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(outputs, indent=1, ensure_ascii=False)
+    files.write_text(file, text + "\n")
 
+    # Verdicts
     items: list[dict[str, Any]] = []
     for index, output in enumerate(outputs):
         items.append({"id": str(index), **output})
     metrics: dict[str, Any] = {}
-    note = f"{len(items)} outputs are in {file}, not judged: name a judge with --alpaca_annotator"
+    # The file's name without its folder: results are shared.
+    note = f"{len(items)} outputs are in {file.name}, not judged: name a judge with --alpaca_annotator"
     if options.alpaca_annotator is not None:
+        # A file for each judge: the package would take the verdicts of another one for those of this.
         judge = files.digest(alpaca_settings(options))[:16]
-        verdicts = folder / f"alpaca_verdicts_{judge}.json"
+        verdicts = folder / _VERDICTS.format(judge)
         metrics, note = _judged(items, outputs, references, options.alpaca_annotator, verdicts)
 
+    # The record
     asked: list[tuple[dict, str]] = []
     for index, reference in enumerate(references):
         row = {"id": index, "answer": reference["output"]}
@@ -170,56 +193,75 @@ def _judged(
     """
     from alpaca_eval import evaluate
 
+    # The length-controlled rate is defined for the published references only, all of them and in their order.
     name = outputs[0]["generator"]
     generators = [row.get("generator") for row in references]
     is_published = generators == [PUBLISHED_REFERENCE] * PUBLISHED_NUM_PROMPTS
     how: dict[str, Any] = {"fn_metric": "get_winrate"}
     if is_published:
-        how = {"fn_metric": "get_length_controlled_winrate", "metric_kwargs": {"save_weights_dir": None}}
+        how = {
+            "fn_metric": "get_length_controlled_winrate",
+            # By default the package saves the regression's weights into its own folder.
+            "metric_kwargs": {"save_weights_dir": None},
+        }
+    reference_outputs = [dict(row) | {"generator": PUBLISHED_REFERENCE} for row in references]
     try:
         leaderboard, annotations = evaluate(
             model_outputs=outputs,
-            reference_outputs=[dict(row) | {"generator": PUBLISHED_REFERENCE} for row in references],
+            reference_outputs=reference_outputs,
             annotators_config=annotator,
             name=name,
+            # No files of the package's own, and no leaderboard of other models.
             output_path=None,
             precomputed_leaderboard=None,
             is_return_instead_of_print=True,
             sort_by="win_rate",
+            # Pairs by position: by default they are merged on the instruction, which two items may share.
             annotation_kwargs={"is_ordered": True},
             caching_path=str(verdicts),
             **how,
         )
-    except Exception as error:  # of the package, of a server's client, of the network
+    except Exception as error:
+        # Of the package, of a server's client, of the network.
         raise UserError(
             f"alpaca_eval could not judge the outputs ({type(error).__name__}: {first_line(error)}); they and the "
             f"verdicts in {verdicts} (remove it to ask again) are kept: check server and key, and run the same command"
         ) from error
-    for file in verdicts.parent.glob("alpaca_verdicts_*.json"):
-        file.unlink()
 
+    # Preferences, item by item
     num_missing = 0
     for item, row in zip(items, annotations, strict=True):
-        verdict = row["preference"]  # 1: the reference is better, 2: ours
+        # 1: the reference is better, 2: the model's output; None or NaN where the judge's answer cannot be read.
+        verdict = row["preference"]
         if verdict is None or math.isnan(verdict):
             item["preference"] = 0.5
             num_missing += 1
         else:
             item["preference"] = float(verdict) - 1
 
+    # Metrics. The rates are the package's, in which items without verdict do not count.
     preference = metric_from_items(items, "preference", unit="fraction")
     metrics: dict[str, Any] = {}
-    # The rates are the package's, in which items without verdict do not count.
     rates = leaderboard.loc[name]
     if is_published:
         metrics["length_controlled_win_rate"] = preference | {
             "value": float(rates["length_controlled_winrate"]) / 100,
-            "stderr": None,  # which the package does not give
+            # The package gives none.
+            "stderr": None,
         }
     metrics["win_rate"] = preference | {
         "value": float(rates["win_rate"] / 100),
         "stderr": float(rates["standard_error"] / 100),
     }
     metrics["preference"] = preference
-    note = f"{num_missing} of {len(items)} items without verdict" if num_missing else ""
+
+    note = ""
+    if num_missing:
+        note = f"{num_missing} of {len(items)} items without verdict"
     return metrics, note
+
+
+def remove_verdicts(folder: Path) -> None:
+    """Remove the verdicts of all judges, once the result is written."""
+    for file in folder.glob(_VERDICTS.format("*")):
+        file.unlink()

@@ -15,7 +15,7 @@ from maskft_common.environment import environment
 from maskft_common.errors import UserError, printable
 
 from ..results.schema import Result, build_result, read_result, write_result
-from .alpaca import alpaca_settings, evaluate_alpaca
+from .alpaca import alpaca_settings, evaluate_alpaca, remove_verdicts
 from .evaluation_arguments import ALPACA_EVAL, HELDOUT, EvaluationArguments
 from .heldout import chat_template_hash, evaluate_kl, evaluate_rows
 from .journal import Journal, Resuming
@@ -26,7 +26,15 @@ from .tasks import check_chat_template, run_task, task_data_sha256
 # A killed run may resume with other values of these: they change no answer but for rounding, or the journal keeps them
 # with each answer.
 _CHANGE_NO_ANSWER = ("batch_size", "max_new_tokens", "limit", "alpaca_eval")
-_SETTINGS = ("dtype", "batch_size", "max_length", "max_new_tokens", "limit", "apply_chat_template")
+# Options that are settings of a result under their own names.
+_SETTINGS = (
+    "dtype",
+    "batch_size",
+    "max_length",
+    "max_new_tokens",
+    "limit",
+    "apply_chat_template",
+)
 
 
 def settings_of(options: EvaluationArguments) -> dict:
@@ -37,9 +45,12 @@ def settings_of(options: EvaluationArguments) -> dict:
         settings["bf16"] = True
     if options.kl:
         settings["kl"] = True
+
     settings["generate"] = False if options.no_generate else None
     settings["text_field"] = options.dataset_text_field
-    settings["alpaca_eval"] = alpaca_settings(options) if ALPACA_EVAL in options.task_names else None
+    settings["alpaca_eval"] = None
+    if ALPACA_EVAL in options.task_names:
+        settings["alpaca_eval"] = alpaca_settings(options)
     return settings
 
 
@@ -64,14 +75,18 @@ def evaluate_loaded(
     rows = tasks.get(HELDOUT)
     references = tasks.get(ALPACA_EVAL)
     benchmarks = {task: asked for task, asked in tasks.items() if task not in (HELDOUT, ALPACA_EVAL)}
+
+    # Before anything is measured: benchmarks come after the held-out rows, which may take hours.
     prompted = [task for task in tasks if task != HELDOUT]
     check_chat_template(prompted, loaded.tokenizer, options.apply_chat_template)
 
     settings = settings_of(options)
-    journal = Journal(target.with_name(layout.JOURNAL), _journal_settings(loaded, settings))
-    device = loaded.model.device.type
+    file = target.with_name(layout.JOURNAL)
+    journal = Journal(file, _journal_settings(loaded, settings))
+    device = loaded.model.device
     records: dict[str, dict] = {}
-    with torch.autocast(device, torch.bfloat16, enabled=options.bf16):
+    # As in training with bf16: the weights keep their dtype.
+    with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
         if rows is not None and options.kl:
             records[HELDOUT] = evaluate_kl(loaded, rows, options, journal)
         elif rows is not None:
@@ -79,14 +94,27 @@ def evaluate_loaded(
         if benchmarks:
             records |= _evaluate_benchmarks(loaded, benchmarks, options, journal)
         if references:
-            records[ALPACA_EVAL] = evaluate_alpaca(loaded, references, options, name, target.parent, journal)
+            records[ALPACA_EVAL] = evaluate_alpaca(
+                loaded,
+                references,
+                options,
+                name,
+                target.parent,
+                journal,
+            )
     if rows is not None and test_set:
         records[HELDOUT]["data_file"] = test_set
 
-    device_name = torch.cuda.get_device_name() if device == "cuda" else device
+    device_name = device.type
+    if device.type == "cuda":
+        device_name = torch.cuda.get_device_name(device)
     result = build_result(name, loaded.facts, settings, records, device=device_name)
     write_result(target, result)
+
+    # Only now: until the result is on the disk, a run that is killed is resumed from these.
     journal.remove()
+    if references:
+        remove_verdicts(target.parent)
     return result
 
 
@@ -100,7 +128,13 @@ def _evaluate_benchmarks(
     # lm-eval takes seconds to import.
     from ..generation.lm_eval_model import BatchedLM
 
-    lm = Resuming(BatchedLM(loaded.model, loaded.tokenizer, options.batch_size, options.bf16), journal)
+    lm = BatchedLM(
+        loaded.model,
+        loaded.tokenizer,
+        options.batch_size,
+        options.bf16,
+    )
+    lm = Resuming(lm, journal)
     records: dict[str, dict] = {}
     for name, task in benchmarks.items():
         started_at = time.perf_counter()
@@ -112,7 +146,8 @@ def _evaluate_benchmarks(
             apply_chat_template=options.apply_chat_template,
         )
         time_s = time.perf_counter() - started_at
-        records[name] = record | {"time_s": round(time_s, 1)}
+        record["time_s"] = round(time_s, 1)
+        records[name] = record
     return records
 
 
@@ -137,7 +172,9 @@ def labelled_files(
         raise UserError(f"{len(names)} names for {len(sources)} models; give one --name for each")
     labels = list(names) or [_default_label(source) for source in sources]
     for label in labels:
-        if not label.strip() or printable(label) != label:
+        # A label is printed in tables: control characters could change what a terminal shows.
+        is_valid = label.strip() and printable(label) == label
+        if not is_valid:
             raise UserError(f"{label!r} is not a valid --name; use printable characters")
 
     root = Path(output_dir)
@@ -145,10 +182,16 @@ def labelled_files(
     if len(sources) == 1:
         return [(labels[0], root / layout.RESULT)]
 
+    # A label that several models have is followed by the seed, for those that know theirs.
     folders: list[str] = []
     for label, source in zip(labels, sources, strict=True):
-        seed = facts_of(source).get("seed") if labels.count(label) > 1 else None
-        folders.append(label if seed is None else f"{label}-seed{seed}")
+        folder = label
+        if labels.count(label) > 1:
+            seed = facts_of(source).get("seed")
+            if seed is not None:
+                folder = f"{label}-seed{seed}"
+        folders.append(folder)
+
     for folder in folders:
         if folder in (".", "..") or "/" in folder:
             raise UserError(f"{folder!r} names a folder inside output_dir; give a --name without a slash")
@@ -157,20 +200,23 @@ def labelled_files(
             f"two models have the same label ({', '.join(folders)}) and were not trained with different seeds; tell "
             "them apart with --name"
         )
-    return [(label, root / folder / layout.RESULT) for label, folder in zip(labels, folders, strict=True)]
+    targets = [root / folder / layout.RESULT for folder in folders]
+    return list(zip(labels, targets, strict=True))
 
 
 def _default_label(source: str) -> str:
     """The last part of a model's folder or hub name."""
     path = Path(source)
     if path.exists():
-        path = path.resolve()  # gives `.` and `..` a name
+        # Gives `.` and `..` a name.
+        path = path.resolve()
     return printable(path.name)
 
 
 def _check_writable(folder: Path) -> None:
     """Refuse a folder that cannot be written to, hours before a result is."""
     files.check_no_link(folder)
+    # It need not exist yet: it is made in the first folder above it that exists.
     path = folder.absolute()
     first_there = next(place for place in (path, *path.parents) if place.exists())
     if not first_there.is_dir():
@@ -197,6 +243,7 @@ def finished_result(
         return None
     result = read_result(target)
     found = result["settings"]
+    # The batch size changes rounding at most, so a run may be repeated with a smaller one after memory ran out.
     keys = {*found, *settings} - {"batch_size"}
     has_same_settings = all(found.get(key) == settings.get(key) for key in keys)
     has_tasks = set(tasks) <= set(result["tasks"])
@@ -226,24 +273,29 @@ def check_same_evaluation(
     Raises:
         UserError: If they are not the same.
     """
-    template = chat_template_hash(loaded.tokenizer)
-    problem = None
+    # The first is the one that is reported: another model may also have another chat template.
+    problems: list[str] = []
     if any(result["model"].get(key) != value for key, value in loaded.facts.items()):
-        problem = "is of another model, configuration or tokenizer"
+        problems.append("is of another model, configuration or tokenizer")
+    template = chat_template_hash(loaded.tokenizer)
     for task, asked in tasks.items():
-        if result["tasks"][task]["chat_template_hash"] not in (None, template):
-            problem = problem or f"has {task} with another chat template"
-        if result["tasks"][task].get("data_sha256") != task_data_sha256(asked, limit):
-            problem = problem or f"has {task} on other data"
-    if problem:
-        raise UserError(f"{target} {problem}; name another output_dir or pass --overwrite")
+        record = result["tasks"][task]
+        # None: the prompts of the task were not put into a template.
+        if record["chat_template_hash"] not in (None, template):
+            problems.append(f"has {task} with another chat template")
+        if record.get("data_sha256") != task_data_sha256(asked, limit):
+            problems.append(f"has {task} on other data")
+    if problems:
+        raise UserError(f"{target} {problems[0]}; name another output_dir or pass --overwrite")
 
 
 def _journal_settings(loaded: Loaded, settings: Mapping) -> dict:
     """The settings on which all answers depend, apart from the request."""
     generation = loaded.model.generation_config.to_diff_dict()
-    generation.pop("transformers_version", None)  # packages have it
+    # It is among the packages, and a model's folder may name an older one.
+    generation.pop("transformers_version", None)
     of_answers = {key: value for key, value in settings.items() if key not in _CHANGE_NO_ANSWER}
+    # With the versions of packages: answers of two versions of transformers or torch are not mixed in one result.
     return {
         "model": loaded.identity,
         "device": loaded.model.device.type,
