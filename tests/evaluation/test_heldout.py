@@ -114,6 +114,14 @@ def test_kl_is_bounded_and_resumed_as_losses_are(net, tmp_path, monkeypatch):
         kl([ROWS[0] | {"prompt": "1+" * 150}], 1)
 
 
+def test_no_rows_are_one_line(net, tmp_path):
+    loaded = Loaded(net, TOKENIZER, {}, "x", dict(net.named_parameters()))
+    with pytest.raises(UserError, match="there are no items to evaluate"):
+        evaluate_rows(net, TOKENIZER, [])
+    with pytest.raises(UserError, match="there are no items to evaluate"):
+        evaluate_kl(loaded, [], LOSSES, Journal(tmp_path / "answers.jsonl", {}))
+
+
 def test_rows_beyond_the_context_are_refused_before_the_losses(net, tmp_path):
     rows = [*ROWS, {"id": "long", "prompt": "1+" * 150, "completion": "150"}]
     journal = Journal(tmp_path / "answers.jsonl", {})

@@ -31,9 +31,13 @@ from .journal import Journal, generated, resumed
 from .load_models import Loaded
 
 TASK_VERSION = 1
-MAX_QUESTION = 500  # characters
-MAX_LOSS_BATCH_SIZE = 16  # larger batches are not faster, and the loss needs logits of all tokens of a row
-_LOSS = "heldout_loss"  # in the journal
+# Characters of a prompt in a result file.
+MAX_QUESTION = 500
+# Larger batches are not faster, and the loss needs logits of all tokens of a row.
+MAX_LOSS_BATCH_SIZE = 16
+# Kinds of requests in the journal.
+_LOSS = "heldout_loss"
+_KL = "kl"
 
 
 def heldout_rows(
@@ -53,6 +57,8 @@ def heldout_rows(
     """
     check_sizes(data)
     name = data.dataset_name or ""
+
+    # As training reads them. Without any name load_splits() raises.
     is_split = eval_split_size is not None or data.eval_dataset_name or data.dataset_eval_split
     if is_split or not name:
         if eval_split_size is not None:
@@ -60,6 +66,7 @@ def heldout_rows(
         splits = load_splits(data, data.split_seed, tokenizer, text_field)
         return list(splits.heldout)
 
+    # All rows of dataset_name: a file of test rows is given to an evaluation as its only data.
     rows = load_examples(
         name,
         data.dataset_train_split,
@@ -80,17 +87,22 @@ def name_of_test_set(data: DataArguments, eval_split_size: float | None) -> str 
     name = data.eval_dataset_name
     if not name and eval_split_size is None:
         name = data.dataset_name
-    if not name or data.dataset_eval_split or not name.lower().endswith(FILE_ENDINGS):
+    if not name or data.dataset_eval_split:
         return None
-    is_file = Path(name).is_file() or data.data_dir is not None
-    return Path(name).name if is_file else None
+    # A mixture, NAME:ROWS,NAME:ROWS, does not end like a file.
+    if not name.lower().endswith(FILE_ENDINGS):
+        return None
+    # A file in data_dir is named relative to it.
+    if data.data_dir is None and not Path(name).is_file():
+        return None
+    return Path(name).name
 
 
 def evaluate_rows(
     model,
     tokenizer,
     rows: Sequence[dict],
-    options: EvaluationArguments = EvaluationArguments(),  # noqa: B008 - not changed
+    options: EvaluationArguments | None = None,
     journal: Journal | None = None,
 ) -> dict:
     """Held-out loss and, where every row has an ``answer``, accuracy of greedily generated answers.
@@ -99,15 +111,18 @@ def evaluate_rows(
         model: A causal language model.
         tokenizer: Its tokenizer.
         rows: Rows as ``load_splits`` makes them.
-        options: How they are evaluated.
+        options: How they are evaluated; None: the defaults of ``maskft evaluate``.
         journal: Keeps losses and answers; None: nothing is kept.
 
     Returns:
         A task record of the result schema, metrics ``nll`` and possibly ``accuracy``.
     """
+    if options is None:
+        options = EvaluationArguments()
     rows = list(rows)
-    if not rows:
-        raise UserError("there are no items to evaluate; check eval_split_size and max_eval_samples")
+    _check_not_empty(rows)
+
+    # Accuracy is over all rows or not given: over some of them it would be another task.
     num_unanswered = 0
     if not options.no_generate:
         num_unanswered = sum(row.get("answer") is None for row in rows)
@@ -115,12 +130,15 @@ def evaluate_rows(
 
     # Both checks come before the first forward pass: a loss over all rows may take an hour.
     tokenized = [tokenize_example(row, tokenizer, max_length=options.max_length) for row in rows]
-    check_context(model, max(len(row["input_ids"]) for row in tokenized))
+    longest = max(len(row["input_ids"]) for row in tokenized)
+    check_context(model, longest)
     prompts: list[list[int]] = []
     if has_answers:
         prompts = [prompt_ids(row, tokenizer) for row in rows]
-        check_context(model, max(map(len, prompts)), options.max_new_tokens)
+        longest = max(map(len, prompts))
+        check_context(model, longest, options.max_new_tokens)
 
+    # The loss
     items: list[dict[str, Any]] = []
     losses = _losses(model, tokenizer, tokenized, options.batch_size, journal)
     for row, (nll, num_tokens) in zip(rows, losses, strict=True):
@@ -132,6 +150,8 @@ def evaluate_rows(
         if row.get("cluster_id") is not None:
             item["cluster_id"] = row["cluster_id"]
         items.append(item)
+
+    # Accuracy
     if has_answers:
         bounds = Bounds(options.max_new_tokens, options.batch_size)
         outputs = generated(model, tokenizer, prompts, bounds, "answers", journal)
@@ -142,15 +162,19 @@ def evaluate_rows(
             item["answer"] = row["answer"]
             item["output"] = output
 
+    # A prompt may fill max_length, and nothing of its completion is left.
     kept = [item for item in items if item["num_tokens"] > 0]
     num_without = len(items) - len(kept)
     without = f"{num_without} of {len(items)} items have no supervised token within --max_length"
     if not kept:
         raise UserError(f"{without} {options.max_length}; raise it")
 
-    names = ("nll", "accuracy") if has_answers else ("nll",)
-    metrics = {name: metric_from_items(kept, name) for name in names}
-    asked = [(row, each["input_ids"]) for row, each in zip(rows, tokenized, strict=True)]
+    # The record
+    metrics = {"nll": metric_from_items(kept, "nll")}
+    if has_answers:
+        metrics["accuracy"] = metric_from_items(kept, "accuracy")
+    input_ids = [row["input_ids"] for row in tokenized]
+    asked = zip(rows, input_ids, strict=True)
     record = task_record(kept, metrics, asked, tokenizer, TASK_VERSION)
     record["data_sha256"] = data_sha256(rows)
     if has_answers:
@@ -164,6 +188,11 @@ def evaluate_rows(
     if notes:
         record["note"] = "; ".join(notes)
     return record
+
+
+def _check_not_empty(rows: Sequence[dict]) -> None:
+    if not rows:
+        raise UserError("there are no items to evaluate; check eval_split_size and max_eval_samples")
 
 
 def task_record(
@@ -219,10 +248,12 @@ def evaluate_kl(
     Returns:
         A task record of the result schema, metric ``kl``.
     """
+    _check_not_empty(rows)
     model = loaded.model
     tokenizer = loaded.tokenizer
     prompts = [prompt_ids(row, tokenizer)[: options.max_length] for row in rows]
-    check_context(model, max(map(len, prompts)))
+    longest = max(map(len, prompts))
+    check_context(model, longest)
 
     def compute(missing: list[int], keep: Callable) -> None:
         lengths = [len(prompts[index]) for index in missing]
@@ -230,20 +261,29 @@ def evaluate_kl(
         for places in length_sorted_batches(lengths, batch_size):
             batch = [prompts[missing[place]] for place in places]
             ids_BT, mask_BT = pad(batch, tokenizer.pad_token_id or 0, model.device)
+            # One model computes both: a second one would take as much memory again.
             before_BTV = _log_probs(model, loaded.before or {}, ids_BT, mask_BT)
             after_BTV = _log_probs(model, {}, ids_BT, mask_BT)
-            kl_BT = (before_BTV.exp() * (before_BTV - after_BTV)).sum(-1) * mask_BT
+            kl_BT = (before_BTV.exp() * (before_BTV - after_BTV)).sum(-1)
+            # The mean over the tokens of each prompt, without padding.
+            kl_BT = kl_BT * mask_BT
             kl_B = kl_BT.sum(1) / mask_BT.sum(1)
             for place, value in zip(places, kl_B.tolist(), strict=True):
                 keep(place, value)
 
-    values = resumed("kl", [[ids] for ids in prompts], compute, "KL", journal)
+    requests = [[ids] for ids in prompts]
+    values = resumed(_KL, requests, compute, "KL", journal)
     items: list[dict[str, Any]] = []
     for row, value in zip(rows, values, strict=True):
-        items.append({"id": str(row["id"]), "kl": value if math.isfinite(value) else None})
+        item = {
+            "id": str(row["id"]),
+            "kl": value if math.isfinite(value) else None,
+        }
+        items.append(item)
 
     metrics = {"kl": metric_from_items(items, "kl", unit="nats", higher_is_better=False)}
-    record = task_record(items, metrics, zip(items, prompts, strict=True), tokenizer, TASK_VERSION)
+    asked = zip(items, prompts, strict=True)
+    record = task_record(items, metrics, asked, tokenizer, TASK_VERSION)
     record["data_sha256"] = data_sha256(rows)
     return record
 
@@ -261,6 +301,7 @@ def _log_probs(
         "attention_mask": mask_BT,
         "use_cache": False,
     }
+    # The weights are passed to this call only: the model keeps its own.
     logits_BTV = functional_call(model, dict(weights), kwargs=inputs).logits
     return logits_BTV.float().log_softmax(-1)
 
@@ -268,8 +309,10 @@ def _log_probs(
 def _question(row: dict) -> str:
     """The prompt for a reader of the items: its text, or the last message; the beginning of a long one."""
     prompt = prompt_of(row)
-    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    return str(text)[:MAX_QUESTION]
+    if isinstance(prompt, str):
+        return prompt[:MAX_QUESTION]
+    text = str(prompt[-1]["content"])
+    return text[:MAX_QUESTION]
 
 
 def _losses(
@@ -288,6 +331,7 @@ def _losses(
             model,
             missing,
             batch_size=_rows_at_once(model, lengths, batch_size),
+            # Without a padding token any token: padded positions have no loss, and no other token sees them.
             pad_token_id=tokenizer.pad_token_id or 0,
             on_loss=keep,
         )
@@ -300,7 +344,8 @@ def _rows_at_once(model, lengths: Sequence[int], batch_size: int | None) -> int:
     """The batch size of the user, else one by memory."""
     if batch_size:
         return batch_size
-    return min(memory_bound_rows(model, max(lengths)), MAX_LOSS_BATCH_SIZE)
+    longest = max(lengths)
+    return min(memory_bound_rows(model, longest), MAX_LOSS_BATCH_SIZE)
 
 
 def chat_template_hash(tokenizer) -> str | None:
@@ -308,4 +353,5 @@ def chat_template_hash(tokenizer) -> str | None:
     template = getattr(tokenizer, "chat_template", None)
     if not template:
         return None
+    # A text, or several templates by name.
     return digest(str(template))
