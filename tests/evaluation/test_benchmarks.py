@@ -22,7 +22,7 @@ def test_published_files_are_found_in_any_folder(task, folder):
 def test_another_format_names_file_row_and_fields(row, tmp_path):
     lines = [json.dumps(benchmark_files.GSM8K[0]), json.dumps(row)]
     (tmp_path / "gsm8k_test.jsonl").write_text("\n".join(lines))
-    with pytest.raises(UserError, match=r"gsm8k_test.jsonl: line 2 is no item of gsm8k, .* question \(str\), answer"):
+    with pytest.raises(UserError, match=r"gsm8k_test.jsonl: line 2 is not an item of gsm8k, .* question \(str\), ans"):
         load_docs("gsm8k", tmp_path)
 
 

@@ -20,9 +20,18 @@ from maskft.data.sources import read_file
 from maskft_common.errors import UserError, first_line, install_hint
 
 ENDINGS = r"\.(jsonl|jsonl\.gz|json|json\.gz|parquet)"
+
 # These instructions of IFEval split text with NLTK's tables; all others need no data.
-_PUNKT_INSTRUCTIONS = ("length_constraints:number_sentences", "change_case:capital_word_frequency")
-_IFEVAL_METRICS = ("prompt_level_strict", "prompt_level_loose", "inst_level_strict", "inst_level_loose")
+_PUNKT_INSTRUCTIONS = (
+    "length_constraints:number_sentences",
+    "change_case:capital_word_frequency",
+)
+_IFEVAL_METRICS = (
+    "prompt_level_strict",
+    "prompt_level_loose",
+    "inst_level_strict",
+    "inst_level_loose",
+)
 
 MATH_SUBJECTS = (
     "algebra",
@@ -77,6 +86,7 @@ def code_with_tests(row: Row, completion: str) -> str:
 
 def without_nltk_downloads():
     """A context in which importing lm-eval's IFEval does not download NLTK's tables without being asked."""
+    # lm-eval calls nltk.download() when the module is imported.
     if importlib.util.find_spec("nltk") is None:
         return contextlib.nullcontext()
     return mock.patch("nltk.download", return_value=False)
@@ -90,29 +100,64 @@ def _prepare_ifeval(docs: datasets.Dataset, data_dir: str | Path | None) -> None
     except ImportError as error:
         raise UserError(f"task ifeval lacks a package ({error}); {install_hint('eval')}") from error
 
-    langdetect.DetectorFactory.seed = 0  # it draws at random: the same answer could get another score
+    # It draws at random: without a seed the same answer could get another score.
+    langdetect.DetectorFactory.seed = 0
+
+    # The tables may be beside the benchmarks' files.
     if data_dir:
         tables = str(Path(data_dir).expanduser() / "nltk_data")
         if tables not in nltk.data.path:
             nltk.data.path.append(tables)
     try:
         nltk.data.find("tokenizers/punkt_tab")
+        return
     except LookupError:
-        needed: set[str] = set()
-        for doc in docs:
-            needed |= set(doc["instruction_id_list"]) & set(_PUNKT_INSTRUCTIONS)
-        if needed:
-            raise UserError(
-                f"task ifeval needs NLTK's punkt_tab for {', '.join(sorted(needed))}, which is not installed; run: "
-                "python -m nltk.downloader punkt_tab, or set NLTK_DATA to a folder with tokenizers/punkt_tab"
-            ) from None
+        pass
+
+    # They are missing, which matters only to some instructions: few items may be asked (--limit).
+    needed: set[str] = set()
+    for doc in docs:
+        needed |= set(doc["instruction_id_list"]) & set(_PUNKT_INSTRUCTIONS)
+    if needed:
+        raise UserError(
+            f"task ifeval needs NLTK's punkt_tab for {', '.join(sorted(needed))}, which is not installed; run: "
+            "python -m nltk.downloader punkt_tab, or set NLTK_DATA to a folder with tokenizers/punkt_tab"
+        )
+
+
+def _humaneval(name: str, files: str, hub: str) -> Benchmark:
+    """HumanEval, or HumanEval+ with more tests of the same functions.
+
+    Args:
+        name: lm-eval's name of the task.
+        files: Regular expression of file names, see `Benchmark`.
+        hub: Name on the hub.
+    """
+    return Benchmark(
+        config=f"humaneval/{name}.yaml",
+        lm_eval_task=name,
+        metrics={"pass_at_1,create_test": "pass_at_1"},
+        files=files,
+        fields={
+            "task_id": str,
+            "prompt": str,
+            "entry_point": str,
+            "test": str,
+        },
+        hub=hub,
+        id_field="task_id",
+        program=code_with_tests,
+    )
 
 
 BENCHMARKS = {
     "gsm8k": Benchmark(
         config="gsm8k/gsm8k-cot.yaml",
         lm_eval_task="gsm8k_cot",
-        metrics={"exact_match,flexible-extract": "accuracy", "exact_match,strict-match": "accuracy_strict"},
+        metrics={
+            "exact_match,flexible-extract": "accuracy",
+            "exact_match,strict-match": "accuracy_strict",
+        },
         files=r"gsm8k.*test.*",
         fields={"question": str, "answer": str},
         hub="openai/gsm8k",
@@ -120,34 +165,27 @@ BENCHMARKS = {
     ),
     "minerva_math": Benchmark(
         config="minerva_math/minerva_math_algebra.yaml",
-        lm_eval_task="minerva_math",  # its seven subjects are one task here
-        metrics={"math_verify,none": "accuracy", "exact_match,none": "exact_match"},
+        # Its seven subjects are one task here: lm-eval's YAML files of the others include that of algebra.
+        lm_eval_task="minerva_math",
+        metrics={
+            "math_verify,none": "accuracy",
+            "exact_match,none": "exact_match",
+        },
         files=r"(minerva[-_]|hendrycks[-_])?math[-_]?(500)?[-_]?test.*",
         fields={"problem": str, "solution": str},
         hub="EleutherAI/hendrycks_math",
         configs=MATH_SUBJECTS,
     ),
-    **{
-        name: Benchmark(
-            config=f"humaneval/{name}.yaml",
-            lm_eval_task=name,
-            metrics={"pass_at_1,create_test": "pass_at_1"},
-            files=files,
-            fields={
-                "task_id": str,
-                "prompt": str,
-                "entry_point": str,
-                "test": str,
-            },
-            hub=hub,
-            id_field="task_id",
-            program=code_with_tests,
-        )
-        for name, files, hub in (
-            ("humaneval", r"human[-_]?eval", "openai/openai_humaneval"),
-            ("humaneval_plus", r"human[-_]?eval[-_]?plus.*", "evalplus/humanevalplus"),
-        )
-    },
+    "humaneval": _humaneval(
+        "humaneval",
+        files=r"human[-_]?eval",
+        hub="openai/openai_humaneval",
+    ),
+    "humaneval_plus": _humaneval(
+        "humaneval_plus",
+        files=r"human[-_]?eval[-_]?plus.*",
+        hub="evalplus/humanevalplus",
+    ),
     "ifeval": Benchmark(
         config="ifeval/ifeval.yaml",
         lm_eval_task="ifeval",
@@ -176,7 +214,8 @@ def asking_hub(name: str, otherwise: str) -> Iterator[None]:
     """A context in which an error of the hub becomes one line, with the remedy."""
     try:
         yield
-    except Exception as error:  # many types: no network, no such name
+    except Exception as error:
+        # Of many types: no network, no such name, no access.
         raise UserError(
             f"the hub did not give {name!r} ({type(error).__name__}: {first_line(error)}); {otherwise}"
         ) from None
@@ -200,8 +239,10 @@ def load_docs(task: str, data_dir: str | Path | None) -> datasets.Dataset:
     rows: list[dict[str, Any]] = []
     for place, row in read_file(file):
         if not _is_item(row, fields):
-            wanted = ", ".join(f"{name} ({kind.__name__})" for name, kind in fields.items())
-            raise UserError(f"{file}: {place} is no item of {task}, which has {wanted}; is it the published file?")
+            pairs = [f"{name} ({kind.__name__})" for name, kind in fields.items()]
+            wanted = ", ".join(pairs)
+            raise UserError(f"{file}: {place} is not an item of {task}, which has {wanted}; is it the published file?")
+        # Without other columns, whose types may differ from row to row: a Dataset takes one type per column.
         rows.append({name: row[name] for name in fields})
     if not rows:
         raise UserError(f"{file} has no rows")
@@ -242,9 +283,12 @@ def benchmark_files(task: str, folder: Path) -> list[Path]:
 
 
 def _from_hub(benchmark: Benchmark) -> datasets.Dataset:
+    parts: list[datasets.Dataset] = []
     with asking_hub(benchmark.hub, "with the files on this machine, name their folder: --data_dir"):
-        parts: list[datasets.Dataset] = []
         for config in benchmark.configs:
-            parts.append(datasets.load_dataset(benchmark.hub, config, split=benchmark.split))
+            part = datasets.load_dataset(benchmark.hub, config, split=benchmark.split)
+            parts.append(part)
+    # As from files, without other columns.
     fields = list(benchmark.fields)
-    return datasets.concatenate_datasets([part.select_columns(fields) for part in parts])
+    parts = [part.select_columns(fields) for part in parts]
+    return datasets.concatenate_datasets(parts)

@@ -11,7 +11,12 @@ from maskft_common.progress_bar import Progress
 from ..generation.greedy import Bounds, greedy_generate
 from ..store import Store
 
-_REQUEST_KINDS = ("generate_until", "loglikelihood", "loglikelihood_rolling")
+# The methods of an lm-eval model that answer requests.
+_REQUEST_KINDS = (
+    "generate_until",
+    "loglikelihood",
+    "loglikelihood_rolling",
+)
 
 
 class Journal(Store):
@@ -20,11 +25,13 @@ class Journal(Store):
     @staticmethod
     def key(kind: str, arguments: Sequence) -> str:
         """The name of a request: its kind, prompt and settings, whatever task it comes from."""
+        # A digest: prompts are long, and the journal holds the answers only.
         return digest([kind, *arguments])
 
     def add_partial(self, kind: str, arguments: Sequence, answer: Any) -> None:
         """Keep one answer."""
-        self.add(self.key(kind, arguments), answer)
+        key = self.key(kind, arguments)
+        self.add(key, answer)
 
 
 def resumed(
@@ -44,6 +51,7 @@ def resumed(
         title: Of the progress bar.
         journal: Keeps the answers, so that a run that ended early is resumed; None: nothing is kept.
     """
+    # Index of a request -> its answer, at first those of a run that was killed
     answers: dict[int, Any] = {}
     if journal:
         for index, request in enumerate(requests):
@@ -55,6 +63,7 @@ def resumed(
     with Progress() as progress:
         bar = progress.add_task(title, total=len(requests), completed=len(answers))
 
+        # Each answer is written at once: a kill loses the batch that is computed, and no more.
         def keep(position: int, answer: Any) -> None:
             index = missing[position]
             answers[index] = answer
@@ -99,6 +108,7 @@ class Resuming:
         lm.set_cache_hook(journal)
 
     def __getattr__(self, name: str) -> Any:
+        # Everything but the requests is the wrapped model's: lm-eval reads many of its attributes.
         if name not in _REQUEST_KINDS:
             return getattr(self.lm, name)
         return lambda requests: self._answer(name, requests)
@@ -107,13 +117,18 @@ class Resuming:
         answers: list[Any] = [None] * len(requests)
         missing: list[int] = []
         for index, request in enumerate(requests):
-            key = None if _is_sampled(request) else self.journal.key(kind, request.args)
+            # An answer that is drawn at random is never taken from the journal.
+            key = None
+            if not _is_sampled(request):
+                key = self.journal.key(kind, request.args)
             if key in self.journal.values:
                 answers[index] = self.journal.values[key]
             else:
                 missing.append(index)
 
         if missing:
+            # The journal is not written here: the model calls it with each answer, so that a kill loses only those of
+            # the batch that it interrupts.
             answer = getattr(self.lm, kind)
             fresh = answer([requests[index] for index in missing])
             for index, each in zip(missing, fresh, strict=True):
@@ -125,8 +140,11 @@ def _is_sampled(request) -> bool:
     """Whether the answer is drawn at random, so that each repetition of the request needs another one."""
     from lm_eval.models.utils import normalize_gen_kwargs
 
-    settings = request.args[1] if len(request.args) > 1 else None
+    # A request to generate has the arguments (context, settings); the others have texts only.
+    settings = None
+    if len(request.args) > 1:
+        settings = request.args[1]
     if not isinstance(settings, dict):
         return False
-    # lm-eval's rules: a temperature alone is enough.
+    # By lm-eval's own rules: a temperature without do_sample is enough.
     return normalize_gen_kwargs(settings)["do_sample"]

@@ -36,7 +36,15 @@ SEEDS = {
     "torch": 1234,
     "fewshot": 1234,
 }
-_OTHERS = Benchmark("", "", {}, "", {}, "")  # all other tasks of lm-eval
+# In the place of a benchmark for all other tasks of lm-eval: metrics have lm-eval's names, items their position as id.
+_OTHERS = Benchmark(
+    config="",
+    lm_eval_task="",
+    metrics={},
+    files="",
+    fields={},
+    hub="",
+)
 
 
 def check_names(names: Sequence[str], include_path: str | None = None) -> None:
@@ -53,13 +61,18 @@ def check_names(names: Sequence[str], include_path: str | None = None) -> None:
         return
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(f"task {names[0]} is scored by lm-eval, which is not installed; {install_hint('eval')}")
+    # Its warnings are about its own task files.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if include_path is not None and not Path(include_path).expanduser().is_dir():
         raise UserError(f"include_path {include_path!r} is not a folder; name one with lm-eval task YAMLs")
 
+    # The user's own tasks, without the index of lm-eval's, which takes seconds.
+    own_tasks: Sequence[str] = ()
+    if include_path and any(name in BENCHMARKS for name in names):
+        own_tasks = _task_manager(include_path, include_defaults=False).all_tasks
+
     for name in names:
         if name in BENCHMARKS:
-            own_tasks = _task_manager(include_path, include_defaults=False).all_tasks if include_path else []
             if name in own_tasks:
                 raise UserError(
                     f"include_path {include_path!r} holds a task {name}, the name of a benchmark of maskft; give yours "
@@ -94,13 +107,16 @@ def load_tasks(
     """
     tasks: dict[str, Any] = {}
     for name in names:
-        if name in BENCHMARKS:
-            docs = load_docs(name, data_dir)
-            num_docs = min(limit or len(docs), len(docs))
-            BENCHMARKS[name].prepare(docs.select(range(num_docs)), data_dir)
-            tasks[name] = _build(name, docs, allow_unconfined)
-        else:
+        if name not in BENCHMARKS:
             tasks |= _build_other(name, include_path)
+            continue
+        docs = load_docs(name, data_dir)
+        num_docs = len(docs)
+        if limit:
+            num_docs = min(limit, num_docs)
+        # All items go to lm-eval, which applies the limit itself; data that only later ones need may be missing.
+        BENCHMARKS[name].prepare(docs.select(range(num_docs)), data_dir)
+        tasks[name] = _build(name, docs, allow_unconfined)
 
     # As lm_eval.simple_evaluate does, which is not called here.
     for task in tasks.values():
@@ -120,20 +136,28 @@ def wants_chat_template(name: str, choice: bool | None) -> bool:
 
 def check_chat_template(names: Sequence[str], tokenizer, choice: bool | None) -> None:
     """Refuse a chat task for a tokenizer without chat template."""
+    if getattr(tokenizer, "chat_template", None):
+        return
     for name in names:
-        if wants_chat_template(name, choice) and not getattr(tokenizer, "chat_template", None):
-            alternative = "" if name == ALPACA_EVAL else ", or pass --apply_chat_template false"
-            raise UserError(
-                f"task {name} puts its prompts into the chat template, and this model's tokenizer has none; give "
-                f"--chat_template_path{alternative}"
-            )
+        if not wants_chat_template(name, choice):
+            continue
+        alternative = ", or pass --apply_chat_template false"
+        if name == ALPACA_EVAL:
+            # AlpacaEval's instructions have no other form.
+            alternative = ""
+        raise UserError(
+            f"task {name} puts its prompts into the chat template, and this model's tokenizer has none; give "
+            f"--chat_template_path{alternative}"
+        )
 
 
 def task_data_sha256(task, limit: int | None) -> str:
     """`data_sha256` of rows, or of the first ``limit`` items of a task from ``load_tasks``."""
+    # Rows of held-out data or instructions of AlpacaEval, which are limited already.
     if isinstance(task, list):
         return data_sha256(task)
-    return data_sha256(islice(task.eval_docs, limit))
+    docs = islice(task.eval_docs, limit)
+    return data_sha256(docs)
 
 
 def run_task(
@@ -156,7 +180,7 @@ def run_task(
     from lm_eval.evaluator import evaluate
 
     is_chat = wants_chat_template(name, apply_chat_template)
-    # Every model sees the same examples, whichever comes first.
+    # Every model sees the same few-shot examples: the generators that draw them begin anew for each.
     task.set_fewshot_seed(seed=SEEDS["fewshot"])
     random.seed(SEEDS["random"])
     np.random.seed(SEEDS["numpy"])
@@ -170,13 +194,16 @@ def run_task(
         fewshot_as_multiturn=is_chat,
     )
 
+    # Items
     benchmark = BENCHMARKS.get(name, _OTHERS)
     samples = results["samples"][name]
     items = _items(samples, benchmark)
+    # How the programs were confined is said once, for the task.
     confinement: set[str] = set()
     if benchmark.program:
         confinement = {item.pop("confinement") for item in items}
 
+    # The record
     questions: list[dict[str, Any]] = []
     for item in items:
         questions.append(
@@ -186,9 +213,15 @@ def run_task(
                 "reference": item["answer_hash"],
             }
         )
+    metrics = _metrics(
+        items,
+        results["results"][name],
+        results["higher_is_better"][name],
+        benchmark,
+    )
     record = build_task(
         items,
-        _metrics(items, results["results"][name], results["higher_is_better"][name], benchmark),
+        metrics,
         version=results["versions"][name],
         num_fewshot=results["n-shot"][name],
         fingerprint=items_fingerprint(questions),
@@ -210,15 +243,19 @@ def run_task(
 # Building tasks
 
 
-@lru_cache(maxsize=8)  # an index of lm-eval's ten thousand files takes seconds
+# To index lm-eval's ten thousand files takes seconds.
+@lru_cache(maxsize=8)
 def _task_manager(include_path: str | None, include_defaults: bool = True):
     from lm_eval.tasks import TaskManager
 
-    folder = include_path and str(Path(include_path).expanduser())
+    folder = None
+    if include_path:
+        folder = str(Path(include_path).expanduser())
     return TaskManager(include_path=folder, include_defaults=include_defaults)
 
 
 def _build(name: str, docs, allow_unconfined: bool):
+    """The task of a benchmark: lm-eval's configuration over our items."""
     import lm_eval.tasks
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks._yaml_loader import load_yaml
@@ -231,7 +268,10 @@ def _build(name: str, docs, allow_unconfined: bool):
         with without_nltk_downloads():
             config = load_yaml(file, resolve_func=has_functions)
     except (ImportError, AssertionError) as error:
+        # An AssertionError is how lm-eval refuses an old version of a package.
         raise UserError(f"task {name} lacks a package ({error}); {install_hint('eval')}") from error
+
+    # Items come from here instead of the hub.
     config |= {
         "task": name,
         "custom_dataset": lambda **_: {"test": docs},
@@ -240,12 +280,16 @@ def _build(name: str, docs, allow_unconfined: bool):
         "dataset_kwargs": None,
     }
     if benchmark.program is not None:
-        check_allowed(allow_unconfined)  # now, and not after the answers
-        # The program runs as a filter, and its status is the score.
+        # Now, and not after hours of answers.
+        check_allowed(allow_unconfined)
+
+        # The program runs as a filter, and its status is the score. lm-eval calls a filter once with all answers, so
+        # that the programs can run at the same time; a metric is computed item by item.
         run = partial(_run_answers, name=name, allow_unconfined=allow_unconfined)
         run_filter = {"function": "custom", "filter_fn": run}
         config |= {
-            "unsafe_code": False,  # ours is confined
+            # lm-eval refuses tasks that run code without its own flag; ours is confined.
+            "unsafe_code": False,
             "filter_list": [{"name": "create_test", "filter": [run_filter]}],
             "metric_list": [
                 {
@@ -268,6 +312,7 @@ def _run_answers(
 ) -> list[dict]:
     """Run each item's answer with its tests."""
     program_of = BENCHMARKS[name].program
+    # One answer per item: generation is greedy.
     programs = [program_of(doc, resp[0]) for resp, doc in zip(resps, docs, strict=True)]
     with Progress() as progress:
         bar = progress.add_task(f"{name}: running code", total=len(programs))
@@ -290,11 +335,14 @@ def _run_answers(
 
 
 def _build_other(name: str, include_path: str | None) -> dict:
+    """Another task of lm-eval, or the members of a group: name -> task."""
     try:
         tasks = _task_manager(include_path).load([name])["tasks"]
-    except Exception as error:  # many types: no network, a missing package, ...
+    except Exception as error:
+        # Of many types: no network, a missing package, a mistake in the user's YAML.
         raise UserError(f"lm-eval cannot load task {name!r}: {type(error).__name__}: {first_line(error)}") from None
     for member, task in tasks.items():
+        # Under one name results of two different tasks would be compared.
         if member in BENCHMARKS:
             raise UserError(
                 f"{name} holds lm-eval's own {member}, which is not the {member} of maskft; name its other members one "
@@ -334,12 +382,17 @@ def _items(samples: Sequence[Mapping], benchmark: Benchmark) -> list[dict]:
     """The items with their scores, from a sample for each filter of an item."""
     items: dict[int, dict] = {}
     for sample in samples:
-        item = items.setdefault(sample["doc_id"], _new_item(sample, benchmark))
+        doc_id = sample["doc_id"]
+        if doc_id not in items:
+            items[doc_id] = _new_item(sample, benchmark)
+        item = items[doc_id]
+
         for metric in sample["metrics"]:
             value = sample[metric]
             if isinstance(value, (bool, int, float, np.number)):
                 name = _metric_name(f"{metric},{sample['filter']}", benchmark)
                 item[name] = _number(value)
+            # IFEval's scores of the instructions of an item.
             elif isinstance(value, list) and all(isinstance(part, bool) for part in value):
                 item[f"{metric}_each"] = [int(part) for part in value]
     return list(items.values())
@@ -348,12 +401,17 @@ def _items(samples: Sequence[Mapping], benchmark: Benchmark) -> list[dict]:
 def _new_item(sample: Mapping, benchmark: Benchmark) -> dict:
     """An item without scores."""
     doc = sample["doc"]
+    item_id = sample["doc_id"]
+    if benchmark.id_field:
+        item_id = doc[benchmark.id_field]
+
+    # A task with choices has a request for each of them.
     responses: list = []
     for of_request in sample["resps"]:
         responses += of_request
 
     item = {
-        "id": str(doc[benchmark.id_field] if benchmark.id_field else sample["doc_id"]),
+        "id": str(item_id),
         "prompt_hash": sample["prompt_hash"],
         "answer_hash": sample["target_hash"],
     }
@@ -364,6 +422,7 @@ def _new_item(sample: Mapping, benchmark: Benchmark) -> dict:
     if isinstance(doc, Mapping) and doc.get("cluster_id") is not None:
         item["cluster_id"] = str(doc["cluster_id"])
     if benchmark.program:
+        # Status, reason and confinement, from `_run_answers`.
         item |= sample["filtered_resps"][0]
     return item
 
@@ -383,18 +442,23 @@ def _metrics(
     """Metrics item by item if their mean is the number that lm-eval reports, else as a summary of the task."""
     metrics: dict[str, Any] = {}
     for key, value in summary.items():
+        # The summary also holds the task's alias, errors, and numbers of items.
         metric, _, filter_name = key.partition(",")
         is_number = isinstance(value, (int, float, np.number))
-        if not filter_name or metric.endswith("_stderr") or not is_number:
+        is_metric = filter_name and not metric.endswith("_stderr") and is_number
+        if not is_metric:
             continue
 
         name = _metric_name(key, benchmark)
+        higher_is_better = _is_higher_better(metric, higher)
         if all(name in item for item in items):
-            metrics[name] = metric_from_items(items, name, higher_is_better=_is_higher_better(metric, higher))
-            mean = metrics[name]["value"]
+            record = metric_from_items(items, name, higher_is_better=higher_is_better)
+            mean = record["value"]
             if mean is not None and math.isclose(mean, value, rel_tol=1e-6, abs_tol=1e-9):
+                metrics[name] = record
                 continue
 
+        # Not the mean of numbers of the items, such as a perplexity: what the items have is not this metric.
         for item in items:
             item.pop(name, None)
         stderr = summary.get(f"{metric}_stderr,{filter_name}")
@@ -402,20 +466,24 @@ def _metrics(
         if all(parts_of):
             # A mean over the parts of all items, for which lm-eval has no error.
             means = [np.mean(parts) for parts in parts_of]
-            _, stderr = weighted_mean(means, [len(parts) for parts in parts_of])
+            num_parts = [len(parts) for parts in parts_of]
+            _, stderr = weighted_mean(means, num_parts)
+        # lm-eval writes "N/A" for an error that it does not compute.
         has_stderr = isinstance(stderr, (int, float, np.number))
         metrics[name] = {
             "value": _number(value),
             "stderr": _number(stderr) if has_stderr else None,
             "num_items": len(items),
-            "higher_is_better": _is_higher_better(metric, higher),
+            "higher_is_better": higher_is_better,
             "unit": "fraction" if metric.endswith("acc") else "score",
         }
 
     # The main metric first, others in lm-eval's order.
-    first = [name for name in benchmark.metrics.values() if name in metrics]
-    others = [name for name in metrics if name not in first]
-    return {name: metrics[name] for name in [*first, *others]}
+    ordered: dict[str, Any] = {}
+    for name in [*benchmark.metrics.values(), *metrics]:
+        if name in metrics:
+            ordered[name] = metrics[name]
+    return ordered
 
 
 def _metric_name(key: str, benchmark: Benchmark) -> str:
@@ -423,7 +491,9 @@ def _metric_name(key: str, benchmark: Benchmark) -> str:
     if key in benchmark.metrics:
         return benchmark.metrics[key]
     metric, _, filter_name = key.partition(",")
-    return metric if filter_name == "none" else f"{metric},{filter_name}"
+    if filter_name == "none":
+        return metric
+    return key
 
 
 def _number(value) -> float | int | None:
@@ -432,4 +502,6 @@ def _number(value) -> float | int | None:
         value = value.item()
     elif isinstance(value, bool):
         value = int(value)
-    return value if math.isfinite(value) else None
+    if not math.isfinite(value):
+        return None
+    return value
