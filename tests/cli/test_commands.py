@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,12 +18,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tiny
 from killing import Fork, forget
 from maskft import MaskConfig
+from maskft.masks import combine
 from maskft.masks.codec import encode_mask
 from maskft.masks.fingerprints import mask_fingerprint
 from maskft.masks.mask_set import MaskSet
 from maskft.training.options import option_defaults
 from maskft_common.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RESULT
-from maskft_lab.cli.main import COMMANDS, main
+from maskft_lab.cli import masks as masks_command
+from maskft_lab.cli.main import COMMANDS, _without_overwrite, main
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +118,22 @@ def test_unknown_command_and_option(capsys):
     assert status == 2 and "no command 'trian' (did you mean 'train'?)" in err
     status, _, err = call(["merge", "a", "--output_dri", "b", "--output_dir", "c"], capsys)
     assert status == 2 and "unknown option --output_dri (did you mean '--output_dir'?)" in err
+
+
+def test_the_command_offers_the_combinations_that_there_are():
+    assert masks_command.COMBINATIONS == tuple(combine.COMBINATIONS)
+
+
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        ("evaluate --overwrite --name a", "evaluate --name a"),
+        ("evaluate --overwrite true + --overwrite=false --name true", "evaluate + --name true"),
+        ("evaluate --name 'a --overwrite b'", "evaluate --name 'a --overwrite b'"),
+    ],
+)
+def test_an_interrupted_command_is_repeated_without_overwrite(words, kept):
+    assert _without_overwrite(shlex.split(words)) == shlex.split(kept)
 
 
 def test_env(capsys):

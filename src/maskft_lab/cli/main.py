@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
-import re
 import shlex
 import signal
 import sys
@@ -19,6 +18,7 @@ from maskft_common import __version__
 from maskft_common.command_line import OneLineParser
 from maskft_common.errors import Stopped, UserError, did_you_mean, install_hint, printable
 
+# Command -> its line in `maskft --help`. The module of a command has its name.
 COMMANDS = {
     "demo": "learn a mask on a small model in minutes, and see whether it helped",
     "train": "train a mask, LoRA or all weights on your data",
@@ -39,7 +39,7 @@ RESUME = "--resume_from_checkpoint"
 
 # Commands that keep finished work and find it when they are repeated. Training finishes its step first (StopRequest).
 _RESUMED_BY_REPEATING = ("demo", "study", "evaluate")
-# Seconds that a process of a distributed run waits for the main process to report an error first.
+# Seconds that a process of a distributed run leaves to the main process to report the same error first.
 _PATIENCE_S = 5
 
 
@@ -52,24 +52,32 @@ def usage() -> str:
         "",
         "commands:",
     ]
-    lines += [f"  {name:<10}{text}" for name, text in COMMANDS.items()]
-    lines += ["", "maskft COMMAND --help shows a command's options. maskft --version prints the version."]
+    for name, text in COMMANDS.items():
+        lines.append(f"  {name:<10}{text}")
+    lines.append("")
+    lines.append("maskft COMMAND --help shows a command's options. maskft --version prints the version.")
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status (0 done, 2 wrong input, 130 Ctrl-C, 141 no reader, 143 SIGTERM)."""
+    if argv is None:
+        argv = sys.argv[1:]
     try:
-        status = _run(list(sys.argv[1:] if argv is None else argv))
+        status = _run(list(argv))
+        # Here, where a closed reader can still be handled, and not when Python exits.
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # the reader of `maskft ... | head` has closed
-        # Python flushes stdout once more at exit, which would raise again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        # The reader of `maskft ... | head` has closed. Python flushes stdout once more at exit, which would raise
+        # again; into /dev/null it does not.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
         return 128 + signal.SIGPIPE
 
 
 def _run(argv: list[str]) -> int:
+    # The program's own options, which need no command
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
@@ -77,6 +85,7 @@ def _run(argv: list[str]) -> int:
         print(f"maskft {__version__}")
         return 0
 
+    # The command, whose module is imported only now: that of another one may need a package that is not installed.
     name = argv[0]
     words = argv[1:]
     if name not in COMMANDS:
@@ -84,33 +93,46 @@ def _run(argv: list[str]) -> int:
         return 2
 
     module = importlib.import_module(f".{name}", __package__)
+    # Schedulers send SIGTERM at a job's time limit; it then ends as with Ctrl-C, and says how to resume.
     is_resumable = name in _RESUMED_BY_REPEATING
-    handler_before = _end_at_sigterm() if is_resumable else None
+    handler_before = None
+    if is_resumable:
+        handler_before = _end_at_sigterm()
+
     try:
         _call(module, name, words)
     except UserError as error:
+        # A mistake of the user's: one line without traceback.
         _print_error(str(error))
         return 2
     except ModuleNotFoundError as error:
+        # An ImportError too: this clause comes before that of the others.
         extra = "train" if name == "train" else "lab"
         _print_error(f"{name} needs {error.name}, which is not installed; {install_hint(extra)}")
         return 2
     except BrokenPipeError:
+        # An OSError, which `main` handles.
         raise
     except (OSError, ImportError, SafetensorError) as error:
         # The OS error is already clear (a full disk, a file without permission); print it unchanged.
         _print_error(f"{type(error).__name__}: {error}")
         return 2
     except Stopped as stop:
-        if not int(os.environ.get("RANK", "0")):
+        # Training ended after a step that it saved. All processes of a distributed run end so, and one says it.
+        if _rank() == 0:
             print(f"maskft: {stop}; to resume:\n{_resume_line(argv)}", file=sys.stderr)
         return stop.status
     except KeyboardInterrupt as stop:
-        number = signal.Signals(*stop.args or (signal.SIGINT,))
-        advice = f"; finished work is kept, to resume:\n{_command(argv)}" if is_resumable else ""
+        # The handler of SIGTERM passes its number; Python's own of Ctrl-C passes nothing.
+        number = signal.Signals(stop.args[0]) if stop.args else signal.SIGINT
+        advice = ""
+        if is_resumable:
+            command = shlex.join(["maskft", *_without_overwrite(argv)])
+            advice = f"; finished work is kept, to resume:\n{command}"
         print(f"maskft: stopped by {number.name}{advice}", file=sys.stderr)
         return 128 + number
     finally:
+        # `main` may be called by a program that handles SIGTERM itself.
         if handler_before is not None:
             signal.signal(signal.SIGTERM, handler_before)
     return 0
@@ -128,9 +150,12 @@ def _call(module: ModuleType, name: str, words: list[str]) -> None:
 
 def make_parser(module: ModuleType, name: str) -> argparse.ArgumentParser:
     """The parser of a command with ``add_arguments``."""
-    hints = getattr(module, "HINTS", None)
-    description = f"{COMMANDS[name][:1].upper()}{COMMANDS[name][1:]}."
-    parser = OneLineParser(f"maskft {name}", hints, description=description)
+    text = COMMANDS[name]
+    parser = OneLineParser(
+        f"maskft {name}",
+        getattr(module, "HINTS", None),
+        description=f"{text[:1].upper()}{text[1:]}.",
+    )
     module.add_arguments(parser)
     return parser
 
@@ -140,6 +165,7 @@ def make_parser(module: ModuleType, name: str) -> argparse.ArgumentParser:
 
 def _end_at_sigterm():
     """Let SIGTERM end this process as Ctrl-C does, children first; returns the handler that was there before."""
+    # Python lets only the main thread set a handler.
     if threading.current_thread() is not threading.main_thread():
         return None
     this_process = os.getpid()
@@ -147,34 +173,52 @@ def _end_at_sigterm():
     def end(number: int, frame: FrameType | None) -> None:
         if os.getpid() == this_process:
             raise KeyboardInterrupt(number)
-        os._exit(128 + number)  # a fork inherits the handler, and must not print the advice
+        # A fork inherits the handler. It ends at once: an exception would make it print the advice as well.
+        os._exit(128 + number)
 
     return signal.signal(signal.SIGTERM, end)
 
 
-def _command(words: list[str]) -> str:
-    """The command without --overwrite, which would delete the finished work."""
-    return re.sub(r"(?i) --overwrite(=\S+| true| false)?(?!\S)", "", shlex.join(["maskft", *words]))
+def _without_overwrite(words: list[str]) -> list[str]:
+    """A command without ``--overwrite``, which would delete the finished work when the command is repeated."""
+    kept = []
+    previous = ""
+    for word in words:
+        is_option = word == "--overwrite" or word.startswith("--overwrite=")
+        is_value = previous == "--overwrite" and word.lower() in ("true", "false")
+        if not is_option and not is_value:
+            kept.append(word)
+        previous = word
+    return kept
 
 
 def _resume_line(words: list[str]) -> str:
-    """The command that resumes the run that ``words`` started."""
+    """The command that resumes the training run that ``words`` started."""
     from maskft_common.processes import COMMAND
 
     # With several processes, these are words for one worker; the launcher has put the user's into the environment.
-    words = shlex.split(os.environ.get(COMMAND, "")) or ["maskft", *words]
-    if RESUME not in words:
-        words = [*words, RESUME, "true"]
-    return shlex.join(words)
+    typed = shlex.split(os.environ.get(COMMAND, ""))
+    if not typed:
+        typed = ["maskft", *words]
+    if RESUME not in typed:
+        typed += [RESUME, "true"]
+    return shlex.join(typed)
+
+
+def _rank() -> int:
+    """Number of this process in a distributed run, as torchrun sets it; 0: the main one, or the only one."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def _print_error(message: str) -> None:
-    rank = int(os.environ.get("RANK", "0"))
+    rank = _rank()
+    where = ""
     if rank:
         # The main process has the same error: it prints it, and the launcher ends this process meanwhile.
         time.sleep(_PATIENCE_S)
-    where = f" on rank {rank}" if rank else ""
-    print(f"maskft: error{where}: {printable(' '.join(message.split()))}", file=sys.stderr)
+        where = f" on rank {rank}"
+    line = " ".join(message.split())
+    print(f"maskft: error{where}: {printable(line)}", file=sys.stderr)
 
 
 if __name__ == "__main__":
