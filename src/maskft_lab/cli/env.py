@@ -15,5 +15,6 @@ def run(args: argparse.Namespace) -> None:
     from maskft_common.environment import bfloat16_instructions, environment
 
     facts = environment()
+    # environment() goes into result files too; this is only for bug reports.
     facts["bfloat16_instructions"] = bfloat16_instructions()
     print(json.dumps(facts, indent=2))

@@ -17,18 +17,23 @@ if TYPE_CHECKING:
 
 def main(argv: list[str]) -> None:
     """Parse the options of the estimate, leave the rest to ``maskft train``'s parser, and print."""
+    # `own` has the options of the estimate, `rest` the words of `maskft train`, in their order.
     own, rest = make_parser().parse_known_args(argv)
-    early.check_training(early.with_config(rest))
+    words = early.with_config(rest)
+    early.check_training(words)
 
     # From here on torch is imported.
     from .train import parse
 
-    config = parse(rest)
+    config = parse(words)
+
     from ..estimate.estimate import estimate
 
     result = estimate(config, own.device, own.device_memory_gb)
     if own.format == "json":
-        print(json.dumps(asdict(result) | {"peak_bytes": result.peak_bytes}, indent=2))
+        # A property, which asdict() leaves out.
+        content = asdict(result) | {"peak_bytes": result.peak_bytes}
+        print(json.dumps(content, indent=2))
     else:
         _print(result)
 
@@ -44,7 +49,9 @@ def make_parser() -> argparse.ArgumentParser:
         "tokens. Sizes are in GB = 1e9 bytes, of one process.",
     )
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), help="device of the run (default: cuda if this machine has one, else cpu)"
+        "--device",
+        choices=("cpu", "cuda"),
+        help="device of the run (default: cuda if this machine has one, else cpu)",
     )
     parser.add_argument(
         "--device_memory_gb",
@@ -52,7 +59,12 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="GB",
         help="memory of the device as it is sold (24 means 24 x 2^30 bytes), > 0: prints the largest micro-batch",
     )
-    parser.add_argument("--format", choices=("table", "json"), default="table", help="output (default: table)")
+    parser.add_argument(
+        "--format",
+        choices=("table", "json"),
+        default="table",
+        help="output (default: table)",
+    )
     return parser
 
 
@@ -60,10 +72,17 @@ def _print(result: Estimate) -> None:
     from ..results.tables import Table, draw
 
     print(f"{result.method} on {result.model} ({result.device})\n")
+    # Parts of 0 bytes, such as the scores of a method without masks, are left out.
     sizes = {name: size for name, size in result.memory.items() if size}
     sizes["total"] = result.peak_bytes
-    rows = [(name, f"{size / 1e9:.3g}", f"{size / result.peak_bytes:.1%}") for name, size in sizes.items()]
-    print(draw(Table(("memory at its peak", "GB", "share"), rows), "terminal"))
+    rows = []
+    for name, size in sizes.items():
+        size_gb = size / 1e9
+        share = size / result.peak_bytes
+        rows.append((name, f"{size_gb:.3g}", f"{share:.1%}"))
+    table = Table(("memory at its peak", "GB", "share"), rows)
+    print(draw(table, "terminal"))
+
     print(f"parameters: {result.num_parameters:,}; trained {result.num_trainable:,}; masked {result.num_masked:,}")
     if result.largest_micro_batch is not None:
         print(f"largest per_device_train_batch_size: {result.largest_micro_batch}")

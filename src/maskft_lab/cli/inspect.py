@@ -11,8 +11,16 @@ from .arguments import adapter_of, add_adapter
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``maskft inspect``."""
     add_adapter(parser)
-    parser.add_argument("--modules", action="store_true", help="a row per module (default: layers share a row)")
-    parser.add_argument("--json", action="store_true", help="print JSON: a row per module, and the configuration")
+    parser.add_argument(
+        "--modules",
+        action="store_true",
+        help="a row per module (default: layers share a row)",
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print JSON: a row per module, and the configuration",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -22,11 +30,13 @@ def run(args: argparse.Namespace) -> None:
     adapter = adapter_of(args)
     check_mask(adapter)
 
+    # From here on torch is imported.
     from maskft.masks.summary import as_json, summarize, summary_lines
 
     summary = summarize(adapter)
     if args.json:
-        print(json.dumps(as_json(summary), indent=2))
+        content = as_json(summary)
+        print(json.dumps(content, indent=2))
         return
     for line in summary_lines(summary, args.modules):
         print(line)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-# As in maskft.masks.combine, which would import torch for --help.
+# A copy of the names in maskft.masks.combine, which imports torch: --help comes without.
 COMBINATIONS = ("union", "intersection", "vote")
 
+# Options that people take from other commands -> the remedy.
 HINTS = {"--output_dir": "the new folder is --output"}
 
 
@@ -19,8 +20,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="union: remove a weight that any mask removes; intersection: that all remove; vote: that more than half "
         "remove",
     )
-    parser.add_argument("adapters", nargs="+", metavar="DIR", help="adapter folders over one base, two or more")
-    parser.add_argument("--output", required=True, metavar="DIR", help="new folder for the combined adapter")
+    parser.add_argument(
+        "adapters",
+        nargs="+",
+        metavar="DIR",
+        help="adapter folders over one base, two or more",
+    )
+    parser.add_argument(
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="new folder for the combined adapter",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -30,6 +41,8 @@ def run(args: argparse.Namespace) -> None:
     for adapter in args.adapters:
         check_mask(adapter)
 
+    # From here on torch is imported.
     from maskft.masks.combine import combine_adapters
 
-    print(combine_adapters(args.adapters, args.combination, args.output), file=sys.stderr)
+    message = combine_adapters(args.adapters, args.combination, args.output)
+    print(message, file=sys.stderr)

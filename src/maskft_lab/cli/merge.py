@@ -14,19 +14,42 @@ from .arguments import adapter_of, add_adapter, add_base
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``maskft merge``."""
     add_adapter(parser)
-    parser.add_argument("--output_dir", metavar="DIR", help="new folder for the checkpoint")
+
+    # An ordinary checkpoint
+    parser.add_argument(
+        "--output_dir",
+        metavar="DIR",
+        help="new folder for the checkpoint",
+    )
     add_base(parser, default="the adapter's own")
-    parser.add_argument("--scale", type=float, default=1.0, help="part of the change, in (0, 1] (default: 1)")
+    parser.add_argument(
+        "--scale",
+        type=float,
+        default=1.0,
+        help="part of the change, in (0, 1] (default: 1)",
+    )
     parser.add_argument(
         "--dtype",
         default="auto",
         choices=("float32", "bfloat16", "float16", "auto"),
         help="dtype of the written weights; auto: the base's (default: auto)",
     )
-    parser.add_argument("--gguf", metavar="FILE", help="write the mask into a copy of this GGUF file, without rounding")
-    parser.add_argument("--output", metavar="FILE", help="new GGUF file (with --gguf)")
+
+    # A GGUF file
     parser.add_argument(
-        "--undo", action="store_true", help="with --gguf: take the mask out again, which gives the base bit for bit"
+        "--gguf",
+        metavar="FILE",
+        help="write the mask into a copy of this GGUF file, without rounding",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="new GGUF file (with --gguf)",
+    )
+    parser.add_argument(
+        "--undo",
+        action="store_true",
+        help="with --gguf: take the mask out again, which gives the base bit for bit",
     )
     parser.add_argument(
         "--accept_other_base",
@@ -45,6 +68,7 @@ def run(args: argparse.Namespace) -> None:
         _merge_gguf(adapter, args)
         return
 
+    # A checkpoint. Options of the other form would have no effect, and are refused.
     for name in ("output", "undo", "accept_other_base"):
         if getattr(args, name):
             raise UserError(f"--{name} goes with --gguf, the GGUF file to write the mask into")
@@ -52,25 +76,33 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("give --output_dir, the new folder; or --gguf and --output for a GGUF file")
     check_model(args.base)
 
+    # From here on torch is imported.
     import transformers
 
     from maskft.masks.merge import merge
 
+    # Not maskft_common.quiet.silence(), which would import datasets too.
     warnings.simplefilter("ignore", FutureWarning)
     transformers.utils.logging.disable_progress_bar()
-    print(merge(adapter, args.output_dir, args.base, args.dtype, args.scale), file=sys.stderr)
+    message = merge(adapter, args.output_dir, args.base, args.dtype, args.scale)
+    print(message, file=sys.stderr)
 
 
 def _merge_gguf(adapter: str, args: argparse.Namespace) -> None:
+    """Write the mask into a copy of a GGUF file, or take it out."""
     if args.output is None:
         raise UserError("--gguf needs --output, the new GGUF file")
-    if args.output_dir is not None or args.base is not None or args.scale != 1 or args.dtype != "auto":
+    # Options of a checkpoint that differ from their defaults: they would have no effect.
+    has_folder = args.output_dir is not None or args.base is not None
+    has_change = args.scale != 1 or args.dtype != "auto"
+    if has_folder or has_change:
         raise UserError(
             "--gguf writes one file, in the types of its base: drop --output_dir, --base, --scale and --dtype"
         )
     if args.undo and args.accept_other_base:
         raise UserError("--undo gives back the base that the file was made from: drop --accept_other_base")
 
+    # From here on torch is imported.
     from maskft.masks.gguf import merge_into_gguf, undo_in_gguf
 
     if args.undo:

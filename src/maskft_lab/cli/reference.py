@@ -1,4 +1,4 @@
-"""All commands and options, from their parsers: ``docs/reference.md``, and the help texts that need torch to be made.
+"""All commands and options, from their parsers: ``docs/reference.md``, and the help texts whose parsers need torch.
 
 ``python -m maskft_lab.cli.reference`` writes them after an option has changed; a test fails until then.
 """
@@ -10,7 +10,7 @@ import importlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from maskft_common.command_line import DEFAULT, has_default
 
@@ -52,10 +52,16 @@ def files() -> dict[Path, str]:
     from maskft.training.launch import launch_options
     from maskft.training.options import help_text, make_parser
 
-    parser = make_parser()
-    names = {name.lstrip("-") for action in parser._actions for name in action.option_strings}
-    names |= {action.dest for action in parser._actions} | set(launch_options()) | {"config", "help", "help_all"}
-    listed = {"versions": installed_versions(PACKAGES), "options": sorted(names)}
+    # Every name that the parser of `maskft train` takes, for early.check_training.
+    names = {"config", "help", "help_all"}
+    names.update(launch_options())
+    for action in make_parser()._actions:
+        names.add(action.dest)
+        names.update(option.lstrip("-") for option in action.option_strings)
+    listed = {
+        "versions": installed_versions(PACKAGES),
+        "options": sorted(names),
+    }
     return {
         PAGE: page(),
         HELP / "train.txt": help_text() + "\n",
@@ -68,6 +74,7 @@ def _evaluate_help() -> str:
     from ..evaluation.command_line import make_parser
 
     parser = make_parser()
+    # A fixed width: by default it is the width of the terminal in which the file is written.
     parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=100)
     return parser.format_help()
 
@@ -75,18 +82,23 @@ def _evaluate_help() -> str:
 def page() -> str:
     """The page, in Markdown."""
     sections = [_HEAD]
+    # In the order of `maskft --help`
     for name, text in COMMANDS.items():
         sections.append(f"## maskft {name}\n")
+        # Its options are in our groups, since most of them are TRL's.
         if name == "train":
-            sections += [f"{text[:1].upper()}{text[1:]}. {_ABOUT_TRAIN}", *_train_sections()]
-        else:
-            for parser in _parsers(name):
-                sections += _sections(parser, is_first=parser.prog == f"maskft {name}")
+            sections.append(f"{text[:1].upper()}{text[1:]}. {_ABOUT_TRAIN}")
+            sections += _train_sections()
+            continue
+        for parser in _parsers(name):
+            is_first = parser.prog == f"maskft {name}"
+            sections += _sections(parser, is_first)
     return "\n".join(sections)
 
 
 def _parsers(name: str) -> list[argparse.ArgumentParser]:
     """The parsers of a command; ``maskft report`` has two."""
+    # The parser of an evaluation is in the room of evaluation, since a study uses it too.
     if name == "evaluate":
         from ..evaluation.command_line import make_parser as evaluate_parser
 
@@ -109,9 +121,11 @@ def _sections(parser: argparse.ArgumentParser, is_first: bool) -> Iterator[str]:
         actions = [action for action in group._group_actions if _is_shown(action)]
         if not actions:
             continue
-        is_named = group.title not in ("positional arguments", "options", "optional arguments")
+        # The titles that argparse gives to arguments and options without a group.
+        is_named = group.title not in ("positional arguments", "options")
         if is_named:
-            yield f"**{group.title}.** {_text(group.description)}".rstrip() + "\n"
+            heading = f"**{group.title}.** {_text(group.description)}"
+            yield heading.rstrip() + "\n"
         yield _table(actions)
 
 
@@ -127,8 +141,12 @@ def _train_sections() -> Iterator[str]:
     from maskft.training.method_arguments import MaskArguments, MethodArguments
     from maskft.training.options import make_parser
 
-    # The first of each name: argparse adds --no_gradient_checkpointing after --gradient_checkpointing.
-    actions = {action.dest: action for action in reversed(make_parser()._actions)}
+    # Of two actions of one name the first: argparse adds --no_gradient_checkpointing after --gradient_checkpointing.
+    actions: dict[str, argparse.Action] = {}
+    for action in make_parser()._actions:
+        actions.setdefault(action.dest, action)
+
+    # The annotations of the class itself, without the fields that it inherits from TRL's.
     own_training = [name for name in TrainingArguments.__annotations__ if name in actions]
     groups = {
         "Method": [field.name for field in dataclasses.fields(MethodArguments)],
@@ -136,6 +154,7 @@ def _train_sections() -> Iterator[str]:
         "Data": [field.name for field in dataclasses.fields(DataArguments)],
         "Training, with a default or meaning of maskft": own_training,
     }
+    # Options in one of our tables; the last table has all others.
     seen: set[str] = set()
     for title, names in groups.items():
         yield f"### {title}\n"
@@ -143,8 +162,8 @@ def _train_sections() -> Iterator[str]:
         seen.update(names)
 
     yield _OF_TRL + "\n"
-    versions = ", ".join(f"{name} {version}" for name, version in installed_versions(PACKAGES).items())
-    yield _ABOUT_TRL.format(versions) + "\n"
+    versions = [f"{name} {version}" for name, version in installed_versions(PACKAGES).items()]
+    yield _ABOUT_TRL.format(", ".join(versions)) + "\n"
     others = sorted(actions.keys() - seen - {"help"})
     yield _table(actions[name] for name in others)
 
@@ -152,58 +171,86 @@ def _train_sections() -> Iterator[str]:
 def without_trl(text: str) -> str:
     """The page without the options of TRL, which differ from version to version."""
     before, _, after = text.partition(_OF_TRL)
-    return before + after[after.find("\n## ") :]
+    next_command = after.find("\n## ")
+    return before + after[next_command:]
 
 
 # Tables
 
 
 def _table(actions: Iterable[argparse.Action]) -> str:
-    lines = ["| option | value | default | meaning |", "|---|---|---|---|"]
-    lines += [f"| {' | '.join(_cells(action))} |" for action in actions]
+    lines = [
+        "| option | value | default | meaning |",
+        "|---|---|---|---|",
+    ]
+    for action in actions:
+        cells = " | ".join(_cells(action))
+        lines.append(f"| {cells} |")
     return "\n".join(lines) + "\n"
 
 
 def _cells(action: argparse.Action) -> tuple[str, str, str, str]:
+    # transformers adds --learning-rate beside --learning_rate: the one with underscores is shown.
     names = [name for name in action.option_strings if "-" not in name.lstrip("-")]
-    names = names[:2] if names and len(names[0]) == 2 else names[:1]  # -o, --output
-    option = ", ".join(f"`{name}`" for name in names) or f"`{action.metavar or action.dest}`"
+    has_short_name = len(names) > 0 and len(names[0]) == 2
+    num_shown = 2 if has_short_name else 1  # -o, --output
+    option = ", ".join(f"`{name}`" for name in names[:num_shown])
+    if not option:
+        option = f"`{action.metavar or action.dest}`"  # a positional argument
 
+    # A default in the help's own words goes before that of the parser.
     text = (action.help or "").replace("%%", "%")
-    found = DEFAULT.search(text)
-    if found:
-        text = text[: found.start()]
-        default = found["default"].replace("%(default)s", _default(action))
-    else:
-        default = _default(action)
+    default = _default(action)
+    stated = DEFAULT.search(text)
+    if stated:
+        text = text[: stated.start()]
+        default = stated["default"].replace("%(default)s", default)
     return option, _value(action), _text(default), _text(text)
 
 
 def _default(action: argparse.Action) -> str:
-    value = getattr(action.default, "value", action.default)  # of an enum
-    return f"{value}" if has_default(action) else ""
+    if not has_default(action):
+        return ""
+    return str(_plain(action.default))
+
+
+def _plain(value: Any) -> Any:
+    """The value that is typed on the command line; transformers has enums as choices and defaults."""
+    return getattr(value, "value", value)
 
 
 def _value(action: argparse.Action) -> str:
+    """The values that an option takes; empty for a switch without value, and for one positional argument."""
+    is_list = action.nargs in ("+", "*")
     if isinstance(action, argparse._StoreTrueAction):
         return ""
     if action.choices:
-        return _text(", ".join(str(getattr(choice, "value", choice)) for choice in action.choices))
+        choices = [str(_plain(choice)) for choice in action.choices]
+        return _text(", ".join(choices))
     if not action.option_strings:
-        return "one or more" if action.nargs in ("+", "*") else ""
-    kinds = get_args(action.type) or (action.type,)  # of `float | None`
-    if any("bool" in repr(kind) or "true" in repr(kind) for kind in kinds):
-        name = "true, false"
-    elif float in kinds:
-        name = "number"
-    else:
-        name = "integer" if int in kinds else "text"
-    return f"{name} ..." if action.nargs in ("+", "*") else name
+        return "one or more" if is_list else ""
+    name = _name_of_type(action.type)
+    return f"{name} ..." if is_list else name
+
+
+def _name_of_type(kind: Any) -> str:
+    # Of `float | None` the parts.
+    kinds = get_args(kind) or (kind,)
+    for each in kinds:
+        # bool, our `true_or_false`, and the functions by which transformers parses a bool.
+        if "bool" in repr(each) or "true" in repr(each):
+            return "true, false"
+    if float in kinds:
+        return "number"
+    if int in kinds:
+        return "integer"
+    return "text"
 
 
 def _text(text: str | None) -> str:
     """One line that Markdown shows as it is."""
-    text = " ".join((text or "").split())
+    words = (text or "").split()
+    text = " ".join(words)
     return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
 
 

@@ -11,6 +11,7 @@ from maskft_common.errors import UserError
 
 from . import early
 
+# Options that people take from other commands -> the remedy.
 HINTS = {
     "--seed": "the recipe's `seeds` decide",
     "--seeds": "the recipe's `seeds` decide",
@@ -22,18 +23,40 @@ HINTS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``maskft study``."""
     parser.add_argument(
-        "recipe", metavar="RECIPE", nargs="?", help="the study's YAML file; docs/studies.md describes it"
+        "recipe",
+        metavar="RECIPE",
+        nargs="?",
+        help="the study's YAML file; docs/studies.md describes it",
     )
-    parser.add_argument("--config", dest="config", metavar="RECIPE", help=argparse.SUPPRESS)  # as for maskft train
+    # maskft train calls its recipe so.
+    parser.add_argument(
+        "--config",
+        metavar="RECIPE",
+        help=argparse.SUPPRESS,
+    )
+
+    # Folders and the model
     parser.add_argument(
         "--output_dir",
         metavar="DIR",
         help="folder of the study; finished runs in it are not repeated (default: runs/NAME)",
     )
-    parser.add_argument("--data_dir", metavar="DIR", help="folder with the data files that the recipe names")
-    parser.add_argument("--model", metavar="MODEL", help="base model, a local folder say (default: the recipe's)")
     parser.add_argument(
-        "--dry_run", action="store_true", help="list runs, what each is made from, tokens and time; run nothing"
+        "--data_dir",
+        metavar="DIR",
+        help="folder with the data files that the recipe names",
+    )
+    parser.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="base model, a local folder say (default: the recipe's)",
+    )
+
+    # How it is run
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="list runs, what each is made from, tokens and time; run nothing",
     )
     parser.add_argument(
         "--launcher",
@@ -50,7 +73,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with launcher local: runs at a time, which share the cores; a training beside which no other can run "
         "gets all of them; for models too small to keep them busy (default: 1)",
     )
-    parser.add_argument("--partition", metavar="NAME", help="with launcher slurm (default: the cluster's own)")
+    parser.add_argument(
+        "--partition",
+        metavar="NAME",
+        help="with launcher slurm (default: the cluster's own)",
+    )
     parser.add_argument(
         "--time_min",
         type=int,
@@ -68,9 +95,12 @@ def run(args: argparse.Namespace) -> None:
     if file is None:
         raise UserError("the recipe is missing: maskft study RECIPE.yaml")
     content = read_yaml(file)
-    is_mapping = isinstance(content, dict)
-    if not args.dry_run:  # which plans before its model is made
-        early.check_model(args.model or (content.get("model") if is_mapping else None))
+    # A dry run may come before its model is there.
+    if not args.dry_run:
+        model = args.model
+        if not model and isinstance(content, dict):
+            model = content.get("model")
+        early.check_model(model)
 
     # From here on torch is imported.
     from maskft_common.quiet import silence
@@ -80,14 +110,23 @@ def run(args: argparse.Namespace) -> None:
     from ..study.load_recipe import load_recipe
 
     silence()
-    launcher = launcher_of(args.launcher, args.num_at_once, args.partition, args.time_min)
+    # Raises if a cluster's own programs are not installed.
+    launcher = launcher_of(
+        args.launcher,
+        args.num_at_once,
+        args.partition,
+        args.time_min,
+    )
     recipe = load_recipe(file, args.data_dir)
     why_no_time = None
     if args.model:
+        # The recipe's speed would give a wrong time for a model of another size.
         why_no_time = "no time: tokens_per_s of the recipe is of its own model, not of --model"
         recipe = recipe.model_copy(update={"model": args.model, "tokens_per_s": None})
     plan = checked_plan(recipe)
-    folder = Path(args.output_dir or Path("runs") / recipe.name)
+    folder = Path("runs") / recipe.name
+    if args.output_dir:
+        folder = Path(args.output_dir)
 
     if args.dry_run:
         from ..study.dry_run import print_dry_run
@@ -97,9 +136,13 @@ def run(args: argparse.Namespace) -> None:
 
     from ..study.study import run_study
 
+    # Reads tasks and data: a dry run may come before they are there.
     check_before_running(plan)
     run_study(plan, folder, launcher)
     # The page of the study shows it: whoever gets the folder has the recipe too.
-    write_text(folder / layout.STUDY_RECIPE.format(recipe.name), read_text(Path(file)))
-    words = ["maskft", "report", str(folder), "--study_name", recipe.name, "-o", str(folder / "report.html")]
+    text = read_text(Path(file))
+    write_text(folder / layout.STUDY_RECIPE.format(recipe.name), text)
+
+    page = folder / "report.html"
+    words = ["maskft", "report", str(folder), "--study_name", recipe.name, "-o", str(page)]
     print(f"next: {shlex.join(words)}")

@@ -17,8 +17,10 @@ def main(argv: Sequence[str]) -> None:
     if early.asks_for_help(argv):
         print(early.help_text("train"))
         return
+
     words = early.with_config(argv)
-    if "--help_all" not in words:
+    asks_for_all_help = "--help_all" in words
+    if not asks_for_all_help:
         early.check_training(words)
 
     # From here on torch is imported.
@@ -27,10 +29,12 @@ def main(argv: Sequence[str]) -> None:
     from maskft_common.quiet import silence
 
     silence()
-    if "--help_all" in words:
+    if asks_for_all_help:
         print(help_text(is_long=True))
         return
 
+    # Options of `accelerate launch` ask for several processes. Each of them runs this command again with the words of
+    # the training, and is_launched() is true there.
     config, launch_words, train_words = parse_words(words)
     if launch_words and not is_launched():
         status = launch(launch_words, "maskft_lab.cli.main", ["train", *train_words])
@@ -42,12 +46,15 @@ def main(argv: Sequence[str]) -> None:
 
     from ..estimate.out_of_memory import explained
 
+    # Memory that runs out is one line with advice, not a traceback.
     with explained():
         train(config)
 
 
 def parse(argv: Sequence[str]) -> TrainConfig:
-    """The configuration that the words after ``maskft train`` stand for; every mistake is one UserError."""
+    """The configuration of the words after ``maskft train``; every mistake is one UserError."""
     from maskft.training.options import parse_words
 
-    return parse_words(early.with_config(argv))[0]
+    words = early.with_config(argv)
+    config, _, _ = parse_words(words)
+    return config

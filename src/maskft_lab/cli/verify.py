@@ -13,12 +13,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_adapter(parser)
     add_base(parser, default="none: only the adapter's files are checked")
     parser.add_argument(
-        "--gguf", metavar="FILE", help="check that this GGUF file is exactly its base (--base: a file) with the mask"
+        "--gguf",
+        metavar="FILE",
+        help="check that this GGUF file is exactly its base (--base: a file) with the mask",
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print each check that passed; the first that fails ends the command."""
+    """Print the checks if all passed; the first that fails is the command's error."""
     from maskft_common.errors import printable
 
     from .early import check_mask
@@ -26,11 +28,18 @@ def run(args: argparse.Namespace) -> None:
     adapter = adapter_of(args)
     check_mask(adapter)
     for line in _passed_checks(adapter, args):
+        # Names come from files of strangers, whose control characters must not reach the terminal.
         print(printable(f"ok  {line}"))
 
 
-def _passed_checks(adapter: str, args: argparse.Namespace):
+def _passed_checks(adapter: str, args: argparse.Namespace) -> list[str]:
+    """A line for each check.
+
+    Raises:
+        UserError: For the first that fails.
+    """
     if args.gguf is not None:
+        # From here on torch is imported.
         from maskft.masks.gguf import verify_gguf
 
         return verify_gguf(adapter, args.gguf, args.base)
@@ -39,10 +48,12 @@ def _passed_checks(adapter: str, args: argparse.Namespace):
 
     check_model(args.base)
 
+    # From here on torch is imported.
     import transformers
 
     from maskft.masks.verify import verify
 
+    # Loading the base shows a progress bar, and warnings of libraries about their next versions.
     if args.base:
         warnings.simplefilter("ignore", FutureWarning)
         transformers.utils.logging.disable_progress_bar()
