@@ -20,6 +20,7 @@ CASES = {
     "evaluate --adapter ./none --output_dir out": "adapter folder './none' does not exist",
     "study none.yaml": "recipe 'none.yaml' does not exist",
     "study": "the recipe is missing: maskft study RECIPE.yaml",
+    "study a.yaml --config b.yaml": "the recipe is given twice",
     "study --config none.yaml --model ./none": "recipe 'none.yaml' does not exist",
     "merge ./none --output_dir out": "adapter folder './none' does not exist",
     "merge --adapter ./none --output_dir out": "adapter folder './none' does not exist",

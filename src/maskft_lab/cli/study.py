@@ -91,6 +91,8 @@ def run(args: argparse.Namespace) -> None:
     from maskft_common.files import read_text, write_text
     from maskft_common.yaml_file import read_yaml
 
+    if args.recipe and args.config:
+        raise UserError("the recipe is given twice: maskft study RECIPE.yaml")
     file = args.recipe or args.config
     if file is None:
         raise UserError("the recipe is missing: maskft study RECIPE.yaml")
