@@ -25,7 +25,7 @@ from maskft.masks.mask_set import MaskSet
 from maskft.training.options import option_defaults
 from maskft_common.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RESULT
 from maskft_lab.cli import masks as masks_command
-from maskft_lab.cli.main import COMMANDS, _without_overwrite, main
+from maskft_lab.cli.main import COMMANDS, _resume_line, _without_overwrite, main
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +134,13 @@ def test_the_command_offers_the_combinations_that_there_are():
 )
 def test_an_interrupted_command_is_repeated_without_overwrite(words, kept):
     assert _without_overwrite(shlex.split(words)) == shlex.split(kept)
+
+
+@pytest.mark.parametrize("given", ["", "--resume_from_checkpoint false ", "--resume_from_checkpoint=out/checkpoint-2 "])
+def test_a_stopped_training_resumes_from_its_last_checkpoint(given):
+    """Whatever it was started from."""
+    words = shlex.split(f"train {given}--output_dir out")
+    assert _resume_line(words) == "maskft train --output_dir out --resume_from_checkpoint true"
 
 
 def test_env(capsys):

@@ -200,9 +200,16 @@ def _resume_line(words: list[str]) -> str:
     typed = shlex.split(os.environ.get(COMMAND, ""))
     if not typed:
         typed = ["maskft", *words]
-    if RESUME not in typed:
-        typed += [RESUME, "true"]
-    return shlex.join(typed)
+
+    # Without the user's own value: false would start again, and a checkpoint's name would go back to that one.
+    kept = []
+    previous = ""
+    for word in typed:
+        is_resume = word == RESUME or word.startswith(f"{RESUME}=") or previous == RESUME
+        if not is_resume:
+            kept.append(word)
+        previous = word
+    return shlex.join([*kept, RESUME, "true"])
 
 
 def _rank() -> int:
