@@ -31,21 +31,33 @@ class FixedMask:
     of_gradients: bool = False
 
 
-def _random(weight: Tensor, norms: Tensor | None, generator: torch.Generator) -> Tensor:
-    return torch.rand(weight.numel(), generator=generator).view(weight.shape)
+def _random(
+    weight: Tensor,
+    norms: Tensor | None,
+    generator: torch.Generator,
+) -> Tensor:
+    # On the CPU, whatever the device of the weight is: a seed gives the same mask on every machine.
+    keys = torch.rand(weight.numel(), generator=generator)
+    return keys.view(weight.shape)
 
 
-def _magnitude(weight: Tensor, norms: Tensor | None, generator: torch.Generator) -> Tensor:
+def _magnitude(
+    weight: Tensor,
+    norms: Tensor | None,
+    generator: torch.Generator,
+) -> Tensor:
     keys = ranking_keys(weight).view(weight.shape)
     if norms is None:
         return keys
-    return keys * norms  # Wanda
+    # Wanda: the norms broadcast over the outputs.
+    return keys * norms
 
 
 FIXED_MASKS = {
     "random_mask": FixedMask(_random),
     "l1_mask": FixedMask(_magnitude),
-    "wanda_mask": FixedMask(_magnitude, of_inputs=True),  # https://arxiv.org/abs/2306.11695
+    # https://arxiv.org/abs/2306.11695
+    "wanda_mask": FixedMask(_magnitude, of_inputs=True),
 }
 
 
@@ -76,8 +88,12 @@ def fixed_masks(
     Raises:
         UserError: If a weight is not finite.
     """
+    # NaN compares with nothing, so a rank among NaN would be arbitrary.
     for number, weight in enumerate(weights, start=1):
-        if not weight.is_meta and not bool(weight.isfinite().all()):
+        # On the meta device there are no values; only the shape of the weight matters for a random mask.
+        if weight.is_meta:
+            continue
+        if not bool(weight.isfinite().all()):
             raise UserError(
                 f"the base's weights hold NaN or inf (in matrix {number} of {len(weights)}), so {kind} cannot be made; "
                 "check the base model"
@@ -100,25 +116,39 @@ def fixed_masks(
 
     masks = []
     if method.of_inputs:
+        # Within each output, as Wanda does.
         for keys_of_weight, count, norms in zip(keys, counts, input_norms, strict=True):
+            # Norms of shape (1, I) go with a weight of shape (O, I).
             output_dim = 0 if norms.shape[0] == 1 else 1
-            masks.append(_remove_lowest_per_output(keys_of_weight, count, output_dim))
+            mask = _remove_lowest_per_output(keys_of_weight, count, output_dim)
+            masks.append(mask)
     else:
+        # Within the whole matrix. "signed": the keys are ranked as they are, not by their absolute value.
         for keys_of_weight, count in zip(keys, counts, strict=True):
-            masks.append(mask_without_lowest(keys_of_weight, count, "signed"))
+            mask = mask_without_lowest(keys_of_weight, count, "signed")
+            masks.append(mask)
     return masks
 
 
-def _remove_lowest_per_output(keys: Tensor, num: int, output_dim: int) -> Tensor:
+def _remove_lowest_per_output(
+    keys: Tensor,
+    num: int,
+    output_dim: int,
+) -> Tensor:
     """Remove ``num`` entries, the same number of each output's inputs (the first outputs one more where it is uneven).
 
     Wanda compares a weight with the other inputs of its output only: those of others have another scale.
     """
     num_outputs = keys.shape[output_dim]
     num_each, num_extra = divmod(num, num_outputs)
+    # How many entries each output loses.
     limits_O = torch.full((num_outputs,), num_each, device=keys.device)
     limits_O[:num_extra] += 1
-    return ranks_per_output(keys, output_dim) >= limits_O.unsqueeze(1 - output_dim)
+
+    # Shaped to broadcast over the inputs.
+    limits = limits_O.unsqueeze(1 - output_dim)
+    ranks = ranks_per_output(keys, output_dim)
+    return ranks >= limits
 
 
 def ranks_per_output(keys: Tensor, output_dim: int) -> Tensor:
@@ -130,7 +160,12 @@ def ranks_per_output(keys: Tensor, output_dim: int) -> Tensor:
     """
     input_dim = 1 - output_dim
     order = keys.argsort(dim=input_dim, stable=True)
-    ranks = torch.arange(keys.shape[input_dim], device=keys.device)
-    ranks = ranks[None] if output_dim == 0 else ranks[:, None]
+
+    # 0, 1, 2, ... along the inputs, the same for every output.
+    places = torch.arange(keys.shape[input_dim], device=keys.device)
+    places = places.unsqueeze(output_dim)
+    places = places.expand_as(order)
+
     # The inverse permutation: the entry that is sorted to place r gets rank r.
-    return torch.empty_like(order).scatter_(input_dim, order, ranks.expand_as(order))
+    ranks = torch.empty_like(order)
+    return ranks.scatter_(input_dim, order, places)

@@ -12,10 +12,15 @@ from maskft_common.errors import UserError
 
 from ..tuner import MaskedLinear
 
-_IGNORED = -100  # label of a token without loss, as in torch's cross_entropy
+# Label of a token without loss, as in torch's cross_entropy.
+_IGNORED = -100
 
 
-def weight_gradients(model: Any, layers: Sequence[MaskedLinear], rows: Iterable[Mapping[str, Any]]) -> list[Tensor]:
+def weight_gradients(
+    model: Any,
+    layers: Sequence[MaskedLinear],
+    rows: Iterable[Mapping[str, Any]],
+) -> list[Tensor]:
     """Gradient of the mean loss per supervised token with respect to the weight of each layer.
 
     Args:
@@ -31,7 +36,9 @@ def weight_gradients(model: Any, layers: Sequence[MaskedLinear], rows: Iterable[
     """
     weights = [layer.weight for layer in layers]
     # Float32, in which many small gradients are summed, whatever the dtype of the weights is.
-    totals = [torch.zeros(weight.shape, device=weight.device) for weight in weights]
+    totals = []
+    for weight in weights:
+        totals.append(torch.zeros(weight.shape, device=weight.device))
     num_tokens = 0
 
     # autograd.grad below takes these weights alone; backward() would fill .grad of every trainable parameter.
@@ -39,16 +46,26 @@ def weight_gradients(model: Any, layers: Sequence[MaskedLinear], rows: Iterable[
         weight.requires_grad_(True)
     try:
         for row in rows:
-            ids_BT = torch.as_tensor(row["input_ids"], device=weights[0].device)[None]
-            labels_BT = torch.as_tensor(row["labels"], device=weights[0].device)[None]
+            # A batch of one row, so that nothing is padded.
+            device = weights[0].device
+            ids_BT = torch.as_tensor(row["input_ids"], device=device).unsqueeze(0)
+            labels_BT = torch.as_tensor(row["labels"], device=device).unsqueeze(0)
             with torch.enable_grad():
-                loss = model(input_ids=ids_BT, labels=labels_BT, use_cache=False).loss
+                # Only the loss is kept: a name for the output would keep the logits in memory.
+                loss = model(
+                    input_ids=ids_BT,
+                    labels=labels_BT,
+                    use_cache=False,
+                ).loss
             gradients = torch.autograd.grad(loss, weights, allow_unused=True)
 
-            # The loss is a mean over the tokens of the row; the first token has no prediction.
-            count = int((labels_BT[:, 1:] != _IGNORED).sum())
+            # The loss is a mean over the tokens of the row, so it is weighted by their number. The first token has no
+            # prediction.
+            is_supervised_BT = labels_BT[:, 1:] != _IGNORED
+            count = int(is_supervised_BT.sum())
             num_tokens += count
-            for layer, total, gradient in zip(layers, totals, gradients, strict=True):
+            parts = zip(layers, totals, gradients, strict=True)
+            for layer, total, gradient in parts:
                 if gradient is None:
                     raise UserError(
                         f"the loss does not depend on {layer.module_name}, so it has no gradient; leave it out of "
@@ -58,4 +75,7 @@ def weight_gradients(model: Any, layers: Sequence[MaskedLinear], rows: Iterable[
     finally:
         for weight in weights:
             weight.requires_grad_(False)
-    return [total / max(num_tokens, 1) for total in totals]
+
+    # Of no tokens at all, the mean is zero.
+    divisor = max(num_tokens, 1)
+    return [total / divisor for total in totals]

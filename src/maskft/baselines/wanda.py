@@ -14,7 +14,11 @@ from ..tuner import MaskedLinear, adapter_layers
 from .fixed import ranks_per_output
 
 
-def wanda_keys(model: Any, rows: Iterable[Sequence[int] | Tensor], adapter_name: str = "default") -> dict[str, Tensor]:
+def wanda_keys(
+    model: Any,
+    rows: Iterable[Sequence[int] | Tensor],
+    adapter_name: str = "default",
+) -> dict[str, Tensor]:
     """Rank of abs(weight) * norm of its input among the inputs of its output, for :func:`maskft.start_scores`.
 
     Ranks, because magnitudes of different outputs have no common scale: removing the lowest gives Wanda's mask.
@@ -34,10 +38,12 @@ def wanda_keys(model: Any, rows: Iterable[Sequence[int] | Tensor], adapter_name:
     if not layers or not hasattr(model, "disable_adapter"):
         raise UserError(f"the model has no mask adapter named {adapter_name!r}: pass what get_peft_model returned")
 
-    # The inputs of the unmasked model: the masks of an adapter without keys are not known yet.
+    # The inputs of the unmasked model: the masks of an adapter without keys are not known yet. In evaluation mode,
+    # because dropout would change them.
     was_training = model.training
     model.eval()
     try:
+        # The cast is for mypy, for which hasattr above has narrowed the type.
         with cast(Any, model).disable_adapter():
             norms = input_norms(model, layers, rows)
     finally:
@@ -45,15 +51,21 @@ def wanda_keys(model: Any, rows: Iterable[Sequence[int] | Tensor], adapter_name:
 
     keys = {}
     for layer, norms_of_layer in zip(layers, norms, strict=True):
+        # get_base_weight dequantises; a weight in four bits has no magnitudes.
         magnitudes = layer.get_base_weight().float().abs()
+        scores = magnitudes * norms_of_layer
         output_dim = 1 if layer.is_transposed else 0
-        ranks = ranks_per_output(magnitudes * norms_of_layer, output_dim)
+        ranks = ranks_per_output(scores, output_dim)
         keys[layer.module_name] = ranks.float()
     return keys
 
 
 @torch.inference_mode()
-def input_norms(model: Any, layers: Sequence[MaskedLinear], rows: Iterable[Sequence[int] | Tensor]) -> list[Tensor]:
+def input_norms(
+    model: Any,
+    layers: Sequence[MaskedLinear],
+    rows: Iterable[Sequence[int] | Tensor],
+) -> list[Tensor]:
     """L2 norm of every input feature of ``layers`` over all tokens of ``rows``.
 
     One pass over the unmasked model; the published method measures each layer behind the pruned ones.
@@ -72,35 +84,47 @@ def input_norms(model: Any, layers: Sequence[MaskedLinear], rows: Iterable[Seque
     # Per layer, the sum of squares over all tokens seen so far, (I,); None: it has seen no token.
     squares: list[Tensor | None] = [None] * len(layers)
 
-    def add(index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    # A function that makes the hook of one layer: hooks defined in a loop would all see the last index.
+    def make_hook(index: int) -> Callable[..., None]:
+        def add_squares(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0].detach()
             x_TI = x.reshape(-1, x.shape[-1])
+            # In float32: half precision overflows for the squares of large activations.
             squares_I = x_TI.float().pow(2).sum(0)
             before = squares[index]
-            squares[index] = squares_I if before is None else before + squares_I
+            if before is None:
+                squares[index] = squares_I
+            else:
+                squares[index] = before + squares_I
 
-        return hook
+        return add_squares
 
-    hooks = [layer.register_forward_pre_hook(add(n)) for n, layer in enumerate(layers)]
+    hooks = []
+    for index, layer in enumerate(layers):
+        hook = layer.register_forward_pre_hook(make_hook(index))
+        hooks.append(hook)
     try:
         for row in rows:
             # Likely mistakes: a row of a data set, which is a mapping, and a text.
             is_of_tokens = not isinstance(row, Mapping | str)
-            ids = torch.as_tensor(row, device=layers[0].weight.device) if is_of_tokens else None
+            ids = None
+            if is_of_tokens:
+                ids = torch.as_tensor(row, device=layers[0].weight.device)
+            # An empty list becomes a float tensor.
             if ids is None or ids.dim() != 1 or ids.dtype.is_floating_point:
                 raise UserError("a calibration row is not a list of token ids; give input_ids, without padding")
-            model(input_ids=ids[None], use_cache=False)
+            model(input_ids=ids.unsqueeze(0), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
 
-    # Shaped to be multiplied with the weight.
     norms = []
     for layer, squares_I in zip(layers, squares, strict=True):
         if squares_I is None:
             name = layer.module_name
             raise UserError(f"no calibration row reached {name}; leave it out of target_modules, or give more rows")
         norms_I = squares_I.sqrt()
-        norms.append(norms_I[:, None] if layer.is_transposed else norms_I[None, :])
+        # Shaped to be multiplied with the weight, (O, I) or, transposed, (I, O).
+        input_dim = 0 if layer.is_transposed else 1
+        norms.append(norms_I.unsqueeze(1 - input_dim))
     return norms
