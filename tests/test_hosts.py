@@ -1,17 +1,20 @@
 """Masks where others load them: PEFT's own comparison of methods, and lm-eval by the line of docs/compatibility.md."""
 
+import importlib
 import json
 import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from peft import PeftConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+import maskft
 import tiny
 from maskft import MaskConfig
 
@@ -37,6 +40,37 @@ def test_the_experiment_has_the_form_that_peft_s_comparison_takes():
         masked(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
         assert masked.get_nb_trainable_parameters()[0] > 0
         assert set(json.loads((folder / "training_params.json").read_text())) <= known
+
+
+def test_a_zero_under_mask_is_a_value_in_axolotl(monkeypatch):
+    """The configuration alone, for which axolotl need not be installed: its two classes are stubs."""
+    for name in ("axolotl", "axolotl.integrations", "axolotl.integrations.base"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["axolotl.integrations.base"].BasePlugin = object
+    sys.modules["axolotl.integrations.base"].AdapterCapabilities = object
+    # Set first, so that monkeypatch removes the module that is imported with the stubs.
+    monkeypatch.setattr(maskft, "axolotl", None, raising=False)
+    monkeypatch.setitem(sys.modules, "maskft.axolotl", None)
+    del sys.modules["maskft.axolotl"]
+    plugin = importlib.import_module("maskft.axolotl").MaskPlugin()
+
+    cfg = SimpleNamespace(
+        adapter="mask",
+        lora_target_modules=["q_proj"],
+        lora_modules_to_save=[],
+        peft_layers_to_transform=None,
+        mask={"sparsity": 0, "mask_seed": None},
+    )
+    model, config = plugin.load_adapter(None, cfg, config_only=True)
+    assert model is None
+    assert config.sparsity == 0, "and not the default"
+    assert config.save_scores and config.mask_seed == 0
+    assert config.modules_to_save is None and config.layers_to_transform is None
+
+    cfg.mask = {"save_scores": False, "target_modules": ["v_proj"]}
+    _, config = plugin.load_adapter(None, cfg, config_only=True)
+    assert config.save_scores is False
+    assert set(config.target_modules) == {"v_proj"}
 
 
 @pytest.mark.slow

@@ -62,17 +62,31 @@ class MaskPlugin(BasePlugin):
             "target_modules": cfg.lora_target_modules,
             "modules_to_save": cfg.lora_modules_to_save,
             "layers_to_transform": cfg.peft_layers_to_transform,
-            "save_scores": True,  # axolotl resumes from the adapter that it saved
-            **(cfg.mask or {}),
+            # axolotl resumes from the adapter that it saved.
+            "save_scores": True,
         }
+        # axolotl has None or an empty list for an option that is not given.
         given = {name: value for name, value in options.items() if value}
+        # Fields under `mask` win over axolotl's own options. 0 and false are values there, such as `sparsity: 0`.
+        for name, value in (cfg.mask or {}).items():
+            if value is not None:
+                given[name] = value
         config = MaskConfig(task_type="CAUSAL_LM", **given)
         if config_only:
             return None, config
+
         if cfg.lora_model_dir:
-            return PeftModel.from_pretrained(model, cfg.lora_model_dir, is_trainable=not inference), config
-        return get_peft_model(model, config), config
+            masked = PeftModel.from_pretrained(
+                model,
+                cfg.lora_model_dir,
+                is_trainable=not inference,
+            )
+        else:
+            masked = get_peft_model(model, config)
+        return masked, config
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[MaskProgress]:
         """Masks with a ramp, a schedule or noise need to know how far training is."""
-        return [MaskProgress()] if cfg.adapter == "mask" else []
+        if cfg.adapter != "mask":
+            return []
+        return [MaskProgress()]
