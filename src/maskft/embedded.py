@@ -28,7 +28,13 @@ _CONFIG_KEYS = {
     "num_key_value_heads": "attention.head_count_kv",
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
 }
-_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+# Name of a special token in LlamaConfig -> in the metadata.
+_TOKENS = {
+    "bos": "bos",
+    "eos": "eos",
+    "unk": "unknown",
+    "pad": "padding",
+}
 # Name of a tensor in the file -> name of transformers' module.
 _MODULES = {
     "token_embd": "model.embed_tokens",
@@ -66,8 +72,10 @@ def read_embedded() -> tuple[LlamaConfig, dict[str, Tensor]]:
     transformers' own reader of GGUF files takes 13 seconds for this one, and this takes two.
     """
     head = read_head(embedded_file())
+    weights = {}
     try:
-        weights = {_name(tensor): dequantised(head, tensor) for tensor in head.tensors}
+        for tensor in head.tensors:
+            weights[_name(tensor)] = dequantised(head, tensor)
     except ImportError as error:
         raise UserError(f"reading the embedded model needs gguf ({install_hint('demo')}): {error}") from error
     return _config(head.metadata), weights
@@ -90,6 +98,9 @@ def _config(metadata: dict[str, Any]) -> LlamaConfig:
 
 def _name(name: str) -> str:
     """Name of a tensor in transformers."""
-    *block, part, kind = name.split(".")  # blk.3.attn_q.weight, or output_norm.weight
-    layer = f"model.layers.{block[1]}." if block else ""
-    return f"{layer}{_MODULES[part]}.{kind}"
+    # blk.3.attn_q.weight, or output_norm.weight.
+    *block, part, kind = name.split(".")
+    module = _MODULES[part]
+    if not block:
+        return f"{module}.{kind}"
+    return f"model.layers.{block[1]}.{module}.{kind}"

@@ -19,12 +19,15 @@ from maskft_common import processes
 
 from .data.tokenizing import IGNORED
 
-Row = Mapping[str, Any]  # with input_ids and labels
-RowLoss = tuple[float, int]  # nats per supervised token, and the number of these tokens
+# A tokenised row, with input_ids and labels.
+Row = Mapping[str, Any]
+# Nats per supervised token, and the number of these tokens.
+RowLoss = tuple[float, int]
 
 
 def mean_nll(losses: Iterable[RowLoss]) -> float:
     """Nats per token over all rows."""
+    # A list, because it may be an iterator and is read twice.
     losses = list(losses)
     total = sum(nll * count for nll, count in losses)
     num_tokens = sum(count for _, count in losses)
@@ -55,10 +58,14 @@ def nll_per_item(
     model.eval()
     losses: list[RowLoss] = [(0.0, 0)] * len(rows)
     lengths = [len(row["input_ids"]) for row in rows]
-    for indices in length_sorted_batches(lengths, batch_size):
+    batches = length_sorted_batches(lengths, batch_size)
+    for indices in batches:
         batch = [rows[index] for index in indices]
-        ids_BT, mask_BT = pad([row["input_ids"] for row in batch], pad_token_id, model.device)
-        labels_BT, _ = pad([row["labels"] for row in batch], IGNORED, model.device)
+        ids = [row["input_ids"] for row in batch]
+        labels = [row["labels"] for row in batch]
+        ids_BT, mask_BT = pad(ids, pad_token_id, model.device)
+        labels_BT, _ = pad(labels, IGNORED, model.device)
+
         found = _batch_nll(model, ids_BT, mask_BT, labels_BT)
         for index, loss in zip(indices, found, strict=True):
             losses[index] = loss
@@ -87,13 +94,21 @@ class HeldoutLoss:
         """Losses of the rows, in their order."""
 
         def nll_of(chosen: Sequence[Row]) -> list[RowLoss]:
-            return nll_per_item(self.model, chosen, batch_size=self.batch_size, pad_token_id=self.pad_token_id)
+            return nll_per_item(
+                self.model,
+                chosen,
+                batch_size=self.batch_size,
+                pad_token_id=self.pad_token_id,
+            )
 
         with self.context():
             return shared_rows(rows, nll_of)
 
 
-def shared_rows(rows: Sequence[Row], measure: Callable[[Sequence[Row]], list[RowLoss]]) -> list[RowLoss]:
+def shared_rows(
+    rows: Sequence[Row],
+    measure: Callable[[Sequence[Row]], list[RowLoss]],
+) -> list[RowLoss]:
     """Measure rows, of which each process of a run takes a share; every process must call it with the same rows.
 
     Args:
@@ -104,24 +119,32 @@ def shared_rows(rows: Sequence[Row], measure: Callable[[Sequence[Row]], list[Row
         The losses of all rows, in their order, on every process.
     """
     count = len(rows)
+    rank = processes.rank()
     num_processes = processes.num_processes()
     # Each process takes the same number of rows: under FSDP all have to run the same number of batches.
     # If they do not divide evenly, the last processes measure some of the first rows once more.
     num_own = math.ceil(count / num_processes)
-    own = [(processes.rank() + number * num_processes) % count for number in range(num_own)]
+    own = []
+    for number in range(num_own):
+        position = rank + number * num_processes
+        own.append(position % count)
     found = measure([rows[index] for index in own])
 
+    # Every process gets the indices and losses of all; a row that was measured twice has the same loss in both.
     results: list[RowLoss] = [(0.0, 0)] * count
-    for indices, parts in processes.gather((own, found)):
-        for index, result in zip(indices, parts, strict=True):
-            results[index] = result
+    for indices, losses in processes.gather((own, found)):
+        for index, loss in zip(indices, losses, strict=True):
+            results[index] = loss
     return results
 
 
 def length_sorted_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """Indices in batches of similar length, longest first, so that a batch too large for memory fails at once."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    batches = []
+    for start in range(0, len(order), batch_size):
+        batches.append(order[start : start + batch_size])
+    return batches
 
 
 def pad(
@@ -138,36 +161,68 @@ def pad(
         device: Device of the results.
         side: ``right`` or ``left``.
     """
-    ids = [torch.tensor(list(row), dtype=torch.long) for row in rows]
-    ids_BT = pad_sequence(ids, batch_first=True, padding_value=value, padding_side=side)
-    mask_BT = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side=side)
+    ids = []
+    ones = []
+    for row in rows:
+        ids_T = torch.tensor(list(row), dtype=torch.long)
+        ids.append(ids_T)
+        ones.append(torch.ones_like(ids_T))
+
+    ids_BT = pad_sequence(
+        ids,
+        batch_first=True,
+        padding_value=value,
+        padding_side=side,
+    )
+    mask_BT = pad_sequence(
+        ones,
+        batch_first=True,
+        padding_side=side,
+    )
     return ids_BT.to(device), mask_BT.to(device)
 
 
-def _batch_nll(model, ids_BT: Tensor, mask_BT: Tensor, labels_BT: Tensor) -> list[RowLoss]:
+def _batch_nll(
+    model,
+    ids_BT: Tensor,
+    mask_BT: Tensor,
+    labels_BT: Tensor,
+) -> list[RowLoss]:
     """Losses of one padded batch, row by row."""
     # The logits at position t predict token t + 1.
     targets_BT = labels_BT[:, 1:]
     supervised_BT = targets_BT != IGNORED
 
     # Logits only where there is a label: over a vocabulary of 49k the head is a third of the forward pass.
-    first = int(supervised_BT.any(0).nonzero().min()) if supervised_BT.any() else 0
+    first = 0
+    if supervised_BT.any():
+        columns = supervised_BT.any(0).nonzero()
+        first = int(columns.min())
     positions = torch.arange(first, targets_BT.shape[1], device=ids_BT.device)
-    logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT, logits_to_keep=positions, use_cache=False).logits
+    logits_BTV = model(
+        input_ids=ids_BT,
+        attention_mask=mask_BT,
+        logits_to_keep=positions,
+        use_cache=False,
+    ).logits
     targets_BT = targets_BT[:, first:]
     supervised_BT = supervised_BT[:, first:]
 
     # Row by row: the logits are copied in float32 and float64, and those of a whole batch take gigabytes.
     losses = []
-    for logits_1TV, targets_1T in zip(logits_BTV.split(1), targets_BT.split(1), strict=True):
+    pairs = zip(logits_BTV.split(1), targets_BT.split(1), strict=True)
+    for logits_1TV, targets_1T in pairs:
         losses.append(_cross_entropy(logits_1TV, targets_1T))
-    losses_BT = torch.cat(losses).masked_fill(~supervised_BT, 0)
+    losses_BT = torch.cat(losses)
+    losses_BT = losses_BT.masked_fill(~supervised_BT, 0)
 
     totals = losses_BT.sum(1)
     counts = supervised_BT.sum(1).tolist()
     result = []
     for total, count in zip(totals, counts, strict=True):
-        result.append((float(total / max(count, 1)), count))
+        # A row without a supervised token has a loss of 0.
+        mean = total / max(count, 1)
+        result.append((float(mean), count))
     return result
 
 
@@ -179,7 +234,15 @@ def _cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     """
     # log(sum(exp(l))) - l[target], with the highest logit taken out of the sum against overflow.
     highest_BT1 = logits_BTV.amax(-1, keepdim=True).float()
-    sums_BT = (logits_BTV.float() - highest_BT1).exp_().sum(-1, dtype=torch.float64)
+    shifted_BTV = logits_BTV.float() - highest_BT1
+    # In place, because a copy of the logits of one row is as large as many layers' activations.
+    sums_BT = shifted_BTV.exp_().sum(-1, dtype=torch.float64)
+
+    # gather takes no negative index; such a target has no loss, so any logit will do.
     indices_BT1 = targets_BT.clamp(min=0).unsqueeze(-1)
     chosen_BT = logits_BTV.gather(-1, indices_BT1).squeeze(-1)
-    return sums_BT.log() + (highest_BT1.squeeze(-1).double() - chosen_BT.double())
+
+    # The difference first: both are large, and their difference is small.
+    highest_BT = highest_BT1.squeeze(-1)
+    difference_BT = highest_BT.double() - chosen_BT.double()
+    return sums_BT.log() + difference_BT

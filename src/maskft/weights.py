@@ -7,7 +7,12 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def lerp(start: Tensor, end: Tensor, share: float, out: Tensor | None = None) -> Tensor:
+def lerp(
+    start: Tensor,
+    end: Tensor,
+    share: float,
+    out: Tensor | None = None,
+) -> Tensor:
     """``start + share * (end - start)``, bit for bit ``start`` or ``end`` where there is nothing to mix.
 
     ``torch.lerp`` computes -0.0 + share * 0.0 = +0.0 for two entries of -0.0, and NaN for two equal infinities. Weights
@@ -28,8 +33,11 @@ def lerp(start: Tensor, end: Tensor, share: float, out: Tensor | None = None) ->
         return out.copy_(start)
     if share == 1:
         return out.copy_(end)
+
+    # Compared before anything is written: out may be one of the two.
     is_equal = start == end
     if out is start:
         start = start.clone()
     torch.lerp(start, end, share, out=out)  # noqa: TID251
+    # Equal entries are taken from start, with every bit.
     return torch.where(is_equal, start, out, out=out)
