@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import tiny
+from maskft import models
 from maskft.models import load_config, load_model, load_tokenizer
 from maskft_common.errors import UserError
 from tiny_tokenizer import tiny_tokenizer
@@ -111,6 +112,18 @@ def test_a_tokenizer_that_names_a_file_elsewhere_is_refused(folder, tmp_path):
     change(folder / "tokenizer_config.json", vocab_file=str(tmp_path / "key"))
     with pytest.raises(UserError, match=r"names a file outside of its folder \(vocab_file"):
         load_tokenizer(str(folder))
+
+
+def test_a_folder_in_the_home_is_not_called_missing(folder, monkeypatch):
+    def fails(*args, **kwargs):
+        raise OSError("it is broken")
+
+    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", fails)
+    monkeypatch.setenv("HOME", str(folder.parent))
+    with pytest.raises(UserError, match="cannot load the tokenizer") as error:
+        load_tokenizer(f"~/{folder.name}")
+    assert "it is broken" in str(error.value)
+    assert "not a folder" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,8 @@ from maskft_common.layout import EMBEDDED_MODEL, holds_adapter
 from .embedded import embedded_config, embedded_file, read_embedded
 from .gguf.header import read_head
 
-_NO_CODE = {"trust_remote_code": False}  # else transformers asks on the terminal whether to run a model's own code
+# Else transformers asks on the terminal whether to run a model's own code.
+_NO_CODE = {"trust_remote_code": False}
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 # The other files of a model's folder that decide its outputs, or how text becomes tokens.
 _OTHERS = (
@@ -45,7 +46,8 @@ _OTHERS = (
     "merges.txt",
 )
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_TEMPLATES = "additional_chat_templates"  # the only folder in a model's folder that transformers reads
+# The only folder in a model's folder that transformers reads.
+_TEMPLATES = "additional_chat_templates"
 # transformers makes a module of each layer, and an entry of a dict of each label, before it looks at the weights.
 _NUM_LAYERS = re.compile(r"((num|n|encoder|decoder)_(\w+_)?layers?|depth)")
 _MAX_LAYERS = 2_000
@@ -90,8 +92,9 @@ def load_model(name_or_path: str, dtype: str = "float32", **kwargs) -> PreTraine
 
 
 def _check_complete(info: dict[str, Any], name_or_path: str) -> None:
+    # transformers has drawn these at random, with no more than a warning.
     missing = sorted(info["missing_keys"])
-    if missing:  # transformers has drawn them at random
+    if missing:
         raise UserError(
             f"cannot load model {name_or_path!r}: it lacks {len(missing)} weights, {missing[0]} the first; copy or "
             "save it again"
@@ -115,7 +118,9 @@ def _one_line(problem: str) -> Iterator[None]:
 
 
 def _check_configuration(name_or_path: str, revision: str | None = None) -> None:
-    values, _ = PretrainedConfig.get_config_dict(os.path.expanduser(name_or_path), revision=revision)
+    # As plain values: from_pretrained would build a configuration from them before they could be checked.
+    path = os.path.expanduser(name_or_path)
+    values, _ = PretrainedConfig.get_config_dict(path, revision=revision)
     _check_values(values, name_or_path)
 
 
@@ -126,6 +131,7 @@ def _check_values(values: dict[str, Any], name_or_path: str) -> None:
     run it.
     """
     for key, value in values.items():
+        # Configurations contain those of their parts, such as text_config.
         if isinstance(value, dict):
             _check_values(value, name_or_path)
         if key.endswith("_implementation") and "/" in str(value):
@@ -160,9 +166,18 @@ def load_config(name_or_path: str, **kwargs) -> PretrainedConfig:
         check_model_source(name_or_path)
         if is_gguf(name_or_path):
             folder, file = gguf_parts(name_or_path)
-            return AutoConfig.from_pretrained(folder, gguf_file=file, **_NO_CODE, **kwargs)
+            return AutoConfig.from_pretrained(
+                folder,
+                gguf_file=file,
+                **_NO_CODE,
+                **kwargs,
+            )
         _check_configuration(name_or_path, kwargs.get("revision"))
-        return AutoConfig.from_pretrained(os.path.expanduser(name_or_path), **_NO_CODE, **kwargs)
+        return AutoConfig.from_pretrained(
+            os.path.expanduser(name_or_path),
+            **_NO_CODE,
+            **kwargs,
+        )
 
 
 def _config_of_file(path: Path) -> PretrainedConfig:
@@ -175,7 +190,11 @@ def _config_of_file(path: Path) -> PretrainedConfig:
     return AutoConfig.for_model(**values)
 
 
-def load_tokenizer(name_or_path: str, chat_template_path: str | None = None, **kwargs) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name_or_path: str,
+    chat_template_path: str | None = None,
+    **kwargs,
+) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model; see :func:`load_model`. A missing pad token becomes the EOS token.
 
     Args:
@@ -186,6 +205,7 @@ def load_tokenizer(name_or_path: str, chat_template_path: str | None = None, **k
     Raises:
         UserError: If there is no such tokenizer or template, or a file of it cannot be read.
     """
+    # Read first: a missing template is an error before minutes of loading.
     template = None
     if chat_template_path is not None:
         template = _read_template(chat_template_path)
@@ -193,19 +213,34 @@ def load_tokenizer(name_or_path: str, chat_template_path: str | None = None, **k
     if name_or_path == EMBEDDED_MODEL:
         path = embedded_file()
         # The class that AutoTokenizer finds as well, after it has read the file once more.
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path.parent), gguf_file=path.name)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(
+            str(path.parent),
+            gguf_file=path.name,
+        )
     elif is_gguf(name_or_path):
         check_model_source(name_or_path)
         folder, file = gguf_parts(name_or_path)
         with _one_line(f"cannot load the tokenizer of {name_or_path!r}"):
-            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, **_NO_CODE, **kwargs)
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder,
+                gguf_file=file,
+                **_NO_CODE,
+                **kwargs,
+            )
     else:
         if is_local_folder(name_or_path):
             _check_tokenizer_folder(name_or_path)
-        where = "" if Path(name_or_path).exists() else ", which is no folder here"
+        # A misspelt folder looks like a name on the hub, and transformers' error speaks of the hub alone.
+        folder = os.path.expanduser(name_or_path)
+        where = "" if Path(folder).exists() else ", which is not a folder here"
         with _one_line(f"cannot load the tokenizer of {name_or_path!r}{where}"):
-            tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(name_or_path), **_NO_CODE, **kwargs)
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder,
+                **_NO_CODE,
+                **kwargs,
+            )
 
+    # Many causal models have no pad token; padding is masked, so any token will do.
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if template is not None:
@@ -221,12 +256,18 @@ def _check_tokenizer_folder(name: str) -> None:
 
     # transformers before 5.2x opens any file that ``vocab_file`` and the like name here, wherever it is.
     settings = folder / "tokenizer_config.json"
-    values = read_json(settings) if settings.is_file() else {}
+    values = {}
+    if settings.is_file():
+        values = read_json(settings)
     if not isinstance(values, dict):
         raise UserError(f"{str(settings)!r} holds no object; copy the tokenizer again")
     for key, value in values.items():
         names_file = key.endswith("_file") and isinstance(value, str) and is_there(value)
-        if names_file and not Path(value).resolve().is_relative_to(folder.resolve()):
+        if not names_file:
+            continue
+        # Resolved, so that neither ".." nor a link leads out of the folder.
+        is_inside = Path(value).resolve().is_relative_to(folder.resolve())
+        if not is_inside:
             raise UserError(f"{str(settings)!r} names a file outside of its folder ({key}: {value!r}); remove it")
 
 
@@ -235,7 +276,7 @@ def _read_template(file: str) -> str:
     path = Path(file).expanduser()
     if path.suffix not in (".jinja", ".j2") or not path.is_file():
         raise UserError(
-            f"chat_template_path {file!r} is no .jinja file; a model that has a template keeps it in its "
+            f"chat_template_path {file!r} is not a .jinja file; a model that has a template keeps it in its "
             "chat_template.jinja"
         )
     return path.read_text(encoding="utf-8")
@@ -264,10 +305,12 @@ def is_local_folder(name_or_path: str) -> bool:
 
 def base_of(adapter: str | Path, name: str) -> str:
     """The base model that an adapter names; a relative path may be from a folder above the adapter, not from here."""
-    if not Path(name).expanduser().exists():
-        for folder in Path(adapter).resolve().parents:
-            if (folder / name / "config.json").is_file():
-                return str(folder / name)
+    if Path(name).expanduser().exists():
+        return name
+    for folder in Path(adapter).resolve().parents:
+        candidate = folder / name
+        if (candidate / "config.json").is_file():
+            return str(candidate)
     return name
 
 
@@ -298,11 +341,15 @@ def check_model_source(name_or_path: str) -> None:
 def _check_index(file: Path) -> None:
     """Raise for an index of weights with another structure, or one that names files outside of its folder."""
     content = read_json(file)
-    file_of = content.get("weight_map") if isinstance(content, dict) else None  # name of a weight -> name of its file
+    # Name of a weight -> name of its file.
+    file_of = None
+    if isinstance(content, dict):
+        file_of = content.get("weight_map")
     is_index = isinstance(file_of, dict)
     if not is_index or not all(isinstance(name, str) for name in file_of.values()):
         raise UserError(f"{str(file)!r} is not an index of weights: it has no weight_map; copy the model again")
     for name in set(file_of.values()):
+        # transformers joins the name to the folder, so "../NAME" or an absolute path would be read as well.
         if Path(name).name != name:
             raise UserError(f"{str(file)!r} names a file outside of its folder ({name!r}); copy the model again")
 
@@ -322,12 +369,16 @@ def model_identity(name: str) -> str:
         weights.update(folder.glob(pattern))
     others: set[Path] = set()
     for pattern in _OTHERS:
-        others.update(file for file in folder.glob(pattern) if file.is_file())
+        for file in folder.glob(pattern):
+            if file.is_file():
+                others.add(file)
 
     lines = []
     for file in sorted(weights | others):
+        # Samples of the weights, because all of a large model takes minutes to read.
         content = digest_file(file, is_sampled=file in weights)
-        lines.append(f"{file.name} {file.stat().st_size} {content}\n")
+        size = file.stat().st_size
+        lines.append(f"{file.name} {size} {content}\n")
     return "sha256:" + digest("".join(lines))
 
 
@@ -356,8 +407,10 @@ def gguf_file(name_or_path: str) -> Path | None:
 
 def _load_gguf(name_or_path: str, dtype: str, **kwargs) -> PreTrainedModel:
     folder, file = gguf_parts(name_or_path)
-    if hasattr(transformers, "GgufConfig"):  # transformers 5.2x can leave weights in blocks, which do not train
-        kwargs.setdefault("quantization_config", transformers.GgufConfig(dequantize=True))
+    if hasattr(transformers, "GgufConfig"):
+        # transformers 5.2x can leave weights in blocks, which do not train.
+        as_floats = transformers.GgufConfig(dequantize=True)
+        kwargs.setdefault("quantization_config", as_floats)
     with _one_line(f"cannot load model {name_or_path!r}"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -383,7 +436,15 @@ def _load_gguf(name_or_path: str, dtype: str, **kwargs) -> PreTrainedModel:
 
 def _load_embedded(dtype: torch.dtype, **kwargs) -> PreTrainedModel:
     config, weights = read_embedded()
-    model = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, **kwargs)
+    # With a state dict there is nothing to read from a folder, so it is None.
+    model = LlamaForCausalLM.from_pretrained(
+        None,
+        config=config,
+        state_dict=weights,
+        dtype=dtype,
+        **kwargs,
+    )
+    # The names that adapters and records get.
     model.config._name_or_path = EMBEDDED_MODEL
     model.name_or_path = EMBEDDED_MODEL
     return model

@@ -387,7 +387,7 @@ def cases():
     threshold = {"mask_selection": "threshold", "mask_rank_by": "signed"}
     yield {"method": "l1_mask", **threshold}, "l1_mask removes mask_sparsity of the weights"
     for name in ("other-model", "missing.jinja"):
-        yield {"chat_template_path": name}, f"chat_template_path '{name}' is no .jinja file"
+        yield {"chat_template_path": name}, f"chat_template_path '{name}' is not a .jinja file"
     yield {"resume_from_checkpoint": "true"}, "there is no checkpoint to resume from"
 
 
