@@ -35,7 +35,8 @@ from .tuner.masker import MASKERS
 from .tuner.model import MODEL_HOOKS
 from .tuner.scores import Float32ParameterDict
 
-_NUM_BINS = 1 << 16  # one for each value of half a float32
+# One for each value of half a float32.
+_NUM_BINS = 1 << 16
 
 
 # The algorithm
@@ -71,7 +72,8 @@ def remove_lowest_of_shards(
     bits = ordered_bits(shard)
     counts = torch.bincount(_upper(bits), minlength=_NUM_BINS)
     num_nan = shard.isnan().sum()[None]
-    counts = all_reduce(torch.cat([counts, num_nan]))
+    counts = torch.cat([counts, num_nan])
+    counts = all_reduce(counts)
     if counts[-1]:
         raise NotFiniteError("scores contain NaN, so they cannot be ranked")
     if num == 0:
@@ -79,18 +81,25 @@ def remove_lowest_of_shards(
     upper, num_in_bin = _find(counts[:-1], num)
 
     # Its lower half, among the entries with that upper half.
-    lower_halves = bits[_upper(bits) == upper] & (_NUM_BINS - 1)
-    counts = all_reduce(torch.bincount(lower_halves, minlength=_NUM_BINS))
+    is_in_bin = _upper(bits) == upper
+    lower_halves = bits[is_in_bin] & (_NUM_BINS - 1)
+    counts = torch.bincount(lower_halves, minlength=_NUM_BINS)
+    counts = all_reduce(counts)
     lower, num_ties_removed = _find(counts, num_in_bin)
-    cut = ((upper - (_NUM_BINS >> 1)) << 16) | lower
+
+    # The reverse of _upper.
+    signed_upper = upper - (_NUM_BINS >> 1)
+    cut = (signed_upper << 16) | lower
 
     # Of the entries equal to the cut the first ones are removed, those of earlier ranks before those of this one.
     mask = bits > cut
     is_tie = bits == cut
     num_ties_of_ranks = all_gather(is_tie.sum()[None])
     num_ties_before = int(num_ties_of_ranks[:rank].sum())
+    # Not below 0, where a slice would count from the end.
+    num_removed_here = max(num_ties_removed - num_ties_before, 0)
     ties = is_tie.nonzero().squeeze(1)
-    mask[ties[max(num_ties_removed - num_ties_before, 0) :]] = True
+    mask[ties[num_removed_here:]] = True
     return mask
 
 
@@ -110,7 +119,9 @@ def _find(counts: Tensor, k: int) -> tuple[int, int]:
     """Bin of the ``k``-th smallest value (from 1), and its rank inside that bin (from 1)."""
     cumulative = counts.cumsum(0)
     index = int(torch.searchsorted(cumulative, k))
-    num_in_lower_bins = int(cumulative[index - 1]) if index else 0
+    num_in_lower_bins = 0
+    if index > 0:
+        num_in_lower_bins = int(cumulative[index - 1])
     return index, k - num_in_lower_bins
 
 
@@ -143,25 +154,37 @@ def shard_mask(config: MaskConfig, scores: DTensor) -> Tensor:
         return counts
 
     def all_gather(counts: Tensor) -> Tensor:
+        # One flat tensor: gathering into it saves a copy from a list of tensors.
         out = counts.new_empty(mesh.size() * counts.numel())
         dist.all_gather_into_tensor(out, counts, group=mesh.get_group())
         return out.view(mesh.size(), -1)
 
     cut = selection.cut(config)
     if cut is not None:
-        if all_reduce(keys.isnan().sum()):
+        # Summed over the ranks, so that every rank raises or none does.
+        num_nan = all_reduce(keys.isnan().sum())
+        if num_nan:
             raise NotFiniteError("scores contain NaN, so they cannot be compared")
         mask = keys > cut
     else:
-        num = num_removed(scores.numel(), selection.current_sparsity(config))
-        mask = remove_lowest_of_shards(keys, num, mesh.get_local_rank(), all_reduce, all_gather)
+        sparsity = selection.current_sparsity(config)
+        num = num_removed(scores.numel(), sparsity)
+        mask = remove_lowest_of_shards(
+            keys,
+            num,
+            mesh.get_local_rank(),
+            all_reduce,
+            all_gather,
+        )
     return mask.view(scores.to_local().shape)
 
 
 def whole_mask(config: MaskConfig, scores: DTensor) -> Tensor:
     """The mask of a matrix in full on every rank; every rank must call it."""
-    rows = shard_mask(config, scores).byte()  # gathered as bytes
-    return _like(rows, scores).full_tensor().bool()
+    # As bytes, which every backend gathers.
+    rows = shard_mask(config, scores).byte()
+    whole = _like(rows, scores).full_tensor()
+    return whole.bool()
 
 
 def _like(rows: Tensor, scores: DTensor) -> DTensor:
@@ -203,7 +226,12 @@ class ShardedMasker(FastMasker):
         """Layers whose scores are spread over ranks."""
         return any(is_sharded(scores) for scores in layer.mask_scores.values())
 
-    def linear(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def linear(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
         """Map x (..., I) to (..., O); see :meth:`Masker.linear`."""
         return cast(Tensor, self._linear(x, bias, dtype, self.layer.active_masks))
 
@@ -220,7 +248,8 @@ class ShardedMasker(FastMasker):
         if scores is None:
             scores = self.layer.mask_scores[adapter_name]
         if is_sharded(scores):
-            return whole_mask(self.layer.mask_configs[adapter_name], scores)
+            config = self.layer.mask_configs[adapter_name]
+            return whole_mask(config, scores)
         return super().mask(adapter_name, scores)
 
     def removed(self, adapter_name: str) -> Tensor:
@@ -237,6 +266,7 @@ class ShardedMasker(FastMasker):
         parameter = cast(DTensor, layer.weight)
         self._parameter = parameter
         self.base_fingerprint = fingerprint
+        # A copy: the rows that FSDP gathers from are overwritten with masked ones.
         self.original = parameter.to_local().clone()
         value = layer.removed_values.get(self.adapter())
         if value is not None:
@@ -260,7 +290,8 @@ class ShardedMasker(FastMasker):
             scores = cast(DTensor, layer.mask_scores[name])
             self.shard = shard_mask(layer.mask_configs[name], scores)
             gate = self._gate(name)
-            rows.copy_(selection.blend(self.original, gate, self.removed_rows))
+            masked_rows = selection.blend(self.original, gate, self.removed_rows)
+            rows.copy_(masked_rows)
         # Written last: an error in between leaves rows that are not current.
         self._shown = self._state()
 
@@ -284,21 +315,34 @@ class ShardedMasker(FastMasker):
 
         # A reduce-scatter: every rank has a gradient of the whole weight from its own rows of the batch, and gets the
         # mean of all ranks for its own rows of the weight.
-        partial = DTensor.from_local(grad_weight.float(), mesh, [Partial()], run_check=False)
-        rows = partial.redistribute(placements=sharded.placements).to_local().div_(mesh.size())
+        partial = DTensor.from_local(
+            grad_weight.float(),
+            mesh,
+            [Partial()],
+            run_check=False,
+        )
+        total = partial.redistribute(placements=sharded.placements)
+        rows = total.to_local().div_(mesh.size())
 
         # As the fast masker, with this rank's rows.
         weight = cast(Tensor, self.original)
         if self.removed_rows is not None:
             weight = weight - self.removed_rows
+        local_scores = sharded.to_local()
         for part in row_parts(rows):
-            score_gradient_(rows[part], weight[part], sharded.to_local()[part], config.ranks_by)
+            score_gradient_(
+                rows[part],
+                weight[part],
+                local_scores[part],
+                config.ranks_by,
+            )
         if self._slope is not None:
             rows.mul_(self._slope)
 
         gradient: Tensor = _like(rows, sharded)
         if self._is_priced(config, name):
-            gradient.add_(selection.price_gradient(config, sharded, sharded.numel()))
+            price = selection.price_gradient(config, sharded, sharded.numel())
+            gradient.add_(price)
         return gradient
 
     def adapter(self) -> str:
@@ -319,8 +363,14 @@ class ShardedMasker(FastMasker):
         rows = scores.to_local()
         if selection.is_soft(config, layer.training):
             # Every rank draws the whole matrix, so that the noise does not depend on how many ranks there are.
-            noise = selection.draw_noise(config, layer.module_name, scores.shape, rows.device)
-            gate, self._slope = selection.soft_gate(config, rows, rows_of(noise, scores))
+            noise = selection.draw_noise(
+                config,
+                layer.module_name,
+                scores.shape,
+                rows.device,
+            )
+            own_noise = rows_of(noise, scores)
+            gate, self._slope = selection.soft_gate(config, rows, own_noise)
             return gate
         self._slope = selection.hard_slope(config, rows)
         return cast(Tensor, self.shard)
@@ -334,7 +384,16 @@ class ShardedMasker(FastMasker):
         scores = cast(DTensor, layer.mask_scores[name])
         local = scores.to_local()
         phase = self._phase(layer.mask_configs[name])
-        return (name, num_optimizer_steps(), phase, scores._version, local.data_ptr(), local._version)
+        # torch's version counters see writes in place, and the pointer a tensor that was replaced. Fused optimizers
+        # raise no version, hence the number of steps.
+        return (
+            name,
+            num_optimizer_steps(),
+            phase,
+            scores._version,
+            local.data_ptr(),
+            local._version,
+        )
 
 
 # The whole model
@@ -352,6 +411,7 @@ def refresh_masks(model: nn.Module, *_: Any) -> None:
     layers = []
     for module in model.modules():
         scores = getattr(module, "mask_scores", None)
+        # FSDP2's mark of a module that it shards.
         is_managed = getattr(scores, "_is_fsdp_managed_module", False)
         if isinstance(module, MaskedLinear) and is_managed and len(module.mask_scores):
             layers.append(module)
@@ -374,6 +434,7 @@ def _attached(layers: Sequence[MaskedLinear]) -> list[ShardedMasker]:
         if not isinstance(layer.masker, ShardedMasker) or layer.masker.original is None:
             _check_sharding(layer)
     maskers = [cast(ShardedMasker, layer.masker) for layer in layers]
+    # The fingerprint is of all layers together, so it is taken before any of them is masked.
     if any(masker.original is None for masker in maskers):
         fingerprint = base_fingerprint(layers)
         for masker in maskers:
@@ -383,6 +444,7 @@ def _attached(layers: Sequence[MaskedLinear]) -> list[ShardedMasker]:
 
 def _check_sharding(layer: MaskedLinear) -> None:
     """Raise for any way of sharding but the plain one, in which scores are never gathered in forward."""
+    # Of an active adapter, if there is one: its scores are those that mask the weight.
     active = [name for name in layer.active_masks if name in layer.mask_scores]
     name = active[0] if active else next(iter(layer.mask_scores))
     scores = layer.mask_scores[name]
