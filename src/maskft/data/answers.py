@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 
-ANSWER_MARK = "####"  # GSM8K: the final answer follows it
+# GSM8K: the final answer follows it.
+ANSWER_MARK = "####"
 
 # A comma between a digit and exactly three digits.
 _THOUSANDS_COMMA = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
@@ -32,6 +33,7 @@ def extract_number(text: str) -> Decimal | None:
     """
     _, mark, after = text.partition(ANSWER_MARK)
     if mark:
+        # Stripped first: the answer may be on the line below the mark.
         first_line, *_ = after.strip().split("\n", 1)
         text = first_line
     matches = list(_NUMBER.finditer(_plain(text)))
@@ -52,7 +54,11 @@ def parse_number(text: str) -> Decimal | None:
     return _value(match)
 
 
-def check_answer(output: str, reference: str, answer_type: str) -> bool:
+def check_answer(
+    output: str,
+    reference: str,
+    answer_type: str,
+) -> bool:
     """Whether the generated ``output`` gives the ``reference`` answer.
 
     Args:
@@ -65,8 +71,11 @@ def check_answer(output: str, reference: str, answer_type: str) -> bool:
         ValueError: If ``answer_type`` is something else.
     """
     if answer_type == "number":
-        number = extract_number(output)  # a Decimal: 3.50 equals 3.5
-        return number is not None and number == extract_number(reference)
+        # Decimals: 3.50 equals 3.5.
+        number = extract_number(output)
+        if number is None:
+            return False
+        return number == extract_number(reference)
     if answer_type == "exact":
         return output.split() == reference.split()
     raise ValueError(f"answer_type is {answer_type!r}; it must be 'number' or 'exact'")
@@ -85,5 +94,6 @@ def _value(match: re.Match) -> Decimal:
     else:
         value = Decimal(match["over"]) / Decimal(match["under"])
     if match["minus"]:
-        return value.copy_negate()  # exact, where unary minus rounds to 28 digits
+        # Exact; unary minus rounds to 28 digits.
+        return value.copy_negate()
     return value

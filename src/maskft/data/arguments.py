@@ -12,8 +12,10 @@ from maskft_common.errors import UserError
 
 # The options that name data, in the order of their default splits, train and test.
 DATA_NAMES = ("dataset_name", "eval_dataset_name")
-KL_DATA = "kl_dataset_name"  # the option of training that names rows to stay near the base on
-TEMPLATE = "chat_template_path"  # the option of TRL that names a chat template
+# The option of training that names rows to stay near the base on.
+KL_DATA = "kl_dataset_name"
+# The option of TRL that names a chat template.
+TEMPLATE = "chat_template_path"
 
 
 def mixture_text(value):
@@ -37,6 +39,7 @@ def check_sizes(args: DataArguments) -> None:
             raise UserError(f"{name} is {value}; it must be at least 1")
 
     size = args.eval_split_size
+    # Not a number of rows: 1.5 and infinity, which int() does not take.
     is_count = 1 <= size < math.inf and size == int(size)
     is_fraction = 0 < size < 1
     if not is_count and not is_fraction:
@@ -46,7 +49,11 @@ def check_sizes(args: DataArguments) -> None:
         )
 
 
-def option(default: Any, text: str, **more: Any) -> Any:
+def option(
+    default: Any,
+    text: str,
+    **more: Any,
+) -> Any:
     """A field of arguments, with its help."""
     return field(default=default, metadata={"help": text, **more})
 

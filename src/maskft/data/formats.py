@@ -52,7 +52,9 @@ def to_examples(
     """
     known = formats
     if known is None:
+        # Plain text comes last: a row may have a column of text beside a conversation.
         known = FORMATS | {(text_field,): from_text}
+
     columns: tuple[str, ...] = ()
     first: dict | None = None
     examples: list[dict] = []
@@ -64,12 +66,17 @@ def to_examples(
                 raise UserError(f"holds {_kind(row)}, not an object")
             if first is None:
                 columns = _recognised_columns(row, known)
-            example = known[columns](row, as_chat, *columns)
+            reader = known[columns]
+            example = reader(row, as_chat, *columns)
             if as_messages and isinstance(example.get("prompt"), list):
-                example["messages"] = example.pop("prompt") + example.pop("completion")
+                prompt = example.pop("prompt")
+                completion = example.pop("completion")
+                example["messages"] = prompt + completion
             _check_like_first(example, first)
-            if row.get("cluster_id") is not None:
-                example["cluster_id"] = str(row["cluster_id"])
+
+            cluster = row.get("cluster_id")
+            if cluster is not None:
+                example["cluster_id"] = str(cluster)
             identity = _identity(row, columns, example)
         except UnicodeEncodeError as error:
             half = error.object[error.start : error.end]
@@ -77,20 +84,25 @@ def to_examples(
         except UserError as error:
             raise UserError(f"{name}: {place}: {error}") from None
 
+        # Ids are unique: the second of two equal rows is 1f0c#2.
         num_with_hash[identity] += 1
         number = num_with_hash[identity]
-        example["id"] = identity if number == 1 else f"{identity}#{number}"
+        example["id"] = identity
+        if number > 1:
+            example["id"] = f"{identity}#{number}"
         if first is None:
             first = example
 
         examples.append(example)
         if len(examples) == CHUNK_ROWS:
-            chunks.append(_chunk(examples, first))
+            chunk = _chunk(examples, first)
+            chunks.append(chunk)
             examples = []
 
     if first is None:
         raise UserError(f"{name} is empty: it has no rows")
-    dataset = concatenate_datasets([*chunks, _chunk(examples, first)])
+    last_chunk = _chunk(examples, first)
+    dataset = concatenate_datasets([*chunks, last_chunk])
     return _without_empty_columns(dataset)
 
 
@@ -104,7 +116,11 @@ def _check_like_first(example: dict, first: dict | None) -> None:
         raise UserError("'prompt' is text in some rows and messages in others; use one of them throughout")
 
 
-def _identity(row: Row, columns: tuple[str, ...], example: dict) -> str:
+def _identity(
+    row: Row,
+    columns: tuple[str, ...],
+    example: dict,
+) -> str:
     """Hash of the columns of the format.
 
     Raises:
@@ -116,16 +132,26 @@ def _identity(row: Row, columns: tuple[str, ...], example: dict) -> str:
         text.encode()
 
     values = [row[column] for column in columns]
-    content = json.dumps(values, sort_keys=True, default=str, ensure_ascii=False)
+    # Sorted keys: a message is the same with its content before its role. Values that JSON does not have, such as dates
+    # of a Parquet file, are hashed as text.
+    content = json.dumps(
+        values,
+        sort_keys=True,
+        default=str,
+        ensure_ascii=False,
+    )
     return digest(content)[:16]
 
 
 def _without_empty_columns(dataset: Dataset) -> Dataset:
     """Drop the optional columns that no row has."""
+    # A slice is a list in memory; the column itself would decode a row at a time.
+    answers = dataset["answer"][:]
+    clusters = dataset["cluster_id"][:]
     dropped = []
-    if all(answer is None for answer in dataset["answer"][:]):
+    if all(answer is None for answer in answers):
         dropped += ["answer", "answer_type"]
-    if all(cluster is None for cluster in dataset["cluster_id"][:]):
+    if all(cluster is None for cluster in clusters):
         dropped.append("cluster_id")
     if dropped:
         dataset = dataset.remove_columns(dropped)
@@ -142,86 +168,140 @@ def _chunk(examples: list[dict], first: dict) -> Dataset:
 
     features: dict[str, Any] = {"id": text}
     for column, value in first.items():
-        if column != "id" and column not in OPTIONAL_COLUMNS:
-            features[column] = messages if isinstance(value, list) else text
+        if column == "id" or column in OPTIONAL_COLUMNS:
+            continue
+        features[column] = messages if isinstance(value, list) else text
+    # In every chunk, and at the same place: only alike chunks can be concatenated.
     for column in OPTIONAL_COLUMNS:
         features[column] = text
 
-    values = {column: [example.get(column) for example in examples] for column in features}
+    values = {}
+    for column in features:
+        values[column] = [example.get(column) for example in examples]
     return Dataset.from_dict(values, Features(features))
 
 
 def _recognised_columns(row: Row, formats: Formats) -> tuple[str, ...]:
+    """The columns of the first format that the row has.
+
+    Raises:
+        UserError: If it has those of none.
+    """
     for columns in formats:
         if all(column in row for column in columns):
             return columns
+
     found = ", ".join(map(repr, row)) or "none"
-    expected = " | ".join(" + ".join(columns) for columns in formats)
+    choices = [" + ".join(columns) for columns in formats]
+    expected = " | ".join(choices)
     raise UserError(f"no usable column among {found}; rename them to one of: {expected}")
 
 
-def from_messages(row: Row, as_chat: bool, column: str) -> dict:
+# Readers. Their arguments: the row, whether questions and answers become messages, and the columns of the format.
+
+
+def from_messages(
+    row: Row,
+    as_chat: bool,
+    column: str,
+) -> dict:
     """Read a conversation as it is."""
-    return {"messages": _messages(row, column), **_reference(row)}
+    messages = _messages(row, column)
+    return {"messages": messages, **_reference(row)}
 
 
-def from_prompt_completion(row: Row, as_chat: bool, *columns: str) -> dict:
+def from_prompt_completion(
+    row: Row,
+    as_chat: bool,
+    *columns: str,
+) -> dict:
     """Read a prompt and its completion, both text or both messages."""
     are_messages = all(isinstance(row.get(column), list) for column in columns)
     read = _messages if are_messages else _text
-    example = {column: read(row, column) for column in columns}
+    example = {}
+    for column in columns:
+        example[column] = read(row, column)
     return {**example, **_reference(row)}
 
 
-def from_question_answer(row: Row, as_chat: bool, *columns: str) -> dict:
+def from_question_answer(
+    row: Row,
+    as_chat: bool,
+    *columns: str,
+) -> dict:
     """Read a question and its solution. The answer to check is the text after ``####``, or a solution that is a number.
 
     A solution in free text has no answer to check: no generated text would equal it.
     """
     question, answer = (_text(row, column) for column in columns)
-    _, mark, final = answer.rpartition(ANSWER_MARK)  # without the mark, final is all of the answer
+    # Without the mark, final is all of the answer.
+    _, mark, final = answer.rpartition(ANSWER_MARK)
     if row.get("answer_type") is not None:
         reference = _reference(row)
     elif mark or answer_type_of(answer) == "number":
+        checked = final.strip()
         number = parse_number(final)
-        # A number is stored without thousands separators and exponent.
-        checked = final.strip() if number is None else f"{number:f}"
+        if number is not None:
+            # Stored without thousands separators and exponent.
+            checked = f"{number:f}"
         reference = _reference({"answer": checked})
     else:
         reference = {}
-    return {**_dialogue(question, answer, as_chat), **reference}
+    dialogue = _dialogue(question, answer, as_chat)
+    return {**dialogue, **reference}
 
 
-def from_instruction(row: Row, as_chat: bool, *columns: str) -> dict:
+def from_instruction(
+    row: Row,
+    as_chat: bool,
+    *columns: str,
+) -> dict:
     """Read an instruction or a query, the input it is about (if any), and the output."""
     instruction, output = (_text(row, column) for column in columns)
     question = instruction
     if row.get("input"):
         context = _text(row, "input")
+        # Some sets have everything in the input, and an empty instruction.
         question = f"{instruction}\n\n{context}" if instruction else context
-    return {**_dialogue(question, output, as_chat), **_reference(row)}
+    dialogue = _dialogue(question, output, as_chat)
+    return {**dialogue, **_reference(row)}
 
 
-def from_system_question(row: Row, as_chat: bool, *columns: str) -> dict:
+def from_system_question(
+    row: Row,
+    as_chat: bool,
+    *columns: str,
+) -> dict:
     """Read a question and a response given under a system prompt, which may be empty."""
     system, question, response = (_text(row, column) for column in columns)
-    return {**_dialogue(question, response, as_chat, system), **_reference(row)}
+    dialogue = _dialogue(question, response, as_chat, system)
+    return {**dialogue, **_reference(row)}
 
 
-def from_text(row: Row, as_chat: bool, column: str) -> dict:
+def from_text(
+    row: Row,
+    as_chat: bool,
+    column: str,
+) -> dict:
     """Read plain text."""
-    return {"text": _text(row, column), **_reference(row)}
+    text = _text(row, column)
+    return {"text": text, **_reference(row)}
 
 
 # The formats that are recognised by their columns alone.
 FORMATS: Formats = {
     ("messages",): from_messages,
-    ("conversations",): from_messages,  # ShareGPT
+    # ShareGPT.
+    ("conversations",): from_messages,
     ("prompt", "completion"): from_prompt_completion,
-    ("question", "answer"): from_question_answer,  # GSM8K
-    ("instruction", "output"): from_instruction,  # Alpaca; "input" may be there too
-    ("query", "response"): from_instruction,  # MetaMathQA
-    ("system_prompt", "question", "response"): from_system_question,  # Open-Orca
+    # GSM8K.
+    ("question", "answer"): from_question_answer,
+    # Alpaca; "input" may be there too.
+    ("instruction", "output"): from_instruction,
+    # MetaMathQA.
+    ("query", "response"): from_instruction,
+    # Open-Orca.
+    ("system_prompt", "question", "response"): from_system_question,
 }
 
 _ROLES = {
@@ -230,19 +310,28 @@ _ROLES = {
     "user": "user",
     "assistant": "assistant",
     "tool": "tool",
-    "human": "user",  # ShareGPT
+    # ShareGPT.
+    "human": "user",
     "gpt": "assistant",
 }
 # Keys of a message that chat templates write beside its content; others are notes, such as a time or a score.
 _BESIDE_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 
 
-def _dialogue(question: str, answer: str, as_chat: bool, system: str = "") -> dict:
+def _dialogue(
+    question: str,
+    answer: str,
+    as_chat: bool,
+    system: str = "",
+) -> dict:
     """One question and its answer, as messages or as plain text."""
     if not as_chat:
         opening = f"{system}\n\n" if system else ""
-        # The space is the completion's, as most tokenizers join a space to the word after it.
-        return {"prompt": f"{opening}Question: {question}\nAnswer:", "completion": f" {answer}"}
+        return {
+            "prompt": f"{opening}Question: {question}\nAnswer:",
+            # The space is the completion's, as most tokenizers join a space to the word after it.
+            "completion": f" {answer}",
+        }
 
     prompt = []
     if system:
@@ -258,25 +347,36 @@ def _reference(row: Row) -> dict:
     if answer is None:
         return {}
     # In Python a bool is an int, too.
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+    is_text_or_number = isinstance(answer, str | int | float) and not isinstance(answer, bool)
+    if not is_text_or_number:
         raise UserError(f"'answer' holds {_kind(answer)}, not text or a number")
-    answer_type = row.get("answer_type") or answer_type_of(str(answer))
+    text = str(answer)
+
+    answer_type = row.get("answer_type") or answer_type_of(text)
     if answer_type not in ("number", "exact"):
         raise UserError(f"'answer_type' is {answer_type!r}; it must be 'number' or 'exact'")
-    return {"answer": str(answer), "answer_type": answer_type}
+    return {"answer": text, "answer_type": answer_type}
 
 
 def answer_type_of(answer: str) -> str:
     """Return how an answer is compared: as a ``number``, or as ``exact`` text."""
-    return "exact" if parse_number(answer) is None else "number"
+    if parse_number(answer) is None:
+        return "exact"
+    return "number"
 
 
 def _text(row: Row, column: str) -> str:
+    """The text in a column.
+
+    Raises:
+        UserError: If the row has no such column, or another value in it.
+    """
     if column not in row:
         raise UserError(f"{column!r} is missing")
-    if not isinstance(row[column], str):
-        raise UserError(f"{column!r} holds {_kind(row[column])}, not text")
-    return row[column]
+    text = row[column]
+    if not isinstance(text, str):
+        raise UserError(f"{column!r} holds {_kind(text)}, not text")
+    return text
 
 
 def _messages(row: Row, column: str) -> list[Message]:
@@ -284,21 +384,24 @@ def _messages(row: Row, column: str) -> list[Message]:
     value = row.get(column)
     if not isinstance(value, list) or not value:
         raise UserError(f"{column!r} holds {_kind(value)}, not a list of messages")
+    # Sets without tools have an empty list or an empty text there.
     if row.get("tools") not in (None, "", "[]", []):
         raise UserError("'tools' is not empty, and tools are not put into the prompt; write them into a system message")
+
     messages = []
-    for n, message in enumerate(value, start=1):
+    for number, message in enumerate(value, start=1):
+        of_column = f"message {number} of {column!r}"
         if not isinstance(message, Mapping):
-            raise UserError(f"message {n} of {column!r} is {_kind(message)}, not an object with role and content")
+            raise UserError(f"{of_column} is {_kind(message)}, not an object with role and content")
         role = message.get("role", message.get("from"))
         content = message.get("content", message.get("value"))
         if not isinstance(role, str) or role not in _ROLES:
-            raise UserError(f"message {n} of {column!r} has role {role!r}; it must be one of {', '.join(_ROLES)}")
+            raise UserError(f"{of_column} has role {role!r}; it must be one of {', '.join(_ROLES)}")
         if not isinstance(content, str):
-            raise UserError(f"message {n} of {column!r} has {_kind(content)} as content, not text")
+            raise UserError(f"{of_column} has {_kind(content)} as content, not text")
         for key in _BESIDE_CONTENT:
             if message.get(key):
-                raise UserError(f"message {n} of {column!r} has {key!r}, which is not read; write it into its content")
+                raise UserError(f"{of_column} has {key!r}, which is not read; write it into its content")
         messages.append({"role": _ROLES[role], "content": content})
     return messages
 

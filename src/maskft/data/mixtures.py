@@ -36,6 +36,7 @@ class Part:
         if self.amount is None:
             return existing
         if isinstance(self.amount, float):
+            # A small fraction of a small set would round to 0.
             return max(1, round(self.amount * existing))
         if self.amount > existing:
             raise UserError(
@@ -53,7 +54,8 @@ def parse_mixture(text: str) -> list[Part]:
     Raises:
         UserError: If an entry is empty or comes twice, or its amount is not a number of rows or a fraction.
     """
-    if is_there(text):  # a file whose name has a comma or a colon
+    # A file's name may have a comma or a colon.
+    if is_there(text):
         return [Part(text)]
 
     parts: list[Part] = []
@@ -62,12 +64,16 @@ def parse_mixture(text: str) -> list[Part]:
         if not entry:
             raise UserError(f"the mixture {text!r} has an empty entry; write name:rows,name:rows")
 
-        name, colon, amount = entry.rpartition(":")
+        # From the right: the name itself may have a colon.
+        name, colon, text_of_amount = entry.rpartition(":")
         if colon and name:
-            part = Part(name.strip(), _amount(entry, amount))
+            amount = _amount(entry, text_of_amount)
+            part = Part(name.strip(), amount)
         else:
             part = Part(entry)
-        if any(part.name == other.name for other in parts):
+
+        names = [other.name for other in parts]
+        if part.name in names:
             raise UserError(f"the mixture names {part.name} twice; give it one amount")
         parts.append(part)
     return parts
@@ -80,9 +86,14 @@ def hub_ids(text: str) -> list[str]:
 
     ids = []
     for part in parse_mixture(text):
-        if is_hub_name(part.name):
-            known = TRAINING_SETS.get(part.name)
-            ids.append(known.hub_id if known else part.name)
+        if not is_hub_name(part.name):
+            continue
+        known = TRAINING_SETS.get(part.name)
+        # A set that is not registered is named as on the hub.
+        if known is None:
+            ids.append(part.name)
+        else:
+            ids.append(known.hub_id)
     return ids
 
 
@@ -90,21 +101,30 @@ def rename_sets(text: str, change: Callable[[str], str]) -> str:
     """Return a mixture as text with every set's name changed."""
     entries = []
     for part in parse_mixture(text):
-        name = change(part.name)
-        entries.append(name if part.amount is None else f"{name}:{part.amount}")
+        entry = change(part.name)
+        if part.amount is not None:
+            entry = f"{entry}:{part.amount}"
+        entries.append(entry)
     return ",".join(entries)
 
 
 def _amount(entry: str, text: str) -> int | float:
     """The amount of an entry: an int is a number of rows, a float a fraction of them."""
+    # 40_000 is a number in Python and YAML, and not for isdecimal().
     digits = text.strip().replace("_", "")
+    value: int | float
     try:
-        value = int(digits) if digits.isdecimal() else float(text)
+        if digits.isdecimal():
+            value = int(digits)
+        else:
+            value = float(text)
     except ValueError:
         raise UserError(
             f"{entry!r}: {text!r} is neither a number of rows (40000) nor a fraction of them (0.5)"
         ) from None
-    is_too_large = isinstance(value, float) and not value <= 1  # or NaN
+
+    # "not ... <=", because NaN is neither.
+    is_too_large = isinstance(value, float) and not value <= 1
     if value <= 0 or is_too_large:
         raise UserError(f"{entry!r}: give a whole number of rows, at least 1, or a fraction in (0, 1]")
     return value
@@ -118,7 +138,12 @@ class ReadSet:
     examples: Dataset
     count: int
 
-    def draw(self, seed: int, pool: Sequence[int] | None = None, count: int | None = None) -> Dataset:
+    def draw(
+        self,
+        seed: int,
+        pool: Sequence[int] | None = None,
+        count: int | None = None,
+    ) -> Dataset:
         """Choose ``count`` rows out of ``pool``, in their order: those whose id has the smallest seeded hash.
 
         So more rows contain fewer rows, and the order of a file does not matter.
@@ -135,7 +160,12 @@ class ReadSet:
         # Chosen by hash, and then in the order of the file: shuffling is left to the mixture and the trainer.
         if count < len(pool):
             ids = self.examples["id"][:]
-            by_hash = sorted(pool, key=lambda n: digest(f"{seed} {ids[n]}"))
+
+            # Of the id and not of the place, so that a sorted file gives the same rows.
+            def seeded_hash(index: int) -> str:
+                return digest(f"{seed} {ids[index]}")
+
+            by_hash = sorted(pool, key=seeded_hash)
             pool = sorted(by_hash[:count])
         return self.examples.select(pool)
 
@@ -171,11 +201,13 @@ class Reader:
 
         sets = []
         for part, examples in zip(parts, read, strict=True):
-            sets.append(ReadSet(part.name, examples, part.num_rows(len(examples))))
+            count = part.num_rows(len(examples))
+            sets.append(ReadSet(part.name, examples, count))
         return sets
 
     def _examples(self, part: Part, of_mixture: bool) -> Dataset:
         as_chat = self.as_chat
+        # Base models have no template: their tokenizers get plain text.
         if as_chat is None:
             as_chat = self.tokenizer is None or bool(self.tokenizer.chat_template)
 
@@ -185,10 +217,21 @@ class Reader:
         rows, known = find_rows(part.name, self.split, config, self.data_dir)
         formats = known.formats if known else None
         # Conversations, as the sets of a mixture must have the same columns. Tokens and labels are the same for both.
-        return to_examples(rows, part.name, as_chat, self.text_field, formats, as_messages=of_mixture)
+        return to_examples(
+            rows,
+            part.name,
+            as_chat,
+            self.text_field,
+            formats,
+            as_messages=of_mixture,
+        )
 
 
-def load_examples(mixture: str, split: str | None = "train", **kwargs) -> Dataset:
+def load_examples(
+    mixture: str,
+    split: str | None = "train",
+    **kwargs,
+) -> Dataset:
     """Read a set, or the rows that a mixture takes, as examples (see the package's docstring).
 
     Args:
@@ -207,14 +250,21 @@ def mix(parts: Sequence[Dataset], seed: int) -> Dataset:
     Raises:
         UserError: If some parts are plain text and others are messages.
     """
+    # Its rows stay in the order of the file; the trainer shuffles them in every epoch.
     if len(parts) == 1:
         return parts[0]
 
-    layouts = [set(part.column_names) - set(OPTIONAL_COLUMNS) for part in parts]
-    if any(layout != layouts[0] for layout in layouts):
-        columns = sorted(set().union(*layouts) - {"id"})
+    # Optional columns may differ: concatenating fills a missing one with None.
+    layouts = []
+    for part in parts:
+        layouts.append(set(part.column_names) - set(OPTIONAL_COLUMNS))
+    is_alike = all(layout == layouts[0] for layout in layouts)
+    if not is_alike:
+        columns = set().union(*layouts) - {"id"}
+        found = ", ".join(sorted(columns))
         raise UserError(
-            f"a mixture must be all messages or all plain text, not {', '.join(columns)}; "
+            f"a mixture must be all messages or all plain text, not {found}; "
             "set as_chat to true, or leave out the plain text"
         )
-    return concatenate_datasets(list(parts)).shuffle(seed=seed)
+    whole = concatenate_datasets(list(parts))
+    return whole.shuffle(seed=seed)

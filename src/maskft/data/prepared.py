@@ -83,20 +83,37 @@ def prepare(
     Raises:
         UserError: If the data cannot be read or leave no row to train on, or kept rows are damaged.
     """
-    tokens = {"max_length": max_length, "completion_only_loss": completion_only_loss}
+    tokens = {
+        "max_length": max_length,
+        "completion_only_loss": completion_only_loss,
+    }
 
     def prepare_now() -> Prepared:
-        train, heldout, report = load_splits(args, args.split_seed, tokenizer, text_field)
-        return Prepared(
-            tokenize_dataset(train, tokenizer, **tokens, num_proc=num_proc),
-            tokenize_dataset(heldout, tokenizer, **tokens, num_proc=num_proc),
-            _as_dict(report),
+        splits = load_splits(
+            args,
+            args.split_seed,
+            tokenizer,
+            text_field,
         )
+        train = tokenize_dataset(
+            splits.train,
+            tokenizer,
+            **tokens,
+            num_proc=num_proc,
+        )
+        heldout = tokenize_dataset(
+            splits.heldout,
+            tokenizer,
+            **tokens,
+            num_proc=num_proc,
+        )
+        return Prepared(train, heldout, _as_dict(splits.report))
 
     if args.prepared_data_dir is None:
         return prepare_now()
 
-    # Everything that decides the rows. The two options that are left out only say where they are kept.
+    # Everything that decides the rows. The two options that are left out only say where they are kept, and that
+    # nothing else is to be done.
     options = asdict(args)
     del options["prepared_data_dir"]
     del options["prepare_only"]
@@ -108,14 +125,17 @@ def prepare(
         "text_field": text_field,
         **tokens,
     }
-    folder = Path(args.prepared_data_dir).expanduser() / digest(decides)[:16]
+    # 16 of 64 digits, to keep the path short.
+    name = digest(decides)[:16]
+    folder = Path(args.prepared_data_dir).expanduser() / name
 
     def keep() -> None:
         if not folder.is_dir():
             _write(folder, prepare_now())
 
     processes.decided_by_main(keep)
-    keep()  # on another machine without a shared disk, where the main process's is missing
+    # Again in every process: without a shared disk, another machine does not have the main process's folder.
+    keep()
     return _read(folder)
 
 
@@ -129,8 +149,12 @@ def _write(folder: Path, prepared: Prepared) -> None:
             sha256 = {}
             for file in partial.rglob("*"):
                 if file.is_file():
-                    sha256[str(file.relative_to(partial))] = digest_now(file)
-            content = {"counts": prepared.report["counts"], "sha256": sha256}
+                    name = str(file.relative_to(partial))
+                    sha256[name] = digest_now(file)
+            content = {
+                "counts": prepared.report["counts"],
+                "sha256": sha256,
+            }
             (partial / REPORT).write_text(json.dumps(content))
     except OSError:
         # Another process may have been first, and its folder holds the same rows.
@@ -144,12 +168,15 @@ def _read(folder: Path) -> Prepared:
     Raises:
         UserError: If a file is not as it was written.
     """
+    file_of_report = folder / REPORT
     content = {}
-    if (folder / REPORT).is_file():
-        content = read_json(folder / REPORT)
-    report = read_model(_Report, content, folder / REPORT, _DELETE)
+    if file_of_report.is_file():
+        content = read_json(file_of_report)
+    # Without the file, the empty content raises with the remedy.
+    report = read_model(_Report, content, file_of_report, _DELETE)
 
     for name, sha256 in report.sha256.items():
+        # The name comes from a file, and must not lead out of the folder.
         file = own_file(folder, name)
         if not file.is_file() or digest_now(file) != sha256:
             raise UserError(f"prepared data {str(folder)!r} is damaged: {name} does not match its checksum; {_DELETE}")
@@ -157,13 +184,17 @@ def _read(folder: Path) -> Prepared:
     try:
         train = load_from_disk(folder / _TRAIN)
         heldout = load_from_disk(folder / _HELDOUT)
-    except Exception as error:  # datasets raises errors of many types for files of another structure
+    except Exception as error:
+        # datasets raises errors of many types for files of another structure.
         raise UserError(f"prepared data {str(folder)!r} cannot be read ({first_line(error)}); {_DELETE}") from error
     return Prepared(train, heldout, _as_dict(report.counts))
 
 
 def _as_dict(report: SplitReport) -> dict[str, Any]:
-    return {"text": str(report), "counts": asdict(report)}
+    return {
+        "text": str(report),
+        "counts": asdict(report),
+    }
 
 
 # The identity of the rows
@@ -183,20 +214,25 @@ def data_identity(options: dict[str, Any]) -> dict[str, Any]:
 
     # Data sets and mixtures of them.
     for key, split in zip(DATA_NAMES, (train_split, eval_split), strict=True):
-        if isinstance(out.get(key), str):
-            out[key] = _mixture_identity(out[key], data_dir, split)
-    if isinstance(options.get("dataset_name"), str) and eval_split:
+        name = out.get(key)
+        if isinstance(name, str):
+            out[key] = _mixture_identity(name, data_dir, split)
+    training_data = options.get("dataset_name")
+    if isinstance(training_data, str) and eval_split:
         # If no other set is held out, another split of this one is.
-        identity = _mixture_identity(options["dataset_name"], data_dir, eval_split)
+        identity = _mixture_identity(training_data, data_dir, eval_split)
         out["dataset_eval_split"] = f"{eval_split} of {identity}"
-    if isinstance(out.get(KL_DATA), str):
-        out[KL_DATA] = _mixture_identity(out[KL_DATA], data_dir, "train")
+    kl_data = out.get(KL_DATA)
+    if isinstance(kl_data, str):
+        out[KL_DATA] = _mixture_identity(kl_data, data_dir, "train")
 
     # Other files, such as a chat template.
     for key in _FILES:
-        if isinstance(out.get(key), str):
-            path = Path(out[key]).expanduser()
-            out[key] = _identity_of_path(path) or out[key]
+        name = out.get(key)
+        if isinstance(name, str):
+            path = Path(name).expanduser()
+            # A name without a file, such as that of a hub model, stays as it is.
+            out[key] = _identity_of_path(path) or name
     return out
 
 
@@ -204,29 +240,41 @@ def _identity_of_path(path: Path) -> str | None:
     if not path.is_dir():
         return _digest_files([path])
 
-    # The files that lm-eval reads there: tasks and their functions. Python leaves compiled files beside them.
+    # Only the files that lm-eval reads there, tasks and their functions: Python leaves compiled files beside them.
     files: list[Path] = []
     for ending in ("yaml", "yml", "py"):
         files += path.rglob(f"*.{ending}")
     return _digest_files(sorted(files))
 
 
-def _mixture_identity(name: str, data_dir: str | None, split: str | None) -> str:
+def _mixture_identity(
+    name: str,
+    data_dir: str | None,
+    split: str | None,
+) -> str:
     """A mixture as text, with the content of each file in place of its name; hub data sets keep theirs."""
     parts = []
     for part in parse_mixture(name):
-        file = local_file(part.name, data_dir, split_of(part.name, split))
-        content = _digest_files([file]) if file else None
+        split_of_part = split_of(part.name, split)
+        file = local_file(part.name, data_dir, split_of_part)
+        content = None
+        if file is not None:
+            content = _digest_files([file])
+
         text = content or part.name
         known = TRAINING_SETS.get(part.name)
         if content and known and known.source:
-            text = f"{part.name} of {text}"  # the name decides which rows of the file are taken
-        parts.append(text if part.amount is None else f"{text}:{part.amount}")
+            # The name decides which rows of the file are taken.
+            text = f"{part.name} of {text}"
+        if part.amount is not None:
+            text = f"{text}:{part.amount}"
+        parts.append(text)
     return ",".join(parts)
 
 
 def _digest_files(files: Sequence[Path]) -> str | None:
     """Digest of the content of files; None: none of them exists."""
+    # Of the content alone: a file that was renamed holds the same rows.
     digests = [digest_file(file) for file in files if file.is_file()]
     if not digests:
         return None

@@ -7,7 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .formats import Formats, from_instruction, from_messages, from_question_answer, from_system_question
+from .formats import (
+    Formats,
+    from_instruction,
+    from_messages,
+    from_question_answer,
+    from_system_question,
+)
 
 MESSAGES: Formats = {("messages",): from_messages}
 TULU_MIXTURE = "allenai/tulu-3-sft-mixture"
@@ -38,12 +44,26 @@ TRAINING_SETS: dict[str, TrainingSet] = {
     "tulu3_persona_math": TrainingSet("allenai/tulu-3-sft-personas-math", MESSAGES),
     "tulu3_persona_gsm": TrainingSet("allenai/tulu-3-sft-personas-math-grade", MESSAGES),
     "tulu3_persona_algebra": TrainingSet("allenai/tulu-3-sft-personas-algebra", MESSAGES),
-    "metamathqa": TrainingSet("meta-math/MetaMathQA", {("query", "response"): from_instruction}),
+    "metamathqa": TrainingSet(
+        "meta-math/MetaMathQA",
+        {("query", "response"): from_instruction},
+    ),
     # Tulu 3's decontaminated selection, as the published count tells, not the 72,441 rows of AI-MO/NuminaMath-TIR.
-    "numinamath_tir": TrainingSet(TULU_MIXTURE, MESSAGES, source="ai2-adapt-dev/numinamath_tir_math_decontaminated"),
+    "numinamath_tir": TrainingSet(
+        TULU_MIXTURE,
+        MESSAGES,
+        source="ai2-adapt-dev/numinamath_tir_math_decontaminated",
+    ),
     # Tulu 3's selection of theblackcat102/evol-codealpaca-v1, without rows that resemble HumanEval.
-    "evol_codealpaca": TrainingSet(TULU_MIXTURE, MESSAGES, source="ai2-adapt-dev/evol_codealpaca_heval_decontaminated"),
-    "code_alpaca": TrainingSet("sahil2801/CodeAlpaca-20k", {("instruction", "output"): from_instruction}),
+    "evol_codealpaca": TrainingSet(
+        TULU_MIXTURE,
+        MESSAGES,
+        source="ai2-adapt-dev/evol_codealpaca_heval_decontaminated",
+    ),
+    "code_alpaca": TrainingSet(
+        "sahil2801/CodeAlpaca-20k",
+        {("instruction", "output"): from_instruction},
+    ),
     "tulu3_persona_python": TrainingSet("allenai/tulu-3-sft-personas-code", MESSAGES),
     # Tulu 3's selection of OpenAssistant/oasst1.
     "oasst_guanaco": TrainingSet(TULU_MIXTURE, MESSAGES, source="ai2-adapt-dev/oasst1_converted"),
@@ -56,6 +76,9 @@ TRAINING_SETS: dict[str, TrainingSet] = {
     ),
     # Not in Table 3; the small studies train on it.
     "gsm8k": TrainingSet(
-        "openai/gsm8k", {("question", "answer"): from_question_answer}, config="main", heldout_split="test"
+        "openai/gsm8k",
+        {("question", "answer"): from_question_answer},
+        config="main",
+        heldout_split="test",
     ),
 }

@@ -25,7 +25,8 @@ FILE_ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".csv")
 _OTHER_FILE_ENDINGS = (".tsv", ".txt", ".arrow", ".gz", ".zip", ".zst", ".xz", ".bz2", ".yaml", ".yml", ".md")
 
 Row = Mapping[str, Any]
-Rows = Iterable[tuple[str, Row]]  # each with its place, such as "line 3"
+# Each with its place, such as "line 3".
+Rows = Iterable[tuple[str, Row]]
 
 
 # Files
@@ -48,63 +49,85 @@ def read_file(path: Path) -> Iterator[tuple[str, Row]]:
         raise UserError(f"data file {path} does not exist")
     if path.is_dir():
         raise UserError(f"{path} is a folder; name one file in it ({', '.join(FILE_ENDINGS)})")
-    check_regular(path)  # a pipe could be read once, and the rows are read again to name the data
+    # A pipe could be read once, and the rows are read again to name the data.
+    check_regular(path)
     if not name.endswith(FILE_ENDINGS):
         raise UserError(f"data file {path} has an unsupported ending; convert it to {', '.join(FILE_ENDINGS)}")
 
     try:
         if name.endswith(".parquet"):
-            batches = parquet.ParquetFile(path).iter_batches()
-            yield from numbered(row for batch in batches for row in batch.to_pylist())
+            yield from numbered(_parquet_rows(path))
         elif name.endswith(".csv"):
             yield from numbered(_csv_rows(path))
         else:
             yield from _json_rows(path)
     except UnicodeDecodeError as error:
         raise UserError(f"data file {path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:  # gzip's errors are among these
+    except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
+        # gzip's errors are among these.
         raise UserError(f"data file {path} cannot be read: {first_line(error)}") from None
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    # A batch at a time: rows are Python objects, and all of a large file would not fit into memory.
+    for batch in parquet.ParquetFile(path).iter_batches():
+        yield from batch.to_pylist()
 
 
 def _csv_rows(path: Path) -> list[Row]:
     """Rows with every value as text; by itself pyarrow guesses numbers and dates."""
     # Read twice: types are declared by the names of columns, which are not known before.
     parsing = csv.ParseOptions(newlines_in_values=True)
-    names = csv.read_csv(path, parse_options=parsing).column_names
-    as_text = csv.ConvertOptions(column_types=dict.fromkeys(names, pyarrow.string()))
-    return csv.read_csv(path, parse_options=parsing, convert_options=as_text).to_pylist()
+    guessed = csv.read_csv(path, parse_options=parsing)
+    types = dict.fromkeys(guessed.column_names, pyarrow.string())
+    table = csv.read_csv(
+        path,
+        parse_options=parsing,
+        convert_options=csv.ConvertOptions(column_types=types),
+    )
+    return table.to_pylist()
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    # utf-8-sig: some editors begin a file with a byte order mark, which is not JSON.
     with open_text(path, "utf-8-sig") as lines:
         # A .json file may hold one array, or like .jsonl one object per line.
         if ".jsonl" not in path.name.lower():
             text = lines.read()
             if text.lstrip().startswith("["):
-                yield from numbered(_parse_json(text, path, first=1))
+                rows = _parse_json(text, path, first=1)
+                yield from numbered(rows)
                 return
             lines = io.StringIO(text)
+
         for number, line in enumerate(lines, start=1):
             # Without the line break: the parser would report a line that ends too early at the line after it.
             text = line.rstrip()
             if text:
-                yield f"line {number}", _parse_json(text, path, first=number)
+                row = _parse_json(text, path, first=number)
+                yield f"line {number}", row
 
 
-def _parse_json(text: str, path: Path, first: int) -> Any:
+def _parse_json(
+    text: str,
+    path: Path,
+    first: int,
+) -> Any:
     """Parse JSON that begins at line ``first`` of a file."""
     try:
         return parse_json(text)
     except json.JSONDecodeError as error:
         line = first + error.lineno - 1
         raise UserError(f"data file {path} is not JSON at line {line}: {error.msg} (column {error.colno})") from None
-    except ValueError as error:  # a number of 5,000 digits, lists in lists without end
+    except ValueError as error:
+        # A number of 5,000 digits, lists in lists without end.
         raise UserError(f"data file {path} cannot be read at line {first}: {error}") from None
 
 
 def numbered(rows: Iterable[Row]) -> Iterator[tuple[str, Row]]:
     """Yield each row with its place, counted from 1: ``row 1``."""
-    return ((f"row {n}", row) for n, row in enumerate(rows, start=1))
+    for number, row in enumerate(rows, start=1):
+        yield f"row {number}", row
 
 
 # Names
@@ -131,7 +154,11 @@ def split_of(name: str, asked: str | None) -> str:
     return known.heldout_split if known else "test"
 
 
-def local_file(name: str, data_dir: str | None, split: str) -> Path | None:
+def local_file(
+    name: str,
+    data_dir: str | None,
+    split: str,
+) -> Path | None:
     """The file that a set is read from, here or in ``data_dir``; None where the set is on the hub.
 
     A file's name is looked for in the current folder first. For a set's name, the files of `_stems` are looked for.
@@ -143,6 +170,7 @@ def local_file(name: str, data_dir: str | None, split: str) -> Path | None:
         file = Path(name).expanduser()
         if data_dir is None or file.exists():
             return file
+        # Also where it is missing, so that the error names data_dir. An absolute path stays as it is.
         return Path(data_dir).expanduser() / file
 
     if data_dir is None:
@@ -150,6 +178,7 @@ def local_file(name: str, data_dir: str | None, split: str) -> Path | None:
     folder = Path(data_dir).expanduser()
     if not folder.is_dir():
         raise UserError(f"data_dir {data_dir} is not a folder; name the one that holds the data files")
+    # Every ending of one stem before the next stem: a file of the split wins over one without.
     for stem, ending in product(_stems(name, split), FILE_ENDINGS):
         file = folder / f"{stem}{ending}"
         if file.is_file():
@@ -226,18 +255,29 @@ def find_rows(
             raise UserError(f"there is no file and no known data set {name!r}{similar}")
         return numbered(load_from_hub(name, config, split)), None
 
+    # A registered set without configurations takes none.
     config_of_set = known.config
-    if config_of_set and config:  # a registered set without configurations takes none
+    if config_of_set and config:
         config_of_set = config
-    found = load_from_hub(known.hub_id, config_of_set, split, known.data_files)
+    found = load_from_hub(
+        known.hub_id,
+        config_of_set,
+        split,
+        known.data_files,
+    )
     if known.source:
-        found = found.filter(lambda source: source == known.source, input_columns="source")
+        # input_columns: the other columns, with the conversations, are not decoded for it.
+        found = found.filter(
+            lambda source: source == known.source,
+            input_columns="source",
+        )
     return numbered(found), known
 
 
 def _of_source(rows: Rows, source: str) -> Iterator[tuple[str, Row]]:
     """The rows of one source, where a file holds those of a whole mixture; a file without the column is that source."""
     for place, row in rows:
+        # A row that is not an object is an error, which to_examples raises.
         if not isinstance(row, dict) or row.get("source", source) == source:
             yield place, row
 
@@ -258,7 +298,8 @@ def load_from_hub(
         options["data_files"] = data_files
     try:
         return datasets.load_dataset(name, config, split=split, **options)
-    except Exception as error:  # many types: no network, no such name, no such configuration or split
+    except Exception as error:
+        # Of many types: no network, no such name, no such configuration or split.
         raise UserError(
             f"{name!r} is not a local file, and the hub gave no split {split!r} of it: "
             f"{type(error).__name__}: {first_line(error)}"

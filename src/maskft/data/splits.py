@@ -39,7 +39,10 @@ class SplitReport:
     def __str__(self) -> str:
         mixture = ""
         if len(self.taken) > 1:
-            parts = [f"{count:,} of {printable(name)}" for name, count in self.taken.items()]
+            parts = []
+            for name, count in self.taken.items():
+                # A name from a recipe may hold control characters.
+                parts.append(f"{count:,} of {printable(name)}")
             mixture = f" ({', '.join(parts)})"
         text = f"read {self.read:,} rows{mixture}: {self.train:,} to train on, {self.heldout:,} held out"
         if self.dropped_overlap:
@@ -55,7 +58,12 @@ class Splits(NamedTuple):
     report: SplitReport
 
 
-def load_splits(args: DataArguments, seed: int, tokenizer=None, text_field: str = "text") -> Splits:
+def load_splits(
+    args: DataArguments,
+    seed: int,
+    tokenizer=None,
+    text_field: str = "text",
+) -> Splits:
     """Read the training data and the held-out data, and remove the held-out rows from training.
 
     The held-out rows are chosen first and never reduced. The same arguments and seed give the same rows: runs that are
@@ -78,27 +86,46 @@ def load_splits(args: DataArguments, seed: int, tokenizer=None, text_field: str 
         "text_field": text_field,
         "data_dir": args.data_dir,
     }
-    reader = Reader(split=args.dataset_train_split, config=args.dataset_config, **common)
+    reader = Reader(
+        split=args.dataset_train_split,
+        config=args.dataset_config,
+        **common,
+    )
     sets = reader.read(args.dataset_name)
     taken = {each.name: each.count for each in sets}
     num_read = sum(taken.values())
 
     if heldout_name:
         # dataset_config is of the training data; held-out data may be another split of the same sets.
-        is_of_same_sets = {*_names(heldout_name)} <= {*_names(args.dataset_name)}
+        heldout_sets = set(_names(heldout_name))
+        is_of_same_sets = heldout_sets <= set(_names(args.dataset_name))
         config = args.dataset_config if is_of_same_sets else None
         # Another seed than that of the training rows, so that the two draws are independent.
         heldout_seed = Random(f"heldout-{seed}").randrange(2**31)
-        heldout = load_examples(heldout_name, args.dataset_eval_split, config=config, seed=heldout_seed, **common)
-        train = mix([each.draw(seed) for each in sets], seed)
+        heldout = load_examples(
+            heldout_name,
+            args.dataset_eval_split,
+            config=config,
+            seed=heldout_seed,
+            **common,
+        )
+        drawn = [each.draw(seed) for each in sets]
+        train = mix(drawn, seed)
         num_read += len(heldout)
     else:
         train, heldout = _hold_out(sets, args.eval_split_size, seed)
 
+    # The overlap is removed before rows are counted, so that max_train_samples rows are left.
     train, num_dropped = _without_heldout(train, heldout, args.dataset_name)
     train = _first_rows(train, args.max_train_samples)
     heldout = _first_rows(heldout, args.max_eval_samples)
-    report = SplitReport(num_read, num_dropped, len(train), len(heldout), taken)
+    report = SplitReport(
+        read=num_read,
+        dropped_overlap=num_dropped,
+        train=len(train),
+        heldout=len(heldout),
+        taken=taken,
+    )
     return Splits(train, heldout, report)
 
 
@@ -112,6 +139,7 @@ def _heldout_name(args: DataArguments) -> str | None:
         # Another split of the training sets, whole: the amounts of a mixture are for training.
         name = ",".join(_names(args.dataset_name))
 
+    # A file is one split.
     files = [part for part in _names(name) if not is_hub_name(part)]
     if files and args.dataset_eval_split:
         raise UserError(
@@ -135,11 +163,18 @@ def _first_rows(rows: Dataset, limit: int | None) -> Dataset:
     return rows.select(range(count))
 
 
-def _without_heldout(train: Dataset, heldout: Dataset, name: str) -> tuple[Dataset, int]:
+def _without_heldout(
+    train: Dataset,
+    heldout: Dataset,
+    name: str,
+) -> tuple[Dataset, int]:
     """Return the training rows whose prompt is not held out, and how many are left out."""
     # By prompt and not by row: a question whose answer is worded otherwise would leak.
     held_prompts = {prompt_digest(example) for example in heldout}
-    kept = [index for index, example in enumerate(train) if prompt_digest(example) not in held_prompts]
+    kept = []
+    for index, example in enumerate(train):
+        if prompt_digest(example) not in held_prompts:
+            kept.append(index)
     if not kept:
         raise UserError(
             f"all {len(train):,} training rows of {name} have a prompt that is also held out; "
@@ -148,7 +183,11 @@ def _without_heldout(train: Dataset, heldout: Dataset, name: str) -> tuple[Datas
     return train.select(kept), len(train) - len(kept)
 
 
-def _hold_out(sets: Sequence[ReadSet], size: float, seed: int) -> tuple[Dataset, Dataset]:
+def _hold_out(
+    sets: Sequence[ReadSet],
+    size: float,
+    seed: int,
+) -> tuple[Dataset, Dataset]:
     """Split off ``size`` of the rows taken, from each set those whose prompt has the smallest seeded hash.
 
     With a fraction, that fraction of each set is never trained on, however few of its rows a mixture takes: rows that
@@ -157,14 +196,13 @@ def _hold_out(sets: Sequence[ReadSet], size: float, seed: int) -> tuple[Dataset,
     """
     # held: how many rows of each set are held out. reserved: how many are kept out of training; with a fraction, that
     # of all rows of the set, though the mixture takes fewer.
+    counts = [each.count for each in sets]
     if size < 1:
-        held = [max(1, round(size * each.count)) for each in sets]
-        reserved = []
-        for each in sets:
-            num_rows = len(each.examples)
-            reserved.append(max(1, round(size * num_rows)))
+        held = [max(1, round(size * count)) for count in counts]
+        sizes = [len(each.examples) for each in sets]
+        reserved = [max(1, round(size * num_rows)) for num_rows in sizes]
     else:
-        held = _shares(int(size), [each.count for each in sets])
+        held = _shares(int(size), counts)
         reserved = held
 
     trains = []
@@ -184,26 +222,32 @@ def _hold_out(sets: Sequence[ReadSet], size: float, seed: int) -> tuple[Dataset,
         for prompt, row_id in zip(prompts, ids, strict=True):
             seeded = str(seed).encode() + bytes.fromhex(prompt)
             keys.append((digest(seeded), row_id))
-        ranked = sorted(range(len(prompts)), key=lambda n: keys[n])
+        ranked = sorted(range(len(prompts)), key=lambda index: keys[index])
 
+        # Rows to train on are drawn from this pool, rows held out are the first; both in the order of the file.
         pool = sorted(ranked[num_reserved:])
         if each.count < len(prompts):
             # The last reserved prompt may have more rows behind the limit, which another recipe could hold out.
             reserved_prompts = {prompts[index] for index in ranked[:num_reserved]}
             pool = [index for index in pool if prompts[index] not in reserved_prompts]
-        trains.append(each.draw(seed, pool, each.count - num_held))
-        heldouts.append(each.examples.select(sorted(ranked[:num_held])))
+        train = each.draw(seed, pool, each.count - num_held)
+        trains.append(train)
+        held_indices = sorted(ranked[:num_held])
+        heldouts.append(each.examples.select(held_indices))
     return mix(trains, seed), mix(heldouts, seed)
 
 
 def _shares(count: int, sizes: Sequence[int]) -> list[int]:
     """Divide ``count`` in proportion to ``sizes``, the largest remainders rounded up; at least 1 each."""
-    exact = [count * size / sum(sizes) for size in sizes]
+    total = sum(sizes)
+    exact = [count * size / total for size in sizes]
     shares = [int(share) for share in exact]
-    by_remainder = sorted(range(len(sizes)), key=lambda n: shares[n] - exact[n])  # the largest first
+
+    # The largest remainder first: the difference is the remainder, negative.
+    by_remainder = sorted(range(len(sizes)), key=lambda index: shares[index] - exact[index])
     num_missing = count - sum(shares)
-    for n in by_remainder[:num_missing]:
-        shares[n] += 1
+    for index in by_remainder[:num_missing]:
+        shares[index] += 1
     return [max(1, share) for share in shares]
 
 
@@ -213,6 +257,7 @@ def prompt_digest(example: Row) -> str:
     Args:
         example: A row of ``load_examples``: messages, prompt and completion, or plain text.
     """
+    # A conversation, or a prompt that is messages.
     is_chat = "messages" in example or not isinstance(example.get("prompt", ""), str)
     if is_chat:
         messages = example.get("messages") or example["prompt"]
@@ -220,6 +265,7 @@ def prompt_digest(example: Row) -> str:
         for message in messages:
             if message["role"] == "assistant":
                 break
+            # A system message is often the same for all rows, and the same question under another one would leak.
             if message["role"] != "system":
                 opening.append(message["content"])
         text = "\n".join(opening)
@@ -227,5 +273,7 @@ def prompt_digest(example: Row) -> str:
         text = example["prompt"]
     else:
         text = example["text"]
+
+    # Words, so that white space makes no other prompt.
     words = text.split()
     return digest(" ".join(words))

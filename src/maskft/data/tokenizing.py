@@ -19,7 +19,8 @@ logger = logging.getLogger(__name__)
 # Rendering a conversation takes milliseconds. A template is a program, and nested loops need not end.
 _TEMPLATE_SECONDS = 10.0
 
-IGNORED = -100  # label of a token without loss, as in torch's cross_entropy
+# Label of a token without loss, as in torch's cross_entropy.
+IGNORED = -100
 
 Row = Mapping[str, Any]
 Message = dict[str, str]
@@ -55,24 +56,33 @@ def tokenize_example(
     text, spans, templated = _render_spans(example, tokenizer)
     input_ids = _encode(tokenizer, text, templated)
     if not templated:
-        if tokenizer.eos_token_id is None:
+        eos_token_id = tokenizer.eos_token_id
+        if eos_token_id is None:
             raise UserError("the tokenizer has no eos_token, so the model cannot learn to stop; set one")
-        if input_ids[-1:] != [tokenizer.eos_token_id]:
-            input_ids.append(tokenizer.eos_token_id)
+        # Some tokenizers add it themselves.
+        if input_ids[-1:] != [eos_token_id]:
+            input_ids.append(eos_token_id)
 
     labels = [IGNORED] * len(input_ids)
     if not completion_only_loss:
         spans = [("", text)]
     for before, until in spans:
-        # The borders of a part in tokens: where the tokens of the text up to there diverge from those of the whole.
-        start = 1  # no model predicts the first token
+        # The borders of a part in tokens: where the tokens of the text up to there diverge from those of the whole. No
+        # model predicts the first token.
+        start = 1
         if before:
-            start = max(1, _common_length(_encode(tokenizer, before, templated), input_ids))
+            ids_before = _encode(tokenizer, before, templated)
+            start = max(1, _common_length(ids_before, input_ids))
         end = len(input_ids)
         if until != text:
-            end = _common_length(_encode(tokenizer, until, templated), input_ids)
+            ids_until = _encode(tokenizer, until, templated)
+            end = _common_length(ids_until, input_ids)
         labels[start:end] = input_ids[start:end]
-    return {"input_ids": input_ids[:max_length], "labels": labels[:max_length]}
+
+    return {
+        "input_ids": input_ids[:max_length],
+        "labels": labels[:max_length],
+    }
 
 
 def prompt_of(example: Row) -> str | list[dict]:
@@ -83,10 +93,11 @@ def prompt_of(example: Row) -> str | list[dict]:
     """
     if "messages" in example:
         messages = example["messages"]
-        turns = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
-        if not turns:
-            return messages
-        return messages[: turns[-1]]
+        last_turn = len(messages)
+        for index, message in enumerate(messages):
+            if message["role"] == "assistant":
+                last_turn = index
+        return messages[:last_turn]
     if "prompt" in example:
         return example["prompt"]
     raise UserError("plain text has no prompt to generate from; give data with prompts")
@@ -121,33 +132,45 @@ def tokenize_dataset(
     Raises:
         UserError: If no row has a label, or only some have a ``cluster_id``.
     """
-    kwargs = {"max_length": max_length, "completion_only_loss": completion_only_loss}
     if "cluster_id" in dataset.column_names:
         clusters = dataset["cluster_id"][:]
         if None in clusters:
             row = dataset["id"][clusters.index(None)]
             raise UserError(f"row {row} has no cluster_id, and others have one; give it to every row, or to none")
 
-    dropped_columns = [column for column in dataset.column_names if column not in ("id", "cluster_id")]
+    def tokenize(example: Row) -> dict[str, list[int]]:
+        return tokenize_example(
+            example,
+            tokenizer,
+            max_length=max_length,
+            completion_only_loss=completion_only_loss,
+        )
+
+    dropped_columns = []
+    for column in dataset.column_names:
+        if column not in ("id", "cluster_id"):
+            dropped_columns.append(column)
     tokenized = dataset.map(
-        lambda example: tokenize_example(example, tokenizer, **kwargs),
+        tokenize,
         remove_columns=dropped_columns,
         desc="Tokenizing",
         num_proc=num_proc,
-        load_from_cache_file=False,  # the cache would not see that this module has changed
+        # The cache would not see that this module has changed.
+        load_from_cache_file=False,
     )
 
     kept = []
-    for n, labels in enumerate(tokenized["labels"]):
+    for index, labels in enumerate(tokenized["labels"]):
         has_label = any(label != IGNORED for label in labels)
         if has_label:
-            kept.append(n)
+            kept.append(index)
     if not kept:
         raise UserError(
             f"every label is masked in all {len(dataset):,} rows: with max_length {max_length}, no token of an answer "
             "is left to learn from; raise max_length, or check that the rows have answers (assistant turns)"
         )
 
+    # By one row: whether a border is torn depends on the template and the tokenizer.
     _warn_of_torn_prompt(dataset[0], tokenized[0]["input_ids"], tokenizer)
     num_left_out = len(tokenized) - len(kept)
     if num_left_out > 0:
@@ -156,11 +179,17 @@ def tokenize_dataset(
     return tokenized.select(kept)
 
 
-def _warn_of_torn_prompt(example: Row, input_ids: list[int], tokenizer) -> None:
+def _warn_of_torn_prompt(
+    example: Row,
+    input_ids: list[int],
+    tokenizer,
+) -> None:
     """Warn if a token spans the border between a prompt and its completion, by the first row."""
     if "prompt" not in example:
         return
-    ids = prompt_ids(example, tokenizer)[: len(input_ids)]
+    # The row may have been cut to max_length.
+    ids = prompt_ids(example, tokenizer)
+    ids = ids[: len(input_ids)]
     common = _common_length(ids, input_ids)
     if common < len(ids):
         logger.warning(
@@ -172,47 +201,74 @@ def _warn_of_torn_prompt(example: Row, input_ids: list[int], tokenizer) -> None:
 
 def tokenizer_rules(tokenizer) -> dict[str, Any]:
     """Return the rules that turn text into tokens: vocabulary, merges, normalisation, special tokens."""
+    # Only the fast tokenizers have a backend; of others, the vocabulary has to do.
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         content = tokenizer.get_vocab()
     else:
         content = json.loads(backend.to_str())
-    # Truncation and padding are those of the last call, and no rules.
-    rules = {key: value for key, value in content.items() if key not in ("truncation", "padding")}
+
+    # Truncation and padding are those of the last call, and not rules.
+    rules = {}
+    for key, value in content.items():
+        if key not in ("truncation", "padding"):
+            rules[key] = value
     return {
         "tokenizer": rules,
         "special_tokens": tokenizer.special_tokens_map,
-        "added": [getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token")],
+        "added": [
+            getattr(tokenizer, "add_bos_token", None),
+            getattr(tokenizer, "add_eos_token", None),
+        ],
     }
 
 
 def supervised_token_count(dataset: Dataset) -> int:
     """Return the number of tokens with a label in a tokenised data set: those that one epoch takes the loss on."""
     count = 0
+    # A row at a time, as the column is decoded lazily.
     for labels in dataset["labels"]:
         count += sum(label != IGNORED for label in labels)
     return count
 
 
-def format_sample(tokenized_row: Row, tokenizer, max_chars: int = 600) -> str:
+def format_sample(
+    tokenized_row: Row,
+    tokenizer,
+    max_chars: int = 600,
+) -> str:
     """Return a tokenised row as text for the terminal, with the supervised parts in ``[[`` and ``]]``.
 
     A stretch longer than ``max_chars`` is shortened in its middle; control characters are shown as escapes.
     """
+
+    def has_label(pair: tuple[int, int]) -> bool:
+        return pair[1] != IGNORED
+
     parts = []
     pairs = zip(tokenized_row["input_ids"], tokenized_row["labels"], strict=True)
-    for is_supervised, stretch in itertools.groupby(pairs, lambda pair: pair[1] != IGNORED):
+    for is_supervised, stretch in itertools.groupby(pairs, has_label):
         ids = [token for token, _ in stretch]
-        text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = tokenizer.decode(
+            ids,
+            skip_special_tokens=False,
+            clean_up_tokenization_spaces=False,
+        )
         if len(text) > max_chars:
             half = max_chars // 2
             text = f"{text[:half]} ... {text[-half:]}"
+
         # The row may be a stranger's, and control characters could rewrite the terminal.
         shown = ""
         for character in text:
-            is_shown = character.isprintable() or character == "\n"
-            shown += character if is_shown else repr(character)[1:-1]
-        parts.append(f"[[{shown}]]" if is_supervised else shown)
+            if character.isprintable() or character == "\n":
+                shown += character
+            else:
+                # The escape, without the quotes around it.
+                shown += repr(character)[1:-1]
+        if is_supervised:
+            shown = f"[[{shown}]]"
+        parts.append(shown)
     return "".join(parts)
 
 
@@ -221,18 +277,23 @@ def _render_spans(example: Row, tokenizer) -> tuple[str, list[tuple[str, str]], 
 
     A part is a pair (before, until): the text up to where it begins, and up to where it ends.
     """
+    # A conversation.
     if "messages" in example:
         text, spans = _assistant_turns(example["messages"], tokenizer)
         return text, spans, True
+
+    # Plain text.
     if "prompt" not in example:
         text = example["text"]
         return text, [("", text)], False
 
+    # A prompt and its completion, both text or both messages.
     prompt = example["prompt"]
     completion = example["completion"]
     if isinstance(prompt, str):
         text = prompt + completion
-        return text, [(_without_last_spaces(prompt), text)], False
+        before = _without_last_spaces(prompt)
+        return text, [(before, text)], False
     text = _render(prompt + completion, tokenizer)
     before = _render(prompt, tokenizer, generation=True)
     return text, [(before, text)], True
@@ -250,19 +311,27 @@ def _assistant_turns(messages: list[Message], tokenizer) -> tuple[str, list[tupl
     """
     text = _render(messages, tokenizer)
     spans = []
-    for n, message in enumerate(messages):
+    for index, message in enumerate(messages):
         # Before the first message, templates have no header to render.
-        if message["role"] != "assistant" or n == 0:
+        if message["role"] != "assistant" or index == 0:
             continue
 
-        before = _render(messages[:n], tokenizer, generation=True)
-        is_last = n == len(messages) - 1
-        until = text if is_last else _render(messages[: n + 1], tokenizer)
-        spans.append((before, _as_earlier_turn(message, text, before, until)))
+        before = _render(messages[:index], tokenizer, generation=True)
+        until = text
+        is_last = index == len(messages) - 1
+        if not is_last:
+            until = _render(messages[: index + 1], tokenizer)
+        until = _as_earlier_turn(message, text, before, until)
+        spans.append((before, until))
     return text, spans
 
 
-def _as_earlier_turn(message: Message, text: str, before: str, until: str) -> str:
+def _as_earlier_turn(
+    message: Message,
+    text: str,
+    before: str,
+    until: str,
+) -> str:
     """Return ``until`` as the beginning of ``text`` that ends with the same turn.
 
     Some templates write more around a turn when it is the last one: Qwen 3 an empty thought before it, Phi 3 an end of
@@ -292,7 +361,11 @@ def _as_earlier_turn(message: Message, text: str, before: str, until: str) -> st
     return text[: start + length]
 
 
-def _render(messages: list[Message], tokenizer, generation: bool = False) -> str:
+def _render(
+    messages: list[Message],
+    tokenizer,
+    generation: bool = False,
+) -> str:
     if not tokenizer.chat_template:
         raise UserError(
             "the data holds messages but the tokenizer has no chat template; use an instruct model's tokenizer, "
@@ -311,23 +384,33 @@ def _render(messages: list[Message], tokenizer, generation: bool = False) -> str
                 date_string=date,
             )
         except UserError:
+            # The time limit's.
             raise
-        except Exception as error:  # a template is a program of the model's author: it can raise anything
+        except Exception as error:
+            # A template is a program of the model's author: it can raise anything.
             raise UserError(
                 f"the chat template refuses the messages that begin {opening!r}: {first_line(error)}"
             ) from None
 
 
-def _encode(tokenizer, text: str, templated: bool) -> list[int]:
+def _encode(
+    tokenizer,
+    text: str,
+    templated: bool,
+) -> list[int]:
     """Tokenise; a chat template has written its own special tokens."""
-    return tokenizer(text, add_special_tokens=not templated, verbose=False)["input_ids"]
+    # Not verbose: no warning that a text is longer than the context. It may be cut to max_length.
+    encoded = tokenizer(text, add_special_tokens=not templated, verbose=False)
+    return encoded["input_ids"]
 
 
 def _common_length(a: Sequence, b: Sequence) -> int:
     """Length of the longest common beginning of two sequences."""
-    for n, (x, y) in enumerate(zip(a, b, strict=False)):
+    # Not strict: one may be longer than the other.
+    pairs = zip(a, b, strict=False)
+    for position, (x, y) in enumerate(pairs):
         if x != y:
-            return n
+            return position
     return min(len(a), len(b))
 
 
