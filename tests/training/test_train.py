@@ -571,6 +571,14 @@ def test_a_base_model_learns_conversations_by_a_template_file(arguments, tmp_pat
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == template.read_text()
 
 
+def test_a_folder_with_brackets_is_printed_as_it_is(arguments, tmp_path, capsys):
+    """Rich would take [draft] for markup, and a shell for a pattern."""
+    folder = tmp_path / "out[draft]"
+    status, err = run(arguments(method="l1_mask", output_dir=folder), capsys)
+    assert status == 0, err
+    assert f"next: maskft evaluate --adapter '{folder}' --dataset_name" in err
+
+
 @pytest.mark.parametrize("method", ["mask", "full"])
 def test_saved_weights_are_as_readable_as_the_files_beside_them(method, arguments, tmp_path, capsys):
     assert run(arguments(method=method, keep_worse=True if method == "mask" else None), capsys)[0] == 0
@@ -599,7 +607,7 @@ def test_tied_weights_are_not_missing(arguments, tmp_path, capsys, caplog):
         ),
         (
             {"mask_selection": "threshold", "mask_threshold": 0.01, "mask_sparsity": 0.1},
-            "mask_sparsity 0.1 has no effect",
+            "mask_sparsity 0.1 has no effect with mask_selection threshold, which removes",
         ),
         ({"seed": 1099511627776}, "seed is 1099511627776; it must be at most 4294967295"),
         ({"method": "lora"}, """method is 'lora', which is an adapter of PEFT's: give --method peft --peft_config"""),

@@ -24,7 +24,8 @@ from .method_arguments import (
 )
 from .peft_config import adapter_config
 
-_OF_LORA = ("lora_", "use_peft", "use_rslora", "use_dora")  # options of TRL's ModelConfig
+# Beginnings of options of TRL's ModelConfig.
+_OF_LORA = ("lora_", "use_peft", "use_rslora", "use_dora")
 # Options of MethodArguments that only some methods have.
 _ONLY_WITH = {
     "peft_config": (PEFT,),
@@ -72,11 +73,13 @@ def check_config(config: TrainConfig) -> None:
 
     check_kl_to_base(training, method)
     check_kl_budget(training, method)
+    # Both mask the rows of a weight that a rank holds.
     if method == "mask" or config.method.keep_mask is not None:
         check_mask_sharding()
     check_trackers(training.report_to)
     _check_devices_and_metric(config)
 
+    # Again when the model is loaded, which may be quantised in its files.
     if config.model.load_in_4bit or config.model.load_in_8bit:
         check_quantised(method)
     if training.trust_remote_code:
@@ -102,10 +105,13 @@ def _check_mask_options(config: TrainConfig, mask: MaskConfig | None) -> None:
 
     sparsity = config.mask.mask_sparsity
     if sparsity is not None and mask.selection != "topk":
-        named = f"mask_preset {mask.preset} (" if mask.preset else "("
+        cause = f"mask_selection {mask.selection}"
+        # A preset sets the selection, which was then not given.
+        if mask.preset:
+            cause = f"mask_preset {mask.preset} ({cause})"
         raise UserError(
-            f"mask_sparsity {sparsity} has no effect with {named}mask_selection {mask.selection}), which removes "
-            "weights by the value of their scores; leave it out, or give --mask_selection topk"
+            f"mask_sparsity {sparsity} has no effect with {cause}, which removes weights by the value of their "
+            "scores; leave it out, or give --mask_selection topk"
         )
 
 
@@ -119,7 +125,8 @@ def _check_unused_options(config: TrainConfig) -> None:
     for name, instead in _UNUSED.items():
         value = getattr(training, name)
         default = TrainingArguments.__dataclass_fields__[name].default
-        is_used = name == "shuffle_dataset" and training.packing  # rows are packed in that order
+        # Rows are packed in that order.
+        is_used = name == "shuffle_dataset" and training.packing
         if value != default and not is_used:
             raise UserError(f"{name} is {value!r}, which maskft train does not use; {instead}")
 
@@ -127,7 +134,7 @@ def _check_unused_options(config: TrainConfig) -> None:
 def _check_devices_and_metric(config: TrainConfig) -> None:
     """Raise for several GPUs in one process, and for another metric than the held-out loss."""
     training = config.training
-    # Fixed masks use one GPU, and preparing data none.
+    # Fixed masks use one GPU, and preparing data none. The Trainer would use all that it sees, by DataParallel.
     is_trained = config.method.method not in UNTRAINED_METHODS and not config.data.prepare_only
     if is_trained and training.n_gpu > 1:
         raise UserError(
@@ -164,6 +171,7 @@ def check_kl_budget(training: TrainingArguments, method: str) -> None:
         if method in UNTRAINED_METHODS:
             raise UserError(f"kl_budget is a term of the loss, and method {method} is not trained; remove the option")
 
+    # Options of the rows, which do nothing without a KL term.
     has_kl = budget is not None or training.kl_to_base
     if training.kl_dataset_name is not None and not has_kl:
         raise UserError("kl_dataset_name names rows of a KL term: give kl_budget (or kl_to_base) too")
@@ -197,7 +205,8 @@ def check_method(args: MethodArguments) -> None:
     """Raise for settings of one method that are given with another, and numbers out of range."""
     method = args.method
     for name, methods in _ONLY_WITH.items():
-        is_given = getattr(args, name) != MethodArguments.__dataclass_fields__[name].default
+        default = MethodArguments.__dataclass_fields__[name].default
+        is_given = getattr(args, name) != default
         if is_given and method not in methods:
             raise UserError(f"{name} goes with --method {' or '.join(methods)}, not with {method}; remove {name}")
     for name in ("num_candidates", "num_calibration_samples"):
@@ -208,6 +217,7 @@ def check_method(args: MethodArguments) -> None:
     if method == PEFT:
         if args.peft_config is None:
             raise UserError(f"method peft needs --peft_config, such as '{_LORA}'")
+        # Building the configuration checks it.
         adapter_config(args.peft_config)
     is_merged_at_end = method == PEFT and args.start_mask is not None
     if is_merged_at_end and (args.keep_last or processes.uses_fsdp()):
@@ -238,8 +248,10 @@ def check_context(model, *sets) -> None:
         for ids in rows["input_ids"]:
             longest = max(longest, len(ids))
 
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context and longest > context:  # models without position embeddings have no limit
+    # Models without position embeddings have no limit.
+    config = model.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None)
+    if context and longest > context:
         raise UserError(f"the longest row has {longest} tokens, the model's context {context}: lower max_length")
 
 
@@ -255,6 +267,7 @@ def check_processes(model, train_set, heldout_set) -> None:
             "modules_to_save does not train under FSDP; remove it, or train with --accelerate_config multi_gpu"
         )
 
+    # The name of the first parameter without values, gathered so that every process raises.
     first_missing = None
     parameters = {}
     for name, parameter in model.named_parameters():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from statistics import median
 
@@ -22,18 +23,29 @@ from .record import TrainingSummary
 from .verdict import Verdict
 
 
-def describe(model, tokenizer, data: Prepared, config: TrainConfig, console: Console) -> None:
+def describe(
+    model,
+    tokenizer,
+    data: Prepared,
+    config: TrainConfig,
+    console: Console,
+) -> None:
     """Print the resolved settings, data and one row, to be checked before a long run."""
     method = config.method
     training = config.training
 
-    num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    num_trainable = 0
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            num_trainable += parameter.numel()
     console.print(f"method {method.method}: {num_trainable:,} trainable parameters")
     if training.is_float32_by_machine:
         console.print("computing in float32: this CPU has no bfloat16 instructions (--bf16 true asks for it anyway)")
     if method.method == "mask":
         # By the sizes of the layers: weights in four bits are stored as vectors of bytes.
-        num_targets = sum(layer.in_features * layer.out_features for layer in adapter_layers(model).values())
+        num_targets = 0
+        for layer in adapter_layers(model).values():
+            num_targets += layer.in_features * layer.out_features
         mask = model.peft_config[ADAPTER]
         console.print(mask_line(mask, num_targets))
         if mask.beside_preset:
@@ -94,8 +106,9 @@ def report(
             raise UserError(f"{failure}: {verdict}. Saved in {folder}: an adapter that removes nothing")
         raise UserError(f"{failure} is saved in {folder}")
 
-    speeds = [row["tokens_per_s"] for row in summary.history if "tokens_per_s" in row]
     if summary.num_steps:
+        # The median, because the first lines of the log include warming up.
+        speeds = [row["tokens_per_s"] for row in summary.history if "tokens_per_s" in row]
         speed = f"{median(speeds):,.0f} tokens/s; " if speeds else ""
         took = time_text(summary.train_time_s)
         console.print(f"{speed}{took} in total, held-out evaluation included", highlight=False)
@@ -115,10 +128,12 @@ def report(
 
     if summary.kl is not None:
         console.print(str(summary.kl), soft_wrap=True, markup=False, highlight=False)
+    # Not for an adapter that removes nothing.
     if verdict is None or verdict.is_better or verdict.kept:
         option = "--adapter" if layout.holds_adapter(folder) else "--model_name_or_path"
-        advice = f"next: maskft evaluate {option} {folder} --dataset_name TEST.jsonl --output_dir results/NAME"
-        # Not wrapped: it is a command to paste.
+        # A command to paste: quoted for a shell, and not wrapped.
+        quoted = shlex.quote(str(folder))
+        advice = f"next: maskft evaluate {option} {quoted} --dataset_name TEST.jsonl --output_dir results/NAME"
         console.print(advice, soft_wrap=True)
 
 
@@ -148,6 +163,7 @@ def _report_verdict(
                 console.print(hint, soft_wrap=True, highlight=False)
             return
 
+        # Nothing can be resumed from a checkpoint of the model alone.
         checkpoint = Path(folder) / f"checkpoint-{summary.best_step}"
         if checkpoint.is_dir() and not config.training.save_only_model:
             console.print(
@@ -165,11 +181,12 @@ def too_few_steps(summary: TrainingSummary, config: TrainConfig) -> str | None:
     if not is_free(mask.selection):
         return None
 
-    travel = summary.num_steps * config.training.learning_rate / 2
+    learning_rate = config.training.learning_rate
+    travel = summary.num_steps * learning_rate / 2
     if travel >= mask.start_value:
         return None
     return (
         f"Too few steps: scores start around mask_init_value {mask.start_value:g} and remove weights at 0, and "
-        f"{summary.num_steps} steps at learning_rate {config.training.learning_rate:g} move them by about "
+        f"{summary.num_steps} steps at learning_rate {learning_rate:g} move them by about "
         f"{travel:.2g} (steps * rate / 2): take more steps, or a higher rate."
     )

@@ -16,7 +16,14 @@ from maskft_common.errors import NotFiniteError, UserError, first_line
 
 from ..data.prepared import Prepared
 from .arguments import TrainConfig, with_accumulation
-from .build import build_model, heldout_loss, load_base, load_data, load_tokenizer_of, start_on_data
+from .build import (
+    build_model,
+    heldout_loss,
+    load_base,
+    load_data,
+    load_tokenizer_of,
+    start_on_data,
+)
 from .checkpoints import held_output, save_final, step_of
 from .checks import check_config, check_context, check_processes
 from .describe import describe, report
@@ -43,17 +50,34 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainingSummar
     Raises:
         UserError: For every mistake in the input, and if the loss becomes non-finite.
     """
-    console = console or Console(stderr=True, quiet=not processes.is_main())
+    if console is None:
+        # Without rich's markup and emoji codes: brackets and colons in the name of a folder are none.
+        console = Console(
+            stderr=True,
+            quiet=not processes.is_main(),
+            markup=False,
+            emoji=False,
+        )
     check_config(config)
+
+    # Read the data without loading a model, and without an output folder.
     if config.data.prepare_only:
-        load_data(config.data, config.training, load_tokenizer_of(config.model, config.training), console)
+        tokenizer = load_tokenizer_of(config.model, config.training)
+        load_data(config.data, config.training, tokenizer, console)
         return None
+
     with held_output(config.training, config.method.method, console) as resume_from:
-        config = dataclasses.replace(config, training=with_accumulation(config.training))
+        # The manifest of a checkpoint compares the actual accumulation steps.
+        training = with_accumulation(config.training)
+        config = dataclasses.replace(config, training=training)
         return run(config, resume_from, console)
 
 
-def run(config: TrainConfig, resume_from: str | None, console: Console) -> TrainingSummary:
+def run(
+    config: TrainConfig,
+    resume_from: str | None,
+    console: Console,
+) -> TrainingSummary:
     """Train in an output folder that is locked against other runs; see :func:`train`.
 
     Args:
@@ -79,20 +103,51 @@ def run(config: TrainConfig, resume_from: str | None, console: Console) -> Train
     if method.method in FIXED_MASK_METHODS:
         model, summary = make_fixed_mask(model, data, config, tokenizer, console)
     elif method.method == INTERPOLATE:
-        measure = heldout_loss(model.to(training.device), tokenizer, training)
-        summary = interpolate(model, str(method.before_model), data, measure, console)
+        model = model.to(training.device)
+        measure = heldout_loss(model, tokenizer, training)
+        summary = interpolate(
+            model,
+            str(method.before_model),
+            data,
+            measure,
+            console,
+        )
     else:
-        model = build_model(model, method, config.model, config.mask, training.seed)
+        model = build_model(
+            model,
+            method,
+            config.model,
+            config.mask,
+            training.seed,
+        )
+        # A resumed run loads its scores from the checkpoint.
         if method.method == "mask" and resume_from is None:
-            start_on_data(model, data.train, method.num_calibration_samples, training.device)
+            start_on_data(
+                model,
+                data.train,
+                method.num_calibration_samples,
+                training.device,
+            )
         describe(model, tokenizer, data, config, console)
-        trainer, summary, failure = fit(model, tokenizer, data, config, resume_from, console, kl_rows)
+        trainer, summary, failure = fit(
+            model,
+            tokenizer,
+            data,
+            config,
+            resume_from,
+            console,
+            kl_rows,
+        )
 
     # compare with the parent
-    measure = heldout_loss(model, tokenizer, training) if trainer is None else trainer.heldout_loss()
     parent = None
-    if trainer is not None and trainer.reference is not None:
-        parent = trainer.reference.losses
+    if trainer is None:
+        measure = heldout_loss(model, tokenizer, training)
+    else:
+        measure = trainer.heldout_loss()
+        # The trainer has measured the rows without the mask before its first step.
+        if trainer.reference is not None:
+            parent = trainer.reference.losses
     losses, verdict = never_worse(model, data, config, measure, parent)
 
     # save
@@ -133,10 +188,19 @@ def fit(
             is not finite before there is a checkpoint.
     """
     check_processes(model, data.train, data.heldout)
+    # Every step would else ask the kernel for the same memory again.
     if config.training.device.type == "cpu":
         memory.keep_freed_memory()
     try:
-        trainer = MaskTrainer(model, tokenizer, data, config, resume_from, console, kl_rows)
+        trainer = MaskTrainer(
+            model,
+            tokenizer,
+            data,
+            config,
+            resume_from,
+            console,
+            kl_rows,
+        )
     except ValueError as error:
         # Settings that TRL or torch rejects.
         raise UserError(first_line(error)) from None
@@ -149,8 +213,10 @@ def fit(
         if resume_from is not None and step_of(Path(resume_from)) >= num_steps:
             console.print(f"already finished: all {num_steps} steps had been trained")
     except NotFiniteError as error:
+        # The mask or model of the best checkpoint is still good; it is saved before the error is reported.
         failure = trainer.back_to_best(error)
-    return trainer, summarise(trainer, config.method.method), failure
+    summary = summarise(trainer, config.method.method)
+    return trainer, summary, failure
 
 
 @contextmanager
@@ -189,10 +255,11 @@ def save(
         tokenizer.save_pretrained(folder)
     save_final(model, folder, record.recipe, trainer)
 
+    if not processes.is_main():
+        return
+    if losses is not None:
+        text = json.dumps(losses.model_dump())
+        files.write_text(Path(folder) / layout.HELDOUT, text + "\n")
     # The record last: a folder that has it is a finished run.
-    if processes.is_main():
-        if losses is not None:
-            text = json.dumps(losses.model_dump())
-            files.write_text(Path(folder) / layout.HELDOUT, text + "\n")
-        text = json.dumps(record.model_dump(), indent=2)
-        files.write_text(Path(folder) / layout.TRAINING, text + "\n")
+    text = json.dumps(record.model_dump(), indent=2)
+    files.write_text(Path(folder) / layout.TRAINING, text + "\n")
