@@ -30,7 +30,8 @@ _LEAST = {
     "data_seed": 0,
     "dataloader_num_workers": 0,
 }
-_LARGEST_SEED = 2**32 - 1  # of numpy, which transformers seeds too
+# Of numpy, which transformers seeds too.
+_LARGEST_SEED = 2**32 - 1
 
 
 def _default(name: str, value: Any) -> Any:
@@ -97,7 +98,8 @@ class TrainingArguments(SFTConfig):
         self._choose_precision()
 
         # eval_strategy is text, or an enum whose value is text.
-        if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
+        strategy = getattr(self.eval_strategy, "value", self.eval_strategy)
+        if str(strategy) == "no":
             self.eval_on_start = False
             self.load_best_model_at_end = False
         # transformers accepts the name without the prefix, and looks for the one with it.
@@ -161,12 +163,15 @@ def default_learning_rate(method: str, options: Mapping[str, Any]) -> float:
     if method != "mask":
         return SFTConfig.learning_rate
     if not removes_a_share(options):
-        return 5e-3 if options.get("mask_preset") == "deletion_tuning" else 1e-2
+        is_deletion_tuning = options.get("mask_preset") == "deletion_tuning"
+        return 5e-3 if is_deletion_tuning else 1e-2
 
     # Scores that start in an order are trained at a smaller rate than random ones: docs/learners.md.
     start = options.get("mask_init_scores") or default_start(options)
     is_in_order = start in ("magnitude", *DATA_STARTS)
-    return 3e-4 if is_in_order else 1e-2
+    if is_in_order:
+        return 3e-4
+    return 1e-2
 
 
 @dataclass(frozen=True)
@@ -184,6 +189,7 @@ class TrainConfig:
             # A copy: the caller's arguments do not change.
             training = copy.copy(self.training)
             training.learning_rate = default_learning_rate(self.method.method, vars(self.mask))
+            # As dataclasses do it themselves in a frozen class.
             object.__setattr__(self, "training", training)
 
 
@@ -212,7 +218,8 @@ def trainer_arguments(args: TrainingArguments, is_resumed: bool) -> TrainingArgu
     # Held-out rows are measured one by one.
     args.eval_packing = False
     if not args.packing:
-        args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+        options = args.dataset_kwargs or {}
+        args.dataset_kwargs = {**options, "skip_prepare_dataset": True}
         if args.padding_free:
             # TRL raises, because it would have to truncate rows to it.
             args.max_length = None

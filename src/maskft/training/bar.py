@@ -23,13 +23,25 @@ class TrainingProgress(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Start the bar; a resumed run has earlier measurements in its history."""
-        self.heldout = [float(row["eval_loss"]) for row in state.log_history if "eval_loss" in row]
+        self.heldout = []
+        for row in state.log_history:
+            if "eval_loss" in row:
+                self.heldout.append(float(row["eval_loss"]))
+
         self._progress.start()
-        self._task = self._progress.add_task("step", total=state.max_steps, completed=state.global_step)
+        self._task = self._progress.add_task(
+            "step",
+            total=state.max_steps,
+            completed=state.global_step,
+        )
 
     def on_step_end(self, args, state, control, **kwargs):
         """Move the bar."""
-        self._progress.move(self._task, state.global_step, self._losses())
+        self._progress.move(
+            self._task,
+            state.global_step,
+            self._losses(),
+        )
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Show a new loss; a held-out loss is a new line in a log."""
@@ -39,7 +51,13 @@ class TrainingProgress(TrainerCallback):
         is_measured = "eval_loss" in logs
         if is_measured:
             self.heldout.append(float(logs["eval_loss"]))
-        self._progress.move(self._task, state.global_step, self._losses(), is_news=is_measured)
+        # News gets a line in a log at once, other changes from time to time.
+        self._progress.move(
+            self._task,
+            state.global_step,
+            self._losses(),
+            is_news=is_measured,
+        )
 
     def close(self) -> None:
         """Remove the bar from the terminal; called after errors too."""
@@ -51,6 +69,7 @@ class TrainingProgress(TrainerCallback):
             last = self.heldout[-1]
             best = min(self.heldout)
             text = f"held-out {last:.4f}"
+            # Without it, the last one is the best.
             if best < last:
                 text += f" (best {best:.4f})"
             parts.append(text)

@@ -26,7 +26,14 @@ from ..gguf.names import find_tensors
 from ..loss import HeldoutLoss
 from ..masks.codec import PREFIX
 from ..masks.merge import ONE_LINE
-from ..models import check_model_source, check_tokenizer_fits, gguf_file, is_gguf, load_model, load_tokenizer
+from ..models import (
+    check_model_source,
+    check_tokenizer_fits,
+    gguf_file,
+    is_gguf,
+    load_model,
+    load_tokenizer,
+)
 from ..tuner import MaskConfig, adapter_layers, start_scores
 from ..tuner.config import DATA_STARTS
 from ..tuner.targets import resolve_targets
@@ -40,14 +47,20 @@ from .peft_config import adapter_config
 def unpack_embedded(folder: str) -> None:
     """Write the embedded model as an ordinary checkpoint; after an error the folder is removed."""
     with whole_folder(Path(folder)) as unpacked:
-        load_tokenizer(EMBEDDED_MODEL).save_pretrained(unpacked)
-        load_model(EMBEDDED_MODEL, "float32").save_pretrained(unpacked)
+        tokenizer = load_tokenizer(EMBEDDED_MODEL)
+        tokenizer.save_pretrained(unpacked)
+        model = load_model(EMBEDDED_MODEL, "float32")
+        model.save_pretrained(unpacked)
 
 
 def load_tokenizer_of(source: ModelConfig, training: TrainingArguments):
     """Tokenizer of the base model, with the chat template of the arguments."""
     check_model_source(source.model_name_or_path)
-    return load_tokenizer(source.model_name_or_path, training.chat_template_path, revision=source.model_revision)
+    return load_tokenizer(
+        source.model_name_or_path,
+        training.chat_template_path,
+        revision=source.model_revision,
+    )
 
 
 def load_data(
@@ -62,6 +75,7 @@ def load_data(
         tokenizer,
         text_field=training.dataset_text_field,
         max_length=training.max_length,
+        # TRL's default is None, which means true for rows with a completion.
         completion_only_loss=training.completion_only_loss is not False,
         num_proc=training.dataset_num_proc,
     )
@@ -69,7 +83,11 @@ def load_data(
     return data
 
 
-def load_base(args: ModelConfig, tokenizer, method: str) -> PreTrainedModel:
+def load_base(
+    args: ModelConfig,
+    tokenizer,
+    method: str,
+) -> PreTrainedModel:
     """Load the base model that ``args`` names; its embedding must have a row for every token of ``tokenizer``.
 
     Raises:
@@ -81,6 +99,7 @@ def load_base(args: ModelConfig, tokenizer, method: str) -> PreTrainedModel:
         "attn_implementation": args.attn_implementation,
         "quantization_config": get_quantization_config(args),
     }
+    # None would override what the model's own configuration says.
     given = {name: value for name, value in options.items() if value is not None}
     model = load_model(args.model_name_or_path, args.dtype, **given)
     if getattr(model, "is_quantized", False):
@@ -141,30 +160,58 @@ def check_zero_levels(model: PeftModel, name_or_path: str) -> None:
     if file is None:  # it is on the hub; merging will check it
         return
 
+    # Names in the base model: PEFT has put a prefix before them.
     shapes = {}
     for name, layer in adapter_layers(model, ADAPTER).items():
-        shapes[name.removeprefix(PREFIX)] = tuple(layer.weight.shape)
+        base_name = name.removeprefix(PREFIX)
+        shapes[base_name] = tuple(layer.weight.shape)
+    # It raises for a tensor that is missing or cannot hold a zero.
     find_tensors(read_head(file), shapes)
 
 
-def with_adapter(model: PreTrainedModel, config: PeftConfig, source: ModelConfig) -> PeftModel:
+def with_adapter(
+    model: PreTrainedModel,
+    config: PeftConfig,
+    source: ModelConfig,
+) -> PeftModel:
     """Add an adapter whose configuration names the base model and, unless it is `main`, its revision."""
-    revision = None if source.model_revision == "main" else source.model_revision
+    # "main" is TRL's default, and of a local folder there are no revisions.
+    revision = None
+    if source.model_revision != "main":
+        revision = source.model_revision
     adapted = get_peft_model(model, config, revision=revision)
     adapted.peft_config[ADAPTER].base_model_name_or_path = from_anywhere(source.model_name_or_path)
     return adapted
 
 
-def heldout_loss(model, tokenizer, args: TrainingArguments) -> HeldoutLoss:
+def heldout_loss(
+    model,
+    tokenizer,
+    args: TrainingArguments,
+) -> HeldoutLoss:
     """Measures held-out rows without a trainer, in the dtype that training computes in."""
     dtype = torch.float16 if args.fp16 else torch.bfloat16
     is_autocast = bool(args.fp16 or args.bf16)
-    context = partial(torch.autocast, args.device.type, dtype, enabled=is_autocast)
-    pad_token_id = tokenizer.pad_token_id or 0
-    return HeldoutLoss(model, args.per_device_eval_batch_size, pad_token_id, context)
+    context = partial(
+        torch.autocast,
+        args.device.type,
+        dtype,
+        enabled=is_autocast,
+    )
+    return HeldoutLoss(
+        model=model,
+        batch_size=args.per_device_eval_batch_size,
+        pad_token_id=tokenizer.pad_token_id or 0,
+        context=context,
+    )
 
 
-def start_on_data(model: PeftModel, rows: Dataset, num_samples: int, device: torch.device) -> None:
+def start_on_data(
+    model: PeftModel,
+    rows: Dataset,
+    num_samples: int,
+    device: torch.device,
+) -> None:
     """Initialise scores in the order of ``init_scores``, if that order needs data.
 
     Args:
@@ -178,13 +225,15 @@ def start_on_data(model: PeftModel, rows: Dataset, num_samples: int, device: tor
     # Moved back, because the Trainer moves the model itself, to a device per process.
     before = model.device
     model.to(device).eval()
-    keys = wanda_keys(model, rows["input_ids"][:num_samples], ADAPTER)
+    calibration_rows = rows["input_ids"][:num_samples]
+    keys = wanda_keys(model, calibration_rows, ADAPTER)
     start_scores(model, keys, ADAPTER)
     model.to(before).train()
 
 
 def _train_only_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
     """Freeze all weights but those for which a mask of the same decoder layers would have scores."""
+    # The rules of a mask, so that both change the same layers.
     config = MaskConfig(layers_to_transform=list(layers), target_modules="all-linear")
     try:
         resolve_targets(config, model)
@@ -194,5 +243,6 @@ def _train_only_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
 
     model.requires_grad_(False)
     for name, module in model.named_modules():
+        # The model itself has an empty name.
         if name and check_target_module_exists(config, name):
             module.weight.requires_grad_(True)

@@ -61,9 +61,11 @@ class Reference(TrainerCallback):
         """Measure it, unless held-out rows are not measured."""
         if args.eval_strategy == "no":
             return
-        with self.trainer.accelerator.unwrap_model(self.trainer.model).disable_adapter():
+        whole = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        with whole.disable_adapter():
             self.losses = self.trainer.measure_heldout()
-        self.console.print(f"  held-out loss without the mask {mean_nll(self.losses):.4f}", highlight=False)
+        loss = mean_nll(self.losses)
+        self.console.print(f"  held-out loss without the mask {loss:.4f}", highlight=False)
 
 
 class StepGuard(TrainerCallback):
@@ -78,15 +80,19 @@ class StepGuard(TrainerCallback):
         self.trainer = trainer
         self.mask_metrics: dict[str, float] = {}
         self.stop = StopRequest()
+        # Tensors on the device, read once per optimizer step: reading one makes the host wait for a GPU.
         self._loss_is_finite = torch.tensor(True)
         self._gradient_is_finite = torch.tensor(True)
+        # Layers and their removed entries before a step that is logged.
         self._before: list[tuple[MaskedLinear, torch.Tensor]] = []
+        # Handle of the hook on the embeddings.
         self._undo = None
         self._is_stopping = False
 
     def see_loss(self, loss: torch.Tensor) -> None:
         """Note whether the loss of a micro-batch is finite."""
-        self._loss_is_finite = torch.isfinite(loss) & self._loss_is_finite.to(loss.device)
+        is_finite = torch.isfinite(loss)
+        self._loss_is_finite = is_finite & self._loss_is_finite.to(loss.device)
 
     def see_gradient_norm(self, norm: torch.Tensor | float) -> None:
         """Note whether the norm of all gradients, before clipping, is finite.
@@ -105,15 +111,18 @@ class StepGuard(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Restore the counters of the log; add the hook on the embeddings."""
         self.trainer.resume_counts()
-        is_reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+        options = args.gradient_checkpointing_kwargs or {}
+        is_reentrant = options.get("use_reentrant")
         if args.gradient_checkpointing and not is_reentrant:
-            self._undo = stop_gradient_at_frozen_embeddings(self.trainer.accelerator.unwrap_model(model))
+            whole = self.trainer.accelerator.unwrap_model(model)
+            self._undo = stop_gradient_at_frozen_embeddings(whole)
 
     def on_train_end(self, args, state, control, **kwargs):
         """Remove the hook on the embeddings; stop if a signal came after the last step and that step is saved."""
         if self._undo is not None:
             self._undo.remove()
 
+        # A launcher may have sent the signal to some of the processes only; all must decide the same.
         is_asked_to_stop = torch.tensor(self.stop.signal is not None, device=args.device)
         is_asked_to_stop = processes.largest(is_asked_to_stop)
         last = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -139,14 +148,18 @@ class StepGuard(TrainerCallback):
         self._is_stopping = verdict == 1
 
         if self._is_logged(args, state):
-            layers = adapter_layers(model, ADAPTER).values()
-            self._before = [(layer, layer.masker.removed(ADAPTER)) for layer in layers]
+            self._before = []
+            for layer in adapter_layers(model, ADAPTER).values():
+                removed = layer.masker.removed(ADAPTER)
+                self._before.append((layer, removed))
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         """Save the model before the first step, which may remain the best."""
         # The Trainer never chooses it, even if every step made the model worse.
-        loss = (metrics or {}).get(args.metric_for_best_model, math.nan)
-        if state.global_step == 0 and args.load_best_model_at_end and math.isfinite(loss):
+        metrics = metrics or {}
+        loss = metrics.get(args.metric_for_best_model, math.nan)
+        is_start = state.global_step == 0
+        if is_start and args.load_best_model_at_end and math.isfinite(loss):
             state.best_metric = loss
             state.best_model_checkpoint = str(Path(args.output_dir) / "checkpoint-0")
             self.trainer.save_start()
@@ -154,7 +167,8 @@ class StepGuard(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         """Store the number of tokens in the trainer's state, which checkpoints hold; save before stopping."""
         state.num_input_tokens_seen = int(self.trainer._total_train_tokens)
-        control.should_save = control.should_save or self._is_stopping
+        if self._is_stopping:
+            control.should_save = True
 
     def on_save(self, args, state, control, **kwargs):
         """Stop once the step during which a signal came is saved."""
@@ -170,17 +184,21 @@ class StepGuard(TrainerCallback):
         """
         # A launcher ends all processes when one of them has ended.
         self.trainer.accelerator.wait_for_everyone()
+        # Another process may have received the signal, and this one none.
         number = self.stop.signal or signal.SIGTERM
         if is_lost:
             # Stopped would print how to resume.
             raise KeyboardInterrupt(number)
+
         name = signal.Signals(number).name
-        raise Stopped(number, f"stopped by {name} after step {state.global_step} of {state.max_steps}, which is saved")
+        step = state.global_step
+        raise Stopped(number, f"stopped by {name} after step {step} of {state.max_steps}, which is saved")
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         """Count flipped and removed mask entries."""
         if not self._before:
             return
+        # Under FSDP masks are otherwise refreshed by the next forward pass.
         refresh_masks(model)
 
         flips = 0
@@ -189,20 +207,26 @@ class StepGuard(TrainerCallback):
         with torch.no_grad():
             for layer, before in self._before:
                 after = layer.masker.removed(ADAPTER)
-                flips += int(torch.count_nonzero(after ^ before))
+                has_flipped = after ^ before
+                flips += int(torch.count_nonzero(has_flipped))
                 removed += int(after.sum())
                 numel += after.numel()
 
+        # A process that holds some rows counts these alone.
         first_layer, _ = self._before[0]
         has_all_rows = not is_sharded(first_layer.weight)
         if not has_all_rows:
             counts = torch.tensor([flips, removed, numel], device=after.device)
-            flips, removed, numel = processes.reduce_(counts).tolist()
+            counts = processes.reduce_(counts)
+            flips, removed, numel = counts.tolist()
 
+        # The share of a top-k mask is known, and among the counted entries are weights that are zero in the base.
         config = first_layer.mask_configs[ADAPTER]
-        is_exact = config.selection == "topk" and has_all_rows
+        removed_share = removed / numel
+        if config.selection == "topk" and has_all_rows:
+            removed_share = current_sparsity(config)
         self.mask_metrics = {
-            "mask_removed_share": current_sparsity(config) if is_exact else removed / numel,
+            "mask_removed_share": removed_share,
             "mask_flips_per_step": flips,
         }
         self._before = []
@@ -211,8 +235,10 @@ class StepGuard(TrainerCallback):
     def _is_logged(args, state) -> bool:
         """Whether the Trainer logs the step that is about to be taken."""
         every = max(int(state.logging_steps or 1), 1)
-        is_first = state.global_step == 0
-        return (state.global_step + 1) % every == 0 or (args.logging_first_step and is_first)
+        next_step = state.global_step + 1
+        if args.logging_first_step and next_step == 1:
+            return True
+        return next_step % every == 0
 
 
 def stop_gradient_at_frozen_embeddings(model):
@@ -226,9 +252,11 @@ def stop_gradient_at_frozen_embeddings(model):
     """
 
     def stop(module, args, output):
+        # Looked up in every pass: full fine-tuning trains them, and an adapter may.
         is_trained = any(parameter.requires_grad for parameter in module.parameters())
         if is_trained:
             return output
         return output.detach()
 
-    return model.get_input_embeddings().register_forward_hook(stop)
+    embeddings = model.get_input_embeddings()
+    return embeddings.register_forward_hook(stop)

@@ -28,28 +28,54 @@ from .method_arguments import ADAPTER, UNTRAINED_METHODS
 LOCK_WAIT_S = 10
 DAMAGED = ".damaged"
 TRAINER_STATE = "trainer_state.json"
-_OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "optimizer_*")  # as the Trainer and FSDP write it
+# As the Trainer and FSDP write it.
+_OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "optimizer_*")
 # Parts of torch's messages when a file cannot be written; they do not say why.
-_WRITE_ERRORS = ("iostream", "inline_container", "PytorchStreamWriter", "file write failed", "No space")
+_WRITE_ERRORS = (
+    "iostream",
+    "inline_container",
+    "PytorchStreamWriter",
+    "file write failed",
+    "No space",
+)
 
 
 @contextmanager
-def held_output(args: SFTConfig, method: str, console: Console) -> Iterator[str | None]:
+def held_output(
+    args: SFTConfig,
+    method: str,
+    console: Console,
+) -> Iterator[str | None]:
     """Lock the output folder against other runs, and yield the checkpoint to resume from, if any.
 
     The main process searches, and every process gets its result or its error.
     """
     # Not a `with` block: the main process alone enters the lock, inside of decided_by_main.
-    hold = locks.held(Path(args.output_dir), layout.TRAIN_LOCK, LOCK_WAIT_S, "run")
+    hold = locks.held(
+        Path(args.output_dir),
+        layout.TRAIN_LOCK,
+        LOCK_WAIT_S,
+        "run",
+    )
+    # Whether a killed run has left its lock there, and so whether the folder is a run's.
     is_ours = processes.decided_by_main(lambda: hold.__enter__().is_left_over)
+
+    def prepare() -> str | None:
+        return prepare_output_dir(args, method, bool(is_ours), console)
+
     try:
-        yield processes.decided_by_main(lambda: prepare_output_dir(args, method, bool(is_ours), console))
+        yield processes.decided_by_main(prepare)
     finally:
         if processes.is_main():
             hold.__exit__(None, None, None)
 
 
-def prepare_output_dir(args: SFTConfig, method: str, is_ours: bool, console: Console) -> str | None:
+def prepare_output_dir(
+    args: SFTConfig,
+    method: str,
+    is_ours: bool,
+    console: Console,
+) -> str | None:
     """Check the output folder and return the checkpoint to resume from, if any.
 
     Args:
@@ -62,8 +88,13 @@ def prepare_output_dir(args: SFTConfig, method: str, is_ours: bool, console: Con
         UserError: If the folder holds something else, or there is nothing to resume from.
     """
     folder = Path(args.output_dir)
-    there = sorted(path.name for path in folder.iterdir() if path.name != layout.TRAIN_LOCK)
+    there = []
+    for path in folder.iterdir():
+        if path.name != layout.TRAIN_LOCK:
+            there.append(path.name)
+    there.sort()
 
+    # YAML gives true as a bool.
     resume = str(args.resume_from_checkpoint or "").lower()
     if not resume and there:
         raise UserError(
@@ -74,6 +105,7 @@ def prepare_output_dir(args: SFTConfig, method: str, is_ours: bool, console: Con
         raise UserError(f"resume_from_checkpoint is {args.resume_from_checkpoint!r}; write true, or auto")
     _check_owner(folder, there, method, is_ours)
 
+    # Methods that are not trained have no checkpoints: they are made again, in seconds.
     last = None
     if resume and method not in UNTRAINED_METHODS:
         last = _last_whole_checkpoint(folder, console)
@@ -85,19 +117,29 @@ def prepare_output_dir(args: SFTConfig, method: str, is_ours: bool, console: Con
     return last
 
 
-def _check_owner(folder: Path, there: list[str], method: str, is_ours: bool) -> None:
+def _check_owner(
+    folder: Path,
+    there: list[str],
+    method: str,
+    is_ours: bool,
+) -> None:
     """Raise if the folder holds files that are not from a run, or a run of another method."""
     has_checkpoints = any(name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") for name in there)
+    record = folder / layout.TRAINING
+    is_of_run = is_ours or has_checkpoints or record.is_file()
     # A study writes the log before its run begins.
     strangers = [name for name in there if name != layout.LOG]
-    record = folder / layout.TRAINING
-    if strangers and not (is_ours or has_checkpoints or record.is_file()):
+    if strangers and not is_of_run:
         raise UserError(
             f"output_dir {str(folder)!r} holds files that are not from a run ({', '.join(strangers[:3])}); name "
             "another folder"
         )
+
+    # Of a run that did not end nothing names the method; its checkpoints hold a course, which is compared later.
+    other = method
     try:
-        other = files.read_json(record)["summary"]["method"] if record.is_file() else method
+        if record.is_file():
+            other = files.read_json(record)["summary"]["method"]
     except (KeyError, TypeError):
         raise UserError(
             f"{str(record)!r} is not the record of a run; name another output_dir, or remove the file"
@@ -124,7 +166,9 @@ def _last_whole_checkpoint(folder: Path, console: Console) -> str | None:
 
         # The end of training loads the best checkpoint, which must be whole as well.
         best = best_beside(path) or path
-        problem_of_best = damage(best) if best != path else None
+        problem_of_best = None
+        if best != path:
+            problem_of_best = damage(best)
         if problem_of_best is not None:
             without_best[path] = f"{best.name}, the best until then: {problem_of_best}"
             continue
@@ -138,6 +182,7 @@ def _last_whole_checkpoint(folder: Path, console: Console) -> str | None:
             break
 
     if without_best and found is None:
+        # The newest of them.
         path, problem = next(iter(without_best.items()))
         raise UserError(f"{path} cannot be resumed: {problem}; restore it, or remove {folder} to start over")
     for path, problem in without_best.items():
@@ -149,8 +194,10 @@ def checkpoints_in(folder: Path) -> list[Path]:
     """Folders of checkpoints by step, the newest last, without renamed damaged ones."""
     found = []
     for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        if path.name.rpartition("-")[2].isdigit():
+        step = path.name.rpartition("-")[2]
+        if step.isdigit():
             found.append(path)
+    # By number: as text, checkpoint-10 would come before checkpoint-9.
     return sorted(found, key=step_of)
 
 
@@ -159,7 +206,11 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def _rename_damaged(checkpoint: Path, problem: str, console: Console) -> None:
+def _rename_damaged(
+    checkpoint: Path,
+    problem: str,
+    console: Console,
+) -> None:
     """Rename a damaged checkpoint, so that it is not used again, and report it."""
     target = checkpoint.with_name(checkpoint.name + DAMAGED)
     # An earlier damaged checkpoint of the same step.
@@ -168,7 +219,11 @@ def _rename_damaged(checkpoint: Path, problem: str, console: Console) -> None:
     console.print(f"{checkpoint.name} is damaged ({printable(problem)}); it is {target.name} now", highlight=False)
 
 
-def delete_oldest(newest: Path, best: str | None, limit: int | None) -> None:
+def delete_oldest(
+    newest: Path,
+    best: str | None,
+    limit: int | None,
+) -> None:
     """Delete the oldest checkpoints until at most ``limit`` are left; the newest and the best are always kept.
 
     Args:
@@ -181,15 +236,18 @@ def delete_oldest(newest: Path, best: str | None, limit: int | None) -> None:
 
     kept = {newest.name, Path(best or newest).name}
     others = [path for path in checkpoints_in(newest.parent) if path.name not in kept]
-    num_excess = max(0, len(others) + len(kept) - limit)
+    num_checkpoints = len(others) + len(kept)
+    num_excess = max(0, num_checkpoints - limit)
     if num_excess == 0:
         return
 
     # Flush the newest to disk before an older one is deleted, so that a power cut leaves at least one complete.
     for path in newest.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+        if not path.is_file():
+            continue
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    # checkpoints_in has the oldest first.
     for path in others[:num_excess]:
         shutil.rmtree(path, ignore_errors=True)
 
@@ -201,11 +259,15 @@ def best_beside(checkpoint: Path) -> Path | None:
         UserError: If the file is not the state of a run.
     """
     state = files.read_json(checkpoint / TRAINER_STATE)
-    name = state.get("best_model_checkpoint") if isinstance(state, dict) else None
-    if not isinstance(state, dict) or not isinstance(name, str | None):
+    is_state = isinstance(state, dict)
+    name = None
+    if is_state:
+        name = state.get("best_model_checkpoint")
+    if not is_state or not isinstance(name, str | None):
         raise UserError(f"{checkpoint / TRAINER_STATE} is not the state of a run; remove {checkpoint}")
     if not name:
         return None
+    # The folder of both may have been moved since.
     return checkpoint.parent / Path(name).name
 
 
@@ -219,6 +281,7 @@ def written_whole(checkpoint: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
+        # torch raises RuntimeError for a file that it cannot write, and for much else.
         is_of_disk = any(words in str(error) for words in _WRITE_ERRORS)
         if isinstance(error, RuntimeError) and not is_of_disk:
             raise
@@ -250,6 +313,7 @@ def save_final(
         # A run that is resumed at its end has made no forward pass yet.
         refresh_masks(model)
 
+    # Gathered from all processes, before all but the main one are done here.
     state = None
     if trainer is not None and trainer.is_fsdp_enabled:
         state = trainable_state(model)
@@ -257,7 +321,11 @@ def save_final(
         save_weights(model, folder, state)
 
 
-def save_weights(model, folder: str | Path, state: dict[str, Any] | None = None) -> None:
+def save_weights(
+    model,
+    folder: str | Path,
+    state: dict[str, Any] | None = None,
+) -> None:
     """Write weights or adapter, with the file mode of the other files in the folder.
 
     Args:
@@ -265,11 +333,14 @@ def save_weights(model, folder: str | Path, state: dict[str, Any] | None = None)
         folder: Folder to write to.
         state: Its state dict, if it is gathered already.
     """
-    given: dict[str, Any] = {} if state is None else {"state_dict": state}
+    given: dict[str, Any] = {}
+    if state is not None:
+        given["state_dict"] = state
     if isinstance(model, PeftModel):
         # "auto" would ask the hub about the base's vocabulary at every save, and warn when it cannot.
         given["save_embedding_layers"] = False
     model.save_pretrained(folder, **given)
+    # safetensors writes files that only their owner can read.
     files.use_default_modes(folder)
 
 

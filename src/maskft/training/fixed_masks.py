@@ -76,7 +76,8 @@ def make_fixed_mask(
     config = mask_config(run.mask, inference_mode=True, sparsity_ramp=0.0)
     check_size(method.method, config)
     model = model.to(run.training.device)
-    masked = with_adapter(model, config, run.model).eval()
+    masked = with_adapter(model, config, run.model)
+    masked.eval()
     layers = list(adapter_layers(masked, ADAPTER).values())
     weights = [layer.weight.detach() for layer in layers]
     counts = _counts(method.match_adapter, layers)
@@ -90,11 +91,24 @@ def make_fixed_mask(
     is_choice = method.num_candidates > 1
     history = []
     best: _Candidate | None = None
-    for seed in range(config.mask_seed, config.mask_seed + method.num_candidates):
-        masks = fixed_masks(method.method, weights, config.sparsity, seed, counts, norms, gradients)
+    for number in range(method.num_candidates):
+        seed = config.mask_seed + number
+        masks = fixed_masks(
+            method.method,
+            weights,
+            config.sparsity,
+            seed,
+            counts,
+            norms,
+            gradients,
+        )
         coded = [encode_mask(mask) for mask in masks]
         _set_masks(layers, coded)
-        loss = mean_nll(measure(data.heldout)) if is_choice else 0.0
+
+        # A single mask is not measured here, because there is nothing to choose.
+        loss = 0.0
+        if is_choice:
+            loss = mean_nll(measure(data.heldout))
         history.append({"mask_seed": seed, "eval_loss": loss})
         if best is None or loss < best.loss:
             # A loss of NaN counts as the highest, so that any later candidate is better.
@@ -110,13 +124,14 @@ def make_fixed_mask(
     console.print(f"{method.method}: removes {num_removed:,} of {numel:,} target weights")
     if is_choice:
         console.print(f"best of {method.num_candidates} by held-out loss: seed {best.seed}, {best.loss:.4f}")
-    return masked, TrainingSummary(
+    summary = TrainingSummary(
         method=method.method,
         best_loss=best.loss if is_choice else None,
         num_target_weights=numel,
         peak_memory_bytes=peak_memory_bytes(),
         history=history if is_choice else [],
     )
+    return masked, summary
 
 
 def _statistics(
@@ -128,9 +143,11 @@ def _statistics(
     """Norms of inputs and gradients of weights, each of every layer; empty if the method does not look at them."""
     norms: Sequence[Tensor] = ()
     gradients: Sequence[Tensor] = ()
+    # Without the adapter: its masks are not known yet.
     if FIXED_MASKS[method].of_inputs:
+        rows_of_ids = rows["input_ids"][:]
         with masked.disable_adapter():
-            norms = input_norms(masked, layers, rows["input_ids"][:])
+            norms = input_norms(masked, layers, rows_of_ids)
     if FIXED_MASKS[method].of_gradients:
         with masked.disable_adapter():
             gradients = weight_gradients(masked, layers, rows)
@@ -145,17 +162,24 @@ def _counts(match_adapter: str | None, layers: Sequence[MaskedLinear]) -> list[i
     if not learned.num_removed:
         raise UserError(f"match_adapter {match_adapter!r} removes nothing; name a mask that does")
 
+    # Both must have the same layers, each of the same shape.
     shapes = {layer.module_name: layer.weight.shape for layer in layers}
     different = []
     for name in sorted({*learned, *shapes}):
-        if name not in learned or learned[name].shape != shapes.get(name):
+        is_same = name in learned and learned[name].shape == shapes.get(name)
+        if not is_same:
             different.append(name)
     if different:
         raise UserError(
             f"match_adapter {match_adapter!r} masks other layers than this run, or of another shape: "
             f"{listed(different)}; give the mask_target_modules and mask_layers_to_transform of that adapter"
         )
-    return [int((~learned[layer.module_name]).sum()) for layer in layers]
+
+    counts = []
+    for layer in layers:
+        removed = ~learned[layer.module_name]
+        counts.append(int(removed.sum()))
+    return counts
 
 
 def _set_masks(layers: Sequence[MaskedLinear], coded: Sequence[Tensor]) -> None:

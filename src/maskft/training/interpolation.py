@@ -51,7 +51,9 @@ def interpolate(
     dtype = str(model.dtype).removeprefix("torch.")
     before = dict(load_model(before_model, dtype).named_parameters())
     # A copy, because the model is overwritten at every share.
-    after = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    after = {}
+    for name, parameter in model.named_parameters():
+        after[name] = parameter.detach().clone()
     for name in {**before, **after}:
         is_in_both = name in before and name in after
         if not is_in_both or before[name].shape != after[name].shape:
@@ -62,13 +64,17 @@ def interpolate(
     history = []
     for share in SHARES:
         _set(model, before, after, share)
-        history.append({"value": share, "eval_loss": mean_nll(measure(data.heldout))})
+        losses = measure(data.heldout)
+        history.append({"value": share, "eval_loss": mean_nll(losses)})
 
     # A loss that is not finite is the worst: NaN compares with nothing.
     def comparable_loss(row: dict[str, float]) -> float:
         loss = row["eval_loss"]
-        return loss if math.isfinite(loss) else math.inf
+        if math.isfinite(loss):
+            return loss
+        return math.inf
 
+    # Of equal ones the first, which has the smallest share.
     best = min(history, key=comparable_loss)
     _set(model, before, after, best["value"])
     console.print(f"{INTERPOLATE}: {best['value']:g} is the best of {len(history)} shares by held-out loss")
@@ -80,9 +86,15 @@ def interpolate(
     )
 
 
-def _set(model, before: Mapping[str, Tensor], after: Mapping[str, Tensor], share: float) -> None:
+def _set(
+    model,
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    share: float,
+) -> None:
     """Write (1 - share) * before + share * after into the model, computed in float32."""
     for name, parameter in model.named_parameters():
+        # The model before is on the CPU, so that a GPU need not hold three models.
         t0 = before[name].to(parameter.device).float()
         t1 = after[name].float()
         parameter.copy_(lerp(t0, t1, share))

@@ -45,8 +45,12 @@ class Base:
     """
 
     def __init__(self, model: nn.Module):
+        self._copy = None
         has_adapter = hasattr(model, "peft_config")
-        self._copy = None if has_adapter else copy.deepcopy(model).requires_grad_(False).eval()
+        if not has_adapter:
+            frozen = copy.deepcopy(model)
+            frozen.requires_grad_(False)
+            self._copy = frozen.eval()
 
     @contextmanager
     def of(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -56,6 +60,8 @@ class Base:
             device = next(model.parameters()).device
             yield self._copy.to(device)
             return
+
+        # In evaluation mode, because dropout would change the base from batch to batch.
         was_training = model.training
         model.eval()
         with model.disable_adapter():
@@ -80,8 +86,13 @@ class KLOnTask:
 
     def __init__(self, model: nn.Module, base: Base):
         self._base = base
-        self._model = model.get_base_model() if hasattr(model, "peft_config") else model
+        # The transformers model, whose decoder and head are used. A mask is inside its layers.
+        self._model = model
+        if hasattr(model, "peft_config"):
+            self._model = model.get_base_model()
+        # Set for one forward pass, in which the hook takes it.
         self._is_supervised_BT: Tensor | None = None
+        # Of the current batch; freed as soon as its KL is computed.
         self._base_log_probs_NV: Tensor | None = None
         self._logits_NV: Tensor | None = None
 
@@ -91,7 +102,12 @@ class KLOnTask:
         with base.of(model):
             self._check_logits()
 
-    def before_forward(self, model: nn.Module, inputs: Mapping[str, Any], batch_number: int) -> None:
+    def before_forward(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        batch_number: int,
+    ) -> None:
         """Compute the base's log-probabilities of a batch.
 
         Call it before the forward pass of ``model``. Under FSDP2, the base's forward pass unmasks weights that the
@@ -105,11 +121,13 @@ class KLOnTask:
         is_supervised_BT = is_before_label(inputs["labels"])
         # The head runs only in columns with a label: with a large vocabulary it is a good part of a forward pass.
         columns = is_supervised_BT.any(0).nonzero().flatten()
+        # Without the labels: the base's loss is not needed.
         given = {name: inputs[name] for name in _MODEL_INPUTS if name in inputs}
         with torch.no_grad(), self._base.of(model) as base:
             logits_BTV = base(**given, logits_to_keep=columns, use_cache=False).logits
         logits_NV = logits_BTV[is_supervised_BT[:, columns]]
         self._base_log_probs_NV = logits_NV.float().log_softmax(-1)
+        # Set after the base's forward pass, which runs the hook as well.
         self._is_supervised_BT = is_supervised_BT
 
     def after_forward(self, model: nn.Module) -> KLSum:
@@ -137,7 +155,13 @@ class KLOnTask:
         self._is_supervised_BT = torch.ones_like(ids_BT, dtype=torch.bool)
         expected_BTV = self._model(input_ids=ids_BT, use_cache=False).logits
         assert self._logits_NV is not None
-        is_equal = torch.allclose(self._logits_NV.float(), expected_BTV[0].float(), rtol=1e-2, atol=1e-2)
+        # Tolerances for bfloat16; a missing scale or cap is an error of another order.
+        is_equal = torch.allclose(
+            self._logits_NV.float(),
+            expected_BTV[0].float(),
+            rtol=1e-2,
+            atol=1e-2,
+        )
         if not is_equal:
             kind = self._model.config.model_type
             raise UserError(
@@ -182,7 +206,12 @@ class KLOnText:
         self._batch: Mapping[str, Tensor] = {}
         self._base_log_probs_NV: Tensor | None = None
 
-    def before_forward(self, model: nn.Module, inputs: Mapping[str, Any], batch_number: int) -> None:
+    def before_forward(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        batch_number: int,
+    ) -> None:
         """Compute the base's log-probabilities of a batch; see :meth:`KLOnTask.before_forward`.
 
         Args:
@@ -210,21 +239,28 @@ class KLOnText:
 
     def rows_of(self, batch_number: int) -> list[Mapping[str, Any]]:
         """Rows of a batch. They depend on its number alone, so that a resumed run sees the same rows."""
+        # Batches of all processes in turn, over an endless row of shuffled epochs.
         first = (batch_number * self._num_processes + self._rank) * self._batch_size
         chosen = []
         for position in range(first, first + self._batch_size):
             epoch, place = divmod(position, len(self._rows))
-            chosen.append(self._rows[self._order(epoch)[place]])
+            index = self._order(epoch)[place]
+            chosen.append(self._rows[index])
         return chosen
 
     def _order(self, epoch: int) -> list[int]:
+        # Another order in every epoch; the prime keeps the epochs of neighbouring seeds apart.
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
         return torch.randperm(len(self._rows), generator=generator).tolist()
 
 
 @torch.no_grad()
 def kl_per_row(
-    model: nn.Module, base: Base, rows: Sequence[Mapping[str, Any]], batch_size: int, pad_token_id: int = 0
+    model: nn.Module,
+    base: Base,
+    rows: Sequence[Mapping[str, Any]],
+    batch_size: int,
+    pad_token_id: int = 0,
 ) -> list[RowLoss]:
     """Mean KL(base || model) over the tokens with a label of each row.
 
@@ -241,30 +277,47 @@ def kl_per_row(
     model.eval()
     device = next(model.parameters()).device
     found: list[RowLoss] = [(0.0, 0)] * len(rows)
-    for indices in length_sorted_batches([len(row["input_ids"]) for row in rows], batch_size):
-        batch = _batch([rows[index] for index in indices], pad_token_id, device)
+    lengths = [len(row["input_ids"]) for row in rows]
+    for indices in length_sorted_batches(lengths, batch_size):
+        chosen = [rows[index] for index in indices]
+        batch = _batch(chosen, pad_token_id, device)
         with base.of(model) as unchanged:
             base_logits_NV = _supervised_logits(unchanged, batch)
         logits_NV = _supervised_logits(model, batch)
 
         # Row by row, to save memory: log-probabilities are float32 copies of logits that may be bfloat16.
         counts = is_before_label(batch["labels"]).sum(1).tolist()
-        parts = zip(indices, counts, base_logits_NV.split(counts), logits_NV.split(counts), strict=True)
+        parts = zip(
+            indices,
+            counts,
+            base_logits_NV.split(counts),
+            logits_NV.split(counts),
+            strict=True,
+        )
         for index, count, base_part, part in parts:
             base_log_probs = base_part.float().log_softmax(-1)
             total = float(kl_sum(base_log_probs, part))
+            # A row without a labelled token has a KL of 0.
             found[index] = (total / max(count, 1), count)
     return found
 
 
 def kl_sum(base_log_probs_NV: Tensor, logits_NV: Tensor) -> Tensor:
     """Sum over tokens of KL(base || model), nats, from the base's log-probabilities and the model's logits."""
+    # In float32, whatever the logits are: a softmax over the vocabulary in bfloat16 loses the small probabilities.
     log_probs_NV = logits_NV.float().log_softmax(-1)
-    return nn.functional.kl_div(log_probs_NV, base_log_probs_NV, reduction="sum", log_target=True)
+    # torch's order of arguments: kl_div(q, p) is KL(p || q).
+    return nn.functional.kl_div(
+        log_probs_NV,
+        base_log_probs_NV,
+        reduction="sum",
+        log_target=True,
+    )
 
 
 def is_before_label(labels_BT: Tensor) -> Tensor:
     """Tokens just before a token with a label, bool (B, T): their logits predict it."""
+    # The last token predicts nothing.
     next_labels_BT = nn.functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORED)
     return next_labels_BT != IGNORED
 
@@ -277,26 +330,42 @@ def head_logits(model: nn.Module, hidden_ND: Tensor) -> Tensor:
     config = model.config.get_text_config()
     logits_NV = model.get_output_embeddings()(hidden_ND)
 
-    # A model has at most one of these factors.
-    scales = [getattr(config, name, None) for name in ("logit_scale", "output_multiplier", "lm_head_multiplier")]
-    scale = next((each for each in scales if each is not None), None)
+    # A model has at most one of these factors: Cohere, Muse Glimmer and Falcon H1 have different names for it.
+    scale = None
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if scale is None:
+            scale = getattr(config, name, None)
     divisor = getattr(config, "logits_scaling", None)
     if scale is not None:
         logits_NV = logits_NV * scale
     elif divisor is not None:
         # Granite and MiniCPM3 divide by it; HyperCLOVA X multiplies.
-        logits_NV = logits_NV * divisor if config.model_type == "hyperclovax" else logits_NV / divisor
+        if config.model_type == "hyperclovax":
+            logits_NV = logits_NV * divisor
+        else:
+            logits_NV = logits_NV / divisor
 
+    # Gemma's soft cap, which keeps logits within (-cap, cap).
     cap = getattr(config, "final_logit_softcapping", None)
     if cap is not None:
         logits_NV = cap * torch.tanh(logits_NV / cap)
     return logits_NV
 
 
-def _batch(rows: Sequence[Mapping[str, Any]], pad_token_id: int, device) -> dict[str, Tensor]:
-    ids_BT, mask_BT = pad([row["input_ids"] for row in rows], pad_token_id, device)
-    labels_BT, _ = pad([row["labels"] for row in rows], IGNORED, device)
-    return {"input_ids": ids_BT, "attention_mask": mask_BT, "labels": labels_BT}
+def _batch(
+    rows: Sequence[Mapping[str, Any]],
+    pad_token_id: int,
+    device,
+) -> dict[str, Tensor]:
+    ids = [row["input_ids"] for row in rows]
+    labels = [row["labels"] for row in rows]
+    ids_BT, mask_BT = pad(ids, pad_token_id, device)
+    labels_BT, _ = pad(labels, IGNORED, device)
+    return {
+        "input_ids": ids_BT,
+        "attention_mask": mask_BT,
+        "labels": labels_BT,
+    }
 
 
 def _supervised_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -307,8 +376,18 @@ def _supervised_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """
     is_supervised_BT = is_before_label(batch["labels"])
     columns = is_supervised_BT.any(0).nonzero()
-    first = int(columns.min()) if len(columns) else 0
-    positions = torch.arange(first, is_supervised_BT.shape[1], device=is_supervised_BT.device)
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    logits_BTV = model(**inputs, logits_to_keep=positions, use_cache=False).logits
+    first = 0
+    if len(columns) > 0:
+        first = int(columns.min())
+    positions = torch.arange(
+        first,
+        is_supervised_BT.shape[1],
+        device=is_supervised_BT.device,
+    )
+    logits_BTV = model(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        logits_to_keep=positions,
+        use_cache=False,
+    ).logits
     return logits_BTV[is_supervised_BT[:, first:]]

@@ -22,6 +22,7 @@ _HIGHEST_ERROR = math.log(10.0)
 # nothing is learned. Near the aim the integral is fast: a mask that sharpens moves away from the base all the time, and
 # KL stays above the aim by the speed of that, divided by this gain.
 _LARGEST_INTEGRATED_ERROR = 0.2
+# Bound of the integral, in both directions, which is a logarithm: factors of 1e-4 to 1e4.
 _LARGEST_LOG = math.log(1e4)
 
 
@@ -53,17 +54,31 @@ class KLBudget:
             kl: Mean over the tokens of the step, nats per token.
             progress: Share of training that is done with this step, in (0, 1].
         """
+        # An exponential moving average.
         self.kl += _NEWEST * (kl - self.kl)
-        aim = AIM * self.budget * min(1.0, progress / _RAMP)
-        error = _clamp(math.log(max(self.kl, 1e-12) / aim), _LOWEST_ERROR, _HIGHEST_ERROR)
 
-        integral = self._integral + _INTEGRAL * _clamp(error, -_LARGEST_INTEGRATED_ERROR, _LARGEST_INTEGRATED_ERROR)
+        # How far the mean is from the aim, as a logarithm of their ratio.
+        ramp = min(1.0, progress / _RAMP)
+        aim = AIM * self.budget * ramp
+        ratio = max(self.kl, 1e-12) / aim
+        error = _clamp(math.log(ratio), _LOWEST_ERROR, _HIGHEST_ERROR)
+
+        integrated_error = _clamp(
+            error,
+            -_LARGEST_INTEGRATED_ERROR,
+            _LARGEST_INTEGRATED_ERROR,
+        )
+        integral = self._integral + _INTEGRAL * integrated_error
         self._integral = _clamp(integral, -_LARGEST_LOG, _LARGEST_LOG)
         self.multiplier = self._multiplier_at(error)
 
     def state(self) -> dict[str, Any]:
         """State for a checkpoint; JSON keeps every bit of a float."""
-        return {"kl": self.kl, "integral": self._integral, "multiplier": self.multiplier}
+        return {
+            "kl": self.kl,
+            "integral": self._integral,
+            "multiplier": self.multiplier,
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         """Restore a state that :meth:`state` returned."""
@@ -75,5 +90,9 @@ class KLBudget:
         return math.exp(self._integral + _PROPORTIONAL * error)
 
 
-def _clamp(value: float, low: float, high: float) -> float:
+def _clamp(
+    value: float,
+    low: float,
+    high: float,
+) -> float:
     return min(max(value, low), high)

@@ -42,7 +42,11 @@ def launch_options() -> frozenset[str]:
     return frozenset(names)
 
 
-def launch(launch_words: Sequence[str], module: str, command: Sequence[str]) -> int:
+def launch(
+    launch_words: Sequence[str],
+    module: str,
+    command: Sequence[str],
+) -> int:
     """Run ``maskft COMMAND`` in the processes that ``launch_words`` describe.
 
     Args:
@@ -58,6 +62,7 @@ def launch(launch_words: Sequence[str], module: str, command: Sequence[str]) -> 
     """
     words = _resolve(launch_words)
     parser = launch_command_parser()
+    # argparse would print accelerate's usage and exit.
     parser.error = _refused
     args = parser.parse_args([*words, "--module", module, *command])
 
@@ -65,10 +70,12 @@ def launch(launch_words: Sequence[str], module: str, command: Sequence[str]) -> 
     if args.config_file:
         kind = _read_config(args.config_file).get("distributed_type")
     has_strategy = (
-        kind not in (None, "NO")  # of the file
+        # Of the file.
+        kind not in (None, "NO")
         or args.multi_gpu
         or args.use_fsdp
-        or torch.cuda.device_count() > 1  # accelerate chooses multi_gpu
+        # accelerate chooses multi_gpu.
+        or torch.cuda.device_count() > 1
     )
     wants_several = (args.num_processes or 1) > 1
     if wants_several and not has_strategy:
@@ -80,6 +87,7 @@ def launch(launch_words: Sequence[str], module: str, command: Sequence[str]) -> 
 
     before = dict(os.environ)
     os.environ[_LAUNCHED] = "1"
+    # For errors that say how to resume: the processes themselves know only the command without the launch options.
     os.environ[COMMAND] = shlex.join(["maskft", *command, *launch_words])
     # The processes print their own errors; torchrun would add a page to each.
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
@@ -98,6 +106,7 @@ def launch(launch_words: Sequence[str], module: str, command: Sequence[str]) -> 
 
 def config_processes(name: str) -> int:
     """Default number of processes of an accelerate configuration, a file or one of TRL's names."""
+    # Two words come back: --config_file and its path.
     _, file = _resolve(["--accelerate_config", name])
     config = _read_config(file)
     if config.get("distributed_type") in (None, "NO"):
@@ -146,6 +155,7 @@ def check_mask_sharding() -> None:
     """Raise for settings that masks do not support: FSDP1, FSDP's activation checkpointing, sharded state dicts."""
     if not uses_fsdp():
         return
+    # accelerate launch hands its settings on in the environment.
     if os.environ.get("FSDP_VERSION", "1") == "1":
         raise UserError("FSDP1 flattens scores and weights into one vector; use --accelerate_config fsdp2")
     if os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false").lower() == "true":

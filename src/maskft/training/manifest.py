@@ -32,9 +32,11 @@ FREE = frozenset(
     "dataloader_multiprocessing_context dataset_num_proc use_cpu local_rank ddp_backend ddp_timeout "
     "ddp_bucket_cap_mb torch_empty_cache_steps skip_memory_metrics debug do_train do_eval do_predict".split()
 )
+# Options that name an adapter, and those that name a model.
 _ADAPTERS = ("keep_mask", "start_mask", "match_adapter")
 _MODELS = ("mask_removed_value_model", "before_model")
-_ROWS = 10_000  # per digest
+# Rows in memory at a time.
+_ROWS = 10_000
 
 # The configuration and data that a resumed run must keep: every option of ``maskft train`` except FREE, with files and
 # folders by their content; ``data``, a digest of the tokens and labels of all rows, in order; ``base``, the identity of
@@ -64,16 +66,22 @@ def seal(folder: Path, course: Course) -> None:
         course: Configuration and data of the run.
     """
     manifest_file = folder / layout.MANIFEST
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != manifest_file)
+    paths = []
+    for path in folder.rglob("*"):
+        if path.is_file() and path != manifest_file:
+            paths.append(path)
+    paths.sort()
     # hashlib releases the GIL, so that threads hash several files at once.
     with ThreadPoolExecutor(4) as pool:
         sums = list(pool.map(files.digest_now, paths))
 
     named = {}
     for path, sha256 in zip(paths, sums, strict=True):
-        named[str(path.relative_to(folder))] = sha256
+        name = str(path.relative_to(folder))
+        named[name] = sha256
     manifest = Manifest(course=course, files=named)
-    files.write_text(manifest_file, json.dumps(manifest.model_dump(), indent=1) + "\n")
+    text = json.dumps(manifest.model_dump(), indent=1)
+    files.write_text(manifest_file, text + "\n")
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -82,7 +90,8 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         UserError: If it is not a manifest.
     """
-    return read_model(Manifest, read_json(folder / layout.MANIFEST), folder / layout.MANIFEST)
+    manifest_file = folder / layout.MANIFEST
+    return read_model(Manifest, read_json(manifest_file), manifest_file)
 
 
 def damage(folder: Path) -> str | None:
@@ -94,14 +103,20 @@ def damage(folder: Path) -> str | None:
     except (UserError, OSError, ValueError):
         return f"its {layout.MANIFEST} cannot be read"
     for name, sha256 in entries.items():
-        if not (folder / name).is_file():
+        file = folder / name
+        if not file.is_file():
             return f"{name} is missing"
-        if files.digest_now(folder / name) != sha256:
+        # digest_now reads the bytes, where digest_file would trust an unchanged time of the last change.
+        if files.digest_now(file) != sha256:
             return f"{name} has changed since it was written (sha256)"
     return None
 
 
-def course_of(config: TrainConfig, data: Prepared, kl_rows: KLRows | None = None) -> Course:
+def course_of(
+    config: TrainConfig,
+    data: Prepared,
+    kl_rows: KLRows | None = None,
+) -> Course:
     """The configuration and data that a resumed run must keep.
 
     Args:
@@ -115,15 +130,17 @@ def course_of(config: TrainConfig, data: Prepared, kl_rows: KLRows | None = None
             if spec.init and spec.name not in FREE:
                 options[spec.name] = getattr(group, spec.name)
 
-    course = {}
+    course: Course = {}
     for name, value in data_identity(options).items():
-        course[name] = _plain(_content(name, value))
-    return course | {
-        "data": _data_digest(data),
-        "kl_data": None if kl_rows is None else _data_digest(kl_rows),
-        "base": model_identity(str(config.model.model_name_or_path)),
-        "num_processes": config.training.world_size,
-    }
+        content = _content(name, value)
+        course[name] = _plain(content)
+    course["data"] = _data_digest(data)
+    course["kl_data"] = None
+    if kl_rows is not None:
+        course["kl_data"] = _data_digest(kl_rows)
+    course["base"] = model_identity(str(config.model.model_name_or_path))
+    course["num_processes"] = config.training.world_size
+    return course
 
 
 def check_course(checkpoint: Path, now: Course) -> None:
@@ -135,10 +152,12 @@ def check_course(checkpoint: Path, now: Course) -> None:
     # The checkpoint may have been written before an option existed, which then had its default.
     before = _plain(option_defaults()) | read_manifest(checkpoint).course
 
+    # By the options of now: those of the checkpoint that no longer exist have no effect any more.
     differences = []
     for name in sorted(now):
-        if before.get(name) != now[name]:
-            differences.append(f"{name}: {_shown(before.get(name))} -> {_shown(now[name])}")
+        value_before = before.get(name)
+        if value_before != now[name]:
+            differences.append(f"{name}: {_shown(value_before)} -> {_shown(now[name])}")
     if differences:
         raise UserError(
             f"{str(checkpoint)!r} is of a run that differs ({'; '.join(differences)}); give the options of that run to "
@@ -148,6 +167,7 @@ def check_course(checkpoint: Path, now: Course) -> None:
 
 def _shown(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
+    # A digest or a long list would fill the line.
     if len(text) <= 40:
         return text
     return text[:37] + "..."
@@ -169,6 +189,7 @@ def _plain(value: Any) -> Any:
     """The value as JSON stores it."""
 
     def as_json(part: Any) -> Any:
+        # is_dataclass also holds for the class itself.
         if dataclasses.is_dataclass(part) and not isinstance(part, type):
             return dataclasses.asdict(part)
         # The value of an enum; of other objects only their type is compared.
@@ -182,5 +203,6 @@ def _data_digest(data: Prepared | KLRows) -> str:
     digests = []
     for rows in (data.train, data.heldout):
         tokens = rows.select_columns(["input_ids", "labels"])
-        digests.append([files.digest(part) for part in tokens.iter(batch_size=_ROWS)])
+        parts = tokens.iter(batch_size=_ROWS)
+        digests.append([files.digest(part) for part in parts])
     return files.digest(digests)

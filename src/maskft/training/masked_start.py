@@ -24,10 +24,10 @@ def set_removed_to_zero(model: PreTrainedModel, method: MethodArguments) -> None
     Raises:
         UserError: If the mask is of another model, or its removed weights are not zero.
     """
-    folder = method.keep_mask or method.start_mask
+    option = "keep_mask" if method.keep_mask else "start_mask"
+    folder = getattr(method, option)
     if folder is None:
         return
-    option = "keep_mask" if method.keep_mask else "start_mask"
     config = read_config(folder)
     masks = MaskSet.from_adapter(folder)
 
@@ -45,17 +45,25 @@ def set_removed_to_zero(model: PreTrainedModel, method: MethodArguments) -> None
 
     # By name and shape first, then by content.
     modules = dict(model.named_modules())
-    weights = {name: getattr(modules.get(name), "weight", None) for name in sorted(masks)}
+    weights = {}
+    for name in sorted(masks):
+        weights[name] = getattr(modules.get(name), "weight", None)
+
     base = config.base_model_name_or_path
     for name, weight in weights.items():
-        if weight is None or weight.shape != masks[name].shape:
-            has = "is not there" if weight is None else f"has shape {tuple(weight.shape)}"
+        has = None
+        if weight is None:
+            has = "is not there"
+        elif weight.shape != masks[name].shape:
+            has = f"has shape {tuple(weight.shape)}"
+        if has is not None:
             raise UserError(
                 f"{option} {folder!r} is a mask of another model: {name} {has}; name the model it was made for ({base})"
             )
 
     found = weights_fingerprint((name, weight.detach()) for name, weight in weights.items())
     dtypes = {weight.dtype for weight in weights.values()}
+    # Not every mask records one, such as one that was combined from others.
     if config.base_fingerprint and not is_the_base(found, dtypes, config):
         raise UserError(
             f"{option} {folder!r} is a mask of another model: it was made for {base} (fingerprint "
@@ -78,24 +86,29 @@ class RemovedStayZero(TrainerCallback):
             weight = model.get_submodule(name).weight
             removed = ~mask
             if is_sharded(weight):
+                # This process's rows.
                 removed = rows_of(removed, weight)
-            device = local_part(weight).device
-            self._removed.append((weight, removed.to(device)))
+            removed = removed.to(local_part(weight).device)
+            self._removed.append((weight, removed))
 
     def clear_gradients(self) -> None:
         """Zero the gradients of removed weights, which must not count in the norm that clips the others."""
         for weight, removed in self._removed:
+            # A gradient of a layer that no row of the step went through is None.
             if weight.grad is not None:
-                local_part(weight.grad).masked_fill_(removed, 0.0)
+                gradient = local_part(weight.grad)
+                gradient.masked_fill_(removed, 0.0)
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         """Zero removed weights that the optimizer moved, as the moments of a resumed run may."""
         for weight, removed in self._removed:
-            local_part(weight).masked_fill_(removed, 0.0)
+            values = local_part(weight)
+            values.masked_fill_(removed, 0.0)
 
 
 def local_part(tensor: Tensor) -> Tensor:
     """This process's part of a tensor that may be sharded over processes."""
+    # Detached tensors share memory with the parameter, and may be written to in place.
     if is_sharded(tensor):
         return tensor.detach().to_local()
     return tensor.detach()

@@ -22,14 +22,18 @@ from ..masking import ScoreStart
 from ..tuner.config import MaskConfig
 from ..tuner.presets import PRESETS
 
-ADAPTER = "default"  # PEFT's name of an adapter; every run has at most one
+# PEFT's name of an adapter; every run has at most one.
+ADAPTER = "default"
 
 FIXED_MASK_METHODS = tuple(FIXED_MASKS)
 MASK_METHODS = ("mask", *FIXED_MASK_METHODS)
-INTERPOLATE = "interpolate"  # a fine-tuned model with the model before, not trained
-SHARES = tuple(n / 10 for n in range(1, 11))  # of the fine-tuned model; held-out rows choose one
+# A fine-tuned model with the model before, not trained.
+INTERPOLATE = "interpolate"
+# Of the fine-tuned model; held-out rows choose one.
+SHARES = tuple(n / 10 for n in range(1, 11))
 UNTRAINED_METHODS = (*FIXED_MASK_METHODS, INTERPOLATE)
-PEFT = "peft"  # an adapter of PEFT's, configured by peft_config
+# An adapter of PEFT's, configured by peft_config.
+PEFT = "peft"
 METHODS = ("full", PEFT, *MASK_METHODS, INTERPOLATE)
 
 # Fields a preset may set; their default is None, "not given on the command line".
@@ -52,6 +56,7 @@ def _kind(hint: Any) -> Any:
     if get_origin(hint) is UnionType:
         parts = [part for part in get_args(hint) if part is not NoneType]
         lists = [part for part in parts if get_origin(part) is list]
+        # A list, if there is one: on the command line a single value is a list of one.
         hint = lists[0] if lists else parts[0]
     if get_origin(hint) is Literal:
         return str
@@ -60,27 +65,35 @@ def _kind(hint: Any) -> Any:
 
 def _mask_argument(name: str, hint: Any) -> tuple[str, Any, Any]:
     """The option of a field of MaskConfig, as ``make_dataclass`` takes it: name, type, field."""
-    default = None if name in _DECIDED else _SPECS[name].default
+    spec = _SPECS[name]
+    option_name = _argument(name)
+    default = None if name in _DECIDED else spec.default
     kind = _kind(hint)
     if default is None:
         kind = kind | None
 
-    text = _SPECS[name].metadata["help"].replace("%", "%%")  # argparse formats help with %
-    default_in_words = _SHOWN.get(name, UNSAID.get(_argument(name)))
+    # argparse formats help with %.
+    text = spec.metadata["help"].replace("%", "%%")
+    default_in_words = _SHOWN.get(name, UNSAID.get(option_name))
     if default_in_words is not None:
         text = with_default(text, default_in_words)
-    return _argument(name), kind, option(default, text)
+    return option_name, kind, option(default, text)
 
 
 # Defaults without a preset, except those of the recommended preset.
-UNSAID = {_argument(name): _SPECS[name].default for name in _DECIDED if name not in ("sparsity", "init_scores")}
+UNSAID: dict[str, Any] = {}
+for _name in _DECIDED:
+    if _name not in ("sparsity", "init_scores"):
+        UNSAID[_argument(_name)] = _SPECS[_name].default
 # The recommended ones, in words for the help; see default_start.
 _SHOWN = {
     "sparsity": PRESETS["recommended"]["sparsity"],
     "init_scores": "magnitude for top-k masks that remove to zero, else normal",
 }
 _HINTS = get_type_hints(MaskConfig)
-MaskArguments = make_dataclass("MaskArguments", [_mask_argument(name, _HINTS[name]) for name in _SETTINGS])
+# Made from MaskConfig, so that every option has its help, default and type in one place.
+_MASK_ARGUMENTS = [_mask_argument(name, _HINTS[name]) for name in _SETTINGS]
+MaskArguments = make_dataclass("MaskArguments", _MASK_ARGUMENTS)
 MaskArguments.__doc__ = "Settings of the mask; each is the field of MaskConfig without the prefix."
 
 
@@ -162,6 +175,7 @@ def read_peft_config(given: dict | str | None) -> dict[str, Any] | None:
 
     content = None
     if given.lstrip().startswith("{"):
+        # Malformed JSON gets the message below.
         with suppress(ValueError):
             content = parse_json(given)
     elif is_there(given):
@@ -217,10 +231,12 @@ def mask_config(arguments: MaskArguments, **overrides) -> MaskConfig:
         arguments: The options; None leaves a field to the preset, or to its default.
         **overrides: Fields of MaskConfig that win over the options.
     """
+    # Without a preset, the recommended sparsity and start.
     values: dict[str, Any] = {}
     if not arguments.mask_preset:
         values["sparsity"] = PRESETS["recommended"]["sparsity"]
         values["init_scores"] = default_start(vars(arguments))
+    # Given options win.
     for name in _SETTINGS:
         value = getattr(arguments, _argument(name))
         if value is not None:
@@ -234,4 +250,5 @@ def mask_config(arguments: MaskArguments, **overrides) -> MaskConfig:
             values[name] = names[0]
         elif isinstance(names, str) and _NAME.fullmatch(names):
             values[name] = [names]
-    return MaskConfig(task_type="CAUSAL_LM", **{**values, **overrides})
+    values.update(overrides)
+    return MaskConfig(task_type="CAUSAL_LM", **values)

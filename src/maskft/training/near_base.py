@@ -24,8 +24,9 @@ from .arguments import TrainConfig
 from .kl import Base, KLOnTask, KLOnText, kl_per_row
 from .kl_budget import KLBudget
 
-# Share of the rows that the user names on which KL is measured, and their largest number; no batch contains them.
+# Share of the rows that the user names on which KL is measured; no batch contains them.
 _HELDOUT_SHARE = 0.25
+# Their largest number: a measurement takes two forward passes over them.
 _MAX_HELDOUT = 100
 
 
@@ -128,13 +129,16 @@ def load_kl_rows(config: TrainConfig, tokenizer) -> KLRows | None:
             "other measured"
         )
 
-    num_heldout = min(max(1, round(_HELDOUT_SHARE * len(rows))), _MAX_HELDOUT)
+    num_heldout = round(_HELDOUT_SHARE * len(rows))
+    num_heldout = min(max(1, num_heldout), _MAX_HELDOUT)
     generator = torch.Generator().manual_seed(config.data.split_seed)
     order = torch.randperm(len(rows), generator=generator).tolist()
-    columns = ["input_ids", "labels"]
+
+    # Both in the order of the file.
+    rows = rows.select_columns(["input_ids", "labels"])
     return KLRows(
-        train=rows.select(sorted(order[num_heldout:])).select_columns(columns),
-        heldout=rows.select(sorted(order[:num_heldout])).select_columns(columns),
+        train=rows.select(sorted(order[num_heldout:])),
+        heldout=rows.select(sorted(order[:num_heldout])),
     )
 
 
@@ -153,21 +157,30 @@ class NearBase(TrainerCallback):
     """
 
     def __init__(
-        self, model: nn.Module, data: Prepared, kl_rows: KLRows | None, config: TrainConfig, pad_token_id: int
+        self,
+        model: nn.Module,
+        data: Prepared,
+        kl_rows: KLRows | None,
+        config: TrainConfig,
+        pad_token_id: int,
     ):
         training = config.training
         self._base = Base(model)
         self._pad_token_id = pad_token_id
         self._eval_batch_size = training.per_device_eval_batch_size
         self._weight = training.kl_to_base
-        self.budget = KLBudget(training.kl_budget) if training.kl_budget is not None else None
+        self.budget = None
+        if training.kl_budget is not None:
+            self.budget = KLBudget(training.kl_budget)
+
         self._is_on_task = kl_rows is None
-        self._name = "task" if kl_rows is None else str(training.kl_dataset_name)
         self._term: KLOnTask | KLOnText
         if kl_rows is None:
+            self._name = "task"
             self._heldout = data.heldout.select_columns(["input_ids", "labels"])
             self._term = KLOnTask(model, self._base)
         else:
+            self._name = str(training.kl_dataset_name)
             self._heldout = kl_rows.heldout
             self._term = KLOnText(
                 self._base,
@@ -182,20 +195,29 @@ class NearBase(TrainerCallback):
         self._batches_per_step = training.gradient_accumulation_steps
         self._batch_in_step = 0
         self._step = 0
+        # KL and number of tokens, summed over the micro-batches of a step; on the device, which is not waited for.
         self._sums: Tensor | None = None
 
     @property
     def multiplier(self) -> float:
         """Coefficient of KL in the loss."""
-        return self._weight if self.budget is None else self.budget.multiplier
+        if self.budget is None:
+            return self._weight
+        return self.budget.multiplier
 
     def before_forward(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         """Run the base on a micro-batch; call it before the forward pass of ``model``."""
+        # Counted from the step, so that a resumed run has the same number.
         batch_number = self._step * self._batches_per_step + self._batch_in_step
         self._term.before_forward(model, inputs, batch_number)
         self._batch_in_step += 1
 
-    def after_forward(self, model: nn.Module, num_items: Tensor | int | None, num_micro_batches: int) -> Tensor:
+    def after_forward(
+        self,
+        model: nn.Module,
+        num_items: Tensor | int | None,
+        num_micro_batches: int,
+    ) -> Tensor:
         """The term of the loss for that micro-batch.
 
         Args:
@@ -205,14 +227,18 @@ class NearBase(TrainerCallback):
             num_micro_batches: Micro-batches of the step.
         """
         kl = self._term.after_forward(model)
+        # In float64, because a step may have many thousands of tokens.
         num_tokens = torch.tensor(kl.num_tokens, device=kl.total.device)
         sums = torch.stack([kl.total.detach().double(), num_tokens.double()])
-        self._sums = sums if self._sums is None else self._sums + sums
+        if self._sums is not None:
+            sums = self._sums + sums
+        self._sums = sums
 
         if num_items is None:
             return self.multiplier * kl.total / max(kl.num_tokens, 1)
         if self._is_on_task:
-            return self.multiplier * kl.total / torch.as_tensor(num_items).clamp(min=1)
+            divisor = torch.as_tensor(num_items).clamp(min=1)
+            return self.multiplier * kl.total / divisor
         # The mean over named rows, of which every micro-batch has the same number.
         mean = kl.total / max(kl.num_tokens, 1)
         return self.multiplier * mean / num_micro_batches
@@ -233,23 +259,38 @@ class NearBase(TrainerCallback):
         self._batch_in_step = 0
         if self._sums is None:
             return
+        # Summed over the processes. tolist() waits for the device, once per step.
         total, count = processes.reduce_(self._sums).tolist()
         self._sums = None
+        # float16 may overflow in a step that the scaler skips; infinity would spoil the running mean for good.
         if self.budget is not None and math.isfinite(total):
             mean = total / max(count, 1)
-            self.budget.update(mean, state.global_step / state.max_steps)
+            progress = state.global_step / state.max_steps
+            self.budget.update(mean, progress)
 
     def metrics(self) -> dict[str, float]:
         """For the log: the running mean of KL in training, and the coefficient of the next step."""
-        return {} if self.budget is None else {"kl": self.budget.kl, "kl_multiplier": self.budget.multiplier}
+        if self.budget is None:
+            return {}
+        return {
+            "kl": self.budget.kl,
+            "kl_multiplier": self.budget.multiplier,
+        }
 
     def measure(self, model: nn.Module) -> float:
         """Mean KL on held-out rows, nats per token; every process must call it."""
 
         def kl_of(rows) -> list:
-            return kl_per_row(model, self._base, rows, self._eval_batch_size, self._pad_token_id)
+            return kl_per_row(
+                model,
+                self._base,
+                rows,
+                self._eval_batch_size,
+                self._pad_token_id,
+            )
 
-        return mean_nll(shared_rows(self._heldout, kl_of))
+        losses = shared_rows(self._heldout, kl_of)
+        return mean_nll(losses)
 
     def prefers(self, kl: float, best_kl: float | None) -> bool | None:
         """Whether a checkpoint is better than the best one so far by its KL; None if the loss decides.
@@ -262,11 +303,17 @@ class NearBase(TrainerCallback):
             return None
         limit = self.budget.budget
         if kl <= limit:
+            # Of two within the budget the loss decides; the first one within it is better in any case.
             return None if best_kl <= limit else True
-        # This one exceeds the budget: the smaller KL is better.
+        # This one exceeds the budget, or is not a number: the smaller KL is better.
         return kl < best_kl
 
-    def report(self, reached: float, at_end: float, best_step: int | None) -> KLReport:
+    def report(
+        self,
+        reached: float,
+        at_end: float,
+        best_step: int | None,
+    ) -> KLReport:
         """The entry of the record.
 
         Args:
@@ -274,8 +321,11 @@ class NearBase(TrainerCallback):
             at_end: KL of the last measurement.
             best_step: Step of the kept checkpoint.
         """
+        budget = None
+        if self.budget is not None:
+            budget = self.budget.budget
         return KLReport(
-            budget=None if self.budget is None else self.budget.budget,
+            budget=budget,
             reached=reached,
             at_end=at_end,
             multiplier=self.multiplier,

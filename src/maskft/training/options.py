@@ -59,12 +59,16 @@ class _Parser(TrlParser):
 def _check_method_name(name: Any) -> None:
     """Raise with the right options if the method is the type of an adapter of PEFT's."""
     kinds = {kind.value.lower(): kind.value for kind in PeftType}
-    kinds["dora"] = "LORA"  # an option of LoRA that people know as a method
+    # An option of LoRA that people know as a method.
+    kinds["dora"] = "LORA"
+
     lower_name = str(name).lower()
     kind = kinds.get(lower_name)
     if kind is None:
         return
-    more = ', "use_dora": true' if lower_name == "dora" else ""
+    more = ""
+    if lower_name == "dora":
+        more = ', "use_dora": true'
     raise UserError(
         f"method is {name!r}, which is an adapter of PEFT's: give --method peft "
         f'--peft_config \'{{"peft_type": "{kind}"{more}}}\' (with any option of PEFT\'s configuration of it)'
@@ -100,8 +104,11 @@ def parse_words(argv: Sequence[str]) -> tuple[TrainConfig, list[str], list[str]]
     parser = make_parser()
     words: list[str] = []
     for word in argv:
-        # TRL's reader wants --config and the path of the recipe as two words.
-        words += word.split("=", 1) if word.startswith("--config=") else [word]
+        if word.startswith("--config="):
+            # TRL's reader wants --config and the path of the recipe as two words.
+            words += word.split("=", 1)
+        else:
+            words.append(word)
 
     recipe = None
     if "--config" in words:
@@ -112,9 +119,12 @@ def parse_words(argv: Sequence[str]) -> tuple[TrainConfig, list[str], list[str]]
         # Read with our own reader first: TRL's accepts duplicate names and YAML aliases.
         _check_values(recipe, read_yaml(recipe), parser)
 
+    # One part for each of _GROUPS, and the words that the parser does not know.
     try:
         *parts, of_recipe, of_flags = parser.parse_args_and_config(
-            words, return_remaining_strings=True, separate_remaining_strings=True
+            words,
+            return_remaining_strings=True,
+            separate_remaining_strings=True,
         )
     except UserError:
         raise
@@ -130,7 +140,9 @@ def parse_words(argv: Sequence[str]) -> tuple[TrainConfig, list[str], list[str]]
         # From here on the base has one name, which adapters and evaluations accept too.
         folder = config.model.model_name_or_path.rstrip("/")
         config.model.model_name_or_path = f"{folder}/{config.method.gguf_file}"
-    return config, [*of_recipe, *of_flags], _subtract_subsequence(words, of_flags)
+    launch_words = [*of_recipe, *of_flags]
+    other_words = _subtract_subsequence(words, of_flags)
+    return config, launch_words, other_words
 
 
 def _check_known(
@@ -147,6 +159,7 @@ def _check_known(
         known: Names of all options.
         recipe: Path of the recipe.
     """
+    # Every other word is a name.
     for word in of_recipe[::2]:
         name = word.removeprefix("--")
         if name not in known:
@@ -162,13 +175,19 @@ def _check_known(
 
 
 # Types that YAML allows for options that are strings on the command line.
-_OF_TEXT: dict[str, Any] = dict.fromkeys(DATA_NAMES, dict | list | str) | {"peft_config": dict | str}
+_OF_TEXT: dict[str, Any] = dict.fromkeys(DATA_NAMES, dict | list | str)
+_OF_TEXT["peft_config"] = dict | str
 
 
-def _check_values(recipe: str, given: Any, parser: TrlParser) -> None:
+def _check_values(
+    recipe: str,
+    given: Any,
+    parser: TrlParser,
+) -> None:
     """Check values of a recipe: they become defaults of the parser, and argparse does not check defaults."""
     if not isinstance(given, dict):
         return
+    # Only of our own options it is known that text is all they take.
     own = {"model_name_or_path"}
     for group in (MethodArguments, DataArguments, MaskArguments):
         own.update(spec.name for spec in dataclasses.fields(group))
@@ -177,19 +196,25 @@ def _check_values(recipe: str, given: Any, parser: TrlParser) -> None:
         if action.dest not in given:
             continue
         value = given[action.dest]
+        # An option with choices and a default has no None among them.
         can_be_none = not (action.choices and action.default)
         if value is None and can_be_none:
             continue
 
         is_list = action.nargs == "+" and isinstance(value, list)
         values = value if is_list else [value]
+        is_own = action.dest in own
         for each in values:
-            wanted = _wanted(action, each, action.dest in own)
+            wanted = _wanted(action, each, is_own)
             if wanted is not None:
                 raise UserError(f"recipe {recipe!r}: {action.dest} is {each!r}; it must be {wanted}")
 
 
-def _wanted(action: argparse.Action, value: Any, is_own: bool) -> str | None:
+def _wanted(
+    action: argparse.Action,
+    value: Any,
+    is_own: bool,
+) -> str | None:
     """Kind of value that an option needs; None if ``value`` is of that kind."""
     choices = [str(choice) for choice in action.choices or ()]
     if choices and str(value) not in choices:
@@ -198,16 +223,20 @@ def _wanted(action: argparse.Action, value: Any, is_own: bool) -> str | None:
         return f"one of {', '.join(choices)}"
     if action.type in (int, float) and not _is_number(value, action.type):
         return "a whole number" if action.type is int else "a number"
-    if action.type is str and is_own and not isinstance(value, _OF_TEXT.get(action.dest, str)):
-        return "text"
+    if action.type is str and is_own:
+        allowed = _OF_TEXT.get(action.dest, str)
+        if not isinstance(value, allowed):
+            return "text"
     return None
 
 
 def _is_number(value: Any, kind: type) -> bool:
+    # In Python a bool is an int, too.
     if isinstance(value, bool | dict | list):
         return False
+    # A number in quotes is one: argparse converts defaults that are text.
     try:
-        kind(str(value))  # a number in quotes is one: argparse converts defaults that are text
+        kind(str(value))
     except ValueError:
         return False
     return True
@@ -244,10 +273,17 @@ def help_text(is_long: bool = False) -> str:
         if action.dest == "num_processes":
             actions[action.dest] = action
 
-    formatter = argparse.HelpFormatter("maskft train", max_help_position=36, width=100)
+    # A fixed width: the text must not depend on the terminal.
+    formatter = argparse.HelpFormatter(
+        "maskft train",
+        max_help_position=36,
+        width=100,
+    )
     for title, names in _USUAL.items():
         formatter.start_section(title)
-        formatter.add_arguments([_usual(actions[name]) for name in names.split()])
+        for name in names.split():
+            action = _usual(actions[name])
+            formatter.add_argument(action)
         formatter.end_section()
     return f"{_DESCRIPTION}\n\n{formatter.format_help()}"
 
@@ -273,14 +309,18 @@ def _usual(action: argparse.Action) -> argparse.Action:
     """The action with one of its names, one sentence of help, and its default."""
     action = copy.copy(action)
     action.option_strings = action.option_strings[:1]
+    # argparse would write these after the name.
     action.choices = None
     action.nargs = None
     action.metavar = ""
 
-    text = " ".join((action.help or "").split())
+    # TRL's help has line breaks.
+    words = (action.help or "").split()
+    text = " ".join(words)
     stated = DEFAULT.search(text)
     if stated:
         text = text[: stated.start()]
+    # A sentence ends where a capital letter follows: not in "e.g. this".
     first_sentence = re.split(r"\.\s(?=[A-Z])", text)[0].rstrip(".")
     action.help = _SHORT.get(action.dest, first_sentence)
     if stated:

@@ -30,7 +30,9 @@ def adapter_config(content: Mapping[str, Any]) -> PeftConfig:
     Raises:
         UserError: If a type or option does not exist, or the adapter needs more than an ordinary training loop.
     """
-    types = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    types = {}
+    for peft_type, config in PEFT_TYPE_TO_CONFIG_MAPPING.items():
+        types[peft_type.value] = config
     name = str(content.get("peft_type"))
     kind = types.get(name)
     if kind is MaskConfig:
@@ -41,18 +43,22 @@ def adapter_config(content: Mapping[str, Any]) -> PeftConfig:
         reason = _NOT_BY_STEPS.get(name, "learns tokens before the prompt, which leaves no weights to compare or merge")
         raise UserError(f"peft_config has peft_type {name}, which {reason}; name an adapter of weights, such as LORA")
 
+    # Before PEFT's TypeError, which does not say which options there are.
+    known = kind.__dataclass_fields__
     for option, value in content.items():
-        if option not in kind.__dataclass_fields__:
-            raise UserError(f"peft_config has an option {option!r}{did_you_mean(option, kind.__dataclass_fields__)}")
+        if option not in known:
+            raise UserError(f"peft_config has an option {option!r}{did_you_mean(option, known)}")
         if option.startswith("init") and str(value).lower() in _CALIBRATED:
             raise UserError(
                 f"peft_config has {option} {value!r}, an initialisation that PEFT computes from data in a separate "
                 "program; leave it out"
             )
 
-    given = {key: value for key, value in content.items() if key != "peft_type"}
-    # PEFT saves inference_mode as true.
-    given = {"task_type": "CAUSAL_LM", **given, "inference_mode": False}
+    given = {"task_type": "CAUSAL_LM", **content}
+    # The class says it.
+    del given["peft_type"]
+    # PEFT saves it as true, and would freeze the adapter.
+    given["inference_mode"] = False
     try:
         return kind(**given)
     except (ValueError, TypeError, ImportError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,20 @@ from .verdict import Verdict
 
 # The arguments of TRL, among hundreds, that decide the outcome.
 _RECORDED = (
-    "learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps "
-    "lr_scheduler_type warmup_steps weight_decay max_grad_norm max_length bf16 kl_to_base seed"
-).split()
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "max_length",
+    "bf16",
+    "kl_to_base",
+    "seed",
+)
 # Set from other arguments.
 _DERIVED = {"activation_checkpointing", "greater_is_better"}
 # The Trainer sums the loss since it was started and divides by all steps, so a resumed run has another number.
@@ -124,14 +136,18 @@ def make_record(
     is_trained = config.method.method not in UNTRAINED_METHODS
     if is_trained:
         recipe["best_step"] = summary.best_step
+    # Held-out rows choose among several fixed masks, and then have a loss.
     if is_trained or summary.best_loss is not None:
         recipe["best_heldout_loss"] = summary.best_loss
     if verdict is not None:
-        recipe["verdict"] = str(verdict) if verdict.kept else f"{verdict}; so this adapter removes nothing"
+        recipe["verdict"] = str(verdict)
+        if not verdict.kept:
+            recipe["verdict"] += "; so this adapter removes nothing"
 
+    plain_recipe = {name: _plain(value) for name, value in recipe.items()}
     return TrainingRecord(
         summary=summary,
-        recipe={name: _plain(value) for name, value in recipe.items()},
+        recipe=plain_recipe,
         data=data.report["counts"],
         environment=environment.environment(),
         verdict=verdict,
@@ -144,12 +160,15 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
         "method": config.method.method,
         "model_name_or_path": config.model.model_name_or_path,
     }
+    # Our own options, if they were given.
     for group in (config.data, config.mask, config.method):
-        for name, spec in type(group).__dataclass_fields__.items():
-            value = getattr(group, name)
+        for spec in dataclasses.fields(group):
+            value = getattr(group, spec.name)
             is_given = value is not None and value != spec.default
-            if is_given and name not in ("prepared_data_dir", "prepare_only"):
-                settings[name] = value
+            # These say where rows are kept, not which rows they are.
+            if is_given and spec.name not in ("prepared_data_dir", "prepare_only"):
+                settings[spec.name] = value
+    # Their names on the hub, for the card of an adapter: a registered name is one of ours.
     datasets = hub_ids(config.data.dataset_name or "")
     if datasets:
         settings["datasets"] = datasets
@@ -157,8 +176,10 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
     # Of TRL's hundreds of options those that were changed, and in any case those of _RECORDED.
     defaults = option_defaults()
     given = vars(config.model) | vars(config.training)
-    names = given.keys() & defaults.keys() - FREE - _DERIVED
-    for name in sorted(names):
+    not_recorded = FREE | _DERIVED
+    for name in sorted(given.keys() & defaults.keys()):
+        if name in not_recorded:
+            continue
         value = given[name]
         is_plain = isinstance(value, str | int | float | list | dict)
         if value not in (None, defaults[name]) and is_plain:
@@ -166,10 +187,14 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
     for name in _RECORDED:
         settings[name] = getattr(config.training, name)
 
+    # Options that the method does not use would read as if they had had an effect.
     method = config.method.method
-    is_trained = method not in UNTRAINED_METHODS
-    is_matched = config.method.match_adapter is not None
-    unused = unused_options(method, settings, is_trained=is_trained, is_matched=is_matched)
+    unused = unused_options(
+        method,
+        settings,
+        is_trained=method not in UNTRAINED_METHODS,
+        is_matched=config.method.match_adapter is not None,
+    )
     return {name: value for name, value in settings.items() if name not in unused}
 
 
@@ -177,8 +202,13 @@ def summarise(trainer: MaskTrainer, method: str) -> TrainingSummary:
     """Summary of a run of ``method`` that has ended."""
     state = trainer.state
     model = trainer.model
-    losses = {row["step"]: row["eval_loss"] for row in state.log_history if "eval_loss" in row}
+    # Step -> held-out loss, the newest last.
+    losses = {}
+    for row in state.log_history:
+        if "eval_loss" in row:
+            losses[row["step"]] = row["eval_loss"]
 
+    # Of a mask the loss without it, which is not in the log.
     start_loss = losses.get(0)
     if trainer.reference is not None and trainer.reference.losses:
         start_loss = mean_nll(trainer.reference.losses)
@@ -188,7 +218,15 @@ def summarise(trainer: MaskTrainer, method: str) -> TrainingSummary:
     if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
         best_step = step_of(Path(state.best_model_checkpoint))
 
-    layers = adapter_layers(model, ADAPTER) if method in MASK_METHODS else {}
+    num_trainable = 0
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            num_trainable += parameter.numel()
+    num_target_weights = 0
+    if method in MASK_METHODS:
+        for layer in adapter_layers(model, ADAPTER).values():
+            num_target_weights += layer.weight.numel()
+
     history = []
     for row in state.log_history:
         kept = {key: value for key, value in row.items() if key not in _DIFFERS_WHEN_RESUMED}
@@ -203,8 +241,8 @@ def summarise(trainer: MaskTrainer, method: str) -> TrainingSummary:
         num_steps=state.global_step,
         num_epochs=round(state.epoch or 0.0, 4),
         num_train_tokens=int(trainer._total_train_tokens),
-        num_trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        num_target_weights=sum(layer.weight.numel() for layer in layers.values()),
+        num_trainable=num_trainable,
+        num_target_weights=num_target_weights,
         train_time_s=round(time.perf_counter() - trainer.started, 1),
         peak_memory_bytes=memory.peak_memory_bytes(),
         kl=_kl_report(trainer, best_step),
@@ -216,7 +254,11 @@ def _kl_report(trainer: MaskTrainer, best_step: int | None) -> KLReport | None:
     """KL of the kept checkpoint and at the last measurement; if the checkpoint was not measured, it is measured now."""
     if trainer.near_base is None:
         return None
-    measured = {row["step"]: row["eval_kl"] for row in trainer.state.log_history if "eval_kl" in row}
+    # Step -> KL, the newest last.
+    measured = {}
+    for row in trainer.state.log_history:
+        if "eval_kl" in row:
+            measured[row["step"]] = row["eval_kl"]
     if best_step not in measured:
         kl = trainer.measure_kl()
         return trainer.near_base.report(kl, kl, None)
@@ -228,4 +270,6 @@ def _plain(value: Any) -> Any:
     """An enum as its value, and a path as its last part: recipes are shared, folders of a machine are not."""
     value = getattr(value, "value", value)
     is_path = isinstance(value, str) and files.is_there(value)
-    return Path(value).name if is_path else value
+    if is_path:
+        return Path(value).name
+    return value

@@ -31,10 +31,16 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         # Only the main thread may set handlers.
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+            for number in _SIGNALS:
+                self._before[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         self._restore()
 
     def _restore(self) -> None:
@@ -47,9 +53,11 @@ class StopRequest:
         if self.signal is None:
             self.signal = number
             self._time = now
+            # A launcher's other processes stay silent.
             if is_main():
                 # Not with a console, which may be in the middle of a line and hold its lock.
                 os.write(2, b"\nstopping: the step is finished and saved first; a second signal stops immediately\n")
         elif now - self._time > _SAME_SIGNAL_S:
+            # Sent once more, to the handler from before: for SIGINT that raises KeyboardInterrupt.
             self._restore()
             os.kill(os.getpid(), number)

@@ -27,7 +27,14 @@ from ..tuner import MaskProgress, set_mask_progress
 from .arguments import TrainConfig, trainer_arguments
 from .bar import TrainingProgress
 from .callbacks import KeepLast, Reference, StepGuard
-from .checkpoints import best_beside, delete_oldest, save_weights, step_of, trainable_state, written_whole
+from .checkpoints import (
+    best_beside,
+    delete_oldest,
+    save_weights,
+    step_of,
+    trainable_state,
+    written_whole,
+)
 from .launch import let_cpu_shard
 from .manifest import check_course, course_of, seal
 from .masked_start import RemovedStayZero
@@ -68,10 +75,24 @@ class MaskTrainer(SFTTrainer):
             processes.decided_by_main(lambda: check_course(Path(resume_from), self._course))
 
         self._save_total_limit = config.training.save_total_limit
-        self._heldout = data.heldout.select_columns(["input_ids", "labels"])
         # Time and number of tokens at the last line of the log, for tokens/s.
         self._window = (time.perf_counter(), 0)
-        self.near_base = _near_base(model, tokenizer, data, config, kl_rows)
+        # TRL and the collator need no other columns; ids of rows are text, which is not made into tensors.
+        columns = ["input_ids", "labels"]
+        train_rows = data.train.select_columns(columns)
+        self._heldout = data.heldout.select_columns(columns)
+
+        # The KL term of the loss. It hooks into the model before accelerate wraps it.
+        self.near_base: NearBase | None = None
+        if config.training.kl_to_base or config.training.kl_budget is not None:
+            pad_token_id = tokenizer.pad_token_id or 0
+            self.near_base = NearBase(
+                model,
+                data,
+                kl_rows,
+                config,
+                pad_token_id,
+            )
 
         scores = {}
         for name, parameter in model.named_parameters():
@@ -81,7 +102,7 @@ class MaskTrainer(SFTTrainer):
             model=model,
             args=trainer_arguments(config.training, resume_from is not None),
             processing_class=tokenizer,
-            train_dataset=data.train.select_columns(["input_ids", "labels"]),
+            train_dataset=train_rows,
             eval_dataset=self._heldout,
             callbacks=self._make_callbacks(config, console),
         )
@@ -89,7 +110,8 @@ class MaskTrainer(SFTTrainer):
         # TRL casts trainable parameters to bfloat16 over a base in four or eight bits. Scores stay in float32: rounded,
         # many would tie at the threshold.
         for name, parameter in model.named_parameters():
-            if name in scores and parameter.dtype != scores[name].dtype:
+            is_cast = name in scores and parameter.dtype != scores[name].dtype
+            if is_cast:
                 parameter.data = scores[name].to(parameter.device)
 
         # TrainingProgress takes their place.
@@ -105,7 +127,8 @@ class MaskTrainer(SFTTrainer):
 
         self.stay_zero = None
         if method.keep_mask:
-            self.stay_zero = RemovedStayZero(MaskSet.from_adapter(method.keep_mask))
+            masks = MaskSet.from_adapter(method.keep_mask)
+            self.stay_zero = RemovedStayZero(masks)
 
         self.reference = None
         if method.method == "mask":
@@ -113,8 +136,10 @@ class MaskTrainer(SFTTrainer):
 
         last = None
         if method.keep_last:
-            last = KeepLast(self, Path(config.training.output_dir) / layout.LAST)
+            folder = Path(config.training.output_dir) / layout.LAST
+            last = KeepLast(self, folder)
 
+        # MaskProgress comes first: the others measure the mask at the progress that it sets.
         callbacks = [
             MaskProgress(),
             self.near_base,
@@ -138,11 +163,11 @@ class MaskTrainer(SFTTrainer):
     # users would see a traceback.
     def create_optimizer(self, *args, **kwargs):
         """Create the optimizer; settings that torch rejects are one line."""
-        return _made("optimizer", super().create_optimizer, *args, **kwargs)
+        return _one_line_errors("optimizer", super().create_optimizer, *args, **kwargs)
 
     def create_scheduler(self, *args, **kwargs):
         """Create the learning rate schedule; settings that transformers rejects are one line."""
-        return _made("scheduler", super().create_scheduler, *args, **kwargs)
+        return _one_line_errors("scheduler", super().create_scheduler, *args, **kwargs)
 
     # TRL reports each use of a trainer, unless telemetry is off by an environment variable.
     def _send_telemetry(self) -> None:
@@ -173,7 +198,11 @@ class MaskTrainer(SFTTrainer):
             self.near_base.before_forward(whole, inputs)
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         with self.accelerator.autocast():
-            term = self.near_base.after_forward(whole, num_items_in_batch, self.current_gradient_accumulation_steps)
+            term = self.near_base.after_forward(
+                whole,
+                num_items_in_batch,
+                self.current_gradient_accumulation_steps,
+            )
 
         counts_all_processes = self.args.average_tokens_across_devices and num_items_in_batch is not None
         if counts_all_processes and self.near_base.is_divided_by_all_tokens:
@@ -194,23 +223,32 @@ class MaskTrainer(SFTTrainer):
 
     def heldout_loss(self) -> HeldoutLoss:
         """Measures held-out rows, with the model and the autocast of this training."""
-        whole = self.accelerator.unwrap_model(self.model)
-        pad_token_id = self.processing_class.pad_token_id or 0
-        size = self.args.per_device_eval_batch_size
-        return HeldoutLoss(whole, size, pad_token_id, self.compute_loss_context_manager)
+        return HeldoutLoss(
+            model=self.accelerator.unwrap_model(self.model),
+            batch_size=self.args.per_device_eval_batch_size,
+            pad_token_id=self.processing_class.pad_token_id or 0,
+            context=self.compute_loss_context_manager,
+        )
 
     def measure_heldout(self) -> list[RowLoss]:
         """Losses of all held-out rows, under the model as it is."""
-        return self.heldout_loss()(self._heldout)
+        measure = self.heldout_loss()
+        return measure(self._heldout)
 
     def measure_kl(self) -> float:
         """Mean KL(base || model) on held-out rows, under the model as it is, in nats per token."""
         assert self.near_base is not None
+        whole = self.accelerator.unwrap_model(self.model)
         with self.compute_loss_context_manager():
-            return self.near_base.measure(self.accelerator.unwrap_model(self.model))
+            return self.near_base.measure(whole)
 
     # The Trainer's evaluation loss is a mean over batches, so it depends on which rows share a batch, and on padding.
-    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
+    def evaluation_loop(
+        self,
+        *args,
+        metric_key_prefix: str = "eval",
+        **kwargs,
+    ) -> EvalLoopOutput:
         """Measure the held-out rows, one by one; TRL's loss would depend on which rows share a batch."""
         metrics = {
             f"{metric_key_prefix}_loss": mean_nll(self.measure_heldout()),
@@ -218,7 +256,12 @@ class MaskTrainer(SFTTrainer):
         }
         if self.near_base is not None:
             metrics[f"{metric_key_prefix}_kl"] = self.measure_kl()
-        return EvalLoopOutput(None, None, metrics, len(self._heldout))
+        return EvalLoopOutput(
+            predictions=None,
+            label_ids=None,
+            metrics=metrics,
+            num_samples=len(self._heldout),
+        )
 
     # The Trainer compares with max_steps after a step, so a run resumed at its last step would take one more.
     def _run_epoch(self, *args, **kwargs):
@@ -236,6 +279,7 @@ class MaskTrainer(SFTTrainer):
         if not is_saved:
             return False
         if self.near_base is not None:
+            # None: both are within the budget, or there is none, and the loss decides.
             prefers = self.near_base.prefers(metrics["eval_kl"], self.kl_of_best())
             if prefers is False:
                 return False
@@ -263,12 +307,16 @@ class MaskTrainer(SFTTrainer):
             return
 
         # The output folder may have been moved since.
-        best = best_beside(Path(self._resume_from))
-        self.state.best_model_checkpoint = None if best is None else str(best)
+        checkpoint = Path(self._resume_from)
+        best = best_beside(checkpoint)
+        self.state.best_model_checkpoint = None
+        if best is not None:
+            self.state.best_model_checkpoint = str(best)
 
-        kept = files.read_json(Path(self._resume_from) / layout.LOGGED)
+        kept = files.read_json(checkpoint / layout.LOGGED)
         self._tr_loss.fill_(kept["loss"])
         self._globalstep_last_logged = kept["step"]
+        # As if the run had started earlier by the time before its checkpoint.
         self.started -= kept["seconds"]
         if self.near_base is not None and self.near_base.budget is not None:
             self.near_base.budget.load(kept["kl_budget"])
@@ -288,7 +336,11 @@ class MaskTrainer(SFTTrainer):
             self.accelerator.wait_for_everyone()
             if processes.is_main():
                 seal(folder, self._course)
-                delete_oldest(folder, self.state.best_model_checkpoint, self._save_total_limit)
+                delete_oldest(
+                    folder,
+                    self.state.best_model_checkpoint,
+                    self._save_total_limit,
+                )
 
     def save_start(self) -> None:
         """Save a checkpoint before the first step."""
@@ -296,24 +348,31 @@ class MaskTrainer(SFTTrainer):
 
     def _save_log_state(self, folder: Path) -> None:
         """Save the time so far and the loss since the last line of the log, which transformers does not save."""
-        # The mean over the processes, each of which has summed the loss of its own batches.
-        loss = processes.reduce_(self._tr_loss.detach().double().clone())
+        # The mean over the processes, each of which has summed the loss of its own batches. A copy, because reduce_
+        # writes in place.
+        own_loss = self._tr_loss.detach().double().clone()
+        loss = processes.reduce_(own_loss)
         loss = loss / processes.num_processes()
-        if processes.is_main():
-            content = {
-                "loss": loss.item(),
-                "step": self._globalstep_last_logged,
-                "seconds": time.perf_counter() - self.started,
-            }
-            if self.near_base is not None and self.near_base.budget is not None:
-                content["kl_budget"] = self.near_base.budget.state()
-            files.write_text(folder / layout.LOGGED, json.dumps(content) + "\n")
+        if not processes.is_main():
+            return
+
+        content = {
+            "loss": loss.item(),
+            "step": self._globalstep_last_logged,
+            "seconds": time.perf_counter() - self.started,
+        }
+        if self.near_base is not None and self.near_base.budget is not None:
+            content["kl_budget"] = self.near_base.budget.state()
+        text = json.dumps(content)
+        files.write_text(folder / layout.LOGGED, text + "\n")
 
     # Under FSDP, the Trainer also saves the frozen weights of an adapter's base.
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save weights or adapter; under FSDP without the frozen weights of an adapter's base."""
         if self.is_fsdp_enabled:
-            self._save(output_dir, state_dict=trainable_state(self.model))
+            # Gathered by all processes; _save returns in all but the main one.
+            state = trainable_state(self.model)
+            self._save(output_dir, state_dict=state)
         else:
             super().save_model(output_dir, _internal_call)
 
@@ -336,14 +395,24 @@ class MaskTrainer(SFTTrainer):
         """Warn of keys that a checkpoint lacks, except tied weights, which are saved once."""
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}
         missing = [name for name in load_result.missing_keys if name not in tied]
-        without_tied = SimpleNamespace(missing_keys=missing, unexpected_keys=load_result.unexpected_keys)
+        without_tied = SimpleNamespace(
+            missing_keys=missing,
+            unexpected_keys=load_result.unexpected_keys,
+        )
         super()._issue_warnings_after_load(without_tied)
 
     # Under FSDP, torch runs a dummy optimizer step to create the state that it saves, and counts it.
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_fsdp_enabled and not self.optimizer.state:
+            # Before the first step. The Trainer would save the model here as well, beside the optimizer.
             plugin = self.accelerator.state.fsdp_plugin
-            save_fsdp_model(plugin, self.accelerator, self.model, output_dir, adapter_only=True)
+            save_fsdp_model(
+                plugin,
+                self.accelerator,
+                self.model,
+                output_dir,
+                adapter_only=True,
+            )
         else:
             super()._save_optimizer_and_scheduler(output_dir)
 
@@ -374,11 +443,13 @@ class MaskTrainer(SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add tokens/s, peak memory and mask metrics to TRL's log."""
         if "loss" in logs:
+            # Tokens since the last line of the log.
             now = time.perf_counter()
             tokens = int(self._total_train_tokens)
             last_time, last_tokens = self._window
             seconds = max(now - last_time, 1e-9)
-            logs["tokens_per_s"] = round((tokens - last_tokens) / seconds, 1)
+            tokens_per_s = (tokens - last_tokens) / seconds
+            logs["tokens_per_s"] = round(tokens_per_s, 1)
             logs["peak_memory_bytes"] = memory.peak_memory_bytes()
             logs.update(self.guard.mask_metrics)
             if self.near_base is not None:
@@ -390,23 +461,14 @@ class MaskTrainer(SFTTrainer):
         super().log(logs, start_time)
 
 
-def _near_base(
-    model,
-    tokenizer,
-    data: Prepared,
-    config: TrainConfig,
-    kl_rows: KLRows | None,
-) -> NearBase | None:
-    """The KL term of the loss; None without ``kl_to_base`` and ``kl_budget``."""
-    training = config.training
-    if not training.kl_to_base and training.kl_budget is None:
-        return None
-    return NearBase(model, data, kl_rows, config, tokenizer.pad_token_id or 0)
-
-
-def _made(name: str, make: Callable[..., T], *args, **kwargs) -> T:
-    """The result of ``make``; its errors become one line."""
+def _one_line_errors(
+    name: str,
+    create: Callable[..., T],
+    *args,
+    **kwargs,
+) -> T:
+    """Call ``create``; its errors become one line about ``name``."""
     try:
-        return make(*args, **kwargs)
+        return create(*args, **kwargs)
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"the {name} cannot be made: {first_line(error)}") from error

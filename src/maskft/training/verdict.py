@@ -25,10 +25,12 @@ from ..tuner import MaskConfig
 from .arguments import TrainConfig
 from .method_arguments import ADAPTER
 
-MIN_ROWS = 2  # for a paired interval
+# For a paired interval.
+MIN_ROWS = 2
 NUM_RESAMPLES = 10_000
 CONFIDENCE = 0.95
-_MAX_DRAWS = 2**22  # row indices in memory at a time
+# Row indices in memory at a time.
+_MAX_DRAWS = 2**22
 
 Measure = Callable[[Sequence[Mapping[str, Any]]], list[RowLoss]]
 
@@ -82,18 +84,22 @@ class Verdict(FileModel):
             comparison = "worse than"
         else:
             comparison = "not distinguishable from"
+
         digits = _digits(self.difference, self.ci_low, self.ci_high)
-        interval = f"[{self.ci_low:+.{digits}f}, {self.ci_high:+.{digits}f}]"
-        on_rows = f"on {self.num_rows:,} held-out rows"
+        low = f"{self.ci_low:+.{digits}f}"
+        high = f"{self.ci_high:+.{digits}f}"
         difference = f"{self.difference:+.{digits}f} nats/token"
-        return f"the mask is {comparison} no mask: {difference}, 95 % {interval}, {on_rows}"
+        on_rows = f"on {self.num_rows:,} held-out rows"
+        return f"the mask is {comparison} no mask: {difference}, 95 % [{low}, {high}], {on_rows}"
 
 
 def _digits(*numbers: float | None) -> int:
     """Four decimals, or more if a number would round to zero: "[-0.0001, -0.0000] better" contradicts itself."""
     digits = 4
+    # Zero itself has no digits to show, and None is not shown.
     sizes = [abs(number) for number in numbers if number]
     smallest = min(sizes, default=1.0)
+    # Half a unit of the last decimal rounds to zero.
     while smallest < 0.5 * 10**-digits and digits < 8:
         digits += 1
     return digits
@@ -128,6 +134,7 @@ def never_worse(
     if config.training.eval_strategy == "no":
         return None, None
 
+    # None for full fine-tuning, whose parent is gone.
     adapter = getattr(model, "peft_config", {}).get(ADAPTER)
     if adapter is not None and parent is None:
         with model.disable_adapter():
@@ -143,7 +150,8 @@ def never_worse(
     difference, low, high = paired_interval(losses)
     is_better = high is not None and high < 0
     # Fixed masks are controls, and always kept.
-    kept = is_better or config.method.keep_worse or config.method.method != "mask"
+    is_control = config.method.method != "mask"
+    kept = is_better or config.method.keep_worse or is_control
     if not kept:
         remove_nothing(model)
     verdict = Verdict(
@@ -157,7 +165,11 @@ def never_worse(
     return losses, verdict
 
 
-def _losses_of(rows: Dataset, found: list[RowLoss], parent: list[RowLoss] | None) -> HeldoutLosses:
+def _losses_of(
+    rows: Dataset,
+    found: list[RowLoss],
+    parent: list[RowLoss] | None,
+) -> HeldoutLosses:
     """The content of ``heldout.json``, from the losses of the rows under a model and under its parent."""
     clusters = None
     if "cluster_id" in rows.column_names:
@@ -176,7 +188,10 @@ def _losses_of(rows: Dataset, found: list[RowLoss], parent: list[RowLoss] | None
 
 def row_ids(rows: Dataset) -> list[str]:
     """Ids of the rows; their positions if they have none."""
-    ids = rows["id"] if "id" in rows.column_names else range(len(rows))
+    if "id" in rows.column_names:
+        ids = rows["id"]
+    else:
+        ids = range(len(rows))
     return [str(row_id) for row_id in ids]
 
 
@@ -191,10 +206,13 @@ def paired_interval(losses: HeldoutLosses) -> tuple[float | None, float | None, 
     assert losses.parent_nll is not None
     # Differences summed over the tokens of a row; below, over those of a cluster.
     tokens = np.array(losses.num_tokens, dtype=float)
-    sums = tokens * (np.array(losses.nll) - np.array(losses.parent_nll))
+    differences = np.array(losses.nll) - np.array(losses.parent_nll)
+    sums = tokens * differences
     if not np.isfinite(sums).all():
         return None, None, None
     if losses.clusters is not None:
+        # Rows of one cluster depend on each other, so a cluster is drawn as a whole. bincount with weights is the sum
+        # of the rows of each cluster.
         _, units = np.unique(losses.clusters, return_inverse=True)
         sums = np.bincount(units, sums)
         tokens = np.bincount(units, tokens)
@@ -206,14 +224,18 @@ def paired_interval(losses: HeldoutLosses) -> tuple[float | None, float | None, 
     # the true variance: hence the two factors.
     count = len(sums)
     tail = (1 + CONFIDENCE) / 2
-    t_to_normal = _t_quantile(count - 1) / NormalDist().inv_cdf(tail)
+    normal_quantile = NormalDist().inv_cdf(tail)
+    t_to_normal = _t_quantile(count - 1) / normal_quantile
     stretch = math.sqrt(count / (count - 1)) * t_to_normal
-    low, high = np.quantile(difference + stretch * deviations, [1 - tail, tail])
+
+    stretched = difference + stretch * deviations
+    low, high = np.quantile(stretched, [1 - tail, tail])
     return float(difference), float(low), float(high)
 
 
 def _resampled(sums: NDArray[np.float64], tokens: NDArray[np.float64]) -> NDArray[np.float64]:
     """Mean per token of each resample of the units, which are rows or clusters; shape (NUM_RESAMPLES,)."""
+    # A fixed seed: the verdict on the same losses is always the same.
     random = np.random.default_rng(0)
     count = len(sums)
     means = np.empty(NUM_RESAMPLES)
@@ -237,10 +259,16 @@ def _t_quantile(degrees: int) -> float:
     # The angle's standard deviation is about 1 / sqrt(degrees); the mass beyond 12 of these is below six digits.
     largest_angle = min(math.pi / 2, 12 / math.sqrt(degrees))
     angles = np.linspace(0, largest_angle, 2**18 + 1)
+
+    # The midpoint rule; the width of the intervals cancels.
     middles = (angles[1:] + angles[:-1]) / 2
     densities = np.cos(middles) ** (degrees - 1)
-    mass = np.concatenate([[0.0], np.cumsum(densities)])
-    angle = np.interp(CONFIDENCE * mass[-1], mass, angles)
+    cumulative = np.cumsum(densities)
+    mass = np.concatenate([[0.0], cumulative])
+
+    # From the middle outwards: the share of the whole mass that lies within the angle, on both sides.
+    wanted = CONFIDENCE * mass[-1]
+    angle = np.interp(wanted, mass, angles)
     return math.sqrt(degrees) * math.tan(angle)
 
 
@@ -255,8 +283,9 @@ def remove_nothing(model) -> None:
     config.sparsity_ramp = 0.0
 
     for module in model.modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            trained = module.modules_to_save[ADAPTER].parameters()
-            originals = module.original_module.parameters()
-            for copy, original in zip(trained, originals, strict=True):
-                copy.data.copy_(original.data)
+        if not isinstance(module, ModulesToSaveWrapper):
+            continue
+        trained = module.modules_to_save[ADAPTER].parameters()
+        originals = module.original_module.parameters()
+        for copy, original in zip(trained, originals, strict=True):
+            copy.data.copy_(original.data)
