@@ -19,7 +19,7 @@ from maskft.training.arguments import TrainingArguments
 from maskft.training.build import heldout_loss
 from maskft.training.method_arguments import MaskArguments, MethodArguments, mask_config, removes_a_share
 from maskft.training.options import option_defaults
-from maskft.training.record import read_record
+from maskft.training.record import _plain, read_record
 from maskft.training.train import train
 from maskft.tuner.config import MaskConfig
 from maskft.tuner.presets import PRESETS
@@ -569,6 +569,16 @@ def test_a_base_model_learns_conversations_by_a_template_file(arguments, tmp_pat
     status, err = run(arguments(**words, chat_template_path=template), capsys)
     assert status == 0, err
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == template.read_text()
+
+
+def test_a_record_names_the_current_folder(tmp_path, monkeypatch):
+    folder = tmp_path / "my-model"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    assert _plain(".") == "my-model", "and not an empty name"
+    assert _plain(str(folder)) == _plain(f"{folder}/") == "my-model"
+    assert _plain("no-path/at-all") == "no-path/at-all"
+    assert _plain(0.5) == 0.5
 
 
 def test_a_folder_with_brackets_is_printed_as_it_is(arguments, tmp_path, capsys):

@@ -271,5 +271,6 @@ def _plain(value: Any) -> Any:
     value = getattr(value, "value", value)
     is_path = isinstance(value, str) and files.is_there(value)
     if is_path:
-        return Path(value).name
+        # Absolute, because "." has no last part.
+        return Path(value).absolute().name
     return value
