@@ -205,6 +205,8 @@ class KLOnText:
         self._num_processes = num_processes
         self._batch: Mapping[str, Tensor] = {}
         self._base_log_probs_NV: Tensor | None = None
+        # Epoch -> order of the rows; of the current epoch alone.
+        self._orders: dict[int, list[int]] = {}
 
     def before_forward(
         self,
@@ -249,9 +251,13 @@ class KLOnText:
         return chosen
 
     def _order(self, epoch: int) -> list[int]:
-        # Another order in every epoch; the prime keeps the epochs of neighbouring seeds apart.
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
-        return torch.randperm(len(self._rows), generator=generator).tolist()
+        # Kept, because a large set takes milliseconds to shuffle, and every row of every batch asks for it.
+        if epoch not in self._orders:
+            # Another order in every epoch; the prime keeps the epochs of neighbouring seeds apart.
+            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+            order = torch.randperm(len(self._rows), generator=generator)
+            self._orders = {epoch: order.tolist()}
+        return self._orders[epoch]
 
 
 @torch.no_grad()
