@@ -20,7 +20,8 @@ from .tuner import (
     start_scores,
 )
 
-# Add-ons over the tuner; each registers itself when it is imported.
+# Add-ons over the tuner; each registers itself when it is imported. Not sorted: they come after the tuner, over which
+# they work.
 from . import fast, fsdp, learners, masks, quant  # isort: skip
 from .baselines.wanda import wanda_keys  # isort: skip
 

@@ -2,6 +2,7 @@
 
 import sys
 
+# The only arrow upwards: the command is the lab's.
 from maskft_lab.cli.main import main
 
 if __name__ == "__main__":

@@ -75,6 +75,7 @@ class MaskPlugin(BasePlugin):
         if config_only:
             return None, config
 
+        # axolotl's own option of an adapter to load, whatever its type is.
         if cfg.lora_model_dir:
             masked = PeftModel.from_pretrained(
                 model,

@@ -53,6 +53,7 @@ _MODULES = {
 
 def embedded_file() -> Path:
     """The file of the wheel; a UserError where that is not installed."""
+    # The wheel is found by its metadata: importing its package would need llama.cpp.
     try:
         files = importlib.metadata.files(EMBEDDED_MODEL) or []
     except importlib.metadata.PackageNotFoundError:
@@ -93,6 +94,7 @@ def _config(metadata: dict[str, Any]) -> LlamaConfig:
     for name, key in _TOKENS.items():
         values[f"{name}_token_id"] = metadata[f"tokenizer.ggml.{key}_token_id"]
     values["_model_name_or_path"] = metadata["general.name"]
+    # A file without a tensor for the head ties it to the embedding.
     return LlamaConfig(**values, tie_word_embeddings=True)
 
 

@@ -56,6 +56,7 @@ def nll_per_item(
         Per row: nats per supervised token, and the number of supervised tokens.
     """
     model.eval()
+    # Filled in the order of the batches, returned in the order of the rows.
     losses: list[RowLoss] = [(0.0, 0)] * len(rows)
     lengths = [len(row["input_ids"]) for row in rows]
     batches = length_sorted_batches(lengths, batch_size)
@@ -128,7 +129,8 @@ def shared_rows(
     for number in range(num_own):
         position = rank + number * num_processes
         own.append(position % count)
-    found = measure([rows[index] for index in own])
+    own_rows = [rows[index] for index in own]
+    found = measure(own_rows)
 
     # Every process gets the indices and losses of all; a row that was measured twice has the same loss in both.
     results: list[RowLoss] = [(0.0, 0)] * count
@@ -140,7 +142,8 @@ def shared_rows(
 
 def length_sorted_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """Indices in batches of similar length, longest first, so that a batch too large for memory fails at once."""
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    indices = range(len(lengths))
+    order = sorted(indices, key=lambda index: -lengths[index])
     batches = []
     for start in range(0, len(order), batch_size):
         batches.append(order[start : start + batch_size])
@@ -161,6 +164,7 @@ def pad(
         device: Device of the results.
         side: ``right`` or ``left``.
     """
+    # The mask is padded in the same way as the ids, with zeros.
     ids = []
     ones = []
     for row in rows:
@@ -198,7 +202,8 @@ def _batch_nll(
     if supervised_BT.any():
         columns = supervised_BT.any(0).nonzero()
         first = int(columns.min())
-    positions = torch.arange(first, targets_BT.shape[1], device=ids_BT.device)
+    num_targets = targets_BT.shape[1]
+    positions = torch.arange(first, num_targets, device=ids_BT.device)
     logits_BTV = model(
         input_ids=ids_BT,
         attention_mask=mask_BT,

@@ -284,10 +284,12 @@ def _read_template(file: str) -> str:
 
 def check_tokenizer_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise for a tokenizer that can produce ids outside the model's embedding."""
+    # Fewer tokens than rows are usual: many embeddings are rounded up to a multiple of 64.
+    num_tokens = len(tokenizer)
     rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
+    if num_tokens > rows:
         raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {rows} rows; use this model's tokenizer"
+            f"the tokenizer has {num_tokens} tokens, the model's embedding {rows} rows; use this model's tokenizer"
         )
 
 
@@ -300,6 +302,7 @@ def is_local_folder(name_or_path: str) -> bool:
     if not slash:
         return False
     is_deeper = "/" in name or not name
+    # In a folder here, such as runs/my-modle: a misspelt path must not become a download.
     return is_deeper or Path(owner).is_dir()
 
 
@@ -334,8 +337,9 @@ def check_model_source(name_or_path: str) -> None:
     if not isinstance(read_json(folder / "config.json"), dict):
         raise UserError(f"{name_or_path!r} is not a model folder: its config.json holds no object; copy it again")
     for name in _INDICES:
-        if (folder / name).is_file():
-            _check_index(folder / name)
+        index = folder / name
+        if index.is_file():
+            _check_index(index)
 
 
 def _check_index(file: Path) -> None:
@@ -399,7 +403,8 @@ def gguf_parts(name_or_path: str) -> tuple[str, str]:
 def gguf_file(name_or_path: str) -> Path | None:
     """Path of a GGUF file on this machine; None where the name can only be one on the hub, OWNER/NAME/FILE.gguf."""
     path = Path(name_or_path).expanduser()
-    can_be_of_hub = name_or_path.count("/") == 2 and not name_or_path.startswith((".", "/", "~"))
+    is_written_as_path = name_or_path.startswith((".", "/", "~"))
+    can_be_of_hub = name_or_path.count("/") == 2 and not is_written_as_path
     if can_be_of_hub and not path.exists():
         return None
     return path

@@ -112,12 +112,15 @@ def fixed_masks(
     for weight, statistic in zip(weights, statistics, strict=True):
         keys.append(method.keys(weight, statistic, generator))
     if counts is None:
-        counts = [num_removed(weight.numel(), sparsity) for weight in weights]
+        counts = []
+        for weight in weights:
+            counts.append(num_removed(weight.numel(), sparsity))
 
     masks = []
     if method.of_inputs:
         # Within each output, as Wanda does.
-        for keys_of_weight, count, norms in zip(keys, counts, input_norms, strict=True):
+        parts = zip(keys, counts, input_norms, strict=True)
+        for keys_of_weight, count, norms in parts:
             # Norms of shape (1, I) go with a weight of shape (O, I).
             output_dim = 0 if norms.shape[0] == 1 else 1
             mask = _remove_lowest_per_output(keys_of_weight, count, output_dim)
@@ -142,7 +145,11 @@ def _remove_lowest_per_output(
     num_outputs = keys.shape[output_dim]
     num_each, num_extra = divmod(num, num_outputs)
     # How many entries each output loses.
-    limits_O = torch.full((num_outputs,), num_each, device=keys.device)
+    limits_O = torch.full(
+        (num_outputs,),
+        num_each,
+        device=keys.device,
+    )
     limits_O[:num_extra] += 1
 
     # Shaped to broadcast over the inputs.
@@ -162,7 +169,8 @@ def ranks_per_output(keys: Tensor, output_dim: int) -> Tensor:
     order = keys.argsort(dim=input_dim, stable=True)
 
     # 0, 1, 2, ... along the inputs, the same for every output.
-    places = torch.arange(keys.shape[input_dim], device=keys.device)
+    num_inputs = keys.shape[input_dim]
+    places = torch.arange(num_inputs, device=keys.device)
     places = places.unsqueeze(output_dim)
     places = places.expand_as(order)
 

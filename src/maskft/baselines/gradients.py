@@ -38,7 +38,8 @@ def weight_gradients(
     # Float32, in which many small gradients are summed, whatever the dtype of the weights is.
     totals = []
     for weight in weights:
-        totals.append(torch.zeros(weight.shape, device=weight.device))
+        total = torch.zeros(weight.shape, device=weight.device)
+        totals.append(total)
     num_tokens = 0
 
     # autograd.grad below takes these weights alone; backward() would fill .grad of every trainable parameter.
@@ -48,8 +49,10 @@ def weight_gradients(
         for row in rows:
             # A batch of one row, so that nothing is padded.
             device = weights[0].device
-            ids_BT = torch.as_tensor(row["input_ids"], device=device).unsqueeze(0)
-            labels_BT = torch.as_tensor(row["labels"], device=device).unsqueeze(0)
+            ids_T = torch.as_tensor(row["input_ids"], device=device)
+            labels_T = torch.as_tensor(row["labels"], device=device)
+            ids_BT = ids_T.unsqueeze(0)
+            labels_BT = labels_T.unsqueeze(0)
             with torch.enable_grad():
                 # Only the loss is kept: a name for the output would keep the logits in memory.
                 loss = model(

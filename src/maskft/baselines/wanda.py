@@ -52,8 +52,7 @@ def wanda_keys(
     keys = {}
     for layer, norms_of_layer in zip(layers, norms, strict=True):
         # get_base_weight dequantises; a weight in four bits has no magnitudes.
-        magnitudes = layer.get_base_weight().float().abs()
-        scores = magnitudes * norms_of_layer
+        scores = layer.get_base_weight().float().abs() * norms_of_layer
         output_dim = 1 if layer.is_transposed else 0
         ranks = ranks_per_output(scores, output_dim)
         keys[layer.module_name] = ranks.float()

@@ -207,8 +207,8 @@ class StepGuard(TrainerCallback):
         with torch.no_grad():
             for layer, before in self._before:
                 after = layer.masker.removed(ADAPTER)
-                has_flipped = after ^ before
-                flips += int(torch.count_nonzero(has_flipped))
+                num_flipped = torch.count_nonzero(after ^ before)
+                flips += int(num_flipped)
                 removed += int(after.sum())
                 numel += after.numel()
 
