@@ -42,7 +42,7 @@ def test_a_configuration_that_names_a_kernel_of_the_hub_is_refused(values, tmp_p
         with pytest.raises(UserError, match="asks for code from the hub"):
             load(str(name))
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(UserError, match=r"is not a model folder: its config\.json holds no object"):
+    with pytest.raises(UserError, match=r"is not a model folder: its config\.json is not a JSON object"):
         load_model(str(tmp_path))
 
 

@@ -6,7 +6,7 @@ In its YAML::
     adapter: mask
     mask: {sparsity: 0.3}  # fields of maskft.MaskConfig
 
-Nothing else of maskft imports this module, and axolotl is no dependency of maskft.
+Nothing else of maskft imports this module, and axolotl is not a dependency of maskft.
 """
 
 from __future__ import annotations

@@ -260,7 +260,7 @@ def _check_tokenizer_folder(name: str) -> None:
     if settings.is_file():
         values = read_json(settings)
     if not isinstance(values, dict):
-        raise UserError(f"{str(settings)!r} holds no object; copy the tokenizer again")
+        raise UserError(f"{str(settings)!r} is not a JSON object; copy the tokenizer again")
     for key, value in values.items():
         names_file = key.endswith("_file") and isinstance(value, str) and is_there(value)
         if not names_file:
@@ -335,7 +335,7 @@ def check_model_source(name_or_path: str) -> None:
         raise UserError(f"{name_or_path!r} is not a model folder: it has no config.json{hint}")
     check_own_files(folder, [_TEMPLATES])
     if not isinstance(read_json(folder / "config.json"), dict):
-        raise UserError(f"{name_or_path!r} is not a model folder: its config.json holds no object; copy it again")
+        raise UserError(f"{name_or_path!r} is not a model folder: its config.json is not a JSON object; copy it again")
     for name in _INDICES:
         index = folder / name
         if index.is_file():

@@ -196,7 +196,7 @@ def test_every_changed_option_is_refused_and_shown(train, out, data, tmp_path):
     (tmp_path / "other.jsonl").write_text("\n".join(reversed(data.read_text().splitlines())))
     before = sorted(path.name for path in out.iterdir())
     status, err = train(resume_from_checkpoint="auto", dataset_name=tmp_path / "other.jsonl", **CHANGES)
-    assert status == 2 and "is of a run that differs (" in err and err.count("maskft: error") == 1, err
+    assert status == 2 and "is from a run with other settings or data (" in err and err.count("maskft: error") == 1, err
     for name in (*CHANGES, "data", "dataset_name"):
         assert re.search(rf"{name}: [^;]+ -> ", err), (name, err)
     assert "give the options of that run to resume it, or name another output_dir" in err

@@ -272,7 +272,7 @@ def test_measured_kl_is_that_of_the_saved_model(call, base, text, tmp_path):
         ({"kl_budget": 0.1, "kl_batch_size": 8}, "kl_dataset_name, which is not given"),
         ({"kl_budget": 0.1, "kl_dataset_name": "TEXT", "kl_batch_size": 0}, "kl_batch_size is 0"),
         ({"kl_budget": 0.1, "kl_dataset_name": "./nowhere.jsonl"}, "nowhere.jsonl"),
-        ({"kl_budget": 0.1, "kl_dataset_name": "ONE"}, "has 1 different row; give at least 2"),
+        ({"kl_budget": 0.1, "kl_dataset_name": "ONE"}, "has 1 different row; at least 2 are needed"),
         ({"kl_budget": 0.1, "kl_dataset_name": "PROMPTS"}, "completion"),
     ],
 )

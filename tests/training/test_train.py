@@ -371,7 +371,7 @@ def cases():
     yield {"dataset_name": None}, "dataset_name is missing"
     yield {"max_length": 2}, "every label is masked"
     yield {"eval_split_size": 1000}, "eval_split_size"
-    yield {"method": "full", "mask_seed": 3}, "mask_seed is a setting of masks, and method full learns none"
+    yield {"method": "full", "mask_seed": 3}, "mask_seed is an option of masks and has no effect on method full"
     yield {"method": "l1_mask", "num_candidates": 2}, "num_candidates goes with --method random_mask, not with l1_mask"
     yield {"method": "wanda_mask", "num_calibration_samples": 0}, "num_calibration_samples is 0"
     yield {"partial_layers": [1]}, "partial_layers goes with --method full"

@@ -126,7 +126,7 @@ def _identity(
     Raises:
         UnicodeEncodeError: If a text holds half of a surrogate pair, which JSON can spell and no file can store.
     """
-    # The optional columns are no part of the hash, but stored as well: encoding them raises for such a text.
+    # The optional columns are not hashed, but they are stored: encoding them raises for such a text.
     for column in OPTIONAL_COLUMNS:
         text = example.get(column) or ""
         text.encode()

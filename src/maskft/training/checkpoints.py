@@ -105,7 +105,7 @@ def prepare_output_dir(
         raise UserError(f"resume_from_checkpoint is {args.resume_from_checkpoint!r}; write true, or auto")
     _check_owner(folder, there, method, is_ours)
 
-    # Methods that are not trained have no checkpoints: they are made again, in seconds.
+    # Methods that are not trained have no checkpoints: they are computed again, in seconds.
     last = None
     if resume and method not in UNTRAINED_METHODS:
         last = _last_whole_checkpoint(folder, console)

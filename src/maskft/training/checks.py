@@ -89,7 +89,7 @@ def check_config(config: TrainConfig) -> None:
     if method == INTERPOLATE and config.method.before_model is None and not config.data.prepare_only:
         raise UserError("interpolate needs the model before fine-tuning; name it as before_model")
     if config.data.prepare_only and config.data.prepared_data_dir is None:
-        raise UserError("prepare_only has nowhere to put the rows; name a prepared_data_dir")
+        raise UserError("prepare_only needs a folder for the rows; name it as prepared_data_dir")
 
 
 def _check_mask_options(config: TrainConfig, mask: MaskConfig | None) -> None:
@@ -98,9 +98,7 @@ def _check_mask_options(config: TrainConfig, mask: MaskConfig | None) -> None:
         method = config.method.method
         for spec in fields(config.mask):
             if getattr(config.mask, spec.name) != spec.default:
-                raise UserError(
-                    f"{spec.name} is a setting of masks, and method {method} learns none; remove the option"
-                )
+                raise UserError(f"{spec.name} is an option of masks and has no effect on method {method}; remove it")
         return
 
     sparsity = config.mask.mask_sparsity

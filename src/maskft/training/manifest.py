@@ -159,8 +159,9 @@ def check_course(checkpoint: Path, now: Course) -> None:
         if value_before != now[name]:
             differences.append(f"{name}: {_shown(value_before)} -> {_shown(now[name])}")
     if differences:
+        shown = "; ".join(differences)
         raise UserError(
-            f"{str(checkpoint)!r} is of a run that differs ({'; '.join(differences)}); give the options of that run to "
+            f"{str(checkpoint)!r} is from a run with other settings or data ({shown}); give the options of that run to "
             "resume it, or name another output_dir"
         )
 

@@ -38,7 +38,7 @@ def set_removed_to_zero(model: PreTrainedModel, method: MethodArguments) -> None
     if config.weights_sha256:
         raise UserError(
             f"{option} {folder!r} also replaces weights of the base ({listed(config.weights_sha256)}), which {option} "
-            "does not; name a mask alone, or train from what maskft merge writes"
+            "does not; name a mask alone, or train from the output of maskft merge"
         )
     if not masks.num_removed:
         raise UserError(f"{option} {folder!r} removes nothing; name a mask that does (--keep_worse true keeps one)")

@@ -125,8 +125,8 @@ def load_kl_rows(config: TrainConfig, tokenizer) -> KLRows | None:
     rows = rows.select(sorted(first_positions.values()))
     if len(rows) < 2:
         raise UserError(
-            f"kl_dataset_name {name!r} has {len(rows)} different row; give at least 2: one part is trained near, the "
-            "other measured"
+            f"kl_dataset_name {name!r} has {len(rows)} different row; at least 2 are needed, for the KL term and for "
+            "its measurement"
         )
 
     num_heldout = round(_HELDOUT_SHARE * len(rows))

@@ -229,7 +229,7 @@ def _readable(checkpoint: str | None) -> Iterator[None]:
     try:
         yield
     except (pickle.UnpicklingError, EOFError) as error:
-        raise UserError(f"{checkpoint} cannot be read ({first_line(error)}); remove it and resume once more") from None
+        raise UserError(f"{checkpoint} cannot be read ({first_line(error)}); remove it and resume again") from None
 
 
 def save(
