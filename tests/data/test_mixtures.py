@@ -102,6 +102,8 @@ def test_a_mixture_may_be_longer_than_a_file_name(sets):
 
 def test_mapping_of_a_recipe():
     assert DataArguments(dataset_name={"metamathqa": 40000, "gsm8k": None}).dataset_name == "metamathqa:40000,gsm8k"
+    in_lines = [{"metamathqa": 40000}, {"gsm8k": 0.5}, "own.jsonl"]
+    assert DataArguments(dataset_name=in_lines).dataset_name == "metamathqa:40000,gsm8k:0.5,own.jsonl"
     (args,) = HfArgumentParser(DataArguments).parse_args_into_dataclasses(["--dataset_name", "a:1,b:0.5"])
     assert args.dataset_name == "a:1,b:0.5"
 

@@ -21,7 +21,9 @@ TEMPLATE = "chat_template_path"
 def mixture_text(value):
     """Write a mapping ``name: rows`` as ``name:rows,name:rows``, and join a list; anything else stays as it is."""
     if isinstance(value, list):
-        return ",".join(map(str, value))
+        # An entry may be a mapping itself: in YAML, lines of `- name: rows`.
+        entries = [str(mixture_text(entry)) for entry in value]
+        return ",".join(entries)
     if not isinstance(value, dict):
         return value
 
