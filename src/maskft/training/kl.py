@@ -124,8 +124,10 @@ class KLOnTask:
         # Without the labels: the base's loss is not needed.
         given = {name: inputs[name] for name in _MODEL_INPUTS if name in inputs}
         with torch.no_grad(), self._base.of(model) as base:
-            logits_BTV = base(**given, logits_to_keep=columns, use_cache=False).logits
-        logits_NV = logits_BTV[is_supervised_BT[:, columns]]
+            outputs = base(**given, logits_to_keep=columns, use_cache=False)
+            logits_NV = outputs.logits[is_supervised_BT[:, columns]]
+        # The logits of other rows in these columns would stay in memory through the softmax.
+        del outputs
         self._base_log_probs_NV = logits_NV.float().log_softmax(-1)
         # Set after the base's forward pass, which runs the hook as well.
         self._is_supervised_BT = is_supervised_BT
