@@ -66,7 +66,12 @@ def remove_lowest(keys: Tensor, num: int) -> Tensor:
     return mask
 
 
-def score_gradient(grad: Tensor, weight: Tensor, scores: Tensor, rank_by: RankBy = "abs") -> Tensor:
+def score_gradient(
+    grad: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    rank_by: RankBy = "abs",
+) -> Tensor:
     """Gradient of the loss with respect to the scores, out of ``grad`` = dL/d(masked weight) (Eq. 5).
 
     It is nonzero at removed entries too, which is how a removed weight can come back.

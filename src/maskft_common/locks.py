@@ -21,7 +21,12 @@ class Hold(NamedTuple):
 
 
 @contextmanager
-def held(folder: Path, name: str, wait_s: float, owner: str) -> Iterator[Hold]:
+def held(
+    folder: Path,
+    name: str,
+    wait_s: float,
+    owner: str,
+) -> Iterator[Hold]:
     """Make a folder and hold it by a locked file in it; the kernel releases it when its owner dies, however it does.
 
     Args:

@@ -243,7 +243,12 @@ class FastMasker(Masker):
             if name != first:
                 out.copy_(selection.blend(out, layer.get_mask(name), layer.removed_value(name)))
 
-    def _buffer(self, weight: Tensor, dtype: torch.dtype, names: tuple[str, ...]) -> Tensor:
+    def _buffer(
+        self,
+        weight: Tensor,
+        dtype: torch.dtype,
+        names: tuple[str, ...],
+    ) -> Tensor:
         """Where to write: into the old value, unless that is of other adapters, whose graph may still need it.
 
         A new tensor at every step, the plain way, would take twice the memory for a moment.

@@ -152,7 +152,11 @@ def _near(
     return Near(cut, reach, (low, high))
 
 
-def _probable_bands(scores: Tensor, num: int, rank_by: RankBy) -> Iterator[tuple[float, float]]:
+def _probable_bands(
+    scores: Tensor,
+    num: int,
+    rank_by: RankBy,
+) -> Iterator[tuple[float, float]]:
     """Bounds between which the ``num``-th smallest score very probably lies; none for a matrix not worth sampling."""
     total = scores.numel()
     if total < _SAMPLED_MIN_NUMEL:

@@ -226,7 +226,11 @@ def _check_whole(head: GgufHead) -> None:
             )
 
 
-def head_bytes(head: GgufHead, added: dict[str, str | int] | None = None, without: str | None = None) -> bytes:
+def head_bytes(
+    head: GgufHead,
+    added: dict[str, str | int] | None = None,
+    without: str | None = None,
+) -> bytes:
     """The head with other keys, padded to its alignment.
 
     The offsets in the table of tensors count from the end of the head, so that the table is copied as it is.

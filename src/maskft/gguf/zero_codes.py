@@ -225,7 +225,12 @@ def read_codes(blocks: Tensor, form: Format) -> Tensor:
     return codes
 
 
-def write_codes(blocks: Tensor, codes: Tensor | int, where: Tensor, form: Format) -> None:
+def write_codes(
+    blocks: Tensor,
+    codes: Tensor | int,
+    where: Tensor,
+    form: Format,
+) -> None:
     """Write codes into ``blocks`` in place, and leave every other bit as it is.
 
     Args:
@@ -273,7 +278,12 @@ def removed_codes(rows: Tensor, removed: Tensor, form: Format) -> Tensor:
     return codes[removed.reshape(-1, form.block_size)]
 
 
-def restore_codes(rows: Tensor, removed: Tensor, codes: Tensor, form: Format) -> None:
+def restore_codes(
+    rows: Tensor,
+    removed: Tensor,
+    codes: Tensor,
+    form: Format,
+) -> None:
     """Write back the codes that :func:`removed_codes` read before :func:`write_zeros`, in place."""
     where = removed.reshape(-1, form.block_size)
     full = torch.zeros(where.shape, dtype=torch.int32, device=where.device)

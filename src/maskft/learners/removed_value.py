@@ -55,7 +55,11 @@ def base_values(config: MaskConfig, model: nn.Module) -> dict[str, Tensor]:
     return values
 
 
-def _values_of(other: nn.Module, weights: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+def _values_of(
+    other: nn.Module,
+    weights: dict[str, Tensor],
+    source: str,
+) -> dict[str, Tensor]:
     """Weights of the other model at the same names and of the same shapes."""
     modules: dict[str, nn.Module] = dict(other.named_modules())
     values = {}

@@ -142,7 +142,12 @@ class MaskFiles(AdapterFiles):
                 whole.delete_adapter(adapter_name)
             raise
 
-    def save_config(self, config: MaskConfig, folder: Path, save: Callable[[], None]) -> None:
+    def save_config(
+        self,
+        config: MaskConfig,
+        folder: Path,
+        save: Callable[[], None],
+    ) -> None:
         """Write ``adapter_config.json`` with the checksums of the weights beside the masks, and the card.
 
         In a Trainer's checkpoint folder the scores join the masks, so that any trainer resumes from it.
@@ -175,7 +180,9 @@ class MaskFiles(AdapterFiles):
 
 
 def _masks(
-    layers: Mapping[str, MaskedLinear], adapter_name: str, state_dict: Mapping[str, Tensor]
+    layers: Mapping[str, MaskedLinear],
+    adapter_name: str,
+    state_dict: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Masks by module name; scores are those of ``state_dict``, which may be gathered from all ranks."""
     masks = {}
@@ -356,7 +363,11 @@ def _check_names(
         )
 
 
-def _check_has_scores(layers: Mapping[str, MaskedLinear], scores: Collection[str], adapter_name: str) -> None:
+def _check_has_scores(
+    layers: Mapping[str, MaskedLinear],
+    scores: Collection[str],
+    adapter_name: str,
+) -> None:
     """Raise if the file has no scores for a layer that is to be trained."""
     for name, layer in layers.items():
         if adapter_name in layer.mask_scores and name not in scores:

@@ -85,7 +85,11 @@ def weights_sha256(weights: Mapping[str, Tensor]) -> dict[str, str]:
     return checksums
 
 
-def decode_mask(coded: Tensor, name: str = "mask", expected: Sequence[int] | None = None) -> Tensor:
+def decode_mask(
+    coded: Tensor,
+    name: str = "mask",
+    expected: Sequence[int] | None = None,
+) -> Tensor:
     """Decode the bytes that :func:`encode_mask` wrote; bool, True = keep.
 
     Args:
@@ -258,7 +262,12 @@ def _read_ans(payload: bytes, numel: int, num_removed: int) -> np.ndarray:
     return packed
 
 
-def _read_packed(payload: bytes, coding: int, numel: int, num_removed: int) -> np.ndarray:
+def _read_packed(
+    payload: bytes,
+    coding: int,
+    numel: int,
+    num_removed: int,
+) -> np.ndarray:
     """The packed mask of a payload; raises some error if they do not fit."""
     if coding == _ANS:
         return _read_ans(payload, numel, num_removed)

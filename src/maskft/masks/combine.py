@@ -58,7 +58,11 @@ def combine_masks(mask_sets: Sequence[MaskSet], combination: str) -> MaskSet:
     return combined
 
 
-def combine_adapters(adapters: Sequence[str | Path], combination: str, output_dir: str | Path) -> str:
+def combine_adapters(
+    adapters: Sequence[str | Path],
+    combination: str,
+    output_dir: str | Path,
+) -> str:
     """Write the combination of saved masks as one adapter with its card.
 
     ``set_adapter`` with a list of names, of the same adapters loaded into one model, is the union without a file.
@@ -188,7 +192,11 @@ def _base_quantisation(configs: Sequence[AdapterConfig]) -> str | None:
     return ", ".join(sorted(kinds)) or None
 
 
-def _recipe(adapters: Sequence[str | Path], configs: Sequence[AdapterConfig], combination: str) -> dict[str, Any]:
+def _recipe(
+    adapters: Sequence[str | Path],
+    configs: Sequence[AdapterConfig],
+    combination: str,
+) -> dict[str, Any]:
     """The recipe for the card: each part by its folder's name and its mask's fingerprint."""
     recipe = {"combination": f"{combination} of {len(adapters)} masks"}
     for number, (adapter, config) in enumerate(zip(adapters, configs, strict=True), 1):

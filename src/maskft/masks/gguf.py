@@ -141,7 +141,11 @@ def undo_in_gguf(adapter: str | Path, gguf: str | Path, output: str | Path) -> l
     return [f"{output}: {masks.num_removed:,} weights restored; sha256 {digest.hexdigest()} is that of the base"]
 
 
-def verify_gguf(adapter: str | Path, gguf: str | Path, base: str | Path | None = None) -> list[str]:
+def verify_gguf(
+    adapter: str | Path,
+    gguf: str | Path,
+    base: str | Path | None = None,
+) -> list[str]:
     """Check that a GGUF file is its base with exactly this mask; returns one line per check that passed.
 
     Args:
@@ -353,7 +357,12 @@ class _Masks:
         in_order = sorted(places, key=lambda module: places[module].start)
         return [(module, FORMATS[places[module].kind]) for module in in_order]
 
-    def _pieces(self, file: BinaryIO, module: str, form: Format) -> Iterator[tuple[Tensor, Tensor]]:
+    def _pieces(
+        self,
+        file: BinaryIO,
+        module: str,
+        form: Format,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Packed rows of a tensor, and which of their weights are removed; some rows at a time."""
         tensor = self.tensors[module]
         place = self.head.tensors[tensor]

@@ -148,7 +148,12 @@ def _scale_change(layer: MaskedLinear, scale: float) -> None:
     layer.removed_values[_ADAPTER] = lerp(weight, end, scale)
 
 
-def adapter_tokenizer(adapter: str | Path, base: str, *template, **kwargs):
+def adapter_tokenizer(
+    adapter: str | Path,
+    base: str,
+    *template,
+    **kwargs,
+):
     """The tokenizer saved with the adapter, or that of its base model; see ``models.load_tokenizer``."""
     own_files = (Path(adapter) / "tokenizer.json", Path(adapter) / "tokenizer_config.json")
     has_own = any(file.is_file() for file in own_files)
@@ -177,7 +182,11 @@ def _check_logits(written, probe: torch.Tensor, expected: torch.Tensor) -> None:
         raise UserError("the written checkpoint does not give the masked model's logits bit for bit; it was deleted")
 
 
-def _check_removed(written, masks: MaskSet, removed_values: dict[str, torch.Tensor | None]) -> None:
+def _check_removed(
+    written,
+    masks: MaskSet,
+    removed_values: dict[str, torch.Tensor | None],
+) -> None:
     for name, mask in masks.items():
         removed = ~mask.cpu()
         weight = written.get_submodule(name).weight.detach().cpu()

@@ -87,7 +87,12 @@ class AdapterFiles:
             )
         return remap(state_dict)
 
-    def save_config(self, config: MaskConfig, folder: Path, save: Callable[[], None]) -> None:
+    def save_config(
+        self,
+        config: MaskConfig,
+        folder: Path,
+        save: Callable[[], None],
+    ) -> None:
         """Write ``adapter_config.json`` by calling ``save``, after PEFT has written the tensors."""
         save()
 

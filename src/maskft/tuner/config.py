@@ -36,7 +36,13 @@ class MaskPeftType(str, Enum):  # noqa: UP042 - PEFT's own PeftType is (str, Enu
     MASK = "MASK"
 
 
-def _option(default: Any, text: str, *, is_option: bool = True, is_of_removal: bool = True) -> Any:
+def _option(
+    default: Any,
+    text: str,
+    *,
+    is_option: bool = True,
+    is_of_removal: bool = True,
+) -> Any:
     """A field of :class:`MaskConfig`.
 
     Args:

@@ -155,7 +155,9 @@ class MixedBatchCache:
 
 @contextmanager
 def adapter_names_for_layers(
-    model: BaseTuner, adapter_names: Sequence[str] | None, generate_kwargs: dict[str, Any]
+    model: BaseTuner,
+    adapter_names: Sequence[str] | None,
+    generate_kwargs: dict[str, Any],
 ) -> Iterator[None]:
     """Pass ``adapter_names`` to every masked layer while the block runs.
 
@@ -399,7 +401,11 @@ def _current_plan(layer: MaskedLinear, adapter_names: Sequence[str]) -> BatchPla
     return cache.plan[1]
 
 
-def _make_plan(layer: MaskedLinear, names: Sequence[str], masks: dict[str, object]) -> BatchPlan | None:
+def _make_plan(
+    layer: MaskedLinear,
+    names: Sequence[str],
+    masks: dict[str, object],
+) -> BatchPlan | None:
     """Build the block diagonal matrix of one batch.
 
     Args:

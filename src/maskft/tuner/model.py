@@ -139,7 +139,12 @@ class MaskModel(BaseTuner):
             setattr(parent, child_name, new_module)
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Iterator[None]:
+    def _enable_peft_forward_hooks(
+        self,
+        *args: Any,
+        adapter_names: Any = None,
+        **kwargs: Any,
+    ) -> Iterator[None]:
         """Give each masked layer its rows' adapter names, for PEFT's batches of several adapters."""
         with adapter_names_for_layers(self, adapter_names, kwargs):
             yield
@@ -254,7 +259,11 @@ def current_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, 
 
 
 @torch.no_grad()
-def start_scores(model: nn.Module, keys: Mapping[str, Tensor], adapter_name: str = "default") -> None:
+def start_scores(
+    model: nn.Module,
+    keys: Mapping[str, Tensor],
+    adapter_name: str = "default",
+) -> None:
     """Let the scores of an adapter start in the order of ``keys``: of each matrix, the lowest are removed first.
 
     Args:

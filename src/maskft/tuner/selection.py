@@ -243,7 +243,11 @@ def gate_and_slope(
     return mask_from_scores(config, scores), hard_slope(config, scores)
 
 
-def soft_gate(config: MaskConfig, scores: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+def soft_gate(
+    config: MaskConfig,
+    scores: Tensor,
+    noise: Tensor,
+) -> tuple[Tensor, Tensor]:
     """Soft gate and slope in training mode; only for learners that have one, see :func:`has_soft_gate`."""
     gate_of = LEARNERS[config.selection].soft_gate
     assert gate_of is not None

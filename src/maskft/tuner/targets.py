@@ -289,7 +289,11 @@ def _check_layer_indices(config: MaskConfig, modules: Iterable[str]) -> None:
         raise UserError(f"layers_to_transform names layer {named}; the model has {has}")
 
 
-def _check_not_tied(config: MaskConfig, modules: Mapping[str, nn.Module], model: nn.Module) -> None:
+def _check_not_tied(
+    config: MaskConfig,
+    modules: Mapping[str, nn.Module],
+    model: nn.Module,
+) -> None:
     """Raise if modules_to_save names a module that shares its weight: no checkpoint of the base could hold both."""
     embedding = _embedding(model)
     if embedding is None:
@@ -305,7 +309,11 @@ def _check_not_tied(config: MaskConfig, modules: Mapping[str, nn.Module], model:
             )
 
 
-def _check_maskable(matched: list[str], modules: Mapping[str, nn.Module], model: nn.Module) -> None:
+def _check_maskable(
+    matched: list[str],
+    modules: Mapping[str, nn.Module],
+    model: nn.Module,
+) -> None:
     refused = {}
     for name in matched:
         reason = _why_not_maskable(name, modules[name], model)
@@ -350,7 +358,11 @@ def _check_not_shared(targets: Mapping[str, nn.Module], model: nn.Module) -> Non
         )
 
 
-def _check_every_entry_matches(config: MaskConfig, modules: Iterable[str], has_targets: bool) -> None:
+def _check_every_entry_matches(
+    config: MaskConfig,
+    modules: Iterable[str],
+    has_targets: bool,
+) -> None:
     """Raise for a name in a list that matches nothing, such as a misspelt one; PEFT leaves it out in silence."""
     names = list(modules)
     entries = []
@@ -371,7 +383,11 @@ def _check_every_entry_matches(config: MaskConfig, modules: Iterable[str], has_t
             raise UserError(f"{option} entry {entry!r} matches no layer{hint}; remove it")
 
 
-def _raise_no_match(config: MaskConfig, modules: Mapping[str, nn.Module], model: nn.Module) -> None:
+def _raise_no_match(
+    config: MaskConfig,
+    modules: Mapping[str, nn.Module],
+    model: nn.Module,
+) -> None:
     """Raise because no layer matches, with the likely reason."""
     linear = set()
     for name, module in modules.items():
