@@ -20,6 +20,7 @@ from maskft_common.files import (
     read_text,
     size,
     use_default_modes,
+    whole_file,
     whole_folder,
     write_text,
 )
@@ -65,7 +66,13 @@ def test_what_is_right_is_returned_typed():
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("a: 1\nb: 2\na: 3", "line 3: two entries are named 'a'"), ("[" * 5000, "is not YAML")]
+    ("text", "message"),
+    [
+        ("a: 1\nb: 2\na: 3", "line 3: two entries are named 'a'"),
+        ("[" * 5000, "is not YAML"),
+        ("a: !!map [1]", "is not YAML: expected a mapping node"),
+        ("? !!set {a}\n: 1", "line 1: a name must be text, not {'a'}"),
+    ],
 )
 def test_recipes_that_are_refused(text, message, tmp_path, capsys):
     """Each through the reader of studies and through that of training."""
@@ -222,6 +229,21 @@ def test_a_folder_that_is_made_whole_takes_no_name_that_is_there(tmp_path):
         (folder / "x").write_text("x")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["x"]
     assert (tmp_path / "out.partial" / "mine").read_text() == "kept"
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_file_that_is_not_whole_leaves_nothing(error, tmp_path):
+    """Ctrl-C as well, which is no Exception."""
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(error), whole_file(tmp_path / "out") as file:
+        file.write(b"new")
+        raise error
+    assert (tmp_path / "out").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with whole_file(tmp_path / "out") as file:
+        file.write(b"new")
+    assert (tmp_path / "out").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_link_is_not_written_through(tmp_path):

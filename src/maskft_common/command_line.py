@@ -35,8 +35,9 @@ class OneLineParser(argparse.ArgumentParser):
         """Raise instead of printing usage and exiting."""
         prefix = "unrecognized arguments: "
         if message.startswith(prefix):
-            word = message.removeprefix(prefix).split()[0]
-            message = self._unknown(word)
+            words = message.removeprefix(prefix).split()
+            # There is no word if the argument is empty, as "$NAME" is in a shell where NAME is not set.
+            message = self._unknown(words[0] if words else "")
         raise UserError(f"{message}; see {self.prog} --help")
 
     def _unknown(self, word: str) -> str:
@@ -45,7 +46,9 @@ class OneLineParser(argparse.ArgumentParser):
             return f"{self.prog} has no option {option}: {self.hints[option]}"
         if not word.startswith("-"):
             return f"unexpected argument {word!r}"
-        known = [name for action in self._actions for name in action.option_strings]
+        known = []
+        for action in self._actions:
+            known += action.option_strings
         return f"unknown option {word}{did_you_mean(option, known)}"
 
 
@@ -63,8 +66,10 @@ def with_default(text: str, default: Any = "%(default)s") -> str:
 
 def has_default(action: argparse.Action) -> bool:
     """Whether help has a default to state: an option that is not set, or a switch that is off, has none."""
-    is_unset = action.default is None or action.default is False or action.default == argparse.SUPPRESS
-    return bool(action.option_strings) and not is_unset
+    if not action.option_strings:  # a positional
+        return False
+    is_unset = action.default is None or action.default is False
+    return not is_unset and action.default != argparse.SUPPRESS
 
 
 def add_options(parser, arguments: type, leave_out: Container[str] = ()) -> None:
@@ -101,18 +106,28 @@ def _keywords(hint: Any) -> dict[str, Any]:
     """Keywords of ``add_argument`` for a type."""
     # A switch: --NAME alone is true.
     if hint is bool:
-        return {"type": true_or_false, "nargs": "?", "const": True, "metavar": "true|false"}
+        return {
+            "type": true_or_false,
+            "nargs": "?",
+            "const": True,
+            "metavar": "true|false",
+        }
 
     # X | None is X; other unions are read as text.
     if get_origin(hint) is UnionType:
         kinds = [kind for kind in get_args(hint) if kind is not NoneType]
         hint = kinds[0] if len(kinds) == 1 else str
+
+    # A bool that may also be None is no switch: its value has to be given.
     if hint is bool:
         return {"type": true_or_false, "metavar": "true|false"}
-    if get_origin(hint) is Literal:
+
+    origin = get_origin(hint)
+    if origin is Literal:
         return {"choices": get_args(hint)}
-    if get_origin(hint) is Sequence:
-        return {"type": get_args(hint)[0], "nargs": "+"}
+    if origin is Sequence:
+        (element,) = get_args(hint)
+        return {"type": element, "nargs": "+"}
     return {"type": hint}
 
 

@@ -21,7 +21,7 @@ def environment() -> dict:
     for name in PACKAGES:
         try:
             packages[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
+        except metadata.PackageNotFoundError:  # an extra that is not installed
             continue
     return {
         "python": platform.python_version(),
@@ -35,10 +35,17 @@ def environment() -> dict:
 def _cpu_name() -> str:
     """Return the processor's model name; `platform.processor` is empty or just the architecture on Linux."""
     if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        for line in _cpu_info():
             if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+                _, _, name = line.partition(":")
+                return name.strip()
     return platform.processor() or platform.machine()
+
+
+def _cpu_info() -> list[str]:
+    """Lines of Linux' description of the processors."""
+    text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    return text.splitlines()
 
 
 def num_cores() -> int:
@@ -64,9 +71,11 @@ def bfloat16_instructions() -> list[str] | None:
     """
     if sys.platform != "linux":
         return None
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+    for line in _cpu_info():
         name, _, values = line.partition(":")
-        if name.strip() in ("flags", "Features"):  # of x86, of ARM
-            instructions = set(values.split())
-            return sorted({"amx_bf16", "avx512_bf16", "bf16", "svebf16"} & instructions)
+        if name.strip() not in ("flags", "Features"):  # of x86, of ARM
+            continue
+        # All processors have the same ones, so that the first line is enough.
+        instructions = set(values.split())
+        return sorted({"amx_bf16", "avx512_bf16", "bf16", "svebf16"} & instructions)
     return None

@@ -7,8 +7,10 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
-NOT_UPDATED = "stopped before the update was applied"  # in the last line of a training that met a NotFiniteError
-HOW_TO_INSTALL = "in maskft's repository: pip install -e '{}'"  # of ".", or of ".[EXTRA]"
+# In the last line of a training that met a NotFiniteError.
+NOT_UPDATED = "stopped before the update was applied"
+# To be formatted with "." or ".[EXTRA]".
+HOW_TO_INSTALL = "in maskft's repository: pip install -e '{}'"
 
 
 class UserError(ValueError):
@@ -64,10 +66,16 @@ def printable(text: str) -> str:
     shown = []
     num_marks = 0
     for character in text:
-        is_mark = unicodedata.category(character) in ("Mn", "Me")  # nonspacing and enclosing marks
+        # Nonspacing and enclosing marks, counted since the last character of another kind.
+        is_mark = unicodedata.category(character) in ("Mn", "Me")
         num_marks = num_marks + 1 if is_mark else 0
-        is_visible = character.isprintable() and not _INVISIBLE.match(character) and num_marks <= _MAX_MARKS
-        shown.append(character if is_visible else character.encode("unicode_escape").decode())
+
+        has_glyph = character.isprintable() and not _INVISIBLE.match(character)
+        if has_glyph and num_marks <= _MAX_MARKS:
+            shown.append(character)
+        else:
+            escape = character.encode("unicode_escape")
+            shown.append(escape.decode())
     return "".join(shown)
 
 

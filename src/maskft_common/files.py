@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO, cast
 
 from .errors import UserError
 from .layout import RESULTS, RUNS
@@ -51,8 +51,9 @@ def own_file(folder: str | Path, name: str) -> Path:
     Raises:
         UserError: If it is a link that leads out of the folder.
     """
-    file = Path(folder) / name
-    if not _is_inside(file, Path(folder)):
+    folder = Path(folder)
+    file = folder / name
+    if not _is_inside(file, folder):
         raise UserError(
             f"{str(file)!r} is a link to {str(file.resolve())!r}, outside of its folder; copy the file there"
         )
@@ -86,7 +87,8 @@ def check_own_files(folder: str | Path, subfolders: Iterable[str] = ()) -> None:
             # A folder in the model's folder is read only where it is one of ``subfolders``.
             is_link_to_file = file.is_symlink() and not file.is_dir()
             if is_link_to_file and not _is_hub_blob(file, folder):
-                own_file(folder, str(file.relative_to(folder)))
+                name = str(file.relative_to(folder))
+                own_file(folder, name)
 
 
 def _is_inside(file: Path, folder: Path) -> bool:
@@ -99,7 +101,10 @@ def _is_inside(file: Path, folder: Path) -> bool:
 def _is_hub_blob(file: Path, folder: Path) -> bool:
     """Whether a link is one of huggingface_hub's: ``NAME/snapshots/COMMIT/FILE`` -> ``NAME/blobs/HASH``."""
     snapshots = folder.resolve().parent
-    return snapshots.name == "snapshots" and _is_inside(file, snapshots.parent / "blobs")
+    if snapshots.name != "snapshots":
+        return False
+    blobs = snapshots.parent / "blobs"
+    return _is_inside(file, blobs)
 
 
 def check_regular(path: str | os.PathLike) -> None:
@@ -181,22 +186,50 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:
     """Write a file as ``write_text`` does."""
     path = Path(path)
-    temporary = _beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as file:
+        with whole_file(path) as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # the content is on the disk before the name: a power cut leaves no empty file
-        os.replace(temporary, path)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
         raise UserError(f"{path}: cannot be written ({error.strerror}): give another path") from error
 
 
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Yield a new file to write into; it is renamed to ``path`` unless there is an error."""
+    partial = _beside(path)
+    try:
+        with partial.open("xb") as file:
+            yield file
+            # The content is on the disk before the name, so that a power cut leaves no file with missing bytes.
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        with suppress(OSError):  # after an error; once renamed, it no longer exists
+            partial.unlink()
+
+
+def new_folder(folder: str | Path, option: str) -> Path:
+    """Return the absolute path of an output folder that does not exist yet, or is empty.
+
+    Args:
+        folder: The folder.
+        option: Name of the option that gives it, for the message.
+
+    Raises:
+        UserError: If something is in the folder, or at its place.
+    """
+    check_no_link(Path(folder))
+    folder = Path(folder).resolve()
+    is_empty_folder = folder.is_dir() and not any(folder.iterdir())
+    if folder.exists() and not is_empty_folder:
+        raise UserError(f"{option} {str(folder)!r} is not empty; name another folder")
+    return folder
+
+
 def check_no_link(folder: Path) -> None:
-    """Raise for an output folder that is a dangling link, or holds a link to a file: it would be written through."""
+    """Raise for an output folder that is a dangling link, or holds a link to a file: we would write to its target."""
     if folder.is_symlink() and not folder.is_dir():
         raise UserError(f"output_dir {str(folder)!r} is a link that leads to no folder; remove it, or name another")
     for pattern in ("*", f"{RUNS}/*/*", f"{RESULTS}/*/*", "checkpoint-*/*"):
@@ -214,7 +247,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         yield partial
         partial.rename(folder)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)  # after an error; renamed, it is not there any more
+        shutil.rmtree(partial, ignore_errors=True)  # after an error; once renamed, it no longer exists
 
 
 def append_to(file: Path) -> TextIO:
@@ -278,7 +311,8 @@ def digest_file(file: str | Path, is_sampled: bool = False) -> str:
             every matrix is then sampled.
     """
     file = Path(file).resolve()
-    return _digest_file(file, file.stat().st_mtime_ns, is_sampled)
+    mtime_ns = file.stat().st_mtime_ns
+    return _digest_file(file, mtime_ns, is_sampled)
 
 
 # The time of the last change is a part of the key: a file that was written to is read again.
@@ -295,8 +329,10 @@ def _digest_file(file: Path, mtime_ns: int, is_sampled: bool) -> str:
     with file.open("rb") as stream:
         for number in range(num_blocks):
             # The first block is at the beginning, the last one at the end.
-            stream.seek(number * (size - block_bytes) // (num_blocks - 1))
-            found.update(stream.read(block_bytes))
+            start = number * (size - block_bytes) // (num_blocks - 1)
+            stream.seek(start)
+            block = stream.read(block_bytes)
+            found.update(block)
     return found.hexdigest()
 
 
@@ -313,6 +349,8 @@ def digest_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
     found = hashlib.sha256()
     for label, tensor in tensors:
         found.update(label.encode())
+        # numpy has no bfloat16, so that the tensor is viewed as bytes first.
         flat = tensor.detach().cpu().contiguous().view(-1)
-        found.update(flat.view(torch.uint8).numpy())  # as bytes: numpy has no bfloat16
+        as_bytes = flat.view(torch.uint8)
+        found.update(as_bytes.numpy())
     return found.hexdigest()

@@ -56,5 +56,5 @@ def no_adapter(folder: str | Path) -> UserError:
     if not Path(folder).exists():
         return UserError(f"adapter folder {str(folder)!r} does not exist")
     is_model = (Path(folder) / "config.json").is_file()
-    whole = " (it is a whole model: give it as --model_name_or_path)" if is_model else ""
-    return UserError(f"{str(folder)!r} is not an adapter folder: it has no {ADAPTER_CONFIG}{whole}")
+    hint = " (it is a whole model: give it as --model_name_or_path)" if is_model else ""
+    return UserError(f"{str(folder)!r} is not an adapter folder: it has no {ADAPTER_CONFIG}{hint}")

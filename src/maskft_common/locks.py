@@ -14,10 +14,15 @@ from .files import check_no_link
 
 
 class Hold(NamedTuple):
-    """A folder that is held by a descriptor of the lock's file, which child processes inherit."""
+    """A folder that this process holds.
+
+    Attributes:
+        descriptor: Of the lock's file; child processes inherit it.
+        is_left_over: Whether the file existed before: an owner that was killed leaves it.
+    """
 
     descriptor: int
-    is_left_over: bool  # whether the file was there: an owner that was killed has left it
+    is_left_over: bool
 
 
 @contextmanager
@@ -27,7 +32,7 @@ def held(
     wait_s: float,
     owner: str,
 ) -> Iterator[Hold]:
-    """Make a folder and hold it by a locked file in it; the kernel releases it when its owner dies, however it does.
+    """Make a folder and lock a file in it; the kernel releases the lock when its owner dies, however that happens.
 
     Args:
         folder: The folder. Folders that are made for it and empty at the end are removed.
@@ -41,7 +46,8 @@ def held(
     check_no_link(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir {str(folder)!r} is a file; name a folder")
-    made = [place for place in (folder, *folder.parents) if not place.exists()]  # the innermost first
+    # The innermost first, so that each is empty when it is removed at the end.
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
 
     deadline = time.monotonic() + wait_s
     hold = _try_to_hold(folder, name)
@@ -74,10 +80,12 @@ def _try_to_hold(folder: Path, name: str) -> Hold | None:
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # The owner removes the file before it releases the lock, so that this may be the lock of a file that is gone.
-        if file.exists() and os.path.samestat(os.fstat(descriptor), file.stat()):
-            return Hold(descriptor, is_left_over)
-    except BlockingIOError:
-        pass
+        # An owner removes the file before it releases the lock: this may be the lock of a file that no longer exists,
+        # while another process holds a new file of the same name.
+        is_current = os.path.samestat(os.fstat(descriptor), file.stat())
+    except (BlockingIOError, FileNotFoundError):  # locked by another process; removed by its owner
+        is_current = False
+    if is_current:
+        return Hold(descriptor, is_left_over)
     os.close(descriptor)
     return None

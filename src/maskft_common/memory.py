@@ -22,13 +22,16 @@ def peak_memory_bytes() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     try:
-        # Not getrusage: its figure is inherited from the parent that forked.
+        # Not getrusage, the plain way: its figure is inherited from the parent that forked.
         status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+        behind_name = status.split("VmHWM:")[1]
+        num_kib = int(behind_name.split()[0])
+        return num_kib * 1024
     except (OSError, IndexError, ValueError):
         pass  # not Linux
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+    return usage.ru_maxrss * unit
 
 
 def resident_memory_bytes() -> int:
@@ -48,6 +51,7 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return
-    mallopt(_M_MMAP_MAX, 0)  # large blocks come from the heap as well
-    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)  # the heap is never shortened
-    mallopt(_M_TOP_PAD, 2**28)  # and grows by 256 MiB at a time
+    # Large blocks come from the heap as well, which never shrinks and grows by 256 MiB at a time.
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(_M_TOP_PAD, 2**28)

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
-COMMAND = "MASKFT_COMMAND"  # in the environment of processes that a launcher started: the command it was given
+# In the environment of processes that a launcher started: the command it was given.
+COMMAND = "MASKFT_COMMAND"
 
 
 def rank() -> int:
@@ -98,11 +99,14 @@ def check_same(value: dict[str, str], what: str) -> None:
     """
     first, *others = gather(value)
     for rank, other in enumerate(others, start=1):
-        for name in sorted({*first, *other}):
-            if first.get(name) != other.get(name):
+        names = sorted({*first, *other})
+        for name in names:
+            expected = first.get(name)
+            found = other.get(name)
+            if found != expected:
                 raise UserError(
-                    f"{what} differ between processes: {name} is {first.get(name)} on rank 0 and {other.get(name)} on "
-                    f"rank {rank}; start every process with the same model, data and arguments"
+                    f"{what} differ between processes: {name} is {expected} on rank 0 and {found} on rank {rank}; "
+                    "start every process with the same model, data and arguments"
                 )
 
 
@@ -113,6 +117,8 @@ def largest(*flags: Tensor) -> int:
     # One number for all flags, so that one collective is enough.
     indices = []
     for index, flag in enumerate(flags, start=1):
-        indices.append(flag.to(torch.int32) * index)
+        index_or_zero = flag.to(torch.int32) * index
+        indices.append(index_or_zero)
     highest = torch.stack(indices).max()
-    return int(reduce_(highest, "max"))
+    highest = reduce_(highest, "max")
+    return int(highest)

@@ -48,7 +48,8 @@ class Progress(rich.progress.Progress):
             disable=not console.is_terminal,
         )
         self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
-        self._began: dict[TaskID, tuple[float, float]] = {}  # time at the start, and the count completed by then
+        # Task -> time at its start, and the count completed by then.
+        self._began: dict[TaskID, tuple[float, float]] = {}
 
     def add_task(self, description: str, *args: Any, **kwargs: Any) -> TaskID:
         """Add a task, whose speed is measured from now on."""
@@ -85,9 +86,11 @@ class Progress(rich.progress.Progress):
         parts = [part for part in (time_left, note) if part]
 
         if self.console.is_terminal:
-            num_gaps = 3  # one column between each two of the four parts
-            room = self.console.width - len(task.description) - len(count) - _BAR_WIDTH - num_gaps
-            self.update(task_id, completed=completed, note=shortened("  ".join(parts), room))
+            # The note gets the rest of the line, besides three columns and a space between each two of the four.
+            num_gaps = 3
+            num_used = len(task.description) + len(count) + _BAR_WIDTH + num_gaps
+            text = shortened("  ".join(parts), self.console.width - num_used)
+            self.update(task_id, completed=completed, note=text)
             return
 
         self.update(task_id, completed=completed)

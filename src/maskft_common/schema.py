@@ -48,7 +48,7 @@ def read_model(
         return model.model_validate(content)
     except ValidationError as error:
         problem = first_problem(error, model)
-    # Outside of the block: pydantic's own message, of many lines, is not shown as the cause.
+    # Raised outside of the block, so that pydantic's own message, of many lines, is not shown as the cause.
     advice = f"; {remedy}" if remedy else ""
     raise UserError(f"{os.fspath(source)}: {problem}{advice}")
 
@@ -58,10 +58,12 @@ def first_problem(error: ValidationError, kind: Any) -> str:
     problem = error.errors(include_url=False)[0]
     parts = [str(part) for part in problem["loc"] if not _is_choice_of_union(part)]
     place = printable(".".join(parts))
+
     if problem["type"] == "extra_forbidden":
         *parents, name = problem["loc"]
         known = _field_names(kind, tuple(parents))
-        return f"unknown key {place!r}{did_you_mean(str(name), known)}; there are {', '.join(known)}"
+        hint = did_you_mean(str(name), known)
+        return f"unknown key {place!r}{hint}; there are {', '.join(known)}"
     if problem["type"] == "missing":
         return f"{place} is missing"
 
@@ -76,7 +78,10 @@ def first_problem(error: ValidationError, kind: Any) -> str:
 
 
 def _is_choice_of_union(part: str | int) -> bool:
-    """Whether a part of a place names a branch of a union (``function-after[...]``, a type), not a key."""
+    """Whether a part of a place names a branch of a union (``function-after[...]``, a type), not a key.
+
+    pydantic puts the branch that it tried between the keys, where a reader of the file has nothing to look for.
+    """
     if not isinstance(part, str):  # the index of a list
         return False
     return "[" in part or part in ("str", "int", "float", "bool", "none")
@@ -92,7 +97,9 @@ def _shown(value: Any) -> str:
 def _field_names(kind: Any, place: tuple) -> list[str]:
     """Names of the fields of the model at ``place`` below ``kind``, a model or a type made of models."""
     if isinstance(kind, type) and issubclass(kind, BaseModel):
-        annotations = {field.alias or name: field.annotation for name, field in kind.model_fields.items()}
+        annotations = {}
+        for name, field in kind.model_fields.items():
+            annotations[field.alias or name] = field.annotation
         if not place:
             return list(annotations)
         return _field_names(annotations.get(place[0]), place[1:])

@@ -15,7 +15,7 @@ from .errors import UserError
 def time_limit(seconds: float, message: str) -> Iterator[None]:
     """Stop the ``with`` block after some seconds, by an error that is raised inside it.
 
-    It is a signal's handler that raises, which Python runs in the main thread alone: elsewhere there is no limit.
+    A signal's handler raises it, and Python runs handlers in the main thread alone: elsewhere there is no limit.
 
     Args:
         seconds: At most.

@@ -21,13 +21,15 @@ class _Loader(yaml.SafeLoader):
     """YAML with four changes: a key given twice is an error, ``1e-3`` is a number, dates and ``1:30`` are text."""
 
     def construct_mapping(self, node, deep=False):
+        if not isinstance(node, yaml.MappingNode):  # `!!map [a]`, for which PyYAML has an error
+            return super().construct_mapping(node, deep)
         seen = set()
         for key_node, _ in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *name`, whose entries may be replaced
                 continue
             key = self.construct_object(key_node, deep=True)
             line = key_node.start_mark.line + 1
-            if isinstance(key, dict | list):
+            if isinstance(key, dict | list | set):  # none can be a key in Python
                 raise UserError(f"line {line}: a name must be text, not {key!r}")
             if key in seen:
                 raise UserError(f"line {line}: two entries are named {key!r}; rename one")
@@ -52,12 +54,16 @@ def _text(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str:
 def _int_or_text(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | str:
     # YAML 1.1 reads 1:30 in base 60, which takes time quadratic in the length: minutes for 600 kB.
     text = loader.construct_scalar(node)
-    return text if ":" in text else loader.construct_yaml_int(node)
+    if ":" in text:
+        return text
+    return loader.construct_yaml_int(node)
 
 
 def _float_or_text(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float | str:
     text = loader.construct_scalar(node)
-    return text if ":" in text else loader.construct_yaml_float(node)
+    if ":" in text:
+        return text
+    return loader.construct_yaml_float(node)
 
 
 _Loader.add_constructor("tag:yaml.org,2002:str", _text_or_float)
@@ -92,11 +98,17 @@ def read_yaml(file: str | os.PathLike) -> Any:
 
 
 def _num_values(content: Any, known: dict[int, float]) -> float:
-    """Number of values below ``content``, each alias counted with its content; infinite where one contains itself."""
+    """Number of values in ``content``, each alias counted with its content; infinite where one contains itself.
+
+    Args:
+        content: The content of a file, or a part of it.
+        known: Numbers that have been counted, by the id of the part: aliases of one name are one object.
+    """
     if not isinstance(content, dict | list):
         return 1
-    if id(content) not in known:
-        known[id(content)] = float("inf")  # until it is counted: seen again meanwhile, it is inside itself
+    key = id(content)
+    if key not in known:
+        known[key] = float("inf")  # until it is counted: seen again meanwhile, it is inside itself
         below = content.values() if isinstance(content, dict) else content
-        known[id(content)] = 1 + sum(_num_values(value, known) for value in below)
-    return known[id(content)]
+        known[key] = 1 + sum(_num_values(value, known) for value in below)
+    return known[key]

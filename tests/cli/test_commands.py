@@ -118,6 +118,8 @@ def test_unknown_command_and_option(capsys):
     assert status == 2 and "no command 'trian' (did you mean 'train'?)" in err
     status, _, err = call(["merge", "a", "--output_dri", "b", "--output_dir", "c"], capsys)
     assert status == 2 and "unknown option --output_dri (did you mean '--output_dir'?)" in err
+    status, _, err = call(["merge", "a", "", "--output_dir", "c"], capsys)  # "$NAME" where NAME is not set
+    assert status == 2 and "unexpected argument ''" in err
 
 
 def test_the_command_offers_the_combinations_that_there_are():
