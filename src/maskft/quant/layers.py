@@ -13,13 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..gguf.zero_codes import FORMATS, NAMES_WITH_ZERO, read_codes, type_name, write_codes
+from ..gguf.zero_codes import (
+    FORMATS,
+    NAMES_WITH_ZERO,
+    read_codes,
+    type_name,
+    write_codes,
+)
 
 # Attributes of a bitsandbytes QuantState that its packing for the CPU replaces.
 _SCALES = ("absmax", "nested", "offset", "state2", "dtype")
 # Indices of 0.0 in bitsandbytes' tables of 16 values.
 NF4_ZERO = 7
 FP4_ZERO = 0
+# Names of bitsandbytes' layers.
+_BNB_4BIT = ("Linear4bit", "LinearNF4", "LinearFP4")
+_BNB_8BIT = "Linear8bitLt"
 
 
 class Storage(ABC):
@@ -68,17 +77,25 @@ class Storage(ABC):
         codes = self.codes()
         before = codes[removed].clone()
 
-        # All codes are written, of which only the removed ones have changed: formats that pack several codes into a
-        # byte cannot write one alone.
         zero = self.zero()
         if isinstance(zero, int):
             zero = torch.tensor(zero, dtype=codes.dtype, device=codes.device)
-        after = torch.where(removed, zero.to(codes.dtype), codes)
+        zero = zero.to(codes.dtype)
+
+        # All codes are written, of which only the removed ones have changed: formats that pack several codes into a
+        # byte cannot write one alone.
+        after = torch.where(removed, zero, codes)
         self.write(after)
         return before
 
     def restore(self, removed: Tensor, before: Tensor) -> None:
-        """Put back the codes that :meth:`remove` has replaced."""
+        """Put back the codes that :meth:`remove` has replaced.
+
+        Args:
+            removed: Shape (out_features, in_features), bool; on the device of the codes.
+            before: The return value of :meth:`remove`.
+        """
+        # Cloned, because some formats return their own tensor, which only `write` may change.
         codes = self.codes().clone()
         codes[removed] = before.to(codes.device)
         self.write(codes)
@@ -90,15 +107,17 @@ class Bnb4bit(Storage):
     def __init__(self, layer: Any) -> None:
         super().__init__(layer)
         self.kind = f"bitsandbytes {layer.weight.quant_type}"
+
+        # The scales for _unpack, before bitsandbytes rounds them. They are kept on the state, which lives as long as
+        # the weight: a Storage is created for every call.
         state = layer.weight.quant_state
-        # Kept on the state, which lives as long as the weight: a Storage is made anew for every call.
         if not getattr(state, "packing_format_for_cpu", False):
             state.maskft_scales = {name: getattr(state, name) for name in _SCALES}
 
     @property
     def dtype(self) -> torch.dtype:
         """See :class:`Storage`."""
-        self._unpack()  # which the dtype belongs to: packed for the CPU's kernel it is bfloat16
+        self._unpack()  # packed for the CPU's kernel, the state says bfloat16
         return self.layer.weight.quant_state.dtype
 
     def dequantise(self) -> Tensor:
@@ -107,28 +126,39 @@ class Bnb4bit(Storage):
 
         self._unpack()
         weight: Any = self.layer.weight
-        return dequantize_bnb_weight(weight).reshape(weight.quant_state.shape)
+        values = dequantize_bnb_weight(weight)
+        return values.reshape(weight.quant_state.shape)
 
     def codes(self) -> Tensor:
         """See :class:`Storage`."""
         self._unpack()
         weight: Any = self.layer.weight
         packed = weight.data.view(torch.uint8).reshape(-1)
+
+        # The high half of a byte is the first code, the low half the second.
         first = packed >> 4
         second = packed & 0xF
-        return torch.stack([first, second], dim=1).reshape(weight.quant_state.shape)
+        pairs = torch.stack([first, second], dim=1)
+        return pairs.reshape(weight.quant_state.shape)
 
     def zero(self) -> int:
         """See :class:`Storage`."""
-        return NF4_ZERO if self.layer.weight.quant_type == "nf4" else FP4_ZERO
+        if self.layer.weight.quant_type == "nf4":
+            return NF4_ZERO
+        return FP4_ZERO
 
     def write(self, codes: Tensor) -> None:
         """See :class:`Storage`."""
         self._unpack()
         pairs = codes.reshape(-1, 2)
-        packed = (pairs[:, 0] << 4) | pairs[:, 1]
+        first = pairs[:, 0]
+        second = pairs[:, 1]
+        packed = (first << 4) | second
+
+        # In place, through a view of the weight's memory.
         weight: Any = self.layer.weight
-        weight.data.view(torch.uint8).reshape(-1).copy_(packed)
+        stored = weight.data.view(torch.uint8).reshape(-1)
+        stored.copy_(packed)
 
     def _unpack(self) -> None:
         """Undo the order that the first forward in eval mode gives to codes on some CPUs.
@@ -138,15 +168,19 @@ class Bnb4bit(Storage):
         forward. The plain way, writing into that order, would tie us to the kernel.
         """
         weight: Any = self.layer.weight
-        if not getattr(weight.quant_state, "packing_format_for_cpu", False):
+        is_packed = getattr(weight.quant_state, "packing_format_for_cpu", False)
+        if not is_packed:
             return
 
         from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
         scales = getattr(weight.quant_state, "maskft_scales", {})
-        weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
+        data, state = _convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
+        weight.data = data
+        weight.quant_state = state
+        # Over the rounded ones, which the function only converts back.
         for name, value in scales.items():
-            setattr(weight.quant_state, name, value)
+            setattr(state, name, value)
 
 
 class Bnb8bit(Storage):
@@ -209,7 +243,8 @@ class Torchao(Storage):
             return 0
         # One zero point for each block, spread over its weights.
         rows, columns = weight.block_size
-        return weight.zero_point.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+        of_rows = weight.zero_point.repeat_interleave(rows, 0)
+        return of_rows.repeat_interleave(columns, 1)
 
     def write(self, codes: Tensor) -> None:
         """See :class:`Storage`."""
@@ -234,13 +269,15 @@ class Gguf(Storage):
         from transformers.integrations.gguf.dequant import dequantize
 
         layer: Any = self.layer
-        values = dequantize(layer.weight.data.reshape(-1), layer.ggml_type)
+        flat = layer.weight.data.reshape(-1)
+        values = dequantize(flat, layer.ggml_type)
         return values.reshape(layer.out_features, layer.in_features)
 
     def codes(self) -> Tensor:
         """See :class:`Storage`."""
+        layer: Any = self.layer
         codes = read_codes(self._blocks(), self.form)
-        return codes.reshape(self.layer.out_features, self.layer.in_features)
+        return codes.reshape(layer.out_features, layer.in_features)
 
     def zero(self) -> int:
         """See :class:`Storage`."""
@@ -254,6 +291,7 @@ class Gguf(Storage):
         write_codes(blocks, codes, everywhere, self.form)
 
     def _blocks(self) -> Tensor:
+        """The bytes of the weight, a row for each block; a view, so that writing to it writes to the layer."""
         return self.layer.weight.data.view(-1, self.form.block_bytes)
 
 
@@ -263,32 +301,30 @@ def storage_of(layer: Any) -> Storage | None:
     Nothing is imported to find out: a layer of a library that is not loaded cannot be here.
     """
     name = type(layer).__name__
-    package = type(layer).__module__.partition(".")[0]
-    if package == "bitsandbytes":
-        if name in ("Linear4bit", "LinearNF4", "LinearFP4"):
+    if _package(layer) == "bitsandbytes":
+        if name in _BNB_4BIT:
             return Bnb4bit(layer)
-        if name == "Linear8bitLt":
+        if name == _BNB_8BIT:
+            # With has_fp16_weights the weight itself is not quantised.
             return None if layer.state.has_fp16_weights else Bnb8bit(layer)
 
     # transformers' layer over the blocks of a GGUF file. Some files have permuted columns, which a mask would miss.
-    if name == "GgufLinear" and layer.ggml_type in FORMATS and layer.input_permutation is None:
-        return Gguf(layer)
+    if name == "GgufLinear":
+        has_zero = layer.ggml_type in FORMATS
+        if has_zero and layer.input_permutation is None:
+            return Gguf(layer)
 
-    # torchao keeps the class of the layer, and replaces its weight by a tensor subclass.
-    weight = getattr(layer, "weight", None)
-    if isinstance(layer, nn.Linear) and _is_of_torchao(weight) and _why_not_torchao(weight) is None:
+    if _has_torchao_weight(layer) and _why_not_torchao(layer.weight) is None:
         return Torchao(layer)
     return None
 
 
 def is_quantised(layer: Any) -> bool:
     """Whether the weight of a layer is stored as codes of a library that is known here, supported or not."""
-    package = type(layer).__module__.partition(".")[0]
     name = type(layer).__name__
-    if package == "bitsandbytes":
-        return name in ("Linear4bit", "LinearNF4", "LinearFP4", "Linear8bitLt")
-    is_of_torchao = isinstance(layer, nn.Linear) and _is_of_torchao(getattr(layer, "weight", None))
-    return is_of_torchao or name in ("GgufLinear", "HQQLinear")
+    if _package(layer) == "bitsandbytes":
+        return name in _BNB_4BIT or name == _BNB_8BIT
+    return _has_torchao_weight(layer) or name in ("GgufLinear", "HQQLinear")
 
 
 def why_not_quantised(layer: Any) -> str | None:
@@ -303,28 +339,40 @@ def why_not_quantised(layer: Any) -> str | None:
                 f" ({', '.join(NAMES_WITH_ZERO)}), or load with GgufConfig(dequantize=True)"
             )
         return "its columns are permuted in the file; load with GgufConfig(dequantize=True)"
-    if _is_of_torchao(getattr(layer, "weight", None)):
+    if _package(getattr(layer, "weight", None)) == "torchao":
         return _why_not_torchao(layer.weight)
     if name == "HQQLinear":
         return "HQQ's zero points are floats, so that zero has no code; quantise to NF4 or int8 instead"
     return "it keeps float16 weights and quantises in every forward pass; load it with has_fp16_weights=False"
 
 
-def _is_of_torchao(weight: Any) -> bool:
-    return type(weight).__module__.partition(".")[0] == "torchao"
+def _package(thing: Any) -> str:
+    """Name of the package that defines the class of an object."""
+    package, _, _ = type(thing).__module__.partition(".")
+    return package
+
+
+def _has_torchao_weight(layer: Any) -> bool:
+    """Whether torchao has quantised a linear layer: it keeps the class, and replaces the weight by its own tensor."""
+    if not isinstance(layer, nn.Linear):
+        return False
+    return _package(getattr(layer, "weight", None)) == "torchao"
 
 
 def _why_not_torchao(weight: Any) -> str | None:
     """Why a mask cannot be written into a weight of torchao, with the way out; None where it can."""
     kind = type(weight).__name__
+    # Two attributes, because torchao's tensors name it differently.
     has_activation_kwargs = getattr(weight, "act_quant_kwargs", None) is not None
-    if has_activation_kwargs or getattr(weight, "activation_quantization", None):
+    quantises_activations = has_activation_kwargs or getattr(weight, "activation_quantization", None)
+    if quantises_activations:
         return f"torchao's {kind} also quantises activations, which do not train; use a weight-only configuration"
 
     # One byte for each weight, in its place.
     data = getattr(weight, "qdata", None)
     is_of_bytes = data is not None and data.dtype in (torch.int8, torch.uint8)
-    if not is_of_bytes or data.shape != weight.shape or data.dim() != 2:
+    is_in_place = is_of_bytes and data.shape == weight.shape and data.dim() == 2
+    if not is_in_place:
         return f"torchao packs the codes of its {kind} for one kernel; use Int8WeightOnlyConfig or IntxWeightOnlyConfig"
 
     # A weight is scale * (code - zero point): 0 has a code only if the zero point is a whole number.

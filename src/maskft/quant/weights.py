@@ -23,7 +23,10 @@ class CodedWeight(QuantizedWeight):
 
     def __init__(self, layer: nn.Module) -> None:
         storage = storage_of(layer)
-        self.backend_name = type(layer).__name__ if storage is None else storage.kind
+        if storage is None:  # a layer that cannot be masked, see why_not
+            self.backend_name = type(layer).__name__
+        else:
+            self.backend_name = storage.kind
 
     def why_not(self, base_layer: nn.Module) -> str | None:
         """Reason why a mask cannot be written into the layer, with the way out; None: it can."""
@@ -47,7 +50,8 @@ class CodedWeight(QuantizedWeight):
         """Put back the codes."""
         removed, codes = stash
         storage = _storage(layer.base_layer)
-        device = storage.codes().device  # the model may have been moved in between
+        # The model may have been moved since the merge.
+        device = storage.codes().device
         storage.restore(removed.to(device), codes)
 
 
