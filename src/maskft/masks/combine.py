@@ -80,11 +80,7 @@ def combine_adapters(
     """
     if len(adapters) < 2:
         raise UserError(f"{combination} needs two adapters or more; found {len(adapters)}")
-    files.check_no_link(Path(output_dir))
-    output_dir = Path(output_dir).resolve()
-    is_free = not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir()))
-    if not is_free:
-        raise UserError(f"output {str(output_dir)!r} is not empty; name another folder")
+    output_dir = files.new_folder(output_dir, "output")
 
     # All checks on configurations come before the first mask is decoded.
     configs = [read_config(adapter) for adapter in adapters]

@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
-import secrets
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -27,7 +25,7 @@ from torch import Tensor
 
 from maskft_common import __version__
 from maskft_common.errors import UserError
-from maskft_common.files import digest_now
+from maskft_common.files import digest_now, whole_file
 
 from ..gguf.header import GgufHead, head_bytes, read_head
 from ..gguf.names import dequantised, find_tensors, to_file_order
@@ -96,14 +94,15 @@ def merge_into_gguf(
     # Read in a first pass: the codes are part of the head, which comes before the data.
     codes = b"".join(masks.removed_codes())
     packed = zlib.compress(codes)
+    codes_as_text = base64.b64encode(packed).decode("ascii")
     added = {
         _MASK: masks.config.mask_sha256,
         _BASE: digest_now(head.path),
         _COUNT: masks.num_removed,
-        _CODES: base64.b64encode(packed).decode("ascii"),
+        _CODES: codes_as_text,
         _VERSION: __version__,
     }
-    with whole_file(output) as file:
+    with _new_file(output) as file:
         file.write(head_bytes(head, added))
         for piece in masks.patched():
             file.write(piece)
@@ -133,12 +132,14 @@ def undo_in_gguf(adapter: str | Path, gguf: str | Path, output: str | Path) -> l
     head = read_head(gguf)
     masks = _masks_in(adapter, head)
     digest = hashlib.sha256()
-    with whole_file(output) as file:
+    with _new_file(output) as file:
         for piece in masks.base_file():
             digest.update(piece)
             file.write(piece)
-        _check_digest(digest.hexdigest(), head)
-    return [f"{output}: {masks.num_removed:,} weights restored; sha256 {digest.hexdigest()} is that of the base"]
+        # Before the file gets its name: with another sha256 it is deleted.
+        sha256 = digest.hexdigest()
+        _check_digest(sha256, head)
+    return [f"{output}: {masks.num_removed:,} weights restored; sha256 {sha256} is that of the base"]
 
 
 def verify_gguf(
@@ -158,16 +159,24 @@ def verify_gguf(
     """
     head = read_head(gguf)
     masks = _masks_in(adapter, head)
-    passed = [f"holds the mask {masks.config.mask_sha256[:12]}, merged by maskft {head.metadata.get(_VERSION)}"]
+    version = head.metadata.get(_VERSION)
+    passed = [f"holds the mask {masks.config.mask_sha256[:12]}, merged by maskft {version}"]
+
+    # Restoring the codes checks that each removed weight is zero.
     digest = hashlib.sha256()
     for piece in masks.base_file():
         digest.update(piece)
+    sha256 = digest.hexdigest()
     passed.append(f"all {masks.num_removed:,} removed weights of {masks.numel:,} are zero")
-    _check_digest(digest.hexdigest(), head)
-    passed.append(f"with their codes restored the file is its base: sha256 {digest.hexdigest()}")
+
+    _check_digest(sha256, head)
+    passed.append(f"with their codes restored the file is its base: sha256 {sha256}")
+
     if base is not None:
-        if digest_now(read_head(base).path) != digest.hexdigest():
-            raise UserError(f"{str(base)!r} is not the base of {str(gguf)!r}: its sha256 is not {digest.hexdigest()}")
+        # Its head is read for the errors: a missing file, or one that is no GGUF file.
+        base_head = read_head(base)
+        if digest_now(base_head.path) != sha256:
+            raise UserError(f"{str(base)!r} is not the base of {str(gguf)!r}: its sha256 is not {sha256}")
         passed.append(f"that is {base}")
     return passed
 
@@ -188,6 +197,7 @@ def _masks_in(adapter: str | Path, head: GgufHead) -> _Masks:
 
 
 def _decode_codes(head: GgufHead, num_bytes: int) -> bytes:
+    """The removed codes in the metadata of a file; raises unless they have this many bytes."""
     problem = UserError(f"{str(head.path)!r}: its {_CODES} is damaged; merge the mask into the base again")
     try:
         packed = base64.b64decode(head.metadata[_CODES], validate=True)
@@ -201,6 +211,7 @@ def _decode_codes(head: GgufHead, num_bytes: int) -> bytes:
 
 
 def _check_digest(found: str, head: GgufHead) -> None:
+    """Raise unless ``found``, of the file without its mask, is the sha256 that was recorded of the base."""
     recorded = head.metadata.get(_BASE)
     if found != recorded:
         raise UserError(
@@ -215,7 +226,7 @@ def _check_base(masks: _Masks, head: GgufHead, accept_other_base: bool) -> str:
     if config.base_fingerprint is None:
         return "not checked: the mask records no fingerprint of the weights it was trained over"
 
-    expected = config.base_fingerprint.partition(":")[0]
+    expected = config.base_fingerprint
     modules = sorted(masks.tensors)
     # A generator: one matrix is in memory at a time.
     weights = ((module, dequantised(head, masks.tensors[module])) for module in modules)
@@ -271,21 +282,28 @@ class _Masks:
         coded = read_coded(adapter)
         shapes = {}
         for module, data in coded.items():
-            shapes[module] = mask_info(data, module)["shape"]
+            info = mask_info(data, module)
+            shapes[module] = info["shape"]
         tensors = find_tensors(head, shapes)
         return cls(config, coded, head, tensors)
 
     @property
     def type_names(self) -> str:
         """Names of the ggml types of the tensors, for messages."""
-        names = {type_name(self.head.tensors[tensor].kind) for tensor in self.tensors.values()}
+        names = set()
+        for tensor in self.tensors.values():
+            place = self.head.tensors[tensor]
+            names.add(type_name(place.kind))
         return ", ".join(sorted(names))
 
     @property
     def numel(self) -> int:
         """Number of weights that the masks cover."""
-        shapes = (mask_info(data)["shape"] for data in self.coded.values())
-        return sum(rows * columns for rows, columns in shapes)
+        numel = 0
+        for data in self.coded.values():
+            rows, columns = mask_info(data)["shape"]
+            numel += rows * columns
+        return numel
 
     @property
     def num_removed(self) -> int:
@@ -297,8 +315,8 @@ class _Masks:
         """Bytes of the codes of all removed weights."""
         num_bytes = 0
         for module, form in self._in_order():
-            num_removed = mask_info(self.coded[module])["num_removed"]
-            num_bytes += num_removed * form.code_bytes
+            info = mask_info(self.coded[module])
+            num_bytes += info["num_removed"] * form.code_bytes
         return num_bytes
 
     def removed_codes(self) -> Iterator[bytes]:
@@ -344,18 +362,25 @@ class _Masks:
                         raise UserError(f"{str(self.head.path)!r}: {tensor} has weights where the mask removes them")
                     # The codes of this piece follow those of the pieces before it.
                     num_bytes = int(removed.sum()) * form.code_bytes
-                    codes = codes_from_bytes(self.codes[used : used + num_bytes], form)
-                    restore_codes(rows, removed, codes, form)
+                    stored = self.codes[used : used + num_bytes]
                     used += num_bytes
+                    codes = codes_from_bytes(stored, form)
+                    restore_codes(rows, removed, codes, form)
                     yield rows.numpy().tobytes()
                 at = place.start + place.num_bytes
             yield from _copy(file, at, self.head.file_bytes)
 
     def _in_order(self) -> list[tuple[str, Format]]:
         """Modules in the order of their tensors in the file, with the formats of these."""
-        places = {module: self.head.tensors[tensor] for module, tensor in self.tensors.items()}
-        in_order = sorted(places, key=lambda module: places[module].start)
-        return [(module, FORMATS[places[module].kind]) for module in in_order]
+        places = {}
+        for module, tensor in self.tensors.items():
+            places[module] = self.head.tensors[tensor]
+
+        in_order = []
+        for module in sorted(places, key=lambda module: places[module].start):
+            form = FORMATS[places[module].kind]
+            in_order.append((module, form))
+        return in_order
 
     def _pieces(
         self,
@@ -376,17 +401,20 @@ class _Masks:
         step = max(1, _PIECE_WEIGHTS // num_columns)  # rows
         for first in range(0, num_rows, step):
             count = min(step, num_rows - first)
-            content = _read(file, place.start + first * row_bytes, count * row_bytes)
+            start = place.start + first * row_bytes
+            content = _read(file, start, count * row_bytes)
             # A bytearray, because callers write into the rows.
-            rows = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(count, row_bytes)
+            flat = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+            rows = flat.view(count, row_bytes)
             yield rows, removed[first : first + count]
 
 
 def _copy(file: BinaryIO, start: int, end: int) -> Iterator[bytes]:
+    """The bytes from ``start`` to ``end``, in pieces."""
     while start < end:
-        piece = _read(file, start, min(_PIECE_BYTES, end - start))
-        start += len(piece)
-        yield piece
+        num_bytes = min(_PIECE_BYTES, end - start)
+        yield _read(file, start, num_bytes)
+        start += num_bytes
 
 
 def _read(file: BinaryIO, start: int, num_bytes: int) -> bytes:
@@ -410,24 +438,15 @@ def _check_output(output: Path) -> None:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Write a file whole or not at all: under a temporary name beside it, then renamed.
+def _new_file(path: Path) -> Iterator[BinaryIO]:
+    """Write a file whole or not at all.
 
     Raises:
         UserError: If the disk is full or cannot be written to.
     """
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        with partial.open("xb") as file:
+        with whole_file(path) as file:
             yield file
-            # On the disk before it gets its name, so that a power cut leaves no file of that name with missing bytes.
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
     except OSError as error:
-        raise UserError(
-            f"{str(path)!r} cannot be written ({error.strerror or error}); free space or name another"
-        ) from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
+        reason = error.strerror or error
+        raise UserError(f"{str(path)!r} cannot be written ({reason}); free space or name another") from error

@@ -94,11 +94,7 @@ def merge(
         UserError: If the output is not empty, the adapter does not fit, or the written checkpoint differs; it is then
             deleted.
     """
-    files.check_no_link(Path(output_dir))
-    output_dir = Path(output_dir).resolve()
-    is_free = not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir()))
-    if not is_free:
-        raise UserError(f"output_dir {str(output_dir)!r} is not empty; name another folder")
+    output_dir = files.new_folder(output_dir, "output_dir")
     if not 0 < scale <= 1:
         raise UserError(f"scale is {scale}; it is the part of the change, in (0, 1]")
 
