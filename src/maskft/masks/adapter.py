@@ -88,9 +88,10 @@ class MaskFiles(AdapterFiles):
             for kind in ("weight", "bias"):
                 state_dict.pop(f"{name}.base_layer.{kind}", None)
 
-            if adapter_name in layers[name].mask_scores:
+            scores_here = layers[name].mask_scores
+            if adapter_name in scores_here:
                 key = f"{name}.mask_scores.{adapter_name}"
-                scores = state_dict.get(key, layers[name].mask_scores[adapter_name])
+                scores = state_dict.get(key, scores_here[adapter_name])
                 if config.save_scores:
                     out[key] = scores
                 else:
@@ -102,7 +103,10 @@ class MaskFiles(AdapterFiles):
         config.mask_sha256 = mask_fingerprint(coded)
         # float16 rounds in another way than bfloat16, so that its fingerprint would match no other dtype's.
         is_half = any(layer.weight.dtype == torch.float16 for layer in layers.values())
-        config.base_fingerprint = None if is_half else base_fingerprint(layers.values())
+        if is_half:
+            config.base_fingerprint = None
+        else:
+            config.base_fingerprint = base_fingerprint(layers.values())
         config.base_quantisation = quantisation_of(layers.values())
         return out
 
@@ -123,7 +127,9 @@ class MaskFiles(AdapterFiles):
         # the best checkpoint, whose checksums are not in the configuration.
         was_new = config.is_new
         config.is_new = False
-        if was_new and not config.inference_mode:  # trained further: recipe and verdict are another mask's
+
+        # It will be trained further, and the recipe and verdict are those of the mask before.
+        if was_new and not config.inference_mode:
             config.recipe = None
         if was_new and config.inference_mode and config.mask_sha256 is None:
             raise UserError(
@@ -135,8 +141,8 @@ class MaskFiles(AdapterFiles):
         try:
             return _load_masks(model, config, adapter_name, state_dict, is_of_config)
         except UserError:
-            # Leave nothing of the adapter, so that another file may be loaded under its name. With an only adapter it
-            # was from_pretrained that called, and the caller gets no model at all.
+            # Leave nothing of the adapter, so that another file may be loaded under its name. If it is the only
+            # adapter, the caller is from_pretrained, which then returns no model at all.
             whole: Any = model
             if is_of_config and len(whole.peft_config) > 1:
                 whole.delete_adapter(adapter_name)
@@ -160,7 +166,8 @@ class MaskFiles(AdapterFiles):
         for name in ("base_model_name_or_path", "removed_value_model"):
             model = getattr(config, name)
             if model:
-                setattr(config, name, from_anywhere(model))  # a relative path is right in one working directory only
+                # A relative path would be right in one working directory only.
+                setattr(config, name, from_anywhere(model))
 
         file = folder / ADAPTER_WEIGHTS
         scores = config.scores_of_save
@@ -196,6 +203,7 @@ def _masks(
 
 
 def _check_not_empty(masks: Mapping[str, Tensor], config: MaskConfig) -> None:
+    """Raise if no weight is left, with the option that decides it in the learner at hand."""
     if any(bool(mask.any()) for mask in masks.values()):
         return
     if config.selection == "threshold":
@@ -209,6 +217,7 @@ def _check_not_empty(masks: Mapping[str, Tensor], config: MaskConfig) -> None:
 
 
 def _check_not_pickled(config: MaskConfig, folder: Path) -> None:
+    """Raise if PEFT has written a pickle, which ``safe_serialization=False`` asks for, or an older one is there."""
     pickled = folder / WEIGHTS_NAME
     if not pickled.is_file():
         return
@@ -250,7 +259,8 @@ def _load_masks(
     # For a resized vocabulary PEFT writes the weights of modules_to_save under two names, and reads one of them.
     own = f".modules_to_save.{adapter_name}."
     once = {}
-    hashed_weights = {}  # by the names under which the configuration has their checksums
+    # By the names under which the configuration has their checksums.
+    hashed_weights = {}
     for key, value in rest.items():
         name_in_file = key.replace(own, ".")
         hashed_weights[name_in_file] = value
@@ -270,7 +280,8 @@ def _load_masks(
             )
         check_weights(hashed_weights, config.weights_sha256)
     for name, layer in layers.items():
-        decode_mask(coded[name], name, layer.get_base_weight().shape)
+        shape = layer.get_base_weight().shape
+        decode_mask(coded[name], name, shape)
     _check_has_scores(layers, scores, adapter_name)
     if config.verify_base:
         check_base(layers.values(), config)
@@ -291,7 +302,8 @@ def _entries(state_dict: Mapping[str, Tensor], kind: str) -> StateDict:
     entries = {}
     for key, value in state_dict.items():
         if key.endswith(suffix):
-            entries[unwrapped_name(key.removesuffix(suffix))] = value
+            name = unwrapped_name(key.removesuffix(suffix))
+            entries[name] = value
     return entries
 
 
@@ -381,8 +393,11 @@ def check_weights(found: Mapping[str, Tensor], declared: Mapping[str, str] | Non
     """Raise unless ``declared``, from ``adapter_config.json``, has the checksums of the weights beside the masks."""
     expected = declared or {}
     sha256 = weights_sha256(found)
-    all_names = {*expected, *sha256}
-    different = sorted(name for name in all_names if expected.get(name) != sha256.get(name))
+    # A name that only one of the two has differs as well.
+    different = []
+    for name in sorted({*expected, *sha256}):
+        if expected.get(name) != sha256.get(name):
+            different.append(name)
     if different:
         raise UserError(
             f"weights_sha256 in adapter_config.json does not name these weights of the adapter file, or names others: "

@@ -61,13 +61,21 @@ def encode_mask(mask: Tensor) -> Tensor:
     if mask.dtype != torch.bool or mask.dim() != 2:
         raise ValueError(f"a mask must be a 2-D bool tensor, got {mask.dtype} with shape {tuple(mask.shape)}")
 
-    removed = ~mask.detach().cpu().contiguous().view(-1).numpy()
+    kept = mask.detach().cpu().contiguous().view(-1).numpy()
+    removed = ~kept
     packed = np.packbits(removed)
     num_removed = int(removed.sum())
 
     payload, coding = _smallest(packed, removed.size, num_removed)
     digest = _digest(mask.shape, num_removed, packed)
-    header = _HEADER.pack(_MAGIC, FORMAT_VERSION, coding, *mask.shape, num_removed, digest)
+    header = _HEADER.pack(
+        _MAGIC,
+        FORMAT_VERSION,
+        coding,
+        *mask.shape,
+        num_removed,
+        digest,
+    )
     return torch.frombuffer(bytearray(header + payload), dtype=torch.uint8)
 
 
@@ -80,8 +88,9 @@ def weights_sha256(weights: Mapping[str, Tensor]) -> dict[str, str]:
     """sha256 of each tensor's dtype, shape and bytes, by the module names of the unwrapped model."""
     checksums = {}
     for name, tensor in weights.items():
+        module = name.removeprefix(PREFIX)
         label = f"{tensor.dtype}{tuple(tensor.shape)}"
-        checksums[name.removeprefix(PREFIX)] = files.digest_tensors([(label, tensor)])
+        checksums[module] = files.digest_tensors([(label, tensor)])
     return checksums
 
 
@@ -103,7 +112,8 @@ def decode_mask(
     """
     data = _bytes(coded, name)
     shape, num_removed, digest, coding = _read_header(data, name)
-    numel = shape[0] * shape[1]
+    rows, columns = shape
+    numel = rows * columns
     payload = data[_HEADER.size :]
 
     # Before anything of the claimed size is allocated.
@@ -113,7 +123,7 @@ def decode_mask(
         )
     if expected is None and numel > _FREE_NUMEL + _NUMEL_PER_BYTE * len(payload):
         raise UserError(
-            f"{name} claims {shape[0]} x {shape[1]} weights in {len(data)} bytes; read it with its base model (--base)"
+            f"{name} claims {rows} x {columns} weights in {len(data)} bytes; read it with its base model (--base)"
         )
 
     try:
@@ -146,7 +156,8 @@ def check_claims(coded: Mapping[str, Tensor]) -> None:
     num_bytes = 0
     for name, data in coded.items():
         info = mask_info(data, name)
-        numel += info["shape"][0] * info["shape"][1]
+        rows, columns = info["shape"]
+        numel += rows * columns
         num_bytes += info["num_bytes"]
     if numel > _FREE_NUMEL_OF_ADAPTER + _NUMEL_PER_BYTE * num_bytes:
         raise UserError(
@@ -156,8 +167,10 @@ def check_claims(coded: Mapping[str, Tensor]) -> None:
 
 def mask_info(coded: Tensor, name: str = "mask") -> dict[str, Any]:
     """Header of a coded mask without decoding it: shape, num_removed, sha256 (hex), num_bytes."""
-    header = coded[: _HEADER.size] if coded.dim() else coded  # a scalar cannot be sliced, and _bytes raises for it
-    shape, num_removed, digest, _ = _read_header(_bytes(header, name), name)
+    # A scalar cannot be sliced, and _bytes raises for it.
+    header = coded[: _HEADER.size] if coded.dim() else coded
+    data = _bytes(header, name)
+    shape, num_removed, digest, _ = _read_header(data, name)
     return {
         "shape": shape,
         "num_removed": num_removed,
@@ -173,6 +186,7 @@ def _bytes(coded: Tensor, name: str) -> bytes:
 
 
 def _read_header(data: bytes, name: str) -> tuple[tuple[int, int], int, bytes, int]:
+    """Shape, number removed, sha256 and coding of a mask; raises unless they can be those of one."""
     if len(data) < _HEADER.size or data[:4] != _MAGIC:
         raise UserError(f"{name} is corrupted: it does not start with a mask header; fetch or save the adapter again")
     _, version, coding, rows, columns, num_removed, digest = _HEADER.unpack_from(data)
@@ -193,8 +207,10 @@ def _read_header(data: bytes, name: str) -> tuple[tuple[int, int], int, bytes, i
 
 
 def _digest(shape: Sequence[int], num_removed: int, packed: np.ndarray) -> bytes:
-    content = struct.pack("<HIIQ", _DIGEST_VERSION, *shape, num_removed) + packed.tobytes()
-    return bytes.fromhex(files.digest(content))
+    """sha256 of a mask, whatever its coding."""
+    numbers = struct.pack("<HIIQ", _DIGEST_VERSION, *shape, num_removed)
+    sha256 = files.digest(numbers + packed.tobytes())
+    return bytes.fromhex(sha256)
 
 
 # Codings of the packed mask
@@ -228,31 +244,40 @@ def _model(numel: int, num_removed: int) -> Any:
     # The probability of a byte depends on its number of ones alone: p^ones * (1 - p)^(8 - ones), p = removed / numel.
     by_ones = []
     for num_ones in range(9):
-        by_ones.append(num_removed**num_ones * num_kept ** (8 - num_ones) / numel**8)
+        num_zeros = 8 - num_ones
+        by_ones.append(num_removed**num_ones * num_kept**num_zeros / numel**8)
     probabilities = np.array([by_ones[byte.bit_count()] for byte in range(256)])
     # Both options have changed their default between releases, and the code with it.
-    return constriction.stream.model.Categorical(probabilities, perfect=False, lazy=False)
+    return constriction.stream.model.Categorical(
+        probabilities,
+        perfect=False,
+        lazy=False,
+    )
 
 
 def _write_ans(packed: np.ndarray, numel: int, num_removed: int) -> bytes:
     """Little-endian 32-bit words without the zero bytes at their end."""
     coder = constriction.stream.stack.AnsCoder()
     # The coder is a stack: encoded from the end, bytes are decoded from the start, and so in chunks.
-    coder.encode_reverse(packed.astype(np.int32), _model(numel, num_removed))
+    symbols = packed.astype(np.int32)
+    coder.encode_reverse(symbols, _model(numel, num_removed))
     words: np.ndarray = coder.get_compressed()
-    return words.astype("<u4").tobytes().rstrip(b"\0")
+    content = words.astype("<u4").tobytes()
+    return content.rstrip(b"\0")
 
 
 def _read_ans(payload: bytes, numel: int, num_removed: int) -> np.ndarray:
+    """The inverse of :func:`_write_ans`; raises some error if the payload is not of such a mask."""
     if num_removed in (0, numel):  # the mask is its header alone
-        return np.packbits(np.full(numel, num_removed > 0))
+        removed = np.full(numel, num_removed > 0)
+        return np.packbits(removed)
 
-    num_bytes = _num_packed_bytes(numel)
-    zeros_at_end = bytes(-len(payload) % 4)  # which _write_ans leaves out
-    words = np.frombuffer(payload + zeros_at_end, dtype="<u4").astype(np.uint32)
-    coder = constriction.stream.stack.AnsCoder(words)
+    zeros_at_end = bytes(-len(payload) % 4)  # left out by _write_ans
+    words = np.frombuffer(payload + zeros_at_end, dtype="<u4")
+    coder = constriction.stream.stack.AnsCoder(words.astype(np.uint32))
     model = _model(numel, num_removed)
 
+    num_bytes = _num_packed_bytes(numel)
     packed = np.empty(num_bytes, dtype=np.uint8)
     for start in range(0, num_bytes, _CHUNK):
         count = min(_CHUNK, num_bytes - start)

@@ -31,7 +31,8 @@ def check_base(layers: Iterable[MaskedLinear], config: Any) -> None:
     layers = list(layers)
     if config.base_fingerprint is None:
         return
-    if any(layer.weight.device.type == "meta" for layer in layers):
+    is_on_meta = any(layer.weight.device.type == "meta" for layer in layers)
+    if is_on_meta:
         warnings.warn("base weights are on the meta device; they are not checked against those of the mask's training")
         return
 
@@ -58,8 +59,10 @@ def check_base(layers: Iterable[MaskedLinear], config: Any) -> None:
 
 def quantisation_of(layers: Iterable[MaskedLinear]) -> str | None:
     """How the base weights of masked layers are stored, such as ``bitsandbytes nf4``; None: as floats."""
-    backends = (layer.quantization_backend for layer in layers)
-    kinds = {backend.backend_name for backend in backends if backend is not None}
+    kinds = set()
+    for layer in layers:
+        if layer.quantization_backend is not None:
+            kinds.add(layer.quantization_backend.backend_name)
     return ", ".join(sorted(kinds)) or None
 
 
@@ -81,6 +84,7 @@ def is_the_base(found: str, dtypes: Collection[torch.dtype], config: Any) -> boo
 
 def base_fingerprint(layers: Iterable[MaskedLinear]) -> str:
     """:func:`weights_fingerprint` of the masked base layers."""
+    # By name, so that the order in which a model registers its layers does not matter.
     layers = sorted(layers, key=lambda layer: layer.module_name)
     # Under FSDP2 the weights in memory are masked already, and the fingerprint was taken before.
     if layers and layers[0].masker.base_fingerprint is not None:
@@ -104,22 +108,18 @@ def weights_fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
 
 def _labelled(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     for name, weight in weights:
-        whole = _gathered(weight)
+        # FSDP2 leaves a DTensor on each rank, from which all ranks gather the whole weight.
+        if hasattr(weight, "full_tensor"):
+            weight = weight.full_tensor()
+        label = f"{name}{tuple(weight.shape)}"
         # IEEE 754: -0.0 + 0.0 is +0.0, and every other number is unchanged.
-        yield f"{name}{tuple(whole.shape)}", whole.to(torch.bfloat16) + 0.0
-
-
-def _gathered(weight: Tensor) -> Tensor:
-    """The whole weight; FSDP2 leaves a DTensor of it on each rank."""
-    if hasattr(weight, "full_tensor"):
-        return weight.full_tensor()
-    return weight
+        yield label, weight.to(torch.bfloat16) + 0.0
 
 
 def mask_fingerprint(coded: dict[str, Tensor]) -> str:
     """sha256 over the names and mask checksums of all modules; equal for equal masks, however they are coded."""
     parts = []
     for name in sorted(coded):
-        sha256 = mask_info(coded[name], name)["sha256"]
-        parts.append(f"{name}:{sha256};")
+        info = mask_info(coded[name], name)
+        parts.append(f"{name}:{info['sha256']};")
     return digest("".join(parts))

@@ -38,7 +38,8 @@ class MaskSet(dict[str, Tensor]):
 
     def __setitem__(self, name: str, mask: Tensor) -> None:
         if mask.dtype != torch.bool or mask.dim() != 2:
-            raise ValueError(f"{name}: a mask is a 2-D bool tensor, got {mask.dtype} with shape {tuple(mask.shape)}")
+            shape = tuple(mask.shape)
+            raise ValueError(f"{name}: a mask is a 2-D bool tensor, got {mask.dtype} with shape {shape}")
         super().__setitem__(name, mask)
 
     @property
@@ -49,7 +50,10 @@ class MaskSet(dict[str, Tensor]):
     @property
     def num_removed(self) -> int:
         """Number of weights removed."""
-        return sum(int((~mask).sum()) for mask in self.values())
+        total = 0
+        for mask in self.values():
+            total += int((~mask).sum())
+        return total
 
     @property
     def sparsity(self) -> float:
@@ -114,7 +118,7 @@ class AdapterConfig(schema.FileModel):
     verify_base: bool = True
     mask_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     weights_sha256: dict[str, str] | None = None
-    recipe: Annotated[dict[str, Any], BeforeValidator(lambda recipe: recipe or {})] = {}
+    recipe: Annotated[dict[str, Any], BeforeValidator(lambda recipe: recipe or {})] = {}  # null in a file is {} here
 
     @field_validator("format_version")
     @classmethod
@@ -149,11 +153,13 @@ def read_coded(folder: str | Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is not a readable safetensors file: {error}") from error
 
+    # The file may also hold scores, which are left out here.
     coded = {}
     weights = {}
     for key, value in tensors.items():
         if key.endswith(_SUFFIX):
-            coded[key.removeprefix(PREFIX).removesuffix(_SUFFIX)] = value
+            name = key.removeprefix(PREFIX).removesuffix(_SUFFIX)
+            coded[name] = value
         elif not is_of_mask(key):
             weights[key] = value
     if not coded:
