@@ -22,8 +22,9 @@ from ..masking import RankBy, score_gradient
 if TYPE_CHECKING:
     from .masker import FastMasker
 
-# All maskers by their numbers, while their layers live; and the numbers of those whose weight a graph reads.
+# All maskers by their numbers, while their layers live.
 _maskers: WeakValueDictionary[int, FastMasker] = WeakValueDictionary()
+# The numbers of those whose weight a graph reads.
 _in_graphs: set[int] = set()
 _numbers = itertools.count(1)
 
@@ -66,8 +67,12 @@ def linear(
     layer = masker.layer
     # The arguments of a function whose result is a constant have to be constants: numbers and text. The training mode
     # is among them so that the graph depends on it.
-    _refresh_at_trace(masker.number, str(dtype).removeprefix("torch."), layer.training)
+    dtype_name = str(dtype).removeprefix("torch.")
+    _refresh_at_trace(masker.number, dtype_name, layer.training)
     weight = cast(Tensor, masker.value)
+
+    # The plain way would compute the masked weight here. A graph cannot: selection reads numbers off the scores, so
+    # the graph takes the weight as it is, and only the way back to the scores is a part of it.
     scores = layer.mask_scores[name] if name in layer.mask_scores else None
     if scores is not None and scores.requires_grad and torch.is_grad_enabled():
         masked = _StraightThrough.apply(
@@ -79,7 +84,9 @@ def linear(
             layer.mask_configs[name].ranks_by,
         )
         weight = cast(Tensor, masked)
-    return F.linear(x, weight.t() if layer.is_transposed else weight, bias)
+    if layer.is_transposed:
+        weight = weight.t()
+    return F.linear(x, weight, bias)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -107,8 +114,10 @@ class _StraightThrough(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         scores, weight, *optional = ctx.saved_tensors
         slope = optional.pop(0) if ctx.has_slope else None
+        # The removed value, if there is one, is all that is left.
         difference = weight - optional[0] if optional else weight
-        gradient = score_gradient(grad.to(torch.float32), difference, scores, ctx.ranks_by)
+        grad = grad.to(torch.float32)
+        gradient = score_gradient(grad, difference, scores, ctx.ranks_by)
         if slope is not None:
             gradient = gradient * slope
         return None, gradient, None, None, None, None

@@ -20,7 +20,14 @@ from ..masking import num_removed
 from ..tuner import selection
 from ..tuner.masker import Masker, check_can_mask, check_scores
 from . import compiled
-from .selection import Near, keep_above_, keep_highest_, mask_without_lowest, row_parts, score_gradient_
+from .selection import (
+    Near,
+    keep_above_,
+    keep_highest_,
+    mask_without_lowest,
+    row_parts,
+    score_gradient_,
+)
 from .steps import num_optimizer_steps
 
 if TYPE_CHECKING:
@@ -81,16 +88,28 @@ class FastMasker(Masker):
         weight = self.weight(dtype)
         trained = {}
         for name in names:
-            if name in layer.mask_scores and layer.mask_scores[name].requires_grad:
-                trained[name] = layer.mask_scores[name]
+            scores = layer.mask_scores[name] if name in layer.mask_scores else None
+            if scores is not None and scores.requires_grad:
+                trained[name] = scores
+
         if not trained or not torch.is_grad_enabled():
-            return F.linear(x, weight.t() if layer.is_transposed else weight, bias)
+            if layer.is_transposed:
+                weight = weight.t()
+            return F.linear(x, weight, bias)
 
         # On a matrix, reshaped outside: a view that an autograd function returns cannot be changed in place, which
         # ReLU(inplace=True) after the layer does.
         x_TI = x.reshape(-1, x.shape[-1])
-        y_TO = cast(Tensor, _FastLinear.apply(x_TI, weight, bias, self, list(trained), *trained.values()))
-        return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
+        y_TO = _FastLinear.apply(
+            x_TI,
+            weight,
+            bias,
+            self,
+            list(trained),
+            *trained.values(),
+        )
+        y = y_TO.view(*x.shape[:-1], y_TO.shape[-1])
+        return cast(Tensor, y)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The masked weight, up to date; do not write to it."""
@@ -117,13 +136,15 @@ class FastMasker(Masker):
         """Equal versions, equal masks."""
         if adapter_name not in self.layer.mask_scores:
             return super().mask_version(adapter_name)
+        # As in _current_key.
         scores = self.layer.mask_scores[adapter_name]
+        config = self.layer.mask_configs[adapter_name]
         return (
             scores.data_ptr(),
             scores.device,
             _version(scores),
             num_optimizer_steps(),
-            self._phase(self.layer.mask_configs[adapter_name]),
+            self._phase(config),
             WeakIdRef(scores),
         )
 
@@ -136,9 +157,10 @@ class FastMasker(Masker):
         config = self.layer.mask_configs[adapter_name]
         is_alone = self.layer.active_masks == [adapter_name]
         is_shown = config.selection == "topk" and config.removed_value == "zero" and is_alone
-        if is_shown and self.value is not None:
-            return torch.eq(self.weight(self.value.dtype), 0)
-        return super().removed(adapter_name)
+        if not is_shown or self.value is None:
+            return super().removed(adapter_name)
+        weight = self.weight(self.value.dtype)
+        return torch.eq(weight, 0)
 
     def forget(self) -> None:
         """Free the weight and everything else that was computed from scores."""
@@ -168,8 +190,9 @@ class FastMasker(Masker):
         for name in layer.active_masks:
             if name not in layer.mask_scores or name in self.slopes:
                 continue
+            config = layer.mask_configs[name]
             scores = layer.mask_scores[name].detach()
-            slope = selection.hard_slope(layer.mask_configs[name], scores)
+            slope = selection.hard_slope(config, scores)
             if slope is not None:
                 self.slopes[name] = slope
 
@@ -255,7 +278,9 @@ class FastMasker(Masker):
         """
         out = self.value
         is_of_others = self._key is not None and self._key[0] != names
-        self._key = None  # until it is written
+        # No weight is up to date until this one is written: an error in between must not leave a half-written one.
+        self._key = None
+
         wanted = (weight.shape, dtype, weight.device)
         if out is None or is_of_others or (out.shape, out.dtype, out.device) != wanted:
             out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
@@ -267,14 +292,20 @@ class FastMasker(Masker):
         layer = self.layer
         config = layer.mask_configs[name]
         scores = check_scores(layer.mask_scores[name], layer.module_name, config)
+
+        # A soft gate: its slope is known now, and the backward pass needs it.
         if selection.is_soft(config, layer.training):
             noise = selection.draw_noise(config, layer.module_name, scores.shape, scores.device)
             gate, slope = selection.soft_gate(config, scores, noise)
             self.slopes[name] = slope
-            out.copy_(selection.blend(weight, gate, layer.removed_value(name)))
+            masked = selection.blend(weight, gate, layer.removed_value(name))
+            out.copy_(masked)
             return
+
+        # Removed weights take a value.
         if config.removed_value != "zero":
-            out.copy_(selection.blend(weight, self.mask(name), layer.removed_value(name)))
+            masked = selection.blend(weight, self.mask(name), layer.removed_value(name))
+            out.copy_(masked)
             return
 
         # Zeros are written without making a mask first.
@@ -323,6 +354,7 @@ class FastMasker(Masker):
         if grad_weight.dtype != torch.float32:
             out = torch.empty_like(grad_weight, dtype=torch.float32)
         for part in row_parts(scores):
+            scores_here = scores[part]
             gradient = out[part]
             if out is not grad_weight:
                 gradient.copy_(grad_weight[part])
@@ -331,19 +363,27 @@ class FastMasker(Masker):
             if signed_weight is not None:
                 gradient.mul_(signed_weight[part])
             else:
-                difference = weight[part] if removed_value is None else weight[part] - removed_value[part]
-                score_gradient_(gradient, difference, scores[part], config.ranks_by)
+                difference = weight[part]
+                if removed_value is not None:
+                    difference = difference - removed_value[part]
+                score_gradient_(gradient, difference, scores_here, config.ranks_by)
 
-            slope = selection.hard_slope(config, scores[part]) if slopes is None else slopes[part]
+            # The slope of the gate.
+            if slopes is None:
+                slope = selection.hard_slope(config, scores_here)
+            else:
+                slope = slopes[part]
             if slope is not None:
                 gradient.mul_(slope)
+
             # An entry that another mask removes does not depend on these scores.
             for removed in removed_by_others:
                 gradient.masked_fill_(removed[part], 0.0)
+
             if is_priced:
                 # As in Masker.add_price_: the slope of a soft gate has noise in it.
                 slope = None if selection.has_soft_gate(config) else slope
-                gradient.add_(selection.price_gradient(config, scores[part], scores.numel(), slope))
+                gradient.add_(selection.price_gradient(config, scores_here, scores.numel(), slope))
         return out
 
     def _is_priced(self, config: MaskConfig, name: str) -> bool:
@@ -379,8 +419,11 @@ class FastMasker(Masker):
         """
         is_on_cpu = scores.device.type == "cpu"
         is_signed = _keeps_signed_weight(config)
-        # One row of scores is enough to see whether the gate has a slope other than 1.
-        is_wanted = is_on_cpu if is_signed else selection.hard_slope(config, scores[:1]) is not None
+        if is_signed:
+            is_wanted = is_on_cpu
+        else:
+            # One row of scores is enough to see whether the gate has a slope other than 1.
+            is_wanted = selection.hard_slope(config, scores[:1]) is not None
         if not is_wanted:
             return None
 
@@ -404,7 +447,8 @@ class FastMasker(Masker):
             self._kept[name] = (key, None)
             return None
 
-        # Computed anew, into the tensor of the last step if there is one.
+        # Computed anew, into the tensor of the last step if there is one. Intermediate values have no names: each is
+        # freed before the next one is allocated, which then is the same memory, still in the cache.
         like = weight if is_signed else scores
         if factor is None or (factor.shape, factor.dtype) != (like.shape, like.dtype):
             factor = torch.empty_like(like)
@@ -437,7 +481,9 @@ class _FastLinear(torch.autograd.Function):
         # Before the backward pass another adapter may run: TRL's reference model does.
         ctx.active = tuple(masker.layer.active_masks)
         ctx.slopes = masker.slopes
-        return F.linear(x_TI, weight.t() if masker.layer.is_transposed else weight, bias)
+        if masker.layer.is_transposed:
+            weight = weight.t()
+        return F.linear(x_TI, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -446,15 +492,20 @@ class _FastLinear(torch.autograd.Function):
         masker = ctx.masker
         is_transposed = masker.layer.is_transposed
 
+        # The gradient of x is needed only if something before the layer is trained, that of the bias if the bias is.
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_y_TO.matmul(weight.t() if is_transposed else weight)
+            weight_OI = weight.t() if is_transposed else weight
+            grad_x = grad_y_TO.matmul(weight_OI)
         grad_bias = grad_y_TO.sum(0) if ctx.needs_input_grad[2] else None
 
         grad_scores = []
         for name, scores_of_name in zip(ctx.names, scores, strict=True):
             # dL/dW_eff in the layout of the weight; anew for each adapter, because score_gradient overwrites it.
-            grad_weight = x_TI.t().mm(grad_y_TO) if is_transposed else grad_y_TO.t().mm(x_TI)
+            if is_transposed:
+                grad_weight = x_TI.t().mm(grad_y_TO)
+            else:
+                grad_weight = grad_y_TO.t().mm(x_TI)
             gradient = masker.score_gradient(name, grad_weight, scores_of_name, ctx.slopes, ctx.active)
             grad_scores.append(gradient)
         return grad_x, None, grad_bias, None, None, *grad_scores
@@ -467,4 +518,6 @@ def _keeps_signed_weight(config: MaskConfig) -> bool:
 
 def _version(tensor: Tensor) -> int:
     """Count of writes to a tensor, kept by torch; tensors of ``torch.inference_mode()`` have none."""
-    return 0 if tensor.is_inference() else tensor._version
+    if tensor.is_inference():
+        return 0
+    return tensor._version

@@ -124,6 +124,7 @@ def keep_highest_(
     keep = remove_lowest(values, num - num_below)
     out.view(-1)[indices[~keep]] = 0
 
+    # The next call looks around the highest score that went.
     cut = values[~keep].amax().item()
     share = len(values) / total
     return _near(near, band, cut, share)
@@ -168,12 +169,13 @@ def _probable_bands(
 
     # The rank of the cut in the sample is binomial: the band is four standard deviations to each side.
     share = num / total
-    expected = share * len(sample)
-    spread = 4 * math.sqrt(len(sample) * share * (1 - share)) + 2
+    num_sampled = len(sample)
+    expected = share * num_sampled
+    spread = 4 * math.sqrt(num_sampled * share * (1 - share)) + 2
     first = int(expected - spread)
     last = int(expected + spread)
     low = sample.kthvalue(first).values.item() if first >= 1 else -math.inf
-    high = sample.kthvalue(last).values.item() if last <= len(sample) else math.inf
+    high = sample.kthvalue(last).values.item() if last <= num_sampled else math.inf
 
     num_in_band = (last - first) * stride
     is_wide = num_in_band >= _NARROWED_MIN_NUMEL and -math.inf < low < high < math.inf
@@ -187,9 +189,15 @@ def _probable_bands(
         error_of_density = abs(excess) / math.sqrt(last - first)
         margin = 4 * (error_of_number + error_of_density) + _ROWS
 
-        bounds = [middle + (excess - margin) / density, middle + (excess + margin) / density]
+        bounds = [
+            middle + (excess - margin) / density,
+            middle + (excess + margin) / density,
+        ]
+        # Rounded as the keys are, which are compared in float32.
         narrow_low, narrow_high = torch.tensor(bounds, dtype=torch.float32).tolist()
         yield max(low, narrow_low), min(high, narrow_high)
+
+    # The wide band, for a caller that did not find the cut in the narrow one.
     yield low, high
 
 
@@ -197,13 +205,20 @@ def _num_below(scores: Tensor, value: float, rank_by: RankBy) -> int:
     """How many scores of a matrix rank below ``value``."""
     flat = scores.detach().reshape(-1)
     found = 0
+    # One buffer for all chunks, so that it stays in the cache.
     buffer = torch.empty(min(CHUNK_NUMEL, len(flat)), dtype=torch.float32)
     for chunk in flat.split(CHUNK_NUMEL):
         below = buffer[: len(chunk)]
-        keys = torch.abs(chunk, out=below) if rank_by == "abs" else chunk.float()
-        # The sign bit of (key - value), spread over all bits, is -1 where a key is below: a sum counts them.
+        if rank_by == "abs":
+            keys = torch.abs(chunk, out=below)
+        else:
+            keys = chunk.float()
+
+        # The sign bit of (key - value), spread over all bits, is -1 where a key is below: a sum counts them. The plain
+        # way, (keys < value).sum(), counts flags, which is ten times slower.
         signs = torch.sub(keys, value, out=below).view(torch.int32)
-        found -= int(torch.bitwise_right_shift(signs, 31, out=signs).sum(dtype=torch.int32))
+        torch.bitwise_right_shift(signs, 31, out=signs)
+        found -= int(signs.sum(dtype=torch.int32))
     return found
 
 
@@ -239,9 +254,12 @@ def _split_(
     indices = [scores_flat.new_empty(0, dtype=torch.int64)]
     values = [torch.empty(0, device=device)]
 
-    # One chunk after the other on a CPU, the whole matrix on a GPU. Without scores, too, range() below needs a step of
-    # at least 1.
-    chunk = max(1, min(CHUNK_NUMEL, numel) if device.type == "cpu" else numel)
+    # One chunk after the other on a CPU, the whole matrix on a GPU.
+    chunk = numel
+    if device.type == "cpu":
+        chunk = min(CHUNK_NUMEL, numel)
+    # Without scores, too, range() below needs a step of at least 1.
+    chunk = max(1, chunk)
     keys_buffer = torch.empty(chunk, device=device)
     sign_buffer = torch.empty(chunk, device=device)
     # A key is in the band or above where it is greater than the float below the band.
@@ -250,6 +268,7 @@ def _split_(
     just_below = just_below.to(device)
 
     for start in range(0, numel, chunk):
+        # The same entries in the matrices, and in the buffers.
         part = slice(start, min(start + chunk, numel))
         here = slice(0, min(chunk, numel - start))
         if rank_by == "abs":
@@ -265,8 +284,11 @@ def _split_(
             found = _find_in_band(keys, low, high, signs, furthest)
             indices.append(found + start)
             values.append(keys[found])
-        # Nothing is below -inf, where the difference above is NaN for a key of -inf.
-        stays = signs.fill_(-1) if low == -math.inf else torch.bitwise_right_shift(signs, 31, out=signs)
+        if low == -math.inf:
+            # Nothing is below -inf, where the difference above is NaN for a key of -inf.
+            stays = signs.fill_(-1)
+        else:
+            stays = torch.bitwise_right_shift(signs, 31, out=signs)
         # A sum of -1, one for each that stays; exact in int32, and ten times faster than counting flags.
         num_below += len(keys) + int(stays.sum(dtype=torch.int32))
 
@@ -276,6 +298,7 @@ def _split_(
         if out.dtype == weight.dtype:
             torch.bitwise_and(bits, stays, out=out_flat[part].view(integer))
         else:
+            # In the dtype of the weight first, which the assignment then converts.
             out_flat[part] = stays.bitwise_and_(bits).view(weight.dtype)
     return num_below, torch.cat(indices), torch.cat(values)
 
@@ -326,9 +349,11 @@ def score_gradient_(
 
 def row_parts(matrix: Tensor) -> list[slice]:
     """Some rows at a time, few enough for the cache on a CPU; multiples of 32, where vector instructions end."""
+    num_rows = len(matrix)
     if matrix.device.type == "cpu":
-        rows_in_cache = CHUNK_NUMEL // max(1, matrix[:1].numel())
-        rows = max(32, rows_in_cache // 32 * 32)
+        numel_of_row = max(1, matrix[:1].numel())
+        rows_in_cache = CHUNK_NUMEL // numel_of_row
+        step = max(32, rows_in_cache // 32 * 32)
     else:
-        rows = len(matrix)
-    return [slice(start, start + rows) for start in range(0, len(matrix), max(1, rows))]
+        step = max(1, num_rows)
+    return [slice(start, start + step) for start in range(0, num_rows, step)]

@@ -29,5 +29,6 @@ def add_tensors(file: Path, added: Mapping[str, Tensor]) -> None:
     tensors = load_file(file)
     for name, value in added.items():
         tensors[name] = value.detach().cpu().contiguous()
-    save_file(tensors, file, metadata={"format": "pt"})  # as PEFT writes it
+    # With the metadata that PEFT writes.
+    save_file(tensors, file, metadata={"format": "pt"})
     files.use_default_modes(file.parent, file.name)

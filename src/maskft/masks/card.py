@@ -55,9 +55,10 @@ def write_card(folder: str | Path, config: Any) -> None:
     if not is_generated:
         return
 
+    # Tags such as those of add_model_tags are kept, but not PEFT's own, which name the base.
     metadata = ModelCard(text, ignore_metadata_errors=True).data
-    kept = getattr(metadata, "tags", None) or []  # such as those of add_model_tags
-    tags = [tag for tag in kept if not tag.startswith("base_model:")]  # PEFT's
+    old_tags = getattr(metadata, "tags", None) or []
+    tags = [tag for tag in old_tags if not tag.startswith("base_model:")]
     card = _card(Path(folder), config, tags)
     files.write_text(file, card)
 
@@ -66,7 +67,9 @@ def hub_name(base: str | None) -> str | None:
     """``base`` if it can only be a name on the hub, else None: a local folder may be named like one."""
     if base is None or not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
         return None
-    return None if files.is_there(base) else base
+    if files.is_there(base):
+        return None
+    return base
 
 
 def _card(folder: Path, config: Any, tags: list[str]) -> str:
@@ -74,12 +77,14 @@ def _card(folder: Path, config: Any, tags: list[str]) -> str:
     recipe = config.recipe or {}
     datasets = list(recipe.get("datasets") or ())
     is_causal = config.task_type == "CAUSAL_LM"
+    # Each once, in this order: a card that is written again has ours already.
+    all_tags = dict.fromkeys(["maskft", "mask-fine-tuning", *tags])
     front = ModelCardData(
         base_model=hub_name(config.base_model_name_or_path),
         datasets=datasets or None,
         library_name="peft",
         pipeline_tag="text-generation" if is_causal else None,
-        tags=list(dict.fromkeys(["maskft", "mask-fine-tuning", *tags])),  # each once, in this order
+        tags=list(all_tags),
     )
     lines = [
         _MARK,
@@ -94,28 +99,35 @@ def _card(folder: Path, config: Any, tags: list[str]) -> str:
 
 def _about(folder: Path, config: Any) -> Iterator[str]:
     """The base, how many weights are removed and replaced, and the verdict of its training."""
-    with safe_open(folder / layout.ADAPTER_WEIGHTS, "pt") as tensors:
-        names = [name for name in tensors.keys() if name.endswith(".mask_coded")]
-        infos = [mask_info(tensors.get_tensor(name), name) for name in names]
+    num_masks = 0
     removed = 0
     numel = 0
-    for info in infos:
-        rows, columns = info["shape"]
-        removed += info["num_removed"]
-        numel += rows * columns
+    with safe_open(folder / layout.ADAPTER_WEIGHTS, "pt") as tensors:
+        for name in tensors.keys():
+            if not name.endswith(".mask_coded"):
+                continue
+            info = mask_info(tensors.get_tensor(name), name)
+            rows, columns = info["shape"]
+            num_masks += 1
+            removed += info["num_removed"]
+            numel += rows * columns
 
     path = config.base_model_name_or_path or "a language model"
     base = _last_part(path)
     on_hub = hub_name(path)
-    shown = f"[{on_hub}](https://huggingface.co/{on_hub})" if on_hub else f"`{base}`"
+    if on_hub:
+        shown = f"[{on_hub}](https://huggingface.co/{on_hub})"
+    else:
+        shown = f"`{base}`"
     yield f"# A mask for {base}"
     yield ""
     yield f"[Mask Fine-Tuning]({PAPER}): of {shown}, this"
-    yield f"removes {removed:,} of {numel:,} weights ({removed / numel:.2%}) in {len(infos)} matrices."
+    yield f"removes {removed:,} of {numel:,} weights ({removed / numel:.2%}) in {num_masks} matrices."
     yield ""
 
     if config.removed_value == "base":
-        yield f"A removed weight takes its value in `{_last_part(config.removed_value_model or '')}`."
+        value_model = _last_part(config.removed_value_model or "")
+        yield f"A removed weight takes its value in `{value_model}`."
         yield ""
     if config.weights_sha256:
         replaced = ", ".join(f"`{printable(name)}`" for name in config.weights_sha256)
@@ -140,10 +152,18 @@ def _use(folder: Path, config: Any) -> Iterator[str]:
     else:
         load = _LOAD + _ASK
 
-    has_tokenizer = (folder / "tokenizer_config.json").is_file()
-    tokenizer = "adapter" if has_tokenizer else "model.peft_config['default'].base_model_name_or_path"
-    yield from ("## Use", "", f"It needs maskft ({HOW_TO_INSTALL.format('.')}).", "")
-    yield from ("```python", load.format(tokenizer=tokenizer), "```")
+    if (folder / "tokenizer_config.json").is_file():
+        tokenizer = "adapter"
+    else:
+        tokenizer = "model.peft_config['default'].base_model_name_or_path"
+    install = HOW_TO_INSTALL.format(".")
+    yield "## Use"
+    yield ""
+    yield f"It needs maskft ({install})."
+    yield ""
+    yield "```python"
+    yield load.format(tokenizer=tokenizer)
+    yield "```"
 
 
 def _training(config: Any, recipe: Mapping[str, Any]) -> Iterator[str]:
@@ -153,7 +173,11 @@ def _training(config: Any, recipe: Mapping[str, Any]) -> Iterator[str]:
     facts["base fingerprint"] = config.base_fingerprint or "not recorded"
     facts["mask fingerprint"] = config.mask_sha256
     facts["made with"] = f"maskft {__version__}"
-    yield from ("", "## How it was made", "", "| | |", "| --- | --- |")
+    yield ""
+    yield "## How it was made"
+    yield ""
+    yield "| | |"
+    yield "| --- | --- |"
     for name, value in facts.items():
         yield f"| {_cell(name)} | {_cell(str(value))} |"
 

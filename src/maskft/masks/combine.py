@@ -36,7 +36,8 @@ def combine_masks(mask_sets: Sequence[MaskSet], combination: str) -> MaskSet:
     Raises:
         UserError: If the masks of a module differ in shape, or nothing is left to remove.
     """
-    num_needed = COMBINATIONS[combination](len(mask_sets))
+    num_of = COMBINATIONS[combination]
+    num_needed = num_of(len(mask_sets))
     modules: dict[str, None] = {}  # a set in the order of the masks
     for masks in mask_sets:
         modules.update(dict.fromkeys(masks))
@@ -44,14 +45,17 @@ def combine_masks(mask_sets: Sequence[MaskSet], combination: str) -> MaskSet:
     combined = MaskSet()
     for module in modules:
         found = [masks[module] for masks in mask_sets if module in masks]
-        if len({mask.shape for mask in found}) > 1:
+        has_one_shape = all(mask.shape == found[0].shape for mask in found)
+        if not has_one_shape:
             shapes = " and ".join(str(tuple(mask.shape)) for mask in found)
             raise UserError(f"the masks of {module} have shapes {shapes}; combine masks of one base model")
 
-        num_removing = torch.stack([~mask for mask in found]).sum(dim=0)
         # With fewer masks than needed nothing is removed, and the module is left out.
-        if len(found) >= num_needed:
-            combined[module] = num_removing < num_needed
+        if len(found) < num_needed:
+            continue
+        removed = torch.stack([~mask for mask in found])
+        num_removing = removed.sum(dim=0)
+        combined[module] = num_removing < num_needed
 
     if combined.num_removed == 0:
         raise UserError(f"the {combination} of these {len(mask_sets)} masks removes nothing; try union")
@@ -115,18 +119,15 @@ def combine_adapters(
         new_config.save_pretrained(str(partial))
 
     unchecked = "" if new_config.base_fingerprint else "; the base's fingerprint is not recorded"
+    counts = "; ".join(f"{masks.num_removed:,}" for masks in mask_sets)
     return (
         f"{output_dir}: the {combination} of {len(adapters)} masks removes {combined.num_removed:,} of "
-        f"{combined.numel:,} weights in {len(combined)} modules ({_counts(mask_sets)}){unchecked}"
+        f"{combined.numel:,} weights in {len(combined)} modules ({counts} alone){unchecked}"
     )
 
 
-def _counts(mask_sets: Sequence[MaskSet]) -> str:
-    counts = [f"{masks.num_removed:,}" for masks in mask_sets]
-    return "; ".join(counts) + " alone"
-
-
 def _check_only_masks(adapter: str | Path, config: AdapterConfig) -> None:
+    """Raise for an adapter that does more than setting weights to zero."""
     if config.removed_value != "zero":
         raise UserError(
             f"adapter {str(adapter)!r} has removed_value={config.removed_value!r}; only masks that remove to zero can "
@@ -140,14 +141,16 @@ def _check_only_masks(adapter: str | Path, config: AdapterConfig) -> None:
 
 
 def _common_base(adapters: Sequence[str | Path], configs: Sequence[AdapterConfig]) -> str | None:
-    first = configs[0]
+    """The base that all adapters name; raises if they name several. That its weights are equal is checked later."""
+    first = configs[0].base_model_name_or_path
     for adapter, config in zip(adapters, configs, strict=True):
-        if config.base_model_name_or_path != first.base_model_name_or_path:
+        base = config.base_model_name_or_path
+        if base != first:
             raise UserError(
-                f"adapter {str(adapters[0])!r} is over {first.base_model_name_or_path!r} and {str(adapter)!r} over "
-                f"{config.base_model_name_or_path!r}; combine masks of one base model"
+                f"adapter {str(adapters[0])!r} is over {first!r} and {str(adapter)!r} over {base!r}; combine masks of "
+                "one base model"
             )
-    return first.base_model_name_or_path
+    return first
 
 
 def _base_fingerprint(
@@ -195,7 +198,8 @@ def _recipe(
 ) -> dict[str, Any]:
     """The recipe for the card: each part by its folder's name and its mask's fingerprint."""
     recipe = {"combination": f"{combination} of {len(adapters)} masks"}
-    for number, (adapter, config) in enumerate(zip(adapters, configs, strict=True), 1):
+    parts = zip(adapters, configs, strict=True)
+    for number, (adapter, config) in enumerate(parts, start=1):
         # Only the last part of the path: the card is published, and the rest is private.
         name = printable(Path(adapter).name)
         recipe[f"part {number}"] = f"{name} (mask fingerprint {config.mask_sha256})"

@@ -51,7 +51,9 @@ def load_masked(adapter: str | Path, base: str | None = None, dtype: str = "floa
     model = load_model(name, dtype, revision=revision)
     with one_line(adapter, f"does not fit {name!r}"):
         model = PeftModel.from_pretrained(model, str(adapter))
-    return model.eval(), adapter_tokenizer(adapter, name, revision=revision), name
+    model.eval()
+    tokenizer = adapter_tokenizer(adapter, name, revision=revision)
+    return model, tokenizer, name
 
 
 @contextmanager
@@ -62,9 +64,8 @@ def one_line(adapter: str | Path, problem: str) -> Iterator[None]:
     except UserError:
         raise
     except ONE_LINE as error:
-        raise UserError(
-            f"adapter {str(adapter)!r} {problem} ({type(error).__name__}: {first_line(error)}); check both"
-        ) from error
+        kind = type(error).__name__
+        raise UserError(f"adapter {str(adapter)!r} {problem} ({kind}: {first_line(error)}); check both") from error
 
 
 def merge(
@@ -101,8 +102,9 @@ def merge(
     config = read_config(adapter)
     model, tokenizer, _ = load_masked(adapter, base, dtype)
     layers = {}
-    for name, layer in adapter_layers(model).items():
-        layers[name.removeprefix(PREFIX)] = layer
+    for full_name, layer in adapter_layers(model).items():
+        name = full_name.removeprefix(PREFIX)
+        layers[name] = layer
     # A mask over a part of the change is a mask whose removed weights take values, in place of zero.
     if scale < 1:
         for layer in layers.values():
@@ -115,19 +117,22 @@ def merge(
     expected = _logits(model, probe)
 
     merged = model.merge_and_unload()
-    merged.config.use_cache = True  # a base that was trained further may say False, and generation would be slow
+    # A base that was trained further may say False, and generation would be slow.
+    merged.config.use_cache = True
     with files.whole_folder(output_dir) as partial:
         merged.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         files.use_default_modes(partial)
         # An error in these checks removes the folder.
-        written = load_model(str(partial), str(merged.dtype).removeprefix("torch."))
+        written_dtype = str(merged.dtype).removeprefix("torch.")
+        written = load_model(str(partial), written_dtype)
         _check_logits(written, probe, expected)
         _check_removed(written, masks, removed_values)
 
     target = "zero"
     if config.removed_value_model:
-        target = f"their value in {printable(Path(config.removed_value_model).name)}"
+        model_name = Path(config.removed_value_model).name
+        target = f"their value in {printable(model_name)}"
     share = "" if scale == 1 else f"{scale:g} of the way to "
     return (
         f"{output_dir}: {masks.num_removed:,} of {masks.numel:,} weights in {len(masks)} modules set to "
@@ -164,15 +169,20 @@ def _probe(model) -> torch.Tensor:
     longest = getattr(model.config, "max_position_embeddings", None) or _PROBE_TOKENS
     shape = (_PROBE_SEQUENCES, min(_PROBE_TOKENS, longest))
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, vocabulary, shape, generator=generator).to(model.device)
+    ids = torch.randint(0, vocabulary, shape, generator=generator)
+    return ids.to(model.device)
 
 
 @torch.inference_mode()
 def _logits(model, ids: torch.Tensor) -> torch.Tensor:
-    return model.eval()(input_ids=ids, use_cache=False).logits.cpu()
+    """Logits in evaluation mode, on the CPU; shape (num_sequences, T, vocabulary)."""
+    model.eval()
+    output = model(input_ids=ids, use_cache=False)
+    return output.logits.cpu()
 
 
 def _check_logits(written, probe: torch.Tensor, expected: torch.Tensor) -> None:
+    """Raise unless the written checkpoint computes the same bits."""
     found = _logits(written.to(probe.device), probe)
     if not torch.equal(found, expected):
         raise UserError("the written checkpoint does not give the masked model's logits bit for bit; it was deleted")

@@ -45,6 +45,8 @@ def summarize(folder: str | Path) -> AdapterSummary:
 def as_json(summary: AdapterSummary) -> dict[str, Any]:
     """The summary for programs: rows, total and the fields of the configuration, the recipe's as ``recipe.NAME``."""
     config = summary.config
+    replaced = sorted(config.weights_sha256) if config.weights_sha256 else None
+    recipe = {f"recipe.{key}": value for key, value in config.recipe.items()}
     return {
         "modules": summary.modules,
         "total": summary.total,
@@ -55,8 +57,8 @@ def as_json(summary: AdapterSummary) -> dict[str, Any]:
         "mask_sha256": config.mask_sha256,
         "format_version": config.format_version,
         "has_scores": config.save_scores,
-        "replaced_weights": sorted(config.weights_sha256) if config.weights_sha256 else None,
-        **{f"recipe.{key}": value for key, value in config.recipe.items()},
+        "replaced_weights": replaced,
+        **recipe,
     }
 
 
@@ -67,8 +69,13 @@ def module_rows(coded: Mapping[str, Tensor]) -> list[dict[str, Any]]:
         info = mask_info(coded[name], name)
         num_rows, num_columns = info["shape"]
         numel = num_rows * num_columns
-        sparsity = info["num_removed"] / numel
-        rows.append({"module": name, "numel": numel, "sparsity": sparsity, **info})
+        row = {
+            "module": name,
+            "numel": numel,
+            "sparsity": info["num_removed"] / numel,
+            **info,
+        }
+        rows.append(row)
     return rows
 
 
@@ -79,13 +86,16 @@ def summary_lines(summary: AdapterSummary, all_modules: bool = False) -> list[st
         summary: The summary.
         all_modules: A row per module; else modules of one name and shape in several layers share a row.
     """
-    rows = summary.modules if all_modules else _by_kind(summary.modules)
+    rows = summary.modules
+    if not all_modules:
+        rows = _by_kind(rows)
     cells = [("module", "shape", "weights", "removed", "share", "bits/weight")]
     cells += [_cells(row) for row in rows]
     cells.append(_cells({"module": "total", **summary.total}))
 
     # Names to the left of their column, numbers to the right.
-    width_of_names, *widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    columns = zip(*cells, strict=True)
+    width_of_names, *widths = [max(map(len, column)) for column in columns]
     lines = []
     for name, *numbers in cells:
         padded = [name.ljust(width_of_names)]
@@ -96,6 +106,7 @@ def summary_lines(summary: AdapterSummary, all_modules: bool = False) -> list[st
     rule = "-" * len(head)
     table = [head, rule, *body, rule, total]
 
+    # Below the table, the facts: name and value, wrapped.
     facts = []
     for name, value in _facts(summary).items():
         fact = f"{name}: {printable(value)}"
@@ -115,6 +126,7 @@ def _in_layer_order(name: str) -> list[tuple[int, str]]:
 
 
 def _sum(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The counts of several rows added up, and the sparsity over all of them."""
     total: dict[str, Any] = {}
     for key in _COUNTS:
         total[key] = sum(row[key] for row in rows)
@@ -126,28 +138,36 @@ def _by_kind(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Join the rows of modules that differ in the index of their layer only: ``model.layers.*.mlp.up_proj``."""
     kinds: dict[tuple[str, tuple[int, int]], list[dict[str, Any]]] = {}
     for row in rows:
-        parts = row["module"].split(".")
-        name = ".".join("*" if _INDEX.fullmatch(part) else part for part in parts)
+        parts = ["*" if _INDEX.fullmatch(part) else part for part in row["module"].split(".")]
         # Modules of one name may differ in shape, in models whose layers are not all of one size.
-        kinds.setdefault((name, row["shape"]), []).append(row)
+        kind = (".".join(parts), row["shape"])
+        kinds.setdefault(kind, []).append(row)
 
     joined = []
     for (name, shape), members in kinds.items():
         if len(members) == 1:
             joined.append(members[0])
         else:
-            joined.append({"module": f"{name} ({len(members)})", "shape": shape, **_sum(members)})
+            row = {
+                "module": f"{name} ({len(members)})",
+                "shape": shape,
+                **_sum(members),
+            }
+            joined.append(row)
     return joined
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """A row of the table as text; the total has no shape."""
+    shape = " x ".join(str(size) for size in row.get("shape", ()))
+    bits_per_weight = 8 * row["num_bytes"] / row["numel"]
     return (
         printable(row["module"]),
-        " x ".join(str(size) for size in row.get("shape", ())),
+        shape,
         f"{row['numel']:,}",
         f"{row['num_removed']:,}",
         f"{row['sparsity']:.2%}",
-        f"{8 * row['num_bytes'] / row['numel']:.3f}",
+        f"{bits_per_weight:.3f}",
     )
 
 

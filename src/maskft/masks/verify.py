@@ -42,7 +42,8 @@ def verify(adapter: str | Path, base: str | None = None) -> list[str]:
         for name, data in coded.items():
             decode_mask(data, name)
     passed.append("sha256 of every mask matches")
-    passed.append(_check_counts(module_rows(coded), config))
+    counts = _check_counts(module_rows(coded), config)
+    passed.append(counts)
 
     if base is not None:
         passed += _check_fit(adapter, base, config)
@@ -58,16 +59,18 @@ def _check_fit(adapter: str | Path, base: str, config: AdapterConfig) -> list[st
         check_base(adapter_layers(model).values(), config)
 
     # Both lines say whether the weights were compared, or only their shapes.
+    passed = []
     if config.base_fingerprint is None:
-        known = "match; its weights: not checked, none recorded"
+        passed.append(f"fits {base}: names, shapes match; its weights: not checked, none recorded")
     else:
-        known = "and base fingerprint match"
-    passed = [f"fits {base}: names, shapes {known}"]
+        passed.append(f"fits {base}: names, shapes and base fingerprint match")
 
     if config.removed_value == "base":
-        is_checked = config.verify_base and config.removed_value_fingerprint
-        known = "and fingerprint match" if is_checked else "match; its weights: not checked"
-        passed.append(f"removed weights are those of {config.removed_value_model}: shapes {known}")
+        source = config.removed_value_model
+        if config.verify_base and config.removed_value_fingerprint:
+            passed.append(f"removed weights are those of {source}: shapes and fingerprint match")
+        else:
+            passed.append(f"removed weights are those of {source}: shapes match; its weights: not checked")
     return passed
 
 
@@ -80,7 +83,8 @@ def _check_counts(rows: list[dict[str, Any]], config: AdapterConfig) -> str:
     if is_of_each_matrix:
         sparsity = current_sparsity(config)
         for row in rows:
-            if row["num_removed"] != num_removed(row["numel"], sparsity):
+            expected = num_removed(row["numel"], sparsity)
+            if row["num_removed"] != expected:
                 raise UserError(
                     f"{row['module']} does not remove the share sparsity={sparsity} asks for; the adapter is damaged"
                 )
