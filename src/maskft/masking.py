@@ -48,12 +48,13 @@ def topk_mask(scores: Tensor, sparsity: float, rank_by: RankBy = "abs") -> Tenso
     """
     keys = ranking_keys(scores, rank_by)
     num = num_removed(scores.numel(), sparsity)
-    return remove_lowest(keys, num).view(scores.shape)
+    mask = remove_lowest(keys, num)
+    return mask.view(scores.shape)
 
 
 def remove_lowest(keys: Tensor, num: int) -> Tensor:
     """Mask of the flat float32 ``keys`` that removes exactly the ``num`` lowest; of equal ones the first go first."""
-    check_not_nan(keys)
+    check_not_nan(keys)  # kthvalue would rank NaN above every number
     if num == 0:
         return torch.ones_like(keys, dtype=torch.bool)
     cut = keys.kthvalue(num).values
@@ -84,7 +85,8 @@ def score_gradient(
 
 def check_sparsity(sparsity: float) -> float:
     """Return ``sparsity`` if it is a fraction removed in [0, 1), else raise :class:`UserError`."""
-    is_number = isinstance(sparsity, int | float) and not isinstance(sparsity, bool)  # in Python a bool is an int
+    # In Python a bool is an int, and False would pass for 0.
+    is_number = isinstance(sparsity, int | float) and not isinstance(sparsity, bool)
     if not is_number or not 0.0 <= sparsity < 1.0:
         raise UserError(
             f"sparsity is {sparsity!r}; it is the fraction of weights removed and must be in [0, 1): 0.1 removes 10 %"
@@ -94,7 +96,8 @@ def check_sparsity(sparsity: float) -> float:
 
 def num_removed(numel: int, sparsity: float) -> int:
     """Number of entries a mask of ``numel`` entries removes: ``round(sparsity * numel)``, as torch's pruning rounds."""
-    return round(check_sparsity(sparsity) * numel)
+    share = check_sparsity(sparsity)
+    return round(share * numel)
 
 
 def ranking_keys(scores: Tensor, rank_by: RankBy = "abs") -> Tensor:
@@ -102,7 +105,8 @@ def ranking_keys(scores: Tensor, rank_by: RankBy = "abs") -> Tensor:
     flat = scores.detach().reshape(-1).float()
     if rank_by == "abs":
         return flat.abs()
-    return flat + 0.0  # makes 0.0 of -0.0, so that equal keys have equal bits
+    # Adding 0.0 turns -0.0 into 0.0, so that equal keys have equal bits.
+    return flat + 0.0
 
 
 def check_not_nan(keys: Tensor) -> Tensor:
@@ -131,7 +135,10 @@ def initial_scores(
         value: Value of ``constant``.
     """
     if start == "magnitude":
-        return spread_by_rank(weight.detach().float().abs(), std)
+        magnitude = weight.detach().float().abs()
+        return spread_by_rank(magnitude, std)
+
+    # On the CPU, so that the draw does not depend on the device.
     scores = torch.empty(weight.shape)
     if start == "normal":
         scores.normal_(0.0, std, generator=generator)
@@ -143,10 +150,13 @@ def initial_scores(
 def spread_by_rank(keys: Tensor, std: float) -> Tensor:
     """Scores in the order of ``keys`` (ties in index order), evenly over (0, std * sqrt(12)): the lowest go first."""
     order = ranking_keys(keys, "signed").argsort(stable=True).cpu()
+    num = len(order)
     # A uniform distribution on (0, w) has the standard deviation w / sqrt(12).
-    step = std * math.sqrt(12) / len(order)
+    step = std * math.sqrt(12) / num
     # In float64, because float32 cannot count beyond 2^24 entries.
-    values = torch.arange(1, len(order) + 1, dtype=torch.float64) * step
+    values = torch.arange(1, num + 1, dtype=torch.float64) * step
+
+    # The entry with the lowest key gets the lowest value, and so on.
     scores = torch.empty(keys.shape)
     scores.view(-1)[order] = values.float()
     return scores.to(keys.device)

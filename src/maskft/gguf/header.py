@@ -6,6 +6,7 @@ places; rewriting a head needs the places of its keys, so they are walked here.
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from dataclasses import dataclass
@@ -19,12 +20,14 @@ from .zero_codes import FORMATS
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _COUNTS = struct.Struct("<4sIQQ")  # magic, version, number of tensors, number of metadata keys
-_ALIGNMENT = 32  # unless general.alignment says otherwise
+# Unless the metadata has another one.
+_ALIGNMENT_KEY = "general.alignment"
+_ALIGNMENT = 32
 # GGUF's numbers of the types of metadata values.
 STRING = 8
 ARRAY = 9
 UINT64 = 10
-# Of scalars -> struct's code.
+# The types of scalars -> struct's code.
 _SCALARS = {
     0: "B",  # uint8
     1: "b",  # int8
@@ -38,6 +41,17 @@ _SCALARS = {
     11: "q",  # int64
     12: "d",  # float64
 }
+
+
+# Errors that bytes of a damaged head can raise while they are read as lengths, types, texts and numbers.
+_DAMAGED = (
+    struct.error,
+    ValueError,
+    TypeError,
+    KeyError,
+    ArithmeticError,
+    MemoryError,
+)
 
 
 @dataclass(frozen=True)
@@ -84,7 +98,7 @@ class GgufHead:
     @property
     def alignment(self) -> int:
         """The tensors' data starts at a multiple of this many bytes."""
-        return int(self.metadata.get("general.alignment", _ALIGNMENT))
+        return int(self.metadata.get(_ALIGNMENT_KEY, _ALIGNMENT))
 
 
 class _Cursor:
@@ -95,11 +109,13 @@ class _Cursor:
         self.at = 0
 
     def take(self, form: str) -> tuple:
+        """Values in the format of struct, little-endian."""
         values = struct.unpack_from(f"<{form}", self.data, self.at)
         self.at += struct.calcsize(f"<{form}")
         return values
 
     def string(self) -> str:
+        """A text: its length in bytes, and UTF-8."""
         (length,) = self.take("Q")
         content = self.data[self.at : self.at + length]
         if len(content) != length:
@@ -117,7 +133,8 @@ class _Cursor:
 
         element_kind, length = self.take("IQ")
         if element_kind in _SCALARS:
-            return self.take(f"{length}{_SCALARS[element_kind]}")
+            code = _SCALARS[element_kind]
+            return self.take(f"{length}{code}")
         if element_kind != STRING:
             raise ValueError(f"an array of type {element_kind}")
         # A vocabulary: the only way to its end leads over every length.
@@ -145,15 +162,16 @@ def read_head(path: str | Path) -> GgufHead:
     with path.open("rb") as file:
         if file.read(4) != MAGIC:
             raise UserError(f"{str(path)!r} is not a GGUF file: it does not start with the letters GGUF")
+        # Mapped into memory, so that only the pages of the head are read.
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
                 head = _walk(path, data)
             except UserError:
                 raise
-            except (struct.error, ValueError, TypeError, KeyError, ArithmeticError, MemoryError) as error:
+            except _DAMAGED as error:
+                kind = type(error).__name__
                 raise UserError(
-                    f"{str(path)!r} is cut or damaged: its head cannot be read ({type(error).__name__}: {error}); "
-                    "download it again"
+                    f"{str(path)!r} is cut or damaged: its head cannot be read ({kind}: {error}); download it again"
                 ) from error
     _check_whole(head)
     return head
@@ -188,25 +206,38 @@ def _walk(path: Path, data: mmap.mmap) -> GgufHead:
         found.append((name, shape, kind, offset))
     infos = (infos_start, cursor.at)
 
-    alignment = int(metadata.get("general.alignment", _ALIGNMENT))
+    alignment = int(metadata.get(_ALIGNMENT_KEY, _ALIGNMENT))
     if alignment < 1:
-        raise ValueError(f"general.alignment is {alignment}")
+        raise ValueError(f"{_ALIGNMENT_KEY} is {alignment}")
     data_start = -(-cursor.at // alignment) * alignment  # rounded up
 
     tensors = {}
     for name, shape, kind, offset in found:
-        tensors[name] = TensorPlace(shape, kind, data_start + offset, _num_bytes(shape, kind))
-    return GgufHead(path, len(data), metadata, keys, tensors, infos, data_start, version)
+        tensors[name] = TensorPlace(
+            shape=shape,
+            kind=kind,
+            start=data_start + offset,
+            num_bytes=_num_bytes(shape, kind),
+        )
+    return GgufHead(
+        path=path,
+        file_bytes=len(data),
+        metadata=metadata,
+        keys=keys,
+        tensors=tensors,
+        infos=infos,
+        data_start=data_start,
+        version=version,
+    )
 
 
 def _num_bytes(shape: tuple[int, ...], kind: int) -> int | None:
+    """Bytes of a tensor; None if its type has no format here."""
     form = FORMATS.get(kind)
     if form is None:
         return None
-    numel = 1
-    for size in shape:
-        numel *= size
-    return numel // form.block_size * form.block_bytes
+    num_blocks = math.prod(shape) // form.block_size
+    return num_blocks * form.block_bytes
 
 
 def _check_whole(head: GgufHead) -> None:
@@ -218,7 +249,9 @@ def _check_whole(head: GgufHead) -> None:
             "llama-gguf-split --merge FIRST_PART WHOLE"
         )
     for name, place in head.tensors.items():
-        end = place.start + (place.num_bytes or 0)  # of an unknown type only the start is checked
+        # Of an unknown type only the start is checked.
+        num_bytes = place.num_bytes or 0
+        end = place.start + num_bytes
         if end > head.file_bytes:
             raise UserError(
                 f"{str(head.path)!r} is cut: {name} ends at byte {end:,}, the file at {head.file_bytes:,}; "
@@ -252,18 +285,28 @@ def head_bytes(
     for key, value in (added or {}).items():
         keys.append(_key_bytes(key, value))
 
-    counts = _COUNTS.pack(MAGIC, head.version, len(head.tensors), len(keys))
-    content = counts + b"".join(keys) + old[infos_start:infos_end]
+    counts = _COUNTS.pack(
+        MAGIC,
+        head.version,
+        len(head.tensors),
+        len(keys),
+    )
+    infos = old[infos_start:infos_end]
+    content = b"".join([counts, *keys, infos])
     padding = bytes(-len(content) % head.alignment)
     return content + padding
 
 
 def _key_bytes(key: str, value: str | int) -> bytes:
+    """A metadata key: its name, the type of the value, the value."""
+    name = _text_bytes(key)
     if isinstance(value, int):
-        return _text_bytes(key) + struct.pack("<IQ", UINT64, value)
-    return _text_bytes(key) + struct.pack("<I", STRING) + _text_bytes(value)
+        return name + struct.pack("<IQ", UINT64, value)
+    return name + struct.pack("<I", STRING) + _text_bytes(value)
 
 
 def _text_bytes(text: str) -> bytes:
+    """A text: its length in bytes, and UTF-8."""
     content = text.encode("utf-8")
-    return struct.pack("<Q", len(content)) + content
+    length = struct.pack("<Q", len(content))
+    return length + content

@@ -15,13 +15,29 @@ from .zero_codes import why_no_zero
 
 # llama.cpp's converter permutes the rows of queries and keys of these; the rest lies as in transformers.
 _PERMUTED = ("llama", "mistral3")
-_AS_IN_TRANSFORMERS = ("gemma", "gemma2", "gemma3", "phi3", "qwen2", "qwen3")
+_AS_IN_TRANSFORMERS = (
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "phi3",
+    "qwen2",
+    "qwen3",
+)
 ARCHITECTURES = (*_PERMUTED, *_AS_IN_TRANSFORMERS)
-_MAX_BLOCKS = 2_000  # of layers; gguf makes a table of names for each
+# Most decoder layers of a file: gguf builds a table of names for each, and a damaged file may claim billions.
+_MAX_BLOCKS = 2_000
 # Part of a tensor's name -> the metadata key of its number of heads, behind "ARCHITECTURE.attention.".
-_HEADS = {"attn_q": "head_count", "attn_k": "head_count_kv"}
+_HEADS = {
+    "attn_q": "head_count",
+    "attn_k": "head_count_kv",
+}
 # Part of a tensor's name -> the tensor that some converters fuse it into.
-_FUSED = {"attn_q": "attn_qkv", "attn_k": "attn_qkv", "attn_v": "attn_qkv", "ffn_gate": "ffn_up"}
+_FUSED = {
+    "attn_q": "attn_qkv",
+    "attn_k": "attn_qkv",
+    "attn_v": "attn_qkv",
+    "ffn_gate": "ffn_up",
+}
 
 
 def find_tensors(head: GgufHead, modules: Mapping[str, tuple[int, int]]) -> dict[str, str]:
@@ -67,13 +83,13 @@ def _tensor_names(head: GgufHead, modules: Iterable[str]) -> dict[str, str]:
             f"{str(head.path)!r} holds a {architecture!r} model; maskft knows the order of weights in "
             f"{', '.join(sorted(ARCHITECTURES))}"
         )
-    number = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    numbers = {name: number for number, name in MODEL_ARCH_NAMES.items()}
     num_blocks = head.metadata.get(f"{architecture}.block_count")
     if not isinstance(num_blocks, int) or not 0 < num_blocks <= _MAX_BLOCKS:
         raise UserError(
             f"{str(head.path)!r} is damaged: {architecture}.block_count is {num_blocks}, and must be a number of layers"
         )
-    known = get_tensor_name_map(number, num_blocks)
+    known = get_tensor_name_map(numbers[architecture], num_blocks)
 
     # Two modules in one tensor (fused projections) cannot be masked apart.
     names = {}
@@ -94,6 +110,7 @@ def _tensor_names(head: GgufHead, modules: Iterable[str]) -> dict[str, str]:
 
 
 def _why_missing(head: GgufHead, tensor: str) -> str:
+    """The likely reason why a file does not have a tensor, to follow a message."""
     block, _, part = tensor.removesuffix(".weight").rpartition(".")
     fused = _FUSED.get(part)
     if fused is not None and f"{block}.{fused}.weight" in head.tensors:
@@ -123,6 +140,7 @@ def from_file_order(head: GgufHead, tensor: str, matrix: Tensor) -> Tensor:
     num_heads = _heads(head, tensor)
     if num_heads is None:
         return matrix
+    # Rows by (head, pair, which of the pair) become rows by (head, which of the pair, pair).
     num_columns = matrix.shape[1]
     pairs = matrix.reshape(num_heads, -1, 2, num_columns)
     return pairs.transpose(1, 2).reshape(matrix.shape)
@@ -137,9 +155,12 @@ def _heads(head: GgufHead, tensor: str) -> int | None:
 
     key = f"{architecture}.attention.{_HEADS[part]}"
     # A model without groups of heads need not name the number of its keys' heads.
-    value = head.metadata.get(key, head.metadata.get(f"{architecture}.attention.head_count"))
+    num_query_heads = head.metadata.get(f"{architecture}.attention.head_count")
+    value = head.metadata.get(key, num_query_heads)
+
     num_rows = head.tensors[tensor].shape[0]
-    is_valid = isinstance(value, int) and value >= 1 and num_rows % (2 * value) == 0
+    is_number = isinstance(value, int) and value >= 1
+    is_valid = is_number and num_rows % (2 * value) == 0
     if not is_valid:
         raise UserError(f"{str(head.path)!r}: {key} is {value}, which does not divide the rows of {tensor} into heads")
     return value
@@ -155,8 +176,14 @@ def dequantised(head: GgufHead, tensor: str) -> Tensor:
     quantization = GGMLQuantizationType(place.kind)
     # Not place.num_bytes, which is not known of types without a zero level.
     block_size, block_bytes = GGML_QUANT_SIZES[quantization]
-    num_bytes = math.prod(place.shape) // block_size * block_bytes
-    raw = np.fromfile(head.path, dtype=np.uint8, count=num_bytes, offset=place.start)
+    num_blocks = math.prod(place.shape) // block_size
+    num_bytes = num_blocks * block_bytes
+    raw = np.fromfile(
+        head.path,
+        dtype=np.uint8,
+        count=num_bytes,
+        offset=place.start,
+    )
     values = dequantize(raw, quantization).reshape(place.shape)
     copied = np.array(values, dtype=np.float32)  # of plain floats, dequantize returns a view
     matrix = torch.from_numpy(copied)

@@ -167,8 +167,17 @@ def _formats_of_256() -> dict[int, Format]:
         zero=4,
         code_bytes=1,
         fields=(
-            Field(32 + 32 * half + lane, 2 * quarter, width=2),
-            Field(lane, 4 * half + quarter, width=1, offset=2),
+            Field(
+                byte_of=32 + 32 * half + lane,
+                shift_of=2 * quarter,
+                width=2,
+            ),
+            Field(
+                byte_of=lane,
+                shift_of=4 * half + quarter,
+                width=1,
+                offset=2,
+            ),
         ),
     )
     # 128 bytes of nibbles, 64 bytes of pairs of high bits, then scales: (high, low) = (2, 0) is 32 - 32.
@@ -179,8 +188,17 @@ def _formats_of_256() -> dict[int, Format]:
         zero=32,
         code_bytes=1,
         fields=(
-            Field(64 * half + 32 * (quarter % 2) + lane, 4 * (quarter // 2), width=4),
-            Field(128 + 32 * half + lane, 2 * quarter, width=2, offset=4),
+            Field(
+                byte_of=64 * half + 32 * (quarter % 2) + lane,
+                shift_of=4 * (quarter // 2),
+                width=4,
+            ),
+            Field(
+                byte_of=128 + 32 * half + lane,
+                shift_of=2 * quarter,
+                width=2,
+                offset=4,
+            ),
         ),
     )
     return {11: q3_k, 14: q6_k}
@@ -215,10 +233,12 @@ def read_codes(blocks: Tensor, form: Format) -> Tensor:
     Returns:
         Shape (num_blocks, block_size), int32; of four-byte floats the bit pattern, which may be negative.
     """
-    codes = torch.zeros(len(blocks), form.block_size, dtype=torch.int32, device=blocks.device)
+    device = blocks.device
+    codes = torch.zeros(len(blocks), form.block_size, dtype=torch.int32, device=device)
     for field in form.fields:
-        byte_of = field.byte_of.to(blocks.device)
-        shift_of = field.shift_of.to(blocks.device)
+        byte_of = field.byte_of.to(device)
+        shift_of = field.shift_of.to(device)
+        # The bits of the field move to the lowest places of an integer, and the others are cut off.
         bits = blocks[:, byte_of].int() >> shift_of.int()
         all_bits = 2**field.width - 1
         codes |= (bits & all_bits) << field.offset
@@ -239,21 +259,25 @@ def write_codes(
         where: Which weights get one, shape (num_blocks, block_size), bool.
         form: The format.
     """
+    device = blocks.device
     for field in form.fields:
+        byte_of = field.byte_of.to(device)
         all_bits = 2**field.width - 1
         # Weights that share a byte have different shifts: one shift at a time, no byte is written twice.
         for shift in field.shift_of.unique().tolist():
-            weights = (field.shift_of == shift).nonzero().squeeze(1).to(blocks.device)
-            places = field.byte_of.to(blocks.device)[weights]
+            weights = (field.shift_of == shift).nonzero().squeeze(1)
+            weights = weights.to(device)
+            places = byte_of[weights]
 
             # The bits of the new codes, where they belong in a byte.
             if isinstance(codes, int):
                 bits_of_code = (codes >> field.offset) & all_bits
-                bits = torch.tensor(bits_of_code << shift, dtype=torch.uint8, device=blocks.device)
+                bits = torch.tensor(bits_of_code << shift, dtype=torch.uint8, device=device)
             else:
                 bits_of_codes = (codes[:, weights] >> field.offset) & all_bits
                 bits = (bits_of_codes << shift).to(torch.uint8)
 
+            # Only the bits of the field change, and only in the weights that get a code.
             other_bits = 0xFF ^ (all_bits << shift)
             old = blocks[:, places]
             new = (old & other_bits) | bits
@@ -269,13 +293,16 @@ def write_zeros(rows: Tensor, removed: Tensor, form: Format) -> None:
         form: The format.
     """
     blocks = rows.view(-1, form.block_bytes)
-    write_codes(blocks, form.zero, removed.reshape(-1, form.block_size), form)
+    where = removed.reshape(-1, form.block_size)
+    write_codes(blocks, form.zero, where, form)
 
 
 def removed_codes(rows: Tensor, removed: Tensor, form: Format) -> Tensor:
     """Codes of the removed weights in row order, shape (num_removed,), int32; see :func:`write_zeros`."""
-    codes = read_codes(rows.view(-1, form.block_bytes), form)
-    return codes[removed.reshape(-1, form.block_size)]
+    blocks = rows.view(-1, form.block_bytes)
+    where = removed.reshape(-1, form.block_size)
+    codes = read_codes(blocks, form)
+    return codes[where]
 
 
 def restore_codes(
@@ -285,24 +312,28 @@ def restore_codes(
     form: Format,
 ) -> None:
     """Write back the codes that :func:`removed_codes` read before :func:`write_zeros`, in place."""
+    blocks = rows.view(-1, form.block_bytes)
     where = removed.reshape(-1, form.block_size)
+    # A code for each weight, of which only the removed ones are written.
     full = torch.zeros(where.shape, dtype=torch.int32, device=where.device)
     full[where] = codes.to(where.device)
-    write_codes(rows.view(-1, form.block_bytes), full, where, form)
+    write_codes(blocks, full, where, form)
 
 
 def codes_to_bytes(codes: Tensor, form: Format) -> bytes:
     """Codes (int32) as little-endian bytes, ``code_bytes`` each."""
     as_bytes = codes.contiguous().view(torch.uint8).view(-1, 4)
     # On a little-endian machine the bytes of a small code come first, and the others are zero.
-    return as_bytes[:, : form.code_bytes].contiguous().numpy().tobytes()
+    stored = as_bytes[:, : form.code_bytes].contiguous()
+    return stored.numpy().tobytes()
 
 
 def codes_from_bytes(content: bytes, form: Format) -> Tensor:
     """The inverse of :func:`codes_to_bytes`; shape (num_codes,), int32."""
     if not content:  # torch.frombuffer takes no empty buffer
         return torch.zeros(0, dtype=torch.int32)
-    stored = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(-1, form.code_bytes)
+    flat = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    stored = flat.view(-1, form.code_bytes)
     as_bytes = torch.zeros(len(stored), 4, dtype=torch.uint8)
     as_bytes[:, : form.code_bytes] = stored
     return as_bytes.view(torch.int32).squeeze(1)
@@ -317,7 +348,7 @@ def why_no_zero(tensor: str, kind: int) -> str | None:
     """
     if kind in FORMATS:
         return None
-    part = tensor.removesuffix(".weight").rpartition(".")[2]
+    _, _, part = tensor.removesuffix(".weight").rpartition(".")
     return (
         f"{tensor} is {type_name(kind)}, which has no code for zero; quantise the model with "
         f"`llama-quantize --tensor-type {part}=q5_0` (these have one: {', '.join(NAMES_WITH_ZERO)})"

@@ -59,6 +59,7 @@ def hard_concrete_gate(scores: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     # Stretched beyond [0, 1] and clipped, so that the gate is exactly 0 or 1 with a probability above 0.
     share = torch.sigmoid((scores + noise) / BETA)
     stretched = share * (ZETA - GAMMA) + GAMMA
+    # Where it is clipped, the gate is constant.
     is_inside = (stretched > 0) & (stretched < 1)
     slope = share * (1 - share) * ((ZETA - GAMMA) / BETA) * is_inside
     return stretched.clamp(0, 1), slope
@@ -66,12 +67,15 @@ def hard_concrete_gate(scores: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
 
 def hard_concrete_kept_slope(scores: Tensor) -> Tensor:
     """d/ds of the probability that a hard concrete gate is not 0, Eq. 12 of https://arxiv.org/abs/1712.01312."""
-    return sigmoid_slope(scores - BETA * math.log(-GAMMA / ZETA), 1.0)
+    shift = BETA * math.log(-GAMMA / ZETA)
+    return sigmoid_slope(scores - shift, 1.0)
 
 
 def _gumbel(config: MaskConfig, scores: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`gumbel_gate` with the sharpness and temperature at this point of training."""
     temperature = scheduled(config, config.temperature, config.temperature_end)
-    return gumbel_gate(scores, noise, current_sharpness(config), temperature)
+    sharpness = current_sharpness(config)
+    return gumbel_gate(scores, noise, sharpness, temperature)
 
 
 register_learner(

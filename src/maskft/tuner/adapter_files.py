@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from .config import MaskConfig
 
 StateDict = dict[str, Tensor]
-_SCORES = ".mask_scores"  # in the names of trained parameters
+# A part of the names of trained parameters.
+_SCORES = ".mask_scores"
 
 
 class AdapterFiles:
@@ -51,7 +52,8 @@ class AdapterFiles:
         Raises:
             UserError: If the adapter was loaded as a mask, so that it has no scores.
         """
-        if not any(_SCORES in name for name in of_peft):
+        has_scores = any(_SCORES in name for name in of_peft)
+        if not has_scores:
             raise UserError(
                 f"adapter {adapter_name!r} has no scores to save; if it was loaded as a coded mask, call "
                 "maskft.masks.enable() and save it so"
@@ -81,7 +83,8 @@ class AdapterFiles:
         Raises:
             UserError: If the file has no scores: PEFT would keep the scores that the adapter began with.
         """
-        if not any(_SCORES in name for name in state_dict):
+        has_scores = any(_SCORES in name for name in state_dict)
+        if not has_scores:
             raise UserError(
                 "the adapter file has no scores; if it holds coded masks, call maskft.masks.enable() and load it again"
             )

@@ -9,7 +9,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    ClassVar,
+    Literal,
+    Self,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from peft.config import PeftConfig
 from torch import Tensor, nn
@@ -27,7 +35,8 @@ from .selection import LEARNERS, is_free, learner_options, names_with
 RemovedValues = Callable[["MaskConfig", nn.Module], dict[str, Tensor]]
 REMOVED_VALUES: dict[str, RemovedValues] = {"zero": lambda config, model: {}}
 
-DATA_STARTS = ("wanda",)  # values of `init_scores` that need training rows
+# Values of `init_scores` that need training rows.
+DATA_STARTS = ("wanda",)
 
 
 class MaskPeftType(str, Enum):  # noqa: UP042 - PEFT's own PeftType is (str, Enum), and code compares the two
@@ -53,7 +62,11 @@ def _option(
         is_of_removal: Whether the field decides or describes which weights are removed. An adapter that removes no
             weight keeps the default.
     """
-    metadata = {"help": text, "is_option": is_option, "is_of_removal": is_of_removal}
+    metadata = {
+        "help": text,
+        "is_option": is_option,
+        "is_of_removal": is_of_removal,
+    }
     return field(default=default, metadata=metadata)
 
 
@@ -228,14 +241,16 @@ class MaskConfig(PeftConfig):
         self._check_choices()
         self._check_numbers()
         self._check_layers()
-        if not self._is_saved:  # a saved adapter was checked when it was made
+        # A saved adapter was checked when it was created.
+        if not self._is_saved:
             self._check_effects()
         self._check_combinations()
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write ``adapter_config.json``; PEFT has written the tensors of the adapter before."""
         save = super().save_pretrained
-        adapter_files().save_config(self, Path(save_directory), lambda: save(save_directory, **kwargs))
+        files = adapter_files()
+        files.save_config(self, Path(save_directory), lambda: save(save_directory, **kwargs))
 
     @property
     def ranks_by(self) -> RankBy:
@@ -257,7 +272,8 @@ class MaskConfig(PeftConfig):
         start = LEARNERS[self.selection].start
         if start is None:  # the learner does not cut at 0
             return 0.0
-        return max(2 * self.init_std, start(self))
+        least = start(self)
+        return max(2 * self.init_std, least)
 
     @property
     def starts_from_data(self) -> bool:
@@ -268,7 +284,8 @@ class MaskConfig(PeftConfig):
     def beside_preset(self) -> dict[str, Any]:
         """Fields whose value differs from ``preset``, because it was given beside it."""
         changed = {}
-        for name, value_of_preset in PRESETS.get(str(self.preset), {}).items():
+        preset = PRESETS.get(str(self.preset), {})
+        for name, value_of_preset in preset.items():
             value = getattr(self, name)
             if value != value_of_preset:
                 changed[name] = value
@@ -280,12 +297,12 @@ class MaskConfig(PeftConfig):
         return self.mask_sha256 is not None
 
     def _apply_preset(self) -> None:
+        """Fill in the preset's values of fields that were not given."""
         if self.preset is None or self._is_saved:
             return
         if self.preset not in PRESETS:
-            raise UserError(
-                f"preset is {self.preset!r}{did_you_mean(self.preset, PRESETS)}; choose one of: {', '.join(PRESETS)}"
-            )
+            hint = did_you_mean(self.preset, PRESETS)
+            raise UserError(f"preset is {self.preset!r}{hint}; choose one of: {', '.join(PRESETS)}")
         preset = PRESETS[self.preset]
 
         # Positional arguments have no name in `given`; one that matters differs from its default.
@@ -293,13 +310,16 @@ class MaskConfig(PeftConfig):
         for name in preset:
             if name in self.given or getattr(self, name) != _default(name):
                 given.add(name)
-        selection = self.selection if "selection" in given else preset["selection"]
+        selection = preset["selection"]
+        if "selection" in given:
+            selection = self.selection
 
         # Another learner may be given beside the preset: options that it does not read are left out, because
         # `_check_effects` would raise for them.
         unread: set[str] = set()
         if selection in LEARNERS:
-            unread = set(learner_options()) - set(LEARNERS[selection].options)
+            options = LEARNERS[selection].options
+            unread = set(learner_options()) - set(options)
         if not is_free(selection):
             unread.add("init_value")
 
@@ -309,14 +329,17 @@ class MaskConfig(PeftConfig):
 
     def _normalize(self) -> None:
         """Give fields the types that PEFT reads and JSON has."""
+        # Sorted, because sets of strings have another order in each process.
         if isinstance(self.target_modules, tuple | set):
-            self.target_modules = sorted(self.target_modules)  # sets of strings have another order in each process
-        if isinstance(self.modules_to_save, str):  # PEFT would take its letters for names
+            self.target_modules = sorted(self.target_modules)
+        # PEFT would take the letters of a string for names.
+        if isinstance(self.modules_to_save, str):
             self.modules_to_save = [self.modules_to_save]
         if isinstance(self.layers_to_transform, range | tuple):
             self.layers_to_transform = list(self.layers_to_transform)
 
     def _check_choices(self) -> None:
+        """Raise for a value that is not among the choices of its field."""
         # The choices of a Literal are in its annotation, those of registries grow as learners join.
         choices_of: dict[str, tuple[str, ...]] = {}
         for name, kind in get_type_hints(type(self)).items():
@@ -328,12 +351,21 @@ class MaskConfig(PeftConfig):
         for name, choices in choices_of.items():
             value = getattr(self, name)
             if value not in choices:
-                raise UserError(
-                    f"{name} is {value!r}{did_you_mean(str(value), choices)}; choose one of: {', '.join(choices)}"
-                )
+                hint = did_you_mean(str(value), choices)
+                raise UserError(f"{name} is {value!r}{hint}; choose one of: {', '.join(choices)}")
 
     def _check_numbers(self) -> None:
-        for name in ("init_std", "sparsity_ramp", "price", "mask_seed", "threshold", "sharpness", "temperature"):
+        """Raise for values that are no numbers, or are outside of their range."""
+        names = (
+            "init_std",
+            "sparsity_ramp",
+            "price",
+            "mask_seed",
+            "threshold",
+            "sharpness",
+            "temperature",
+        )
+        for name in names:
             value = getattr(self, name)
             if not isinstance(value, int | float):
                 raise UserError(f"{name} is {value!r}; it must be a number")
@@ -366,6 +398,7 @@ class MaskConfig(PeftConfig):
             )
 
     def _check_layers(self) -> None:
+        """Raise for choices of layers that PEFT would read in another way than they look, or not at all."""
         for name in ("target_modules", "exclude_modules"):
             pattern = getattr(self, name)
             if isinstance(pattern, str):
@@ -382,7 +415,8 @@ class MaskConfig(PeftConfig):
             return
         if self.layers_to_transform == []:
             raise UserError("layers_to_transform is empty, which PEFT takes for all layers; name one, or leave it out")
-        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+        is_expression = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        if is_expression:
             raise UserError(
                 f"layers_to_transform has no effect beside a regular expression in target_modules "
                 f"({self.target_modules!r}): name the layers in the expression, or give a list of names"
@@ -392,8 +426,10 @@ class MaskConfig(PeftConfig):
         """Raise for fields that were given and would change nothing."""
         options_of_learner = LEARNERS[self.selection].options
         for name in learner_options():
+            if name in options_of_learner:
+                continue
             value = getattr(self, name)
-            if value != _default(name) and name not in options_of_learner:
+            if value != _default(name):
                 raise UserError(
                     f"{name}={value!r} has no effect with selection={self.selection!r}; it goes with {names_with(name)}"
                 )
@@ -407,12 +443,14 @@ class MaskConfig(PeftConfig):
 
     def _check_combinations(self) -> None:
         """Raise for settings that are valid by themselves, but together remove nothing, remove all, or never train."""
-        if self.selection == "threshold" and self.rank_by == "abs" and self.threshold <= 0:
+        cuts_magnitudes = self.selection == "threshold" and self.rank_by == "abs"
+        if cuts_magnitudes and self.threshold <= 0:
             raise UserError(
                 f"threshold is {self.threshold} and rank_by is 'abs': no magnitude is below it, so nothing would be "
                 "removed; set rank_by='signed', or a threshold above 0"
             )
-        if self.init_scores == "constant" and self.ranks_by == "abs" and self.start_value == 0:
+        starts_at_zero = self.init_scores == "constant" and self.start_value == 0
+        if starts_at_zero and self.ranks_by == "abs":
             raise UserError(
                 "init_scores='constant' with init_value=0 and rank_by='abs' never trains: the gradient is 0 at score 0;"
                 " set init_value or rank_by='signed'"
@@ -445,4 +483,5 @@ class MaskConfig(PeftConfig):
 
 
 def _default(name: str) -> Any:
+    """Default of a field of MaskConfig."""
     return MaskConfig.__dataclass_fields__[name].default

@@ -88,7 +88,8 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         # Other code asks linear layers for their sizes.
         for name in ("in_features", "out_features", "nf", "nx"):
             if hasattr(base_layer, name):
-                setattr(self, name, getattr(base_layer, name))
+                size = getattr(base_layer, name)
+                setattr(self, name, size)
         if isinstance(base_layer, Conv1D):
             self.in_features = base_layer.nx
             self.out_features = base_layer.nf
@@ -112,21 +113,24 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         # Scores take 4 bytes a weight: an adapter that is only applied does without them, unless its file holds scores.
         needs_scores = not config.inference_mode or adapter_files().loads_scores
         if needs_scores:
-            self.mask_scores[adapter_name] = nn.Parameter(self.fresh_scores(config))
+            scores = self.fresh_scores(config)
+            self.mask_scores[adapter_name] = nn.Parameter(scores)
 
         # The frozen reference of preference training starts as a copy of the adapter that is trained.
         source = config.copy_of
         if source in self.saved_masks:
             self.saved_masks[adapter_name] = self.saved_masks[source]
         if source in self.mask_scores and adapter_name in self.mask_scores:
-            self.mask_scores[adapter_name].data.copy_(self.mask_scores[source].data)
+            scores_of_source = self.mask_scores[source].data
+            self.mask_scores[adapter_name].data.copy_(scores_of_source)
 
         # As PEFT's layers do: it sets requires_grad of the new scores.
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def fresh_scores(self, config: MaskConfig) -> Tensor:
         """Scores to start from; the same at every call."""
-        return draw_scores(config, self.get_unmerged_weight(), self.module_name)
+        weight = self.get_unmerged_weight()
+        return draw_scores(config, weight, self.module_name)
 
     # Weights
 
@@ -135,7 +139,8 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         if self.quantization_backend is not None:
             return self.quantization_backend.get_base_weight(self.base_layer)
         # PEFT takes `.data`. A detached tensor also shares the version counter of the parameter, which caches compare.
-        return cast(Tensor, self.base_layer.weight).detach()
+        weight = cast(Tensor, self.base_layer.weight)
+        return weight.detach()
 
     def get_unmerged_weight(self) -> Tensor:
         """Weight of the base layer as it was before any mask was merged into it."""
@@ -180,7 +185,8 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
             return self.masker.mask(adapter_name)
         if adapter_name in self.saved_masks:
             shape = self.get_base_weight().shape
-            return self.saved_masks[adapter_name].mask(shape).to(self.weight.device)
+            mask = self.saved_masks[adapter_name].mask(shape)
+            return mask.to(self.weight.device)
         raise UserError(
             f"adapter {adapter_name!r} has no mask in {self.module_name}: load it with PeftModel.from_pretrained or "
             "PeftModel.load_adapter (transformers' own model.load_adapter and add_adapter cannot read masks)"
@@ -190,8 +196,10 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         """Values that removed weights take, dtype and device of the weight; None: zero."""
         if adapter_name not in self.removed_values:
             return None
-        value = self.removed_values[adapter_name].to(self.weight.device, self.get_base_dtype())
-        self.removed_values[adapter_name] = value  # moved once
+        value = self.removed_values[adapter_name]
+        value = value.to(self.weight.device, self.get_base_dtype())
+        # Kept, so that it is moved once.
+        self.removed_values[adapter_name] = value
         return value
 
     # Forward
@@ -236,10 +244,13 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
             dtype = torch.get_autocast_dtype(x.device.type)
             x = x.to(dtype)
         elif self.quantization_backend is not None:
-            dtype = x.dtype  # as quantised layers do: int8 and GGUF dequantise to float32, in models of bfloat16 too
+            # As quantised layers do: int8 and GGUF dequantise to float32, in models of bfloat16 too.
+            dtype = x.dtype
         else:
             dtype = self.get_base_dtype()
-        bias = None if self.bias is None else self.bias.to(dtype)
+        bias = self.bias
+        if bias is not None:
+            bias = bias.to(dtype)
         return self.masker.linear(x, bias, dtype)
 
     def get_base_dtype(self) -> torch.dtype:
@@ -341,7 +352,8 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.")
             return
 
-        while self.merged_adapters:  # latest first, see get_unmerged_weight
+        # Latest first, see get_unmerged_weight.
+        while self.merged_adapters:
             name = self.merged_adapters.pop()
             removed, values, codes = self._merge_stash.pop(name)
             if self.quantization_backend is not None:
@@ -358,8 +370,9 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         if self.place is None:
             return
 
+        # The parent is a weak reference, and None if the model is gone.
         parent, name = self.place
-        outer = getattr(parent(), name, self)  # the parent is a weak reference, and None if the model is gone
+        outer = getattr(parent(), name, self)
         if outer is not self and isinstance(outer, BaseTunerLayer):
             if outer.merged:  # PEFT has just merged it: leave the weight as it was before the call
                 outer.unmerge()
@@ -398,15 +411,19 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
             return
         scores = self.mask_scores[adapter_name]
         target = torch.device(device or self.weight.device)
-        if "meta" not in (target.type, scores.device.type):  # a tensor on the meta device has no data to move
+        # A tensor on the meta device has no data to move.
+        if "meta" not in (target.type, scores.device.type):
             scores.data = scores.data.to(target)
 
     def __getstate__(self) -> dict[str, Any]:
         """State for ``copy.deepcopy`` and ``pickle``, without the three attributes that belong to this object alone."""
         state = dict(self.__dict__)
-        state["cached_masker"] = None  # holds this layer; __setstate__ makes another
-        state["place"] = None  # a weak reference; MaskModel.__setstate__ sets that of the copy
-        state["mixed_batch"] = MixedBatchCache()  # its keys are ids of objects of this layer
+        # It holds this layer; __setstate__ creates another.
+        state["cached_masker"] = None
+        # It holds a weak reference; MaskModel.__setstate__ sets that of the copy.
+        state["place"] = None
+        # Its keys are ids of objects of this layer.
+        state["mixed_batch"] = MixedBatchCache()
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -443,4 +460,5 @@ def _forget(layer: MaskedLinear, keys: Any) -> None:
 
 def _put_back(weight: Tensor, removed: Tensor, values: Tensor) -> None:
     """Write kept values over removed entries, also after the model was moved or cast."""
-    weight[removed.to(weight.device)] = values.to(weight.device, weight.dtype)
+    removed = removed.to(weight.device)
+    weight[removed] = values.to(weight.device, weight.dtype)

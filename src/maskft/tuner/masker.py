@@ -57,7 +57,9 @@ class Masker:
             dtype: Dtype to compute in: that of the weight, or that of autocast.
         """
         weight = self._masked_weight(dtype)
-        return F.linear(x, weight.t() if self.layer.is_transposed else weight, bias)
+        if self.layer.is_transposed:
+            weight = weight.t()
+        return F.linear(x, weight, bias)
 
     @torch.no_grad()
     def weight(self, dtype: torch.dtype) -> Tensor:
@@ -108,14 +110,30 @@ class Masker:
 
         for name in layer.active_masks:
             removed_value = layer.removed_value(name)
-            if name not in layer.mask_scores:  # loaded for inference
-                weight = selection.blend(weight, layer.get_mask(name), removed_value)
+
+            # A mask that was loaded for inference: nothing is trained.
+            if name not in layer.mask_scores:
+                mask = layer.get_mask(name)
+                weight = selection.blend(weight, mask, removed_value)
                 continue
 
             config = layer.mask_configs[name]
             scores = check_scores(layer.mask_scores[name], layer.module_name, config)
-            gate, slope = selection.gate_and_slope(config, scores.detach(), layer.module_name, layer.training)
-            weight = _StraightThrough.apply(weight, scores, gate, slope, removed_value, self, name)
+            gate, slope = selection.gate_and_slope(
+                config,
+                scores.detach(),
+                layer.module_name,
+                layer.training,
+            )
+            weight = _StraightThrough.apply(
+                weight,
+                scores,
+                gate,
+                slope,
+                removed_value,
+                self,
+                name,
+            )
 
         return weight.to(dtype)
 
@@ -128,7 +146,8 @@ class Masker:
     ) -> Tensor:
         """Add the gradient of ``price``, to the first backward pass of an optimizer step only."""
         config = self.layer.mask_configs[name]
-        if config.price > 0 and self._is_first_backward(name):
+        is_priced = config.price > 0 and self._is_first_backward(name)
+        if is_priced:
             # The relaxed number of kept weights takes the slope of a hard gate; a soft gate's has noise in it.
             slope = None if selection.has_soft_gate(config) else slope
             gradient += selection.price_gradient(config, scores, scores.numel(), slope)
@@ -140,8 +159,9 @@ class Masker:
         A layer that is used twice in one forward pass comes here twice before autograd fills ``.grad``, so the number
         of the backward pass is kept; torch.utils.checkpoint uses the same number.
         """
+        # A gradient of zeros is none: zero_grad(set_to_none=False) leaves it behind.
         scores = self.layer.mask_scores[name]
-        has_gradient = scores.grad is not None and bool(scores.grad.any())  # zero_grad(set_to_none=False) leaves zeros
+        has_gradient = scores.grad is not None and bool(scores.grad.any())
         if has_gradient:
             return False
 
@@ -197,7 +217,9 @@ class _StraightThrough(torch.autograd.Function):
 
         # dL/ds = dL/dW_eff * (W - R) * sign(s) * slope: see selection.py, and Eq. 5 in masking.py.
         if ctx.needs_input_grad[1]:
-            difference = weight if removed_value is None else weight - removed_value
+            difference = weight
+            if removed_value is not None:
+                difference = weight - removed_value
             grad_scores = score_gradient(grad, difference, scores, ctx.ranks_by)
             if slope is not None:
                 grad_scores = grad_scores * slope
@@ -214,12 +236,14 @@ def check_scores(scores: Tensor, module_name: str, config: MaskConfig) -> Tensor
         raise UserError(
             f"the scores of {module_name} were cast to {scores.dtype}; masks are ranked in float32, undo the cast"
         )
-    # Scores that wait for data are NaN throughout, so that one entry tells. A slice, because there may be none.
-    if config.starts_from_data and bool(scores.detach().view(-1)[:1].isnan().any()):
-        raise UserError(
-            f"the scores of {module_name} hold NaN: training diverged, or init_scores={config.init_scores!r} got no "
-            "data: maskft.start_scores(model, maskft.wanda_keys(model, rows)), which maskft train does by itself"
-        )
+    if config.starts_from_data:
+        # Scores that wait for data are all NaN, so that the first entry is enough. A slice, because there may be none.
+        first = scores.detach().view(-1)[:1]
+        if bool(first.isnan().any()):
+            raise UserError(
+                f"the scores of {module_name} hold NaN: training diverged, or init_scores={config.init_scores!r} got "
+                "no data: maskft.start_scores(model, maskft.wanda_keys(model, rows)), which maskft train does by itself"
+            )
     return scores
 
 

@@ -104,7 +104,11 @@ class BatchPlan:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # "Sparse CSR tensor support is in beta state"
                 self.matrices[dtype] = torch.sparse_csr_tensor(
-                    self.offsets, self.columns, self.values_in(dtype), self.shape, check_invariants=False
+                    self.offsets,
+                    self.columns,
+                    self.values_in(dtype),
+                    self.shape,
+                    check_invariants=False,
                 )
         return self.matrices[dtype]
 
@@ -114,7 +118,10 @@ class BatchPlan:
         tensors = [self.offsets, self.columns, *self.values.values()]
         if self.base_weight is not None:
             tensors.append(self.base_weight)
-        tensors += [weight for weight in self.base_weights.values() if weight is not self.base_weight]
+        # In its own dtype the base weight is the same tensor.
+        for weight in self.base_weights.values():
+            if weight is not self.base_weight:
+                tensors.append(weight)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -179,9 +186,12 @@ def adapter_names_for_layers(
 
     # generate() puts the copies of a row next to each other, as repeat_interleave does.
     num_copies = _copies_of_a_row(generate_kwargs)
-    repeated = [name for name in names for _ in range(num_copies)]
+    repeated = []
+    for name in names:
+        repeated += [name] * num_copies
 
     encoder_modules = _encoder_modules(model) if num_copies > 1 else set()
+    # A hook on each layer, because the modules between the model and its layers do not pass unknown arguments on.
     handles = []
     for module in model.modules():
         # AuxiliaryTrainingWrapper: PEFT's copies of modules_to_save, which choose one per row themselves.
@@ -221,17 +231,20 @@ def _copies_of_a_row(generate_kwargs: dict[str, Any]) -> int:
 
 
 def _encoder_modules(model: BaseTuner) -> set[nn.Module]:
+    """All modules of the encoder; none if the model has only a decoder."""
     inner = cast(Any, model.model)
     config = getattr(inner, "config", None)
     has_encoder = getattr(config, "is_encoder_decoder", False)
     if not has_encoder:
         return set()
-    return set(inner.get_encoder().modules())
+    encoder = inner.get_encoder()
+    return set(encoder.modules())
 
 
 def _check_model(model: BaseTuner, adapter_names: Sequence[str]) -> None:
     """Check all that does not depend on the input, before the first layer runs."""
-    if isinstance(adapter_names, str) or not all(isinstance(name, str) for name in adapter_names):
+    is_list = not isinstance(adapter_names, str) and all(isinstance(name, str) for name in adapter_names)
+    if not is_list:
         raise UserError(f"adapter_names is {adapter_names!r}; give a list with one adapter name per row of the batch")
     if model.training:
         raise UserError(
@@ -244,12 +257,14 @@ def _check_model(model: BaseTuner, adapter_names: Sequence[str]) -> None:
     loaded: set[str] = set()
     for layer in masked:
         loaded.update(layer.mask_configs)
+    # Each name once, in the order of the rows.
     asked = dict.fromkeys(name for name in adapter_names if name != BASE)
     for name in asked:
         if name not in loaded:
+            hint = did_you_mean(name, loaded)
+            known = ", ".join(sorted(loaded))
             raise UserError(
-                f"adapter_names has {name!r}, which is not loaded{did_you_mean(name, loaded)}; loaded: "
-                f"{', '.join(sorted(loaded))} (and {BASE} for no mask)"
+                f"adapter_names has {name!r}, which is not loaded{hint}; loaded: {known} (and {BASE} for no mask)"
             )
 
     for layer in masked:
@@ -257,13 +272,15 @@ def _check_model(model: BaseTuner, adapter_names: Sequence[str]) -> None:
         _check_layer(layer, asked_here)
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and not isinstance(module, model.tuner_layer_cls):
+            kind = type(module).__name__
             raise UserError(
-                f"adapter_names mixes masks only, and {name} has an adapter of another kind ({type(module).__name__}): "
-                "merge that adapter into the base first"
+                f"adapter_names mixes masks only, and {name} has an adapter of another kind ({kind}): merge that "
+                "adapter into the base first"
             )
 
 
 def _check_layer(layer: MaskedLinear, adapter_names: Sequence[str]) -> None:
+    """Raise if a layer, or the mask of an adapter in it, cannot be a part of a mixed batch."""
     if layer.merged:
         merged = ", ".join(layer.merged_adapters)
         raise UserError(f"adapter_names needs the base weights, and {merged} is merged: call model.unmerge_adapter()")
@@ -329,7 +346,9 @@ def mixed_batch_forward(
     else:
         # A quantised layer may compute otherwise than with its dequantised weight (int8 rounds x too), from which a
         # mask alone removes.
-        bias = None if layer.bias is None else layer.bias.to(x.dtype)
+        bias = layer.bias
+        if bias is not None:
+            bias = bias.to(x.dtype)
         y_rows = F.linear(x_rows, plan.base_weight_in(x.dtype), bias)
         if rows is None:
             y = y_rows
@@ -338,7 +357,8 @@ def mixed_batch_forward(
             y.index_copy_(0, rows, y_rows.to(y.dtype))
 
     # Under autocast the base layer has rounded x and W; the correction has to start from the same numbers.
-    correction = _correction(plan, x_rows.to(y.dtype), num_outputs=y.shape[-1])
+    x_rows = x_rows.to(y.dtype)
+    correction = _correction(plan, x_rows, num_outputs=y.shape[-1])
     # In place, as PEFT's LoRA adds: the base layer's output is fresh, and no backward pass needs it.
     if rows is None:
         return y.sub_(correction)
@@ -381,7 +401,8 @@ def _correction(plan: BatchPlan, x: Tensor, num_outputs: int) -> Tensor:
 
 
 def _has_sparse_product(values: Tensor) -> bool:
-    # torch has this product on a CPU through MKL alone. On GPUs nothing was measured, and one way is enough there.
+    """Whether torch has a fast product of a sparse matrix and a vector."""
+    # It has one on a CPU through MKL alone. On GPUs nothing was measured, and one way is enough there.
     return values.device.type == "cpu" and torch.backends.mkl.is_available()
 
 
@@ -425,9 +446,11 @@ def _make_plan(
     # One block for each adapter, however many rows it has: a compressed sparse row (CSR) matrix of shape (O, I).
     blocks = {}
     for name, version in masks.items():
+        # Row and column of every place, from offsets and columns.
         places = _places(layer, name, version)
         counts = places.offsets.diff()
-        outputs = torch.arange(num_outputs, device=weight.device).repeat_interleave(counts)
+        rows_of_weight = torch.arange(num_outputs, device=weight.device)
+        outputs = rows_of_weight.repeat_interleave(counts)
         inputs = places.columns.int()
         values_of_mask = weight_OI[outputs, inputs].to(dtype)
         blocks[name] = (places.offsets, inputs, values_of_mask)
@@ -445,14 +468,16 @@ def _make_plan(
         values.append(values_of_row)
         num_places += len(inputs)
 
-    has_all_rows = len(rows) == len(names)
+    num_rows = len(rows)
+    has_all_rows = num_rows == len(names)
+    is_quantised = layer.quantization_backend is not None
     return BatchPlan(
         rows=None if has_all_rows else torch.tensor(rows, device=weight.device),
-        shape=(len(rows) * num_outputs, len(rows) * num_inputs),
+        shape=(num_rows * num_outputs, num_rows * num_inputs),
         offsets=torch.cat(offsets),
         columns=torch.cat(columns),
         values={weight.dtype: torch.cat(values)},
-        base_weight=None if layer.quantization_backend is None else weight,
+        base_weight=weight if is_quantised else None,
     )
 
 
@@ -467,11 +492,17 @@ def _places(layer: MaskedLinear, name: str, version: object) -> Places:
     removed = ~layer.get_mask(name).to(layer.weight.device)
     if layer.is_transposed:
         removed = removed.t()
-    num_inputs = removed.shape[1]
+
+    # Each row ends where the next one begins; a 0 in front is the start of the first.
     counts = removed.sum(dim=1)
-    offsets = F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+    ends = counts.cumsum(0)
+    offsets = F.pad(ends, (1, 0)).to(torch.int32)
+
+    num_inputs = removed.shape[1]
     fits_int16 = num_inputs <= torch.iinfo(torch.int16).max
-    columns = removed.nonzero()[:, 1].to(torch.int16 if fits_int16 else torch.int32)
+    dtype = torch.int16 if fits_int16 else torch.int32
+    columns = removed.nonzero()[:, 1].to(dtype)
+
     places = Places(offsets, columns)
     layer.mixed_batch.places[name] = (version, layer.saved_masks.get(name), places)
     return places
@@ -479,5 +510,12 @@ def _places(layer: MaskedLinear, name: str, version: object) -> Places:
 
 def _version(tensor: Tensor) -> tuple[object, ...]:
     """A value that is equal at two calls if the tensor is the same object with the same content."""
-    count = 0 if tensor.is_inference() else tensor._version  # tensors of torch.inference_mode() have no count
-    return (tensor.data_ptr(), tensor.device, tensor.dtype, count, WeakIdRef(tensor))
+    # Tensors of torch.inference_mode() have no count of writes.
+    num_writes = 0 if tensor.is_inference() else tensor._version
+    return (
+        tensor.data_ptr(),
+        tensor.device,
+        tensor.dtype,
+        num_writes,
+        WeakIdRef(tensor),
+    )

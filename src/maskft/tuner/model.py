@@ -27,8 +27,10 @@ from .targets import is_target, resolve_targets
 # before its first layer is replaced.
 MODEL_HOOKS: list[Callable[[nn.Module], Callable[[], None]]] = []
 
-_PREFIX = "base_model.model."  # before the names of modules in a PeftModel
-_REFERENCE = "ref"  # TRL's name of the frozen adapter that preference training compares with
+# Before the names of modules in a PeftModel.
+_PREFIX = "base_model.model."
+# TRL's name of the frozen adapter that preference training compares with.
+_REFERENCE = "ref"
 
 NO_TOKEN_INDICES = (
     "trainable_token_indices is not supported by masks: train new tokens with the weights, before the mask (or, where "
@@ -68,7 +70,7 @@ class MaskModel(BaseTuner):
         names = [name for name, config in self.peft_config.items() if config is peft_config]
         adapter_name = names[-1]  # PEFT has just added it under this name
         is_second_here = len(names) > 1
-        # `is_new` of an instance is set below: the object has been here before, or in another model.
+        # `is_new` is an attribute of the class until it is set below: this object was given to a model before.
         was_used = "is_new" in vars(peft_config) and not peft_config.inference_mode
         if is_second_here or was_used:
             peft_config = copy.copy(peft_config)
@@ -169,12 +171,14 @@ class MaskModel(BaseTuner):
             outermost = name
             while outermost.endswith(".base_layer"):
                 outermost = outermost.removesuffix(".base_layer")
-            parent, _, attribute = outermost.rpartition(".")
-            module.place = (weakref.ref(self.model.get_submodule(parent)), attribute)
+            parent_name, _, attribute = outermost.rpartition(".")
+            parent = self.model.get_submodule(parent_name)
+            module.place = (weakref.ref(parent), attribute)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         # PEFT unloads the outermost layer only, and a mask below another adapter would be lost.
-        for layer in adapter_layers(self.model, adapter_name=None).values():
+        masked = adapter_layers(self.model, adapter_name=None)
+        for layer in masked.values():
             layer.check_not_wrapped()
 
         model = super()._unload_and_optionally_merge(*args, **kwargs)
@@ -193,8 +197,15 @@ class MaskModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """Tensors to save: PEFT's, or coded masks in their place, see ``adapter_files.py``."""
         assert isinstance(config, MaskConfig)
-        of_peft = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return adapter_files().encode(model, config, adapter_name, state_dict, of_peft)
+        of_peft = super()._get_adapter_state_dict(
+            model,
+            config,
+            adapter_name,
+            state_dict,
+            unwanted_adapter_names,
+        )
+        files = adapter_files()
+        return files.encode(model, config, adapter_name, state_dict, of_peft)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -207,7 +218,8 @@ class MaskModel(BaseTuner):
         """Tensors that PEFT is to load, after masks were given to their layers; see ``adapter_files.py``."""
         assert isinstance(config, MaskConfig)
         remap = partial(super()._remap_adapter_state_dict_for_load, model, config, adapter_name)
-        return adapter_files().decode(model, config, adapter_name, state_dict, remap)
+        files = adapter_files()
+        return files.decode(model, config, adapter_name, state_dict, remap)
 
 
 def _check_not_on_disk(model: nn.Module) -> None:
@@ -253,8 +265,9 @@ def current_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, 
         raise UserError(f"the model has no mask adapter named {adapter_name!r}")
 
     masks = {}
-    for name, layer in layers.items():
-        masks[unwrapped_name(name)] = layer.get_mask(adapter_name)
+    for full_name, layer in layers.items():
+        name = unwrapped_name(full_name)
+        masks[name] = layer.get_mask(adapter_name)
     return masks
 
 
@@ -275,7 +288,8 @@ def start_scores(
         UserError: If a masked layer has no keys, or keys of another shape or that are not finite.
     """
     layers = adapter_layers(model, adapter_name)
-    if not any(adapter_name in layer.mask_scores for layer in layers.values()):
+    has_scores = any(adapter_name in layer.mask_scores for layer in layers.values())
+    if not has_scores:
         raise UserError(f"the model has no mask adapter named {adapter_name!r} whose scores are trained")
 
     for full_name, layer in layers.items():

@@ -28,7 +28,11 @@ def set_mask_progress(model: nn.Module, progress: float) -> None:
     """
     if not 0.0 <= progress <= 1.0:
         raise UserError(f"progress is {progress}; it is a share of training, step / max_steps, and must be in [0, 1]")
-    layers = [module for module in model.modules() if isinstance(module, MaskedLinear)]
+    layers = []
+    for module in model.modules():
+        if isinstance(module, MaskedLinear):
+            layers.append(module)
+
     for layer in layers:
         for name in layer.active_masks:
             config = layer.mask_configs[name]
@@ -79,10 +83,11 @@ class MaskProgress(TrainerCallback):
     ) -> None:
         """The scores of the best checkpoint, if they were loaded, need the progress of its step."""
         if args.load_best_model_at_end and state.best_model_checkpoint:
-            step = int(state.best_model_checkpoint.rpartition("-")[2])  # of "checkpoint-STEP"
-            self._set(model, step, state.max_steps)
+            _, _, step = state.best_model_checkpoint.rpartition("-")  # of "checkpoint-STEP"
+            self._set(model, int(step), state.max_steps)
 
     @staticmethod
     def _set(model: nn.Module, step: int, max_steps: int) -> None:
         # transformers takes a step more than max_steps where it resumes a run that had taken all.
-        set_mask_progress(model, min(1.0, step / max_steps))
+        progress = min(1.0, step / max_steps)
+        set_mask_progress(model, progress)

@@ -34,9 +34,11 @@ class Float32ParameterDict(nn.ParameterDict):
 
         for name, (data, grad) in before.items():
             parameter = self[name]
-            if parameter.dtype != torch.float32:
-                parameter.data = data.to(parameter.device)
-                parameter.grad = None if grad is None else grad.to(parameter.device)
+            if parameter.dtype == torch.float32:
+                continue
+            # On the device that `fn` has moved it to.
+            parameter.data = data.to(parameter.device)
+            parameter.grad = None if grad is None else grad.to(parameter.device)
         return self
 
 
@@ -57,7 +59,13 @@ def draw_scores(config: MaskConfig, weight: Tensor, module_name: str) -> Tensor:
 
     # A stream for each layer: its scores do not depend on which other layers are masked.
     stream = generator("cpu", config.mask_seed, module_name)
-    scores = initial_scores(weight, config.init_scores, stream, config.init_std, config.start_value)
+    scores = initial_scores(
+        weight,
+        config.init_scores,
+        stream,
+        config.init_std,
+        config.start_value,
+    )
     if config.init_scores == "constant":  # every score has start_value already
         return scores
     is_spread = config.init_scores == "magnitude"

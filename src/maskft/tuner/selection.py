@@ -76,7 +76,8 @@ def scheduled(config: MaskConfig, start: float, end: float | None) -> float:
     """A value that moves linearly from ``start`` to ``end`` over training; constant if ``end`` is None."""
     if end is None:
         return start
-    return start + (end - start) * (config.progress or 0.0)
+    progress = config.progress or 0.0
+    return start + (end - start) * progress
 
 
 def current_sharpness(config: MaskConfig) -> float:
@@ -100,7 +101,9 @@ def cubic_ramp(progress: float, ramp: float) -> float:
 
 def current_sparsity(config: MaskConfig) -> float:
     """Fraction that a top-k mask removes at this point of training, in [0, 1)."""
-    return float(config.sparsity) * cubic_ramp(config.progress or 0.0, config.sparsity_ramp)
+    progress = config.progress or 0.0
+    share = cubic_ramp(progress, config.sparsity_ramp)
+    return float(config.sparsity) * share
 
 
 # The learners built in
@@ -123,7 +126,9 @@ def logit_kept_slope(config: MaskConfig, scores: Tensor, slope: Tensor | None) -
 def _just_below_threshold(config: MaskConfig) -> float:
     # `threshold` removes scores below it and keeps one that is equal; `cut` keeps scores above it. So the cut is the
     # float32 number before the threshold.
-    return torch.nextafter(torch.tensor(config.threshold), torch.tensor(-math.inf)).item()
+    threshold = torch.tensor(config.threshold)
+    below = torch.nextafter(threshold, torch.tensor(-math.inf))
+    return below.item()
 
 
 def _logit_slope(config: MaskConfig, scores: Tensor) -> Tensor | None:
@@ -132,8 +137,17 @@ def _logit_slope(config: MaskConfig, scores: Tensor) -> Tensor | None:
     return None
 
 
-register_learner("topk", Learner(options=("sparsity", "sparsity_ramp")))
-register_learner("threshold", Learner(options=("threshold",), cut=_just_below_threshold))
+register_learner(
+    "topk",
+    Learner(options=("sparsity", "sparsity_ramp")),
+)
+register_learner(
+    "threshold",
+    Learner(
+        options=("threshold",),
+        cut=_just_below_threshold,
+    ),
+)
 register_learner(
     "logit",
     Learner(
@@ -279,7 +293,8 @@ def price_gradient(
     kept_slope_of = LEARNERS[config.selection].kept_slope
     assert kept_slope_of is not None
     # The share removed is 1 - kept / numel.
-    return kept_slope_of(config, scores, slope) * (-config.price / numel)
+    kept_slope = kept_slope_of(config, scores, slope)
+    return kept_slope * (-config.price / numel)
 
 
 def blend(weight: Tensor, gate: Tensor, removed_value: Tensor | None = None) -> Tensor:
@@ -317,12 +332,14 @@ def draw_noise(
 def logistic_noise(shape: torch.Size, generator: torch.Generator) -> Tensor:
     """Standard logistic noise, the difference of two Gumbel variables."""
     # The inverse of the distribution function at uniform draws; clamped, because it is infinite at 0 and 1.
-    uniform = torch.rand(shape, generator=generator, device=generator.device).clamp_(1e-7, 1 - 1e-7)
+    uniform = torch.rand(shape, generator=generator, device=generator.device)
+    uniform.clamp_(1e-7, 1 - 1e-7)
     return uniform.log() - torch.log1p(-uniform)
 
 
 def generator(device: torch.device | str, *stream: object) -> torch.Generator:
     """A generator for each ``stream`` of names and numbers, so that draws in one layer do not affect another."""
+    # The plain way, hash(stream), gives another number in each process.
     name = "/".join(map(str, stream))
     first_bytes = bytes.fromhex(digest(name))[:8]
     seed = int.from_bytes(first_bytes, "little") >> 1  # 63 bits, which fit a signed 64-bit integer

@@ -86,8 +86,9 @@ def check_targets(config: MaskConfig, model: nn.Module) -> None:
     _check_not_tied(config, modules, model)
 
     matched = [name for name in modules if is_target(config, name)]
+    targets = {name: modules[name] for name in matched}
     _check_maskable(matched, modules, model)
-    _check_not_shared({name: modules[name] for name in matched}, model)
+    _check_not_shared(targets, model)
     _check_every_entry_matches(config, modules, has_targets=bool(matched))
     if not matched:
         _raise_no_match(config, modules, model)
@@ -137,14 +138,21 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _last(name: str) -> str:
+    """The last component of a module's name: ``q_proj`` of ``model.layers.0.self_attn.q_proj``."""
     return name.rpartition(".")[2]
 
 
 def _exclude_other_layers(config: MaskConfig, model: nn.Module) -> None:
     """Exclude linear layers outside the numbered ones that share a name with one inside, such as BERT's pooler."""
-    names = [name for name, _ in model.named_modules() if name and is_target(config, name)]
-    others = [name for name in names if not _LAYER_INDEX.search(name)]
-    has_numbered = len(others) < len(names)
+    has_numbered = False
+    others = []
+    for name, _ in model.named_modules():
+        if not name or not is_target(config, name):
+            continue
+        if _LAYER_INDEX.search(name):
+            has_numbered = True
+        else:
+            others.append(name)
     if not others or not has_numbered:
         return
 
@@ -208,7 +216,9 @@ def _why_not_maskable(name: str, module: nn.Module, model: nn.Module) -> str | N
     if quantized is not None:
         reason = quantized.why_not(module)
     elif not isinstance(module, nn.Linear | Conv1D):
-        if any(parameter.dim() == 3 for parameter in module.parameters(recurse=False)):
+        # transformers stacks the weights of all experts into one parameter of three dimensions.
+        is_stacked = any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
+        if is_stacked:
             return f"it is a {kind}, whose parameter is no matrix"
         return f"it is a {kind}, not a linear layer"
     else:
@@ -254,8 +264,9 @@ def _parent_reads_weight(parent: nn.Module, leaf: str) -> bool:
         return leaf.endswith("_proj")
     if hasattr(parent, "conv1d") and hasattr(parent, "A_log"):
         # Kernels of the Mamba family, and in part its slow path; Jamba's read only the first.
-        read = ("dt_proj",) if kind == "JambaMambaMixer" else ("dt_proj", "x_proj", "out_proj")
-        return leaf in read
+        if kind == "JambaMambaMixer":
+            return leaf == "dt_proj"
+        return leaf in ("dt_proj", "x_proj", "out_proj")
     return False
 
 
@@ -274,6 +285,7 @@ def _embedding(model: nn.Module) -> nn.Parameter | None:
 
 
 def _check_layer_indices(config: MaskConfig, modules: Iterable[str]) -> None:
+    """Raise for a decoder layer that the model does not have; PEFT leaves it out in silence."""
     if config.layers_to_transform is None:
         return
     if isinstance(config.layers_to_transform, int):
@@ -298,7 +310,10 @@ def _check_not_tied(
     embedding = _embedding(model)
     if embedding is None:
         return
-    tied = [name for name, module in modules.items() if getattr(module, "weight", None) is embedding]
+    tied = []
+    for name, module in modules.items():
+        if getattr(module, "weight", None) is embedding:
+            tied.append(name)
     if len(tied) < 2:
         return
     for entry in config.modules_to_save or []:
@@ -314,6 +329,7 @@ def _check_maskable(
     modules: Mapping[str, nn.Module],
     model: nn.Module,
 ) -> None:
+    """Raise for the first layer that was asked for and cannot be masked, with lists of those that can and cannot."""
     refused = {}
     for name in matched:
         reason = _why_not_maskable(name, modules[name], model)
@@ -347,8 +363,9 @@ def _check_not_shared(targets: Mapping[str, nn.Module], model: nn.Module) -> Non
     for name, module in targets.items():
         base_layer = getattr(module, "base_layer", module)
         for parameter in base_layer.parameters(recurse=False):
-            if parameter.dim() > 1 and len(places[id(parameter)]) > 1:
-                shared[name] = list(places[id(parameter)].values())
+            names = list(places[id(parameter)].values())
+            if parameter.dim() > 1 and len(names) > 1:
+                shared[name] = names
     if shared:
         first = next(iter(shared.values()))
         leaves = dict.fromkeys(_last(name) for name in shared)
@@ -379,7 +396,8 @@ def _check_every_entry_matches(
     for option, entry in entries:
         is_matched = any(name == entry or name.endswith(f".{entry}") for name in names)
         if not is_matched:
-            hint = did_you_mean(entry, {_last(name) for name in names})
+            leaves = {_last(name) for name in names}
+            hint = did_you_mean(entry, leaves)
             raise UserError(f"{option} entry {entry!r} matches no layer{hint}; remove it")
 
 
@@ -396,6 +414,7 @@ def _raise_no_match(
 
     targets = config.target_modules or []
     wanted = targets if isinstance(targets, str) else ", ".join(targets)
+    # Fields that leave out layers which target_modules alone would match.
     narrowed = []
     for name in ("layers_to_transform", "layers_pattern", "exclude_modules"):
         value = getattr(config, name)
