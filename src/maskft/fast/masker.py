@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from ..tuner.config import MaskConfig
     from ..tuner.layer import MaskedLinear
 
+# Everything that a cached tensor depends on: equal keys, equal tensors.
+Key = tuple[object, ...]
+
 
 class FastMasker(Masker):
     """Keeps the masked weight of one layer, and makes it again when something it depends on has changed.
@@ -52,21 +55,23 @@ class FastMasker(Masker):
         self.value: Tensor | None = None
         self.slopes: dict[str, Tensor] = {}
         self.number = compiled.register(self)
-        # Equal keys, equal weights.
-        self._key: tuple[Any, ...] | None = None
-        # How often the weight was made.
+        # Of the weight in `value`; None: it is not up to date.
+        self._key: Key | None = None
+        # How often the weight was computed.
         self._num_computed = 0
         # Adapter name -> (count of optimizer steps, backward pass) at which the price was last added to its gradient.
         self._priced_at: dict[str, tuple[int, int]] = {}
         # Adapter name -> where the cut was, which is where the next one is looked for first.
         self._near: dict[str, Near | None] = {}
         # Adapter name -> key and value of a factor of its gradient, see `_kept_factor`.
-        self._kept: dict[str, tuple[tuple[object, ...], Tensor | None]] = {}
+        self._kept: dict[str, tuple[Key, Tensor | None]] = {}
 
     @staticmethod
     def accepts(layer: MaskedLinear) -> bool:
         """All layers, but not inside torch.func's transforms: their tensors have no data pointer to compare."""
-        return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None
+        if torch.compiler.is_compiling():
+            return True
+        return torch._C._functorch.peek_interpreter_stack() is None
 
     def linear(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Map x (..., I) to (..., O); see :meth:`Masker.linear`."""
@@ -129,7 +134,8 @@ class FastMasker(Masker):
         if scores is None:
             scores = self.layer.mask_scores[adapter_name]
         check_scores(scores, self.layer.module_name, config)
-        num = num_removed(scores.numel(), selection.current_sparsity(config))
+        sparsity = selection.current_sparsity(config)
+        num = num_removed(scores.numel(), sparsity)
         return mask_without_lowest(scores, num, config.rank_by)
 
     def mask_version(self, adapter_name: str) -> object:
@@ -156,7 +162,8 @@ class FastMasker(Masker):
         """
         config = self.layer.mask_configs[adapter_name]
         is_alone = self.layer.active_masks == [adapter_name]
-        is_shown = config.selection == "topk" and config.removed_value == "zero" and is_alone
+        removes_to_zero = config.removed_value == "zero"
+        is_shown = is_alone and removes_to_zero and config.selection == "topk"
         if not is_shown or self.value is None:
             return super().removed(adapter_name)
         weight = self.weight(self.value.dtype)
@@ -198,7 +205,7 @@ class FastMasker(Masker):
 
     # The masked weight
 
-    def _current_key(self, dtype: torch.dtype) -> tuple[Any, ...]:
+    def _current_key(self, dtype: torch.dtype) -> Key:
         """Everything that the masked weight depends on."""
         layer = self.layer
         weight = layer.weight
@@ -206,7 +213,7 @@ class FastMasker(Masker):
         # A tensor is the same if object, address and version are. Addresses and versions alone would not do:
         # torch.func.functional_call puts tensors in place of these, each of which may be where the one before it was,
         # with the same version. Objects alone would not either: `.data = ...` moves a tensor.
-        key: list[Any] = [
+        key: list[object] = [
             names,
             dtype,
             weight.data_ptr(),
@@ -233,7 +240,7 @@ class FastMasker(Masker):
             ]
         return tuple(key)
 
-    def _phase(self, config: MaskConfig) -> tuple[object, ...]:
+    def _phase(self, config: MaskConfig) -> Key:
         """The settings on which a gate depends besides its scores."""
         selection.check_progress(config, self.layer.training)
         return (
@@ -244,7 +251,7 @@ class FastMasker(Masker):
             selection.is_soft(config, self.layer.training),
         )
 
-    # A weight made inside torch.inference_mode() could not be used in training afterwards.
+    # A weight that is created inside torch.inference_mode() could not be used in training afterwards.
     @torch.inference_mode(False)
     @torch.no_grad()
     def _compute(self, dtype: torch.dtype) -> None:
@@ -295,7 +302,12 @@ class FastMasker(Masker):
 
         # A soft gate: its slope is known now, and the backward pass needs it.
         if selection.is_soft(config, layer.training):
-            noise = selection.draw_noise(config, layer.module_name, scores.shape, scores.device)
+            noise = selection.draw_noise(
+                config,
+                layer.module_name,
+                scores.shape,
+                scores.device,
+            )
             gate, slope = selection.soft_gate(config, scores, noise)
             self.slopes[name] = slope
             masked = selection.blend(weight, gate, layer.removed_value(name))
@@ -313,9 +325,17 @@ class FastMasker(Masker):
         if cut is not None:
             keep_above_(out, weight, scores, cut, config.ranks_by)
         else:
-            num = num_removed(scores.numel(), selection.current_sparsity(config))
+            sparsity = selection.current_sparsity(config)
+            num = num_removed(scores.numel(), sparsity)
             near = self._near.get(name)
-            self._near[name] = keep_highest_(out, weight, scores, num, config.rank_by, near)
+            self._near[name] = keep_highest_(
+                out,
+                weight,
+                scores,
+                num,
+                config.rank_by,
+                near,
+            )
 
     # The gradient of the scores
 
@@ -395,11 +415,16 @@ class FastMasker(Masker):
         if config.price == 0:
             return False
 
-        now = (num_optimizer_steps(), torch._C._current_graph_task_id())
+        step = num_optimizer_steps()
+        backward_pass = torch._C._current_graph_task_id()
+        now = (step, backward_pass)
         before = self._priced_at.get(name)
-        is_same_step = before is not None and before[0] == now[0]
-        if is_same_step and (before == now or self.layer.mask_scores[name].grad is not None):
-            return False
+
+        is_same_step = before is not None and before[0] == step
+        if is_same_step:
+            is_same_pass = before == now
+            if is_same_pass or self.layer.mask_scores[name].grad is not None:
+                return False
         self._priced_at[name] = now
         return True
 
@@ -447,7 +472,7 @@ class FastMasker(Masker):
             self._kept[name] = (key, None)
             return None
 
-        # Computed anew, into the tensor of the last step if there is one. Intermediate values have no names: each is
+        # Computed, into the tensor of the last step if there is one. Intermediate values have no names: each is
         # freed before the next one is allocated, which then is the same memory, still in the cache.
         like = weight if is_signed else scores
         if factor is None or (factor.shape, factor.dtype) != (like.shape, like.dtype):
@@ -497,16 +522,24 @@ class _FastLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             weight_OI = weight.t() if is_transposed else weight
             grad_x = grad_y_TO.matmul(weight_OI)
-        grad_bias = grad_y_TO.sum(0) if ctx.needs_input_grad[2] else None
+        grad_bias = None
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad_y_TO.sum(0)
 
         grad_scores = []
         for name, scores_of_name in zip(ctx.names, scores, strict=True):
-            # dL/dW_eff in the layout of the weight; anew for each adapter, because score_gradient overwrites it.
+            # dL/dW_eff in the layout of the weight; once for each adapter, because score_gradient overwrites it.
             if is_transposed:
                 grad_weight = x_TI.t().mm(grad_y_TO)
             else:
                 grad_weight = grad_y_TO.t().mm(x_TI)
-            gradient = masker.score_gradient(name, grad_weight, scores_of_name, ctx.slopes, ctx.active)
+            gradient = masker.score_gradient(
+                name,
+                grad_weight,
+                scores_of_name,
+                ctx.slopes,
+                ctx.active,
+            )
             grad_scores.append(gradient)
         return grad_x, None, grad_bias, None, None, *grad_scores
 

@@ -70,7 +70,8 @@ def keep_above_(
 ) -> None:
     """Write into ``out`` (contiguous) the ``weight``, +0 where the ranking value is not above ``cut``."""
     # _split_ keeps entries of at least its lower bound.
-    low = torch.nextafter(torch.tensor(cut), torch.tensor(math.inf)).item()
+    just_above = torch.nextafter(torch.tensor(cut), torch.tensor(math.inf))
+    low = just_above.item()
     # With -inf above it the band is empty, and nothing is searched.
     _split_(out, weight, scores, (low, -math.inf), rank_by)
 
@@ -141,7 +142,8 @@ def _near(
     reach = 0.4 * width
     if last is not None and math.isfinite(last.reach):
         # Three times the latest move; the band narrows slowly where the cut rests.
-        reach = max(3 * abs(cut - last.cut), 0.8 * last.reach)
+        move = abs(cut - last.cut)
+        reach = max(3 * move, 0.8 * last.reach)
     if not 0 < reach < math.inf:
         return Near(cut, reach, None)
     # The next band would hold more than 1/256 of all scores, so that a sample costs less. Not as a quotient: the width
@@ -165,7 +167,8 @@ def _probable_bands(
     # Of n entries, n^(2/3) are sampled: the sample then costs as little as ranking the entries in its band. An odd
     # stride (`| 1` makes it odd) visits every column of a matrix whose width is a power of two.
     stride = int(total ** (1 / 3)) | 1
-    sample = ranking_keys(scores.detach().reshape(-1)[::stride], rank_by)
+    flat = scores.detach().reshape(-1)
+    sample = ranking_keys(flat[::stride], rank_by)
 
     # The rank of the cut in the sample is binomial: the band is four standard deviations to each side.
     share = num / total
@@ -174,8 +177,13 @@ def _probable_bands(
     spread = 4 * math.sqrt(num_sampled * share * (1 - share)) + 2
     first = int(expected - spread)
     last = int(expected + spread)
-    low = sample.kthvalue(first).values.item() if first >= 1 else -math.inf
-    high = sample.kthvalue(last).values.item() if last <= num_sampled else math.inf
+    # Without a bound where it would lie outside of the sample.
+    low = -math.inf
+    high = math.inf
+    if first >= 1:
+        low = sample.kthvalue(first).values.item()
+    if last <= num_sampled:
+        high = sample.kthvalue(last).values.item()
 
     num_in_band = (last - first) * stride
     is_wide = num_in_band >= _NARROWED_MIN_NUMEL and -math.inf < low < high < math.inf

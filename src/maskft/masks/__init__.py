@@ -16,7 +16,13 @@ from contextlib import contextmanager
 from ..tuner.adapter_files import AdapterFiles, adapter_files, set_adapter_files
 from .adapter import MaskFiles
 
-__all__ = ["MaskFiles", "disable", "disabled", "enable", "is_enabled"]
+__all__ = [
+    "MaskFiles",
+    "disable",
+    "disabled",
+    "enable",
+    "is_enabled",
+]
 
 
 def is_enabled() -> bool:

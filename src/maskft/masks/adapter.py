@@ -203,9 +203,10 @@ def _masks(
 
 
 def _check_not_empty(masks: Mapping[str, Tensor], config: MaskConfig) -> None:
-    """Raise if no weight is left, with the option that decides it in the learner at hand."""
+    """Raise if no weight is left."""
     if any(bool(mask.any()) for mask in masks.values()):
         return
+    # The remedy is the option that decides in this learner how many weights are removed.
     if config.selection == "threshold":
         why = f"every score is below the threshold, {config.threshold}; set that or learning_rate lower"
     elif config.selection == "topk":
@@ -246,6 +247,7 @@ def _load_masks(
         state_dict: Tensors of the file.
         is_of_config: Whether the checksums in ``config`` are those of the file.
     """
+    # By module names of the unwrapped model, which files have; PEFT wants the full names back.
     layers = {}
     full_names = {}
     for full_name, layer in adapter_layers(model, adapter_name).items():
@@ -271,7 +273,8 @@ def _load_masks(
     if config.mask_sha256 is not None:
         hashed = config.weights_sha256 or ()
 
-    # The names, the checksums and the base are checked before anything is loaded.
+    # The names, the checksums and the base are checked before anything is loaded: no layer is left with a mask of a
+    # file that is refused.
     _check_names(layers, coded, once, adapter_name, hashed)
     if is_of_config:
         if mask_fingerprint(coded) != config.mask_sha256:
@@ -279,6 +282,7 @@ def _load_masks(
                 "the masks do not match mask_sha256 in adapter_config.json; the two files are of two adapters"
             )
         check_weights(hashed_weights, config.weights_sha256)
+    # Decoded for the errors alone: a layer keeps the coded mask, which takes less memory.
     for name, layer in layers.items():
         shape = layer.get_base_weight().shape
         decode_mask(coded[name], name, shape)

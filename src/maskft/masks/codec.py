@@ -180,6 +180,7 @@ def mask_info(coded: Tensor, name: str = "mask") -> dict[str, Any]:
 
 
 def _bytes(coded: Tensor, name: str) -> bytes:
+    """The bytes of a coded mask; raises if the tensor cannot be one."""
     if coded.dtype != torch.uint8 or coded.dim() != 1:
         raise UserError(f"{name} is corrupted: it is not a 1-D tensor of bytes; fetch or save the adapter again")
     return coded.detach().cpu().contiguous().numpy().tobytes()
@@ -218,6 +219,7 @@ def _digest(shape: Sequence[int], num_removed: int, packed: np.ndarray) -> bytes
 
 def _smallest(packed: np.ndarray, numel: int, num_removed: int) -> tuple[bytes, int]:
     """The shortest payload, and its coding."""
+    # The header says it all.
     if num_removed in (0, numel):
         return b"", _ANS
 
@@ -231,6 +233,7 @@ def _smallest(packed: np.ndarray, numel: int, num_removed: int) -> tuple[bytes, 
         payload = by_zlib
         coding = _ZLIB
 
+    # Reading a bitmap is so much faster that a small gain is not worth it.
     if len(payload) > (1 - _WORTH_CODING) * len(plain):
         return plain, _BITMAP
     return payload, coding

@@ -173,7 +173,7 @@ def verify_gguf(
     passed.append(f"with their codes restored the file is its base: sha256 {sha256}")
 
     if base is not None:
-        # Its head is read for the errors: a missing file, or one that is no GGUF file.
+        # Its head is read for the errors: the file is missing, or is not a GGUF file.
         base_head = read_head(base)
         if digest_now(base_head.path) != sha256:
             raise UserError(f"{str(base)!r} is not the base of {str(gguf)!r}: its sha256 is not {sha256}")
@@ -200,6 +200,7 @@ def _decode_codes(head: GgufHead, num_bytes: int) -> bytes:
     """The removed codes in the metadata of a file; raises unless they have this many bytes."""
     problem = UserError(f"{str(head.path)!r}: its {_CODES} is damaged; merge the mask into the base again")
     try:
+        # Without `validate` characters outside of the alphabet are skipped.
         packed = base64.b64decode(head.metadata[_CODES], validate=True)
         # Limited, so that a small text cannot fill the memory; one byte more shows that there are too many.
         codes = zlib.decompressobj().decompress(packed, num_bytes + 1)
@@ -330,10 +331,10 @@ class _Masks:
     def patched(self) -> Iterator[bytes]:
         """The data of all tensors, removed weights at zero."""
         with self.head.path.open("rb") as file:
-            at = self.head.data_start
+            at = self.head.data_start  # first byte that is not written yet
             for module, form in self._in_order():
                 place = self.head.tensors[self.tensors[module]]
-                # The tensors between the last masked one and this one, as they are.
+                # The tensors between the last masked one and this one are not changed.
                 yield from _copy(file, at, place.start)
                 for rows, removed in self._pieces(file, module, form):
                     write_zeros(rows, removed, form)
@@ -351,12 +352,13 @@ class _Masks:
 
         used = 0  # bytes of codes
         with self.head.path.open("rb") as file:
-            at = self.head.data_start
+            at = self.head.data_start  # first byte that is not written yet
             for module, form in self._in_order():
                 tensor = self.tensors[module]
                 place = self.head.tensors[tensor]
                 yield from _copy(file, at, place.start)
                 for rows, removed in self._pieces(file, module, form):
+                    # A removed weight that is not zero was changed after the merge.
                     are_zero = removed_codes(rows, removed, form) == form.zero
                     if not bool(are_zero.all()):
                         raise UserError(f"{str(self.head.path)!r}: {tensor} has weights where the mask removes them")
@@ -418,6 +420,7 @@ def _copy(file: BinaryIO, start: int, end: int) -> Iterator[bytes]:
 
 
 def _read(file: BinaryIO, start: int, num_bytes: int) -> bytes:
+    """Exactly this many bytes; raises if the file ends before."""
     file.seek(start)
     content = file.read(num_bytes)
     if len(content) != num_bytes:
@@ -431,6 +434,8 @@ def _first_bytes(path: Path, num_bytes: int) -> bytes:
 
 
 def _check_output(output: Path) -> None:
+    """Raise unless a new file can be at this path, before minutes are spent on its content."""
+    # exists() follows links, and is False for a link that leads nowhere.
     if output.exists() or output.is_symlink():
         raise UserError(f"output {str(output)!r} exists; name a new file")
     if not output.parent.is_dir():

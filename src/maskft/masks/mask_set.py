@@ -164,6 +164,7 @@ def read_coded(folder: str | Path) -> dict[str, Tensor]:
             weights[key] = value
     if not coded:
         raise UserError(f"{file} holds no mask")
+    # Each mask has its own checksum; this one shows that they belong to this configuration.
     if mask_fingerprint(coded) != config.mask_sha256:
         raise UserError(
             f"the masks in {file} do not match mask_sha256 in {layout.ADAPTER_CONFIG}; they are of two adapters"

@@ -116,6 +116,7 @@ def merge(
     probe = _probe(model)
     expected = _logits(model, probe)
 
+    # Merge, save, load afresh, compare.
     merged = model.merge_and_unload()
     # A base that was trained further may say False, and generation would be slow.
     merged.config.use_cache = True
@@ -196,6 +197,7 @@ def _check_removed(
     for name, mask in masks.items():
         removed = ~mask.cpu()
         weight = written.get_submodule(name).weight.detach().cpu()
+        # Zero for all, or a value for each.
         values = removed_values[name]
         expected = 0.0 if values is None else values.cpu()[removed]
         if not bool((weight[removed] == expected).all()):

@@ -217,7 +217,7 @@ class MaskConfig(PeftConfig):
     # Name of the adapter that this one is a frozen copy of (the reference of preference training), or "".
     copy_of = ""
     # Scores that the adapter file leaves out. `save_pretrained` below writes them if the folder is a checkpoint: the
-    # model's state dict is made before the folder is known.
+    # model's state dict is collected before the folder is known.
     scores_of_save: ClassVar[dict[str, Tensor] | None] = None
     # Names of the fields that were given, which win over a preset even where they equal a default.
     given = frozenset[str]()
@@ -394,7 +394,7 @@ class MaskConfig(PeftConfig):
             warnings.warn(
                 f"sparsity {self.sparsity} removes {self.sparsity:.0%} of the target weights. The authors' released "
                 f"code calls the fraction that is KEPT sparsity; its {self.sparsity} is {1 - self.sparsity:g} here.",
-                stacklevel=4,  # past __post_init__ and the generated __init__, to the line that made the configuration
+                stacklevel=4,  # past __post_init__ and the generated __init__, to the caller of MaskConfig(...)
             )
 
     def _check_layers(self) -> None:

@@ -80,7 +80,7 @@ class Masker:
         return selection.mask_from_scores(config, scores)
 
     def mask_version(self, adapter_name: str) -> object:
-        """A value that is equal at two calls only if the mask is, too: the key of caches of things made from masks."""
+        """A value that is equal at two calls only if the mask is, too: a key for caches of values that masks decide."""
         if adapter_name in self.layer.mask_scores:
             # Nothing here can know whether scores have changed: a new object equals no other.
             return object()

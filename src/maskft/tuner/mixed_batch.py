@@ -77,7 +77,7 @@ class BatchPlan:
     matrices: dict[torch.dtype, Tensor] = field(default_factory=dict)
     base_weights: dict[torch.dtype, Tensor] = field(default_factory=dict)
 
-    # Made inside torch.inference_mode() they could not be used outside of it afterwards.
+    # Tensors that are created inside torch.inference_mode() could not be used outside of it afterwards.
     @torch.inference_mode(False)
     @torch.no_grad()
     def values_in(self, dtype: torch.dtype) -> Tensor:
@@ -406,7 +406,7 @@ def _has_sparse_product(values: Tensor) -> bool:
     return values.device.type == "cpu" and torch.backends.mkl.is_available()
 
 
-# A plan made inside torch.inference_mode() could not be used outside of it afterwards.
+# A plan that is created inside torch.inference_mode() could not be used outside of it afterwards.
 @torch.inference_mode(False)
 @torch.no_grad()
 def _current_plan(layer: MaskedLinear, adapter_names: Sequence[str]) -> BatchPlan | None:
@@ -417,7 +417,7 @@ def _current_plan(layer: MaskedLinear, adapter_names: Sequence[str]) -> BatchPla
     key = (names, masks, _version(layer.weight))
     cache = layer.mixed_batch
     if cache.plan is None or cache.plan[0] != key:
-        cache.plan = None  # freed before the next is made
+        cache.plan = None  # freed before the next one takes memory
         cache.plan = (key, _make_plan(layer, names, masks))
     return cache.plan[1]
 
@@ -482,7 +482,7 @@ def _make_plan(
 
 
 def _places(layer: MaskedLinear, name: str, version: object) -> Places:
-    """Where the mask of an adapter removes weights; made at its first use."""
+    """Where the mask of an adapter removes weights; computed at its first use."""
     known = layer.mixed_batch.places.get(name)
     if known is not None:
         known_version, _, places = known

@@ -39,7 +39,7 @@ NO_TOKEN_INDICES = (
 
 
 class MaskModel(BaseTuner):
-    """Wraps a model so that chosen linear layers are masked; made by ``peft.get_peft_model(model, MaskConfig(...))``.
+    """Wraps a model so that chosen linear layers are masked; see ``peft.get_peft_model(model, MaskConfig(...))``.
 
     Attributes:
         model: The wrapped model.
@@ -62,7 +62,8 @@ class MaskModel(BaseTuner):
         assert isinstance(peft_config, MaskConfig)
         if peft_config.target_modules is None:
             peft_config.target_modules = "all-linear"
-        if peft_config.trainable_token_indices is not None:  # TRL sets it after the configuration was made
+        # Not in MaskConfig: TRL sets it after the configuration was created.
+        if peft_config.trainable_token_indices is not None:
             raise UserError(NO_TOKEN_INDICES)
 
         # Two adapters may come with one configuration object, in one model or two. The second gets a copy, because

@@ -40,7 +40,7 @@ def set_mask_progress(model: nn.Module, progress: float) -> None:
             if name in layer.mask_scores and not config.copy_of:
                 config.progress = float(progress)
 
-    # After all layers have the new value: compiled graphs read weights that were made before.
+    # After all layers have the new value: compiled graphs read weights that were computed before.
     for layer in layers:
         layer.masker.refresh()
 
