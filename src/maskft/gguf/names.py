@@ -185,6 +185,7 @@ def dequantised(head: GgufHead, tensor: str) -> Tensor:
         offset=place.start,
     )
     values = dequantize(raw, quantization).reshape(place.shape)
-    copied = np.array(values, dtype=np.float32)  # of plain floats, dequantize returns a view
+    # Copied, because of plain floats dequantize returns a view.
+    copied = np.array(values, dtype=np.float32)
     matrix = torch.from_numpy(copied)
     return from_file_order(head, tensor, matrix).contiguous()

@@ -183,7 +183,8 @@ class MaskFiles(AdapterFiles):
             config.weights_sha256 = checksums or None
         save()
         if file.is_file():
-            write_card(folder, config)  # over PEFT's, whose lines do not load a mask
+            # Over PEFT's, whose lines do not load a mask.
+            write_card(folder, config)
 
 
 def _masks(
@@ -224,7 +225,8 @@ def _check_not_pickled(config: MaskConfig, folder: Path) -> None:
         return
     if not (folder / ADAPTER_WEIGHTS).is_file():  # PEFT has just written it
         pickled.unlink()
-    config.inference_mode = False  # PEFT sets it while it saves
+    # PEFT sets it while it saves.
+    config.inference_mode = False
     raise UserError(
         f"masks are saved as safetensors, and {folder} has a {WEIGHTS_NAME}: remove it, or leave out "
         "safe_serialization=False"

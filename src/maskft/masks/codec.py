@@ -28,7 +28,8 @@ from maskft_common.errors import UserError
 from maskft_common.layout import ADAPTER_FORMAT_VERSION
 
 FORMAT_VERSION = ADAPTER_FORMAT_VERSION
-PREFIX = "base_model.model."  # before the names of modules in PEFT's files
+# Before the names of modules in PEFT's files.
+PREFIX = "base_model.model."
 _MAGIC = b"MFTM"
 # magic, format version, coding, rows, columns, number removed, sha256 as _digest makes it; x are unused bytes
 _HEADER = struct.Struct("<4sHBxIIQ32s8x")
@@ -42,13 +43,15 @@ _ANS = 3
 _ZLIB = 5
 # A bitmap is read six times as fast, and is written unless coding saves this share of it.
 _WORTH_CODING = 0.01
-_CHUNK = 2**20  # bytes decoded at a time, which keeps the coder's 32-bit symbols small
+# Bytes decoded at a time, which keeps the coder's 32-bit symbols small.
+_CHUNK = 2**20
 
 # Limits for files that are read without a model, where no layer says how large a mask may be. One weight removed in
 # 30,000 takes more bytes than one for 2**14 weights.
 _MAX_NUMEL = 2**31
 _NUMEL_PER_BYTE = 2**14
-_FREE_NUMEL = 2**26  # more than the matrices of 7B models have: a mask that removes nothing is its header alone
+# More than the matrices of 7B models have: a mask that removes nothing is its header alone.
+_FREE_NUMEL = 2**26
 _FREE_NUMEL_OF_ADAPTER = 2**31
 
 

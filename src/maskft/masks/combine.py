@@ -38,7 +38,8 @@ def combine_masks(mask_sets: Sequence[MaskSet], combination: str) -> MaskSet:
     """
     num_of = COMBINATIONS[combination]
     num_needed = num_of(len(mask_sets))
-    modules: dict[str, None] = {}  # a set in the order of the masks
+    # A dictionary as a set that keeps the order of the masks.
+    modules: dict[str, None] = {}
     for masks in mask_sets:
         modules.update(dict.fromkeys(masks))
 

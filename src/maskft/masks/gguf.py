@@ -52,7 +52,8 @@ _CODES = "maskft.removed_codes"
 _VERSION = "maskft.version"
 
 _PIECE_BYTES = 2**24
-_PIECE_WEIGHTS = 2**22  # whole rows of about so many at a time
+# Whole rows of about so many at a time.
+_PIECE_WEIGHTS = 2**22
 
 
 def merge_into_gguf(

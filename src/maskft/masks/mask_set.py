@@ -98,7 +98,8 @@ class MaskSet(dict[str, Tensor]):
 class AdapterConfig(schema.FileModel):
     """The fields of a mask's ``adapter_config.json`` that are read without a model; ``MaskConfig`` has all of them."""
 
-    model_config = ConfigDict(extra="ignore")  # the other fields of MaskConfig, and those of later versions
+    # The other fields of MaskConfig, and those of later versions.
+    model_config = ConfigDict(extra="ignore")
 
     peft_type: Literal["MASK"]
     format_version: int
@@ -118,7 +119,8 @@ class AdapterConfig(schema.FileModel):
     verify_base: bool = True
     mask_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     weights_sha256: dict[str, str] | None = None
-    recipe: Annotated[dict[str, Any], BeforeValidator(lambda recipe: recipe or {})] = {}  # null in a file is {} here
+    # A file may say null, which is the same as no recipe.
+    recipe: Annotated[dict[str, Any], BeforeValidator(lambda recipe: recipe or {})] = {}
 
     @field_validator("format_version")
     @classmethod

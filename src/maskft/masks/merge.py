@@ -20,7 +20,8 @@ from ..weights import lerp
 from .codec import PREFIX
 from .mask_set import MaskSet, read_config
 
-_ADAPTER = "default"  # the name that PeftModel.from_pretrained gives
+# The name that PeftModel.from_pretrained gives.
+_ADAPTER = "default"
 _PROBE_SEQUENCES = 2
 _PROBE_TOKENS = 64
 # Errors that PEFT, torch and safetensors raise for an adapter that does not fit.

@@ -42,7 +42,8 @@ class Storage(ABC):
     kind = ""
 
     def __init__(self, layer: Any) -> None:
-        self.layer = layer  # torch types its attributes as Tensor | Module
+        # Torch types its attributes as Tensor | Module.
+        self.layer = layer
 
     @property
     @abstractmethod
@@ -117,7 +118,8 @@ class Bnb4bit(Storage):
     @property
     def dtype(self) -> torch.dtype:
         """See :class:`Storage`."""
-        self._unpack()  # packed for the CPU's kernel, the state says bfloat16
+        # Packed for the CPU's kernel, the state says bfloat16.
+        self._unpack()
         return self.layer.weight.quant_state.dtype
 
     def dequantise(self) -> Tensor:

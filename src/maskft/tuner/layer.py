@@ -344,7 +344,8 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
                 weight.copy_(merged)
             self._merge_stash[name] = (removed, values, codes)
             self.merged_adapters.append(name)
-            self.masker.forget()  # writing codes does not raise the version of a weight, which caches compare
+            # Writing codes does not raise the version of a weight, which caches compare.
+            self.masker.forget()
 
     def unmerge(self) -> None:
         """Undo ``merge``, bit for bit."""

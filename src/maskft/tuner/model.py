@@ -46,9 +46,11 @@ class MaskModel(BaseTuner):
         peft_config: Adapter name -> :class:`MaskConfig`.
     """
 
-    prefix: str = "mask_"  # by which PEFT knows the parameters of an adapter: mask_scores
+    # PEFT recognises the parameters of an adapter by it: mask_scores.
+    prefix: str = "mask_"
     tuner_layer_cls = MaskedLinear
-    target_module_mapping: dict[str, list[str]] = {}  # the default is every linear layer: see targets.py
+    # The default is every linear layer: see targets.py.
+    target_module_mapping: dict[str, list[str]] = {}
 
     # Undo the add-ons of MODEL_HOOKS; None until they are called. A class attribute, because BaseTuner.__init__ injects
     # the adapter before a subclass could set one.
@@ -71,7 +73,7 @@ class MaskModel(BaseTuner):
         names = [name for name, config in self.peft_config.items() if config is peft_config]
         adapter_name = names[-1]  # PEFT has just added it under this name
         is_second_here = len(names) > 1
-        # `is_new` is an attribute of the class until it is set below: this object was given to a model before.
+        # `is_new` is an attribute of the class until it is set below. In vars(), it shows that a model has this object.
         was_used = "is_new" in vars(peft_config) and not peft_config.inference_mode
         if is_second_here or was_used:
             peft_config = copy.copy(peft_config)
@@ -305,4 +307,5 @@ def start_scores(
 
         config = layer.mask_configs[adapter_name]
         scores.copy_(ranked_scores(config, found))
-        layer.masker.forget()  # a compiled graph would keep the weight of the scores before
+        # A compiled graph would keep the weight of the scores before.
+        layer.masker.forget()

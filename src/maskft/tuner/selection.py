@@ -165,7 +165,8 @@ register_learner(
 
 def learner_options() -> list[str]:
     """Fields of MaskConfig that some learners read and others do not; each once, in the order of the learners."""
-    options: dict[str, None] = {}  # a set that keeps its order
+    # A dictionary as a set that keeps its order.
+    options: dict[str, None] = {}
     for learner in LEARNERS.values():
         options.update(dict.fromkeys(learner.options))
     return list(options)
@@ -342,5 +343,6 @@ def generator(device: torch.device | str, *stream: object) -> torch.Generator:
     # The plain way, hash(stream), gives another number in each process.
     name = "/".join(map(str, stream))
     first_bytes = bytes.fromhex(digest(name))[:8]
-    seed = int.from_bytes(first_bytes, "little") >> 1  # 63 bits, which fit a signed 64-bit integer
+    # 63 bits, which fit a signed 64-bit integer.
+    seed = int.from_bytes(first_bytes, "little") >> 1
     return torch.Generator(device).manual_seed(seed)
