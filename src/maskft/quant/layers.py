@@ -22,12 +22,22 @@ from ..gguf.zero_codes import (
 )
 
 # Attributes of a bitsandbytes QuantState that its packing for the CPU replaces.
-_SCALES = ("absmax", "nested", "offset", "state2", "dtype")
+_SCALES = (
+    "absmax",
+    "nested",
+    "offset",
+    "state2",
+    "dtype",
+)
 # Indices of 0.0 in bitsandbytes' tables of 16 values.
 NF4_ZERO = 7
 FP4_ZERO = 0
 # Names of bitsandbytes' layers.
-_BNB_4BIT = ("Linear4bit", "LinearNF4", "LinearFP4")
+_BNB_4BIT = (
+    "Linear4bit",
+    "LinearNF4",
+    "LinearFP4",
+)
 _BNB_8BIT = "Linear8bitLt"
 
 
@@ -201,9 +211,10 @@ class Bnb8bit(Storage):
 
         layer: Any = self.layer
         # Before the first forward the scales are the parameter's, after it the state's.
-        if layer.state.SCB is None:
-            layer.state.SCB = layer.weight.SCB
-        return dequantize_bnb_weight(layer.weight, state=layer.state)
+        state = layer.state
+        if state.SCB is None:
+            state.SCB = layer.weight.SCB
+        return dequantize_bnb_weight(layer.weight, state=state)
 
     def codes(self) -> Tensor:
         """See :class:`Storage`."""
@@ -307,8 +318,10 @@ def storage_of(layer: Any) -> Storage | None:
         if name in _BNB_4BIT:
             return Bnb4bit(layer)
         if name == _BNB_8BIT:
-            # With has_fp16_weights the weight itself is not quantised.
-            return None if layer.state.has_fp16_weights else Bnb8bit(layer)
+            # With has_fp16_weights the weight is stored as floats, and quantised in every forward pass.
+            if layer.state.has_fp16_weights:
+                return None
+            return Bnb8bit(layer)
 
     # transformers' layer over the blocks of a GGUF file. Some files have permuted columns, which a mask would miss.
     if name == "GgufLinear":
@@ -316,9 +329,12 @@ def storage_of(layer: Any) -> Storage | None:
         if has_zero and layer.input_permutation is None:
             return Gguf(layer)
 
-    if _has_torchao_weight(layer) and _why_not_torchao(layer.weight) is None:
-        return Torchao(layer)
-    return None
+    # A plain layer, or one that torchao has quantised.
+    if not _has_torchao_weight(layer):
+        return None
+    if _why_not_torchao(layer.weight) is not None:
+        return None
+    return Torchao(layer)
 
 
 def is_quantised(layer: Any) -> bool:
@@ -341,8 +357,9 @@ def why_not_quantised(layer: Any) -> str | None:
                 f" ({', '.join(NAMES_WITH_ZERO)}), or load with GgufConfig(dequantize=True)"
             )
         return "its columns are permuted in the file; load with GgufConfig(dequantize=True)"
-    if _package(getattr(layer, "weight", None)) == "torchao":
-        return _why_not_torchao(layer.weight)
+    weight = getattr(layer, "weight", None)
+    if _package(weight) == "torchao":
+        return _why_not_torchao(weight)
     if name == "HQQLinear":
         return "HQQ's zero points are floats, so that zero has no code; quantise to NF4 or int8 instead"
     return "it keeps float16 weights and quantises in every forward pass; load it with has_fp16_weights=False"
@@ -358,7 +375,8 @@ def _has_torchao_weight(layer: Any) -> bool:
     """Whether torchao has quantised a linear layer: it keeps the class, and replaces the weight by its own tensor."""
     if not isinstance(layer, nn.Linear):
         return False
-    return _package(getattr(layer, "weight", None)) == "torchao"
+    weight = getattr(layer, "weight", None)
+    return _package(weight) == "torchao"
 
 
 def _why_not_torchao(weight: Any) -> str | None:
@@ -373,8 +391,8 @@ def _why_not_torchao(weight: Any) -> str | None:
     # One byte for each weight, in its place.
     data = getattr(weight, "qdata", None)
     is_of_bytes = data is not None and data.dtype in (torch.int8, torch.uint8)
-    is_in_place = is_of_bytes and data.shape == weight.shape and data.dim() == 2
-    if not is_in_place:
+    is_of_shape = is_of_bytes and data.shape == weight.shape and data.dim() == 2
+    if not is_of_shape:
         return f"torchao packs the codes of its {kind} for one kernel; use Int8WeightOnlyConfig or IntxWeightOnlyConfig"
 
     # A weight is scale * (code - zero point): 0 has a code only if the zero point is a whole number.
