@@ -1,11 +1,13 @@
-r"""Choose a mask for each prompt without labels: the task whose prompts look most like it to the base.
+r"""Choose a mask for each prompt without labels: the task whose prompts are most similar to it in the base's view.
 
 python examples/route_by_prompt.py my-model sums=sums_train.jsonl intents=intents_train.jsonl \
     --test sums=sums_test.jsonl intents=intents_test.jsonl
 
-A task is the mean of its prompts' hidden states (last layer of the base, mean over tokens, centred and of length 1); a
-prompt goes to the nearest one. Files are JSON lines, also gzipped, with a column ``prompt``. The names are those for
-``adapter_names`` of ``model.generate`` (examples/serve_many.py).
+Each task is represented by the mean of its prompts' hidden states (last layer of the base, mean over tokens), centred
+and normalised to length 1; a prompt goes to the nearest one. Files are JSON lines, also gzipped, with a column
+``prompt``. The names are those to pass as ``adapter_names`` to ``model.generate`` (examples/serve_many.py).
+
+Suffixes of tensors: B prompts of a batch, N prompts, T tokens, D hidden size, M tasks (one mask each).
 """
 
 from __future__ import annotations
@@ -36,8 +38,10 @@ class Router:
         self.model = model
         self.tokenizer = tokenizer
         self.names = list(prompts)
-        means_MD = torch.stack([self.hidden(texts).mean(0) for texts in prompts.values()])
-        # A large part of a hidden state is the same for any text; without it, tasks differ more.
+
+        means = [self.hidden(texts).mean(0) for texts in prompts.values()]
+        means_MD = torch.stack(means)
+        # A large part of a hidden state is the same for any text. Without subtracting it all cosines would be near 1.
         self.common_D = means_MD.mean(0)
         self.centroids_MD = torch.nn.functional.normalize(means_MD - self.common_D, dim=-1)
 
@@ -46,47 +50,66 @@ class Router:
         """Mean hidden state of each prompt, (N, D)."""
         found = []
         for start in range(0, len(prompts), BATCH_SIZE):
-            batch = self.tokenizer(prompts[start : start + BATCH_SIZE], return_tensors="pt", padding=True)
-            batch.pop("token_type_ids", None)
+            texts = prompts[start : start + BATCH_SIZE]
+            batch = self.tokenizer(texts, return_tensors="pt", padding=True)
+            batch.pop("token_type_ids", None)  # some tokenizers return it, and decoders do not take it
+            # `base_model` is the model without its head, so no logits are computed.
             hidden_BTD = self.model.base_model(**batch, use_cache=False).last_hidden_state
+
+            # The mean over a prompt's own tokens, without its padding.
             weight_BT1 = batch["attention_mask"].unsqueeze(-1)
-            found.append((hidden_BTD * weight_BT1).sum(1) / weight_BT1.sum(1))
+            sum_BD = (hidden_BTD * weight_BT1).sum(1)
+            found.append(sum_BD / weight_BT1.sum(1))
         return torch.cat(found)
 
     def route(self, prompts: list[str]) -> list[str]:
         """The task of each prompt."""
-        direction_ND = torch.nn.functional.normalize(self.hidden(prompts) - self.common_D, dim=-1)
-        nearest_N = (direction_ND @ self.centroids_MD.T).argmax(-1)
-        return [self.names[place] for place in nearest_N.tolist()]
+        centred_ND = self.hidden(prompts) - self.common_D
+        direction_ND = torch.nn.functional.normalize(centred_ND, dim=-1)
+        cosine_NM = direction_ND @ self.centroids_MD.T
+        nearest_N = cosine_NM.argmax(-1)
+        return [self.names[index] for index in nearest_N.tolist()]
 
 
 def read_prompts(file: str, limit: int) -> list[str]:
     """The first prompts of a file."""
-    return [row["prompt"] for _, row in islice(read_file(Path(file)), limit)]
+    rows = islice(read_file(Path(file)), limit)
+    return [row["prompt"] for _, row in rows]
+
+
+def name_and_file(text: str) -> tuple[str, str]:
+    """Parse an argument ``NAME=FILE``."""
+    name, separator, file = text.partition("=")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FILE")
+    return name, file
 
 
 def main() -> None:
     """Learn the tasks' means, and route test prompts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", help="base model, a folder or a hub name")
-    parser.add_argument("train", nargs="+", metavar="NAME=FILE", help="prompts of each task")
-    parser.add_argument("--test", nargs="+", default=[], metavar="NAME=FILE", help="prompts to route")
+    parser.add_argument("train", nargs="+", type=name_and_file, metavar="NAME=FILE", help="prompts of each task")
+    parser.add_argument(
+        "--test", nargs="+", default=[], type=name_and_file, metavar="NAME=FILE", help="prompts to route"
+    )
     parser.add_argument("--limit", type=int, default=64, help="prompts of a file that are read (default: 64)")
     args = parser.parse_args()
 
-    files = dict(pair.split("=", 1) for pair in args.train)
+    # The base alone, without any mask: a mask would have to be chosen before the prompt is read.
     model = load_model(args.base).eval()
-    router = Router(
-        model, load_tokenizer(args.base), {name: read_prompts(file, args.limit) for name, file in files.items()}
-    )
+    tokenizer = load_tokenizer(args.base)
+    prompts = {name: read_prompts(file, args.limit) for name, file in args.train}
+    router = Router(model, tokenizer, prompts)
 
     num_right = 0
     num_routed = 0
-    for name, file in (pair.split("=", 1) for pair in args.test):
+    for name, file in args.test:
         routed = router.route(read_prompts(file, args.limit))
-        num_right += routed.count(name)
+        num_right_here = routed.count(name)
+        num_right += num_right_here
         num_routed += len(routed)
-        print(f"{name}: {routed.count(name)} of {len(routed)} prompts go to {name}")
+        print(f"{name}: {num_right_here} of {len(routed)} prompts go to {name}")
     if num_routed:
         print(f"all: {num_right} of {num_routed}")
 

@@ -1,10 +1,10 @@
-"""Let a base write text of its own, as rows for ``--kl_dataset_name`` where you have no text to stay near to.
+"""Let a base model write text itself: rows for ``--kl_dataset_name`` where you have no text to stay near to.
 
 python examples/sample_from_base.py my-model own_text.jsonl --num_rows 256
 maskft train ... --kl_budget 0.1 --kl_dataset_name own_text.jsonl
 
-Each row begins after the tokenizer's first token and is sampled at temperature 1, so that the rows are what the base
-expects text to be.
+Each row begins after the tokenizer's first token and is sampled at temperature 1, so that the rows follow the base's
+own distribution of text.
 """
 
 from __future__ import annotations
@@ -28,34 +28,43 @@ def main() -> None:
     parser.add_argument("file", type=Path, help="file to write, JSON lines")
     parser.add_argument("--num_rows", type=int, default=256, help="rows to write (default: 256)")
     parser.add_argument("--num_tokens", type=int, default=64, help="longest row, in tokens (default: 64)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
     args = parser.parse_args()
     if args.file.exists():
-        raise SystemExit(f"{args.file} is there already; give another name or remove it")
+        raise SystemExit(f"{args.file} already exists: delete it or choose another name")
 
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.base)
     model = load_model(args.base).eval()
-    first_token = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+    # `generate` needs a first token. Where a tokenizer has no BOS, EOS plays its part in pre-training: it is the token
+    # before each document.
+    first_token = tokenizer.bos_token_id
+    if first_token is None:
+        first_token = tokenizer.eos_token_id
 
     texts = []
     for start in track(range(0, args.num_rows, BATCH_SIZE), description="sampling"):
-        prompt_B1 = torch.full((min(BATCH_SIZE, args.num_rows - start), 1), first_token)
+        num_rows = min(BATCH_SIZE, args.num_rows - start)
+        prompt_B1 = torch.full((num_rows, 1), first_token)
         sampled_BT = model.generate(
             input_ids=prompt_B1,
             attention_mask=torch.ones_like(prompt_B1),
             do_sample=True,
             temperature=1.0,
-            # No filter of a generation_config.json: the rows are to be the base's own distribution.
+            # Switch off the filters that a generation_config.json may set: they would cut the tail of the
+            # distribution, which the rows are to represent.
             top_k=0,
             top_p=1.0,
-            max_new_tokens=args.num_tokens - 1,
+            max_new_tokens=args.num_tokens - 1,  # the first token counts as well
             pad_token_id=tokenizer.pad_token_id,
         )
         texts += tokenizer.batch_decode(sampled_BT, skip_special_tokens=True)
-    # A row that ended at once has nothing to measure.
+
+    # Leave out rows that ended at once: they have no token on which a KL divergence could be measured.
     texts = [text for text in texts if text.strip()]
-    args.file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
+    args.file.write_text("".join(lines), encoding="utf-8")
     print(f"{len(texts)} rows: {args.file}")
 
 

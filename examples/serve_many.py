@@ -25,7 +25,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-import maskft  # noqa: F401 - lets PEFT know masks
+import maskft  # noqa: F401 - registers masks with PEFT, which could not load the adapters without it
 from maskft.models import load_model, load_tokenizer
 
 MAX_BATCH_SIZE = 16
@@ -57,19 +57,34 @@ class Server:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.tokenizer.padding_side = "left"  # all rows of a batch end where their answers begin
-        self.adapters = {"base": "__base__", **{f"base:{name}": name for name in model.peft_config}}
+
+        # Name of a served model -> name of the adapter. PEFT takes `__base__` for a row without an adapter.
+        self.adapters = {"base": "__base__"}
+        for name in model.peft_config:
+            self.adapters[f"base:{name}"] = name
+
+        # Tokens that end an answer: those at which `generate` stops (an instruct model often has several), and the
+        # tokenizer's.
+        end_tokens = model.generation_config.eos_token_id
+        if not isinstance(end_tokens, list):
+            end_tokens = [end_tokens]
+        self.end_tokens = {*end_tokens, tokenizer.eos_token_id}
         self.queue: asyncio.Queue[Waiting] = asyncio.Queue()
 
     async def run(self) -> None:
-        """Answer for ever: whatever waits when the model is free is the next batch."""
+        """Answer until the server stops: the requests that wait when the model is free are the next batch."""
         while True:
             batch = [await self.queue.get()]
             while len(batch) < MAX_BATCH_SIZE and not self.queue.empty():
                 batch.append(self.queue.get_nowait())
+
+            # In a thread, so that new requests are accepted while the model runs.
             try:
                 answers = await asyncio.to_thread(self.generate, batch)
             except Exception as error:  # one bad batch must not end the server
-                answers = [failed(500, f"{type(error).__name__}: {error}")] * len(batch)
+                answer = failed(500, f"{type(error).__name__}: {error}")
+                answers = [answer] * len(batch)
+
             for waiting, answer in zip(batch, answers, strict=True):
                 if not waiting.answer.cancelled():  # its client has gone
                     waiting.answer.set_result(answer)
@@ -79,23 +94,58 @@ class Server:
         """Answers of one batch, each row with the mask of its request."""
         prompts = [waiting.request.prompt for waiting in batch]
         inputs = self.tokenizer(prompts, return_tensors="pt", padding=True).to(self.model.device)
-        inputs.pop("token_type_ids", None)
+        inputs.pop("token_type_ids", None)  # some tokenizers return it, and decoders do not take it
+
+        # PEFT's argument for mixed batches: one adapter name per row. Masked layers compute x @ W.T once for all rows
+        # and subtract, per row, the part of the weights that the row's mask removes.
         names = [waiting.adapter for waiting in batch]
         num_new = max(waiting.request.max_tokens for waiting in batch)
         output = self.model.generate(**inputs, adapter_names=names, max_new_tokens=num_new, do_sample=False)
+
         answers = []
+        width = inputs["input_ids"].shape[1]
         for row, waiting in enumerate(batch):
-            tokens = output[row, inputs["input_ids"].shape[1] :].tolist()[: waiting.request.max_tokens]
-            has_ended = self.tokenizer.eos_token_id in tokens
-            if has_ended:
-                tokens = tokens[: tokens.index(self.tokenizer.eos_token_id)]
-            choice = {"text": self.tokenizer.decode(tokens), "finish_reason": "stop" if has_ended else "length"}
+            # All rows were generated up to the largest max_tokens of the batch, or until all had ended.
+            tokens = output[row, width:].tolist()[: waiting.request.max_tokens]
             num_prompt = int(inputs["attention_mask"][row].sum())
-            counts = {"prompt_tokens": num_prompt, "completion_tokens": len(tokens)}
-            body = {"id": f"cmpl-{id(waiting)}", "object": "text_completion", "created": int(time.time())}
-            body |= {"model": waiting.request.model, "choices": [{"index": 0, "logprobs": None, **choice}]}
-            answers.append(JSONResponse({**body, "usage": {**counts, "total_tokens": sum(counts.values())}}))
+            answers.append(self.completion(waiting, tokens, num_prompt))
         return answers
+
+    def completion(self, waiting: Waiting, tokens: list[int], num_prompt: int) -> JSONResponse:
+        """The answer to a request, as OpenAI's interface has it.
+
+        Args:
+            waiting: The request.
+            tokens: New tokens; after one that ends the answer only padding follows.
+            num_prompt: Tokens of its prompt.
+        """
+        finish_reason = "length"
+        for index, token in enumerate(tokens):
+            if token in self.end_tokens:
+                tokens = tokens[:index]
+                finish_reason = "stop"
+                break
+
+        choice = {
+            "index": 0,
+            "logprobs": None,
+            "text": self.tokenizer.decode(tokens),
+            "finish_reason": finish_reason,
+        }
+        usage = {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": len(tokens),
+            "total_tokens": num_prompt + len(tokens),
+        }
+        body = {
+            "id": f"cmpl-{id(waiting)}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": waiting.request.model,
+            "choices": [choice],
+            "usage": usage,
+        }
+        return JSONResponse(body)
 
     async def completions(self, request: Request) -> JSONResponse:
         """POST /v1/completions."""
@@ -103,15 +153,20 @@ class Server:
             asked = CompletionRequest.model_validate_json(await request.body())
         except ValidationError as error:
             first = error.errors()[0]
-            return failed(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+            # The field and its problem. A body that is not a JSON object has no field.
+            parts = [".".join(map(str, first["loc"])), first["msg"]]
+            return failed(400, ": ".join(part for part in parts if part))
         if asked.model not in self.adapters:
             return failed(404, f"no model {asked.model!r}; there are {', '.join(self.adapters)}")
-        num_tokens = len(self.tokenizer(asked.prompt)["input_ids"]) + asked.max_tokens
+
+        num_prompt = len(self.tokenizer(asked.prompt)["input_ids"])
+        num_tokens = num_prompt + asked.max_tokens
         if num_tokens > self.model.config.max_position_embeddings:
             return failed(400, f"prompt and max_tokens are {num_tokens} tokens, more than the model's context")
-        waiting = Waiting(asked, self.adapters[asked.model], asyncio.get_running_loop().create_future())
-        self.queue.put_nowait(waiting)
-        return await waiting.answer
+
+        answer = asyncio.get_running_loop().create_future()
+        self.queue.put_nowait(Waiting(asked, self.adapters[asked.model], answer))
+        return await answer
 
     def app(self) -> Starlette:
         """The web application."""
@@ -122,27 +177,47 @@ class Server:
             yield
             task.cancel()
 
-        return Starlette(routes=[Route("/v1/completions", self.completions, methods=["POST"])], lifespan=lifespan)
+        route = Route("/v1/completions", self.completions, methods=["POST"])
+        return Starlette(routes=[route], lifespan=lifespan)
 
 
 def failed(status: int, message: str) -> JSONResponse:
     """An error in OpenAI's form."""
-    return JSONResponse({"error": {"message": message, "type": "invalid_request_error", "code": None}}, status)
+    error = {"message": message, "type": "invalid_request_error", "code": None}
+    return JSONResponse({"error": error}, status)
+
+
+def name_and_folder(text: str) -> tuple[str, str]:
+    """Parse an argument ``NAME=DIR``."""
+    name, separator, folder = text.partition("=")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=DIR")
+    return name, folder
 
 
 def main() -> None:
     """Load the base and its masks, and serve until Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", help="base model, a folder or a hub name")
-    parser.add_argument("masks", nargs="+", metavar="NAME=DIR", help="adapter folders and the names to serve them by")
+    parser.add_argument(
+        "masks",
+        nargs="+",
+        type=name_and_folder,
+        metavar="NAME=DIR",
+        help="adapter folders and the names to serve them by",
+    )
     parser.add_argument("--port", type=int, default=8000)
     args = parser.parse_args()
-    folders = dict(mask.split("=", 1) for mask in args.masks)
+
+    # PEFT wraps the base with the first adapter, and adds the others to it. The base is in memory once.
+    folders = dict(args.masks)
     first = next(iter(folders))
     model = PeftModel.from_pretrained(load_model(args.base), folders.pop(first), adapter_name=first)
     for name, folder in folders.items():
         model.load_adapter(folder, name)
-    uvicorn.run(Server(model, load_tokenizer(args.base)).app(), host="127.0.0.1", port=args.port)
+
+    server = Server(model, load_tokenizer(args.base))
+    uvicorn.run(server.app(), host="127.0.0.1", port=args.port)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,10 @@ SPECIAL_TOKENS = ("<pad>", "<eos>", "<image>")
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """Return a byte-level tokenizer; ``<pad>`` is token 0, ``<eos>`` 1, ``<image>`` 2."""
-    vocabulary = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    backend = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(vocabulary)}, merges=[]))
+    # A BPE model without merges has one token per byte, so it can encode any text and needs no training.
+    tokens = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
@@ -23,7 +25,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def text_config() -> LlamaConfig:
     """Return the configuration of a Llama of four layers and 0.1 M parameters."""
     return LlamaConfig(
-        vocab_size=260,
+        vocab_size=260,  # 256 bytes and the special tokens
         hidden_size=48,
         intermediate_size=96,
         num_hidden_layers=4,
@@ -43,4 +45,8 @@ def language_model(seed: int = 0) -> LlamaForCausalLM:
 
 def sums(first: range, second: range) -> Dataset:
     """Return additions as rows with ``prompt`` and ``completion``."""
-    return Dataset.from_list([{"prompt": f"{a}+{b}=", "completion": f"{a + b}"} for a in first for b in second])
+    rows = []
+    for a in first:
+        for b in second:
+            rows.append({"prompt": f"{a}+{b}=", "completion": f"{a + b}"})
+    return Dataset.from_list(rows)

@@ -1,6 +1,7 @@
-"""Masks where others load them: PEFT's own comparison of methods, and lm-eval by the line of docs/compatibility.md."""
+"""Masks in other programs: PEFT's comparison of methods, ms-swift, lm-eval by the line of docs/compatibility.md."""
 
 import importlib
+import importlib.util
 import json
 import os
 import shlex
@@ -71,6 +72,29 @@ def test_a_zero_under_mask_is_a_value_in_axolotl(monkeypatch):
     _, config = plugin.load_adapter(None, cfg, config_only=True)
     assert config.save_scores is False
     assert set(config.target_modules) == {"v_proj"}
+
+
+def test_the_plugin_of_ms_swift_passes_on_settings_that_are_false(monkeypatch):
+    """With modules in the place of ms-swift's; tests/test_hosts_train.py runs ms-swift itself."""
+    callbacks = ModuleType("swift.callbacks")
+    callbacks.callbacks_map = {}
+    tuner_plugin = ModuleType("swift.tuner_plugin")
+    tuner_plugin.PeftTuner = object
+    tuner_plugin.tuners_map = {}
+    for module in (ModuleType("swift"), callbacks, tuner_plugin):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    file = REPOSITORY / "examples" / "hosts" / "maskft_ms_swift.py"
+    spec = importlib.util.spec_from_file_location("maskft_ms_swift", file)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+    monkeypatch.setenv("MASKFT", json.dumps({"sparsity": 0.3, "verify_base": False}))
+    args = SimpleNamespace(target_modules=["all-linear"], modules_to_save=[])
+    model = tuner_plugin.tuners_map["mask"].prepare_model(args, tiny.tiny_llama())
+    config = model.peft_config["default"]
+    assert config.sparsity == 0.3
+    assert config.verify_base is False
+    assert config.save_scores is True
+    assert config.modules_to_save is None
 
 
 @pytest.mark.slow

@@ -51,3 +51,10 @@ def test_a_batch_changes_no_route(script, base, files):
     router = script.Router(load_model(str(base)).eval(), load_tokenizer(str(base)), prompts)
     mixed = ["1+2+1=", "1*2*1=1*2*1=1*2*1=", "3-3-3="]
     assert router.route(mixed) == [router.route([prompt])[0] for prompt in mixed]
+
+
+def test_a_file_without_a_name_is_an_error_of_the_command_line(script, base, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["route", str(base), "sums_train.jsonl"])
+    with pytest.raises(SystemExit):
+        script.main()
+    assert "'sums_train.jsonl' is not NAME=FILE" in capsys.readouterr().err

@@ -39,6 +39,6 @@ def test_the_rows_are_texts_of_the_seed(sample, tmp_path):
 def test_a_file_is_not_written_over(sample, tmp_path):
     file = tmp_path / "mine.jsonl"
     file.write_text("mine")
-    with pytest.raises(SystemExit, match="is there already"):
+    with pytest.raises(SystemExit, match="already exists"):
         sample(file)
     assert file.read_text() == "mine"

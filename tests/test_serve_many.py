@@ -1,6 +1,8 @@
 """examples/serve_many.py with OpenAI's own client over loopback: answers, batches and errors."""
 
+import http.client
 import importlib.util
+import json
 import sys
 import threading
 import time
@@ -138,5 +140,29 @@ def test_a_batch_that_fails_is_an_error_and_not_the_end(served, monkeypatch):
     assert client.completions.create(model="base:sums", prompt=PROMPT).choices
 
 
-def test_it_is_short():
-    assert len((EXAMPLES / "serve_many.py").read_text().splitlines()) <= 150
+def test_a_body_that_is_not_json(served):
+    _, client = served
+    connection = http.client.HTTPConnection("127.0.0.1", client.base_url.port)
+    connection.request("POST", "/v1/completions", body=b"nope")
+    response = connection.getresponse()
+    message = json.load(response)["error"]["message"]
+    connection.close()
+    assert response.status == 400
+    assert message.startswith("Invalid JSON")
+
+
+def test_an_answer_ends_at_any_end_token_of_the_model(example, model, base, monkeypatch):
+    tokenizer = load_tokenizer(str(base))
+    other_end = tokenizer.eos_token_id + 10
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [tokenizer.eos_token_id, other_end])
+    server = example.Server(model, tokenizer)
+    request = example.CompletionRequest(model="base", prompt=PROMPT)
+    waiting = example.Waiting(request, "__base__", None)
+
+    words = tokenizer("12")["input_ids"]
+    padding = [tokenizer.pad_token_id] * 2
+    response = server.completion(waiting, [*words, other_end, *padding], num_prompt=4)
+    body = json.loads(response.body)
+    assert body["choices"][0]["text"] == tokenizer.decode(words)
+    assert body["choices"][0]["finish_reason"] == "stop"
+    assert body["usage"] == {"prompt_tokens": 4, "completion_tokens": len(words), "total_tokens": 4 + len(words)}

@@ -19,17 +19,22 @@ class MaskTuner(PeftTuner):
 
     @staticmethod
     def prepare_model(args, model):
-        """A mask over ``model``."""
-        given = {
-            "target_modules": [name for name in args.target_modules or [] if name != "all-linear"],
-            "modules_to_save": args.modules_to_save,
-            "save_scores": True,  # to resume
-            **json.loads(os.environ.get("MASKFT") or "{}"),
-        }
-        config = MaskConfig(task_type="CAUSAL_LM", **{name: value for name, value in given.items() if value})
-        return get_peft_model(model, config)
+        """Put a mask over ``model``."""
+        # Checkpoints are saved with the scores, without which training could not resume.
+        settings = {"save_scores": True}
+
+        # ms-swift's default is ["all-linear"], which is also the default of MaskConfig.
+        target_modules = [name for name in args.target_modules or [] if name != "all-linear"]
+        if target_modules:
+            settings["target_modules"] = target_modules
+        if args.modules_to_save:
+            settings["modules_to_save"] = args.modules_to_save
+
+        # From an environment variable: ms-swift's options are those of its own tuners.
+        settings |= json.loads(os.environ.get("MASKFT") or "{}")
+        return get_peft_model(model, MaskConfig(task_type="CAUSAL_LM", **settings))
 
 
 tuners_map["mask"] = MaskTuner
-# Without it, a mask with a ramp, a schedule or noise ends at its first step.
+# Reports the progress of training. Masks with a ramp, a schedule or noise raise at their first step without it.
 callbacks_map["mask"] = lambda args, trainer: MaskProgress()
