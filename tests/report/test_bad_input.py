@@ -36,9 +36,10 @@ def test_an_array_that_is_not_what_analyze_writes(study, error):
     file = study / layout.ANALYSIS / "landscape.json"
     file.write_text(json.dumps({"plane": {"models": ["a", "b", "c"], "heldout": [], "x": [0.0]}}))
     line = error(study, "--figures", study / "f", "--only", "5")
-    assert "fig05_12_landscape: its data is not as it should be" in line and "make it again: maskft analyze" in line
+    assert "fig05_12_landscape: its data is not valid" in line
+    assert line.endswith("To compute it again: maskft analyze study --what landscape")
     file.write_text("{}")
-    assert "its data is not as it should be (KeyError: 'plane')" in error(study, "-o", study / "page.html")
+    assert "its data is not valid (KeyError: 'plane')" in error(study, "-o", study / "page.html")
     file.write_text("[1")
     assert "landscape.json is not as maskft analyze writes it" in error(study, "-o", study / "page.html")
     assert not (study / "f").exists() and not (study / "page.html").exists()

@@ -173,6 +173,13 @@ def test_checkpoints_are_one_path_and_the_scales_of_each_another_but_of_one_alon
     assert curve.units == ("nats", "nats")
 
 
+def test_a_scaled_point_without_a_share_is_of_the_end_of_training():
+    each = {"method": "a", "path": "a", "points_gained": 1.0, "nats_forgotten": 0.1}
+    points = [{**each, "share": 0.5}, {**each, "scale": 0.5}]
+    curve = curve_of_record({"task": "t", "probe": "p", "model": "m", "points": points})
+    assert [point.path for point in curve.points] == ["a", "a, 1 of training scaled"]
+
+
 def test_curves_of_another_study_in_the_folder_are_not_shown(finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "study")
     for name in ("tiny-study", "tiny-study-2"):

@@ -72,7 +72,8 @@ def _ablation(
     )
 
 
-# In the order in which a page shows them within their sections.
+# Key, section, title, function, command, and the numbers of the paper's figures. In the order in which a page shows
+# them within their sections.
 FIGURES = (
     Figure("forest", "verdict", "Differences from the baseline", forest_chart, _STUDY),
     Figure("against_mask", "verdict", "The others against the mask", against_mask_chart, _STUDY),
@@ -114,35 +115,45 @@ def draw_figures(
     drawn = []
     missing = []
     for figure in figures:
+        command = figure.command.replace("STUDY", evidence.place)
         try:
-            drawn.append((figure, figure.draw(evidence)))
+            chart = figure.draw(evidence)
         except NotComputed as error:
-            command = figure.command.replace("STUDY", evidence.place)
+            # Expected: most studies have the data of some figures only.
             missing.append(Missing(figure, str(error), command))
         except UserError:
-            raise  # which is a ValueError
-        # A file that was damaged or written by hand may fail in any of these, wherever it is read.
+            # A UserError is a ValueError too. Its message says what to do already.
+            raise
+        # Charts read the fields of a file without checking each of them. A file that was damaged or written by hand
+        # may raise any of these.
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             problem = f"{type(error).__name__}: {error}"
             raise UserError(
-                f"{figure.key}: its data is not as it should be ({problem}); make it again: {figure.command}"
+                f"{figure.key}: its data is not valid ({problem}). To compute it again: {command}"
             ) from error
+        else:
+            drawn.append((figure, chart))
     return drawn, missing
 
 
 def select_figures(wanted: Sequence[str]) -> list[Figure]:
-    """The figures of these numbers or keys, such as ``5`` or ``table07_bound``; all where none is named.
+    """The figures of these numbers or keys, such as ``5`` or ``table07_bound``; all if none is named.
 
     Raises:
-        UserError: If there is no such figure.
+        UserError: If a number or key is not known.
     """
     if not wanted:
         return list(FIGURES)
 
-    chosen: dict[Figure, None] = {}  # each once, in the order of the words
+    # A dictionary instead of a set: each figure once, in the order of the words.
+    chosen = {}
     for word in wanted:
+        # One number can mean several figures, and no figure has the number None.
         number = int(word) if word.isdecimal() else None
-        found = [figure for figure in FIGURES if figure.key == word or number in figure.numbers]
+        found = []
+        for figure in FIGURES:
+            if figure.key == word or number in figure.numbers:
+                found.append(figure)
         if not found:
             raise UserError(f"--only: no figure {word!r}; there are {_known_figures()}")
         chosen |= dict.fromkeys(found)
@@ -151,7 +162,7 @@ def select_figures(wanted: Sequence[str]) -> list[Figure]:
 
 def _known_figures() -> str:
     """All words that `select_figures` takes."""
-    numbers: set[int] = set()
+    numbers = set()
     for figure in FIGURES:
         numbers.update(figure.numbers)
     number_texts = [str(number) for number in sorted(numbers)]

@@ -21,7 +21,7 @@ from ..results.tables import draw as draw_table
 
 Draw = Callable[[Axes], None]
 
-# Every colour has its own value, so that a page can replace it by a name, which is light or dark there.
+# Light and dark. No two light colours are equal, because `to_svg` finds a colour in a picture by its value.
 _PALETTE = {
     "paper": ("#fdfdfc", "#101418"),  # the ground of a page, of files, and under numbers that lie over lines
     "ink": ("#1c2126", "#e8eaed"),
@@ -37,21 +37,22 @@ _PALETTE = {
 }
 COLOURS = {name: light for name, (light, _) in _PALETTE.items()}
 DARK = {name: dark for name, (_, dark) in _PALETTE.items()}
-# A ground under numbers, which may lie over lines. By its colour's name, since it is dark in a dark picture.
+# The box under numbers that may lie over lines. In the colour of the paper, which becomes dark in a dark picture; white
+# would stay white.
 GROUND = {
     "facecolor": COLOURS["paper"],
     "edgecolor": "none",
     "pad": 0.5,
 }
-SERIES = ("red", "blue", "green", "orange", "purple", "teal")  # of lines that are not methods
-SHADES = "viridis"  # of maps: read on white and on black, and in grey
+SERIES = ("red", "blue", "green", "orange", "purple", "teal")  # colours of lines that are not methods
+SHADES = "viridis"  # colours of maps: can be read on white and on black, and in grey
 
-# Inches: the width of a column of a paper and of a wide panel, and the height of either.
-NARROW = 3.3
-PAGE = 4.6
-HEIGHT = 2.4
+# Sizes in inches.
+NARROW = 3.3  # width of a column of a paper
+PAGE = 4.6  # width of a wide panel
+HEIGHT = 2.4  # of either
 ROW_HEIGHT = 0.24  # of a row of bars, whose name may have two lines
-TITLE_CHARACTERS = 11  # of a panel's title in an inch
+TITLE_CHARACTERS = 11  # characters of a panel's title in an inch
 FORMATS = ("svg", "dark.svg", "pdf", "png")
 
 _STYLE = {
@@ -86,7 +87,7 @@ _STYLE = {
     "legend.fontsize": 7,
     "image.cmap": SHADES,
     "image.interpolation": "none",  # a dot per number, in every format
-    "axes.formatter.useoffset": False,
+    "axes.formatter.useoffset": False,  # else ticks may be differences from a number in the corner
     "axes.unicode_minus": True,
     "pdf.fonttype": 42,  # TrueType, which editors can change; venues refuse matplotlib's default, Type 3
     "svg.fonttype": "none",  # texts as text, not as paths: small, searchable, in the fonts of the page
@@ -143,12 +144,12 @@ class Chart:
 
 
 def plain(text: str) -> str:
-    """A text in which matplotlib reads no mathematics."""
+    """Escape a text for matplotlib, which would read mathematics between two dollar signs."""
     return text.replace("$", r"\$")
 
 
 def row_name(name: str) -> str:
-    """A name for a row of bars, in two lines where it is long."""
+    """A name for a row of bars, broken into at most two lines."""
     lines = textwrap.wrap(name, 24, max_lines=2, placeholder="…")
     return plain("\n".join(lines))
 
@@ -159,22 +160,31 @@ def to_svg(panel: Panel, prefix: str) -> str:
     with matplotlib.rc_context(_STYLE | _ON_A_PAGE):
         figure = Figure((width, panel.height), layout="constrained")
         panel.draw(figure.add_subplot())
-        text = _saved(figure, "svg", is_transparent=True).decode()  # the page has the ground
+        # Transparent, because the page has its own background.
+        content = _saved(figure, "svg", is_transparent=True)
+    text = content.decode()
 
+    # An element inside HTML has no XML declaration.
     start = text.index("<svg")
-    text = text[start:]  # without the XML declaration
-    # Colours by name, which are light or dark as the page is.
+    text = text[start:]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+
+    # Colours by name: they are light or dark as the page is, and change with it.
     for name, value in COLOURS.items():
         text = text.replace(value, f"var(--{name})")
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    # Ids and references to them: a page holds many pictures.
+
+    # matplotlib gives the same ids to parts of every picture, and a page holds many.
     text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{prefix}-", text)
-    # The size of the page's column; the viewBox keeps the proportions.
+
+    # Without a size of its own a picture is as wide as the page's column. The viewBox keeps the proportions.
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+
+    # Smaller: no indentation, and shorter coordinates inside tags. Texts between tags, among them the numbers that
+    # people read, stay as they are.
     text = re.sub(r"\n\s*", "\n", text)
-    # Texts, which hold the numbers that are read, stay as they are.
     text = re.sub(r"<[^>]*>", _with_short_coordinates, text)
+
     # Hidden from screen readers, which get the numbers from the table below the picture.
     return text.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)
 
@@ -188,9 +198,10 @@ def draw_panel(panel: Panel, legend: Sequence[Entry]) -> Figure:
     """A panel for a paper: its title above, the legend of its chart below."""
     width = PAGE if panel.is_wide else NARROW
 
-    # As many columns as fit, at most three.
-    longest = max((len(entry.name) for entry in legend), default=0)
-    # 17 characters of a legend are an inch, and its line takes 8 of them.
+    # As many columns as fit, at most three. An inch holds 17 characters of a legend, and the line before a name takes
+    # as much room as 8.
+    lengths = [len(entry.name) for entry in legend]
+    longest = max(lengths, default=0)
     num_fitting = int(17 * width / (longest + 8))
     num_columns = min(3, max(1, num_fitting))
     num_lines = math.ceil(len(legend) / num_columns)
@@ -207,9 +218,13 @@ def draw_panel(panel: Panel, legend: Sequence[Entry]) -> Figure:
         axes.set_title(plain(title))
 
         if legend:
-            # Lines without points: only their style is shown.
-            lines = [Line2D([], [], **line_style(entry)) for entry in legend]
-            names = [plain(entry.name) for entry in legend]
+            lines = []
+            names = []
+            for entry in legend:
+                # A line without points, of which the legend shows the style. Not the lines of the panel: the legend
+                # is that of the whole chart.
+                lines.append(Line2D([], [], **line_style(entry)))
+                names.append(plain(entry.name))
             figure.legend(
                 lines,
                 names,
@@ -228,14 +243,14 @@ def files_of(chart: Chart, key: str) -> dict[str, bytes]:
         table = draw_table(chart.table, "markdown")
         return {f"{key}.md": table.encode()}
 
-    contents: dict[str, bytes] = {}
+    contents = {}  # name of a file -> its bytes
     if chart.records:
         text = json.dumps(chart.records, indent=1) + "\n"
         contents[f"{key}.json"] = text.encode()
     for number, panel in enumerate(chart.panels, 1):
         name = key if number == 1 else f"{key}_{number}"
         figure = draw_panel(panel, chart.legend)
-        # Again: fonts of PDF and SVG and the dots of PNG are looked up when a file is written.
+        # The style again, because matplotlib reads the fonts of PDF and SVG and the dots of PNG when it writes a file.
         with matplotlib.rc_context(_STYLE):
             for suffix in FORMATS:
                 contents[f"{name}.{suffix}"] = _saved(figure, suffix)
@@ -259,7 +274,7 @@ def _saved(
     suffix: str,
     is_transparent: bool = False,
 ) -> bytes:
-    """The bytes of a file; with a ground, so that it can be read wherever it is opened."""
+    """The bytes of a file; with a background, so that it can be read wherever it is opened."""
     out = io.BytesIO()
     form = suffix.removeprefix("dark.")
     figure.savefig(
@@ -271,7 +286,7 @@ def _saved(
     if suffix != "dark.svg":
         return out.getvalue()
 
-    # The dark picture is the light one with other colours: drawn twice, the two could differ.
+    # The dark picture is the light one with other colours. Two drawings could differ in more than colours.
     text = out.getvalue().decode()
     for name, value in COLOURS.items():
         text = text.replace(value, DARK[name])
@@ -279,7 +294,7 @@ def _saved(
 
 
 def line_style(of: Entry) -> dict[str, Any]:
-    """Arguments of matplotlib's ``plot``."""
+    """Arguments of matplotlib's ``plot`` for a line that looks like an entry of a legend."""
     return {
         "color": COLOURS[of.colour],
         "linestyle": of.dash or "none",

@@ -20,9 +20,11 @@ from ..results.compare import compare
 from ..results.comparison import Comparison, Settings
 from ..results.schema import Result
 
-CURVES = "curve*.json"  # beside the summary, one for each probe: every method's rates, checkpoints and scales
+# Beside the summary, one file for each probe: the rates, checkpoints and scales of every method.
+CURVES = "curve*.json"
 
-# With more values (items x seeds x differences) a further comparison takes minutes, where a page takes seconds.
+# Largest number of answers (results x items x metrics) of a further comparison. More take minutes, where a page takes
+# seconds.
 MAX_COMPARED = 1_000_000
 
 
@@ -63,15 +65,16 @@ class Evidence:
     @property
     def methods(self) -> dict[str, tuple[str, bool]]:
         """Name of a run -> its method, and whether others start from it (or it is full fine-tuning of the base)."""
+        # Ids of runs that other runs start from, then their names.
         starts = {run.start for run in self.runs}
-        parents: set[str] = set()
+        parents = set()
         for run in self.runs:
             is_first = run.start is None and run.method in ("full", "pretrained")
             if is_first or run.id in starts:
                 parents.add(run.name)
 
         # By name, because seeds of one method are alike in this.
-        methods: dict[str, tuple[str, bool]] = {}
+        methods = {}
         for run in self.runs:
             is_start = run.name in parents
             methods[run.name] = (run.method, is_start)
@@ -82,8 +85,9 @@ class Evidence:
         """Names of the learned masks that are compared."""
         if self.comparison is None:
             return []
-        masks: list[str] = []
+        masks = []
         for name in self.comparison.methods:
+            # A name in a comparison may end in the role of the model, "(best)" or "(continued)".
             method, _ = self.methods.get(plain_name(name), ("", False))
             if method == MASK:
                 masks.append(name)
@@ -101,10 +105,14 @@ class Evidence:
             return None
 
         mask = comparison.verdicts[0].parent.method
+        if mask == comparison.baseline:
+            return None  # the table of the verdict has these differences already
+
+        # Published studies may leave out the answers of some models.
         compared = {comparison.baseline, *comparison.methods}
         results = [result for result in self.results if result["name"] in compared]
         with_answers = {result["name"] for result in results}
-        if with_answers != compared or mask == comparison.baseline:
+        if with_answers != compared:
             return None
 
         # In the order of their files, as `maskft compare` reads them: the last digit of a simultaneous interval, whose
@@ -115,7 +123,8 @@ class Evidence:
         num_values = 0
         for result in results:
             for task in result["tasks"].values():
-                num_values += len(task["items"]) * len(task["metrics"])
+                num_items = len(task["items"])
+                num_values += num_items * len(task["metrics"])
         if num_values > MAX_COMPARED:
             return None
 
@@ -130,6 +139,7 @@ class Evidence:
     @property
     def recipe(self) -> str | None:
         """The study's recipe, where its folder has a copy."""
+        # A folder of runs may be shared by studies, each with its own copy. A published folder has one.
         own = self.folder / layout.STUDY_RECIPE.format(self.name)
         published = sorted(self.folder.glob("recipe*.yaml"))
         for file in [own, *published]:
@@ -149,7 +159,7 @@ class Evidence:
             return read_record(file)
         is_published = not any(run.models for run in self.runs)
         if is_published:
-            raise NotComputed("published results hold no models, so it is made where the study ran")
+            raise NotComputed("published results hold no models, so it is computed where the study ran")
         raise NotComputed(f"there is no {layout.ANALYSIS}/{what}.json")
 
 
@@ -182,7 +192,7 @@ def gather(
         study_name: The study that is meant, where several share the folder.
 
     Raises:
-        UserError: If there is nothing to report, or results do not fit each other.
+        UserError: If there is nothing to report, or the results cannot be compared.
     """
     folder = Path(folder)
     curves = sorted(folder.glob(CURVES))
@@ -220,22 +230,23 @@ def _named_results(
     summary: Mapping[str, Any],
 ) -> list[Result]:
     """The results of all runs under the study's own names: studies that share a folder share runs."""
-    names: dict[tuple[str, str], str] = {}
+    names = {}  # run and role -> name
     for row in summary.get("runs", []):
         run_and_role = (row["run"], row["role"])
         names[run_and_role] = row["name"]
 
-    results: list[Result] = []
+    results = []
     for run in runs:
         for result in run.results.values():
             name = names.get(_run_and_role(result), result["name"])
-            renamed = {**result, "name": name}  # a copy: the run keeps its result
+            renamed = {**result, "name": name}  # a copy: the run keeps its own
+            # mypy does not see that this is still a Result.
             results.append(cast(Result, renamed))
     return results
 
 
 def _run_and_role(result: Result) -> tuple[str, str]:
-    """A result's run, and which of its models it is of: the best, or the last."""
+    """The run of a result, and its role: the run's best model, or its last."""
     study = result["study"]
     return study["run"], study["role"]
 
@@ -247,10 +258,11 @@ def _summary(
 ) -> tuple[str, dict]:
     """Name of the study, and its summary of one base model; empty where it has none yet."""
     # A study's folder has a summary for each study that shares it, a published folder has one.
-    files = sorted(folder.glob(layout.SUMMARY.format("*")))
+    pattern = layout.SUMMARY.format("*")
+    files = sorted(folder.glob(pattern))
     if not files:
         files = list(folder.glob(PUBLISHED_SUMMARY))
-    summaries: dict[str, dict] = {}
+    summaries = {}  # name of a study -> base model -> its summary
     for file in files:
         record = read_json(file)
         summaries[record["study"]] = record["models"]
@@ -278,8 +290,8 @@ def _summary(
 
 
 def _tuned_text(tuned: Mapping) -> str:
-    texts = [f"{name}={value}" for name, value in tuned["winner"].items()]
-    settings = ", ".join(texts)
-    # A summary without the number is of a grid, which tried every setting.
+    winner = tuned["winner"]
+    settings = ", ".join(f"{name}={value}" for name, value in winner.items())
+    # A summary without the number is that of a grid, which tries every setting.
     number = tuned.get("num_settings", len(tuned["trials"]))
     return f"{tuned['method']} was tuned: {settings} is the best of {number} on held-out rows"

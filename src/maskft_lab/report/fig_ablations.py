@@ -28,8 +28,16 @@ _NAMES = {
 }
 _ALL = ("mask_layers_to_transform", "max_train_samples")  # settings whose default means all
 _OF_THE_PAPER = ("mask_layers_to_transform", "mask_sparsity", "max_train_samples")
-# Settings that no ablation varies: seeds, and the times at which something is measured or written.
-_NOT_VARIED = ("seed", "mask_seed", "eval_steps", "save_steps", "logging_steps", "keep_last", "report_to")
+# No ablation varies these: seeds, and the times at which something is measured or written.
+_NOT_VARIED = (
+    "seed",
+    "mask_seed",
+    "eval_steps",
+    "save_steps",
+    "logging_steps",
+    "keep_last",
+    "report_to",
+)
 
 
 class SeedMean(NamedTuple):
@@ -62,24 +70,27 @@ def ablations_of(runs: Sequence[TrainedRun]) -> list[Ablation]:
     """Every metric against every setting in which two evaluated masks differ, all else being equal."""
     masks = [run for run in runs if run.method == MASK and BEST in run.results]
 
-    # All settings and all metrics that any mask has.
-    names: dict[str, None] = {}
-    units: dict[Place, str] = {}
+    # All settings and all metrics that any mask has. Dictionaries instead of sets, to keep the order.
+    names = {}  # name of a setting -> None
+    units = {}  # task and metric -> unit
     for run in masks:
         names |= dict.fromkeys(run.settings)
-        for task, record in run.results[BEST]["tasks"].items():
+        tasks = run.results[BEST]["tasks"]
+        for task, record in tasks.items():
             for metric, values in record["metrics"].items():
                 units[task, metric] = values["unit"]
 
     # Settings in which masks differ.
-    varied: list[str] = []
+    varied = []
     for name in names:
+        if name in _NOT_VARIED:
+            continue
         values_of_name = {_key(run.settings.get(name)) for run in masks}
-        if name not in _NOT_VARIED and len(values_of_name) > 1:
+        if len(values_of_name) > 1:
             varied.append(name)
 
-    # Each setting against each metric, with the other settings fixed. Many pairs have no line of two points.
-    ablations: list[Ablation] = []
+    # Each setting against each metric, with the other settings fixed. For many pairs no line has two points.
+    ablations = []
     for name in varied:
         others = [other for other in varied if other != name]
         for place, unit in units.items():
@@ -100,7 +111,7 @@ def _lines(
 ) -> list[Line]:
     """Lines against a setting: one for each choice of the other varied settings that has two points."""
     # Start and other settings -> value of the setting -> runs. Values as JSON, because a list cannot be a key.
-    groups: dict[tuple[str, str], dict[str, list[TrainedRun]]] = {}
+    groups = {}
     for run in masks:
         parent = parent_of(run, runs)
         start = parent.name if parent else run.base
@@ -111,23 +122,27 @@ def _lines(
         points.setdefault(value, []).append(run)
     all_starts = {start for start, _ in groups}
 
-    lines: list[Line] = []
+    lines = []
     for (start, fixed), points in groups.items():
         if len(points) < 2:
             continue
 
-        # The models under the masks, each once.
-        parents: dict[str | None, TrainedRun | None] = {}
+        # The models under the masks, each once: the masks of one seed share theirs.
+        parents = {}  # id of a run -> the run
         for members in points.values():
             for run in members:
                 parents[run.start] = parent_of(run, runs)
-        starts = [run for run in parents.values() if run and _value(run, place)]
+        starts = []
+        for parent in parents.values():
+            if parent and _value(parent, place):
+                starts.append(parent)
 
         # One point per value of the setting: the mean over the runs that have it, which differ in their seeds.
-        means: list[tuple[Any, SeedMean]] = []
+        means = []
         for text, members in points.items():
             value = json.loads(text)
-            means.append((value, _mean(members, place)))
+            mean = _mean(members, place)
+            means.append((value, mean))
         means.sort(key=_order)
 
         # The start is named only where lines differ in it.
@@ -154,11 +169,11 @@ def ablation_chart(setting: str | None, evidence: Evidence) -> Chart:
         what = setting or "one other setting"
         raise NotComputed(f"no two evaluated masks of this study differ in {what} alone")
 
-    lines: list[Line] = []
+    # The lines of all panels share one legend. Settings that are equal in all of them are left out of their names.
+    lines = []
     for ablation in found:
         lines += ablation.lines
-    # Settings that are equal in all lines are left out of their names.
-    varied: set[str] = set()
+    varied = set()
     for line in lines:
         for name in line.fixed:
             values = {_key(other.fixed.get(name)) for other in lines}
@@ -166,8 +181,8 @@ def ablation_chart(setting: str | None, evidence: Evidence) -> Chart:
                 varied.add(name)
     looks = looks_in_turn(_fixed_text(line.fixed, varied) for line in lines)
 
-    panels: list[Panel] = []
-    rows: list[tuple[str, ...]] = []
+    panels = []
+    rows = []
     for ablation in found:
         test = test_name(evidence, ablation.task)
         draw = partial(_draw, found=ablation, looks=looks, varied=varied)
@@ -191,7 +206,7 @@ def _cells(
     test: str,
 ) -> list[tuple[str, ...]]:
     """The rows of the table for one ablation, with all settings of each line."""
-    rows: list[tuple[str, ...]] = []
+    rows = []
     for line in ablation.lines:
         all_fixed = _fixed_text(line.fixed, set(line.fixed))
         for value, point in line.points:
@@ -213,7 +228,7 @@ def _draw(
     looks: Mapping[str, Entry],
     varied: Collection[str],
 ) -> None:
-    points: list[tuple[Any, SeedMean]] = []
+    points = []
     for line in found.lines:
         points += line.points
     points.sort(key=_order)
@@ -221,25 +236,28 @@ def _draw(
     # Values are names on the axis, at equal distances: settings may be lists, None or numbers of any size.
     texts = [value_text(value, found.setting) for value, _ in points]
     values = list(dict.fromkeys(texts))
-    # Groups of layers have no order, so no line connects them.
+    # Groups of layers have no order, so no line connects their points.
     has_groups = any(isinstance(value, list) for value, _ in points)
 
     scale = 100.0 if found.unit == "fraction" else 1.0
     for line in found.lines:
         texts_of_line = [value_text(value, found.setting) for value, _ in line.points]
         x = [values.index(text) for text in texts_of_line]
-        means: list[float] = []
-        errors: list[float | None] = []
+        means = []
+        errors = []
         for _, point in line.points:
             means.append(point.mean)
             errors.append(point.stderr)
 
         name = _fixed_text(line.fixed, varied)
         entry = looks[name]
+        # An error of None becomes NaN, for which matplotlib draws no bar.
+        heights = scale * np.array(means, dtype=float)
+        bars = scale * np.array(errors, dtype=float)
         axes.errorbar(
             x,
-            scale * np.array(means, dtype=float),
-            scale * np.array(errors, dtype=float),  # None becomes NaN, for which no bar is drawn
+            heights,
+            bars,
             linestyle="none" if has_groups else "-",
             capsize=2,
             color=COLOURS[entry.colour],
@@ -259,8 +277,7 @@ def _draw(
     # Long labels overlap unless they are turned.
     labels = [plain(value) for value in values]
     longest = max(len(value) for value in values)
-    has_long_labels = longest > 8
-    rotation = 20 if has_long_labels else 0  # degrees
+    rotation = 20 if longest > 8 else 0  # degrees
     axes.set_xticks(range(len(labels)), labels, rotation=rotation)
     axes.set_xlim(-0.4, len(values) - 0.6)
     axes.set_xlabel(plain(_name(found.setting)))
@@ -274,22 +291,27 @@ def value_text(value: Any, setting: str = "") -> str:
     if not isinstance(value, list):
         return str(value)
 
+    # Consecutive layers as a range.
     if len(value) > 1 and isinstance(value[0], int):
         first = value[0]
-        is_range = value == list(range(first, first + len(value)))
-        if is_range:
+        consecutive = list(range(first, first + len(value)))
+        if value == consecutive:
             return f"{first}-{value[-1]}"
     return ", ".join(map(str, value))
 
 
 def _mean(runs: Sequence[TrainedRun], place: Place) -> SeedMean:
     """The mean over runs of which at least one has a value."""
-    records = [_value(run, place) for run in runs]
-    found = [record for record in records if record is not None]
-    values = [record["value"] for record in found]
-    mean, stderr = weighted_mean(values)
+    found = []
+    for run in runs:
+        record = _value(run, place)
+        if record is not None:
+            found.append(record)
+
+    mean, stderr = weighted_mean([record["value"] for record in found])
     if len(found) == 1:
-        stderr = found[0]["stderr"]  # over items
+        # One seed has no error over seeds, so that over items is shown.
+        stderr = found[0]["stderr"]
     return SeedMean(mean, stderr, len(found))
 
 
@@ -297,7 +319,7 @@ def _value(
     run: TrainedRun,
     place: Place,
 ) -> Mapping[str, Any] | None:
-    """The metric of a run's result, where it has a value."""
+    """The record of a metric in a run's result; None if it has no value."""
     if BEST not in run.results:
         return None
     task, metric = place
@@ -311,12 +333,15 @@ def _value(
 
 
 def _key(value: Any) -> str:
-    """A value as text: lists and dictionaries can be no keys."""
+    """A value as text, because lists and dictionaries cannot be keys."""
     return json.dumps(value, sort_keys=True)
 
 
 def _order(point: tuple[Any, Any]) -> tuple:
-    """Sort key: lists by length, then by value; then numbers and texts; None (all rows or layers, the default) last."""
+    """Sort key: lists by length, then by value; then numbers and texts; None (all rows or layers, the default) last.
+
+    The first part of a key separates the types: Python does not compare a list with a number.
+    """
     value, _ = point
     if isinstance(value, list):
         # Filled with zeros, so that texts of numbers are in the order of the numbers.
@@ -336,8 +361,8 @@ def _fixed_text(
     fixed: Mapping[str, Any],
     names: Collection[str],
 ) -> str:
-    """The settings of a line that are named and are not at their defaults."""
-    texts: list[str] = []
+    """The settings of a line among ``names``, without those that were left at their defaults."""
+    texts = []
     for name, value in fixed.items():
         is_default = value is None and name not in _ALL
         if name in names and not is_default:

@@ -17,16 +17,16 @@ from .fig_curves import spent_before, spent_until
 from .methods import look, number
 from .scale import few_ticks, name_rows
 
-NEARLY_EQUAL = 1.15  # largest bar over smallest; up to here a sentence replaces the bars
+NEARLY_EQUAL = 1.15  # largest bar / smallest bar; up to here a sentence replaces the bars
 
 
 class Quantity(NamedTuple):
-    """A quantity in bars: with that before the method, and of the method alone."""
+    """A quantity that is drawn as bars: all that was spent until now, and the part that the method itself spent."""
 
     total: str  # key of `Cost.spent`
     own: str  # key of `Cost.spent`
     title: str
-    scale: float  # the number in a cost is divided by it for the picture
+    scale: float  # numbers of a cost are divided by it for the picture
     unit: str  # of the picture
 
 
@@ -35,6 +35,7 @@ _QUANTITIES = (
     Quantity("total_tokens", "tokens", "tokens from the pre-trained model", 1e6, "million"),
     Quantity("total_time_s", "time_s", "training time from the pre-trained model", 60.0, "minutes"),
 )
+# Column of the table -> key of `Cost.spent`, and the number by which it is divided.
 _COLUMNS = {
     "peak memory (GB)": ("peak_memory_bytes", 1e9),
     "tokens (million)": ("tokens", 1e6),
@@ -71,7 +72,7 @@ def cost_of(
         step = run.best_step
     own = spent_until(run, step)
     before = spent_before(run, runs)
-    # Memory does not add up over runs, so it has no total.
+    # Memory does not add up over runs that follow each other, so it has no total.
     return {
         "peak_memory_bytes": run.summary["peak_memory_bytes"],
         "tokens": own["tokens"],
@@ -84,22 +85,22 @@ def cost_of(
 def costs_of(runs: Sequence[TrainedRun]) -> list[Cost]:
     """The cost of each method and role, in the order of the runs."""
     # Name and role -> the cost of each seed.
-    groups: dict[tuple[str, str], list[dict[str, float]]] = {}
+    groups = {}
     for run in runs:
-        is_trained = bool(run.summary.get("num_steps"))
-        if not is_trained:
-            continue
+        if not run.summary.get("num_steps"):
+            continue  # a fixed mask, or the base itself
         for role in (BEST, LAST):
             of_seeds = groups.setdefault((run.name, role), [])
             of_seeds.append(cost_of(run, role, runs))
 
-    costs: list[Cost] = []
+    costs = []
     for (name, role), of_seeds in groups.items():
-        means: dict[str, float] = {}
+        means = {}
         for quantity in of_seeds[0]:
             values = [spent[quantity] for spent in of_seeds]
             means[quantity] = fmean(values)
-        costs.append(Cost(name, role, len(of_seeds), means))
+        cost = Cost(name, role, len(of_seeds), means)
+        costs.append(cost)
     return costs
 
 
@@ -115,20 +116,17 @@ def cost_chart(evidence: Evidence) -> Chart:
     if not costs:
         raise NotComputed("no run tells memory, tokens and time: it needs training.json")
 
-    cells: list[tuple[str, ...]] = []
-    for cost in costs:
-        numbers: list[str] = []
-        for quantity, scale in _COLUMNS.values():
-            numbers.append(number(cost.spent[quantity] / scale))
-        num_seeds = str(cost.num_seeds)
-        cells.append((cost.name, cost.role, num_seeds, *numbers))
-    table = Table(("method", "until", "seeds", *_COLUMNS), cells)
-
     # Bars, or a sentence where all bars would have one length.
     rows = _rows(costs, evidence)
-    equal = [quantity for quantity in _QUANTITIES if _is_nearly_equal(rows, quantity)]
-    text = " ".join(_equal_text(rows, quantity) for quantity in equal)
-    drawn = [quantity for quantity in _QUANTITIES if quantity not in equal]
+    drawn = []
+    sentences = []
+    for quantity in _QUANTITIES:
+        if _is_nearly_equal(rows, quantity):
+            sentences.append(_equal_text(rows, quantity))
+        else:
+            drawn.append(quantity)
+
+    text = " ".join(sentences)
     if drawn:
         text += (
             " Bars are means over seeds, up to the kept checkpoint; the full bar counts from the pre-trained model, "
@@ -137,7 +135,7 @@ def cost_chart(evidence: Evidence) -> Chart:
     text += " Times are comparable between runs of one machine only, memory between runs of one device."
 
     height = 0.65 + ROW_HEIGHT * len(rows)
-    panels: list[Panel] = []
+    panels = []
     for quantity in drawn:
         panel = Panel(
             title=f"{quantity.title} ({quantity.unit})",
@@ -151,28 +149,39 @@ def cost_chart(evidence: Evidence) -> Chart:
     legend = []
     if any(_has_parts(rows, quantity) for quantity in drawn):
         legend.append(Entry("spent before this method", "rule", "", "s"))
-    return Chart(text.strip(), panels, table, legend)
+    return Chart(text.strip(), panels, _table(costs), legend)
+
+
+def _table(costs: Sequence[Cost]) -> Table:
+    rows = []
+    for cost in costs:
+        cells = [cost.name, cost.role, str(cost.num_seeds)]
+        for quantity, scale in _COLUMNS.values():
+            cells.append(number(cost.spent[quantity] / scale))
+        rows.append(tuple(cells))
+    return Table(("method", "until", "seeds", *_COLUMNS), rows)
 
 
 def _rows(costs: Sequence[Cost], evidence: Evidence) -> list[Cost]:
     """The costs to draw, in the order of the comparison."""
     comparison = evidence.comparison
     start = ""
-    compared: list[str] = []
+    compared = []
     if comparison:
         start = plain_name(comparison.baseline)
         compared = [plain_name(name) for name in comparison.methods]
-    order = list(dict.fromkeys([start, *compared]))
+    order = list(dict.fromkeys([start, *compared]))  # each once: the best and the last model of a run have one name
 
     rows = [cost for cost in costs if cost.role == BEST]
     tokens = {cost.name: cost.spent["total_tokens"] for cost in rows}
-    # The baseline until its end, too: further training is the alternative to a mask of its best checkpoint.
+    # Also the baseline until its end: further training is the alternative to a mask of its best checkpoint.
     for cost in costs:
         is_end_of_start = cost.role == LAST and cost.name == start
         is_also_best = cost.spent["total_tokens"] == tokens.get(start)
         if is_end_of_start and not is_also_best:
             rows.append(cost)
 
+    # Methods that were not compared come last.
     def place(cost: Cost) -> int:
         if cost.name in order:
             return order.index(cost.name)
@@ -183,7 +192,7 @@ def _rows(costs: Sequence[Cost], evidence: Evidence) -> list[Cost]:
 
 
 def _is_nearly_equal(rows: Sequence[Cost], quantity: Quantity) -> bool:
-    """Whether a sentence tells as much as bars: all have about one length, and none has parts."""
+    """Whether a sentence says as much as bars would: all have about one length, and none has parts."""
     if _has_parts(rows, quantity):
         return False
     values = [cost.spent[quantity.total] for cost in rows]
@@ -191,7 +200,7 @@ def _is_nearly_equal(rows: Sequence[Cost], quantity: Quantity) -> bool:
 
 
 def _has_parts(rows: Sequence[Cost], quantity: Quantity) -> bool:
-    """Whether a method began at another's model, so that a part of its bar was spent before."""
+    """Whether any method started from another's model, so that a part of its bar was spent before."""
     for cost in rows:
         if cost.spent[quantity.own] != cost.spent[quantity.total]:
             return True
@@ -221,7 +230,7 @@ def _draw(
         method, is_start = methods.get(cost.name, (None, False))
         colour, _, _ = look(method, is_start)
 
-        # The part of the method itself lies over the right end of the full bar.
+        # A full bar, and over its right end the part of the method itself.
         axes.barh(place, total, color=COLOURS["rule"], height=0.7)
         axes.barh(
             place,
@@ -238,7 +247,7 @@ def _draw(
             fontsize="small",
         )
 
-    names: list[str] = []
+    names = []
     for cost in rows:
         name = cost.name
         if cost.role == LAST:

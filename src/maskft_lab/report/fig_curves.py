@@ -17,9 +17,18 @@ from .methods import entries_of, look, number
 from .scale import few_ticks
 
 LOSS = "eval_loss"
-MIN_POINTS = 3  # of the longest line: two points are not a curve, the table has them
-_CUT = 1.6  # the axis ends at so many times the spread of the values after the first tenth of a run
-_NOT_METRICS = ("runtime", "samples_per_second", "steps_per_second", "num_tokens", "mean_token_accuracy", "entropy")
+MIN_POINTS = 3  # of the longest line; two points are not a curve, and are in the table alone
+_CUT = 1.6  # the axis ends at this times the spread of the values after the first tenth of a run
+
+# Ends of names that transformers and TRL log beside the metrics of held-out rows.
+_NOT_METRICS = (
+    "runtime",
+    "samples_per_second",
+    "steps_per_second",
+    "num_tokens",
+    "mean_token_accuracy",
+    "entropy",
+)
 
 Line = list[tuple[float, float]]  # (steps from the pre-trained model, value)
 Lines = dict[str, Line]  # by metric
@@ -42,10 +51,11 @@ def spent_until(
             "time_s": 0.0,
         }
 
+    # The share is an estimate, because steps have rows of different lengths. Where the step was evaluated, TRL has
+    # logged the exact number.
     share = step / num_steps
     tokens = run.summary["num_train_tokens"] * share
     for row in run.history:
-        # Exact: a step's tokens differ with the lengths of its rows.
         if row.get("eval_num_tokens") and row["step"] == step:
             tokens = row["eval_num_tokens"]
     return {
@@ -59,7 +69,10 @@ def spent_before(
     run: TrainedRun,
     runs: Sequence[TrainedRun],
 ) -> dict[str, float]:
-    """Steps, tokens and seconds from the pre-trained model to the start of a run: of its parents' best checkpoints."""
+    """Steps, tokens and seconds from the pre-trained model to the start of a run.
+
+    A run starts from its parent's best checkpoint, so the parent's later steps do not count.
+    """
     parent = parent_of(run, runs)
     if parent is None:
         return spent_until(run, 0)
@@ -74,10 +87,10 @@ def lines_of(run: TrainedRun, runs: Sequence[TrainedRun]) -> Lines:
     """Every metric that was measured on held-out rows: the loss in nats per token, scores in [0, 1]."""
     # Steps count from the pre-trained model, so that the line of a mask continues that of its parent.
     before = spent_before(run, runs)["steps"]
-    lines: Lines = {}
+    lines = {}
     for row in run.history:
         if "step" not in row:
-            continue  # a candidate of the best of several random masks
+            continue  # the best of several random masks: a row for each candidate, and no steps
         step = before + row["step"]
         for name, value in row.items():
             is_metric = name.startswith("eval_") and not name.endswith(_NOT_METRICS)
@@ -94,27 +107,27 @@ def curves_chart(evidence: Evidence) -> Chart:
         NotComputed: If no run has a training history with measurements.
     """
     # Name of a method -> the lines of each of its seeds.
-    groups: dict[str, list[Lines]] = {}
+    groups = {}
     for run in evidence.runs:
         group = groups.setdefault(run.name, [])
         group.append(lines_of(run, evidence.runs))
 
-    metrics: dict[str, None] = {}
+    metrics = {}  # a dictionary instead of a set, to keep the order of the histories
     for group in groups.values():
         for lines in group:
             metrics |= dict.fromkeys(lines)
     if not metrics:
         raise NotComputed("no run has a training history with measurements: it needs training.json")
 
-    # Lines to draw: starts first, because others continue them. False sorts before True.
+    # Lines to draw: starts first, because others continue them.
     kinds = evidence.methods
     chosen = _one_of_each_kind(groups, kinds)
     starts = {name for name, (_, is_start) in kinds.items() if is_start}
-    chosen.sort(key=lambda name: name not in starts)
+    chosen.sort(key=lambda name: name not in starts)  # False sorts before True
     entries = entries_of({name: kinds[name] for name in chosen})
 
     # The table has all methods, the picture one of each kind.
-    rows: list[tuple[str, ...]] = []
+    rows = []
     for name, group in groups.items():
         for metric in metrics:
             of_seeds = _alike(group, metric)
@@ -129,7 +142,7 @@ def curves_chart(evidence: Evidence) -> Chart:
                 rows.append(row)
     table = Table(("method", "measure", "step", "mean", "seeds"), rows)
 
-    panels: list[Panel] = []
+    panels = []
     for metric in metrics:
         if _longest(groups, entries, metric) >= MIN_POINTS:
             panel = Panel(
@@ -156,7 +169,7 @@ def _draw(
     entries: Mapping[str, Entry],
     metric: str,
 ) -> None:
-    drawn: list[Line] = []
+    drawn = []
     for name, group in groups.items():
         if name not in entries:
             continue
@@ -165,12 +178,12 @@ def _draw(
             continue
 
         steps, values = np.transpose(line)
-        num_between = max(1, len(line) // 8)  # markers at about eight of the points
+        marker_interval = max(1, len(line) // 8)  # about eight markers on a line
         style = line_style(entries[name])
-        axes.plot(steps, values, **style, markevery=num_between)
+        axes.plot(steps, values, **style, markevery=marker_interval)
         drawn.append(line)
 
-    # Only a loss begins far above its later values; scores are in [0, 1].
+    # Only a loss begins far above its later values. Scores are in [0, 1].
     is_loss = metric == LOSS
     if is_loss:
         _cut(axes, drawn)
@@ -198,10 +211,10 @@ def _one_of_each_kind(
     kinds: Mapping[str, tuple[str, bool]],
 ) -> list[str]:
     """Names to draw: every start, and of each look the method with the lowest held-out loss."""
-    lowest: dict[tuple[str, str, str], tuple[float, str]] = {}  # look -> loss and name
-    drawn: set[str] = set()
+    lowest = {}  # look -> loss and name of the best method so far
+    drawn = set()
     for name, group in groups.items():
-        losses: list[float] = []  # the lowest of each seed
+        losses = []  # the lowest of each seed
         for lines in group:
             if LOSS in lines:
                 losses.append(min(loss for _, loss in lines[LOSS]))
@@ -213,17 +226,21 @@ def _one_of_each_kind(
             drawn.add(name)
             continue
 
-        # Pairs are compared by their losses, equal losses by the names.
+        # Tuples are compared by their losses, and by the names if the losses are equal.
         own = (fmean(losses), name)
         kind = look(method, is_start)
         lowest[kind] = min(lowest.get(kind, own), own)
 
-    drawn |= {name for _, name in lowest.values()}
-    return [name for name in groups if name in drawn]  # in the order of the runs
+    drawn.update(name for _, name in lowest.values())
+    # In the order of the runs.
+    return [name for name in groups if name in drawn]
 
 
 def _alike(group: Sequence[Lines], metric: str) -> list[Line]:
-    """The line of each seed that has one; only the first if the seeds have different numbers of points."""
+    """The line of each seed that has one; only the first if the seeds have different numbers of points.
+
+    Runs that stop early have fewer points, and a mean over those that are left would jump where a run ends.
+    """
     of_seeds = [lines[metric] for lines in group if metric in lines]
     lengths = {len(line) for line in of_seeds}
     if len(lengths) > 1:
@@ -236,7 +253,7 @@ def _mean_line(lines: Sequence[Line]) -> Line:
 
     Seeds may be measured at different steps: a run starts where its parent's best checkpoint is.
     """
-    means: Line = []
+    means = []
     for points in zip(*lines, strict=True):
         step = fmean([step for step, _ in points])
         value = fmean([value for _, value in points])
@@ -246,8 +263,9 @@ def _mean_line(lines: Sequence[Line]) -> Line:
 
 def _cut(axes: Axes, lines: Sequence[Line]) -> None:
     """End the axis lower if early losses would squash the later ones, and say so on it."""
-    values: list[float] = []
-    settled: list[float] = []  # without the first tenth of each line
+    # The spread of losses after the first tenth of each line decides where the axis ends.
+    values = []
+    settled = []
     for line in lines:
         losses = [loss for _, loss in line]
         values += losses
@@ -257,6 +275,7 @@ def _cut(axes: Axes, lines: Sequence[Line]) -> None:
 
     low = min(values)
     high = max(values)
+    # A quantile, because one late outlier must not count.
     settled_high = float(np.quantile(settled or values, 0.9))
     top = low + _CUT * (settled_high - low)
 

@@ -20,42 +20,44 @@ from .evidence import Evidence, NotComputed
 from .methods import look, number
 from .scale import few_ticks, limits, mark_ends_beyond, name_rows, near
 
-LONG_NAME = 0.31  # inches of a row whose name has two lines
-INTERVAL_SHARE = 1.0  # part of the span of the values that intervals may add on each side
+LONG_NAME = 0.31  # height in inches of a row whose name has two lines
+INTERVAL_SHARE = 1.0  # share of the span of the values that intervals may add on each side
 PALE = 0.45  # opacity of differences that are not distinguishable
 
-Kinds = Mapping[str, tuple[str, bool]]
+Kinds = Mapping[str, tuple[str, bool]]  # as `Evidence.methods`
 
 
 class Line(NamedTuple):
     """One row of a forest plot, in the unit that is shown: points for shares."""
 
     name: str
-    method: str  # by which it is coloured
+    method: str  # decides its colour
     value: float
     ends: tuple[float, float] | None  # None: the interval would be the whole range, as that of two seeds
-    is_claimed: bool
+    is_claimed: bool  # else pale
 
 
 def forest_chart(evidence: Evidence) -> Chart:
     """Differences from the baseline, in the metric of the verdict and in the others of the test; the controls below.
 
     Raises:
-        NotComputed: If there is no comparison.
+        NotComputed: If the study has no comparison.
     """
     comparison = evidence.comparison
     if comparison is None or not comparison.differences:
         raise NotComputed("there is no comparison of two models")
 
-    # Controls are compared with their mask, not with the baseline: rows of another kind, below a line.
-    controls = [verdict.control for verdict in comparison.verdicts if verdict.control is not None]
-    panels: list[Panel] = []
+    panels = []
     for place in _places_of_the_test(comparison):
         rows = _rows_of(comparison, place)
-        below: list[Line] = []
-        for control in controls:
-            if control.place == place:
-                below.append(_line(control, f"{control.method} - {control.baseline}"))
+
+        # A verdict compares a mask with its strongest control, not with the baseline, so these rows are set apart.
+        below = []
+        for verdict in comparison.verdicts:
+            control = verdict.control
+            if control is not None and control.place == place:
+                name = f"{control.method} - {control.baseline}"
+                below.append(_line(control, name))
         title = f"{_title(rows[0])}: difference from {comparison.baseline}"
         panel = _panel(title, _sorted_lines(rows), below, evidence, rows[0])
         panels.append(panel)
@@ -74,14 +76,14 @@ def against_mask_chart(evidence: Evidence) -> Chart:
     """All other models against the mask, in the metrics of the test and of each probe of earlier abilities.
 
     Raises:
-        NotComputed: If there is no verdict on a mask, or the answers of a model are not here.
+        NotComputed: If the study has no verdict on a mask, or lacks the answers of a model.
     """
     comparison = evidence.against_mask
     if comparison is None:
         raise NotComputed("there is no verdict on a mask, or the answers of a model are not here")
 
     places = dict.fromkeys(row.place for row in comparison.differences)
-    panels: list[Panel] = []
+    panels = []
     for place in places:
         rows = _rows_of(comparison, place)
         title = _title(rows[0])
@@ -107,7 +109,7 @@ def _places_of_the_test(comparison: Comparison) -> list[Place]:
     first = brief_metric(comparison.differences)
     if comparison.verdicts:
         first = comparison.verdicts[0].parent.place
-    test, _ = first
+    test, _ = first  # task and metric
 
     places = dict.fromkeys(row.place for row in comparison.differences)
     others = [place for place in places if place[0] == test and place != first]
@@ -117,7 +119,7 @@ def _places_of_the_test(comparison: Comparison) -> list[Place]:
 def _sorted_lines(rows: Sequence[Difference]) -> list[Line]:
     """Lines from the best to the worst."""
     lines = [_line(row, row.method) for row in rows]
-    higher_is_better = rows[0].higher_is_better  # of one metric, so alike in all rows
+    higher_is_better = rows[0].higher_is_better  # all rows are of one metric
     lines.sort(key=lambda line: line.value, reverse=higher_is_better)
     return lines
 
@@ -125,7 +127,7 @@ def _sorted_lines(rows: Sequence[Difference]) -> list[Line]:
 def _line(row: Difference, name: str) -> Line:
     scale = 100.0 if row.unit == "fraction" else 1.0
 
-    # An interval where the table has one, so that picture and table agree.
+    # An interval where the text of the table has one, so that picture and table agree.
     ends: tuple[float, float] | None = None
     if "no interval" not in difference_text(row):
         ends = (scale * row.ci_low, scale * row.ci_high)
@@ -173,10 +175,12 @@ def _panel(
     better = "right" if row.higher_is_better else "left"
     label = f"{points_or_unit(row.unit)} ({better} is better)"
 
-    # Rows of one height each, and the separating line takes one as well.
+    # The separating line takes the height of a row.
     num_rows = len(lines)
     if below:
         num_rows += 1 + len(below)
+
+    # All rows have one height, so one long name makes all of them higher.
     names = [row_name(line.name) for line in [*lines, *below]]
     has_long_names = any("\n" in name for name in names)
     row_height = LONG_NAME if has_long_names else ROW_HEIGHT
@@ -199,10 +203,11 @@ def _draw(
     label: str,
     kinds: Kinds,
 ) -> None:
-    # Limits are made for values that are not far away, and for their intervals.
+    # Limits around all values would be decided by the worst method, and squash the others. Values beyond them become
+    # arrows.
     every = [*lines, *below]
     values = near([line.value for line in every])
-    ends: list[float] = []
+    ends = []
     for line in every:
         if line.value in values:
             ends += line.ends or ()
@@ -210,7 +215,7 @@ def _draw(
     axes.set_xlim(x_limits)
     axes.axvline(0, color=COLOURS["ink"], linewidth=0.8, zorder=1)
 
-    # Row 0 is at the top; the separator takes a row.
+    # Row 0 is at the top. The separator takes a row.
     places = list(range(len(lines)))
     if below:
         separator = len(lines)
@@ -235,7 +240,7 @@ def _draw_line(
     method, is_start = kinds.get(plain_name(line.method), (None, False))
     colour, _, marker = look(method, is_start)
     left, right = axes.get_xlim()
-    x = min(max(line.value, left), right)  # one beyond the axes is drawn at their end
+    x = min(max(line.value, left), right)  # a value beyond the axes is drawn at their end
     opacity = 1.0 if line.is_claimed else PALE
 
     if line.ends:
@@ -272,12 +277,12 @@ def _draw_line(
             va="center",
             fontsize="small",
             color=COLOURS[colour],
-            bbox=GROUND,  # the number lies over its interval
+            bbox=GROUND,  # because the number lies over its interval
         )
 
 
 def _table(rows: Sequence[Difference]) -> Table:
-    cells: list[tuple[str, ...]] = []
+    cells = []
     for row in rows:
         texts = (
             row.method,

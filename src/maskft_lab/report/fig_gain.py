@@ -68,16 +68,16 @@ def gain_chart(evidence: Evidence) -> Chart:
 
 def chart_of(curves: Sequence[Curve]) -> Chart:
     """One panel per curve."""
-    # One look per method in all panels. A dictionary, because a set would not keep the order of the methods.
-    methods: dict[str, None] = {}
+    # One look per method, the same in all panels. A dictionary, because a set would not keep the order of the methods.
+    methods = {}
     for curve in curves:
         for point in curve.points:
             methods[point.method] = None
     looks = series_looks(methods)
 
-    panels: list[Panel] = []
-    rows: list[tuple[str, ...]] = []
-    records: list[dict[str, Any]] = []
+    panels = []
+    rows = []
+    records = []
     for curve in curves:
         panel = Panel(
             title=f"{curve.task}, against {curve.against}",
@@ -93,6 +93,7 @@ def chart_of(curves: Sequence[Curve]) -> Chart:
     text = _TEXT
     entries = [Entry("not beaten on both axes", "ink", "-")]
     entries += looks.values()
+    # Few studies train with a budget for the KL divergence.
     if any(curve.budgets for curve in curves):
         text += _TEXT_OF_BUDGETS
         entries.append(Entry("budget", "muted", ":"))
@@ -102,6 +103,7 @@ def chart_of(curves: Sequence[Curve]) -> Chart:
 
 
 def _cells(curve: Curve, point: Point) -> tuple[str, ...]:
+    """A row of the table, in the order of `_COLUMNS`."""
     gained_unit, forgotten_unit = curve.units
     return (
         point.method,
@@ -118,7 +120,8 @@ def _cells(curve: Curve, point: Point) -> tuple[str, ...]:
 
 def _where(point: Point) -> str:
     """The place of a point on its method's path."""
-    parts: list[str] = []
+    parts = []
+    # The table has a column with the method, so a path of the same name is not repeated.
     if point.path != point.method:
         parts.append(point.path)
     parts.append(point.label)
@@ -136,6 +139,7 @@ def _ends_text(ends: Ends | None) -> str:
 
 def peft_records(curve: Curve) -> list[dict[str, Any]]:
     """Every point as a result of PEFT's method comparison, which gives accuracies as fractions."""
+    # The keys are those that PEFT's scripts read. A number that a point does not have is null.
     records = []
     for point in curve.points:
         metrics = {

@@ -16,7 +16,7 @@ from .evidence import Evidence
 from .methods import number
 
 _SPLITS = {"heldout": "held-out rows", "train": "training rows"}
-# Shapes as in the paper.
+# In the order of the record's points, with the shapes of the paper.
 _MODELS = (
     Entry("best full fine-tuning", "green", "", "*"),
     Entry("continued full fine-tuning", "purple", "", "s"),
@@ -32,8 +32,8 @@ def plane_chart(evidence: Evidence) -> Chart:
     """
     plane = evidence.record("landscape")["plane"]
     columns = ("rows", "lowest", "mean", "highest")
-    panels: list[Panel] = []
-    rows: list[tuple[str, ...]] = []
+    panels = []
+    rows = []
     for split, name in _SPLITS.items():
         draw = partial(_plane, plane=plane, split=split)
         panels.append(Panel(f"Loss on {name}", draw, height=2.7))
@@ -61,21 +61,21 @@ def _plane(
     Args:
         axes: Empty axes.
         plane: Record of ``maskft analyze``: coordinates ``x`` and ``y``, a loss for each pair, the models' ``points``.
-        split: The rows that the loss is of.
+        split: Rows on which the loss was measured, a key of `_SPLITS`.
     """
     x = plane["x"]
     y = plane["y"]
-    values_YX = np.transpose(plane[split])  # the file has (x, y), an image has rows first
+    values_YX = np.transpose(plane[split])  # the file has x first, an image has its rows (y) first
     low = float(values_YX.min())
     high = float(values_YX.max())
 
-    # Lines of equal loss, closer where it is low: most of the height is at the edges. Colours have the same spacing.
-    # The span is above 0, because levels must rise.
-    span = max(high - low, 1e-6)
+    # Lines of equal loss. With equal distances most lines would be at the edges, where the loss is high, and none near
+    # the models; squares are closer where it is low. Colours have the same spacing.
+    span = max(high - low, 1e-6)  # above 0, because matplotlib requires levels that rise
     levels = low + span * np.linspace(0, 1, 13) ** 2
     norm = PowerNorm(0.5, levels[0], levels[-1])
 
-    # The image has a cell around each point, so that it ends half a cell beyond the outer ones.
+    # The image has a cell around each point, and so ends half a cell beyond the outer points.
     half_x = (x[1] - x[0]) / 2
     half_y = (y[1] - y[0]) / 2
     left = x[0] - half_x

@@ -27,12 +27,13 @@ def heads_chart(evidence: Evidence) -> Chart:
     masks = _with_heads(evidence)
     maps = {name: _map_of(mask) for name, mask in masks.items()}
 
-    # One scale of colours for masks that remove as much; with a common one, a sparse mask would be all one colour.
-    bounds: dict[str, tuple[float, float]] = {}
+    # Masks that remove the same percentage share a scale of colours. On one scale for all, a mask that removes little
+    # would have one colour.
+    bounds = {}  # percent removed -> lowest and highest share
     for percent, names in _by_sparsity(masks).items():
-        low = min(maps[name].min() for name in names)
-        high = max(maps[name].max() for name in names)
-        bounds[percent] = (low, high)
+        lows = [maps[name].min() for name in names]
+        highs = [maps[name].max() for name in names]
+        bounds[percent] = (min(lows), max(highs))
 
     def draw(axes: Axes, name: str) -> None:
         mask = masks[name]
@@ -40,11 +41,12 @@ def heads_chart(evidence: Evidence) -> Chart:
         layers = list(_heads(mask))
         _draw_map(axes, maps[name], layers, low, high)
 
-    rows: list[tuple[str, ...]] = []
+    rows = []
     for name, mask in masks.items():
         for layer, shares in _heads(mask).items():
             for head, share in enumerate(shares):
-                rows.append((name, layer, str(head), number(share)))
+                row = (name, layer, str(head), number(share))
+                rows.append(row)
     table = Table(("mask", "layer", "head", "share removed"), rows)
 
     text = (
@@ -80,7 +82,8 @@ def _draw_map(
     )
     bar.outline.set_visible(False)
 
-    step = 1 + len(layers) // 12  # more than a dozen names overlap
+    # More than a dozen names overlap.
+    step = 1 + len(layers) // 12
     shown = range(0, len(layers), step)
     axes.set_yticks(shown, layers[::step])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -96,27 +99,33 @@ def mean_heads_chart(evidence: Evidence) -> Chart:
         NotComputed: If the masks were not analysed, or none covers Q, K and V of a layer.
     """
     masks = _with_heads(evidence)
-    lines: dict[str, np.ndarray] = {}
+    lines = {}
     for name, mask in masks.items():
         lines[name] = _map_of(mask).mean(axis=0)
     entries = looks_in_turn(lines)
 
     def draw(axes: Axes, names: Sequence[str]) -> None:
-        shown = {name: lines[name] for name in names}
-        means = [line.mean() for line in shown.values()]
+        means = [lines[name].mean() for name in names]
         middle = np.mean(means)
 
-        # Masks of one panel remove as much, so the band of the first is that of all.
+        # The band of chance. Masks of one panel remove as much, so the band of the first is that of all.
         spread = _chance(masks[names[0]])
-        half_band = 1.96 * spread
-        low = middle - half_band
-        high = middle + half_band
-        axes.axhspan(low, high, color=COLOURS["rule"], zorder=0)
-        for name, line in shown.items():
-            axes.plot(line, **line_style(entries[name]))
+        half_band = 1.96 * spread  # 95 % of a normal distribution
+        axes.axhspan(
+            middle - half_band,
+            middle + half_band,
+            color=COLOURS["rule"],
+            zorder=0,
+        )
 
-        # At least four deviations, so that noise does not fill the height.
-        distances = [np.abs(line - middle).max() for line in shown.values()]
+        distances = []
+        for name in names:
+            line = lines[name]
+            axes.plot(line, **line_style(entries[name]))
+            distance = np.abs(line - middle)
+            distances.append(distance.max())
+
+        # At least four deviations: without a lower limit, noise would fill the height and look like a pattern.
         farthest = max(distances)
         room = 1.15 * max(farthest, 4 * spread)
         axes.set_ylim(middle - room, middle + room)
@@ -124,14 +133,15 @@ def mean_heads_chart(evidence: Evidence) -> Chart:
         axes.set_xlabel("head")
         axes.set_ylabel("share removed")
 
-    rows: list[tuple[str, ...]] = []
+    rows = []
     for name, line in lines.items():
         for head, value in enumerate(line):
-            rows.append((name, str(head), number(value)))
+            row = (name, str(head), number(value))
+            rows.append(row)
     table = Table(("mask", "head", "share removed"), rows)
 
     text = "Means over layers. In the band lie 95 % of the heads of a mask that removes as much at random places."
-    panels: list[Panel] = []
+    panels = []
     for percent, names in _by_sparsity(masks).items():
         panel = Panel(
             title=f"{percent} % removed",
@@ -144,11 +154,15 @@ def mean_heads_chart(evidence: Evidence) -> Chart:
 
 
 def _with_heads(evidence: Evidence) -> dict[str, Mapping]:
-    """The first learned masks in the order of the verdict, by name and seed; other masks where none is learned."""
+    """The first learned masks in the order of the verdict, by name and seed; other masks if none is learned."""
     masks = evidence.record("masks")["masks"]  # by the id of a run
+    learned = []
+    for run in evidence.runs:
+        if run.id in masks and run.method == MASK:
+            learned.append(run)
+
+    # Masks of the verdict first.
     order = [plain_name(name) for name in evidence.masks]
-    analysed = [run for run in evidence.runs if run.id in masks]
-    learned = [run for run in analysed if run.method == MASK]
 
     def place(run: TrainedRun) -> int:
         if run.name in order:
@@ -161,11 +175,13 @@ def _with_heads(evidence: Evidence) -> dict[str, Mapping]:
         ids = list(masks)
 
     names = {run.id: f"{run.name}, seed {run.seed}" for run in evidence.runs}
-    found: dict[str, Mapping] = {}
+    found = {}
     for run_id in ids[:MAX_MASKS]:
+        mask = masks[run_id]
         # A mask of other matrices, such as the MLP's alone, has no heads.
-        if _heads(masks[run_id]):
-            found[names.get(run_id, run_id)] = masks[run_id]
+        if _heads(mask):
+            name = names.get(run_id, run_id)
+            found[name] = mask
     if not found:
         raise NotComputed(
             "no mask covers Q, K and V of one layer; mask_target_modules must hold q_proj, k_proj, v_proj"
@@ -175,8 +191,10 @@ def _with_heads(evidence: Evidence) -> dict[str, Mapping]:
 
 def _heads(mask: Mapping) -> dict[str, list[float]]:
     """Layer -> share removed of each head."""
-    by_head = mask["by_head"]
-    return {layer: found["shares"] for layer, found in by_head.items()}
+    shares = {}
+    for layer, found in mask["by_head"].items():
+        shares[layer] = found["shares"]
+    return shares
 
 
 def _map_of(mask: Mapping) -> np.ndarray:
@@ -187,24 +205,28 @@ def _map_of(mask: Mapping) -> np.ndarray:
 
 def _chance(mask: Mapping) -> float:
     """Standard deviation of a head's share, mean over layers, at random places."""
-    deviations = [found["chance"] for found in mask["by_head"].values()]
-    # Layers are independent of each other: variances add up, and a mean of n has the deviation of the sum over n.
+    layers = mask["by_head"].values()
+    deviations = [found["chance"] for found in layers]
+
+    # Layers are independent of each other, so their variances add up. A mean over n layers has the deviation of their
+    # sum, divided by n.
     variance_of_sum = np.sum(np.square(deviations))
-    return float(np.sqrt(variance_of_sum) / len(deviations))
+    deviation_of_mean = np.sqrt(variance_of_sum) / len(deviations)
+    return float(deviation_of_mean)
 
 
 def _percent(mask: Mapping) -> str:
-    """How much of its matrices a mask removes, for those that remove as much."""
+    """How much of its matrices a mask removes, rounded: masks with the same text are drawn together."""
     percent = 100 * mask["num_removed"] / mask["num_weights"]
     if percent >= 1:
         return f"{percent:.0f}"
-    # Below 1 % the first digit tells sparsities apart, which would all be 0.
+    # Rounded to a whole number, all sparsities below 0.5 % would be 0.
     return f"{percent:.1g}"
 
 
 def _by_sparsity(masks: Mapping[str, Mapping]) -> dict[str, list[str]]:
     """Percent removed -> names of the masks that remove as much."""
-    groups: dict[str, list[str]] = {}
+    groups = {}
     for name, mask in masks.items():
         of_percent = groups.setdefault(_percent(mask), [])
         of_percent.append(name)

@@ -10,12 +10,14 @@ from .charts import Chart
 from .evidence import Evidence
 from .methods import number
 
+# Key in the record -> name in the table.
 _HESSIANS = {
     "start_all": "before the mask, all entries",
     "start_kept": "before the mask, kept entries (Eq. 17)",
     "mask_all": "with the mask, all entries",
     "mask_kept": "with the mask, kept entries",
 }
+# The bounds count the weights of the whole model, or those of the masked matrices alone.
 _SIZES = ("model", "masked_matrices")
 
 
@@ -26,7 +28,7 @@ def curvature_chart(evidence: Evidence) -> Chart:
         NotComputed: If the curvature was not computed.
     """
     record = evidence.record("curvature")
-    rows: list[tuple[str, ...]] = []
+    rows = []
     for key, name in _HESSIANS.items():
         hessian = record[key]
         eigenvalues = hessian["largest"]
@@ -34,7 +36,8 @@ def curvature_chart(evidence: Evidence) -> Chart:
         smallest = number(eigenvalues["smallest"])
         rows.append((name, *_trace(hessian), largest, smallest))
 
-        # Differences with their own errors: both traces are estimated with the same probes and rows.
+        # Differences have errors of their own, smaller than those of the traces: both traces are estimated with the
+        # same probes and rows.
         if "less_start_all" in hessian:
             difference = _trace(hessian["less_start_all"])
             rows.append((f"{name}, less that before the mask", *difference, "–", "–"))
@@ -48,13 +51,13 @@ def curvature_chart(evidence: Evidence) -> Chart:
 
 
 def bound_chart(evidence: Evidence) -> Chart:
-    """Both upper bounds per width of a weight in bits, as a table: a vacuous bound is no result to draw.
+    """Both upper bounds for each width of a weight in bits, as a table: vacuous bounds are not worth a picture.
 
     Raises:
         NotComputed: If the bound was not computed.
     """
     record = evidence.record("bound")
-    rows: list[tuple[str, ...]] = []
+    rows = []
     num_vacuous = 0
     for size in _SIZES:
         for width, bound in record[size].items():

@@ -29,12 +29,17 @@ def draw_curve(
     best = frontier(curve.points)
     strong = _strong_points(curve, best)
 
-    # First, because points beyond the limits are drawn at the end of an axis.
+    # Before anything is drawn: points beyond the limits are drawn at the end of an axis.
     set_limits(axes, curve)
 
-    # The model before training is where both lines cross.
-    axes.axhline(0, color=COLOURS["rule"], linewidth=0.8, zorder=0)
-    axes.axvline(0, color=COLOURS["rule"], linewidth=0.8, zorder=0)
+    # The model before training is where these two lines cross.
+    style = {
+        "color": COLOURS["rule"],
+        "linewidth": 0.8,
+        "zorder": 0,
+    }
+    axes.axhline(0, **style)
+    axes.axvline(0, **style)
 
     _draw_budgets(axes, curve)
     _draw_paths(axes, curve, looks)
@@ -52,7 +57,7 @@ def draw_curve(
 
 def _strong_points(curve: Curve, best: Sequence[Point]) -> list[Point]:
     """Points that are not pale: the frontier, and those on test rows with their intervals."""
-    strong: list[Point] = []
+    strong = []
     for point in curve.points:
         has_interval = bool(point.gained_ends or point.forgotten_ends)
         if has_interval or point in best or is_chosen(curve, point):
@@ -81,7 +86,7 @@ def _draw_paths(
     looks: Mapping[str, Entry],
 ) -> None:
     # Chosen points are left out: they were measured on other rows than their path.
-    paths: dict[tuple[str, str], list[Point]] = {}
+    paths = {}  # method and path -> points
     for point in curve.points:
         if is_chosen(curve, point):
             continue

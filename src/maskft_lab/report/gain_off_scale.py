@@ -12,16 +12,17 @@ from .gain_points import Curve, Point, is_chosen
 from .methods import number
 from .scale import FAR, limits
 
-MAX_NAMED = 6  # off-scale points with their numbers; further ones are counted
-MAX_LOSS = 1.5  # times the largest gain; points that lose more are off scale
-NUMBERS_IN_HEIGHT = 25  # numbers that fit one above the other
+MAX_NAMED = 6  # off-scale points with their numbers; others are counted
+MAX_LOSS = 1.5  # points that lose more than this times the largest gain are off scale
+NUMBERS_IN_HEIGHT = 25  # how many numbers fit one above the other
 
 
 def set_limits(axes: Axes, curve: Curve) -> None:
     """End the axes where useful points end: those that gain at least half of the largest gain.
 
-    Limits around all points would be made by those that forget or lose everything, and squash the others.
+    Limits around all points would be decided by those that forget or lose everything, and squash the others.
     """
+    # Sideways: the forgetting of useful points.
     gains = [point.gained for point in curve.points]
     most = max(gains)
     # If all points lose, half of the smallest loss would be above all of them, and none would be useful.
@@ -31,19 +32,20 @@ def set_limits(axes: Axes, curve: Curve) -> None:
     median_forgetting = float(np.median(forgetting))
     farthest = FAR * median_forgetting
 
-    # Where nothing gains, or next to nothing, the median change: otherwise every loss would be off scale.
+    # Downwards: the largest gain, or the median change where hardly any point gains; otherwise every loss would be off
+    # scale.
     median_change = float(np.median(np.abs(gains)))
     largest_loss = MAX_LOSS * max(most, median_change)
 
-    shown: list[Point] = []
+    shown = []
     for point in curve.points:
         if abs(point.forgotten) <= farthest and point.gained >= -largest_loss:
             shown.append(point)
     if not shown:
         shown = list(curve.points)
 
-    x_ends: list[float] = []
-    y_ends: list[float] = []
+    x_ends = []
+    y_ends = []
     for point in shown:
         x_ends += point.forgotten_ends or ()
         y_ends += point.gained_ends or ()
@@ -54,7 +56,7 @@ def set_limits(axes: Axes, curve: Curve) -> None:
 
 
 def place_inside(axes: Axes, point: Point) -> tuple[float, float]:
-    """Where a point is drawn: one beyond the axes at their end."""
+    """Where a point is drawn. Points beyond the axes are drawn at their end."""
     left, right = axes.get_xlim()
     bottom, top = axes.get_ylim()
     x = min(max(point.forgotten, left), right)
@@ -76,7 +78,7 @@ def label_points_beyond(
         looks: Name of a method -> how its points look.
         strong: Points that are not pale.
     """
-    beyond: list[Point] = []
+    beyond = []
     for point in curve.points:
         if place_inside(axes, point) != (point.forgotten, point.gained):
             beyond.append(point)
@@ -90,7 +92,7 @@ def label_points_beyond(
         named = [point for point in named if point in strong]
     named = named[:MAX_NAMED]
 
-    # From below: each number at the height of its point, or just above the number before it.
+    # Upwards: each number at the height of its point, or just above the number before it.
     bottom, top = axes.get_ylim()
     step = (top - bottom) / NUMBERS_IN_HEIGHT
     below = bottom - step
@@ -131,15 +133,15 @@ def _clusters(
         points: The points to label.
         step: Height of a number, in the unit of the y axis.
     """
-    heights: list[tuple[float, Point]] = []
+    heights = []
     for point in points:
         _, height = place_inside(axes, point)
         heights.append((height, point))
     # By height alone: points of one height keep the order of the curve.
     heights.sort(key=lambda pair: pair[0])
 
-    clusters: list[list[Point]] = []
-    highest = -np.inf  # height of the last number, moved up as far as the one before it requires
+    clusters = []
+    highest = -np.inf  # height of the last number, after the one before it has moved it up
     for height, point in heights:
         if not clusters or height > highest + step:
             clusters.append([point])
@@ -148,8 +150,10 @@ def _clusters(
             clusters[-1].append(point)
             highest = max(height, highest + step)
 
-    # The last of a group is the topmost: the smallest number, next to the axis' end.
-    return [sorted(cluster, key=lambda point: -point.forgotten) for cluster in clusters]
+    # The largest forgetting at the bottom, the smallest at the top.
+    for cluster in clusters:
+        cluster.sort(key=lambda point: -point.forgotten)
+    return clusters
 
 
 def _label_point(
@@ -170,7 +174,7 @@ def _label_point(
     bottom, top = axes.get_ylim()
     x, _ = place_inside(axes, point)
 
-    texts: list[str] = []
+    texts = []
     if x != point.forgotten:
         arrow = "→" if point.forgotten > x else "←"
         texts.append(f"{number(point.forgotten, 3)} {arrow}")

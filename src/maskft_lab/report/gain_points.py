@@ -29,14 +29,14 @@ class Point(NamedTuple):
     method: str
     path: str  # points of one path are joined: the checkpoints of a run, the scales of a checkpoint
     label: str  # where on the path it lies
-    gained: float  # in ``units[0]`` of the picture, points or nats; above 0 is better
-    forgotten: float  # in ``units[1]``; below is better
+    gained: float  # in ``units[0]`` of its curve; more is better
+    forgotten: float  # in ``units[1]`` of its curve; less is better
     gained_ends: Ends | None = None  # simultaneous interval, of chosen points
     forgotten_ends: Ends | None = None
-    num_bytes: int | None = None  # of its stored change, where that is known
+    num_bytes: int | None = None  # size of its stored change, if known
     num_seeds: int = 1
     score: float | None = None  # the accuracy itself, a fraction
-    rows: str = TEST  # on which it was measured: ``held-out`` of a path, of which some are chosen
+    rows: str = TEST  # rows on which it was measured; points of a path are on ``held-out`` ones
     budget: float | None = None  # limit on the KL to the base in its training, in nats per token
 
 
@@ -59,7 +59,9 @@ class Curve(NamedTuple):
 
 
 def curves_of(evidence: Evidence) -> list[Curve]:
-    """The curves that a study has written, else one of its comparison, against the pre-trained model where it has that.
+    """The curves that a study has written, else one made from its comparison.
+
+    The latter is against the pre-trained model, if the study has its answers.
 
     Raises:
         NotComputed: If the study measures no earlier abilities.
@@ -81,7 +83,7 @@ def curves_of(evidence: Evidence) -> list[Curve]:
         comparison = compare(evidence.results, pretrained, settings=settings)
         records = gains_of(comparison.differences)
 
-    curves: list[Curve] = []
+    curves = []
     for record in records:
         record = record | {"model": comparison.baseline}
         curves.append(curve_of_record(record))
@@ -94,7 +96,7 @@ def _written_curves(evidence: Evidence) -> list[Curve]:
     # one study, and may have another name than it.
     is_published = not (evidence.folder / layout.RUNS).is_dir()
 
-    curves: list[Curve] = []
+    curves = []
     for file in sorted(evidence.folder.glob(CURVES)):
         record = read_json(file)
         own_name = layout.CURVE.format(evidence.name, record["probe"])
@@ -121,9 +123,9 @@ def _pretrained_name(evidence: Evidence, comparison: Comparison) -> str | None:
 def curve_of_record(record: Record) -> Curve:
     """The curve of a file that a study has written (its rates, checkpoints and scales), or of a comparison."""
     # A path with several checkpoints is drawn as several lines, see `_line`.
-    shares_of_path: dict[str, set[float]] = {}
+    checkpoints_of_path = {}
     for each in record["points"]:
-        shares = shares_of_path.setdefault(_path(each), set())
+        shares = checkpoints_of_path.setdefault(_path(each), set())
         shares.add(_share(each))
 
     # Lines join their points in this order: along the training, and along the scales of a checkpoint.
@@ -132,9 +134,9 @@ def curve_of_record(record: Record) -> Curve:
         key=lambda each: (_share(each), _scale(each)),
     )
 
-    points: list[Point] = []
+    points = []
     for each in in_order:
-        num_checkpoints = len(shares_of_path[_path(each)])
+        num_checkpoints = len(checkpoints_of_path[_path(each)])
         point = Point(
             method=each["method"],
             path=_line(each, num_checkpoints),
@@ -182,9 +184,10 @@ def _line(point: Record, num_checkpoints: int) -> str:
     A run with one checkpoint has one line for both.
     """
     path = _path(point)
-    if num_checkpoints == 1 or _scale(point) == 1.0:
+    is_unscaled = _scale(point) == 1.0
+    if num_checkpoints == 1 or is_unscaled:
         return path
-    return f"{path}, {point['share']:g} of training scaled"
+    return f"{path}, {_share(point):g} of training scaled"
 
 
 def _ends(pair: Sequence[float] | None) -> Ends | None:
@@ -197,7 +200,7 @@ def _ends(pair: Sequence[float] | None) -> Ends | None:
 
 
 def is_chosen(curve: Curve, point: Point) -> bool:
-    """Whether a point is one of those that were chosen from paths, and measured on the test rows."""
+    """Whether a point was chosen from the points of paths, and then measured on the test rows."""
     has_paths = any(other.rows == HELD_OUT for other in curve.points)
     return has_paths and point.rows == TEST
 
@@ -210,13 +213,13 @@ def frontier(points: Sequence[Point]) -> list[Point]:
     on_paths = [point for point in points if point.rows == HELD_OUT]
     candidates = on_paths or points
 
-    # From the least forgetting on: a point is not beaten if it gains more than all before it. The model before
-    # training gains 0, so a point that gains nothing is beaten by it.
+    # In the order of their forgetting, a point is not beaten if it gains more than all points before it. The search
+    # begins at 0, the gain of the model before training.
     by_forgetting = sorted(
         candidates,
         key=lambda point: (point.forgotten, -point.gained),
     )
-    best: list[Point] = []
+    best = []
     highest = 0.0
     for point in by_forgetting:
         if point.gained > highest:

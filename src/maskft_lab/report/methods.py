@@ -11,7 +11,7 @@ from .charts import SERIES, Entry
 
 Look = TypeVar("Look", bound=tuple[str, ...])  # colour and marker, or colour, dash and marker
 
-# As in the paper's Fig. 1, with shapes besides: no difference is shown by colour alone.
+# The colours of the paper's Fig. 1. Each method has its own marker as well, because readers may not tell colours apart.
 _LOOKS = {
     "full": ("blue", "-", "o"),
     "lora": ("green", "-", "s"),
@@ -21,10 +21,13 @@ _LOOKS = {
     "wanda_mask": ("purple", "--", "h"),
     "pretrained": ("muted", ":", "x"),
 }
+# Controls: a restart, training of some weights, combined models.
+_CONTROL = ("teal", "-.", "p")
+
+# For pictures with many methods. The first two colours are those of masks and of full fine-tuning.
 _OTHERS = SERIES[2:]
 _MARKERS = "^vdXosDPhp*"
 _LINE_MARKERS = "o^sDvP"
-_CONTROL = ("teal", "-.", "p")  # anything else: a restart, a part of the weights, models combined
 
 
 def look(
@@ -46,9 +49,9 @@ def look(
 
 def series_looks(names: Iterable[str]) -> dict[str, Entry]:
     """A look for each name of a picture with many methods: masks red, full fine-tuning blue, all others in turn."""
-    looks: dict[str, tuple[str, str]] = {}  # name -> colour and marker
+    looks = {}  # name -> colour and marker
     for name in names:
-        # Without settings, parents and variants.
+        # The name without settings, parents and variants: "mask, 30 % of full (best)" is a "mask".
         kind, *_ = re.split(r",| (?:of|on|with)\b| [\d(\[]", name)
         is_fixed = kind.startswith(("random", "L1", "Wanda"))
         is_learned_mask = kind.endswith("mask") and not is_fixed
@@ -63,15 +66,18 @@ def series_looks(names: Iterable[str]) -> dict[str, Entry]:
             colours = _OTHERS
             markers = "sDphP*o"
 
-        # Colours and markers of the kind in turn, so that the second name differs from the first in both; a product
-        # would change the marker alone. When all are taken, any other pair.
-        in_turn = zip(cycle(colours), markers * len(colours), strict=False)
+        # Colours and markers of the kind in turn, so that the second name differs from the first in both. A product
+        # would change the marker alone.
+        repeated_markers = markers * len(colours)
+        in_turn = zip(cycle(colours), repeated_markers, strict=False)
         candidates = list(in_turn)
-        candidates += product((*colours, *SERIES), _MARKERS)
 
+        # When all of these are taken, any other pair.
+        any_colour = [*colours, *SERIES]
+        candidates += product(any_colour, _MARKERS)
         looks[name] = _first_free(candidates, looks.values())
 
-    entries: dict[str, Entry] = {}
+    entries = {}
     for name, (colour, marker) in looks.items():
         entries[name] = Entry(name, colour, "", marker)
     return entries
@@ -79,8 +85,8 @@ def series_looks(names: Iterable[str]) -> dict[str, Entry]:
 
 def looks_in_turn(names: Iterable[str]) -> dict[str, Entry]:
     """A look for each of several lines that are not methods."""
-    looks: dict[str, Entry] = {}
-    distinct = dict.fromkeys(names)
+    looks = {}
+    distinct = dict.fromkeys(names)  # not a set, which would lose the order
     for index, name in enumerate(distinct):
         colour = SERIES[index % len(SERIES)]
         marker = _LINE_MARKERS[index % len(_LINE_MARKERS)]
@@ -94,16 +100,15 @@ def entries_of(kinds: Mapping[str, tuple[str, bool]]) -> dict[str, Entry]:
     Args:
         kinds: Name -> arguments of `look`. Of several names with one look, the first has it, others only its colour.
     """
-    looks: dict[str, tuple[str, str, str]] = {}  # name -> colour, dash and marker
+    looks = {}  # name -> colour, dash and marker
     for name, (method, is_start) in kinds.items():
+        # The look of the method, then the same colour with other dashes and markers.
         own = look(method, is_start)
         colour, _, _ = own
         variants = product([colour], ("--", "-.", ":"), "sDPvX")
-        candidates = [own, *variants]
+        looks[name] = _first_free([own, *variants], looks.values())
 
-        looks[name] = _first_free(candidates, looks.values())
-
-    entries: dict[str, Entry] = {}
+    entries = {}
     for name, (colour, dash, marker) in looks.items():
         entries[name] = Entry(name, colour, dash, marker)
     return entries
@@ -113,10 +118,11 @@ def _first_free(
     candidates: Sequence[Look],
     taken: Collection[Look],
 ) -> Look:
-    """The first candidate that no other name has; of more names than looks, the first of all."""
+    """The first candidate that no other name has."""
     for candidate in candidates:
         if candidate not in taken:
             return candidate
+    # More names than looks: two names share one.
     return candidates[0]
 
 
@@ -130,7 +136,7 @@ def number(value: float | None, digits: int = 4) -> str:
     if value is None:
         return "–"
 
-    # Format `g` would write large numbers as 1.235e+06.
+    # Counts and bytes in full: format `g` would write large numbers as 1.235e+06.
     is_large_whole = abs(value) >= 1000 and value == int(value)
     if isinstance(value, int) or is_large_whole:
         return f"{int(value):,}"

@@ -6,6 +6,7 @@ Verdict and pictures of it come first, then curves, then tables.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import jinja2
@@ -23,9 +24,12 @@ from .catalogue import FIGURES, Figure, draw_figures
 from .charts import COLOURS, DARK, Chart, to_svg
 from .evidence import Evidence, test_name
 
-MAX_VERDICTS = 3  # that are visible at once; a click opens the others
-MAX_OPEN_ROWS = 40  # of a table of numbers; longer tables scroll, and say so
+MAX_VERDICTS = 3  # more are behind a click
+MAX_OPEN_ROWS = 40  # longer tables of numbers scroll, and say so
+
 Values = dict[str, Any]  # for the template
+
+# Key -> title, in the order in which readers ask.
 SECTIONS = {
     "verdict": "Verdict",
     "curves": "Curves",
@@ -53,13 +57,13 @@ def render_report(evidence: Evidence) -> str:
 
     charts, missing = _charts(evidence)
 
-    # Sections without a figure are left out, except those that have more than figures.
-    sections: dict[str, str] = {}
+    # Leave out sections without a figure, except those that have more than figures.
+    sections = {}
     for key, title in SECTIONS.items():
         if charts[key] or key in ("verdict", "table", "recipe"):
             sections[key] = title
 
-    # A study that has not finished has results and no comparison yet.
+    # The table of scores. A study that has not finished has results and no comparison yet.
     if comparison is not None:
         reached = comparison.scores
     elif evidence.results:
@@ -67,7 +71,7 @@ def render_report(evidence: Evidence) -> str:
     else:
         reached = []  # only paths were published
 
-    # The words of the tables' captions: errors over what, and which intervals.
+    # For the captions of tables: what errors are over, and which intervals the tables have.
     over = "seeds where there are several, else over items"
     if comparison is not None and comparison.fixed_seeds:
         over = "items"
@@ -78,7 +82,8 @@ def render_report(evidence: Evidence) -> str:
         if is_old:
             interval = "unadjusted"
 
-    seeds = {result["model"]["seed"] for result in evidence.results} - {None}
+    seeds = {result["model"]["seed"] for result in evidence.results}
+    seeds.discard(None)  # of a model that was not trained
     seeds_text = ", ".join(map(str, sorted(seeds)))
 
     return _template().render(
@@ -110,12 +115,13 @@ def _template() -> jinja2.Template:
     """The page without its content."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(__package__, "templates"),
-        # Texts come from anyone's result files.
+        # Texts come from result files, which may be anyone's: neither their HTML nor their control characters may
+        # reach the page.
         autoescape=True,
         finalize=_visible,
-        # A value that the template asks for and does not get is an error instead of an empty place.
+        # The default would put an empty text where a value is missing.
         undefined=jinja2.StrictUndefined,
-        # Lines of the template's statements leave no blank lines.
+        # Lines that hold only a statement of the template leave no blank line.
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -131,7 +137,7 @@ def _charts(evidence: Evidence) -> tuple[dict[str, list[Values]], list[Values]]:
         of_section = charts[figure.section]
         of_section.append(_drawn(figure, chart))
 
-    not_drawn: list[Values] = []
+    not_drawn = []
     for each in missing:
         head = _head(each.figure)
         not_drawn.append(head | {"reason": each.reason, "command": each.command})
@@ -139,8 +145,8 @@ def _charts(evidence: Evidence) -> tuple[dict[str, list[Values]], list[Values]]:
 
 
 def _visible(value: Any) -> Any:
-    """A text of any file without control characters; escaping for HTML comes after it."""
-    # Not isinstance: Markup, a subclass that `safe` and macros return, is ours.
+    """A text of any file without control characters; jinja2 escapes it for HTML afterwards."""
+    # Not isinstance: Markup is a subclass of str. It is text of the template, from `safe` and macros.
     if type(value) is not str:
         return value
     lines = [printable(line) for line in value.split("\n")]
@@ -152,13 +158,18 @@ def _palettes() -> str:
 
     Dark where the reader chose it with the button, or where the system is dark and the reader did not choose light.
     """
-    light = "; ".join(f"--{name}: {value}" for name, value in COLOURS.items())
-    dark = "; ".join(f"--{name}: {value}" for name, value in DARK.items())
+    light = _variables(COLOURS)
+    dark = _variables(DARK)
     return (
         f":root {{ {light}; }}\n"
         f':root[data-theme="dark"] {{ {dark}; }}\n'
         f'@media (prefers-color-scheme: dark) {{ :root:not([data-theme="light"]) {{ {dark}; }} }}\n'
     )
+
+
+def _variables(colours: Mapping[str, str]) -> str:
+    """Declarations of CSS."""
+    return "; ".join(f"--{name}: {value}" for name, value in colours.items())
 
 
 def _head(figure: Figure) -> Values:
@@ -177,7 +188,7 @@ def _head(figure: Figure) -> Values:
 
 def _drawn(figure: Figure, chart: Chart) -> Values:
     """A figure for the template, with panels as SVG."""
-    panels: list[Values] = []
+    panels = []
     for index, panel in enumerate(chart.panels):
         record = {
             "title": panel.title,
@@ -194,7 +205,8 @@ def _drawn(figure: Figure, chart: Chart) -> Values:
 
 
 def _facts(evidence: Evidence) -> list[str]:
-    """Base, models, items and dates; models of the comparison count even if their files are missing."""
+    """Base, models, items and dates."""
+    # Models of the comparison count even if their files are missing, and the page says how many are here.
     comparison = evidence.comparison
     with_files = {result["name"] for result in evidence.results}
     compared = with_files
@@ -207,10 +219,11 @@ def _facts(evidence: Evidence) -> list[str]:
 
     facts = [f"base model: {evidence.base}", models, f"{len(evidence.results)} result files"]
 
-    # Results have the same items, so each test is named once.
+    # The results of a study have the same items, so each test is named once.
     for result in evidence.results:
         for task, record in result["tasks"].items():
-            fact = f"{len(record['items']):,} items of {test_name(evidence, task)}"
+            num_items = len(record["items"])
+            fact = f"{num_items:,} items of {test_name(evidence, task)}"
             if fact not in facts:
                 facts.append(fact)
 
@@ -232,21 +245,24 @@ def _verdicts(evidence: Evidence) -> list[str]:
     if comparison is None:
         return ["There are no results of two models to compare, and nothing is claimed."]
     if comparison.verdicts:
-        texts: list[str] = []
+        texts = []
         for verdict in comparison.verdicts:
             text = printable(reworded(verdict))
             texts.append(text[:1].upper() + text[1:])
         return texts
 
+    # A study without controls has no verdict: its masks against the baseline.
     masks = evidence.masks
-    rows = [row for row in comparison.differences if row.method in masks and row.is_main]
-    sentences = [sentence(row) for row in rows]
+    sentences = []
+    for row in comparison.differences:
+        if row.method in masks and row.is_main:
+            sentences.append(sentence(row))
     return sentences or [f"No learned mask is compared with {comparison.baseline}."]
 
 
 def _commands(evidence: Evidence) -> list[str]:
     """Commands that make the study, its analyses and this page."""
-    # Published results have no models, so the study's own folder is not known.
+    # Published results have no models, and their folder is not the one in which the study ran.
     has_models = any(run.models for run in evidence.runs)
     place = evidence.place if has_models else "STUDY"
     study = f"maskft study RECIPE.yaml --output_dir {place}  # the recipe named {evidence.name}"
@@ -255,33 +271,35 @@ def _commands(evidence: Evidence) -> list[str]:
 
 def _settings(evidence: Evidence) -> Table:
     """Settings that differ between the methods that use them, of the first seed of each."""
-    settings_of: dict[str, dict[str, Any]] = {}
-    unused: dict[str, frozenset[str]] = {}
+    settings_of = {}  # name of a model -> its settings
+    unused = {}  # name of a model -> names of settings that it does not use
     for result in evidence.results:
         name = result["name"]
         if name in settings_of:
             continue  # another seed
-        left_out = _unused(result)
+        unused[name] = _unused(result)
+        settings_of[name] = {}
         settings = result["study"]["settings"] or {}
-        settings_of[name] = {key: value for key, value in settings.items() if key not in left_out}
-        unused[name] = left_out
+        for key, value in settings.items():
+            if key not in unused[name]:
+                settings_of[name][key] = value
 
-    keys: dict[str, None] = {}
+    keys = {}
     for settings in settings_of.values():
         keys |= dict.fromkeys(settings)
 
-    # Values are compared as they are shown: lists have no hash, and 1 and 1.0 are one value.
-    differing: list[str] = []
+    # Values are compared as they are shown: lists have no hash, and 1 and 1.0 look the same.
+    differing = []
     for key in keys:
-        values: set[str] = set()
+        values = set()
         for name, settings in settings_of.items():
-            # A pre-trained model has no settings.
+            # A pre-trained model has no settings, and differs in none.
             if settings and key not in unused[name]:
                 values.add(_text(settings.get(key)))
         if len(values) > 1:
             differing.append(key)
 
-    rows: list[tuple[str, ...]] = []
+    rows = []
     for name, settings in settings_of.items():
         cells = [_text(settings.get(key)) for key in differing]
         rows.append((name, *cells))
@@ -294,7 +312,7 @@ def _unused(result: dict[str, Any]) -> frozenset[str]:
     of_method = unused_options(
         result["model"].get("method"),
         study["settings"] or {},
-        is_trained=bool(study["num_steps"]),
+        is_trained=bool(study["num_steps"]),  # None: a fixed mask, or the base itself
         is_matched=study["match"] is not None,
     )
     return of_method | {"seed", "mask_seed"}

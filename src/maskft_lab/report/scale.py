@@ -14,8 +14,8 @@ from matplotlib.ticker import MaxNLocator
 
 from .charts import COLOURS
 
-ROOM = 0.08  # of the span of the shown values, beyond them
-FAR = 4.0  # times the median distance from zero; values beyond are off scale
+ROOM = 0.08  # free room beyond the shown values, as a share of their span
+FAR = 4.0  # values farther from zero than this times the median distance are off scale
 
 Ends = tuple[float, float]
 
@@ -29,7 +29,7 @@ def near(
     # The median, because one value far away moves it little.
     limit = far * float(np.median(distances))
     if limit == 0:
-        # More than half of the values are 0, and tell nothing about the others.
+        # More than half of the values are 0, which gives no scale for the others.
         return list(values)
     return [value for value in values if abs(value) <= limit]
 
@@ -46,13 +46,14 @@ def limits(
         ends: Ends of their intervals.
         share: Part of the span of the values that intervals may add at most on each side.
     """
+    # Zero is always shown: it is the model that the others are compared with.
     low = min(0.0, *values)
     high = max(0.0, *values)
     span = high - low
     if span == 0:
-        span = 1.0  # all values are 0, and an axis needs a length
+        span = 1.0  # all values are 0, and matplotlib warns about an axis without length
 
-    # As far as intervals reach, but not farther than their share: of few seeds they would fill the whole axis.
+    # As far as intervals reach, but not farther than their share: intervals over few seeds would fill the whole axis.
     lowest_end = min([low, *ends])
     highest_end = max([high, *ends])
     wide_low = max(low - share * span, lowest_end)
@@ -66,7 +67,7 @@ def few_ticks(
     along: str = "x",
     count: int = 5,
 ) -> None:
-    """Few round ticks: numbers of four digits collide on a narrow panel.
+    """Set few round ticks: numbers of four digits collide on a narrow panel.
 
     Args:
         axes: The axes.
@@ -74,6 +75,7 @@ def few_ticks(
         count: Largest number of intervals between ticks.
     """
     axis = axes.xaxis if along == "x" else axes.yaxis
+    # The steps of matplotlib's own axes. MaxNLocator's default has 1.5, 3, 4, 6 and 8 as well.
     locator = MaxNLocator(nbins=count, steps=[1, 2, 2.5, 5, 10])
     axis.set_major_locator(locator)
 
@@ -83,7 +85,7 @@ def name_rows(
     places: Sequence[int],
     names: Sequence[str],
 ) -> None:
-    """Names of horizontal rows in the place of a y axis, with row 0 at the top.
+    """Put names of rows in the place of a y axis, with row 0 at the top.
 
     Args:
         axes: The axes.
@@ -91,7 +93,7 @@ def name_rows(
         names: Their names.
     """
     axes.set_yticks(places, names)
-    # Turned around: the larger end is the lower one.
+    # The larger limit first turns the axis around, so that row 0 is at the top.
     axes.set_ylim(places[-1] + 0.6, -0.6)
     axes.tick_params(axis="y", length=0, labelcolor=COLOURS["ink"])
     axes.grid(False, axis="y")
@@ -104,7 +106,7 @@ def mark_ends_beyond(
     along: str,
     colour: str,
 ) -> None:
-    """An arrow where an interval continues beyond the axes.
+    """Draw an arrow where an interval continues beyond the axes.
 
     Args:
         axes: The axes, whose limits are set.
@@ -118,7 +120,7 @@ def mark_ends_beyond(
     style: dict[str, Any] = {
         "color": COLOURS[colour],
         "markersize": 3.5,
-        "clip_on": False,
+        "clip_on": False,  # half of an arrow at the end of the axes would be cut off
     }
     if along == "x":
         left, right = axes.get_xlim()
