@@ -28,65 +28,113 @@ from maskft_lab.results.words import score_text
 
 def main(folders: list[Path], controls: list[str], fixed_seeds: bool = False) -> str:
     """Return the table of the results in ``folders``; with ``fixed_seeds`` of these models, over items alone."""
-    read = [_read(folder) for folder in folders]
-    in_all = set.intersection(*({result["name"] for result in results} for results in read))
-    results = [result for each in read for result in each if result["name"] in in_all]
+    results = _results_in_all(folders)
     names = list(dict.fromkeys(result["name"] for result in results))
     for control in controls:
         if control not in names:
-            raise UserError(f"no model {control!r} in {', '.join(map(str, folders))}; there are: {', '.join(names)}")
-    task = next(name for name in results[0]["tasks"] if not name.startswith(BEFORE))
-    metrics = list(results[0]["tasks"][task]["metrics"])
-    earlier = [name for name in results[0]["tasks"] if name.startswith(BEFORE)]
-    before = [(name, metric) for name in earlier for metric in results[0]["tasks"][name]["metrics"]]
-    columns = [*metrics]
-    columns += [f"{metric} against {control}" for control in controls for metric in metrics]
-    columns += [f"{name}, {metric}" for name, metric in before]
-    columns += ["tokens, its own", "adapter (bytes)"]
-    reached = {(s.model, s.task, s.metric): s for s in scores(results)}
-    compared = {
-        (control, row.method, row.metric): row
-        for control in controls
-        for row in compare(results, control, tasks=[task], settings=Settings(fixed_seeds=fixed_seeds)).differences
-    }
-    lines = ["| model | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
+            where = ", ".join(map(str, folders))
+            raise UserError(f"no model {control!r} in {where}; there are: {', '.join(names)}")
+
+    # The first task is the test; tasks with the prefix BEFORE measure what was forgotten.
+    tasks = results[0]["tasks"]
+    task = next(name for name in tasks if not name.startswith(BEFORE))
+    metrics = list(tasks[task]["metrics"])
+    before = []
+    for name in tasks:
+        if name.startswith(BEFORE):
+            before += [(name, metric) for metric in tasks[name]["metrics"]]
+    against = [(control, metric) for control in controls for metric in metrics]
+
+    # Model, task and metric -> score; control, model and metric -> difference.
+    reached = {}
+    for score in scores(results):
+        reached[score.model, score.task, score.metric] = score
+    settings = Settings(fixed_seeds=fixed_seeds)
+    compared = {}
+    for control in controls:
+        for row in compare(results, control, tasks=[task], settings=settings).differences:
+            compared[control, row.method, row.metric] = row
+
+    columns = [
+        *metrics,
+        *(f"{metric} against {control}" for control, metric in against),
+        *(f"{name}, {metric}" for name, metric in before),
+        "tokens, its own",
+        "adapter (bytes)",
+    ]
+    lines = [
+        "| model | " + " | ".join(columns) + " |",
+        "| --- |" + " ---: |" * len(columns),
+    ]
     for name in names:
         cells = [score_text(reached[name, task, metric]) for metric in metrics]
-        cells += [_difference(compared.get((control, name, metric))) for control in controls for metric in metrics]
-        cells += [
-            score_text(reached[name, other, metric])
-            for other in earlier
-            for metric in results[0]["tasks"][other]["metrics"]
-        ]
+        # A model is not compared with itself: its cell is empty.
+        cells += [_difference(compared.get((control, name, metric))) for control, metric in against]
+        cells += [score_text(reached[name, other, metric]) for other, metric in before]
+
         of_model = [result for result in results if result["name"] == name]
-        tokens = sum(result["study"]["tokens"] for result in of_model) / len(of_model)
-        lines.append(f"| {name} | " + " | ".join([*cells, f"{tokens:,.0f}", _bytes(folders, of_model)]) + " |")
+        num_tokens = [result["study"]["tokens"] for result in of_model]
+        mean_tokens = sum(num_tokens) / len(num_tokens)
+        cells.append(f"{mean_tokens:,.0f}")
+        cells.append(_bytes(folders, of_model))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
+def _results_in_all(folders: list[Path]) -> list[Result]:
+    """The results of models that every folder has: the folders are the seeds of one study."""
+    read = [_read(folder) for folder in folders]
+    names = [{result["name"] for result in results} for results in read]
+    in_all = set.intersection(*names)
+
+    found = []
+    for results in read:
+        found += [result for result in results if result["name"] in in_all]
+    return found
+
+
 def _read(folder: Path) -> list[Result]:
-    of_study = sorted((folder / layout.RESULTS).rglob(layout.RESULT))
-    found = of_study or sorted(folder.glob("*.json.gz"))
+    # A study's folder has its results in folders of their own, a published one has them side by side.
+    found = sorted((folder / layout.RESULTS).rglob(layout.RESULT))
+    if not found:
+        found = sorted(folder.glob("*.json.gz"))
     if not found:
         raise UserError(f"no results in {folder}: name a study's folder, or one with results (*.json.gz)")
     return [read_result(file) for file in found]
 
 
 def _difference(row) -> str:
+    """A difference with its interval, in points for shares; bold if it is distinguishable."""
     if row is None:
         return ""
-    scale, digits = (100, 1) if row.unit == "fraction" else (1, 3)
-    numbers = [scale * number for number in (row.difference, row.unadjusted_low, row.unadjusted_high)]
-    text = f"{numbers[0]:+.{digits}f} [{numbers[1]:.{digits}f}, {numbers[2]:.{digits}f}]"
-    return text if row.verdict == "not distinguishable" else f"**{text}**"
+    if row.unit == "fraction":
+        scale = 100
+        digits = 1
+    else:
+        scale = 1
+        digits = 3
+    value = scale * row.difference
+    low = scale * row.unadjusted_low
+    high = scale * row.unadjusted_high
+    text = f"{value:+.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    if row.verdict == "not distinguishable":
+        return text
+    return f"**{text}**"
 
 
 def _bytes(folders: list[Path], results: list[Result]) -> str:
-    """Mean size of the masks' files; a dash for what is no adapter, or not there."""
-    runs = [result["study"]["run"] for result in results]
-    found = [folder / layout.RUNS / run / layout.ADAPTER_WEIGHTS for folder in folders for run in runs]
-    sizes = [file.stat().st_size for file in found if file.is_file()]
-    return f"{sum(sizes) / len(sizes):,.0f}" if sizes else "–"
+    """Mean size of the masks' files; a dash for models that are not adapters, or whose files are not here."""
+    sizes = []
+    for folder in folders:
+        for result in results:
+            run = result["study"]["run"]
+            file = folder / layout.RUNS / run / layout.ADAPTER_WEIGHTS
+            if file.is_file():
+                sizes.append(file.stat().st_size)
+    if not sizes:
+        return "–"
+    mean = sum(sizes) / len(sizes)
+    return f"{mean:,.0f}"
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 
 python recipes/refresh_results.py [results/NAME ...] [--write]
 
-For every folder with a summary whose models all have their results beside it (of others, the words of verdicts alone):
-the comparison in ``summary.json``, the
-tables and sentences in ``table.md``, and those of ``against_mask*.md``, are computed again from the result files, so
-that a page, a table and ``maskft compare`` say the same. Without ``--write`` changed lines are printed alone. Verdicts
-that change ("better", "worse", "not distinguishable") are named, and their folder is left as it is.
+For every folder with a summary, the comparison in ``summary.json``, the tables and sentences in ``table.md`` and those
+of ``against_mask*.md`` are computed again from the result files, so that a page, a table and ``maskft compare`` say the
+same. Where the results of a model are missing, only the words of verdicts are updated. Without ``--write`` the changed
+lines are only printed. If a verdict ("better", "worse", "not distinguishable") would change, it is named and the folder
+is left as it is.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from maskft_lab.results.render import render
 from maskft_lab.results.verdict import reworded
 
 ROOT = Path(__file__).parents[1]
+# Ends a comparison in a table; the lines below it were written by a person.
 LAST_LINE = re.compile(r"^- Differences are method - (?P<baseline>.+), with 95 % intervals of 10,000 .*$", re.MULTILINE)
 
 
@@ -43,10 +44,12 @@ def refreshed(folder: Path) -> dict[Path, str]:
     if "comparison" not in record:
         raise UserError("no comparison")
     old = Comparison.from_dict(record["comparison"])
+
     compared = {old.baseline, *old.methods}
     results = [result for result in gather(folder).results if result["name"] in compared]
-    if {result["name"] for result in results} != compared:
-        # Numbers stay, words are those of this version.
+    with_results = {result["name"] for result in results}
+    if with_results != compared:
+        # The numbers cannot be computed again; they stay, and the words become those of this version.
         verdicts = [replace(verdict, text=reworded(verdict)) for verdict in old.verdicts]
         record["comparison"]["verdicts"] = [asdict(verdict) for verdict in verdicts]
         return {summary_file: json.dumps(summary, indent=1) + "\n"}
@@ -57,16 +60,21 @@ def refreshed(folder: Path) -> dict[Path, str]:
     record["comparison"] = new.to_dict()
     texts = {summary_file: json.dumps(summary, indent=1) + "\n"}
 
-    table = folder / "table.md"
-    if table.is_file() and LAST_LINE.search(table.read_text(encoding="utf-8")):
-        texts[table] = _with_comparison(table.read_text(encoding="utf-8"), render(new, "markdown"))
+    # Some studies have a table in another form, written by a script; it has no such line.
+    table_file = folder / "table.md"
+    if table_file.is_file():
+        table = table_file.read_text(encoding="utf-8")
+        if LAST_LINE.search(table):
+            texts[table_file] = _with_comparison(table, render(new, "markdown"))
     for file in sorted(folder.glob("against_mask*.md")):
         texts[file] = _against_mask(file, folder)
     return texts
 
 
 def _check_verdicts(old: Comparison, new: Comparison) -> None:
-    said = {(row.method, row.task, row.metric): row.verdict for row in old.differences}
+    said = {}
+    for row in old.differences:
+        said[row.method, row.task, row.metric] = row.verdict
     for row in new.differences:
         before = said.get((row.method, row.task, row.metric))
         if before != row.verdict:
@@ -85,14 +93,21 @@ def _against_mask(file: Path, folder: Path) -> str:
     """Return what ``maskft compare FOLDER --baseline MASK --format markdown`` prints."""
     text = file.read_text(encoding="utf-8")
     found = LAST_LINE.search(text)
-    if found is None or found["baseline"] not in {result["name"] for result in read_all([str(folder)])}:
+    if found is None:
         return text
+    results = read_all([str(folder)])
+    names = {result["name"] for result in results}
+    if found["baseline"] not in names:
+        return text
+
+    # The options of the command that wrote the file are in its last line.
     settings = Settings(fixed_seeds="seeds are fixed" in found[0])
-    return render(compare(read_all([str(folder)]), found["baseline"], settings=settings), "markdown")
+    comparison = compare(results, found["baseline"], settings=settings)
+    return render(comparison, "markdown")
 
 
 def main(folders: list[Path], is_written: bool) -> None:
-    """Print the changed lines of each folder; write them where that is asked for."""
+    """Print the changed lines of each folder, and write them if ``is_written``."""
     for folder in folders:
         try:
             texts = refreshed(folder)
@@ -105,16 +120,22 @@ def main(folders: list[Path], is_written: bool) -> None:
                 continue
             print(f"{folder.name}/{file.name}: changed")
             if file.suffix == ".md":
-                lines = difflib.unified_diff(old.splitlines(), text.splitlines(), lineterm="", n=0)
-                print("\n".join(line for line in lines if not line.startswith(("---", "+++", "@@"))))
+                for line in difflib.unified_diff(old.splitlines(), text.splitlines(), lineterm="", n=0):
+                    # Without the names of files and the numbers of lines.
+                    if not line.startswith(("---", "+++", "@@")):
+                        print(line)
             if is_written:
                 file.write_text(text, encoding="utf-8")
-        sys.stdout.flush()
+        sys.stdout.flush()  # a folder may take a minute
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="*", type=Path, help="folders of published results (default: all)")
-    parser.add_argument("--write", action="store_true", help="write the files, and not the changed lines alone")
+    parser.add_argument("--write", action="store_true", help="also write the files")
     given = parser.parse_args()
-    main(given.folders or sorted(file.parent for file in (ROOT / "results").glob("*/summary.json")), given.write)
+    folders = given.folders
+    if not folders:
+        summaries = sorted((ROOT / "results").glob("*/summary.json"))
+        folders = [file.parent for file in summaries]
+    main(folders, given.write)

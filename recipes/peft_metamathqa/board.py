@@ -5,7 +5,7 @@ python recipes/peft_metamathqa/board.py results/board-smollm2 results/smollm2-cu
 
 The folders are of published results: ``*.json.gz`` and ``training.json``. Forgetting is the loss on the text named by
 ``--before`` after training minus that before; each of our texts ends with an end token, PEFT's do not (forgetting.py
-measures without). What was not measured is null. Fixed masks, which nothing trained, are left out.
+measures without). Numbers that were not measured are null. Fixed masks are left out, because nothing was trained.
 """
 
 from __future__ import annotations
@@ -34,26 +34,43 @@ _PACKAGES = ("transformers", "peft", "datasets", "bitsandbytes", "torch", "maskf
 
 def main(out: Path, sources: list[Path], before: str) -> str:
     """Write the files; return the table."""
-    read = [read_result(file) for source in sources for file in sorted(source.glob("*.json.gz"))]
-    results = list({_name(result): result for result in read}.values())  # a run may stand in two folders
-    trained = {run: summary for source in sources for run, summary in files.read_json(source / "training.json").items()}
-    base = next(result for result in results if result["model"]["method"] == "pretrained")
+    results = {}  # by name, because two folders may have the same run
+    trained = {}  # run -> its training
+    for source in sources:
+        for file in sorted(source.glob("*.json.gz")):
+            result = read_result(file)
+            results[_name(result)] = result
+        trained |= files.read_json(source / "training.json")
+
+    base = next(result for result in results.values() if result["model"]["method"] == "pretrained")
     loss_before = _nll(base, before)
     lines = [
         "| method | seed | accuracy | forgetting | parameters trained | file (bytes) | training (s) | peak (GB) |",
         "| --- |" + " ---: |" * 7,
     ]
-    for result in results:
-        if result is base or not trained[result["study"]["run"]]["num_trainable"]:
+    for name, result in results.items():
+        if result is base:
             continue
-        name = _name(result)
-        record = experiment(result, trained[result["study"]["run"]], _nll(result, before) - loss_before)
-        files.write_text(out / "results" / f"{name.replace('/', '--')}.json", json.dumps(record, indent=2) + "\n")
-        info, last = record["train_info"], record["train_info"]["metrics"][-1]
-        cells = [f"{last['test accuracy']:.3f}", f"{last['forgetting']:+.4f}", f"{info['num_trainable_params']:,}"]
-        cells += [f"{info['file_size']:,}", f"{info['train_time']:.0f}"]
-        cells += [f"{info['accelerator_memory_max'] / 1e9:.2f}"]
-        lines.append(f"| {result['name']} | {result['model']['seed']} | {' | '.join(cells)} |")
+        training = trained[result["study"]["run"]]
+        if not training["num_trainable"]:
+            continue
+        record = experiment(result, training, _nll(result, before) - loss_before)
+        file_name = name.replace("/", "--") + ".json"
+        files.write_text(out / "results" / file_name, json.dumps(record, indent=2) + "\n")
+
+        info = record["train_info"]
+        last = info["metrics"][-1]
+        cells = [
+            result["name"],
+            f"{result['model']['seed']}",
+            f"{last['test accuracy']:.3f}",
+            f"{last['forgetting']:+.4f}",
+            f"{info['num_trainable_params']:,}",
+            f"{info['file_size']:,}",
+            f"{info['train_time']:.0f}",
+            f"{info['accelerator_memory_max'] / 1e9:.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     table = "\n".join(lines) + "\n"
     files.write_text(out / "table.md", table)
     return table
@@ -61,32 +78,43 @@ def main(out: Path, sources: list[Path], before: str) -> str:
 
 def experiment(result: Result, trained: dict[str, Any], forgetting: float) -> dict[str, Any]:
     """Return a run as PEFT's runner writes one."""
-    settings, packages = result["study"]["settings"], result["environment"]["packages"]
+    settings = result["study"]["settings"]
+    environment = result["environment"]
+    packages = environment["packages"]
     history = trained["history"]
+    num_steps = trained["num_steps"]
+
+    # PEFT's processing.py expects whole numbers of bytes.
     memory = [row["peak_memory_bytes"] for row in history if "peak_memory_bytes" in row]
-    losses = [row["loss"] for row in history if "loss" in row]
-    samples = trained["num_steps"] * settings["per_device_train_batch_size"]
-    train_config = {name: settings.get(option) for name, option in _OPTIONS.items()} | {
+    losses = [{"step": row["step"], "train loss": row["loss"]} for row in history if "loss" in row]
+    last = {
+        "step": num_steps,
+        "test accuracy": result["tasks"]["heldout"]["metrics"]["accuracy"]["value"],
+        "train loss": losses[-1]["train loss"],
+        "train samples": num_steps * settings["per_device_train_batch_size"],
+        "train total tokens": trained["num_train_tokens"],
+        "forgetting": forgetting,
+    }
+
+    # `eval_steps` of maskft train is a share of all steps.
+    eval_steps = round(settings.get("eval_steps", 0.1) * num_steps)
+    train_config = {name: settings.get(option) for name, option in _OPTIONS.items()}
+    train_config |= {
         "model_id": result["study"]["model"],
         "dtype": result["settings"]["dtype"],
-        "eval_steps": max(1, round(settings.get("eval_steps", 0.1) * trained["num_steps"])),
+        "eval_steps": max(1, eval_steps),
         "compile": False,
         "query_template": "{query}",
         "grad_norm_clip": 1.0,
         "optimizer_type": "AdamW",
-        "optimizer_kwargs": {"lr": settings.get("learning_rate"), "weight_decay": settings.get("weight_decay", 0.0)},
+        "optimizer_kwargs": {
+            "lr": settings.get("learning_rate"),
+            "weight_decay": settings.get("weight_decay", 0.0),
+        },
         "autocast_adapter_dtype": True,
         "generation_kwargs": {"max_new_tokens": result["settings"]["max_new_tokens"]},
         "attn_implementation": None,
         "init_kv_cache_prefix": None,
-    }
-    last = {
-        "step": trained["num_steps"],
-        "test accuracy": result["tasks"]["heldout"]["metrics"]["accuracy"]["value"],
-        "train loss": losses[-1],
-        "train samples": samples,
-        "train total tokens": trained["num_train_tokens"],
-        "forgetting": forgetting,
     }
     return {
         "run_info": {
@@ -108,16 +136,16 @@ def experiment(result: Result, trained: dict[str, Any], forgetting: float) -> di
             "num_trainable_params": trained["num_trainable"],
             "num_total_params": None,
             "status": "success",
-            "metrics": [{"step": row["step"], "train loss": row["loss"]} for row in history if "loss" in row] + [last],
+            "metrics": [*losses, last],
         },
         "meta_info": {
             "model_info": {"sha": None, "created_at": None},
             "dataset_info": {},
             "package_info": {f"{name}-version": packages.get(name) for name in _PACKAGES},
             "system_info": {
-                "system": result["environment"]["platform"],
-                "processor": result["environment"]["cpu"],
-                "accelerator": result["environment"].get("device", "cpu"),
+                "system": environment["platform"],
+                "processor": environment["cpu"],
+                "accelerator": environment.get("device", "cpu"),
             },
             "pytorch_info": packages["torch"],
         },
@@ -125,27 +153,34 @@ def experiment(result: Result, trained: dict[str, Any], forgetting: float) -> di
 
 
 def _peft_config(settings: dict[str, Any], method: str) -> dict[str, Any] | None:
-    """What PEFT saves of the adapter; None: all weights were trained."""
-    if method == "mask":
-        options = {name: value for name, value in settings.items() if name.startswith("mask_") and name != "mask_seed"}
-        config = {name.removeprefix("mask_"): value for name, value in options.items()}
-        return {"peft_type": "MASK", "mask_seed": settings.get("mask_seed"), **config}
-    return settings.get("peft_config")
+    """The configuration that PEFT saves with the adapter; None if all weights were trained."""
+    if method != "mask":
+        return settings.get("peft_config")
+
+    # Options of maskft train are the fields of MaskConfig with a prefix, but for `mask_seed`, which has it itself.
+    config = {"peft_type": "MASK", "mask_seed": settings.get("mask_seed")}
+    for name, value in settings.items():
+        if name.startswith("mask_") and name != "mask_seed":
+            config[name.removeprefix("mask_")] = value
+    return config
 
 
 def _name(result: Result) -> str:
+    """The name of an experiment in PEFT's comparison: its method, and the run without its seed."""
     kind = result["model"]["method"].replace("full", "full-finetuning")
-    return f"{kind}/{result['study']['run'].rpartition('-')[0]}"
+    run, _, _ = result["study"]["run"].rpartition("-")
+    return f"{kind}/{run}"
 
 
 def _nll(result: Result, before: str) -> float:
-    return result["tasks"][f"{BEFORE}{before}"]["metrics"]["nll"]["value"]
+    probe = result["tasks"][f"{BEFORE}{before}"]
+    return probe["metrics"]["nll"]["value"]
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="gets results/*.json and table.md")
     parser.add_argument("sources", type=Path, nargs="+", help="folders of results")
-    parser.add_argument("--before", required=True, help="probe whose loss says what was forgotten, e.g. wikipedia")
+    parser.add_argument("--before", required=True, help="probe whose loss measures forgetting, e.g. wikipedia")
     args = parser.parse_args()
     print(main(args.out, args.sources, args.before), end="")

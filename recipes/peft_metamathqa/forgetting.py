@@ -1,10 +1,10 @@
-"""Print what adapters forgot, as PEFT's comparison on MetaMathQA measures it.
+"""Print how much adapters forgot, as PEFT's comparison on MetaMathQA measures it.
 
 python recipes/peft_metamathqa/forgetting.py runs/board/wikipedia.jsonl.gz runs/peft-metamathqa/runs/*/
 
-The mean cross-entropy over all tokens of all texts but the first of each, a text cut at 768 tokens and without an end
-token; of the model with the adapter minus that of the same model with the adapter off. In float32, where PEFT rounds
-each token's loss to the model's dtype.
+Forgetting is the mean cross-entropy of the model with the adapter minus that of the same model with the adapter off.
+The mean is over all tokens of all texts but the first of each; texts are cut at 768 tokens and have no end token.
+Losses are in float32, where PEFT rounds each token's loss to the model's dtype.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import maskft  # noqa: F401 - PEFT knows masks once it is imported
+import maskft  # noqa: F401 - registers masks with PEFT, which could not load them without it
 from maskft.loss import mean_nll, nll_per_item
 
-MAX_TOKENS, BATCH_SIZE = 768, 4
+MAX_TOKENS = 768
+BATCH_SIZE = 4
 
 
 def forgetting(model: PeftModel, tokenizer, texts: list[str]) -> float:
@@ -30,10 +31,13 @@ def forgetting(model: PeftModel, tokenizer, texts: list[str]) -> float:
     rows = []
     for text in texts:
         ids = tokenizer(text)["input_ids"][:MAX_TOKENS]
-        rows.append({"input_ids": ids, "labels": [-100, *ids[1:]]})
+        labels = [-100, *ids[1:]]  # nothing predicts the first token
+        rows.append({"input_ids": ids, "labels": labels})
+
     after = mean_nll(nll_per_item(model, rows, batch_size=BATCH_SIZE))
     with model.disable_adapter():
-        return after - mean_nll(nll_per_item(model, rows, batch_size=BATCH_SIZE))
+        before = mean_nll(nll_per_item(model, rows, batch_size=BATCH_SIZE))
+    return after - before
 
 
 def main() -> None:
@@ -45,13 +49,16 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with gzip.open(args.texts, "rt") as lines:
         texts = [json.loads(line)["text"] for line in lines]
+
     for folder in args.adapters:
+        # The shell's pattern also matches full fine-tunings.
         if not (folder / "adapter_config.json").is_file():
             print(f"{folder}: no adapter", file=sys.stderr)
             continue
         base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
         model = AutoModelForCausalLM.from_pretrained(base, dtype="auto").to(device)
-        value = forgetting(PeftModel.from_pretrained(model, str(folder)), AutoTokenizer.from_pretrained(base), texts)
+        model = PeftModel.from_pretrained(model, str(folder))
+        value = forgetting(model, AutoTokenizer.from_pretrained(base), texts)
         print(json.dumps({"adapter": str(folder), "forgetting": value}))
 
 

@@ -1,4 +1,4 @@
-"""Write what study.yaml needs: the rows of PEFT's comparison on MetaMathQA, in its text.
+"""Write the inputs of study.yaml: the rows of PEFT's comparison on MetaMathQA, in the same text.
 
 python recipes/peft_metamathqa/make_inputs.py SOURCES runs/board
 
@@ -20,49 +20,67 @@ import numpy as np
 
 TEMPLATE = "Question: {query} Think step by step.\nAnswer:"
 MOST_CHARACTERS = 1300  # of query and response; longer rows are left out
-NUM_VALID, NUM_TEXTS = 50, 100
+NUM_VALID = 50
+NUM_TEXTS = 100
 
 
 def main(sources: Path, folder: Path) -> None:
-    """Write rows to train on, to choose a step by, to test on, and text that was known before."""
-    pairs = [(row["query"], row["response"]) for row in read(sources, "metamath")]
-    kept = [(query, response) for query, response in pairs if len(f"{query} {response}") <= MOST_CHARACTERS]
-    write(folder / "metamathqa.jsonl.gz", [{"text": TEMPLATE.format(query=q) + r} for q, r in kept])
+    """Write training rows, rows that choose a step, test rows, and text that measures forgetting."""
+    trained = []
+    for row in read(sources, "metamath"):
+        query = row["query"]
+        response = row["response"]
+        if len(f"{query} {response}") <= MOST_CHARACTERS:
+            trained.append({"text": TEMPLATE.format(query=query) + response})
+    write(folder / "metamathqa.jsonl.gz", trained)
+
+    # The 50 rows that PEFT's runner draws: it shuffles with this generator and seed.
     questions = read(sources, "gsm8k_train")
     order = np.arange(len(questions))
     np.random.RandomState(0).shuffle(order)
-    chosen = [questions[index] for index in order[:NUM_VALID]]
-    write(
-        folder / "gsm8k_valid.jsonl.gz",
-        [{"text": TEMPLATE.format(query=row["question"]) + row["answer"]} for row in chosen],
-    )
-    write(folder / "gsm8k_test.jsonl.gz", [asked(row) for row in read(sources, "gsm8k_test")])
-    texts = [{"text": row["text"]} for row in read(sources, "finewiki")[:NUM_TEXTS]]
-    write(folder / "wikipedia.jsonl.gz", texts)
+    valid = []
+    for index in order[:NUM_VALID]:
+        row = questions[index]
+        valid.append({"text": TEMPLATE.format(query=row["question"]) + row["answer"]})
+    write(folder / "gsm8k_valid.jsonl.gz", valid)
+
+    tests = [asked(row) for row in read(sources, "gsm8k_test")]
+    write(folder / "gsm8k_test.jsonl.gz", tests)
+    pages = read(sources, "finewiki")[:NUM_TEXTS]
+    write(folder / "wikipedia.jsonl.gz", [{"text": page["text"]} for page in pages])
 
 
 def asked(row: dict) -> dict:
     """Return a question with the number that answers it."""
+    # Solutions of GSM8K end in "#### NUMBER".
     number = row["answer"].rpartition("####")[-1].strip()
-    prompt = TEMPLATE.format(query=row["question"])
-    return {"prompt": prompt, "completion": row["answer"], "answer": number, "answer_type": "number"}
+    return {
+        "prompt": TEMPLATE.format(query=row["question"]),
+        "completion": row["answer"],
+        "answer": number,
+        "answer_type": "number",
+    }
 
 
 def read(sources: Path, word: str) -> list[dict]:
     """Return the rows of the one file with ``word`` in its name."""
-    found = [
-        f for f in sorted(sources.rglob("*")) if word in f.name.lower() and f.name.endswith((".jsonl", ".jsonl.gz"))
-    ]
+    found = []
+    for file in sorted(sources.rglob("*")):
+        if word in file.name.lower() and file.name.endswith((".jsonl", ".jsonl.gz")):
+            found.append(file)
     if len(found) != 1:
         sys.exit(f"error: {len(found)} files in {sources} have {word!r} in their name; there must be one")
-    with (gzip.open if found[0].suffix == ".gz" else open)(found[0], "rt", encoding="utf-8") as lines:
+
+    open_file = gzip.open if found[0].suffix == ".gz" else open
+    with open_file(found[0], "rt", encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 
 
 def write(file: Path, rows: list[dict]) -> None:
-    """Write rows as gzipped JSON lines, the same bytes whenever it is called."""
+    """Write rows as gzipped JSON lines."""
     file.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row) + "\n" for row in rows)
+    # Without a time in the header of gzip, the same rows give the same bytes.
     file.write_bytes(gzip.compress(text.encode(), mtime=0))
     print(f"{file}: {len(rows):,} rows")
 

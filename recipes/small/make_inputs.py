@@ -1,4 +1,4 @@
-"""Write what study_products.yaml needs: a random model of 0.9 M parameters, additions to train it on first, products.
+"""Write the inputs of study_products.yaml: a random model of 0.9 M parameters, additions to train it on, and products.
 
 python recipes/small/make_inputs.py runs/small
 python recipes/small/make_inputs.py runs/small-1 1     # another initialisation, other rows, another split
@@ -10,6 +10,7 @@ the test's and those of sums_prompts.jsonl.gz, for the mask that comes with mask
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import random
 import sys
@@ -20,10 +21,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 NUM_ADDITIONS = 20_000
-NUM_TRAIN = 2_700  # the study holds out 700 of them
-NUM_SUMS = 1_200  # that study holds out 200 of them
+NUM_TRAIN = 2_700  # products; the study holds out 700 of them
+NUM_SUMS = 1_200  # study_sums.yaml holds out 200 of them
 NUM_TEST_SUMS = 1_000
-NUM_SUM_PROMPTS = 64  # to measure how far a model has moved on its task
+NUM_SUM_PROMPTS = 64  # on which the KL divergence to the base is measured
 CHARACTERS = "0123456789+*= "
 
 
@@ -31,28 +32,37 @@ def main(folder: Path, seed: int = 0) -> None:
     """Write the model, its tokenizer (a token per character) and files of exercises."""
     tokenizer().save_pretrained(folder / "model")
     random_model(seed).save_pretrained(folder / "model")
+
+    # One generator for all files: the rows of a later file depend on the draws before it.
     rng = random.Random(seed)
-    additions = rng.sample([(a, b) for a in range(100, 1000) for b in range(100, 1000)], NUM_ADDITIONS)
-    write(folder / "additions.jsonl.gz", [exercise(f"{a} + {b} =", a + b) for a, b in additions])
-    products = [(a, b) for a in range(100, 1000) for b in range(2, 10)]
+    pairs = list(itertools.product(range(100, 1000), range(100, 1000)))
+    additions = rng.sample(pairs, NUM_ADDITIONS)
+    write(folder / "additions.jsonl.gz", [addition(a, b) for a, b in additions])
+
+    products = list(itertools.product(range(100, 1000), range(2, 10)))
     rng.shuffle(products)
     rows = [exercise(f"{a} * {b} =", a * b) for a, b in products]
     write(folder / "products_train.jsonl.gz", rows[:NUM_TRAIN])
     write(folder / "products_test.jsonl.gz", rows[NUM_TRAIN:])
-    sums = [(a, b) for a in range(10, 100) for b in range(10, 100)]
+
+    # Training rows, test rows, prompts, and the rest.
+    sums = list(itertools.product(range(10, 100), range(10, 100)))
     rng.shuffle(sums)
-    rows = [exercise(f"{a} + {b} =", a + b) for a, b in sums]
-    last = NUM_SUMS + NUM_TEST_SUMS
+    rows = [addition(a, b) for a, b in sums]
+    end_of_test = NUM_SUMS + NUM_TEST_SUMS
+    end_of_prompts = end_of_test + NUM_SUM_PROMPTS
     write(folder / "sums_train.jsonl.gz", rows[:NUM_SUMS])
-    write(folder / "sums_test.jsonl.gz", rows[NUM_SUMS:last])
-    write(folder / "sums_prompts.jsonl.gz", rows[last : last + NUM_SUM_PROMPTS])
-    write(folder / "sums_all_train.jsonl.gz", rows[:NUM_SUMS] + rows[last + NUM_SUM_PROMPTS :])
+    write(folder / "sums_test.jsonl.gz", rows[NUM_SUMS:end_of_test])
+    write(folder / "sums_prompts.jsonl.gz", rows[end_of_test:end_of_prompts])
+    write(folder / "sums_all_train.jsonl.gz", rows[:NUM_SUMS] + rows[end_of_prompts:])
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """Return a tokenizer with a token for each character."""
-    vocab = {token: index for index, token in enumerate(["<pad>", "<eos>", "<unk>", *CHARACTERS])}
-    backend = Tokenizer(models.WordLevel(vocab=vocab, unk_token="<unk>"))
+    tokens = ["<pad>", "<eos>", "<unk>", *CHARACTERS]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    backend = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<unk>"))
+    # Words of one character, joined without spaces.
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     backend.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
@@ -84,11 +94,22 @@ def random_model(seed: int = 0) -> LlamaForCausalLM:
 
 def exercise(prompt: str, answer: int) -> dict:
     """Return a row: prompt, completion, and the answer to check a generated one against."""
-    return {"prompt": prompt, "completion": f" {answer}", "answer": str(answer), "answer_type": "number"}
+    return {
+        "prompt": prompt,
+        "completion": f" {answer}",
+        "answer": str(answer),
+        "answer_type": "number",
+    }
+
+
+def addition(a: int, b: int) -> dict:
+    """Return a sum as a row."""
+    return exercise(f"{a} + {b} =", a + b)
 
 
 def write(file: Path, rows: list[dict]) -> None:
-    """Write rows as gzipped JSON lines, the same bytes whenever it is called."""
+    """Write rows as gzipped JSON lines."""
+    # Without a name and a time in the header of gzip, the same rows give the same bytes.
     with open(file, "wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", filename="", mtime=0) as out:
         for row in rows:
             out.write((json.dumps(row) + "\n").encode())
@@ -96,6 +117,9 @@ def write(file: Path, rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (2, 3) or not (words := [*sys.argv[1:], "0"])[1].isdecimal():
+    words = sys.argv[1:]
+    if len(words) == 1:
+        words.append("0")
+    if len(words) != 2 or not words[1].isdecimal():
         sys.exit("usage: python recipes/small/make_inputs.py DIR [SEED] (DIR gets the model and the data)")
     main(Path(words[0]), int(words[1]))

@@ -1,4 +1,4 @@
-"""Write the rows of study_curve_clinc150.yaml: 150 intents of what people ask an assistant.
+"""Write the rows of study_curve_clinc150.yaml: 150 intents of questions to an assistant.
 
 python recipes/smollm2/make_clinc_inputs.py data_full.json runs/curve
 
@@ -15,25 +15,33 @@ from pathlib import Path
 
 from make_curve_inputs import NUM_PROMPTS, SEED, write_task
 
-NUM_TRAIN, NUM_TEST = 1_200, 600  # rows to train on with those held out, and of the test
+NUM_TRAIN = 1_200  # of which the study holds some out
+NUM_TEST = 600
 
 
 def main(source: Path, folder: Path) -> None:
     """Write training rows, test rows and the prompts on which KL to the base is measured."""
+    # The splits `oos_*` hold the questions without an intent. `val` is not used.
     published = json.loads(source.read_text())
+    train = [as_row(text, intent) for text, intent in published["train"]]
+    test = [as_row(text, intent) for text, intent in published["test"]]
     rng = random.Random(SEED)
-    train, test = ([as_row(*pair) for pair in published[split]] for split in ("train", "test"))
     rng.shuffle(train)
     rng.shuffle(test)
-    asked = {row["prompt"] for row in train}
-    test = [row for row in test if row["prompt"] not in asked]
+
+    trained = {row["prompt"] for row in train}
+    test = [row for row in test if row["prompt"] not in trained]
     write_task(folder, "clinc150", train[: NUM_TRAIN + NUM_PROMPTS], test[:NUM_TEST])
 
 
 def as_row(text: str, intent: str) -> dict:
     """Return a prompt and the intent's name in words, the answer to be generated."""
     name = intent.replace("_", " ")
-    return {"prompt": f"{text}\nIntent:", "completion": f" {name}", "answer": name}
+    return {
+        "prompt": f"{text}\nIntent:",
+        "completion": f" {name}",
+        "answer": name,
+    }
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Write what study_curve_*.yaml need: probes of what a model could do before, intents, word problems and programs.
+"""Write the inputs of study_curve_*.yaml: probes of earlier abilities, intents, word problems and programs.
 
 python recipes/smollm2/make_curve_inputs.py SOURCES runs/curve
 
@@ -10,9 +10,8 @@ SOURCES is a folder (with folders) of ``.jsonl.gz`` files, one for each word in 
 - ``mawps_train``, ``mawps_test``: word problems of MAWPS, the same columns
 - ``codegen``: short programs of GPTeacher's code part (MIT) as ``messages``
 
-The sums come from ``python recipes/small/make_inputs.py runs/curve``.
-Probes that choose a point of a path are other rows
-than those that are reported; so are the prompts on which KL to the base is measured.
+The sums come from ``python recipes/small/make_inputs.py runs/curve``. Probes that choose a point of a path have other
+rows than those that are reported; so have the prompts on which the KL divergence to the base is measured.
 """
 
 from __future__ import annotations
@@ -24,49 +23,79 @@ import sys
 from pathlib import Path
 
 SEED = 0
-LENGTHS = range(160, 700)  # characters of an instruction with its answer
-CODE_LENGTHS = range(160, 420)  # of a program with its instruction
-NUM_CHOOSE, NUM_REPORT = 24, 50  # of a probe
+LENGTHS = range(160, 700)  # characters of an instruction with its answer, as JSON
+CODE_LENGTHS = range(160, 420)  # characters of a program with its instruction, as JSON
+NUM_CHOOSE = 24  # rows of a probe
+NUM_REPORT = 50
 NUM_REPLAY = 63  # 5 % of the rows beside 1,200 of a task
 NUM_PROMPTS = 48
-SIZES = {"banking77": (1_200, 600), "mawps": (1_200, 400)}  # rows to train on with those held out, and of the test
-CODE_TRAIN, CODE_TEST = 600, 150
+# Training rows, of which a study holds some out, and test rows.
+SIZES = {"banking77": (1_200, 600), "mawps": (1_200, 400)}
+CODE_TRAIN = 600
+CODE_TEST = 150
 
 
 def main(sources: Path, folder: Path) -> None:
     """Write the probes and, for each task, training rows, test rows and prompts."""
+    # One generator for all files: the rows of a later file depend on the draws before it.
     rng = random.Random(SEED)
-    instructions = [row for row in read(sources, "dolly") if len(json.dumps(row)) in LENGTHS]
-    for name, rows in (("instructions", instructions), ("wikipedia", read(sources, "wikitext"))):
-        rng.shuffle(rows)
-        write(folder / f"{name}_choose.jsonl.gz", rows[:NUM_CHOOSE])
-        write(folder / f"{name}_report.jsonl.gz", rows[NUM_CHOOSE : NUM_CHOOSE + NUM_REPORT])
+    instructions = of_length(read(sources, "dolly"), LENGTHS)
+    paragraphs = read(sources, "wikitext")
+    write_probe(folder, "instructions", instructions, rng)
+    write_probe(folder, "wikipedia", paragraphs, rng)
+
+    # Instructions that no probe has, to mix into the rows of a task.
     rest = instructions[NUM_CHOOSE + NUM_REPORT :]
-    write(folder / "instructions_replay.jsonl.gz", [in_chat(row["messages"]) for row in rest[:NUM_REPLAY]])
+    replay = [in_chat(row["messages"]) for row in rest[:NUM_REPLAY]]
+    write(folder / "instructions_replay.jsonl.gz", replay)
+
     for task, (num_train, num_test) in SIZES.items():
-        train, test = read(sources, f"{task}_train"), read(sources, f"{task}_test")
+        train = read(sources, f"{task}_train")
+        test = read(sources, f"{task}_test")
         rng.shuffle(train)
         rng.shuffle(test)
-        test = [row for row in test if row["prompt"] not in {row["prompt"] for row in train}]
+        # Leave out test rows that are training rows as well, so that no answer is known by heart.
+        trained = {row["prompt"] for row in train}
+        test = [row for row in test if row["prompt"] not in trained]
         write_task(folder, task, train[: num_train + NUM_PROMPTS], test[:num_test])
-    programs = [row for row in read(sources, "codegen") if len(json.dumps(row)) in CODE_LENGTHS]
+
+    programs = of_length(read(sources, "codegen"), CODE_LENGTHS)
     rng.shuffle(programs)
-    write_task(folder, "code", programs[: CODE_TRAIN + NUM_PROMPTS], programs[CODE_TRAIN + NUM_PROMPTS :][:CODE_TEST])
+    first_test = CODE_TRAIN + NUM_PROMPTS
+    write_task(folder, "code", programs[:first_test], programs[first_test : first_test + CODE_TEST])
+
+
+def of_length(rows: list[dict], lengths: range) -> list[dict]:
+    """Return the rows whose JSON has one of these lengths, in characters."""
+    return [row for row in rows if len(json.dumps(row)) in lengths]
+
+
+def write_probe(folder: Path, name: str, rows: list[dict], rng: random.Random) -> None:
+    """Shuffle the rows in place, and write those that choose a point of a path and those that are reported."""
+    rng.shuffle(rows)
+    write(folder / f"{name}_choose.jsonl.gz", rows[:NUM_CHOOSE])
+    write(folder / f"{name}_report.jsonl.gz", rows[NUM_CHOOSE : NUM_CHOOSE + NUM_REPORT])
 
 
 def write_task(folder: Path, task: str, train: list[dict], test: list[dict]) -> None:
-    """Write a task's rows; the last of those to train on are the prompts on which KL to the base is measured."""
+    """Write a task's rows; the last training rows become the prompts on which the KL to the base is measured."""
     write(folder / f"{task}_train.jsonl.gz", train[:-NUM_PROMPTS])
     write(folder / f"{task}_prompts.jsonl.gz", train[-NUM_PROMPTS:])
     write(folder / f"{task}_test.jsonl.gz", test)
 
 
 def in_chat(messages: list[dict]) -> dict:
-    """Return a row as the plain text that SmolLM2's template writes: a mixture is all chat or all plain text."""
+    """Return a row as the plain text that SmolLM2's template writes.
+
+    The rows of a task are plain text, and ``maskft train`` does not mix chats with plain text.
+    """
     system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
     turns = [{"role": "system", "content": system}, *messages[:-1]]
-    prompt = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in turns)
-    return {"prompt": prompt + "<|im_start|>assistant\n", "completion": messages[-1]["content"]}
+    prompt = ""
+    for turn in turns:
+        prompt += f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n"
+    prompt += "<|im_start|>assistant\n"
+    return {"prompt": prompt, "completion": messages[-1]["content"]}
 
 
 def read(sources: Path, word: str) -> list[dict]:
@@ -79,8 +108,9 @@ def read(sources: Path, word: str) -> list[dict]:
 
 
 def write(file: Path, rows: list[dict]) -> None:
-    """Write rows as gzipped JSON lines, the same bytes whenever it is called."""
+    """Write rows as gzipped JSON lines."""
     file.parent.mkdir(parents=True, exist_ok=True)
+    # Without a name and a time in the header of gzip, the same rows give the same bytes.
     with open(file, "wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", filename="", mtime=0) as out:
         for row in rows:
             out.write((json.dumps(row) + "\n").encode())

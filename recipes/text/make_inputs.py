@@ -1,4 +1,4 @@
-"""Write what study_gsm8k.yaml and study_code.yaml need: a random Llama of 1 M parameters, its tokenizer, three texts.
+"""Write the inputs of study_gsm8k.yaml and study_code.yaml: a random Llama of 1 M parameters, its tokenizer, texts.
 
 python recipes/text/make_inputs.py SOURCES runs/text
 
@@ -27,87 +27,125 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 SEED = 0
 NUM_DOLLY = 2_000
 VOCAB_SIZE = 1_024
-MAX_TOKENS = 160  # of a row, end included; longer exercises are left out, longer instructions cut in pieces
-NUM_TRAIN, NUM_TEST, NUM_BEFORE, NUM_CODE_TEST = 406, 300, 75, 1_000
+MAX_TOKENS = 160  # of a row, end included; longer exercises are left out, longer instructions are cut into pieces
+NUM_TRAIN = 406  # rows of either domain
+NUM_TEST = 300
+NUM_BEFORE = 75  # instructions that measure what was forgotten
+NUM_CODE_TEST = 1_000  # programs that are kept from training; the first that fit are the test
 
 Pair = tuple[str, str]  # a question and its answer
 
 
 def main(sources: Path, folder: Path) -> None:
     """Write the model, its tokenizer, the text it is trained on first, and training and test rows of two domains."""
+    # One generator for all files: the order of its draws decides their rows.
     rng = random.Random(SEED)
     instructions = read(sources, "dolly")[:NUM_DOLLY] + read(sources, "instruction")
     rng.shuffle(instructions)
-    texts = ["".join(as_texts(pair)) for pair in instructions]
-    before, texts = texts[:NUM_BEFORE], texts[NUM_BEFORE:]
-    math, math_test = (shuffled(without_annotations(read(sources, f"gsm8k_{n}")), rng) for n in ("train", "test"))
-    code = shuffled(read(sources, "codegen"), rng)
-    code, code_test = code[NUM_CODE_TEST:], code[:NUM_CODE_TEST]
+    texts = [as_text(pair) for pair in instructions]
+    before = texts[:NUM_BEFORE]
+    texts = texts[NUM_BEFORE:]
 
-    tokenizer = train_tokenizer([*texts, *("".join(as_texts(pair)) for pair in math + code)])
+    math = shuffled(without_annotations(read(sources, "gsm8k_train")), rng)
+    math_test = shuffled(without_annotations(read(sources, "gsm8k_test")), rng)
+    programs = shuffled(read(sources, "codegen"), rng)
+    code_test = programs[:NUM_CODE_TEST]
+    code = programs[NUM_CODE_TEST:]
+
+    # The tokenizer sees training rows only.
+    exercise_texts = [as_text(pair) for pair in math + code]
+    tokenizer = train_tokenizer([*texts, *exercise_texts])
     tokenizer.save_pretrained(folder / "model")
     random_model().save_pretrained(folder / "model")
-    for name, of_part in (("train", texts), ("before", before)):
-        rows = [{"text": piece} for text in of_part for piece in pieces(text, tokenizer)]
-        write(folder / f"instructions_{name}.jsonl.gz", rows)
-    for name, pairs, num_rows in (
-        ("gsm8k_train", math, NUM_TRAIN),
-        ("gsm8k_test", math_test, NUM_TEST),
-        ("code_train", code, NUM_TRAIN),
-        ("code_test", code_test, NUM_TEST),
-    ):
-        write(folder / f"{name}.jsonl.gz", exercises(pairs, tokenizer)[:num_rows])
+
+    write(folder / "instructions_train.jsonl.gz", text_rows(texts, tokenizer))
+    write(folder / "instructions_before.jsonl.gz", text_rows(before, tokenizer))
+    write(folder / "gsm8k_train.jsonl.gz", exercises(math, tokenizer)[:NUM_TRAIN])
+    write(folder / "gsm8k_test.jsonl.gz", exercises(math_test, tokenizer)[:NUM_TEST])
+    write(folder / "code_train.jsonl.gz", exercises(code, tokenizer)[:NUM_TRAIN])
+    write(folder / "code_test.jsonl.gz", exercises(code_test, tokenizer)[:NUM_TEST])
 
 
-def as_texts(pair: Pair) -> tuple[str, str]:
-    """Return what is given and what is to follow."""
+def as_exercise(pair: Pair) -> dict:
+    """Return a pair as a row: the prompt, and the completion that follows it."""
     question, answer = pair
-    return f"Question: {question}\nAnswer:", f" {answer}"
+    return {"prompt": f"Question: {question}\nAnswer:", "completion": f" {answer}"}
+
+
+def as_text(pair: Pair) -> str:
+    """Return a pair as one text."""
+    row = as_exercise(pair)
+    return row["prompt"] + row["completion"]
 
 
 def without_annotations(pairs: list[Pair]) -> list[Pair]:
-    """Return solutions without what is meant for a calculator, such as <<48/2=24>>."""
+    """Return solutions without GSM8K's annotations for a calculator, such as <<48/2=24>>."""
     return [(question, re.sub(r"<<.*?>>", "", answer)) for question, answer in pairs]
 
 
 def shuffled(pairs: list[Pair], rng: random.Random) -> list[Pair]:
     """Return the pairs in random order, no question twice."""
+    # A dictionary keeps the place of a question's first answer, and its last answer.
     unique = list(dict(pairs).items())
     rng.shuffle(unique)
     return unique
 
 
 def read(sources: Path, word: str) -> list[Pair]:
-    """Return questions and answers of the one file with ``word`` in its name, whichever names its columns have."""
-    found = [f for f in sorted(sources.rglob("*")) if word in f.name.lower() and re.search(r"\.jsonl?(\.gz)?$", f.name)]
+    """Return questions and answers of the one file with ``word`` in its name."""
+    found = []
+    for file in sorted(sources.rglob("*")):
+        is_rows = re.search(r"\.jsonl?(\.gz)?$", file.name)
+        if is_rows and word in file.name.lower():
+            found.append(file)
     if len(found) != 1:
         sys.exit(f"error: {len(found)} files in {sources} have {word!r} in their name; there must be one")
+
     content = found[0].read_bytes()
-    text = (gzip.decompress(content) if found[0].suffix == ".gz" else content).decode()
-    rows = json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.splitlines() if line]
-    return [pair(row) for row in rows]
+    if found[0].suffix == ".gz":
+        content = gzip.decompress(content)
+    text = content.decode()
+    # A list of all rows, or a row on each line.
+    if text.startswith("["):
+        rows = json.loads(text)
+    else:
+        rows = [json.loads(line) for line in text.splitlines() if line]
+    return [pair_of(row) for row in rows]
 
 
-def pair(row: dict) -> Pair:
-    """Return the question of a row, with the passage or input it is about, and its answer."""
+def pair_of(row: dict) -> Pair:
+    """Return the question of a row, with the passage or input it is about, and its answer.
+
+    The files have different names for them.
+    """
     if "messages" in row:
         row = {message["role"]: message["content"] for message in row["messages"]}
-    question = next(row[key] for key in ("user", "question", "instruction") if key in row)
+    question = first_of(row, "user", "question", "instruction")
+    answer = first_of(row, "assistant", "answer", "response", "output")
     about = row.get("input") or row.get("context")
-    answer = next(row[key] for key in ("assistant", "answer", "response", "output") if key in row)
-    return (f"{question}\n\n{about}" if about else question).strip(), answer.strip()
+    if about:
+        question = f"{question}\n\n{about}"
+    return question.strip(), answer.strip()
+
+
+def first_of(row: dict, *keys: str) -> str:
+    """Return the value of the first key that a row has."""
+    return next(row[key] for key in keys if key in row)
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE tokenizer of these texts; each digit is a token."""
+    """Return a byte-level BPE tokenizer of these texts; each digit is a token, so that all numbers are cut alike."""
     backend = Tokenizer(models.BPE())
     digits = pre_tokenizers.Digits(individual_digits=True)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, as_bytes])
     backend.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<eos>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=VOCAB_SIZE,
+        special_tokens=["<pad>", "<eos>"],
+        # All bytes, so that any text can be encoded; these texts may lack some.
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
@@ -137,23 +175,32 @@ def random_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def pieces(text: str, tokenizer: PreTrainedTokenizerFast):
-    """Yield a text in pieces that the model can take."""
-    tokens = tokenizer.encode(text)
-    for start in range(0, len(tokens), MAX_TOKENS - 1):
-        yield tokenizer.decode(tokens[start : start + MAX_TOKENS - 1])
+def text_rows(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> list[dict]:
+    """Return texts as rows, cut into pieces that the model can take."""
+    length = MAX_TOKENS - 1  # training adds the end token
+    rows = []
+    for text in texts:
+        tokens = tokenizer.encode(text)
+        for start in range(0, len(tokens), length):
+            piece = tokenizer.decode(tokens[start : start + length])
+            rows.append({"text": piece})
+    return rows
 
 
 def exercises(pairs: list[Pair], tokenizer: PreTrainedTokenizerFast) -> list[dict]:
     """Return the exercises that fit into the model."""
-    rows = [dict(zip(("prompt", "completion"), as_texts(pair), strict=True)) for pair in pairs]
-    fitting = [row for row in rows if len(tokenizer.encode("".join(row.values()))) < MAX_TOKENS]
+    fitting = []
+    for pair in pairs:
+        num_tokens = len(tokenizer.encode(as_text(pair)))
+        if num_tokens < MAX_TOKENS:  # training adds the end token
+            fitting.append(as_exercise(pair))
     print(f"{len(fitting):,} of {len(pairs):,} exercises have less than {MAX_TOKENS} tokens")
     return fitting
 
 
 def write(file: Path, rows: list[dict]) -> None:
-    """Write rows as gzipped JSON lines, the same bytes whenever it is called."""
+    """Write rows as gzipped JSON lines."""
+    # Without a name and a time in the header of gzip, the same rows give the same bytes.
     with open(file, "wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", filename="", mtime=0) as out:
         for row in rows:
             out.write((json.dumps(row) + "\n").encode())
