@@ -12,14 +12,16 @@ from torch import Tensor
 import gguf
 from gguf import GGMLQuantizationType
 
-# Codes of symmetric GGUF types: a value is a whole number in this range, times the scale of its block.
+# Lowest and highest code of GGUF's symmetric types. A value is a code times the scale of its block.
 CODES = {"Q4_0": (-8, 7), "Q8_0": (-127, 127)}
 TYPES = (*CODES, "NF4")
 
 
 def grid_of(type_name: str) -> BlockGrid | NF4Grid:
     """The grid of one of TYPES."""
-    return NF4Grid() if type_name == "NF4" else BlockGrid(type_name)
+    if type_name == "NF4":
+        return NF4Grid()
+    return BlockGrid(type_name)
 
 
 class BlockGrid:
@@ -36,21 +38,25 @@ class BlockGrid:
         self._codes = CODES[type_name]
 
     def fresh(self, weight: Tensor) -> Tensor:
-        """Values of a weight after it was quantised with scales of its own."""
+        """Values of a weight after quantisation with new scales."""
         packed = gguf.quantize(weight.numpy(), self._type)
-        return torch.from_numpy(np.array(gguf.dequantize(packed, self._type)))
+        values = gguf.dequantize(packed, self._type)
+        return torch.from_numpy(np.array(values))  # a copy, because torch cannot share read-only memory
 
     def scales(self, weight: Tensor) -> Tensor:
         """Scales of a weight whose values are on the grid already."""
-        num_bytes = gguf.GGML_QUANT_SIZES[self._type][1]
-        packed = gguf.quantize(weight.numpy(), self._type).reshape(-1, num_bytes)
-        # A block begins with its scale, in two bytes.
-        return torch.from_numpy(packed[:, :2].copy().view(np.float16).astype(np.float32))
+        # gguf's Python package does not return scales, so they are read from the bytes: a block begins with its scale,
+        # a float16.
+        _, num_bytes = gguf.GGML_QUANT_SIZES[self._type]
+        packed = gguf.quantize(weight.numpy(), self._type)
+        blocks = packed.reshape(-1, num_bytes)
+        scales = blocks[:, :2].copy().view(np.float16)
+        return torch.from_numpy(scales.astype(np.float32))
 
     def nearest(self, weight: Tensor, scales: Tensor) -> Tensor:
         """Nearest values with given scales: whole multiples of them, within the type's codes."""
         blocks = weight.reshape(-1, self.block_size)
-        # A block of zeros has the scale 0, and every code of it is 0.
+        # A block of zeros has the scale 0. Its codes are 0, where a division would give NaN.
         inverse = torch.where(scales == 0, 0.0, 1 / scales)
         codes = (blocks * inverse).round().clamp(*self._codes)
         return (codes * scales).reshape(weight.shape)
@@ -59,7 +65,7 @@ class BlockGrid:
 class NF4Grid:
     """bitsandbytes' NormalFloat4: blocks of 64 values, 16 levels between -1 and 1, float32 scales (QLoRA's format).
 
-    The scales are not quantised a second time ("double quantisation"), which is the default of bitsandbytes too.
+    As by default in bitsandbytes, the scales are not quantised a second time ("double quantisation").
 
     Raises:
         ImportError: Without bitsandbytes (extra ``quant``).
@@ -68,13 +74,14 @@ class NF4Grid:
     block_size = 64
 
     def __init__(self) -> None:
+        # Here, because the other types do not need bitsandbytes.
         from bitsandbytes import functional
 
         self._functional = functional
         self._levels = functional.get_4bit_type("nf4", device="cpu", blocksize=self.block_size)
 
     def fresh(self, weight: Tensor) -> Tensor:
-        """Values of a weight after it was quantised with scales of its own: the largest magnitude of each block."""
+        """Values of a weight after quantisation with new scales: the largest magnitude of each block."""
         packed, state = self._quantize(weight)
         return self._functional.dequantize_4bit(packed, state).reshape(weight.shape)
 
@@ -86,10 +93,14 @@ class NF4Grid:
     def nearest(self, weight: Tensor, scales: Tensor) -> Tensor:
         """Nearest levels with given scales."""
         blocks = weight.reshape(-1, self.block_size)
+        # A block of zeros has the scale 0. A division by it would give NaN.
         inverse = torch.where(scales == 0, 0.0, 1 / scales)
-        # The boundary between two levels is halfway between them.
+        scaled = blocks * inverse
+
+        # The levels are not evenly spaced, so codes cannot be rounded: the boundary between two levels is halfway
+        # between them.
         boundaries = (self._levels[1:] + self._levels[:-1]) / 2
-        codes = torch.bucketize((blocks * inverse).contiguous(), boundaries)
+        codes = torch.bucketize(scaled.contiguous(), boundaries)
         return (self._levels[codes] * scales).reshape(weight.shape)
 
     def _quantize(self, weight: Tensor):

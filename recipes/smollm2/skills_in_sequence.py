@@ -5,8 +5,8 @@ python recipes/smollm2/skills_in_sequence.py DATA OUT
 DATA and the adapters of single tasks are those of skills_that_add_up.py; run that first with the same OUT, seed and
 tasks. Compared, in the order of ``--tasks``:
 
-- one deletion mask a task, and one LoRA of rank 16 a task, each used for its own task: nothing can be forgotten of a
-  task that has parameters to itself, and the price is bytes and knowing the task;
+- one deletion mask a task, and one LoRA of rank 16 a task, each used for its own task: a task with its own parameters
+  cannot be forgotten; the price is bytes, and the task of a prompt has to be known;
 - the union of the masks as it grows, for all tasks;
 - one LoRA of rank 16, and all weights, trained on task after task;
 - the same with replay: 6 % of the rows of each later task are rows of earlier ones;
@@ -40,13 +40,14 @@ from maskft.models import load_tokenizer
 
 REPLAY_SHARE = 0.06
 O_LORA = "o-lora"
+# Methods that are trained here; --methods chooses among them.
 SEQUENTIAL = ("lora", "lora with replay", O_LORA, "full", "full with replay")
 # The paper's coefficient of the penalty for its first tasks of text classification; not tuned here.
 ORTHOGONALITY = 0.5
 
 
 def main() -> None:
-    """Train what is missing, measure, write."""
+    """Train the methods that are missing, measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
@@ -57,14 +58,12 @@ def main() -> None:
 
     tokenizer = load_tokenizer(args.model)
     tasks = [skills.read_task(args.data, name, tokenizer, args) for name in args.tasks]
-    probes = {name: skills.read_probe(args.data, name, tokenizer, args.num_probe) for name in skills.PROBES}
+    probes = skills.read_probes(args.data, tokenizer, args)
     measure = Measure(tokenizer, probes)
 
+    # A second call continues where the first ended.
     file = args.out / "sequence.json"
-    result = json.loads(file.read_text()) if file.is_file() else {}
-    settings = skills.settings_of(args)
-    if result.setdefault("settings", settings) != settings:
-        raise SystemExit(f"{file} is of other settings: {result['settings']}; give another folder")
+    result = skills.continued_result(file, args)
 
     methods: dict[str, Callable[[], dict]] = {
         "base": lambda: measure.all(skills.load(args.model).eval(), tasks),
@@ -73,8 +72,8 @@ def main() -> None:
         "union of masks": lambda: growing_union(tasks, measure, args),
     }
     for name in args.methods:
-        way = orthogonal if name == O_LORA else one_after_another
-        methods[name] = partial(way, name, tasks, measure, args)
+        run = orthogonal if name == O_LORA else one_after_another
+        methods[name] = partial(run, name, tasks, measure, args)
     for name, run in methods.items():
         if name not in result:
             result[name] = run()
@@ -86,8 +85,11 @@ def main() -> None:
     print(text)
 
 
-# Methods; each returns {"after": [{task: hits} after each task], "label_hits": {task: hits among its labels} and
-# "probes": losses, both after the last task, "bytes"}
+# Methods. Each returns a dictionary:
+# - after: for each task, after training on it, {task: hits} of all tasks until then;
+# - label_hits: {task: hits among its labels}, after the last task;
+# - probes: losses, after the last task;
+# - bytes: size of the parameters that it trained.
 
 
 def each_its_own(method: str, tasks: Sequence[Task], measure: Measure, args) -> dict:
@@ -101,11 +103,23 @@ def each_its_own(method: str, tasks: Sequence[Task], measure: Measure, args) -> 
         alone[task.name] = measure.hits(model, task.test)
         label_hits |= measure.label_hits(model, [task])
         probes.append(measure.probe_losses(model))
-    # Later tasks do not touch what earlier ones learned.
-    after = [{task.name: alone[task.name] for task in tasks[: place + 1]} for place in range(len(tasks))]
-    mean_losses = {name: float(np.mean([losses[name] for losses in probes])) for name in skills.PROBES}
-    num_bytes = sum(file_bytes(method, task, args) for task in tasks)
-    return {"after": after, "label_hits": label_hits, "probes": mean_losses, "bytes": num_bytes}
+
+    # Later tasks do not touch the adapters of earlier ones, so their hits stay as they are.
+    after = []
+    for place in range(len(tasks)):
+        seen = tasks[: place + 1]
+        after.append({task.name: alone[task.name] for task in seen})
+
+    mean_losses = {}
+    for name in skills.PROBES:
+        losses_of_probe = [losses[name] for losses in probes]
+        mean_losses[name] = float(np.mean(losses_of_probe))
+    return {
+        "after": after,
+        "label_hits": label_hits,
+        "probes": mean_losses,
+        "bytes": sum(file_bytes(method, task, args) for task in tasks),
+    }
 
 
 def growing_union(tasks: Sequence[Task], measure: Measure, args) -> dict:
@@ -114,6 +128,7 @@ def growing_union(tasks: Sequence[Task], measure: Measure, args) -> dict:
     after = []
     for place in range(len(tasks)):
         seen = tasks[: place + 1]
+        # PeftModel.set_adapter takes one name; the tuner's takes a list.
         model.base_model.set_adapter([task.name for task in seen])
         after.append({task.name: measure.hits(model, task.test) for task in seen})
     num_bytes = sum(file_bytes("mask", task, args) for task in tasks)
@@ -122,20 +137,31 @@ def growing_union(tasks: Sequence[Task], measure: Measure, args) -> dict:
 
 def one_after_another(name: str, tasks: Sequence[Task], measure: Measure, args) -> dict:
     """One LoRA, or all weights, trained on task after task."""
-    method = name.split()[0]
+    method, *_ = name.split()
+    has_replay = name.endswith("with replay")
     model = skills.untrained(method, args)
 
     after = []
     for place, task in enumerate(tasks):
         seen = tasks[: place + 1]
-        rows = with_replay(task, tasks[:place], args.seed) if name.endswith("with replay") else task.train
-        rate = skills.rate_of(method, task)
+        rows = task.train
+        if has_replay:
+            rows = with_replay(task, tasks[:place], args.seed)
+        # Optimizer and schedule start anew with each task.
         skills.learn(
-            model, rows, rate, skills.num_steps_of(task, args), measure.tokenizer, args.seed, f"{name} {task.name}"
+            model,
+            rows,
+            skills.rate_of(method, task),
+            skills.num_steps_of(task, args),
+            measure.tokenizer,
+            args.seed,
+            label=f"{name} {task.name}",
         )
         after.append({other.name: measure.hits(model, other.test) for other in seen})
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return last_state(model, tasks, measure) | {"after": after, "bytes": 4 * trained}
+
+    num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    num_bytes = 4 * num_trained  # float32
+    return last_state(model, tasks, measure) | {"after": after, "bytes": num_bytes}
 
 
 def orthogonal(name: str, tasks: Sequence[Task], measure: Measure, args) -> dict:
@@ -144,13 +170,16 @@ def orthogonal(name: str, tasks: Sequence[Task], measure: Measure, args) -> dict
     after = []
     for place, task in enumerate(tasks):
         seen = tasks[: place + 1]
+        earlier = [other.name for other in tasks[:place]]
+        # Another seed for each task: with the same one all LoRAs would start with the same A.
         torch.manual_seed(args.seed + place)
         if model is None:
             model = get_peft_model(skills.load(args.model), skills.lora_config(), adapter_name=task.name)
         else:
             model.add_adapter(task.name, skills.lora_config())
+
+        # set_adapter makes all adapters in the list trainable. Only the new one is to be trained.
         model.base_model.set_adapter([other.name for other in seen])
-        # set_adapter makes all of them trainable.
         for parameter_name, parameter in model.named_parameters():
             parameter.requires_grad_(f".{task.name}." in parameter_name)
         skills.learn(
@@ -160,17 +189,25 @@ def orthogonal(name: str, tasks: Sequence[Task], measure: Measure, args) -> dict
             skills.num_steps_of(task, args),
             measure.tokenizer,
             args.seed,
-            f"{name} {task.name}",
-            penalty=partial(overlap, model, task.name, [other.name for other in tasks[:place]]),
+            label=f"{name} {task.name}",
+            penalty=partial(overlap, model, task.name, earlier),
         )
         after.append({other.name: measure.hits(model, other.test) for other in seen})
-    num_weights = sum(parameter.numel() for name, parameter in model.named_parameters() if ".lora_" in name)
-    return last_state(model, tasks, measure) | {"after": after, "bytes": 4 * num_weights}
+
+    num_weights = 0
+    for parameter_name, parameter in model.named_parameters():
+        if ".lora_" in parameter_name:
+            num_weights += parameter.numel()
+    num_bytes = 4 * num_weights  # float32
+    return last_state(model, tasks, measure) | {"after": after, "bytes": num_bytes}
 
 
 def last_state(model, tasks: Sequence[Task], measure: Measure) -> dict:
     """Measures of a model after the last task, beside accuracy."""
-    return {"label_hits": measure.label_hits(model, tasks), "probes": measure.probe_losses(model)}
+    return {
+        "label_hits": measure.label_hits(model, tasks),
+        "probes": measure.probe_losses(model),
+    }
 
 
 def overlap(model: PeftModel, new: str, earlier: Sequence[str]) -> torch.Tensor:
@@ -181,7 +218,9 @@ def overlap(model: PeftModel, new: str, earlier: Sequence[str]) -> torch.Tensor:
             continue
         new_A = module.lora_A[new].weight
         for name in earlier:
-            total = total + (module.lora_A[name].weight @ new_A.T).abs().sum()
+            products = module.lora_A[name].weight @ new_A.T
+            # Not in place: the sum is part of the loss.
+            total = total + products.abs().sum()
     return ORTHOGONALITY * total
 
 
@@ -192,8 +231,12 @@ def with_replay(task: Task, earlier: Sequence[Task], seed: int) -> list[dict]:
         return rows
     rng = random.Random(seed)
     num_replayed = round(REPLAY_SHARE * len(rows))
-    replayed = [rng.choice(earlier[place % len(earlier)].train) for place in range(num_replayed)]
-    return rows[: len(rows) - num_replayed] + replayed
+    replayed = []
+    for place in range(num_replayed):
+        task_in_turn = earlier[place % len(earlier)]
+        replayed.append(rng.choice(task_in_turn.train))
+    num_kept = len(rows) - num_replayed
+    return rows[:num_kept] + replayed
 
 
 def file_bytes(method: str, task: Task, args) -> int:
@@ -201,8 +244,11 @@ def file_bytes(method: str, task: Task, args) -> int:
     file = skills.adapter_folder(task, method, args) / "adapter_model.safetensors"
     if method == "mask":
         return file.stat().st_size
+    num_bytes = 0
     with safe_open(str(file), framework="pt") as tensors:
-        return sum(4 * tensors.get_tensor(name).numel() for name in tensors.keys())
+        for name in tensors.keys():  # it is not a dictionary, and cannot be iterated over itself
+            num_bytes += 4 * tensors.get_tensor(name).numel()
+    return num_bytes
 
 
 # The table
@@ -213,9 +259,10 @@ def table(result: dict) -> str:
     settings = result["settings"]
     tasks = settings["tasks"]
     base = result["base"]
+    base_label_hits = base.get("label_hits", {})
     brackets = ""
-    # sequence-seed0.json was measured before label hits were; to measure them its models would be trained again.
-    if base.get("label_hits"):
+    # The published sequence-seed0.json has none: it was measured before label hits were, and its models are not kept.
+    if base_label_hits:
         brackets = "In brackets: the right one of the task's own labels, maybe written in another task's form. "
     lines = [
         "# Skills in sequence",
@@ -232,17 +279,30 @@ def table(result: dict) -> str:
     for name, found in result.items():
         if name in ("settings", "base"):
             continue
-        last = {task: 100 * float(np.mean(found["after"][-1][task])) for task in tasks}
-        own = {task: 100 * float(np.mean(found["after"][place][task])) for place, task in enumerate(tasks)}
-        transfer = float(np.mean([last[task] - own[task] for task in tasks[:-1]]))
-        forgotten = [f"{found['probes'][probe] - base['probes'][probe]:+.3f}" for probe in skills.PROBES]
-        shown = [skills.percent(found["after"][-1][task], found.get("label_hits", {}).get(task)) for task in tasks]
-        cells = [name, *shown, f"{np.mean(list(last.values())):.1f}"]
-        cells += [f"{transfer:+.1f}", f"{found['bytes'] / 1e6:.1f}", *forgotten]
+        cells = [name]
+        hits_at_end = found["after"][-1]
+        label_hits = found.get("label_hits", {})
+        last = []  # accuracy after the last task, in %
+        transfers = []
+        for place, task in enumerate(tasks):
+            cells.append(skills.percent(hits_at_end[task], label_hits.get(task)))
+            accuracy = 100 * float(np.mean(hits_at_end[task]))
+            accuracy_at_first = 100 * float(np.mean(found["after"][place][task]))
+            last.append(accuracy)
+            transfers.append(accuracy - accuracy_at_first)
+
+        transfer = float(np.mean(transfers[:-1]))  # nothing was learned after the last task
+        cells.append(f"{np.mean(last):.1f}")
+        cells.append(f"{transfer:+.1f}")
+        cells.append(f"{found['bytes'] / 1e6:.1f}")
+        for probe in skills.PROBES:
+            cells.append(f"{found['probes'][probe] - base['probes'][probe]:+.3f}")
         lines.append(f"| {' | '.join(cells)} |")
-    base_label_hits = base.get("label_hits", {})
-    shown = [f"{task} {skills.percent(base['hits'][task], base_label_hits.get(task))}" for task in tasks]
-    lines += ["", f"Before training: {', '.join(shown)} %."]
+
+    before = []
+    for task in tasks:
+        before.append(f"{task} {skills.percent(base['hits'][task], base_label_hits.get(task))}")
+    lines += ["", f"Before training: {', '.join(before)} %."]
     return "\n".join(lines) + "\n"
 
 

@@ -6,13 +6,13 @@ DATA and the masks of single tasks are those of skills_that_add_up.py; run that 
 The second task's mask is trained again, in one way at a time:
 
 - on top: over the base from which the first mask has removed its weights;
-- apart: it may not remove what the first removes;
+- apart: it may not remove weights that the first removes;
 - among others: in every step, other weights of the same layers are removed at random, as many as the first removes;
 - price 3: each removed weight costs three times as much, so fewer are removed.
 
-Beside them the union of the masks that were trained alone. Accuracy is exact and teacher-forced, on test rows. OUT gets
-second_mask-FIRST-SECOND.json with every answer, and the table as .md. Four minutes a way on one core with bfloat16
-instructions.
+They are compared with the union of the masks that were trained alone. Accuracy is exact and teacher-forced, on test
+rows. OUT gets second_mask-FIRST-SECOND.json with every answer, and the table as .md. Four minutes a way on one core
+with bfloat16 instructions.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from torch import Tensor
 from maskft import MaskConfig, current_masks
 from maskft.models import load_tokenizer
 
-# Too far from the cut at 0: AdamW moves a score by no more than about the sum of the rates, 0.12 in 48 steps at 5e-3.
+# A score that training cannot bring below the cut at 0: AdamW moves a score by at most about the sum of the learning
+# rates, 0.12 in 48 steps at 5e-3.
 ALWAYS_KEPT = 1.0
 WAYS = ("on top", "apart", "among others", "price 3")
 
@@ -40,7 +41,7 @@ Masks = dict[str, Tensor]  # module name -> bool, True = keep
 
 
 def main() -> None:
-    """Train what is missing, measure, write."""
+    """Train the masks that are missing, measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
@@ -51,15 +52,16 @@ def main() -> None:
     args = parser.parse_args()
 
     tokenizer = load_tokenizer(args.model)
-    first, second = (skills.read_task(args.data, name, tokenizer, args) for name in (args.first, args.second))
-    probes = {name: skills.read_probe(args.data, name, tokenizer, args.num_probe) for name in skills.PROBES}
+    first = skills.read_task(args.data, args.first, tokenizer, args)
+    second = skills.read_task(args.data, args.second, tokenizer, args)
+    probes = skills.read_probes(args.data, tokenizer, args)
     measure = Measure(tokenizer, probes)
 
+    # A second call continues where the first ended.
     file = args.out / f"second_mask-{args.first}-{args.second}.json"
-    settings = skills.settings_of(args)
-    found = json.loads(file.read_text()) if file.is_file() else {"settings": settings, "ways": {}}
-    if found["settings"] != settings:
-        raise SystemExit(f"{file} is of other settings: {found['settings']}; give another folder")
+    found = skills.continued_result(file, args)
+    found.setdefault("ways", {})
+
     masks = saved_masks((first, second), args)
     if "base" not in found:
         model = skills.load(args.model).eval()
@@ -73,6 +75,7 @@ def main() -> None:
             found["ways"][way] = union(masks[first.name], learned, first, second, measure, args)
             file.write_text(json.dumps(found, indent=1) + "\n")
             print(f"{way}: done", flush=True)
+
     text = table(found, first.name, second.name)
     file.with_suffix(".md").write_text(text)
     print(text)
@@ -93,11 +96,19 @@ def train(way: str, task: Task, first: Masks, tokenizer, args) -> Masks:
     base = skills.load(args.model)
     if way == "on top":
         remove(base, first)
-    # The preset's price is 1.
-    options = {"price": 3.0} if way == "price 3" else {}
+
+    options = {}
+    if way == "price 3":
+        options["price"] = 3.0  # the preset's is 1
     config = MaskConfig(preset="deletion_tuning", mask_seed=args.seed, task_type="CAUSAL_LM", **options)
     model = get_peft_model(base, config)
-    layers = {name: module for name, module in model.get_base_model().named_modules() if name in first}
+
+    # The masked layers by their names in the unwrapped model, which the first mask uses too.
+    layers = {}
+    for name, module in model.get_base_model().named_modules():
+        if name in first:
+            layers[name] = module
+
     if way == "apart":
         with torch.no_grad():
             for name, layer in layers.items():
@@ -105,12 +116,19 @@ def train(way: str, task: Task, first: Masks, tokenizer, args) -> Masks:
 
     before_step: Callable[[], None] = lambda: None  # noqa: E731
     if way == "among others":
-        weights = {name: layer.base_layer.weight for name, layer in layers.items()}
+        weights = {}
+        values = {}
+        shares = {}
+        for name, layer in layers.items():
+            weight = layer.base_layer.weight
+            weights[name] = weight
+            values[name] = weight.detach().clone()
+            shares[name] = float((~first[name]).float().mean())  # True is a weight that is kept
         before_step = partial(
             remove_at_random,
             weights=weights,
-            values={name: weight.detach().clone() for name, weight in weights.items()},
-            shares={name: float((~first[name]).float().mean()) for name in weights},
+            values=values,
+            shares=shares,
             generator=torch.Generator().manual_seed(args.seed),
         )
     skills.learn(
@@ -120,8 +138,8 @@ def train(way: str, task: Task, first: Masks, tokenizer, args) -> Masks:
         skills.num_steps_of(task, args),
         tokenizer,
         args.seed,
-        f"{way}: {task.name}",
-        before_step,
+        label=f"{way}: {task.name}",
+        before_step=before_step,
     )
     return current_masks(model)
 
@@ -148,7 +166,7 @@ def remove(model, masks: Masks) -> None:
 
 
 def measured(masks: list[Masks], tasks: list[Task], measure: Measure, args) -> dict:
-    """Accuracy and probes of the base without what any of the masks removes."""
+    """Accuracy and probes of the base without the weights that any of the masks removes."""
     model = skills.load(args.model).eval()
     for mask in masks:
         remove(model, mask)
@@ -157,17 +175,24 @@ def measured(masks: list[Masks], tasks: list[Task], measure: Measure, args) -> d
 
 def union(first_mask: Masks, second_mask: Masks, first: Task, second: Task, measure: Measure, args) -> dict:
     """The second mask alone and the union of both."""
+    num_removed = 0
+    num_common = 0
+    for name, mask in second_mask.items():
+        removed_by_both = ~mask & ~first_mask[name]
+        num_removed += int((~mask).sum())
+        num_common += int(removed_by_both.sum())
     return {
         "second alone": measured([second_mask], [second], measure, args),
         "union": measured([first_mask, second_mask], [first, second], measure, args),
-        "num_removed": sum(int((~mask).sum()) for mask in second_mask.values()),
-        "num_common": sum(int((~mask & ~first_mask[name]).sum()) for name, mask in second_mask.items()),
+        "num_removed": num_removed,
+        "num_common": num_common,
     }
 
 
 def table(found: dict, first: str, second: str) -> str:
     """Accuracies and forgetting as Markdown."""
-    num_test = len(found["base"]["hits"][first])
+    base = found["base"]
+    num_test = len(base["hits"][first])
     lines = [
         f"Seed {found['settings']['seed']}, {num_test} test rows a task, accuracy in %; alone, the mask of {first} is "
         f"right for {percent(found[first], first)}. In brackets: the right one of the task's own labels, which may be "
@@ -178,9 +203,17 @@ def table(found: dict, first: str, second: str) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for way, row in found["ways"].items():
-        forgotten = [f"{row['union']['probes'][name] - found['base']['probes'][name]:+.3f}" for name in skills.PROBES]
-        cells = [way, f"{row['num_removed']:,}", f"{row['num_common']:,}", percent(row["second alone"], second)]
-        cells += [percent(row["union"], first), percent(row["union"], second), *forgotten]
+        union_row = row["union"]
+        cells = [
+            way,
+            f"{row['num_removed']:,}",
+            f"{row['num_common']:,}",
+            percent(row["second alone"], second),
+            percent(union_row, first),
+            percent(union_row, second),
+        ]
+        for probe in skills.PROBES:
+            cells.append(f"{union_row['probes'][probe] - base['probes'][probe]:+.3f}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

