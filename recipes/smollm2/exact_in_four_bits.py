@@ -1,21 +1,21 @@
-"""How much of a fine-tuning is left when it is stored in four bits: a deletion mask, LoRA and all weights.
+"""How much of a fine-tuning is left after storing it in four bits: a deletion mask, LoRA and all weights.
 
 python recipes/smollm2/exact_in_four_bits.py runs/curve runs/four_bits --seeds 0
 python recipes/smollm2/exact_in_four_bits.py --table results/smollm2-exact-in-four-bits
 
 Inputs in runs/curve: make_curve_inputs.py, and for sums ../small/make_inputs.py. The base is SmolLM2-135M-Instruct with
 its 210 linear layers held as GGUF's Q4_0 (quantised once; that is the base; ``--type Q8_0`` for eight bits, ``NF4`` for
-bitsandbytes' four). Each method trains over what the blocks hold, and is measured
+bitsandbytes' four). Each method trains over the values in these blocks, and is measured
 
 - as trained (LoRA: the adapter unmerged),
 - merged and stored on the base's grid: its scales, the nearest codes,
 - merged and quantised again: fresh scales,
 
 and once more trained over the float weights, merged there and then quantised. Rates and weights of KL are those of
-study_curve_banking77_kl_seeds.yaml and study_curve_sums_rivals.yaml. Accuracy: share of test messages whose every
-answer token is the likeliest, teacher-forced. Forgetting: nats a token on two probes, above the base that was trained
-over, or, once a model is stored, above the stored base. About 40 minutes of one core with bfloat16 instructions for a
-task and a seed, 7 GB of memory.
+study_curve_banking77_kl_seeds.yaml and study_curve_sums_rivals.yaml. Accuracy: share of test messages of which every
+answer token is the most probable one, teacher-forced. Forgetting: nats per token on two probes, more than the base that
+was trained over has, or, for stored models, more than the stored base has. About 40 minutes of one core with bfloat16
+instructions for a task and a seed, 7 GB of memory.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from grids import TYPES, BlockGrid, NF4Grid, grid_of
+from peft import PeftModel
 
 import maskft_lab
 from maskft.data.arguments import DataArguments
@@ -48,55 +50,94 @@ NUM_PROBE = 24
 BATCH = 25
 PROBES = ("instructions", "wikipedia")
 
-MASK = [
-    *("--method", "mask", "--mask_selection", "logit", "--mask_gradient", "sigmoid"),
-    *("--mask_target_modules", "gate_proj", "--mask_init_scores", "magnitude", "--mask_init_std", "0.02"),
-    *("--mask_init_value", "0.04", "--mask_sharpness", "10", "--mask_sharpness_end", "100", "--mask_price", "1"),
-]
-LORA = [
-    *("--method", "peft"),
-    *("--peft_config", '{"peft_type": "LORA", "r": 16, "lora_alpha": 32, "target_modules": "all-linear"}'),
-]
-FULL = ["--method", "full"]
-METHODS = {"deletion mask": MASK, "LoRA r 16": LORA, "full": FULL}
+Options = dict[str, str]  # options of maskft train and their values
+
+METHODS: dict[str, Options] = {
+    "deletion mask": {
+        "method": "mask",
+        "mask_selection": "logit",
+        "mask_gradient": "sigmoid",
+        "mask_target_modules": "gate_proj",
+        "mask_init_scores": "magnitude",
+        "mask_init_std": "0.02",
+        "mask_init_value": "0.04",
+        "mask_sharpness": "10",
+        "mask_sharpness_end": "100",
+        "mask_price": "1",
+    },
+    "LoRA r 16": {
+        "method": "peft",
+        "peft_config": '{"peft_type": "LORA", "r": 16, "lora_alpha": 32, "target_modules": "all-linear"}',
+    },
+    "full": {"method": "full"},
+}
+
 # Rate and weight of KL that held-out rows chose over the float base.
-RATES = {
+RATES: dict[str, dict[str, Options]] = {
     "intents": {
-        "deletion mask": ["--learning_rate", "5e-3", "--kl_to_base", "0.1"],
-        "LoRA r 16": ["--learning_rate", "5e-3", "--kl_to_base", "0.03"],
-        "full": ["--learning_rate", "4e-4", "--kl_to_base", "0.03"],
+        "deletion mask": {"learning_rate": "5e-3", "kl_to_base": "0.1"},
+        "LoRA r 16": {"learning_rate": "5e-3", "kl_to_base": "0.03"},
+        "full": {"learning_rate": "4e-4", "kl_to_base": "0.03"},
     },
     "sums": {
-        "deletion mask": ["--learning_rate", "3e-3", "--kl_to_base", "0.03"],
-        "LoRA r 16": ["--learning_rate", "1e-3", "--kl_to_base", "0.1"],
-        "full": ["--learning_rate", "1e-4", "--kl_to_base", "0.03"],
+        "deletion mask": {"learning_rate": "3e-3", "kl_to_base": "0.03"},
+        "LoRA r 16": {"learning_rate": "1e-3", "kl_to_base": "0.1"},
+        "full": {"learning_rate": "1e-4", "kl_to_base": "0.03"},
     },
 }
 
-TRAIN = [
-    *("--as_chat", "false", "--lr_scheduler_type", "linear", "--bf16", "true", "--gradient_checkpointing", "false"),
+TRAIN: Options = {
+    "as_chat": "false",
+    "lr_scheduler_type": "linear",
+    "bf16": "true",
+    "gradient_checkpointing": "false",
     # The last step is measured (kl_budget.py changes that), so held-out rows only say whether training went well.
-    *("--eval_on_start", "false", "--save_only_model", "true"),
-    *("--max_eval_samples", "24", "--keep_worse", "true"),
-    *("--logging_steps", "8", "--report_to", "none", "--dtype", "float32"),
-]
+    "eval_on_start": "false",
+    "save_only_model": "true",
+    "max_eval_samples": "24",
+    "keep_worse": "true",
+    "logging_steps": "8",
+    "report_to": "none",
+    "dtype": "float32",
+}
+
+
+@dataclass(frozen=True)
+class TaskFiles:
+    """The files of a task, and the options that depend on its size."""
+
+    train: str
+    test: str
+    options: Options
+
+
 TASKS = {
-    "intents": {
-        "files": ("banking77_train.jsonl.gz", "banking77_test.jsonl.gz"),
-        "options": [
-            *("--eval_split_size", "150", "--max_steps", "48", "--per_device_train_batch_size", "16"),
-            *("--eval_steps", "48", "--save_steps", "48"),
-            *("--per_device_eval_batch_size", "50", "--max_length", "64"),
-        ],
-    },
-    "sums": {
-        "files": ("sums_train.jsonl.gz", "sums_test.jsonl.gz"),
-        "options": [
-            *("--eval_split_size", "200", "--max_steps", "64", "--per_device_train_batch_size", "32"),
-            *("--eval_steps", "64", "--save_steps", "64"),
-            *("--per_device_eval_batch_size", "100", "--max_length", "32"),
-        ],
-    },
+    "intents": TaskFiles(
+        train="banking77_train.jsonl.gz",
+        test="banking77_test.jsonl.gz",
+        options={
+            "eval_split_size": "150",
+            "max_steps": "48",
+            "per_device_train_batch_size": "16",
+            "eval_steps": "48",
+            "save_steps": "48",
+            "per_device_eval_batch_size": "50",
+            "max_length": "64",
+        },
+    ),
+    "sums": TaskFiles(
+        train="sums_train.jsonl.gz",
+        test="sums_test.jsonl.gz",
+        options={
+            "eval_split_size": "200",
+            "max_steps": "64",
+            "per_device_train_batch_size": "32",
+            "eval_steps": "64",
+            "save_steps": "64",
+            "per_device_eval_batch_size": "100",
+            "max_length": "32",
+        },
+    ),
 }
 
 
@@ -104,16 +145,16 @@ TASKS = {
 
 
 def linear_weights(model) -> dict[str, torch.Tensor]:
-    """Weights of the linear layers of all blocks, by name; what is held in four bits."""
-    return {
-        f"{name}.weight": module.weight.data
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and ".layers." in name
-    }
+    """The weights that are held in four bits, by name: those of the linear layers of all blocks, without the head."""
+    weights = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and ".layers." in name:
+            weights[f"{name}.weight"] = module.weight.data
+    return weights
 
 
 def store(model, how: str, grid: BlockGrid | NF4Grid, scales: dict[str, torch.Tensor]) -> int:
-    """Replace the linear weights by what a grid of grids.py holds of them; returns how many values differ."""
+    """Replace the linear weights by the values that a grid of grids.py can hold; returns how many values differ."""
     num_differ = 0
     for name, weight in linear_weights(model).items():
         if how == "fresh scales":
@@ -130,7 +171,7 @@ def store(model, how: str, grid: BlockGrid | NF4Grid, scales: dict[str, torch.Te
 
 @dataclass
 class Test:
-    """Tokenised test rows, and what measures a model on them."""
+    """Tokenised test rows and probes; measures models on them."""
 
     rows: list[dict]
     probes: dict[str, list[dict]]
@@ -138,28 +179,37 @@ class Test:
 
     @torch.inference_mode()
     def measure(self, model) -> dict:
-        """Accuracy, loss (nats a token), for each row whether it is right, and nats a token on the probes."""
+        """Accuracy, loss (nats per token), 1 or 0 for each row that is right or wrong, nats per token on the probes."""
         model.eval()
         with torch.autocast("cpu", torch.bfloat16):
             probes = {name: mean_nll(nll_per_item(model, rows)) for name, rows in self.probes.items()}
+
         right = [0] * len(self.rows)
         total_loss = 0.0
         num_tokens = 0
-        for places in length_sorted_batches([len(row["input_ids"]) for row in self.rows], BATCH):
-            ids_BT, mask_BT = pad([self.rows[place]["input_ids"] for place in places], self.pad_token_id, "cpu")
-            labels_BT, _ = pad([self.rows[place]["labels"] for place in places], IGNORED, "cpu")
+        lengths = [len(row["input_ids"]) for row in self.rows]
+        for places in length_sorted_batches(lengths, BATCH):
+            batch = [self.rows[place] for place in places]
+            ids_BT, mask_BT = pad([row["input_ids"] for row in batch], self.pad_token_id, "cpu")
+            labels_BT, _ = pad([row["labels"] for row in batch], IGNORED, "cpu")
             with torch.autocast("cpu", torch.bfloat16):
-                logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits[:, :-1]
+                output = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
+
+            # A position predicts the token after it.
+            logits_BTV = output.logits[:, :-1]
             targets_BT = labels_BT[:, 1:]
-            is_right_BT = (logits_BTV.argmax(-1) == targets_BT) | (targets_BT == IGNORED)
+            is_supervised_BT = targets_BT != IGNORED
+            is_right_BT = (logits_BTV.argmax(-1) == targets_BT) | ~is_supervised_BT
             for place, is_right in zip(places, is_right_BT.all(1).tolist(), strict=True):
                 right[place] = int(is_right)
-            supervised = targets_BT != IGNORED
-            losses = torch.nn.functional.cross_entropy(
-                logits_BTV[supervised].float(), targets_BT[supervised], reduction="sum"
+
+            loss = torch.nn.functional.cross_entropy(
+                logits_BTV[is_supervised_BT].float(),
+                targets_BT[is_supervised_BT],
+                reduction="sum",
             )
-            total_loss += float(losses)
-            num_tokens += int(supervised.sum())
+            total_loss += float(loss)
+            num_tokens += int(is_supervised_BT.sum())
         return {
             "accuracy": sum(right) / len(right),
             "loss": total_loss / num_tokens,
@@ -178,15 +228,19 @@ def load_test(data_dir: Path, task: str) -> Test:
         return [tokenize_example(row, tokenizer, max_length=192) for row in rows]
 
     probes = {name: rows_of(f"{name}_report.jsonl.gz", NUM_PROBE) for name in PROBES}
-    return Test(rows_of(TASKS[task]["files"][1], NUM_TEST), probes, tokenizer.pad_token_id)
+    rows = rows_of(TASKS[task].test, NUM_TEST)
+    return Test(rows, probes, tokenizer.pad_token_id)
 
 
 # Training
 
 
 def make_bases(folder: Path, type_name: str) -> dict[str, Path]:
-    """Write the float base, and the one that blocks hold, as ordinary checkpoints."""
-    bases = {"float": folder / "base-float", type_name: folder / f"base-{type_name.lower()}"}
+    """Write the float base and the quantised one as ordinary checkpoints: ``maskft train`` needs folders."""
+    bases = {
+        "float": folder / "base-float",
+        type_name: folder / f"base-{type_name.lower()}",
+    }
     for name, path in bases.items():
         if (path / "config.json").is_file():
             continue
@@ -200,108 +254,170 @@ def make_bases(folder: Path, type_name: str) -> dict[str, Path]:
     return bases
 
 
-def train(base: Path, data_dir: Path, task: str, method: str, seed: int, folder: Path) -> Path:
-    """Train a method over a base with ``maskft train``, unless that is done."""
-    if not (folder / TRAINING).is_file():
-        words = ["train", *METHODS[method], *RATES[task][method], *TRAIN, *TASKS[task]["options"]]
-        words += ["--model_name_or_path", str(base), "--dataset_name", str(data_dir / TASKS[task]["files"][0])]
-        words += ["--seed", str(seed), "--output_dir", str(folder), "--resume_from_checkpoint", "auto"]
-        if status := maskft(words):
-            sys.exit(status)
-    return folder
+def train(base: Path, data_dir: Path, task: str, method: str, seed: int, folder: Path) -> None:
+    """Train a method over a base with ``maskft train``, unless that was done before."""
+    options = {
+        **METHODS[method],
+        **RATES[task][method],
+        **TRAIN,
+        **TASKS[task].options,
+        "model_name_or_path": str(base),
+        "dataset_name": str(data_dir / TASKS[task].train),
+        "seed": str(seed),
+    }
+    train_once(options, folder)
+
+
+def train_once(options: Options, folder: Path) -> None:
+    """Call ``maskft train``, unless the folder holds a finished training; one that was interrupted is resumed."""
+    if (folder / TRAINING).is_file():
+        return
+    words = ["train"]
+    for name, value in options.items():
+        words += [f"--{name}", value]
+    words += ["--output_dir", str(folder), "--resume_from_checkpoint", "auto"]
+    status = maskft(words)
+    if status:
+        sys.exit(status)
 
 
 def trained(base: Path, folder: Path, method: str, is_merged: bool = True):
-    """A trained model, its adapter merged in float32."""
-    if not holds_adapter(folder):
+    """A trained model in float32, its adapter merged or not."""
+    if not holds_adapter(folder):  # all weights were trained
         return load_model(str(folder), "float32")
     if method == "deletion mask":
-        model = load_masked(folder, str(base), "float32")[0]
+        model, *_ = load_masked(folder, str(base), "float32")
     else:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(load_model(str(base), "float32"), str(folder))
-    return model.merge_and_unload() if is_merged else model
+        base_model = load_model(str(base), "float32")
+        model = PeftModel.from_pretrained(base_model, str(folder))
+    if is_merged:
+        return model.merge_and_unload()
+    return model
 
 
 # One task and seed
 
 
-def run(args, task: str, seed: int) -> None:
-    """Train and measure all methods; writes one JSON file, again after each."""
-    work, results = args.work, args.results
-    type_name = args.type
-    bases = make_bases(work, type_name)
-    test = load_test(args.data_dir, task)
-    file = results / f"{task}-{type_name}-seed{seed}.json"
-    results.mkdir(parents=True, exist_ok=True)
-    rows = json.loads(file.read_text())["rows"] if file.is_file() else []
-    done = {(row["method"], row["trained_over"], row["stored"]) for row in rows}
+class Results:
+    """The rows of one result file, which is written again after each row.
 
-    def add(method: str, over: str, stored: str, model, num_differ: int | None) -> None:
-        row = {"method": method, "trained_over": over, "stored": stored, "num_differ": num_differ}
-        rows.append(row | test.measure(model))
-        print(f"{task} seed {seed}: {method} over {over}, {stored}: {rows[-1]['accuracy']:.1%}, "
-              f"loss {rows[-1]['loss']:.4f}, {num_differ} values differ", flush=True)  # fmt: skip
-        content = {"task": task, "type": type_name, "seed": seed, "num_linear": num_linear, "rows": rows}
-        file.write_text(json.dumps(content) + "\n")
+    Args:
+        file: The file.
+        head: Fields of the file beside its rows.
+        test: Measures models.
+        rows: Rows of an earlier call.
+    """
+
+    def __init__(self, file: Path, head: dict, test: Test, rows: Sequence[dict] = ()):
+        self.file = file
+        self.head = head
+        self.test = test
+        self.rows = list(rows)
+
+    def has(self, method: str, over: str, stored: str) -> bool:
+        """Whether a model was measured before."""
+        wanted = (method, over, stored)
+        return any((row["method"], row["trained_over"], row["stored"]) == wanted for row in self.rows)
+
+    def add(self, method: str, over: str, stored: str, model, num_differ: int | None) -> None:
+        """Measure a model and write the file.
+
+        Args:
+            method: A key of METHODS, or "none" for a base.
+            over: The base that it was trained over.
+            stored: How its weights are stored.
+            model: The model.
+            num_differ: Number of values that storing has changed; None if nothing was stored.
+        """
+        row = {
+            "method": method,
+            "trained_over": over,
+            "stored": stored,
+            "num_differ": num_differ,
+        }
+        row |= self.test.measure(model)
+        self.rows.append(row)
+        print(
+            f"{self.head['task']} seed {self.head['seed']}: {method} over {over}, {stored}: {row['accuracy']:.1%}, "
+            f"loss {row['loss']:.4f}, {num_differ} values differ",
+            flush=True,
+        )
+        content = {**self.head, "rows": self.rows}
+        self.file.write_text(json.dumps(content) + "\n")
+
+
+def run(args, task: str, seed: int) -> None:
+    """Train and measure all methods; writes one JSON file."""
+    type_name = args.type
+    bases = make_bases(args.work, type_name)
+    test = load_test(args.data_dir, task)
+    args.results.mkdir(parents=True, exist_ok=True)
 
     grid = grid_of(type_name)
     base_model = load_model(str(bases[type_name]), "float32")
-    scales = {name: grid.scales(weight) for name, weight in linear_weights(base_model).items()}
-    num_linear = sum(weight.numel() for weight in linear_weights(base_model).values())
-    if ("none", type_name, "as trained") not in done:
-        add("none", type_name, "as trained", base_model, 0)
-    del base_model
-    if ("none", "float", "as trained") not in done:
-        add("none", "float", "as trained", load_model(str(bases["float"]), "float32"), None)
+    weights = linear_weights(base_model)
+    scales = {name: grid.scales(weight) for name, weight in weights.items()}
+    num_linear = sum(weight.numel() for weight in weights.values())
+
+    # A second call continues where the first ended.
+    file = args.results / f"{task}-{type_name}-seed{seed}.json"
+    rows = json.loads(file.read_text())["rows"] if file.is_file() else []
+    head = {"task": task, "type": type_name, "seed": seed, "num_linear": num_linear}
+    results = Results(file, head, test, rows)
+
+    # The bases themselves.
+    if not results.has("none", type_name, "as trained"):
+        results.add("none", type_name, "as trained", base_model, 0)
+    del base_model, weights
+    if not results.has("none", "float", "as trained"):
+        float_model = load_model(str(bases["float"]), "float32")
+        results.add("none", "float", "as trained", float_model, None)
+        del float_model
 
     for over in (type_name, "float"):
+        stores = ["as trained", "base's grid", "fresh scales"]
+        if over == "float":
+            # The scales of the quantised base do not fit weights that were trained over other values.
+            stores.remove("base's grid")
+
         for method in METHODS:
-            stores = ("as trained", "base's grid", "fresh scales")
-            if over == "float":
-                # The base's grid has nothing to do with what was trained over other values.
-                stores = ("as trained", "fresh scales")
-            if all((method, over, stored) in done for stored in stores):
+            missing = [stored for stored in stores if not results.has(method, over, stored)]
+            if not missing:
                 continue
-            folder = work / f"{task}-{over}-{method}-{seed}".replace(" ", "-")
+            folder = args.work / f"{task}-{over}-{method}-{seed}".replace(" ", "-")
             train(bases[over], args.data_dir, task, method, seed, folder)
-            for stored in stores:
-                if (method, over, stored) in done:
-                    continue
-                model = trained(bases[over], folder, method, is_merged=stored != "as trained")
-                num_differ = None if stored == "as trained" else store(model, stored, grid, scales)
-                add(method, over, stored, model, num_differ)
+            for stored in missing:
+                # Loaded each time, because storing changes the weights.
+                is_stored = stored != "as trained"
+                model = trained(bases[over], folder, method, is_merged=is_stored)
+                num_differ = store(model, stored, grid, scales) if is_stored else None
+                results.add(method, over, stored, model, num_differ)
                 del model
 
 
 def run_ready(args) -> None:
-    """Measure the mask of intents that maskft brings, trained over float weights, on its way into blocks."""
-    results = args.results
+    """Measure the mask of intents that maskft brings: as trained over float weights, and stored in blocks."""
     type_name = args.type
     bases = make_bases(args.work, type_name)
     test = load_test(args.data_dir, "intents")
-    results.mkdir(parents=True, exist_ok=True)
-    rows = []
-
-    def add(stored: str, model, num_differ: int | None) -> None:
-        row = {"method": "ready mask", "trained_over": "float", "stored": stored, "num_differ": num_differ}
-        rows.append(row | test.measure(model))
-        print(f"ready mask, {stored}: {rows[-1]['accuracy']:.1%}, loss {rows[-1]['loss']:.4f}", flush=True)
-        content = {"task": "intents", "type": type_name, "seed": "ready", "num_linear": num_linear, "rows": rows}
-        (results / f"intents-{type_name}-seed-ready.json").write_text(json.dumps(content) + "\n")
+    args.results.mkdir(parents=True, exist_ok=True)
 
     masks = MaskSet.from_adapter(READY)
     model = load_model(str(bases["float"]), "float32")
     num_linear = sum(weight.numel() for weight in linear_weights(model).values())
-    masks.apply_(model)
-    add("as trained", model, None)
-    add("fresh scales", model, store(model, "fresh scales", grid_of(type_name), {}))
+    file = args.results / f"intents-{type_name}-seed-ready.json"
+    head = {"task": "intents", "type": type_name, "seed": "ready", "num_linear": num_linear}
+    results = Results(file, head, test)
 
-    # The zero codes of the mask in the base's own blocks: what merging with --accept_other_base does.
+    masks.apply_(model)
+    results.add("ready mask", "float", "as trained", model, None)
+    num_differ = store(model, "fresh scales", grid_of(type_name), {})
+    results.add("ready mask", "float", "fresh scales", model, num_differ)
+
+    # The zero codes of the mask in the base's own blocks, as merging with --accept_other_base writes them.
     model = load_model(str(bases[type_name]), "float32")
     masks.apply_(model)
-    add(f"zero codes in the base's {type_name}", model, 0)
+    results.add("ready mask", "float", f"zero codes in the base's {type_name}", model, 0)
 
 
 # The table
@@ -320,33 +436,41 @@ TABLE_HEAD = [
 
 def table(results: Path) -> str:
     """Markdown of all tasks, types and seeds in a folder; means over the seeds."""
-    runs = [json.loads(file.read_text()) for file in sorted(results.glob("*-seed*.json"))]
+    groups: dict[tuple, list[dict]] = {}
+    for file in sorted(results.glob("*-seed*.json")):
+        run = json.loads(file.read_text())
+        is_ready = run["seed"] == "ready"
+        group = groups.setdefault((run["task"], run["type"], is_ready), [])
+        group.append(run)
+
     lines = []
-    for task, type_name, is_ready in dict.fromkeys(_group(run) for run in runs):
-        lines += _table_of([run for run in runs if _group(run) == (task, type_name, is_ready)])
+    for runs in groups.values():
+        lines += _table_of(runs)
     return "\n".join([*TABLE_HEAD, *lines])
-
-
-def _group(run: dict) -> tuple[str, str, bool]:
-    return run["task"], run["type"], run["seed"] == "ready"
 
 
 def _table_of(runs: list[dict]) -> list[str]:
     """Lines of one table: the runs of a task and a type."""
     first = runs[0]
-    found: dict[tuple, list[dict]] = {}
+    type_name = first["type"]
+
+    # Method, base and way of storing -> the rows of all seeds.
+    found: dict[tuple[str, str, str], list[dict]] = {}
     for run in runs:
         for row in run["rows"]:
-            found.setdefault((row["method"], row["trained_over"], row["stored"]), []).append(row)
-    trained = {key[:2]: rows for key, rows in found.items() if key[2] == "as trained"}
+            key = (row["method"], row["trained_over"], row["stored"])
+            found.setdefault(key, []).append(row)
+
     # Bonferroni: all differences of a table are covered together.
-    num_differences = sum(key[2] != "as trained" for key in found)
+    num_differences = sum(stored != "as trained" for _, _, stored in found)
     confidence = 1 - 0.05 / max(num_differences, 1)
 
+    seeds = ", ".join(str(run["seed"]) for run in runs)
+    over_what = "seeds and test rows" if len(runs) > 2 else "test rows, about these models"
     lines = [
-        f"{first['task']}, {first['type']}, {NUM_TEST} test rows, seed {', '.join(str(run['seed']) for run in runs)}; "
-        f"{first['num_linear']:,} weights in {first['type']}. Simultaneous 95 % intervals over "
-        f"{'seeds and test rows' if len(runs) > 2 else 'test rows, about these models'}. Stored models are compared "
+        f"{first['task']}, {type_name}, {NUM_TEST} test rows, seed {seeds}; "
+        f"{first['num_linear']:,} weights in {type_name}. Simultaneous 95 % intervals over "
+        f"{over_what}. Stored models are compared "
         "with the stored base in what they forget, others with the base that was trained over.",
         "",
         "| method | trained over | stored | accuracy % | stored - as trained, points | loss | "
@@ -354,23 +478,33 @@ def _table_of(runs: list[dict]) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for (method, over, stored), rows in found.items():
-        cells = [method, over, stored, f"{100 * _mean(row['accuracy'] for row in rows):.1f}"]
-        before = trained.get((method, over))
-        is_comparable = stored != "as trained" and before is not None and len(before) == len(rows)
-        cells.append(difference(before, rows, confidence) if is_comparable else "")
-        cells.append(f"{_mean(row['loss'] for row in rows):.4f}")
+        is_stored = stored != "as trained"
+        accuracy = np.mean([row["accuracy"] for row in rows])
+        loss = np.mean([row["loss"] for row in rows])
+
+        # Against the same models before they were stored, if all seeds have both.
+        ahead = ""
+        before = found.get((method, over, "as trained"), [])
+        if is_stored and len(before) == len(rows):
+            ahead = difference(before, rows, confidence)
+        cells = [method, over, stored, f"{100 * accuracy:.1f}", ahead, f"{loss:.4f}"]
+
         # A stored model is compared with the stored base, one as trained with the base that it was trained over.
-        base = found.get(("none", over if stored == "as trained" else first["type"], "as trained"))
+        base_name = type_name if is_stored else over
+        base_rows = found.get(("none", base_name, "as trained"))
         for probe in PROBES:
-            cells.append("" if base is None else f"{_forgotten(base, rows, probe):+.3f}")
+            if base_rows is None:
+                cells.append("")
+            else:
+                cells.append(f"{_forgotten(base_rows, rows, probe):+.3f}")
+
         num_differ = [row["num_differ"] for row in rows]
-        cells.append("" if None in num_differ else f"{round(_mean(num_differ)):,}")
+        if None in num_differ:
+            cells.append("")
+        else:
+            cells.append(f"{round(float(np.mean(num_differ))):,}")
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
-
-
-def _mean(values) -> float:
-    return float(np.mean(list(values)))
 
 
 def difference(before: list[dict], after: list[dict], confidence: float) -> str:
@@ -379,7 +513,7 @@ def difference(before: list[dict], after: list[dict], confidence: float) -> str:
     after_SN = np.array([row["right"] for row in after])
     diffs_SN = 100 * (after_SN - before_SN)
     if len(diffs_SN) < 3:
-        # Two seeds say nothing of others: the interval is about these models, over test rows.
+        # One or two seeds say nothing about others: the interval is about these models, over test rows.
         diffs_SN = diffs_SN.mean(axis=0, keepdims=True)
     bootstrap = Bootstrap(as_block(diffs_SN))
     low, high = bootstrap.interval(confidence)
@@ -387,8 +521,9 @@ def difference(before: list[dict], after: list[dict], confidence: float) -> str:
 
 
 def _forgotten(base_rows: list[dict], rows: list[dict], probe: str) -> float:
-    """Loss on a probe above that of a base, which is the same for every seed."""
-    return _mean(row["probes"][probe] for row in rows) - base_rows[0]["probes"][probe]
+    """Loss on a probe minus that of a base, which is the same for every seed."""
+    after = float(np.mean([row["probes"][probe] for row in rows]))
+    return after - base_rows[0]["probes"][probe]
 
 
 def main() -> None:
@@ -398,7 +533,7 @@ def main() -> None:
     parser.add_argument("work", nargs="?", type=Path, help="where trained models go")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--tasks", nargs="+", default=["intents"], choices=list(TASKS))
-    parser.add_argument("--type", default="Q4_0", choices=TYPES, help="what holds the base")
+    parser.add_argument("--type", default="Q4_0", choices=TYPES, help="format that holds the base")
     parser.add_argument("--results", type=Path, default=Path("results/smollm2-exact-in-four-bits"))
     parser.add_argument("--ready", action="store_true", help="only the mask that maskft brings; trains nothing")
     parser.add_argument("--table", type=Path, metavar="FOLDER", help="write and print the table of a folder's results")
