@@ -1,6 +1,6 @@
 """``python -m benchmarks [NAME...]``: print ratios beside their targets, and write them to a JSON file.
 
-``python -m benchmarks gpu --list``: what needs a GPU, in parts.
+``python -m benchmarks gpu --list``: the parts that need a GPU.
 """
 
 from __future__ import annotations
@@ -26,25 +26,31 @@ NAMES = (
 
 
 def main() -> None:
-    """Run what is named."""
+    """Run the benchmarks that are named."""
+    # It has its own options.
     if sys.argv[1:2] == ["gpu"]:
         from . import gpu
 
         gpu.main(sys.argv[2:])
         return
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, allow_abbrev=False)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"what to run, of: {', '.join(NAMES)} (default: all)")
+    known = ", ".join(NAMES)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"benchmarks to run: {known} (default: all)")
     parser.add_argument("--output", default="runs/benchmarks", help="folder of the JSON")
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda; on cuda times are of CUDA events")
     parser.add_argument("--rounds", type=int, default=5, help="alternations of the two sides (default: %(default)s)")
     parser.add_argument(
-        "--quick", action="store_true", help="tiny shapes and two rounds: shows that all of it runs, measures nothing"
+        "--quick",
+        action="store_true",
+        help="tiny shapes and two rounds: shows that all of it runs, measures nothing",
     )
     args = parser.parse_args()
     unknown = sorted(set(args.names) - set(NAMES))
     if unknown:
-        parser.error(f"no benchmark {unknown[0]!r}; choose of: {', '.join(NAMES)}")
+        parser.error(f"no benchmark {unknown[0]!r}; choose from: {known}")
+
+    # Imported here, so that --help and mistakes do not take the seconds of importing torch.
     from maskft_common.memory import keep_freed_memory
 
     from .common import Report, set_threads
@@ -53,10 +59,11 @@ def main() -> None:
     report = Report(args.device, args.rounds, args.quick, Path(args.output) / "benchmarks.json")
     for name in args.names or NAMES:
         if name not in ("refresh", "file") and args.device == "cpu":
-            # As maskft train does. Not before refresh: torch gives memory back unless told otherwise, so that a clone
-            # by which a refresh is measured pays for fresh pages.
+            # As maskft train does. Not before refresh and file: by default freed memory goes back to the system, so
+            # that a clone, with which a refresh is compared, pays for fresh pages.
             keep_freed_memory()
-        importlib.import_module(f".{name}", __package__).run(report)
+        benchmark = importlib.import_module(f".{name}", __package__)
+        benchmark.run(report)
 
 
 if __name__ == "__main__":

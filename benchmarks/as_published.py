@@ -14,9 +14,10 @@ class _TopK(torch.autograd.Function):
     @staticmethod
     def forward(ctx, scores: Tensor, sparsity: float) -> Tensor:
         """1 for the highest scores, 0 for the rest, by sorting."""
-        mask = torch.ones_like(scores)
+        num_removed = round(sparsity * scores.numel())
         order = scores.flatten().sort(stable=True).indices
-        mask.view(-1)[order[: round(sparsity * scores.numel())]] = 0.0
+        mask = torch.ones_like(scores)
+        mask.view(-1)[order[:num_removed]] = 0.0
         return mask
 
     @staticmethod
@@ -26,7 +27,7 @@ class _TopK(torch.autograd.Function):
 
 
 class SortingMaskedLinear(nn.Module):
-    """``y = x (W * m)^T + b`` with the mask made anew in every forward pass.
+    """``y = x (W * m)^T + b`` with the mask computed in every forward pass.
 
     Args:
         linear: The layer to mask; its weight is frozen.
@@ -35,7 +36,8 @@ class SortingMaskedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, sparsity: float):
         super().__init__()
-        self.linear, self.sparsity = linear.requires_grad_(False), sparsity
+        self.linear = linear.requires_grad_(False)
+        self.sparsity = sparsity
         self.scores = nn.Parameter(torch.randn_like(linear.weight) * 0.02)
 
     def forward(self, x_TI: Tensor) -> Tensor:

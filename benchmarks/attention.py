@@ -10,15 +10,25 @@ from .common import SMOLLM2, TINY, Step, alternate, build, prepare
 
 def run(report) -> None:
     """Add the rows."""
-    name, shape = ("tiny", TINY) if report.quick else ("SmolLM2-135M", SMOLLM2)
+    # Rows of a batch, and tokens of each.
+    if report.quick:
+        name = "tiny"
+        shape = TINY
+        sizes = [(2, 8)]
+    else:
+        name = "SmolLM2-135M"
+        shape = SMOLLM2
+        sizes = [(16, 22), (16, 60), (2, 512)]
     layers = list(range(shape["num_hidden_layers"]))
-    for rows, tokens in [(2, 8)] if report.quick else [(16, 22), (16, 60), (2, 512)]:
+
+    for rows, tokens in sizes:
         steps = []
         for implementation in ("eager", "sdpa"):
             model = build(shape, report.device)
             model.set_attn_implementation(implementation)
-            step = Step(prepare("gates", model, layers), shape["vocab_size"], rows * tokens, 1, report.device)
-            # A step has one micro-batch, of one long row.
+            model = prepare("gates", model, layers)
+            step = Step(model, shape["vocab_size"], rows * tokens, 1, report.device)
+            # A step has micro-batches of one long row. Attention depends on the length of rows, so it is cut.
             step.batches = step.batches.reshape(1, rows, tokens)
             steps.append(step)
         eager, fused = alternate(steps, report.rounds, report.device)

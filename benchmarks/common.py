@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing two sides in turn, the models they run, and the report."""
+"""Shared parts of the benchmarks: timing two sides in turn, the models that they run, and the report."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import torch
-from accelerate.state import GradientState
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -31,7 +30,7 @@ SMOLLM2 = {
     "tie_word_embeddings": True,
 }
 LLAMA2_7B_TWO_LAYERS = {
-    "vocab_size": 256,  # the head and the embedding are not what is measured
+    "vocab_size": 256,  # small, because the decoder layers are measured and not the head
     "hidden_size": 4096,
     "intermediate_size": 11008,
     "num_hidden_layers": 2,
@@ -44,7 +43,11 @@ HALF_7B_LAYER = {
     "num_hidden_layers": 1,
     "num_attention_heads": 16,
 }
-LLAMA2_7B = {**LLAMA2_7B_TWO_LAYERS, "vocab_size": 32000, "num_hidden_layers": 32}
+LLAMA2_7B = {
+    **LLAMA2_7B_TWO_LAYERS,
+    "vocab_size": 32000,
+    "num_hidden_layers": 32,
+}
 LLAMA32_1B = {
     "vocab_size": 128256,
     "hidden_size": 2048,
@@ -77,11 +80,22 @@ def set_threads(count: int) -> None:
 
 
 class Report:
-    """Collects rows; prints each as it comes, and writes all so far into ``file``."""
+    """Collects rows; prints each as it comes, and writes all so far into ``file``.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+        rounds: How often two sides alternate.
+        quick: Tiny shapes and two rounds, which measure nothing.
+        file: The JSON file.
+        settings: More fields of its settings.
+    """
 
     def __init__(self, device: str, rounds: int, quick: bool, file: Path, **settings):
-        self.device, self.rounds, self.quick = torch.device(device), 2 if quick else rounds, quick
-        self.file, self.folder = file, file.parent
+        self.device = torch.device(device)
+        self.rounds = 2 if quick else rounds
+        self.quick = quick
+        self.file = file
+        self.folder = file.parent
         self.console = Console(width=140)
         self.rows: list[dict] = []
         self.settings = {
@@ -90,16 +104,38 @@ class Report:
             "device": self.device_name(),
             **settings,
         }
-        self.settings["autocast"] = str(torch.bfloat16) if autocast(self.device)._enabled else None
+        is_autocast = autocast(self.device)._enabled
+        self.settings["autocast"] = str(torch.bfloat16) if is_autocast else None
 
     def device_name(self) -> str:
         """Name of the card, or cpu."""
-        return torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name()
+        return "cpu"
 
-    def add(self, benchmark: str, what: str, value: float | None, unit: str, target: str | None = None, **facts):
-        """Add and print one number, None if it could not be measured; ``target`` is text such as ``<= 1.05``."""
+    def add(
+        self,
+        benchmark: str,
+        what: str,
+        value: float | None,
+        unit: str,
+        target: str | None = None,
+        **facts,
+    ) -> None:
+        """Add and print one number.
+
+        Args:
+            benchmark: Name of the benchmark.
+            what: The quantity.
+            value: The number; None if it could not be measured.
+            unit: Its unit; ``x`` is a ratio.
+            target: A bound such as ``<= 1.05``.
+            facts: More fields of the row.
+        """
         met = None
-        if target is not None and value is not None and not (self.quick and unit in ("s", "x")):  # times, ratios
+        # Times and ratios of tiny shapes mean nothing.
+        is_meaningless = self.quick and unit in ("s", "x")
+        if target is not None and value is not None and not is_meaningless:
             sign, bound = target.split()
             met = value <= float(bound) if sign == "<=" else value >= float(bound)
         row = {
@@ -113,63 +149,108 @@ class Report:
         }
         self.rows.append(row)
         self.write()
-        verdict = "" if met is None else ("  met" if met else "  MISSED")
-        goal = "" if target is None else f"  (target {target})"
-        extra = "  ".join(f"{k} {_short(v)}" for k, v in facts.items() if not isinstance(v, list | dict))
         shown = "   failed" if value is None else f"{value:9.4g}"
-        self.console.print(f"{benchmark:<8} {what:<58} {shown} {unit}{goal}{verdict}   {extra}", highlight=False)
+        goal = "" if target is None else f"  (target {target})"
+        verdict = ""
+        if met is not None:
+            verdict = "  met" if met else "  MISSED"
+        extra = []
+        for name, fact in facts.items():
+            if isinstance(fact, float):
+                extra.append(f"{name} {fact:.4g}")
+            elif not isinstance(fact, list | dict):  # these are for the file alone
+                extra.append(f"{name} {fact}")
+        self.console.print(
+            f"{benchmark:<8} {what:<58} {shown} {unit}{goal}{verdict}   {'  '.join(extra)}", highlight=False
+        )
 
     def compare(
-        self, benchmark: str, what: str, ours, other, target: str | None = None, rounds=None, warm_up=True, **facts
+        self,
+        benchmark: str,
+        what: str,
+        ours,
+        other,
+        target: str | None = None,
+        rounds: int | None = None,
+        warm_up: bool = True,
+        **facts,
     ) -> None:
-        """Time two sides in turn and add ours / other."""
-        a, b = alternate([ours, other], rounds or self.rounds, self.device, warm_up)
-        self.add_ratio(benchmark, what, a, b, target, **facts)
+        """Time two functions in turn and add ours / other."""
+        times_ours, times_other = alternate([ours, other], rounds or self.rounds, self.device, warm_up)
+        self.add_ratio(benchmark, what, times_ours, times_other, target, **facts)
 
-    def add_ratio(self, benchmark: str, what: str, a: list[float], b: list[float], target=None, **facts) -> None:
-        """Add the ratio of the medians of two sides measured in turn."""
-        ratio = statistics.median(a) / statistics.median(b)
-        self.add(benchmark, what, ratio, "x", target, **_sides(a, b), **facts)
+    def add_ratio(
+        self,
+        benchmark: str,
+        what: str,
+        first: list[float],
+        second: list[float],
+        target: str | None = None,
+        **facts,
+    ) -> None:
+        """Add the ratio of the medians of two sides that were measured in turn, in seconds."""
+        first_s = statistics.median(first)
+        second_s = statistics.median(second)
+        # The spread of these ratios says how much the result is worth on a busy machine.
+        ratios = [a / b for a, b in zip(first, second, strict=True)]
+        self.add(
+            benchmark,
+            what,
+            first_s / second_s,
+            "x",
+            target,
+            first_s=first_s,
+            second_s=second_s,
+            ratio_of_each_round=ratios,
+            **facts,
+        )
 
     def write(self) -> None:
         """Write all rows so far, the machine and the versions."""
-        record = {"settings": self.settings, "environment": environment(), "rows": self.rows}
+        record = {
+            "settings": self.settings,
+            "environment": environment(),
+            "rows": self.rows,
+        }
         files.write_text(self.file, json.dumps(record, indent=1) + "\n")
-
-
-def _sides(a: list[float], b: list[float]) -> dict:
-    return {
-        "first_s": statistics.median(a),
-        "second_s": statistics.median(b),
-        "ratio_of_each_round": [x / y for x, y in zip(a, b, strict=True)],
-    }
-
-
-def _short(value) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def seconds(function, device: torch.device) -> float:
     """Time of one call."""
     if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        # A call on a GPU returns before its work is done, so the GPU's own events are timed.
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
         start.record()
         function()
         end.record()
         torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1000
+        return start.elapsed_time(end) / 1000  # from milliseconds
     started = time.perf_counter()
     function()
     return time.perf_counter() - started
 
 
 def alternate(sides: list, rounds: int, device: torch.device, warm_up: bool = True) -> list[list[float]]:
-    """Times of all sides, one after the other in every round, after one call of each that is not counted."""
+    """Times of all sides, one after the other in every round, so that a slow minute of the machine slows all alike.
+
+    Args:
+        sides: Functions.
+        rounds: How often each is called.
+        device: Where they run.
+        warm_up: Whether to call each once before, uncounted: the first call allocates memory.
+
+    Returns:
+        A list for each side, in the order of the rounds.
+    """
     if warm_up:
         for side in sides:
             side()
-    times = [[seconds(side, device) for side in sides] for _ in range(rounds)]
-    return [list(column) for column in zip(*times, strict=True)]
+    times = [[] for _ in sides]
+    for _ in range(rounds):
+        for side, of_side in zip(sides, times, strict=True):
+            of_side.append(seconds(side, device))
+    return times
 
 
 # Models
@@ -178,12 +259,14 @@ def alternate(sides: list, rounds: int, device: torch.device, warm_up: bool = Tr
 def build(shape: dict, device: torch.device, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     """A Llama of this shape with random weights, the same in every call on a device."""
     torch.manual_seed(0)
-    config = LlamaConfig(**{"num_key_value_heads": shape["num_attention_heads"], **shape}, dtype=dtype)
+    sizes = {"num_key_value_heads": shape["num_attention_heads"], **shape}
+    config = LlamaConfig(**sizes, dtype=dtype)
+    # Made on the device: a 7B model on the CPU first would take minutes, and memory that is measured.
     with device:
         return LlamaForCausalLM._from_config(config, dtype=dtype)
 
 
-# A mask with a free budget: the gate of every weight opens by itself, nothing is ranked.
+# A mask whose number of removed weights is free: each weight has a gate, and nothing is ranked.
 DELETION = {
     "selection": "logit",
     "init_value": 0.04,
@@ -192,7 +275,11 @@ DELETION = {
     "sharpness_end": 100.0,
     "price": 1.0,
 }
-MASKS = {"mask": {}, "deletion": DELETION, "gates": DELETION | {"target_modules": ["gate_proj"]}}
+MASKS = {
+    "mask": {},
+    "deletion": DELETION,
+    "gates": DELETION | {"target_modules": ["gate_proj"]},
+}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -200,46 +287,60 @@ def prepare(side: str, model: LlamaForCausalLM, layers: list[int]):
     """Make ``model`` ready to train.
 
     Args:
-        side: ``mask`` (ours), ``deletion`` (ours with a free budget), ``gates`` (the same of the gate projections
-            alone, as the preset ``deletion_tuning``), ``floor`` (plain training of the same matrices),
+        side: ``mask`` (ours), ``deletion`` (ours, with gates instead of a ranking), ``gates`` (the same of the gate
+            projections alone, as the preset ``deletion_tuning``), ``floor`` (plain training of the same matrices),
             ``published`` (a mask sorted in every forward), ``full``, ``lora``, ``frozen`` (nothing is trained).
         model: The model; it is changed.
         layers: Decoder layers to mask or train.
     """
     if side in MASKS:
-        masked = get_peft_model(model, MaskConfig(layers_to_transform=layers, **MASKS[side]))
-        set_mask_progress(masked, 0.5)
+        config = MaskConfig(layers_to_transform=layers, **MASKS[side])
+        masked = get_peft_model(model, config)
+        set_mask_progress(masked, 0.5)  # the sharpness of gates depends on it
         return masked
     if side == "lora":
-        return get_peft_model(
-            model, LoraConfig(r=16, target_modules=list(PROJECTIONS), layers_to_transform=layers, task_type="CAUSAL_LM")
+        config = LoraConfig(
+            r=16,
+            target_modules=list(PROJECTIONS),
+            layers_to_transform=layers,
+            task_type="CAUSAL_LM",
         )
+        return get_peft_model(model, config)
+
     model.requires_grad_(side == "full")
     if side == "frozen":
-        # Gradients flow through the same layers, to an input that is nothing beside them.
+        # Without trained parameters there would be no backward pass. An input that requires a gradient makes gradients
+        # flow through the same layers, and takes next to no memory.
         model.model.layers[layers[0]].register_forward_pre_hook(_require_grad)
-    for layer in layers:
-        for name, module in list(model.model.layers[layer].named_modules()):
-            if name.rpartition(".")[2] in PROJECTIONS:
-                if side == "floor":
-                    module.weight.requires_grad_(True)
-                elif side == "published":
-                    parent = model.model.layers[layer].get_submodule(name.rpartition(".")[0])
-                    setattr(parent, name.rpartition(".")[2], SortingMaskedLinear(module, sparsity=0.1))
+
+    for index in layers:
+        layer = model.model.layers[index]
+        for name, module in list(layer.named_modules()):  # a list, because modules are replaced
+            parent, _, leaf = name.rpartition(".")
+            if leaf not in PROJECTIONS:
+                continue
+            if side == "floor":
+                module.weight.requires_grad_(True)
+            elif side == "published":
+                sorting = SortingMaskedLinear(module, sparsity=0.1)
+                setattr(layer.get_submodule(parent), leaf, sorting)
+
+    # Trained parameters are float32, as scores are.
     for parameter in model.parameters():
-        if parameter.requires_grad:  # what is trained is float32, as scores are
+        if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return model
 
 
 def _require_grad(module, args):
-    hidden = args[0].detach().requires_grad_(True)
-    return (hidden, *args[1:])
+    hidden, *others = args
+    return (hidden.detach().requires_grad_(True), *others)
 
 
 def autocast(device: torch.device) -> torch.autocast:
     """bfloat16 where ``maskft train`` would use it."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu" or multiplies_bfloat16())
+    is_enabled = device.type != "cpu" or multiplies_bfloat16()
+    return torch.autocast(device.type, torch.bfloat16, enabled=is_enabled)
 
 
 class Step:
@@ -247,21 +348,22 @@ class Step:
 
     def __init__(self, model, vocab_size: int, tokens: int, accumulation: int, device: torch.device, cast=None):
         self.model = model.train()
-        self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained or [torch.zeros(1)], lr=1e-4, weight_decay=0.0, fused=True)
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # torch raises for an optimizer without parameters.
+        parameters = self.trained or [torch.zeros(1)]
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
         generator = torch.Generator().manual_seed(0)
         self.batches = torch.randint(vocab_size, (accumulation, 1, tokens), generator=generator).to(device)
         self.autocast = cast or autocast(device)
 
     def __call__(self) -> None:
         """Run the step."""
-        state = GradientState()
-        for index, ids in enumerate(self.batches):
-            # What accelerate tells every model during accumulation.
-            state._set_sync_gradients(index == len(self.batches) - 1)
+        accumulation = len(self.batches)
+        for ids in self.batches:
             with self.autocast:
                 loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
-            (loss / len(self.batches)).backward()
+            loss = loss / accumulation
+            loss.backward()
         if not self.trained:
             return
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)

@@ -23,50 +23,74 @@ LEARNERS = {
     "gumbel": {"selection": "gumbel", "init_value": 3.0},
     "hard concrete": {"selection": "hard_concrete", "init_value": 3.0},
 }
-_MAX_STEPS = 1000
+_MAX_STEPS = 1000  # of the training that a step belongs to
 
 
 def run(report) -> None:
     """Add the rows."""
-    shape, layers, tokens = (TINY, [1, 2], 8) if report.quick else (SMOLLM2, list(range(20, 24)), 128)
-    name = "tiny" if report.quick else "SmolLM2-135M layers 20-23"
+    if report.quick:
+        name = "tiny"
+        shape = TINY
+        layers = [1, 2]
+        tokens = 8
+    else:
+        name = "SmolLM2-135M layers 20-23"
+        shape = SMOLLM2
+        layers = list(range(20, 24))
+        tokens = 128
+    others = [learner for learner in LEARNERS if learner != PLAIN]
+
     for accumulation in (1, 4):
         sides = [_LearnerStep(learner, shape, layers, tokens, accumulation, report.device) for learner in LEARNERS]
-        times = dict(zip(LEARNERS, alternate(sides, report.rounds, report.device), strict=True))
-        for learner in list(LEARNERS)[1:]:
+        alternated = alternate(sides, report.rounds, report.device)
+        times = dict(zip(LEARNERS, alternated, strict=True))
+        for learner in others:
             what = f"{name}: {learner} / {PLAIN}, step"
             report.add_ratio("learners", what, times[learner], times[PLAIN], tokens=tokens, accumulation=accumulation)
-    peaks = {learner: _peak(learner, shape, layers, tokens, report) for learner in LEARNERS}
-    for learner in list(LEARNERS)[1:]:
-        what, gigabytes = f"{name}: {learner} / {PLAIN}, memory", (peaks[learner] / 1e9, peaks[PLAIN] / 1e9)
-        report.add("learners", what, gigabytes[0] / gigabytes[1], "x", first_GB=gigabytes[0], second_GB=gigabytes[1])
+
+    # GB of each.
+    peaks = {learner: _peak(learner, shape, layers, tokens, report) / 1e9 for learner in LEARNERS}
+    for learner in others:
+        report.add(
+            "learners",
+            f"{name}: {learner} / {PLAIN}, memory",
+            peaks[learner] / peaks[PLAIN],
+            "x",
+            first_GB=peaks[learner],
+            second_GB=peaks[PLAIN],
+        )
 
 
 class _LearnerStep(Step):
-    """A step that says how far training is."""
+    """A step that sets the progress of training, on which ramps, schedules and noise depend."""
 
     def __init__(self, learner: str, shape: dict, layers: list[int], tokens: int, accumulation: int, device):
-        model, settings = build(shape, device), dict(LEARNERS[learner])
+        settings = dict(LEARNERS[learner])
         is_base = settings.pop("removed_value", "zero") == "base"
-        model = get_peft_model(model, MaskConfig(layers_to_transform=layers, **settings))
-        for layer in adapter_layers(model).values() if is_base else ():
-            # As loading the base would leave it, without a file to load it from.
-            layer.mask_configs["default"].removed_value = "base"
-            layer.removed_values["default"] = layer.weight.detach() * 0.5
+        config = MaskConfig(layers_to_transform=layers, **settings)
+        model = get_peft_model(build(shape, device), config)
+        if is_base:
+            # Set here as loading the base would set it, because there is no file to load one from.
+            for layer in adapter_layers(model).values():
+                layer.mask_configs["default"].removed_value = "base"
+                layer.removed_values["default"] = layer.weight.detach() * 0.5
         super().__init__(model, shape["vocab_size"], tokens, accumulation, device)
         self.count = 0
 
     def __call__(self) -> None:
         """Run the step."""
-        set_mask_progress(self.model, min(self.count / _MAX_STEPS, 1.0))
+        progress = min(self.count / _MAX_STEPS, 1.0)
+        set_mask_progress(self.model, progress)
         self.count += 1
         super().__call__()
 
 
 def _peak(learner: str, shape: dict, layers: list[int], tokens: int, report) -> int:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        given = (learner, shape, layers, tokens, str(report.device), torch.get_num_threads())
-        return pool.apply(_measure, given)
+    """Peak bytes of a learner. In a new process, because the peak of a process never falls."""
+    context = multiprocessing.get_context("spawn")
+    arguments = (learner, shape, layers, tokens, str(report.device), torch.get_num_threads())
+    with context.Pool(1) as pool:
+        return pool.apply(_measure, arguments)
 
 
 def _measure(learner: str, shape: dict, layers: list[int], tokens: int, device: str, threads: int) -> int:

@@ -1,9 +1,9 @@
-"""Peak memory of one step, each side in a process of its own: ours against its floor, full fine-tuning and LoRA.
+"""Peak memory of one step, each side in its own process: ours against its floor, full fine-tuning and LoRA.
 
-The floor: the process and the activations of the same step without anything trained, measured, and 16 bytes for each
-masked weight (score, gradient, two moments). Under autocast the effective weights are in the measured part: it makes a
-bfloat16 copy of every weight whose layer the gradient passes, and the effective weight takes the place of that copy.
-Without autocast they are 4 bytes more.
+The floor is the measured memory of the same step without anything trained (process and activations), plus 16 bytes for
+each masked weight (score, gradient, two moments). Under autocast the measured part contains the effective weights:
+autocast makes a bfloat16 copy of every weight whose layer the gradient passes, and the effective weight takes the place
+of that copy. Without autocast they take 4 bytes more.
 """
 
 from __future__ import annotations
@@ -21,38 +21,64 @@ from .micro_batch import TOKENS_OF_INTENTS
 
 def run(report) -> None:
     """Add the rows."""
-    shape, layers, tokens = (TINY, [1, 2], 8) if report.quick else (SMOLLM2, list(range(20, 24)), 256)
-    peaks = {side: _peak(side, shape, layers, tokens, report) for side in ("frozen", "mask", "floor", "full", "lora")}
+    # Four layers, and plain training of the same ones.
+    if report.quick:
+        name = "tiny"
+        shape = TINY
+        layers = [1, 2]
+        tokens = 8
+    else:
+        name = "SmolLM2-135M layers 20-23"
+        shape = SMOLLM2
+        layers = list(range(20, 24))
+        tokens = 256
+    peaks = {}
+    for side in ("frozen", "mask", "floor", "full", "lora"):
+        peaks[side] = _peak(side, shape, layers, tokens, report)
+
     model = prepare("floor", build(shape, torch.device("cpu")), layers)
-    masked = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    floor = peaks["frozen"] + (16 if autocast(report.device)._enabled else 20) * masked
+    num_masked = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    is_autocast = autocast(report.device)._enabled
+    bytes_per_weight = 16 if is_autocast else 20
+    floor = peaks["frozen"] + bytes_per_weight * num_masked
     gigabytes = {side: round(peak / 1e9, 3) for side, peak in peaks.items()}
-    name = "tiny" if report.quick else "SmolLM2-135M layers 20-23"
     report.add(
-        "memory", f"{name}: mask / floor", peaks["mask"] / floor, "x", "<= 1.05", floor_formula=floor / 1e9, **gigabytes
+        "memory",
+        f"{name}: mask / floor",
+        peaks["mask"] / floor,
+        "x",
+        "<= 1.05",
+        floor_formula=floor / 1e9,
+        **gigabytes,
     )
     report.add("memory", f"{name}: mask / plain training of the same layers", peaks["mask"] / peaks["floor"], "x")
     report.add("memory", f"{name}: mask / full fine-tuning", peaks["mask"] / peaks["full"], "x")
     report.add("memory", f"{name}: mask / LoRA r=16", peaks["mask"] / peaks["lora"], "x")
 
-    shape, name = (TINY, "tiny") if report.quick else (SMOLLM2, "SmolLM2-135M")
+    # A deletion mask of all gate projections, and LoRA of all matrices.
+    name = "tiny" if report.quick else "SmolLM2-135M"
     layers = list(range(shape["num_hidden_layers"]))
-    peaks = {side: _peak(side, shape, layers, TOKENS_OF_INTENTS, report) for side in ("gates", "full", "lora")}
+    peaks = {}
+    for side in ("gates", "full", "lora"):
+        peaks[side] = _peak(side, shape, layers, TOKENS_OF_INTENTS, report)
     mask = f"{name}: deletion mask of all gate projections"
     report.add("memory", f"{mask} / LoRA r 16 of all matrices", peaks["gates"] / peaks["lora"], "x")
     report.add("memory", f"{mask} / full fine-tuning", peaks["gates"] / peaks["full"], "x")
 
 
 def _peak(side: str, shape: dict, layers: list[int], tokens: int, report) -> int:
+    """Peak bytes of a side. In a new process, because the peak of a process never falls."""
     context = multiprocessing.get_context("spawn")
+    arguments = (side, shape, layers, tokens, str(report.device), torch.get_num_threads())
     with context.Pool(1) as pool:
-        return pool.apply(_measure, (side, shape, layers, tokens, str(report.device), torch.get_num_threads()))
+        return pool.apply(_measure, arguments)
 
 
 def _measure(side, shape, layers, tokens, device, threads) -> int:
     torch.set_num_threads(threads)
     device = torch.device(device)
-    step = Step(prepare(side, build(shape, device), layers), shape["vocab_size"], tokens, 2, device)
+    model = prepare(side, build(shape, device), layers)
+    step = Step(model, shape["vocab_size"], tokens, 2, device)
     for _ in range(3):
         step()
     return peak_memory_bytes()

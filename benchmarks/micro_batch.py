@@ -1,6 +1,7 @@
-"""One optimizer step of one micro-batch, where nothing shares the price of a refresh: masks and deletion masks.
+"""One optimizer step of one micro-batch, which alone pays for the refresh of a mask: masks and deletion masks.
 
-And a deletion mask of all gate projections beside LoRA of rank 16 of all matrices, as in recipes/smollm2/study_curve_*.
+Also a deletion mask of all gate projections beside LoRA of rank 16 of all matrices, as in
+recipes/smollm2/study_curve_*.
 """
 
 from __future__ import annotations
@@ -17,17 +18,25 @@ def run(report) -> None:
         ("SmolLM2-135M layers 20-23", SMOLLM2, list(range(20, 24))),
         ("layer of half 7B's width", HALF_7B_LAYER, [0]),
     ]
-    for name, shape, layers in [("tiny", TINY, [1, 2])] if report.quick else shapes:
-        sides = [prepare(side, build(shape, report.device), layers) for side in ("floor", "mask", "deletion")]
-        steps = [Step(model, shape["vocab_size"], TOKENS, 1, report.device) for model in sides]
-        floor, *ours = alternate(steps, report.rounds, report.device)
-        for side, times in zip(("mask", "deletion mask"), ours, strict=True):
+    if report.quick:
+        shapes = [("tiny", TINY, [1, 2])]
+    for name, shape, layers in shapes:
+        steps = steps_of(("floor", "mask", "deletion"), shape, layers, TOKENS, report)
+        floor, mask, deletion = alternate(steps, report.rounds, report.device)
+        for side, times in (("mask", mask), ("deletion mask", deletion)):
             report.add_ratio("micro_batch", f"{name}: {side} / floor", times, floor, "<= 1.10", rounds=report.rounds)
-    name, shape = ("tiny", TINY) if report.quick else ("SmolLM2-135M", SMOLLM2)
+
+    name = "tiny" if report.quick else "SmolLM2-135M"
+    shape = TINY if report.quick else SMOLLM2
     layers = list(range(shape["num_hidden_layers"]))
-    sides = [prepare(side, build(shape, report.device), layers) for side in ("gates", "lora", "full")]
-    steps = [Step(model, shape["vocab_size"], TOKENS_OF_INTENTS, 1, report.device) for model in sides]
+    steps = steps_of(("gates", "lora", "full"), shape, layers, TOKENS_OF_INTENTS, report)
     gates, lora, full = alternate(steps, report.rounds, report.device)
     mask = f"{name}: deletion mask of all gate projections"
     report.add_ratio("micro_batch", f"{mask} / LoRA r 16 of all matrices", gates, lora, None, rounds=report.rounds)
     report.add_ratio("micro_batch", f"{mask} / full fine-tuning", gates, full, None, rounds=report.rounds)
+
+
+def steps_of(sides: tuple[str, ...], shape: dict, layers: list[int], tokens: int, report) -> list[Step]:
+    """A step of each side, with one micro-batch."""
+    models = [prepare(side, build(shape, report.device), layers) for side in sides]
+    return [Step(model, shape["vocab_size"], tokens, 1, report.device) for model in models]
