@@ -20,7 +20,11 @@ from rich.console import Console
 from maskft_common.environment import environment
 from maskft_lab.evaluation.benchmarks import BENCHMARKS, find_file
 
-_OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1"}
+_OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_EVALUATE_OFFLINE": "1",
+}
 # HumanEval's prompts and stop strings without the scorer.
 _HUMANEVAL = """\
 output_type: generate_until
@@ -35,7 +39,9 @@ metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 def main() -> None:
     """Run both sides on every task, print and write the comparison."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.against_lm_eval", description=__doc__, allow_abbrev=False
+        prog="python -m benchmarks.against_lm_eval",
+        description=__doc__,
+        allow_abbrev=False,
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="model folder or hub name")
     parser.add_argument("--data_dir", required=True, metavar="DIR", help="folder with the benchmarks' files")
@@ -44,85 +50,146 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=50, help="items at one time (default: %(default)s)")
     parser.add_argument("--output", default="runs/against_lm_eval", metavar="DIR", help="default: %(default)s")
     args = parser.parse_args()
+
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
     console = Console(width=140)
+    settings = {
+        "model": Path(args.model).name,
+        "limit": args.limit,
+        "batch_size": args.batch_size,
+    }
     rows = []
     for task in args.tasks.split(","):
         ours, our_seconds = run_maskft(task, args, folder)
         theirs, their_seconds = run_lm_eval(task, args, folder)
-        rows.append(compare(task, ours, theirs, our_seconds, their_seconds))
-        console.print_json(json.dumps(rows[-1]))
-        settings = {"model": Path(args.model).name, "limit": args.limit, "batch_size": args.batch_size}
-        record = {"settings": settings, "environment": environment(), "rows": rows}
-        (folder / "against_lm_eval.json").write_text(json.dumps(record, indent=1) + "\n")
+        row = compare(task, ours, theirs, our_seconds, their_seconds)
+        console.print_json(json.dumps(row))
+        rows.append(row)
+
+        # After each task, because one takes many minutes.
+        record = {
+            "settings": settings,
+            "environment": environment(),
+            "rows": rows,
+        }
+        file = folder / "against_lm_eval.json"
+        file.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def run_maskft(task: str, args, folder: Path) -> tuple[dict[str, dict], float]:
     """Items of our result file by id, and the seconds of the command."""
     out = folder / f"{task}-maskft"
-    settings = {"model_name_or_path": args.model, "data_dir": args.data_dir, "output_dir": out, "tasks": task}
-    settings |= {"limit": args.limit, "batch_size": args.batch_size}
+    settings = {
+        "model_name_or_path": args.model,
+        "data_dir": args.data_dir,
+        "output_dir": out,
+        "tasks": task,
+        "limit": args.limit,
+        "batch_size": args.batch_size,
+    }
     words = [f"--{key}={value}" for key, value in settings.items()]
     command = [sys.executable, "-m", "maskft_lab.cli.main", "evaluate", "--overwrite", *words]
     seconds = timed(command, folder / f"{task}-maskft.log")
+
     record = json.loads((out / "result.json").read_text())
-    return {item["id"]: item for item in record["tasks"][task]["items"]}, seconds
+    items = {item["id"]: item for item in record["tasks"][task]["items"]}
+    return items, seconds
 
 
 def run_lm_eval(task: str, args, folder: Path) -> tuple[dict[str, dict], float]:
     """lm-eval's samples by id, one for all filters, and the seconds of the command."""
-    local, out = folder / "lm_eval_tasks", folder / f"{task}-lm_eval"
-    local.mkdir(exist_ok=True)
+    # lm-eval's task, but for its data, which comes from the file that maskft reads.
+    tasks_folder = folder / "lm_eval_tasks"
+    tasks_folder.mkdir(exist_ok=True)
     file = find_file(task, Path(args.data_dir))
     benchmark = BENCHMARKS[task]
     packaged = Path(lm_eval.tasks.__file__).parent / benchmark.config
     split = "train" if task == "ifeval" else "test"
-    (local / f"{task}.yaml").write_text(
-        (_HUMANEVAL if benchmark.program else f"include: {packaged}\n")
-        + f"task: {task}_local\ndataset_path: json\ndataset_name: null\ntest_split: {split}\n"
-        + f"dataset_kwargs: {{data_files: {{{split}: {json.dumps(str(file))}}}}}\n"
+    head = _HUMANEVAL if benchmark.program else f"include: {packaged}\n"
+    (tasks_folder / f"{task}.yaml").write_text(
+        f"{head}"
+        f"task: {task}_local\n"
+        "dataset_path: json\n"
+        "dataset_name: null\n"
+        f"test_split: {split}\n"
+        f"dataset_kwargs: {{data_files: {{{split}: {json.dumps(str(file))}}}}}\n"
     )
-    settings = {"model": "hf", "model_args": f"pretrained={args.model},dtype=float32", "tasks": f"{task}_local"}
-    settings |= {"include_path": local, "limit": args.limit, "batch_size": args.batch_size, "output_path": out}
-    words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+
+    out = folder / f"{task}-lm_eval"
+    settings = {
+        "model": "hf",
+        "model_args": f"pretrained={args.model},dtype=float32",
+        "tasks": f"{task}_local",
+        "include_path": tasks_folder,
+        "limit": args.limit,
+        "batch_size": args.batch_size,
+        "output_path": out,
+    }
+    words = []
+    for key, value in settings.items():
+        words += [f"--{key}", str(value)]
     if benchmark.use_chat_template:
         words.append("--apply_chat_template")
     if benchmark.program:
         words.append("--predict_only")
     command = [sys.executable, "-m", "lm_eval", "run", *words, "--log_samples"]
-    seconds = timed(command, folder / f"{task}-lm_eval.log", NLTK_DATA=str(Path(args.data_dir) / "nltk_data"))
+    nltk_data = str(Path(args.data_dir) / "nltk_data")
+    seconds = timed(command, folder / f"{task}-lm_eval.log", NLTK_DATA=nltk_data)
+
+    # Each call writes a file with its time in the name.
     samples = max(out.rglob("samples_*.jsonl"), key=lambda path: path.stat().st_mtime)
-    items: dict[str, dict] = {}
-    for sample in map(json.loads, samples.read_text().splitlines()):
-        identity = str(sample["doc"][benchmark.id_field] if benchmark.id_field else sample["doc_id"])
-        item = items.setdefault(
-            identity, {"prompt_hash": sample["prompt_hash"], "output": sample["resps"][0][0], "scores": {}}
-        )
+    items = {}
+    for line in samples.read_text().splitlines():
+        sample = json.loads(line)
+        if benchmark.id_field:
+            identity = str(sample["doc"][benchmark.id_field])
+        else:
+            identity = str(sample["doc_id"])
+        if identity not in items:
+            items[identity] = {
+                "prompt_hash": sample["prompt_hash"],
+                "output": sample["resps"][0][0],
+                "scores": {},
+            }
+
+        # An item has a line for each filter, with the metrics of that filter.
         for metric in sample.get("metrics", ()):
             name = benchmark.metrics.get(f"{metric},{sample['filter']}")
             if name is not None and isinstance(sample[metric], (bool, int, float)):
-                item["scores"][name] = float(sample[metric])
+                items[identity]["scores"][name] = float(sample[metric])
     return items, seconds
 
 
 def compare(task: str, ours: dict, theirs: dict, our_seconds: float, their_seconds: float) -> dict:
-    """Which items differ in what, and the two times."""
+    """The items whose prompts, outputs or scores differ, and the two times."""
     assert ours.keys() == theirs.keys(), "the two sides answered different items"
 
-    def differing(pairs) -> list[str]:
-        return [identity for identity, (mine, other) in pairs.items() if mine != other]
+    # Scores that lm-eval gives for any item; it does not score programs here.
+    scores = set()
+    for item in theirs.values():
+        scores.update(item["scores"])
 
-    scores = {name for item in theirs.values() for name in item["scores"]}
+    prompts_differ = []
+    outputs_differ = []
+    scores_differ = []
+    for identity, our_item in ours.items():
+        their_item = theirs[identity]
+        our_scores = {name: float(our_item[name]) for name in scores}
+        if our_item["prompt_hash"] != their_item["prompt_hash"]:
+            prompts_differ.append(identity)
+        if our_item["output"] != their_item["output"]:
+            outputs_differ.append(identity)
+        if our_scores != their_item["scores"]:
+            scores_differ.append(identity)
+
     return {
         "task": task,
         "items": len(ours),
-        "prompts_differ": differing({i: (ours[i]["prompt_hash"], theirs[i]["prompt_hash"]) for i in ours}),
-        "outputs_differ": differing({i: (ours[i]["output"], theirs[i]["output"]) for i in ours}),
+        "prompts_differ": prompts_differ,
+        "outputs_differ": outputs_differ,
         "scores_compared": sorted(scores),
-        "scores_differ": differing(
-            {i: ({name: float(ours[i][name]) for name in scores}, theirs[i]["scores"]) for i in ours}
-        ),
+        "scores_differ": scores_differ,
         "maskft_s": round(our_seconds, 1),
         "lm_eval_s": round(their_seconds, 1),
         "lm_eval / maskft": round(their_seconds / our_seconds, 2),
@@ -132,10 +199,11 @@ def compare(task: str, ours: dict, theirs: dict, our_seconds: float, their_secon
 def timed(command: list[str], log: Path, **environ: str) -> float:
     """Run a command with its output in ``log``; returns its seconds."""
     started = time.perf_counter()
+    environment_of_command = os.environ | _OFFLINE | environ
     with log.open("w") as file:
-        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | _OFFLINE | environ)
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment_of_command)
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed; see {log}")
+        raise SystemExit(f"{' '.join(command)} failed: {log} has its output")
     return time.perf_counter() - started
 
 

