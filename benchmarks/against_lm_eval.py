@@ -77,7 +77,11 @@ def main() -> None:
         file.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def run_maskft(task: str, args, folder: Path) -> tuple[dict[str, dict], float]:
+def run_maskft(
+    task: str,
+    args,
+    folder: Path,
+) -> tuple[dict[str, dict], float]:
     """Items of our result file by id, and the seconds of the command."""
     out = folder / f"{task}-maskft"
     settings = {
@@ -97,7 +101,11 @@ def run_maskft(task: str, args, folder: Path) -> tuple[dict[str, dict], float]:
     return items, seconds
 
 
-def run_lm_eval(task: str, args, folder: Path) -> tuple[dict[str, dict], float]:
+def run_lm_eval(
+    task: str,
+    args,
+    folder: Path,
+) -> tuple[dict[str, dict], float]:
     """lm-eval's samples by id, one for all filters, and the seconds of the command."""
     # lm-eval's task, but for its data, which comes from the file that maskft reads.
     tasks_folder = folder / "lm_eval_tasks"
@@ -161,7 +169,13 @@ def run_lm_eval(task: str, args, folder: Path) -> tuple[dict[str, dict], float]:
     return items, seconds
 
 
-def compare(task: str, ours: dict, theirs: dict, our_seconds: float, their_seconds: float) -> dict:
+def compare(
+    task: str,
+    ours: dict,
+    theirs: dict,
+    our_seconds: float,
+    their_seconds: float,
+) -> dict:
     """The items whose prompts, outputs or scores differ, and the two times."""
     assert ours.keys() == theirs.keys(), "the two sides answered different items"
 
@@ -201,7 +215,12 @@ def timed(command: list[str], log: Path, **environ: str) -> float:
     started = time.perf_counter()
     environment_of_command = os.environ | _OFFLINE | environ
     with log.open("w") as file:
-        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment_of_command)
+        done = subprocess.run(
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment_of_command,
+        )
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed: {log} has its output")
     return time.perf_counter() - started

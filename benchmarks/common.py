@@ -231,7 +231,12 @@ def seconds(function, device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def alternate(sides: list, rounds: int, device: torch.device, warm_up: bool = True) -> list[list[float]]:
+def alternate(
+    sides: list,
+    rounds: int,
+    device: torch.device,
+    warm_up: bool = True,
+) -> list[list[float]]:
     """Times of all sides, one after the other in every round, so that a slow minute of the machine slows all alike.
 
     Args:
@@ -256,7 +261,11 @@ def alternate(sides: list, rounds: int, device: torch.device, warm_up: bool = Tr
 # Models
 
 
-def build(shape: dict, device: torch.device, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+def build(
+    shape: dict,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> LlamaForCausalLM:
     """A Llama of this shape with random weights, the same in every call on a device."""
     torch.manual_seed(0)
     sizes = {"num_key_value_heads": shape["num_attention_heads"], **shape}
@@ -346,12 +355,25 @@ def autocast(device: torch.device) -> torch.autocast:
 class Step:
     """One optimizer step of a side: accumulated micro-batches, clipping, AdamW where anything is trained."""
 
-    def __init__(self, model, vocab_size: int, tokens: int, accumulation: int, device: torch.device, cast=None):
+    def __init__(
+        self,
+        model,
+        vocab_size: int,
+        tokens: int,
+        accumulation: int,
+        device: torch.device,
+        cast=None,
+    ):
         self.model = model.train()
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # torch raises for an optimizer without parameters.
         parameters = self.trained or [torch.zeros(1)]
-        self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            parameters,
+            lr=1e-4,
+            weight_decay=0.0,
+            fused=True,
+        )
         generator = torch.Generator().manual_seed(0)
         self.batches = torch.randint(vocab_size, (accumulation, 1, tokens), generator=generator).to(device)
         self.autocast = cast or autocast(device)

@@ -41,7 +41,12 @@ def run(report) -> None:
     torch.set_num_threads(num_threads)
 
 
-def _adapter(report, num_layers: int, shape: tuple[int, int], sparsity: float) -> None:
+def _adapter(
+    report,
+    num_layers: int,
+    shape: tuple[int, int],
+    sparsity: float,
+) -> None:
     """The file of an adapter of all gate projections of LLaMA2-7B, headers and names included."""
     generator = torch.Generator().manual_seed(0)
     coded = {}
@@ -56,7 +61,16 @@ def _adapter(report, num_layers: int, shape: tuple[int, int], sparsity: float) -
     numel = num_layers * math.prod(shape)
     bound = entropy(sparsity) * numel / 8
     what = f"adapter of {num_layers} gate projections at {sparsity} / entropy"
-    report.add("file", what, size / bound, "x", "<= 1.02", bytes=size, bound_bytes=bound, weights=numel)
+    report.add(
+        "file",
+        what,
+        size / bound,
+        "x",
+        "<= 1.02",
+        bytes=size,
+        bound_bytes=bound,
+        weights=numel,
+    )
 
 
 def _measure(report, shape: tuple[int, int], sparsity: float) -> None:

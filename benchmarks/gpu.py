@@ -125,7 +125,14 @@ def _run_part(number: int, args: argparse.Namespace) -> bool:
     from .common import Report
 
     file = Path(args.output_dir) / f"part-{number}.json"
-    report = Report(args.device, 10, args.tiny, file, part=number, tiny=args.tiny)
+    report = Report(
+        args.device,
+        10,
+        args.tiny,
+        file,
+        part=number,
+        tiny=args.tiny,
+    )
     report.write()
     started = time.monotonic()
     error = ""
@@ -167,12 +174,25 @@ def tests(report) -> None:
         elif case.find("skipped") is not None:
             skipped += 1
     passed = len(cases) - len(failed) - skipped
-    report.add("tests", "passed", passed, "tests", ">= 1", skipped=skipped, failed=failed, output=done.stdout[-4000:])
+    report.add(
+        "tests",
+        "passed",
+        passed,
+        "tests",
+        ">= 1",
+        skipped=skipped,
+        failed=failed,
+        output=done.stdout[-4000:],
+    )
     if failed or not passed:
         raise RuntimeError(f"{len(failed)} tests failed, {passed} passed")
 
 
-def steps(report, name: str, sides: tuple[str, ...] = _SIDES) -> None:
+def steps(
+    report,
+    name: str,
+    sides: tuple[str, ...] = _SIDES,
+) -> None:
     """Refresh of the largest matrix, then a step of every side: seconds and peak memory, and ratios to ours."""
     from . import common, refresh
 
@@ -198,7 +218,13 @@ def steps(report, name: str, sides: tuple[str, ...] = _SIDES) -> None:
         try:
             times, peak, num_trained = _step(report, side, shape, layers, tokens)
         except Exception as error:  # out of memory, or no compiler: the other sides are measured
-            report.add("step", what, None, "s", error=str(error)[:300])
+            report.add(
+                "step",
+                what,
+                None,
+                "s",
+                error=str(error)[:300],
+            )
             continue
         if side == "frozen":
             # Bytes of the least that training of these matrices keeps: score, gradient and two moments in float32, and
@@ -220,7 +246,14 @@ def steps(report, name: str, sides: tuple[str, ...] = _SIDES) -> None:
         what = f"{name}, {tokens} tokens: mask / {side}"
         if times:  # the formula has none
             report.add_ratio("step", what, our_times, times)
-        report.add("memory", what, our_peak / peak, "x", first_GB=our_peak / 1e9, second_GB=peak / 1e9)
+        report.add(
+            "memory",
+            what,
+            our_peak / peak,
+            "x",
+            first_GB=our_peak / 1e9,
+            second_GB=peak / 1e9,
+        )
 
 
 def num_masked(shape: dict, layers: list[int]) -> int:
@@ -234,7 +267,13 @@ def num_masked(shape: dict, layers: list[int]) -> int:
     return len(layers) * (attention + mlp)
 
 
-def _step(report, side: str, shape: dict, layers: list[int], tokens: int) -> tuple[list[float], int, int]:
+def _step(
+    report,
+    side: str,
+    shape: dict,
+    layers: list[int],
+    tokens: int,
+) -> tuple[list[float], int, int]:
     """Seconds of each round, peak bytes, and the number of trained parameters."""
     import torch
 
@@ -320,7 +359,12 @@ def micro_batch(report) -> None:
             report.add("micro-batch", what, largest / predicted, "x", ">= 1", **facts)
 
 
-def _fits(words: list[str], size: int, share: float, folder: Path) -> bool:
+def _fits(
+    words: list[str],
+    size: int,
+    share: float,
+    folder: Path,
+) -> bool:
     """Whether a training with this micro-batch ends within a share of the device's memory."""
     log = folder / "log"
     options = ["--per_device_train_batch_size", str(size), "--output_dir", f"{log}-{share}-{size}"]
@@ -466,7 +510,14 @@ def study(report) -> None:
         printed = _maskft(["study", str(recipe), "--data_dir", str(_DEMO), "--output_dir", str(output_dir)])
         seconds = time.monotonic() - started
         table = (output_dir / layout.STUDY_TABLE.format("gpu")).read_text()
-    report.add("study", "sums by three methods", seconds, "s", table=table, output=printed[-4000:])
+    report.add(
+        "study",
+        "sums by three methods",
+        seconds,
+        "s",
+        table=table,
+        output=printed[-4000:],
+    )
 
 
 def _free(device) -> None:
@@ -490,7 +541,11 @@ def _maskft(words: list[str]) -> str:
     return printed.getvalue()
 
 
-def _start(words: list[str], log: Path, share: float = 1.0) -> multiprocessing.process.BaseProcess:
+def _start(
+    words: list[str],
+    log: Path,
+    share: float = 1.0,
+) -> multiprocessing.process.BaseProcess:
     """Start ``maskft train`` in a new process, which may take a share of the device's memory."""
     context = multiprocessing.get_context("forkserver")
     process = context.Process(target=_train, args=(words, str(log), share))

@@ -75,7 +75,13 @@ def dependent_scores(report, draws: int, rng) -> None:
             hits += _contains(proportion_interval(is_right, passages), rate)
             hits_by_items += _contains(proportion_interval(is_right), rate)
         what = f"score: {count} passages of 5, {100 * rate:g} % right"
-        report.add("scores", what, 100 * hits / draws, "% covered", by_items=100 * hits_by_items / draws)
+        report.add(
+            "scores",
+            what,
+            100 * hits / draws,
+            "% covered",
+            by_items=100 * hits_by_items / draws,
+        )
 
     for k, rate in ((4, 0.01), (4, 0.5), (16, 0.01), (16, 0.5)):
         spread = 5 if rate < 0.1 else 1
@@ -117,10 +123,20 @@ def differences(report, draws: int, rng) -> None:
             ours.append(_contains(interval, truth, tolerance=1e-12))
             by_bootstrap.append(_contains(resampled, truth, tolerance=1e-12))
         what = f"difference: {expected} of 300 items expected to differ"
-        report.add("pairs", what, 100 * np.mean(ours), "% covered", by_bootstrap=100 * np.mean(by_bootstrap))
+        report.add(
+            "pairs",
+            what,
+            100 * np.mean(ours),
+            "% covered",
+            by_bootstrap=100 * np.mean(by_bootstrap),
+        )
 
 
-def _contains(interval: tuple[float, float], truth: float, tolerance: float = 0.0) -> bool:
+def _contains(
+    interval: tuple[float, float],
+    truth: float,
+    tolerance: float = 0.0,
+) -> bool:
     low, high = interval
     return low - tolerance <= truth <= high + tolerance
 
@@ -212,7 +228,13 @@ def few_seeds(report, draws: int, rng) -> None:
                 hits += _contains(measured.interval(0.95), 0)
                 claims += _is_claimed(measured)
             what = f"{num_seeds} seeds of 300 items, {name}"
-            report.add("seeds", what, 100 * hits / draws, "% covered", false_claims=100 * claims / draws)
+            report.add(
+                "seeds",
+                what,
+                100 * hits / draws,
+                "% covered",
+                false_claims=100 * claims / draws,
+            )
 
 
 def one_for_many_seeds(report, draws: int, rng) -> None:

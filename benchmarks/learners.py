@@ -46,7 +46,14 @@ def run(report) -> None:
         times = dict(zip(LEARNERS, alternated, strict=True))
         for learner in others:
             what = f"{name}: {learner} / {PLAIN}, step"
-            report.add_ratio("learners", what, times[learner], times[PLAIN], tokens=tokens, accumulation=accumulation)
+            report.add_ratio(
+                "learners",
+                what,
+                times[learner],
+                times[PLAIN],
+                tokens=tokens,
+                accumulation=accumulation,
+            )
 
     # GB of each.
     peaks = {learner: _peak(learner, shape, layers, tokens, report) / 1e9 for learner in LEARNERS}
@@ -64,7 +71,15 @@ def run(report) -> None:
 class _LearnerStep(Step):
     """A step that sets the progress of training, on which ramps, schedules and noise depend."""
 
-    def __init__(self, learner: str, shape: dict, layers: list[int], tokens: int, accumulation: int, device):
+    def __init__(
+        self,
+        learner: str,
+        shape: dict,
+        layers: list[int],
+        tokens: int,
+        accumulation: int,
+        device,
+    ):
         settings = dict(LEARNERS[learner])
         is_base = settings.pop("removed_value", "zero") == "base"
         config = MaskConfig(layers_to_transform=layers, **settings)
@@ -85,7 +100,13 @@ class _LearnerStep(Step):
         super().__call__()
 
 
-def _peak(learner: str, shape: dict, layers: list[int], tokens: int, report) -> int:
+def _peak(
+    learner: str,
+    shape: dict,
+    layers: list[int],
+    tokens: int,
+    report,
+) -> int:
     """Peak bytes of a learner. In a new process, because the peak of a process never falls."""
     context = multiprocessing.get_context("spawn")
     arguments = (learner, shape, layers, tokens, str(report.device), torch.get_num_threads())
@@ -93,7 +114,14 @@ def _peak(learner: str, shape: dict, layers: list[int], tokens: int, report) -> 
         return pool.apply(_measure, arguments)
 
 
-def _measure(learner: str, shape: dict, layers: list[int], tokens: int, device: str, threads: int) -> int:
+def _measure(
+    learner: str,
+    shape: dict,
+    layers: list[int],
+    tokens: int,
+    device: str,
+    threads: int,
+) -> int:
     torch.set_num_threads(threads)
     step = _LearnerStep(learner, shape, layers, tokens, 2, torch.device(device))
     for _ in range(3):

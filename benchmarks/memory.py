@@ -66,7 +66,13 @@ def run(report) -> None:
     report.add("memory", f"{mask} / full fine-tuning", peaks["gates"] / peaks["full"], "x")
 
 
-def _peak(side: str, shape: dict, layers: list[int], tokens: int, report) -> int:
+def _peak(
+    side: str,
+    shape: dict,
+    layers: list[int],
+    tokens: int,
+    report,
+) -> int:
     """Peak bytes of a side. In a new process, because the peak of a process never falls."""
     context = multiprocessing.get_context("spawn")
     arguments = (side, shape, layers, tokens, str(report.device), torch.get_num_threads())

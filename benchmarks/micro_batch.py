@@ -36,7 +36,13 @@ def run(report) -> None:
     report.add_ratio("micro_batch", f"{mask} / full fine-tuning", gates, full, None, rounds=report.rounds)
 
 
-def steps_of(sides: tuple[str, ...], shape: dict, layers: list[int], tokens: int, report) -> list[Step]:
+def steps_of(
+    sides: tuple[str, ...],
+    shape: dict,
+    layers: list[int],
+    tokens: int,
+    report,
+) -> list[Step]:
     """A step of each side, with one micro-batch."""
     models = [prepare(side, build(shape, report.device), layers) for side in sides]
     return [Step(model, shape["vocab_size"], tokens, 1, report.device) for model in models]

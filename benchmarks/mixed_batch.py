@@ -180,15 +180,34 @@ def compare(
                     continue
                 target = TARGETS["base"] if side in MASKS and has_target else None
                 what = f"{phase}, {number} adapters: {side} / base"
-                report.add_ratio("mixed", what, of[side], of["base"], target, **facts)
+                report.add_ratio(
+                    "mixed",
+                    what,
+                    of[side],
+                    of["base"],
+                    target,
+                    **facts,
+                )
             for masks, lora in itertools.product(MASKS, LORAS):
                 target = TARGETS.get(lora) if has_target else None
                 what = f"{phase}, {number} adapters: {lora} / {masks}"
-                report.add_ratio("mixed", what, of[lora], of[masks], target, **facts)
+                report.add_ratio(
+                    "mixed",
+                    what,
+                    of[lora],
+                    of[masks],
+                    target,
+                    **facts,
+                )
 
 
 @torch.inference_mode()
-def prefill_and_decode(model, ids: torch.Tensor, names: list[str] | None, new_tokens: int) -> tuple[float, float]:
+def prefill_and_decode(
+    model,
+    ids: torch.Tensor,
+    names: list[str] | None,
+    new_tokens: int,
+) -> tuple[float, float]:
     """Seconds of the prompt, and of all new tokens; on a CPU processor time, which other programs change least."""
     clock = time.process_time if ids.device.type == "cpu" else _synchronised
     # As PEFT's generate() does: hooks that pass the adapter names to the layers, set once for all tokens.
@@ -214,7 +233,13 @@ def _synchronised() -> float:
     return time.perf_counter()
 
 
-def many(report, model, folders: list[Path], number: int, what: str) -> None:
+def many(
+    report,
+    model,
+    folders: list[Path],
+    number: int,
+    what: str,
+) -> None:
     """Load ``number`` masks: seconds, and bytes of a mask in its file, in use, and in a batch."""
     started = time.process_time()
     masked = with_masks(model, folders, number)
@@ -224,7 +249,12 @@ def many(report, model, folders: list[Path], number: int, what: str) -> None:
     report.add("mixed", f"{what}: file", file_bytes / 1e6, "MB")
 
     # A batch in which every row uses another mask.
-    ids = torch.zeros(BATCH, 1, dtype=torch.long, device=report.device)
+    ids = torch.zeros(
+        BATCH,
+        1,
+        dtype=torch.long,
+        device=report.device,
+    )
     names = [str(row % number) for row in range(BATCH)]
     num_used = min(BATCH, number)
     started = time.process_time()

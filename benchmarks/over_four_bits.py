@@ -27,7 +27,11 @@ NUM_TOKENS = 28
 NUM_LABELS = 5  # tokens of an answer
 
 
-def measure(side: str, folder: str, num_steps: int) -> tuple[list[float], int, int]:
+def measure(
+    side: str,
+    folder: str,
+    num_steps: int,
+) -> tuple[list[float], int, int]:
     """Train a side; returns seconds of the steps, peak memory after loading and after training, in bytes."""
     torch.set_num_threads(1)
     torch.manual_seed(0)

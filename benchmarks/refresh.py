@@ -13,7 +13,11 @@ def run(report) -> None:
     measure(report, shape)
 
 
-def measure(report, shape: tuple[int, int], is_compiled: bool = False) -> None:
+def measure(
+    report,
+    shape: tuple[int, int],
+    is_compiled: bool = False,
+) -> None:
     """Add the rows of a matrix of this shape; ``is_compiled``: also of the compiled refresh."""
     generator = torch.Generator().manual_seed(0)
     scores = (torch.randn(shape, generator=generator) * 0.02).to(report.device)
@@ -45,7 +49,13 @@ def measure(report, shape: tuple[int, int], is_compiled: bool = False) -> None:
             try:
                 report.compare("refresh", f"compiled / {name}", torch.compile(refresh, backend=backend), refresh)
             except Exception as error:  # no compiler: the rest is measured
-                report.add("refresh", f"compiled / {name}", None, "x", error=str(error)[:300])
+                report.add(
+                    "refresh",
+                    f"compiled / {name}",
+                    None,
+                    "x",
+                    error=str(error)[:300],
+                )
         if dtype == torch.float32:
             # These are slower than a refresh by one to two orders of magnitude, so few rounds are enough.
             few_rounds = min(3, report.rounds)

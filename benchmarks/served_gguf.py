@@ -56,7 +56,11 @@ def write_lora(base: Path, file: Path) -> Path:
     return file
 
 
-def serve(file: Path, num_threads: int, lora: Path | None = None) -> xllamacpp.Server:
+def serve(
+    file: Path,
+    num_threads: int,
+    lora: Path | None = None,
+) -> xllamacpp.Server:
     """A server of one slot."""
     params = xllamacpp.CommonParams()
     params.model.path = str(file)

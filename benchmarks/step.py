@@ -22,26 +22,79 @@ def units(num_layers: int, first: int, last: int) -> int:
 def run(report) -> None:
     """Add the rows."""
     if report.quick:
-        targets = {"floor": None, "full": None, "lora": None}
-        compare_sides(report, "tiny", TINY, [1, 2], 8, 4, targets, report.rounds)
+        targets = {
+            "floor": None,
+            "full": None,
+            "lora": None,
+        }
+        compare_sides(
+            report,
+            "tiny",
+            TINY,
+            [1, 2],
+            8,
+            4,
+            targets,
+            report.rounds,
+        )
         return
 
     # First, because memory that large models leave behind changes the price of allocations.
     name = "one layer of width 1536"
-    compare_sides(report, name, ONE_LAYER, [0], 128, 16, {"floor": "<= 1.05"}, 2 * report.rounds)
+    compare_sides(
+        report,
+        name,
+        ONE_LAYER,
+        [0],
+        128,
+        16,
+        {"floor": "<= 1.05"},
+        2 * report.rounds,
+    )
 
     # Full fine-tuning takes three units for each of the 30 layers: forward pass and both gradients.
     name = "SmolLM2-135M layers 20-23"
     layers = list(range(20, 24))
     share_of_full = units(30, 20, 23) / (3 * 30)
-    targets = {"floor": "<= 1.05", "full": f"<= {share_of_full * 1.1:.3f}", "lora": None}
+    targets = {
+        "floor": "<= 1.05",
+        "full": f"<= {share_of_full * 1.1:.3f}",
+        "lora": None,
+    }
     compare_sides(report, name, SMOLLM2, layers, 128, 16, targets, report.rounds)
     targets = {"floor": "<= 1.25", "full": None}
-    compare_sides(report, name, SMOLLM2, layers, 128, 1, targets, 2 * report.rounds)
+    compare_sides(
+        report,
+        name,
+        SMOLLM2,
+        layers,
+        128,
+        1,
+        targets,
+        2 * report.rounds,
+    )
 
     name = "7B-shaped layer"
-    compare_sides(report, name, LLAMA2_7B_TWO_LAYERS, [1], 128, 1, targets, report.rounds)
-    compare_sides(report, name, LLAMA2_7B_TWO_LAYERS, [1], 128, 16, {"floor": "<= 1.05"}, 2)
+    compare_sides(
+        report,
+        name,
+        LLAMA2_7B_TWO_LAYERS,
+        [1],
+        128,
+        1,
+        targets,
+        report.rounds,
+    )
+    compare_sides(
+        report,
+        name,
+        LLAMA2_7B_TWO_LAYERS,
+        [1],
+        128,
+        16,
+        {"floor": "<= 1.05"},
+        2,
+    )
 
 
 def compare_sides(
@@ -74,7 +127,11 @@ def compare_sides(
         steps.append(Step(model, shape["vocab_size"], tokens, accumulation, report.device))
     ours, *others = alternate(steps, rounds, report.device, warm_up)
 
-    facts = {"tokens": tokens, "accumulation": accumulation, "rounds": rounds}
+    facts = {
+        "tokens": tokens,
+        "accumulation": accumulation,
+        "rounds": rounds,
+    }
     for (other, target), times in zip(targets.items(), others, strict=True):
         if other == "published":
             report.add_ratio("published", f"{name}: sorted in every forward / mask", times, ours, target, **facts)

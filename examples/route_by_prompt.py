@@ -34,7 +34,12 @@ class Router:
         prompts: Task -> prompts of its training rows; some dozens are enough.
     """
 
-    def __init__(self, model, tokenizer, prompts: dict[str, list[str]]) -> None:
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        prompts: dict[str, list[str]],
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.names = list(prompts)

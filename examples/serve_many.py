@@ -100,7 +100,12 @@ class Server:
         # and subtract, per row, the part of the weights that the row's mask removes.
         names = [waiting.adapter for waiting in batch]
         num_new = max(waiting.request.max_tokens for waiting in batch)
-        output = self.model.generate(**inputs, adapter_names=names, max_new_tokens=num_new, do_sample=False)
+        output = self.model.generate(
+            **inputs,
+            adapter_names=names,
+            max_new_tokens=num_new,
+            do_sample=False,
+        )
 
         answers = []
         width = inputs["input_ids"].shape[1]
@@ -111,7 +116,12 @@ class Server:
             answers.append(self.completion(waiting, tokens, num_prompt))
         return answers
 
-    def completion(self, waiting: Waiting, tokens: list[int], num_prompt: int) -> JSONResponse:
+    def completion(
+        self,
+        waiting: Waiting,
+        tokens: list[int],
+        num_prompt: int,
+    ) -> JSONResponse:
         """The answer to a request, as OpenAI's interface has it.
 
         Args:
@@ -183,7 +193,11 @@ class Server:
 
 def failed(status: int, message: str) -> JSONResponse:
     """An error in OpenAI's form."""
-    error = {"message": message, "type": "invalid_request_error", "code": None}
+    error = {
+        "message": message,
+        "type": "invalid_request_error",
+        "code": None,
+    }
     return JSONResponse({"error": error}, status)
 
 

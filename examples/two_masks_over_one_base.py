@@ -14,7 +14,11 @@ import maskft
 import tiny
 
 
-def train(model: PeftModel, prompts: list[str], steps: int = 20) -> None:
+def train(
+    model: PeftModel,
+    prompts: list[str],
+    steps: int = 20,
+) -> None:
     """Minimise the loss on ``prompts``. Only the scores of the active mask require a gradient."""
     batch = tiny.tokenizer()(prompts, return_tensors="pt", padding=True)
     labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)

@@ -26,7 +26,11 @@ from maskft_lab.results.scores import scores
 from maskft_lab.results.words import score_text
 
 
-def main(folders: list[Path], controls: list[str], fixed_seeds: bool = False) -> str:
+def main(
+    folders: list[Path],
+    controls: list[str],
+    fixed_seeds: bool = False,
+) -> str:
     """Return the table of the results in ``folders``; with ``fixed_seeds`` of these models, over items alone."""
     results = _results_in_all(folders)
     names = list(dict.fromkeys(result["name"] for result in results))

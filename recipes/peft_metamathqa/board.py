@@ -76,7 +76,11 @@ def main(out: Path, sources: list[Path], before: str) -> str:
     return table
 
 
-def experiment(result: Result, trained: dict[str, Any], forgetting: float) -> dict[str, Any]:
+def experiment(
+    result: Result,
+    trained: dict[str, Any],
+    forgetting: float,
+) -> dict[str, Any]:
     """Return a run as PEFT's runner writes one."""
     settings = result["study"]["settings"]
     environment = result["environment"]

@@ -153,7 +153,12 @@ def linear_weights(model) -> dict[str, torch.Tensor]:
     return weights
 
 
-def store(model, how: str, grid: BlockGrid | NF4Grid, scales: dict[str, torch.Tensor]) -> int:
+def store(
+    model,
+    how: str,
+    grid: BlockGrid | NF4Grid,
+    scales: dict[str, torch.Tensor],
+) -> int:
     """Replace the linear weights by the values that a grid of grids.py can hold; returns how many values differ."""
     num_differ = 0
     for name, weight in linear_weights(model).items():
@@ -254,7 +259,14 @@ def make_bases(folder: Path, type_name: str) -> dict[str, Path]:
     return bases
 
 
-def train(base: Path, data_dir: Path, task: str, method: str, seed: int, folder: Path) -> None:
+def train(
+    base: Path,
+    data_dir: Path,
+    task: str,
+    method: str,
+    seed: int,
+    folder: Path,
+) -> None:
     """Train a method over a base with ``maskft train``, unless that was done before."""
     options = {
         **METHODS[method],
@@ -281,7 +293,12 @@ def train_once(options: Options, folder: Path) -> None:
         sys.exit(status)
 
 
-def trained(base: Path, folder: Path, method: str, is_merged: bool = True):
+def trained(
+    base: Path,
+    folder: Path,
+    method: str,
+    is_merged: bool = True,
+):
     """A trained model in float32, its adapter merged or not."""
     if not holds_adapter(folder):  # all weights were trained
         return load_model(str(folder), "float32")
@@ -308,7 +325,13 @@ class Results:
         rows: Rows of an earlier call.
     """
 
-    def __init__(self, file: Path, head: dict, test: Test, rows: Sequence[dict] = ()):
+    def __init__(
+        self,
+        file: Path,
+        head: dict,
+        test: Test,
+        rows: Sequence[dict] = (),
+    ):
         self.file = file
         self.head = head
         self.test = test
@@ -319,7 +342,14 @@ class Results:
         wanted = (method, over, stored)
         return any((row["method"], row["trained_over"], row["stored"]) == wanted for row in self.rows)
 
-    def add(self, method: str, over: str, stored: str, model, num_differ: int | None) -> None:
+    def add(
+        self,
+        method: str,
+        over: str,
+        stored: str,
+        model,
+        num_differ: int | None,
+    ) -> None:
         """Measure a model and write the file.
 
         Args:
@@ -362,7 +392,12 @@ def run(args, task: str, seed: int) -> None:
     # A second call continues where the first ended.
     file = args.results / f"{task}-{type_name}-seed{seed}.json"
     rows = json.loads(file.read_text())["rows"] if file.is_file() else []
-    head = {"task": task, "type": type_name, "seed": seed, "num_linear": num_linear}
+    head = {
+        "task": task,
+        "type": type_name,
+        "seed": seed,
+        "num_linear": num_linear,
+    }
     results = Results(file, head, test, rows)
 
     # The bases themselves.
@@ -406,7 +441,12 @@ def run_ready(args) -> None:
     model = load_model(str(bases["float"]), "float32")
     num_linear = sum(weight.numel() for weight in linear_weights(model).values())
     file = args.results / f"intents-{type_name}-seed-ready.json"
-    head = {"task": "intents", "type": type_name, "seed": "ready", "num_linear": num_linear}
+    head = {
+        "task": "intents",
+        "type": type_name,
+        "seed": "ready",
+        "num_linear": num_linear,
+    }
     results = Results(file, head, test)
 
     masks.apply_(model)
@@ -507,7 +547,11 @@ def _table_of(runs: list[dict]) -> list[str]:
     return [*lines, ""]
 
 
-def difference(before: list[dict], after: list[dict], confidence: float) -> str:
+def difference(
+    before: list[dict],
+    after: list[dict],
+    confidence: float,
+) -> str:
     """Accuracy after - before in points, with its interval; both in the order of the seeds."""
     before_SN = np.array([row["right"] for row in before])
     after_SN = np.array([row["right"] for row in after])
@@ -520,7 +564,11 @@ def difference(before: list[dict], after: list[dict], confidence: float) -> str:
     return f"{bootstrap.difference:+.1f} [{low:.1f}, {high:.1f}]"
 
 
-def _forgotten(base_rows: list[dict], rows: list[dict], probe: str) -> float:
+def _forgotten(
+    base_rows: list[dict],
+    rows: list[dict],
+    probe: str,
+) -> float:
     """Loss on a probe minus that of a base, which is the same for every seed."""
     after = float(np.mean([row["probes"][probe] for row in rows]))
     return after - base_rows[0]["probes"][probe]

@@ -44,7 +44,11 @@ TOLERANCE = 0.2
 NOT_BINDING = 0.02
 
 # Method -> colour and marker.
-SHOWN = {"deletion mask": ("orange", "o"), "LoRA r 16": ("blue", "s"), "full": ("green", "^")}
+SHOWN = {
+    "deletion mask": ("orange", "o"),
+    "LoRA r 16": ("blue", "s"),
+    "full": ("green", "^"),
+}
 
 
 def main() -> None:
@@ -95,7 +99,11 @@ def run(args, task: str, seed: int) -> None:
     if file.is_file():
         content = json.loads(file.read_text())
     else:
-        content = {"task": task, "seed": seed, "rows": []}
+        content = {
+            "task": task,
+            "seed": seed,
+            "rows": [],
+        }
     done = {(row["method"], row["term"]) for row in content["rows"]}
 
     test = four_bits.load_test(args.data_dir, task)
@@ -122,7 +130,12 @@ def run(args, task: str, seed: int) -> None:
             kl["rows"] = Path(kl["rows"]).name
 
         model = four_bits.trained(EMBEDDED_MODEL, folder, method, is_merged=False)
-        row = {"method": label, "term": term, "kl": kl, "course": course}
+        row = {
+            "method": label,
+            "term": term,
+            "kl": kl,
+            "course": course,
+        }
         row |= test.measure(model)
         del model
         content["rows"].append(row)
@@ -134,7 +147,14 @@ def run(args, task: str, seed: int) -> None:
         print(f"{task} seed {seed}: {label}, {term}: {row['accuracy']:.1%}{reached}", flush=True)
 
 
-def train(args, task: str, method: str, term: float | str, seed: int, folder: Path) -> None:
+def train(
+    args,
+    task: str,
+    method: str,
+    term: float | str,
+    seed: int,
+    folder: Path,
+) -> None:
     """Train a method with a budget, the tuned weight or no term."""
     options = {**METHODS[method], **RATES[task][method]}
     if args.rate:
@@ -315,7 +335,12 @@ def draw(runs: list[dict], folder: Path) -> None:
                     color=COLOURS[colour],
                     markerfacecolor="none" if run["task"] == "sums" else COLOURS[colour],
                 )
-        axes.plot([0, largest], [0, largest], color=COLOURS["grey"], linewidth=0.8)
+        axes.plot(
+            [0, largest],
+            [0, largest],
+            color=COLOURS["grey"],
+            linewidth=0.8,
+        )
         axes.set_xlabel("KL(base || model) reached, nats per token")
         axes.set_ylabel(f"{probe}: forgotten, nats")
 

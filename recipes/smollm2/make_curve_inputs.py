@@ -70,14 +70,24 @@ def of_length(rows: list[dict], lengths: range) -> list[dict]:
     return [row for row in rows if len(json.dumps(row)) in lengths]
 
 
-def write_probe(folder: Path, name: str, rows: list[dict], rng: random.Random) -> None:
+def write_probe(
+    folder: Path,
+    name: str,
+    rows: list[dict],
+    rng: random.Random,
+) -> None:
     """Shuffle the rows in place, and write those that choose a point of a path and those that are reported."""
     rng.shuffle(rows)
     write(folder / f"{name}_choose.jsonl.gz", rows[:NUM_CHOOSE])
     write(folder / f"{name}_report.jsonl.gz", rows[NUM_CHOOSE : NUM_CHOOSE + NUM_REPORT])
 
 
-def write_task(folder: Path, task: str, train: list[dict], test: list[dict]) -> None:
+def write_task(
+    folder: Path,
+    task: str,
+    train: list[dict],
+    test: list[dict],
+) -> None:
     """Write a task's rows; the last training rows become the prompts on which the KL to the base is measured."""
     write(folder / f"{task}_train.jsonl.gz", train[:-NUM_PROMPTS])
     write(folder / f"{task}_prompts.jsonl.gz", train[-NUM_PROMPTS:])

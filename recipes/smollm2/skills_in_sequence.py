@@ -92,7 +92,12 @@ def main() -> None:
 # - bytes: size of the parameters that it trained.
 
 
-def each_its_own(method: str, tasks: Sequence[Task], measure: Measure, args) -> dict:
+def each_its_own(
+    method: str,
+    tasks: Sequence[Task],
+    measure: Measure,
+    args,
+) -> dict:
     """An adapter a task, each used for its own rows; forgetting is the mean over the adapters."""
     model = skills.with_adapters(tasks, method, args)
     alone = {}
@@ -135,7 +140,12 @@ def growing_union(tasks: Sequence[Task], measure: Measure, args) -> dict:
     return last_state(model, tasks, measure) | {"after": after, "bytes": num_bytes}
 
 
-def one_after_another(name: str, tasks: Sequence[Task], measure: Measure, args) -> dict:
+def one_after_another(
+    name: str,
+    tasks: Sequence[Task],
+    measure: Measure,
+    args,
+) -> dict:
     """One LoRA, or all weights, trained on task after task."""
     method, *_ = name.split()
     has_replay = name.endswith("with replay")
@@ -164,7 +174,12 @@ def one_after_another(name: str, tasks: Sequence[Task], measure: Measure, args) 
     return last_state(model, tasks, measure) | {"after": after, "bytes": num_bytes}
 
 
-def orthogonal(name: str, tasks: Sequence[Task], measure: Measure, args) -> dict:
+def orthogonal(
+    name: str,
+    tasks: Sequence[Task],
+    measure: Measure,
+    args,
+) -> dict:
     """O-LoRA: one LoRA a task, orthogonal to the earlier ones, which stay on; all of them answer every task."""
     model: PeftModel | None = None
     after = []
@@ -210,7 +225,11 @@ def last_state(model, tasks: Sequence[Task], measure: Measure) -> dict:
     }
 
 
-def overlap(model: PeftModel, new: str, earlier: Sequence[str]) -> torch.Tensor:
+def overlap(
+    model: PeftModel,
+    new: str,
+    earlier: Sequence[str],
+) -> torch.Tensor:
     """Sum over layers and earlier adapters of |A_earlier A_new^T|, times its coefficient; A is (r, in_features)."""
     total = torch.zeros(())
     for module in model.modules():
@@ -224,7 +243,11 @@ def overlap(model: PeftModel, new: str, earlier: Sequence[str]) -> torch.Tensor:
     return ORTHOGONALITY * total
 
 
-def with_replay(task: Task, earlier: Sequence[Task], seed: int) -> list[dict]:
+def with_replay(
+    task: Task,
+    earlier: Sequence[Task],
+    seed: int,
+) -> list[dict]:
     """Rows of a task, REPLAY_SHARE of them replaced by rows of earlier tasks, equally many of each."""
     rows = task.train
     if not earlier:

@@ -68,11 +68,25 @@ def main() -> None:
         found["base"] = measure.all(model, [first, second])
         for task in (first, second):
             found[task.name] = measured([masks[task.name]], [first, second], measure, args)
-        found["ways"]["by itself"] = union(masks[first.name], masks[second.name], first, second, measure, args)
+        found["ways"]["by itself"] = union(
+            masks[first.name],
+            masks[second.name],
+            first,
+            second,
+            measure,
+            args,
+        )
     for way in args.ways:
         if way not in found["ways"]:
             learned = train(way, second, masks[first.name], tokenizer, args)
-            found["ways"][way] = union(masks[first.name], learned, first, second, measure, args)
+            found["ways"][way] = union(
+                masks[first.name],
+                learned,
+                first,
+                second,
+                measure,
+                args,
+            )
             file.write_text(json.dumps(found, indent=1) + "\n")
             print(f"{way}: done", flush=True)
 
@@ -90,7 +104,13 @@ def saved_masks(tasks: tuple[Task, ...], args) -> dict[str, Masks]:
 # Training
 
 
-def train(way: str, task: Task, first: Masks, tokenizer, args) -> Masks:
+def train(
+    way: str,
+    task: Task,
+    first: Masks,
+    tokenizer,
+    args,
+) -> Masks:
     """Learn a task by a mask in one of WAYS; ``first`` is the mask that it will be combined with."""
     torch.manual_seed(args.seed)
     base = skills.load(args.model)
@@ -100,7 +120,12 @@ def train(way: str, task: Task, first: Masks, tokenizer, args) -> Masks:
     options = {}
     if way == "price 3":
         options["price"] = 3.0  # the preset's is 1
-    config = MaskConfig(preset="deletion_tuning", mask_seed=args.seed, task_type="CAUSAL_LM", **options)
+    config = MaskConfig(
+        preset="deletion_tuning",
+        mask_seed=args.seed,
+        task_type="CAUSAL_LM",
+        **options,
+    )
     model = get_peft_model(base, config)
 
     # The masked layers by their names in the unwrapped model, which the first mask uses too.
@@ -165,7 +190,12 @@ def remove(model, masks: Masks) -> None:
         weight.mul_(mask.to(weight.device))
 
 
-def measured(masks: list[Masks], tasks: list[Task], measure: Measure, args) -> dict:
+def measured(
+    masks: list[Masks],
+    tasks: list[Task],
+    measure: Measure,
+    args,
+) -> dict:
     """Accuracy and probes of the base without the weights that any of the masks removes."""
     model = skills.load(args.model).eval()
     for mask in masks:
@@ -173,7 +203,14 @@ def measured(masks: list[Masks], tasks: list[Task], measure: Measure, args) -> d
     return measure.all(model, tasks)
 
 
-def union(first_mask: Masks, second_mask: Masks, first: Task, second: Task, measure: Measure, args) -> dict:
+def union(
+    first_mask: Masks,
+    second_mask: Masks,
+    first: Task,
+    second: Task,
+    measure: Measure,
+    args,
+) -> dict:
     """The second mask alone and the union of both."""
     num_removed = 0
     num_common = 0

@@ -66,7 +66,11 @@ RATES = {
     "lora": {"sums": 1e-3, **dict.fromkeys(INTENTS, 3e-3)},
     "full": {"sums": 1e-4, **dict.fromkeys(INTENTS, 3e-4)},
 }
-DEFAULT_RATE = {"mask": 3e-3, "lora": 1e-3, "full": 1e-4}
+DEFAULT_RATE = {
+    "mask": 3e-3,
+    "lora": 1e-3,
+    "full": 1e-4,
+}
 
 # Ways to combine adapters; held-out rows choose one for every combination. A union of masks has no options.
 # LoRA, by add_weighted_adapter: `linear` adds the matrices A and the matrices B, `cat` adds the products B A, `ties`
@@ -97,7 +101,11 @@ WAYS: dict[str, list[dict]] = {
 # Tasks with at most this many labels are also measured among their labels.
 MAX_LABELS = 8
 
-METHODS = {"mask": "deletion mask", "lora": "LoRA r 16", "full": "full fine-tuning"}
+METHODS = {
+    "mask": "deletion mask",
+    "lora": "LoRA r 16",
+    "full": "full fine-tuning",
+}
 
 
 @dataclass(frozen=True)
@@ -253,7 +261,11 @@ def label_ids_of(rows: Sequence[dict]) -> tuple[int, ...]:
     return tuple(sorted(first_ids))
 
 
-def read_probes(folder: Path, tokenizer, args) -> dict[str, list[dict]]:
+def read_probes(
+    folder: Path,
+    tokenizer,
+    args,
+) -> dict[str, list[dict]]:
     """Tokenised rows of each probe: text on which forgetting is measured."""
     probes = {}
     for name in PROBES:
@@ -411,7 +423,12 @@ class Measure:
     probes: dict[str, list[dict]]
 
     @torch.no_grad()
-    def hits(self, model, rows: Sequence[dict], label_ids: Sequence[int] = ()) -> list[int]:
+    def hits(
+        self,
+        model,
+        rows: Sequence[dict],
+        label_ids: Sequence[int] = (),
+    ) -> list[int]:
         """1 where a row is right, else 0.
 
         Right is a row whose every completion token is the most probable one; with ``label_ids``, one whose first
@@ -460,7 +477,11 @@ class Measure:
                 hits[index] = int(right)
         return hits
 
-    def label_hits(self, model, tasks: Sequence[Task]) -> dict[str, list[int]]:
+    def label_hits(
+        self,
+        model,
+        tasks: Sequence[Task],
+    ) -> dict[str, list[int]]:
         """Test hits among a task's own labels, of the tasks with few labels."""
         hits = {}
         for task in tasks:
@@ -473,7 +494,12 @@ class Measure:
         with torch.autocast(model.device.type, torch.bfloat16):
             return {name: mean_nll(nll_per_item(model, rows)) for name, rows in self.probes.items()}
 
-    def all(self, model, tasks: Sequence[Task], has_probes: bool = True) -> dict:
+    def all(
+        self,
+        model,
+        tasks: Sequence[Task],
+        has_probes: bool = True,
+    ) -> dict:
         """Test hits of each task, also among its labels where it has few, and the probes."""
         hits = {task.name: self.hits(model, task.test) for task in tasks}
         label_hits = self.label_hits(model, tasks)
@@ -578,7 +604,11 @@ class Fulls:
             weight.copy_(self.base[name] + change)
 
 
-COMBINED = {"mask": Masks, "lora": Loras, "full": Fulls}
+COMBINED = {
+    "mask": Masks,
+    "lora": Loras,
+    "full": Fulls,
+}
 
 
 def measure_combinations(
@@ -638,7 +668,11 @@ def measure_combinations(
 # The table
 
 
-def retained(results: Sequence[dict], method: str, label: str) -> np.ndarray:
+def retained(
+    results: Sequence[dict],
+    method: str,
+    label: str,
+) -> np.ndarray:
     """Share of each skill's own accuracy that a combination keeps, in %: values (seeds, items) with that as their mean.
 
     Per task it is a ratio, right combined / right alone over all seeds and items. A ratio is not a mean of items, but
@@ -660,7 +694,12 @@ def retained(results: Sequence[dict], method: str, label: str) -> np.ndarray:
     return 100 * (np.mean(shares) + np.concatenate(deviations, axis=1))
 
 
-def hits_of(results: Sequence[dict], method: str, name: str, task: str) -> np.ndarray:
+def hits_of(
+    results: Sequence[dict],
+    method: str,
+    name: str,
+    task: str,
+) -> np.ndarray:
     """Hits on a task's test rows, (S seeds, N items), of a task's own adapter or of a combination: ``name``."""
     rows = [result["methods"][method][name]["hits"][task] for result in results]
     return np.array(rows, float)
@@ -826,10 +865,21 @@ def draw(results: Sequence[dict], folder: Path) -> None:
             for place, name in enumerate(labels):
                 height = place + offset
                 _, low, high = shown(retained(results, method, name), confidence)
-                axes.plot([low, high], [height, height], color=COLOURS[colour], linewidth=0.8)
+                axes.plot(
+                    [low, high],
+                    [height, height],
+                    color=COLOURS[colour],
+                    linewidth=0.8,
+                )
                 for result in results:
                     share = retained([result], method, name).mean()
-                    axes.plot(share, height, marker, color=COLOURS[colour], markersize=4)
+                    axes.plot(
+                        share,
+                        height,
+                        marker,
+                        color=COLOURS[colour],
+                        markersize=4,
+                    )
         axes.set_yticks(range(len(labels)), [picture_label(name) for name in labels])
         axes.invert_yaxis()  # the first combination at the top
         axes.set_xlabel("accuracy kept, % of each skill alone")
@@ -839,7 +889,12 @@ def draw(results: Sequence[dict], folder: Path) -> None:
     for method in methods:
         name, colour, marker = SHOWN[method]
         legend.append(Entry(name, colour, "", marker))
-    panel = Panel("Skills combined in one model", on, is_wide=True, height=0.6 + 0.45 * len(labels))
+    panel = Panel(
+        "Skills combined in one model",
+        on,
+        is_wide=True,
+        height=0.6 + 0.45 * len(labels),
+    )
     chart = Chart("", [panel], Table((), []), legend)
     for file_name, content in files_of(chart, "retained").items():
         if file_name.endswith(".svg"):

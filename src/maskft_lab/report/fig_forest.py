@@ -213,7 +213,12 @@ def _draw(
             ends += line.ends or ()
     x_limits = limits(values, ends, INTERVAL_SHARE)
     axes.set_xlim(x_limits)
-    axes.axvline(0, color=COLOURS["ink"], linewidth=0.8, zorder=1)
+    axes.axvline(
+        0,
+        color=COLOURS["ink"],
+        linewidth=0.8,
+        zorder=1,
+    )
 
     # Row 0 is at the top. The separator takes a row.
     places = list(range(len(lines)))
