@@ -14,26 +14,40 @@ TOKENS_OF_INTENTS = 352  # 16 rows of 22
 
 def run(report) -> None:
     """Add the rows."""
-    shapes = [
+    # A few layers: the masks of all matrices, and plain training of the same ones.
+    models = [
         ("SmolLM2-135M layers 20-23", SMOLLM2, list(range(20, 24))),
         ("layer of half 7B's width", HALF_7B_LAYER, [0]),
     ]
     if report.quick:
-        shapes = [("tiny", TINY, [1, 2])]
-    for name, shape, layers in shapes:
+        models = [("tiny", TINY, [1, 2])]
+    for name, shape, layers in models:
         steps = steps_of(("floor", "mask", "deletion"), shape, layers, TOKENS, report)
         floor, mask, deletion = alternate(steps, report.rounds, report.device)
         for side, times in (("mask", mask), ("deletion mask", deletion)):
-            report.add_ratio("micro_batch", f"{name}: {side} / floor", times, floor, "<= 1.10", rounds=report.rounds)
+            report.add_ratio(
+                "micro_batch",
+                f"{name}: {side} / floor",
+                times,
+                floor,
+                "<= 1.10",
+                rounds=report.rounds,
+            )
 
+    # All layers, with batches of the size that the studies of intents have.
     name = "tiny" if report.quick else "SmolLM2-135M"
     shape = TINY if report.quick else SMOLLM2
     layers = list(range(shape["num_hidden_layers"]))
     steps = steps_of(("gates", "lora", "full"), shape, layers, TOKENS_OF_INTENTS, report)
     gates, lora, full = alternate(steps, report.rounds, report.device)
-    mask = f"{name}: deletion mask of all gate projections"
-    report.add_ratio("micro_batch", f"{mask} / LoRA r 16 of all matrices", gates, lora, None, rounds=report.rounds)
-    report.add_ratio("micro_batch", f"{mask} / full fine-tuning", gates, full, None, rounds=report.rounds)
+    for side, times in (("LoRA r 16 of all matrices", lora), ("full fine-tuning", full)):
+        report.add_ratio(
+            "micro_batch",
+            f"{name}: deletion mask of all gate projections / {side}",
+            gates,
+            times,
+            rounds=report.rounds,
+        )
 
 
 def steps_of(
@@ -44,5 +58,8 @@ def steps_of(
     report,
 ) -> list[Step]:
     """A step of each side, with one micro-batch."""
-    models = [prepare(side, build(shape, report.device), layers) for side in sides]
-    return [Step(model, shape["vocab_size"], tokens, 1, report.device) for model in models]
+    steps = []
+    for side in sides:
+        model = prepare(side, build(shape, report.device), layers)
+        steps.append(Step(model, shape["vocab_size"], tokens, 1, report.device))
+    return steps

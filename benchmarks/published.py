@@ -15,50 +15,49 @@ def run(report) -> None:
     if report.quick:
         compare_sides(
             report,
-            "tiny",
-            TINY,
-            [1, 2],
-            8,
-            4,
-            {"published": None},
-            report.rounds,
+            name="tiny",
+            shape=TINY,
+            layers=[1, 2],
+            tokens=8,
+            accumulation=4,
+            targets={"published": None},
+            rounds=report.rounds,
             warm_up=False,
         )
         return
-    name = "one layer of width 1536"
     compare_sides(
         report,
-        name,
-        ONE_LAYER,
-        [0],
-        128,
-        16,
-        {"published": ">= 11"},
-        2,
+        name="one layer of width 1536",
+        shape=ONE_LAYER,
+        layers=[0],
+        tokens=128,
+        accumulation=16,
+        targets={"published": ">= 11"},
+        rounds=2,
         warm_up=False,
     )
 
     # A step of the published form takes minutes here, so there is one round, without a warm-up.
-    name = "7B-shaped layer"
     compare_sides(
         report,
-        name,
-        LLAMA2_7B_TWO_LAYERS,
-        [1],
-        128,
-        4,
-        {"published": ">= 8"},
-        1,
+        name="7B-shaped layer",
+        shape=LLAMA2_7B_TWO_LAYERS,
+        layers=[1],
+        tokens=128,
+        accumulation=4,
+        targets={"published": ">= 8"},
+        rounds=1,
         warm_up=False,
     )
+    # Longer rows: the products of matrices take a larger part of the time.
     compare_sides(
         report,
-        name,
-        LLAMA2_7B_TWO_LAYERS,
-        [1],
-        2048,
-        1,
-        {"published": ">= 1.7"},
-        1,
+        name="7B-shaped layer",
+        shape=LLAMA2_7B_TWO_LAYERS,
+        layers=[1],
+        tokens=2048,
+        accumulation=1,
+        targets={"published": ">= 1.7"},
+        rounds=1,
         warm_up=False,
     )

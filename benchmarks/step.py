@@ -22,78 +22,75 @@ def units(num_layers: int, first: int, last: int) -> int:
 def run(report) -> None:
     """Add the rows."""
     if report.quick:
-        targets = {
-            "floor": None,
-            "full": None,
-            "lora": None,
-        }
         compare_sides(
             report,
-            "tiny",
-            TINY,
-            [1, 2],
-            8,
-            4,
-            targets,
-            report.rounds,
+            name="tiny",
+            shape=TINY,
+            layers=[1, 2],
+            tokens=8,
+            accumulation=4,
+            targets={"floor": None, "full": None, "lora": None},
+            rounds=report.rounds,
         )
         return
 
     # First, because memory that large models leave behind changes the price of allocations.
-    name = "one layer of width 1536"
     compare_sides(
         report,
-        name,
-        ONE_LAYER,
-        [0],
-        128,
-        16,
-        {"floor": "<= 1.05"},
-        2 * report.rounds,
+        name="one layer of width 1536",
+        shape=ONE_LAYER,
+        layers=[0],
+        tokens=128,
+        accumulation=16,
+        targets={"floor": "<= 1.05"},
+        rounds=2 * report.rounds,
     )
 
     # Full fine-tuning takes three units for each of the 30 layers: forward pass and both gradients.
-    name = "SmolLM2-135M layers 20-23"
-    layers = list(range(20, 24))
     share_of_full = units(30, 20, 23) / (3 * 30)
-    targets = {
-        "floor": "<= 1.05",
-        "full": f"<= {share_of_full * 1.1:.3f}",
-        "lora": None,
-    }
-    compare_sides(report, name, SMOLLM2, layers, 128, 16, targets, report.rounds)
-    targets = {"floor": "<= 1.25", "full": None}
     compare_sides(
         report,
-        name,
-        SMOLLM2,
-        layers,
-        128,
-        1,
-        targets,
-        2 * report.rounds,
+        name="SmolLM2-135M layers 20-23",
+        shape=SMOLLM2,
+        layers=list(range(20, 24)),
+        tokens=128,
+        accumulation=16,
+        targets={"floor": "<= 1.05", "full": f"<= {share_of_full * 1.1:.3f}", "lora": None},
+        rounds=report.rounds,
     )
 
-    name = "7B-shaped layer"
+    # With one micro-batch a step, which pays for a whole refresh.
     compare_sides(
         report,
-        name,
-        LLAMA2_7B_TWO_LAYERS,
-        [1],
-        128,
-        1,
-        targets,
-        report.rounds,
+        name="SmolLM2-135M layers 20-23",
+        shape=SMOLLM2,
+        layers=list(range(20, 24)),
+        tokens=128,
+        accumulation=1,
+        targets={"floor": "<= 1.25", "full": None},
+        rounds=2 * report.rounds,
     )
     compare_sides(
         report,
-        name,
-        LLAMA2_7B_TWO_LAYERS,
-        [1],
-        128,
-        16,
-        {"floor": "<= 1.05"},
-        2,
+        name="7B-shaped layer",
+        shape=LLAMA2_7B_TWO_LAYERS,
+        layers=[1],
+        tokens=128,
+        accumulation=1,
+        targets={"floor": "<= 1.25", "full": None},
+        rounds=report.rounds,
+    )
+
+    # A step takes minutes here, so there are two rounds.
+    compare_sides(
+        report,
+        name="7B-shaped layer",
+        shape=LLAMA2_7B_TWO_LAYERS,
+        layers=[1],
+        tokens=128,
+        accumulation=16,
+        targets={"floor": "<= 1.05"},
+        rounds=2,
     )
 
 

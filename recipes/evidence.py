@@ -14,6 +14,7 @@ correction over the column leaves it distinguishable. Lower is better for losses
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
@@ -43,11 +44,12 @@ def main(
     tasks = results[0]["tasks"]
     task = next(name for name in tasks if not name.startswith(BEFORE))
     metrics = list(tasks[task]["metrics"])
-    before = []
+    before = []  # task and metric
     for name in tasks:
         if name.startswith(BEFORE):
-            before += [(name, metric) for metric in tasks[name]["metrics"]]
-    against = [(control, metric) for control in controls for metric in metrics]
+            for metric in tasks[name]["metrics"]:
+                before.append((name, metric))
+    against = list(itertools.product(controls, metrics))
 
     # Model, task and metric -> score; control, model and metric -> difference.
     reached = {}
@@ -56,7 +58,8 @@ def main(
     settings = Settings(fixed_seeds=fixed_seeds)
     compared = {}
     for control in controls:
-        for row in compare(results, control, tasks=[task], settings=settings).differences:
+        comparison = compare(results, control, tasks=[task], settings=settings)
+        for row in comparison.differences:
             compared[control, row.method, row.metric] = row
 
     columns = [
@@ -71,11 +74,19 @@ def main(
         "| --- |" + " ---: |" * len(columns),
     ]
     for name in names:
-        cells = [score_text(reached[name, task, metric]) for metric in metrics]
-        # A model is not compared with itself: its cell is empty.
-        cells += [_difference(compared.get((control, name, metric))) for control, metric in against]
-        cells += [score_text(reached[name, other, metric]) for other, metric in before]
+        cells = []
+        for metric in metrics:
+            score = reached[name, task, metric]
+            cells.append(score_text(score))
+        for control, metric in against:
+            # None for the control itself: a model is not compared with itself.
+            difference = compared.get((control, name, metric))
+            cells.append(_difference(difference))
+        for other, metric in before:
+            score = reached[name, other, metric]
+            cells.append(score_text(score))
 
+        # Means over the seeds.
         of_model = [result for result in results if result["name"] == name]
         num_tokens = [result["study"]["tokens"] for result in of_model]
         mean_tokens = sum(num_tokens) / len(num_tokens)
@@ -99,7 +110,8 @@ def _results_in_all(folders: list[Path]) -> list[Result]:
 
 def _read(folder: Path) -> list[Result]:
     # A study's folder has its results in folders of their own, a published one has them side by side.
-    found = sorted((folder / layout.RESULTS).rglob(layout.RESULT))
+    results = folder / layout.RESULTS
+    found = sorted(results.rglob(layout.RESULT))
     if not found:
         found = sorted(folder.glob("*.json.gz"))
     if not found:

@@ -46,15 +46,27 @@ def refreshed(folder: Path) -> dict[Path, str]:
     old = Comparison.from_dict(record["comparison"])
 
     compared = {old.baseline, *old.methods}
-    results = [result for result in gather(folder).results if result["name"] in compared]
+    results = []
+    for result in gather(folder).results:
+        if result["name"] in compared:
+            results.append(result)
     with_results = {result["name"] for result in results}
     if with_results != compared:
         # The numbers cannot be computed again; they stay, and the words become those of this version.
-        verdicts = [replace(verdict, text=reworded(verdict)) for verdict in old.verdicts]
-        record["comparison"]["verdicts"] = [asdict(verdict) for verdict in verdicts]
+        verdicts = []
+        for verdict in old.verdicts:
+            new_verdict = replace(verdict, text=reworded(verdict))
+            verdicts.append(asdict(new_verdict))
+        record["comparison"]["verdicts"] = verdicts
         return {summary_file: json.dumps(summary, indent=1) + "\n"}
 
-    settings = Settings(old.num_resamples, old.seed, old.confidence, old.fixed_seeds)
+    # With the same settings as before, also the seed of the bootstrap.
+    settings = Settings(
+        num_resamples=old.num_resamples,
+        seed=old.seed,
+        confidence=old.confidence,
+        fixed_seeds=old.fixed_seeds,
+    )
     new = compare(results, old.baseline, settings=settings)
     _check_verdicts(old, new)
     record["comparison"] = new.to_dict()
@@ -86,7 +98,8 @@ def _with_comparison(table: str, comparison: str) -> str:
     start = table.index("| model |")
     found = LAST_LINE.search(table)
     assert found is not None
-    return table[:start] + comparison.rstrip("\n") + table[found.end() :]
+    end = found.end()
+    return table[:start] + comparison.rstrip("\n") + table[end:]
 
 
 def _against_mask(file: Path, folder: Path) -> str:
@@ -112,6 +125,7 @@ def main(folders: list[Path], is_written: bool) -> None:
         try:
             texts = refreshed(folder)
         except UserError as error:
+            # One folder must not keep the others from being refreshed.
             print(f"{folder.name}: left as it is: {error}")
             continue
         for file, text in texts.items():
@@ -120,7 +134,8 @@ def main(folders: list[Path], is_written: bool) -> None:
                 continue
             print(f"{folder.name}/{file.name}: changed")
             if file.suffix == ".md":
-                for line in difflib.unified_diff(old.splitlines(), text.splitlines(), lineterm="", n=0):
+                lines = difflib.unified_diff(old.splitlines(), text.splitlines(), lineterm="", n=0)
+                for line in lines:
                     # Without the names of files and the numbers of lines.
                     if not line.startswith(("---", "+++", "@@")):
                         print(line)

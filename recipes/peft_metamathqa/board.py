@@ -42,6 +42,7 @@ def main(out: Path, sources: list[Path], before: str) -> str:
             results[_name(result)] = result
         trained |= files.read_json(source / "training.json")
 
+    # Any of the pre-trained results: it is the same model in all folders.
     base = next(result for result in results.values() if result["model"]["method"] == "pretrained")
     loss_before = _nll(base, before)
     lines = [
@@ -53,10 +54,11 @@ def main(out: Path, sources: list[Path], before: str) -> str:
             continue
         training = trained[result["study"]["run"]]
         if not training["num_trainable"]:
-            continue
+            continue  # a fixed mask
         record = experiment(result, training, _nll(result, before) - loss_before)
         file_name = name.replace("/", "--") + ".json"
-        files.write_text(out / "results" / file_name, json.dumps(record, indent=2) + "\n")
+        text = json.dumps(record, indent=2) + "\n"
+        files.write_text(out / "results" / file_name, text)
 
         info = record["train_info"]
         last = info["metrics"][-1]
@@ -90,7 +92,10 @@ def experiment(
 
     # PEFT's processing.py expects whole numbers of bytes.
     memory = [row["peak_memory_bytes"] for row in history if "peak_memory_bytes" in row]
-    losses = [{"step": row["step"], "train loss": row["loss"]} for row in history if "loss" in row]
+    losses = []
+    for row in history:
+        if "loss" in row:
+            losses.append({"step": row["step"], "train loss": row["loss"]})
     last = {
         "step": num_steps,
         "test accuracy": result["tasks"]["heldout"]["metrics"]["accuracy"]["value"],

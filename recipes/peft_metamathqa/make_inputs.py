@@ -30,8 +30,9 @@ def main(sources: Path, folder: Path) -> None:
     for row in read(sources, "metamath"):
         query = row["query"]
         response = row["response"]
-        if len(f"{query} {response}") <= MOST_CHARACTERS:
-            trained.append({"text": TEMPLATE.format(query=query) + response})
+        num_characters = len(f"{query} {response}")
+        if num_characters <= MOST_CHARACTERS:
+            trained.append(solved(query, response))
     write(folder / "metamathqa.jsonl.gz", trained)
 
     # The 50 rows that PEFT's runner draws: it shuffles with this generator and seed.
@@ -41,13 +42,19 @@ def main(sources: Path, folder: Path) -> None:
     valid = []
     for index in order[:NUM_VALID]:
         row = questions[index]
-        valid.append({"text": TEMPLATE.format(query=row["question"]) + row["answer"]})
+        valid.append(solved(row["question"], row["answer"]))
     write(folder / "gsm8k_valid.jsonl.gz", valid)
 
     tests = [asked(row) for row in read(sources, "gsm8k_test")]
     write(folder / "gsm8k_test.jsonl.gz", tests)
-    pages = read(sources, "finewiki")[:NUM_TEXTS]
-    write(folder / "wikipedia.jsonl.gz", [{"text": page["text"]} for page in pages])
+    pages = read(sources, "finewiki")
+    texts = [{"text": page["text"]} for page in pages[:NUM_TEXTS]]  # without its other columns
+    write(folder / "wikipedia.jsonl.gz", texts)
+
+
+def solved(query: str, response: str) -> dict:
+    """Return a question with its solution as one text."""
+    return {"text": TEMPLATE.format(query=query) + response}
 
 
 def asked(row: dict) -> dict:

@@ -35,18 +35,22 @@ def main(folder: Path, seed: int = 0) -> None:
 
     # One generator for all files: the rows of a later file depend on the draws before it.
     rng = random.Random(seed)
-    pairs = list(itertools.product(range(100, 1000), range(100, 1000)))
+    # Numbers of three digits.
+    numbers = range(100, 1000)
+    pairs = list(itertools.product(numbers, numbers))
     additions = rng.sample(pairs, NUM_ADDITIONS)
     write(folder / "additions.jsonl.gz", [addition(a, b) for a, b in additions])
 
-    products = list(itertools.product(range(100, 1000), range(2, 10)))
+    # Three digits times one.
+    products = list(itertools.product(numbers, range(2, 10)))
     rng.shuffle(products)
     rows = [exercise(f"{a} * {b} =", a * b) for a, b in products]
     write(folder / "products_train.jsonl.gz", rows[:NUM_TRAIN])
     write(folder / "products_test.jsonl.gz", rows[NUM_TRAIN:])
 
-    # Training rows, test rows, prompts, and the rest.
-    sums = list(itertools.product(range(10, 100), range(10, 100)))
+    # Numbers of two digits: training rows, test rows, prompts, and the rest.
+    numbers = range(10, 100)
+    sums = list(itertools.product(numbers, numbers))
     rng.shuffle(sums)
     rows = [addition(a, b) for a, b in sums]
     end_of_test = NUM_SUMS + NUM_TEST_SUMS
@@ -110,9 +114,11 @@ def addition(a: int, b: int) -> dict:
 def write(file: Path, rows: list[dict]) -> None:
     """Write rows as gzipped JSON lines."""
     # Without a name and a time in the header of gzip, the same rows give the same bytes.
-    with open(file, "wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", filename="", mtime=0) as out:
-        for row in rows:
-            out.write((json.dumps(row) + "\n").encode())
+    with open(file, "wb") as raw:
+        with gzip.GzipFile(fileobj=raw, mode="wb", filename="", mtime=0) as out:
+            for row in rows:
+                line = json.dumps(row) + "\n"
+                out.write(line.encode())
     print(f"{len(rows):,} rows: {file}")
 
 

@@ -186,8 +186,11 @@ class Test:
     def measure(self, model) -> dict:
         """Accuracy, loss (nats per token), 1 or 0 for each row that is right or wrong, nats per token on the probes."""
         model.eval()
+        probes = {}
         with torch.autocast("cpu", torch.bfloat16):
-            probes = {name: mean_nll(nll_per_item(model, rows)) for name, rows in self.probes.items()}
+            for name, rows in self.probes.items():
+                items = nll_per_item(model, rows)
+                probes[name] = mean_nll(items)
 
         right = [0] * len(self.rows)
         total_loss = 0.0
@@ -195,8 +198,10 @@ class Test:
         lengths = [len(row["input_ids"]) for row in self.rows]
         for places in length_sorted_batches(lengths, BATCH):
             batch = [self.rows[place] for place in places]
-            ids_BT, mask_BT = pad([row["input_ids"] for row in batch], self.pad_token_id, "cpu")
-            labels_BT, _ = pad([row["labels"] for row in batch], IGNORED, "cpu")
+            batch_ids = [row["input_ids"] for row in batch]
+            batch_labels = [row["labels"] for row in batch]
+            ids_BT, mask_BT = pad(batch_ids, self.pad_token_id, "cpu")
+            labels_BT, _ = pad(batch_labels, IGNORED, "cpu")
             with torch.autocast("cpu", torch.bfloat16):
                 output = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
 
@@ -228,7 +233,11 @@ def load_test(data_dir: Path, task: str) -> Test:
     tokenizer = load_tokenizer(EMBEDDED_MODEL)
 
     def rows_of(file: str, num_rows: int) -> list[dict]:
-        arguments = DataArguments(dataset_name=str(data_dir / file), as_chat=False, max_eval_samples=num_rows)
+        arguments = DataArguments(
+            dataset_name=str(data_dir / file),
+            as_chat=False,
+            max_eval_samples=num_rows,
+        )
         rows = heldout_rows(arguments, None, tokenizer)
         return [tokenize_example(row, tokenizer, max_length=192) for row in rows]
 
@@ -339,8 +348,10 @@ class Results:
 
     def has(self, method: str, over: str, stored: str) -> bool:
         """Whether a model was measured before."""
-        wanted = (method, over, stored)
-        return any((row["method"], row["trained_over"], row["stored"]) == wanted for row in self.rows)
+        for row in self.rows:
+            if (row["method"], row["trained_over"], row["stored"]) == (method, over, stored):
+                return True
+        return False
 
     def add(
         self,
@@ -480,8 +491,8 @@ def table(results: Path) -> str:
     for file in sorted(results.glob("*-seed*.json")):
         run = json.loads(file.read_text())
         is_ready = run["seed"] == "ready"
-        group = groups.setdefault((run["task"], run["type"], is_ready), [])
-        group.append(run)
+        key = (run["task"], run["type"], is_ready)
+        groups.setdefault(key, []).append(run)
 
     lines = []
     for runs in groups.values():
@@ -570,7 +581,8 @@ def _forgotten(
     probe: str,
 ) -> float:
     """Loss on a probe minus that of a base, which is the same for every seed."""
-    after = float(np.mean([row["probes"][probe] for row in rows]))
+    losses = [row["probes"][probe] for row in rows]
+    after = float(np.mean(losses))
     return after - base_rows[0]["probes"][probe]
 
 

@@ -13,7 +13,10 @@ import gguf
 from gguf import GGMLQuantizationType
 
 # Lowest and highest code of GGUF's symmetric types. A value is a code times the scale of its block.
-CODES = {"Q4_0": (-8, 7), "Q8_0": (-127, 127)}
+CODES = {
+    "Q4_0": (-8, 7),
+    "Q8_0": (-127, 127),
+}
 TYPES = (*CODES, "NF4")
 
 
@@ -50,7 +53,8 @@ class BlockGrid:
         _, num_bytes = gguf.GGML_QUANT_SIZES[self._type]
         packed = gguf.quantize(weight.numpy(), self._type)
         blocks = packed.reshape(-1, num_bytes)
-        scales = blocks[:, :2].copy().view(np.float16)
+        scale_bytes = blocks[:, :2].copy()
+        scales = scale_bytes.view(np.float16)
         return torch.from_numpy(scales.astype(np.float32))
 
     def nearest(self, weight: Tensor, scales: Tensor) -> Tensor:
@@ -58,7 +62,8 @@ class BlockGrid:
         blocks = weight.reshape(-1, self.block_size)
         # A block of zeros has the scale 0. Its codes are 0, where a division would give NaN.
         inverse = torch.where(scales == 0, 0.0, 1 / scales)
-        codes = (blocks * inverse).round().clamp(*self._codes)
+        lowest, highest = self._codes
+        codes = (blocks * inverse).round().clamp(lowest, highest)
         return (codes * scales).reshape(weight.shape)
 
 
@@ -78,7 +83,11 @@ class NF4Grid:
         from bitsandbytes import functional
 
         self._functional = functional
-        self._levels = functional.get_4bit_type("nf4", device="cpu", blocksize=self.block_size)
+        self._levels = functional.get_4bit_type(
+            "nf4",
+            device="cpu",
+            blocksize=self.block_size,
+        )
 
     def fresh(self, weight: Tensor) -> Tensor:
         """Values of a weight after quantisation with new scales: the largest magnitude of each block."""
@@ -99,9 +108,15 @@ class NF4Grid:
 
         # The levels are not evenly spaced, so codes cannot be rounded: the boundary between two levels is halfway
         # between them.
-        boundaries = (self._levels[1:] + self._levels[:-1]) / 2
+        below = self._levels[:-1]
+        above = self._levels[1:]
+        boundaries = (above + below) / 2
         codes = torch.bucketize(scaled.contiguous(), boundaries)
         return (self._levels[codes] * scales).reshape(weight.shape)
 
     def _quantize(self, weight: Tensor):
-        return self._functional.quantize_4bit(weight, blocksize=self.block_size, quant_type="nf4")
+        return self._functional.quantize_4bit(
+            weight,
+            blocksize=self.block_size,
+            quant_type="nf4",
+        )

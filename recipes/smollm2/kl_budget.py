@@ -117,7 +117,8 @@ def run(args, task: str, seed: int) -> None:
             continue
         folder = args.work / f"{task}-{label}-{term}-{seed}".replace(" ", "-")
         train(args, task, method, term, seed, folder)
-        summary = json.loads((folder / TRAINING).read_text())["summary"]
+        record = json.loads((folder / TRAINING).read_text())
+        summary = record["summary"]
 
         # The KL and its multiplier in the course of training, for runs with a budget.
         course = []
@@ -184,7 +185,9 @@ def train(
 
 def write(folder: Path) -> None:
     """Write table.md and the picture."""
-    runs = [json.loads(file.read_text()) for file in sorted(folder.glob("*-seed*.json"))]
+    runs = []
+    for file in sorted(folder.glob("*-seed*.json")):
+        runs.append(json.loads(file.read_text()))
     tables = []
     for task in TASKS:
         of_task = [run for run in runs if run["task"] == task]
@@ -283,7 +286,8 @@ def table(runs: list[dict]) -> str:
         accuracy = np.mean([row["accuracy"] for row in rows])
         cells.append(f"{100 * accuracy:.1f}")
         if has_tuned:
-            cells.append(_minus_tuned(term, pairs, found.get((method, TUNED), []), confidence))
+            of_tuned = found.get((method, TUNED), [])
+            cells.append(_minus_tuned(term, pairs, of_tuned, confidence))
         for probe in PROBES:
             losses = [forgotten(run, row, probe) for run, row in pairs]
             cells.append(f"{np.mean(losses):+.3f}")
@@ -335,6 +339,7 @@ def draw(runs: list[dict], folder: Path) -> None:
                     color=COLOURS[colour],
                     markerfacecolor="none" if run["task"] == "sums" else COLOURS[colour],
                 )
+        # Equality: as much is forgotten as the KL on the base's own text says.
         axes.plot(
             [0, largest],
             [0, largest],
@@ -344,8 +349,12 @@ def draw(runs: list[dict], folder: Path) -> None:
         axes.set_xlabel("KL(base || model) reached, nats per token")
         axes.set_ylabel(f"{probe}: forgotten, nats")
 
-    panels = [Panel(f"Forgetting of {probe}", partial(on, probe=probe)) for probe in PROBES]
-    legend = [Entry(method, colour, "", marker) for method, (colour, marker) in SHOWN.items()]
+    panels = []
+    for probe in PROBES:
+        panels.append(Panel(f"Forgetting of {probe}", partial(on, probe=probe)))
+    legend = []
+    for method, (colour, marker) in SHOWN.items():
+        legend.append(Entry(method, colour, "", marker))
     chart = Chart("", panels, Table((), []), legend)
     for name, content in files_of(chart, "forgotten").items():
         if name.endswith(".svg"):

@@ -29,9 +29,11 @@ def main(source: Path, folder: Path) -> None:
     rng.shuffle(train)
     rng.shuffle(test)
 
+    # Leave out test rows that are training rows as well, so that no answer is known by heart.
     trained = {row["prompt"] for row in train}
     test = [row for row in test if row["prompt"] not in trained]
-    write_task(folder, "clinc150", train[: NUM_TRAIN + NUM_PROMPTS], test[:NUM_TEST])
+    train = train[: NUM_TRAIN + NUM_PROMPTS]
+    write_task(folder, "clinc150", train, test[:NUM_TEST])
 
 
 def as_row(text: str, intent: str) -> dict:

@@ -45,8 +45,10 @@ def main(sources: Path, folder: Path) -> None:
     write_probe(folder, "wikipedia", paragraphs, rng)
 
     # Instructions that no probe has, to mix into the rows of a task.
-    rest = instructions[NUM_CHOOSE + NUM_REPORT :]
-    replay = [in_chat(row["messages"]) for row in rest[:NUM_REPLAY]]
+    first = NUM_CHOOSE + NUM_REPORT
+    replay = []
+    for row in instructions[first : first + NUM_REPLAY]:
+        replay.append(in_chat(row["messages"]))
     write(folder / "instructions_replay.jsonl.gz", replay)
 
     for task, (num_train, num_test) in SIZES.items():
@@ -57,17 +59,25 @@ def main(sources: Path, folder: Path) -> None:
         # Leave out test rows that are training rows as well, so that no answer is known by heart.
         trained = {row["prompt"] for row in train}
         test = [row for row in test if row["prompt"] not in trained]
-        write_task(folder, task, train[: num_train + NUM_PROMPTS], test[:num_test])
+        train = train[: num_train + NUM_PROMPTS]
+        write_task(folder, task, train, test[:num_test])
 
     programs = of_length(read(sources, "codegen"), CODE_LENGTHS)
     rng.shuffle(programs)
-    first_test = CODE_TRAIN + NUM_PROMPTS
-    write_task(folder, "code", programs[:first_test], programs[first_test : first_test + CODE_TEST])
+    num_train = CODE_TRAIN + NUM_PROMPTS
+    train = programs[:num_train]
+    test = programs[num_train : num_train + CODE_TEST]
+    write_task(folder, "code", train, test)
 
 
 def of_length(rows: list[dict], lengths: range) -> list[dict]:
     """Return the rows whose JSON has one of these lengths, in characters."""
-    return [row for row in rows if len(json.dumps(row)) in lengths]
+    found = []
+    for row in rows:
+        length = len(json.dumps(row))
+        if length in lengths:
+            found.append(row)
+    return found
 
 
 def write_probe(
@@ -78,8 +88,9 @@ def write_probe(
 ) -> None:
     """Shuffle the rows in place, and write those that choose a point of a path and those that are reported."""
     rng.shuffle(rows)
+    end = NUM_CHOOSE + NUM_REPORT
     write(folder / f"{name}_choose.jsonl.gz", rows[:NUM_CHOOSE])
-    write(folder / f"{name}_report.jsonl.gz", rows[NUM_CHOOSE : NUM_CHOOSE + NUM_REPORT])
+    write(folder / f"{name}_report.jsonl.gz", rows[NUM_CHOOSE:end])
 
 
 def write_task(
@@ -110,7 +121,8 @@ def in_chat(messages: list[dict]) -> dict:
 
 def read(sources: Path, word: str) -> list[dict]:
     """Return the rows of the one file with ``word`` in its name."""
-    found = [file for file in sorted(sources.rglob("*.jsonl.gz")) if word in file.name]
+    files = sorted(sources.rglob("*.jsonl.gz"))
+    found = [file for file in files if word in file.name]
     if len(found) != 1:
         sys.exit(f"error: {len(found)} files in {sources} have {word!r} in their name; there must be one")
     with gzip.open(found[0], "rt") as lines:
@@ -121,9 +133,11 @@ def write(file: Path, rows: list[dict]) -> None:
     """Write rows as gzipped JSON lines."""
     file.parent.mkdir(parents=True, exist_ok=True)
     # Without a name and a time in the header of gzip, the same rows give the same bytes.
-    with open(file, "wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", filename="", mtime=0) as out:
-        for row in rows:
-            out.write((json.dumps(row) + "\n").encode())
+    with open(file, "wb") as raw:
+        with gzip.GzipFile(fileobj=raw, mode="wb", filename="", mtime=0) as out:
+            for row in rows:
+                line = json.dumps(row) + "\n"
+                out.write(line.encode())
     print(f"{len(rows):,} rows: {file}")
 
 

@@ -65,6 +65,7 @@ def main() -> None:
     file = args.out / "sequence.json"
     result = skills.continued_result(file, args)
 
+    # Each is called only if its result is missing.
     methods: dict[str, Callable[[], dict]] = {
         "base": lambda: measure.all(skills.load(args.model).eval(), tasks),
         "mask a task": lambda: each_its_own("mask", tasks, measure, args),
@@ -169,7 +170,10 @@ def one_after_another(
         )
         after.append({other.name: measure.hits(model, other.test) for other in seen})
 
-    num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    num_trained = 0
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            num_trained += parameter.numel()
     num_bytes = 4 * num_trained  # float32
     return last_state(model, tasks, measure) | {"after": after, "bytes": num_bytes}
 
@@ -188,10 +192,12 @@ def orthogonal(
         earlier = [other.name for other in tasks[:place]]
         # Another seed for each task: with the same one all LoRAs would start with the same A.
         torch.manual_seed(args.seed + place)
+        config = skills.lora_config()
         if model is None:
-            model = get_peft_model(skills.load(args.model), skills.lora_config(), adapter_name=task.name)
+            base = skills.load(args.model)
+            model = get_peft_model(base, config, adapter_name=task.name)
         else:
-            model.add_adapter(task.name, skills.lora_config())
+            model.add_adapter(task.name, config)
 
         # set_adapter makes all adapters in the list trainable. Only the new one is to be trained.
         model.base_model.set_adapter([other.name for other in seen])
@@ -310,7 +316,9 @@ def table(result: dict) -> str:
         for place, task in enumerate(tasks):
             cells.append(skills.percent(hits_at_end[task], label_hits.get(task)))
             accuracy = 100 * float(np.mean(hits_at_end[task]))
-            accuracy_at_first = 100 * float(np.mean(found["after"][place][task]))
+            # Just after its own training.
+            hits_at_first = found["after"][place][task]
+            accuracy_at_first = 100 * float(np.mean(hits_at_first))
             last.append(accuracy)
             transfers.append(accuracy - accuracy_at_first)
 

@@ -63,24 +63,28 @@ def main() -> None:
     found.setdefault("ways", {})
 
     masks = saved_masks((first, second), args)
+    first_mask = masks[first.name]
     if "base" not in found:
         model = skills.load(args.model).eval()
         found["base"] = measure.all(model, [first, second])
         for task in (first, second):
-            found[task.name] = measured([masks[task.name]], [first, second], measure, args)
+            mask = masks[task.name]
+            found[task.name] = measured([mask], [first, second], measure, args)
+        # Both masks as they were trained alone.
         found["ways"]["by itself"] = union(
-            masks[first.name],
+            first_mask,
             masks[second.name],
             first,
             second,
             measure,
             args,
         )
+
     for way in args.ways:
         if way not in found["ways"]:
-            learned = train(way, second, masks[first.name], tokenizer, args)
+            learned = train(way, second, first_mask, tokenizer, args)
             found["ways"][way] = union(
-                masks[first.name],
+                first_mask,
                 learned,
                 first,
                 second,
@@ -137,7 +141,8 @@ def train(
     if way == "apart":
         with torch.no_grad():
             for name, layer in layers.items():
-                layer.mask_scores["default"][~first[name]] = ALWAYS_KEPT
+                removed_by_first = ~first[name]
+                layer.mask_scores["default"][removed_by_first] = ALWAYS_KEPT
 
     before_step: Callable[[], None] = lambda: None  # noqa: E731
     if way == "among others":
@@ -148,7 +153,8 @@ def train(
             weight = layer.base_layer.weight
             weights[name] = weight
             values[name] = weight.detach().clone()
-            shares[name] = float((~first[name]).float().mean())  # True is a weight that is kept
+            removed = ~first[name]  # True is a weight that is kept
+            shares[name] = float(removed.float().mean())
         before_step = partial(
             remove_at_random,
             weights=weights,
@@ -171,9 +177,19 @@ def train(
 
 @torch.no_grad()
 def remove_at_random(
-    weights: dict[str, Tensor], values: dict[str, Tensor], shares: dict[str, float], generator: torch.Generator
+    weights: dict[str, Tensor],
+    values: dict[str, Tensor],
+    shares: dict[str, float],
+    generator: torch.Generator,
 ) -> None:
-    """Set a random share of each weight to zero, the others to their values."""
+    """Set a random share of each weight to zero, the others to their values.
+
+    Args:
+        weights: Module name -> weight, which is changed in place.
+        values: Module name -> the values of all weights.
+        shares: Module name -> the share to remove.
+        generator: Of the random places.
+    """
     for name, weight in weights.items():
         is_kept = torch.rand(weight.shape, generator=generator) >= shares[name]
         weight.copy_(values[name] * is_kept)

@@ -381,8 +381,10 @@ def learn(
 
         # Padded on the left, so that all completions end in the last column.
         batch = order.sample(rows, min(BATCH_SIZE, len(rows)))
-        ids, attention = pad([row["input_ids"] for row in batch], pad_token_id, model.device, side="left")
-        labels, _ = pad([row["labels"] for row in batch], IGNORED, model.device, side="left")
+        batch_ids = [row["input_ids"] for row in batch]
+        batch_labels = [row["labels"] for row in batch]
+        ids, attention = pad(batch_ids, pad_token_id, model.device, side="left")
+        labels, _ = pad(batch_labels, IGNORED, model.device, side="left")
 
         # Logits only from the first label of the longest completion on: with a vocabulary of 49k tokens the head is a
         # third of the step. The logits of one position more predict that first label.
@@ -398,7 +400,9 @@ def learn(
             )
             logits = output.logits[:, :-1]
         targets = labels[:, -num_logits + 1 :]
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
+        # In float32: a sum over 49k probabilities loses digits in bfloat16.
+        logits = logits.flatten(0, 1).float()
+        loss = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED)
 
         total_loss = loss + penalty()
         total_loss.backward()
@@ -440,8 +444,10 @@ class Measure:
         lengths = [len(row["input_ids"]) for row in rows]
         for indices in length_sorted_batches(lengths, batch_size=32):
             batch = [rows[index] for index in indices]
-            ids, attention = pad([row["input_ids"] for row in batch], pad_token_id, model.device)
-            labels, _ = pad([row["labels"] for row in batch], IGNORED, model.device)
+            batch_ids = [row["input_ids"] for row in batch]
+            batch_labels = [row["labels"] for row in batch]
+            ids, attention = pad(batch_ids, pad_token_id, model.device)
+            labels, _ = pad(batch_labels, IGNORED, model.device)
 
             # A position predicts the token after it.
             targets = labels[:, 1:]
@@ -449,7 +455,8 @@ class Measure:
 
             # Logits only from the first position on where any row has a label: with a vocabulary of 49k tokens the head
             # is a third of the forward pass.
-            first = int(is_supervised.any(0).nonzero().min())
+            columns = is_supervised.any(0).nonzero()
+            first = int(columns.min())
             positions = torch.arange(first, targets.shape[1], device=model.device)
             with torch.autocast(model.device.type, torch.bfloat16):
                 output = model(
@@ -492,7 +499,11 @@ class Measure:
     def probe_losses(self, model) -> dict[str, float]:
         """Nats per token on each probe."""
         with torch.autocast(model.device.type, torch.bfloat16):
-            return {name: mean_nll(nll_per_item(model, rows)) for name, rows in self.probes.items()}
+            losses = {}
+            for name, rows in self.probes.items():
+                items = nll_per_item(model, rows)
+                losses[name] = mean_nll(items)
+            return losses
 
     def all(
         self,
@@ -544,8 +555,10 @@ class Masks:
         """Weights that each mask removes."""
         counts = {}
         for name in self.names:
-            masks = current_masks(self.model, name).values()
-            counts[name] = sum(int((~mask).sum()) for mask in masks)  # True is a weight that is kept
+            counts[name] = 0
+            for mask in current_masks(self.model, name).values():
+                removed = ~mask  # True is a weight that is kept
+                counts[name] += int(removed.sum())
         return counts
 
 
@@ -579,7 +592,9 @@ class Fulls:
     def __init__(self, tasks: Sequence[Task], args):
         self.model = load(args.model).eval()
         # Copies, because `select` writes into the model.
-        self.base = {name: weight.detach().clone() for name, weight in self.model.named_parameters()}
+        self.base = {}
+        for name, weight in self.model.named_parameters():
+            self.base[name] = weight.detach().clone()
         self.changes = {}
         for task in tasks:
             tuned = load_model(str(adapter_folder(task, "full", args)))
@@ -630,11 +645,14 @@ def measure_combinations(
         save: Called after each entry.
     """
     ways = WAYS.get(method)  # None: a union of masks has no options
+
+    # Each adapter alone, on its own task.
     for task in tasks:
         if task.name not in found:
             combined.select([task.name], None)
             found[task.name] = measure.all(combined.model, [task])
             save()
+
     for chosen in combinations(tasks):
         names = [task.name for task in chosen]
         label = "+".join(names)
@@ -646,7 +664,10 @@ def measure_combinations(
         accuracies = []
         for candidate in ways or ():
             combined.select(names, candidate)
-            of_tasks = [np.mean(measure.hits(combined.model, task.heldout)) for task in chosen]
+            of_tasks = []
+            for task in chosen:
+                hits = measure.hits(combined.model, task.heldout)
+                of_tasks.append(np.mean(hits))
             accuracies.append(float(np.mean(of_tasks)))
         if ways:
             best = int(np.argmax(accuracies))
@@ -701,7 +722,10 @@ def hits_of(
     task: str,
 ) -> np.ndarray:
     """Hits on a task's test rows, (S seeds, N items), of a task's own adapter or of a combination: ``name``."""
-    rows = [result["methods"][method][name]["hits"][task] for result in results]
+    rows = []
+    for result in results:
+        measured = result["methods"][method][name]
+        rows.append(measured["hits"][task])
     return np.array(rows, float)
 
 
@@ -787,11 +811,17 @@ def table(results: Sequence[dict]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
 
     lines += label_table(results)
-    before = ", ".join(f"{task} {100 * np.mean(hits):.1f}" for task, hits in base["hits"].items())
-    lines += ["", f"Before training: {before} %."]
+    before = []
+    for task, hits in base["hits"].items():
+        before.append(f"{task} {100 * np.mean(hits):.1f}")
+    lines += ["", f"Before training: {', '.join(before)} %."]
+
+    # Results without masks have none.
     if "removed_weights" in results[0]:
-        removed = ", ".join(f"{task} {number:,}" for task, number in results[0]["removed_weights"].items())
-        lines += ["", f"Weights removed (seed {settings['seed']}): {removed}."]
+        removed = []
+        for task, number in results[0]["removed_weights"].items():
+            removed.append(f"{task} {number:,}")
+        lines += ["", f"Weights removed (seed {settings['seed']}): {', '.join(removed)}."]
     return "\n".join(lines) + "\n"
 
 
@@ -826,7 +856,8 @@ def label_table(results: Sequence[dict]) -> list[str]:
     ]
     # Combination and method -> the rows of all seeds; those without a task of few labels are left out.
     found = {("none", "base"): [result["base"] for result in results]}
-    for name, method in itertools.product([*tasks, *labels_of(results)], results[0]["methods"]):
+    names = [*tasks, *labels_of(results)]
+    for name, method in itertools.product(names, results[0]["methods"]):
         parts = name.split("+")
         if any(task in parts for task in tasks):
             label = method_label(method, name)
@@ -834,10 +865,10 @@ def label_table(results: Sequence[dict]) -> list[str]:
 
     for (name, label), rows in found.items():
         cells = [name, label]
-        for task in tasks:
-            for kind in ("hits", "label_hits"):
-                hits = [row[kind][task] for row in rows if task in row[kind]]
-                cells.append(f"{100 * np.mean(hits):.1f}" if hits else "")
+        for task, kind in itertools.product(tasks, ("hits", "label_hits")):
+            hits = [row[kind][task] for row in rows if task in row[kind]]
+            # Empty for a combination without the task.
+            cells.append(f"{100 * np.mean(hits):.1f}" if hits else "")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -871,6 +902,7 @@ def draw(results: Sequence[dict], folder: Path) -> None:
                     color=COLOURS[colour],
                     linewidth=0.8,
                 )
+                # A mark for each seed.
                 for result in results:
                     share = retained([result], method, name).mean()
                     axes.plot(
@@ -880,7 +912,8 @@ def draw(results: Sequence[dict], folder: Path) -> None:
                         color=COLOURS[colour],
                         markersize=4,
                     )
-        axes.set_yticks(range(len(labels)), [picture_label(name) for name in labels])
+        names = [picture_label(name) for name in labels]
+        axes.set_yticks(range(len(labels)), names)
         axes.invert_yaxis()  # the first combination at the top
         axes.set_xlabel("accuracy kept, % of each skill alone")
         axes.set_xlim(left=0)

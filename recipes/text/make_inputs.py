@@ -40,7 +40,8 @@ def main(sources: Path, folder: Path) -> None:
     """Write the model, its tokenizer, the text it is trained on first, and training and test rows of two domains."""
     # One generator for all files: the order of its draws decides their rows.
     rng = random.Random(SEED)
-    instructions = read(sources, "dolly")[:NUM_DOLLY] + read(sources, "instruction")
+    dolly = read(sources, "dolly")
+    instructions = dolly[:NUM_DOLLY] + read(sources, "instruction")
     rng.shuffle(instructions)
     texts = [as_text(pair) for pair in instructions]
     before = texts[:NUM_BEFORE]
@@ -80,7 +81,11 @@ def as_text(pair: Pair) -> str:
 
 def without_annotations(pairs: list[Pair]) -> list[Pair]:
     """Return solutions without GSM8K's annotations for a calculator, such as <<48/2=24>>."""
-    return [(question, re.sub(r"<<.*?>>", "", answer)) for question, answer in pairs]
+    found = []
+    for question, answer in pairs:
+        plain_answer = re.sub(r"<<.*?>>", "", answer)
+        found.append((question, plain_answer))
+    return found
 
 
 def shuffled(pairs: list[Pair], rng: random.Random) -> list[Pair]:
@@ -119,6 +124,7 @@ def pair_of(row: dict) -> Pair:
     The files have different names for them.
     """
     if "messages" in row:
+        # A chat of one turn: as if its roles were columns.
         row = {message["role"]: message["content"] for message in row["messages"]}
     question = first_of(row, "user", "question", "instruction")
     answer = first_of(row, "assistant", "answer", "response", "output")
@@ -201,9 +207,11 @@ def exercises(pairs: list[Pair], tokenizer: PreTrainedTokenizerFast) -> list[dic
 def write(file: Path, rows: list[dict]) -> None:
     """Write rows as gzipped JSON lines."""
     # Without a name and a time in the header of gzip, the same rows give the same bytes.
-    with open(file, "wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", filename="", mtime=0) as out:
-        for row in rows:
-            out.write((json.dumps(row) + "\n").encode())
+    with open(file, "wb") as raw:
+        with gzip.GzipFile(fileobj=raw, mode="wb", filename="", mtime=0) as out:
+            for row in rows:
+                line = json.dumps(row) + "\n"
+                out.write(line.encode())
     print(f"{len(rows):,} rows: {file}")
 
 

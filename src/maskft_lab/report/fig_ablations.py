@@ -160,6 +160,7 @@ def ablation_chart(setting: str | None, evidence: Evidence) -> Chart:
     Raises:
         NotComputed: If no two evaluated masks differ in the setting alone.
     """
+    # All ablations of the study, of which a figure shows one setting or the rest.
     ablations = ablations_of(evidence.runs)
     if setting:
         found = [ablation for ablation in ablations if ablation.setting == setting]
@@ -181,6 +182,7 @@ def ablation_chart(setting: str | None, evidence: Evidence) -> Chart:
                 varied.add(name)
     looks = looks_in_turn(_fixed_text(line.fixed, varied) for line in lines)
 
+    # A panel for each metric; the table has the same points.
     panels = []
     rows = []
     for ablation in found:
@@ -228,6 +230,7 @@ def _draw(
     looks: Mapping[str, Entry],
     varied: Collection[str],
 ) -> None:
+    # All lines share one axis, so the values of all of them are sorted together.
     points = []
     for line in found.lines:
         points += line.points
@@ -239,7 +242,7 @@ def _draw(
     # Groups of layers have no order, so no line connects their points.
     has_groups = any(isinstance(value, list) for value, _ in points)
 
-    scale = 100.0 if found.unit == "fraction" else 1.0
+    scale = 100.0 if found.unit == "fraction" else 1.0  # shares are shown in points
     for line in found.lines:
         texts_of_line = [value_text(value, found.setting) for value, _ in line.points]
         x = [values.index(text) for text in texts_of_line]

@@ -72,7 +72,8 @@ def cost_of(
         step = run.best_step
     own = spent_until(run, step)
     before = spent_before(run, runs)
-    # Memory does not add up over runs that follow each other, so it has no total.
+    # Memory does not add up over runs that follow each other, so it has no total. Of a parent only the part up to its
+    # best checkpoint counts, where this run has started.
     return {
         "peak_memory_bytes": run.summary["peak_memory_bytes"],
         "tokens": own["tokens"],
@@ -93,6 +94,7 @@ def costs_of(runs: Sequence[TrainedRun]) -> list[Cost]:
             of_seeds = groups.setdefault((run.name, role), [])
             of_seeds.append(cost_of(run, role, runs))
 
+    # Means over seeds; all of them have the same quantities.
     costs = []
     for (name, role), of_seeds in groups.items():
         means = {}
@@ -134,6 +136,7 @@ def cost_chart(evidence: Evidence) -> Chart:
         )
     text += " Times are comparable between runs of one machine only, memory between runs of one device."
 
+    # All panels have the same rows, so one height fits all.
     height = 0.65 + ROW_HEIGHT * len(rows)
     panels = []
     for quantity in drawn:
@@ -145,7 +148,7 @@ def cost_chart(evidence: Evidence) -> Chart:
         )
         panels.append(panel)
 
-    # In the legend only where bars have parts.
+    # The grey part of a bar needs a legend. The colours of methods do not, because each row has its name.
     legend = []
     if any(_has_parts(rows, quantity) for quantity in drawn):
         legend.append(Entry("spent before this method", "rule", "", "s"))
@@ -172,11 +175,13 @@ def _rows(costs: Sequence[Cost], evidence: Evidence) -> list[Cost]:
         compared = [plain_name(name) for name in comparison.methods]
     order = list(dict.fromkeys([start, *compared]))  # each once: the best and the last model of a run have one name
 
+    # Every method until its best checkpoint.
     rows = [cost for cost in costs if cost.role == BEST]
     tokens = {cost.name: cost.spent["total_tokens"] for cost in rows}
     # Also the baseline until its end: further training is the alternative to a mask of its best checkpoint.
     for cost in costs:
         is_end_of_start = cost.role == LAST and cost.name == start
+        # Its last checkpoint may be the best one, and is not drawn twice then.
         is_also_best = cost.spent["total_tokens"] == tokens.get(start)
         if is_end_of_start and not is_also_best:
             rows.append(cost)
@@ -214,6 +219,7 @@ def _equal_text(rows: Sequence[Cost], quantity: Quantity) -> str:
     values_text = f"{low} to {high}"
     if low == high:
         values_text = low
+    # Not str.capitalize, which would turn the rest to lower case.
     title = quantity.title[0].upper() + quantity.title[1:]
     return f"{title}: {values_text} {quantity.unit}, nearly equal."
 

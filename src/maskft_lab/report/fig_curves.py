@@ -142,6 +142,7 @@ def curves_chart(evidence: Evidence) -> Chart:
                 rows.append(row)
     table = Table(("method", "measure", "step", "mean", "seeds"), rows)
 
+    # A panel for each metric that was measured often enough.
     panels = []
     for metric in metrics:
         if _longest(groups, entries, metric) >= MIN_POINTS:
@@ -221,6 +222,7 @@ def _one_of_each_kind(
         if not losses:
             continue
 
+        # Starts are always drawn, because the lines of others begin at them.
         method, is_start = kinds[name]
         if is_start:
             drawn.add(name)

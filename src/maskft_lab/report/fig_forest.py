@@ -82,6 +82,7 @@ def against_mask_chart(evidence: Evidence) -> Chart:
     if comparison is None:
         raise NotComputed("there is no verdict on a mask, or the answers of a model are not here")
 
+    # A panel for each task and metric, in the order of the table.
     places = dict.fromkeys(row.place for row in comparison.differences)
     panels = []
     for place in places:
@@ -111,6 +112,7 @@ def _places_of_the_test(comparison: Comparison) -> list[Place]:
         first = comparison.verdicts[0].parent.place
     test, _ = first  # task and metric
 
+    # Earlier abilities are tasks of their own, and have their figure: gain and forgetting.
     places = dict.fromkeys(row.place for row in comparison.differences)
     others = [place for place in places if place[0] == test and place != first]
     return [place for place in [first, *others] if place in places]
@@ -125,7 +127,7 @@ def _sorted_lines(rows: Sequence[Difference]) -> list[Line]:
 
 
 def _line(row: Difference, name: str) -> Line:
-    scale = 100.0 if row.unit == "fraction" else 1.0
+    scale = 100.0 if row.unit == "fraction" else 1.0  # shares are shown in points
 
     # An interval where the text of the table has one, so that picture and table agree.
     ends: tuple[float, float] | None = None
@@ -149,7 +151,7 @@ def _title(row: Difference) -> str:
             return row.metric
         return f"{row.metric} on {probe}"
 
-    # Readers would take "heldout" for the rows that chose the settings.
+    # The test set of a study is the task "heldout", which readers would take for the rows that chose the settings.
     task = task_text(row)
     if task == HELDOUT:
         task = "test"
@@ -186,6 +188,7 @@ def _panel(
     row_height = LONG_NAME if has_long_names else ROW_HEIGHT
     height = 0.75 + row_height * num_rows
 
+    # Drawn later, and maybe twice: for the page and for a file.
     draw = partial(
         _draw,
         lines=lines,
@@ -203,8 +206,8 @@ def _draw(
     label: str,
     kinds: Kinds,
 ) -> None:
-    # Limits around all values would be decided by the worst method, and squash the others. Values beyond them become
-    # arrows.
+    # Limits around all values would be decided by the worst method, and squash the others. Values beyond the limits
+    # become arrows with their numbers.
     every = [*lines, *below]
     values = near([line.value for line in every])
     ends = []
@@ -213,6 +216,7 @@ def _draw(
             ends += line.ends or ()
     x_limits = limits(values, ends, INTERVAL_SHARE)
     axes.set_xlim(x_limits)
+    # The line of no difference.
     axes.axvline(
         0,
         color=COLOURS["ink"],
@@ -242,12 +246,14 @@ def _draw_line(
     kinds: Kinds,
 ) -> None:
     """One row: the interval, the value, and the number of a value that is off scale."""
+    # A model that is not the result of a run has the look of a control.
     method, is_start = kinds.get(plain_name(line.method), (None, False))
     colour, _, marker = look(method, is_start)
     left, right = axes.get_xlim()
     x = min(max(line.value, left), right)  # a value beyond the axes is drawn at their end
     opacity = 1.0 if line.is_claimed else PALE
 
+    # The interval first, so that the marker of the value lies over it.
     if line.ends:
         axes.plot(
             line.ends,
@@ -268,6 +274,7 @@ def _draw_line(
         zorder=3,
     )
 
+    # Off scale: the number, inside the axes beside the marker at their end.
     if x != line.value:
         is_left = line.value < left
         value = number(line.value, 3)

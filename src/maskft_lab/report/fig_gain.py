@@ -18,7 +18,7 @@ from .gain_points import Curve, Point, curve_of_record, curves_of, frontier, is_
 from .methods import number, series_looks
 from .scale import Ends
 
-# With the names of points that callers need to make a chart.
+# Also the names of gain_points that callers need to make a chart.
 __all__ = [
     "Curve",
     "Point",
@@ -33,6 +33,7 @@ __all__ = [
 
 PANEL_HEIGHT = 3.6  # inches
 
+# Of the table. Both intervals are simultaneous, and follow the number that they belong to.
 _COLUMNS = (
     "method",
     "where on its path",
@@ -75,6 +76,7 @@ def chart_of(curves: Sequence[Curve]) -> Chart:
             methods[point.method] = None
     looks = series_looks(methods)
 
+    # A panel for each probe. Table and records have the points of all of them.
     panels = []
     rows = []
     records = []

@@ -15,6 +15,7 @@ from .charts import COLOURS, Chart, Entry, Panel
 from .evidence import Evidence
 from .methods import number
 
+# Key of the record -> words for the reader.
 _SPLITS = {"heldout": "held-out rows", "train": "training rows"}
 # In the order of the record's points, with the shapes of the paper.
 _MODELS = (
@@ -82,6 +83,7 @@ def _plane(
     right = x[-1] + half_x
     bottom = y[0] - half_y
     top = y[-1] + half_y
+    # The file has the lowest y first, where an image would have it at the top.
     image = axes.imshow(
         values_YX,
         extent=(left, right, bottom, top),
@@ -101,12 +103,13 @@ def _plane(
     bar = axes.figure.colorbar(
         image,
         ax=axes,
-        ticks=levels[::3],
+        ticks=levels[::3],  # every third: more would overlap where levels are close
         format="%.3g",
         label="nats/token",
     )
     bar.outline.set_visible(False)
 
+    # The models, over the map.
     for place, entry in zip(plane["points"], _MODELS, strict=True):
         at_x, at_y = place
         size = 9 if entry.marker == "*" else 6  # a star of 6 looks smaller than other shapes
@@ -116,7 +119,7 @@ def _plane(
             entry.marker,
             color=COLOURS[entry.colour],
             markersize=size,
-            markeredgecolor="#ffffff",
+            markeredgecolor="#ffffff",  # to be seen on any colour of the map
         )
 
     axes.set_xlabel("distance of weights (L2)")

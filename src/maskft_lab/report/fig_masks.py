@@ -73,6 +73,7 @@ def _draw_map(
         low: Share at the lower end of the colours.
         high: Share at the upper end.
     """
+    # The colours end at the same shares in every map of a group, so that they can be compared.
     image = axes.imshow(shares_LH, aspect="auto", vmin=low, vmax=high)
     bar = axes.figure.colorbar(
         image,
@@ -140,6 +141,7 @@ def mean_heads_chart(evidence: Evidence) -> Chart:
             rows.append(row)
     table = Table(("mask", "head", "share removed"), rows)
 
+    # A panel for each sparsity: the shares of masks that remove more are higher, and have another band.
     text = "Means over layers. In the band lie 95 % of the heads of a mask that removes as much at random places."
     panels = []
     for percent, names in _by_sparsity(masks).items():
@@ -161,7 +163,7 @@ def _with_heads(evidence: Evidence) -> dict[str, Mapping]:
         if run.id in masks and run.method == MASK:
             learned.append(run)
 
-    # Masks of the verdict first.
+    # Masks of the verdict first, all others after them in the order of the runs.
     order = [plain_name(name) for name in evidence.masks]
 
     def place(run: TrainedRun) -> int:
@@ -170,6 +172,7 @@ def _with_heads(evidence: Evidence) -> dict[str, Mapping]:
         return len(order)
 
     learned.sort(key=place)
+    # A study may have fixed masks alone.
     ids = [run.id for run in learned]
     if not ids:
         ids = list(masks)

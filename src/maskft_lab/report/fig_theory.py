@@ -30,6 +30,7 @@ def curvature_chart(evidence: Evidence) -> Chart:
     record = evidence.record("curvature")
     rows = []
     for key, name in _HESSIANS.items():
+        # One row for each Hessian, and one for its difference from the first.
         hessian = record[key]
         eigenvalues = hessian["largest"]
         largest = number(eigenvalues["eigenvalue"])
@@ -56,6 +57,7 @@ def bound_chart(evidence: Evidence) -> Chart:
     Raises:
         NotComputed: If the bound was not computed.
     """
+    # A row for each way to count weights and each width.
     record = evidence.record("bound")
     rows = []
     num_vacuous = 0

@@ -26,6 +26,7 @@ def draw_curve(
         curve: Its points.
         looks: Name of a method -> how its points look.
     """
+    # The points that a reader should see first: all others are pale.
     best = frontier(curve.points)
     strong = _strong_points(curve, best)
 
@@ -95,7 +96,7 @@ def _draw_paths(
 
     for (method, _), members in paths.items():
         if len(members) == 1:
-            continue
+            continue  # one point has no line
         colour = looks[method].colour
         axes.plot(
             [point.forgotten for point in members],

@@ -37,6 +37,7 @@ def set_limits(axes: Axes, curve: Curve) -> None:
     median_change = float(np.median(np.abs(gains)))
     largest_loss = MAX_LOSS * max(most, median_change)
 
+    # The points that the axes are made for, with their intervals.
     shown = []
     for point in curve.points:
         if abs(point.forgotten) <= farthest and point.gained >= -largest_loss:
@@ -83,7 +84,7 @@ def label_points_beyond(
         if place_inside(axes, point) != (point.forgotten, point.gained):
             beyond.append(point)
 
-    # Chosen points first, then strong ones; pale ones only if there is room for all.
+    # Few numbers can be read. Chosen points first, then strong ones; pale ones only if there is room for all.
     def order(point: Point) -> tuple[bool, bool]:
         return not is_chosen(curve, point), point not in strong
 
@@ -105,6 +106,7 @@ def label_points_beyond(
             colour = looks[point.method].colour
             _label_point(axes, point, height, COLOURS[colour])
 
+    # In the lower right corner, where points that forget much and gain little would be.
     num_others = len(beyond) - len(named)
     if num_others:
         axes.text(
@@ -174,6 +176,7 @@ def _label_point(
     bottom, top = axes.get_ylim()
     x, _ = place_inside(axes, point)
 
+    # A point may lie beyond both axes.
     texts = []
     if x != point.forgotten:
         arrow = "→" if point.forgotten > x else "←"

@@ -70,6 +70,7 @@ def curves_of(evidence: Evidence) -> list[Curve]:
     if written:
         return written
 
+    # A study without a path compares its methods only.
     comparison = evidence.comparison
     records = gains_of(comparison.differences) if comparison else []
     if comparison is None or not records:
@@ -153,6 +154,7 @@ def curve_of_record(record: Record) -> Curve:
         )
         points.append(point)
 
+    # The first published files have no units: they are of accuracies in points and losses in nats.
     gained_unit = record.get("unit", "points")
     forgotten_unit = record.get("forgotten_unit", "nats")
     return Curve(
@@ -201,6 +203,7 @@ def _ends(pair: Sequence[float] | None) -> Ends | None:
 
 def is_chosen(curve: Curve, point: Point) -> bool:
     """Whether a point was chosen from the points of paths, and then measured on the test rows."""
+    # A curve of a comparison has no paths: all of its points are on test rows, and none was chosen from the others.
     has_paths = any(other.rows == HELD_OUT for other in curve.points)
     return has_paths and point.rows == TEST
 

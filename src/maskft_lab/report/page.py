@@ -49,6 +49,7 @@ def render_report(evidence: Evidence) -> str:
     Raises:
         UserError: If the file of an analysis is not as ``maskft analyze`` writes it.
     """
+    # Notes of the study, then those of its comparison.
     comparison = evidence.comparison
     verdicts = _verdicts(evidence)
     notes = list(evidence.notes)
@@ -132,6 +133,7 @@ def _charts(evidence: Evidence) -> tuple[dict[str, list[Values]], list[Values]]:
     """Figures for the template: those of each section, and those that cannot be drawn, with the reason."""
     drawn, missing = draw_figures(evidence, FIGURES)
 
+    # Every section has a list, so that the template can ask for any.
     charts: dict[str, list[Values]] = {section: [] for section in SECTIONS}
     for figure, chart in drawn:
         of_section = charts[figure.section]
@@ -284,6 +286,7 @@ def _settings(evidence: Evidence) -> Table:
             if key not in unused[name]:
                 settings_of[name][key] = value
 
+    # All settings, in the order of the first model that has them.
     keys = {}
     for settings in settings_of.values():
         keys |= dict.fromkeys(settings)

@@ -25,8 +25,8 @@ def near(
     far: float = FAR,
 ) -> list[float]:
     """The values that an axis is made for: those within ``far`` times the median distance from zero."""
+    # The median, because one value far away moves it little. The mean of 1, 2 and 60 is 21, and would hide nothing.
     distances = np.abs(np.asarray(values, dtype=float))
-    # The median, because one value far away moves it little.
     limit = far * float(np.median(distances))
     if limit == 0:
         # More than half of the values are 0, which gives no scale for the others.
@@ -58,6 +58,7 @@ def limits(
     highest_end = max([high, *ends])
     wide_low = max(low - share * span, lowest_end)
     wide_high = min(high + share * span, highest_end)
+    # A marker at the very end would be cut in half.
     room = ROOM * span
     return wide_low - room, wide_high + room
 
@@ -95,6 +96,7 @@ def name_rows(
     axes.set_yticks(places, names)
     # The larger limit first turns the axis around, so that row 0 is at the top.
     axes.set_ylim(places[-1] + 0.6, -0.6)
+    # Names need no marks on the axis, and rows no lines between them.
     axes.tick_params(axis="y", length=0, labelcolor=COLOURS["ink"])
     axes.grid(False, axis="y")
 
@@ -122,6 +124,7 @@ def mark_ends_beyond(
         "markersize": 3.5,
         "clip_on": False,  # half of an arrow at the end of the axes would be cut off
     }
+    # An interval may continue beyond both ends.
     if along == "x":
         left, right = axes.get_xlim()
         if low < left:
