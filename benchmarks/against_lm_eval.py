@@ -96,6 +96,7 @@ def run_maskft(
     command = [sys.executable, "-m", "maskft_lab.cli.main", "evaluate", "--overwrite", *words]
     seconds = timed(command, folder / f"{task}-maskft.log")
 
+    # The result file of maskft evaluate.
     record = json.loads((out / "result.json").read_text())
     items = {item["id"]: item for item in record["tasks"][task]["items"]}
     return items, seconds
@@ -107,7 +108,7 @@ def run_lm_eval(
     folder: Path,
 ) -> tuple[dict[str, dict], float]:
     """lm-eval's samples by id, one for all filters, and the seconds of the command."""
-    # lm-eval's task, but for its data, which comes from the file that maskft reads.
+    # lm-eval's task, except for its data, which comes from the file that maskft reads.
     tasks_folder = folder / "lm_eval_tasks"
     tasks_folder.mkdir(exist_ok=True)
     file = find_file(task, Path(args.data_dir))
@@ -137,6 +138,7 @@ def run_lm_eval(
     words = []
     for key, value in settings.items():
         words += [f"--{key}", str(value)]
+    # As maskft evaluate does for this benchmark.
     if benchmark.use_chat_template:
         words.append("--apply_chat_template")
     if benchmark.program:
@@ -177,6 +179,7 @@ def compare(
     their_seconds: float,
 ) -> dict:
     """The items whose prompts, outputs or scores differ, and the two times."""
+    # Else the times are not comparable either.
     assert ours.keys() == theirs.keys(), "the two sides answered different items"
 
     # Scores that lm-eval gives for any item; it does not score programs here.

@@ -14,6 +14,7 @@ class _TopK(torch.autograd.Function):
     @staticmethod
     def forward(ctx, scores: Tensor, sparsity: float) -> Tensor:
         """1 for the highest scores, 0 for the rest, by sorting."""
+        # Stable, so that equal scores are removed in the order of their places, as ours are.
         num_removed = round(sparsity * scores.numel())
         order = scores.flatten().sort(stable=True).indices
         mask = torch.ones_like(scores)
@@ -42,5 +43,6 @@ class SortingMaskedLinear(nn.Module):
 
     def forward(self, x_TI: Tensor) -> Tensor:
         """Map x (..., I) to (..., O)."""
+        # Every forward pass sorts again, also under gradient accumulation, when the scores have not changed.
         mask_OI = _TopK.apply(self.scores.abs(), self.sparsity)
         return F.linear(x_TI, self.linear.weight * mask_OI, self.linear.bias)

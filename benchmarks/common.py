@@ -148,7 +148,7 @@ class Report:
             **facts,
         }
         self.rows.append(row)
-        self.write()
+        self.write()  # after each row, because a benchmark takes many minutes
         shown = "   failed" if value is None else f"{value:9.4g}"
         goal = "" if target is None else f"  (target {target})"
         verdict = ""
@@ -160,6 +160,7 @@ class Report:
                 extra.append(f"{name} {fact:.4g}")
             elif not isinstance(fact, list | dict):  # these are for the file alone
                 extra.append(f"{name} {fact}")
+        # `highlight` would colour the numbers.
         self.console.print(
             f"{benchmark:<8} {what:<58} {shown} {unit}{goal}{verdict}   {'  '.join(extra)}", highlight=False
         )
@@ -316,6 +317,7 @@ def prepare(side: str, model: LlamaForCausalLM, layers: list[int]):
         )
         return get_peft_model(model, config)
 
+    # Plain models, of which some weights are trained.
     model.requires_grad_(side == "full")
     if side == "frozen":
         # Without trained parameters there would be no backward pass. An input that requires a gradient makes gradients
@@ -353,7 +355,16 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 class Step:
-    """One optimizer step of a side: accumulated micro-batches, clipping, AdamW where anything is trained."""
+    """One optimizer step of a side: accumulated micro-batches, clipping, AdamW if anything is trained.
+
+    Args:
+        model: The model, see `prepare`.
+        vocab_size: Tokens are random numbers below it.
+        tokens: Tokens of a micro-batch, in one row.
+        accumulation: Micro-batches of a step.
+        device: Where the model is.
+        cast: Autocast; default: as ``maskft train`` would.
+    """
 
     def __init__(
         self,
@@ -375,6 +386,7 @@ class Step:
             fused=True,
         )
         generator = torch.Generator().manual_seed(0)
+        # Random tokens: speed and memory do not depend on them.
         self.batches = torch.randint(vocab_size, (accumulation, 1, tokens), generator=generator).to(device)
         self.autocast = cast or autocast(device)
 
@@ -387,7 +399,7 @@ class Step:
             loss = loss / accumulation
             loss.backward()
         if not self.trained:
-            return
+            return  # of the side "frozen" only memory and the passes count
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--busy", type=int, default=0, metavar="N", help="processes that loop meanwhile (default: 0)")
     args = parser.parse_args()
 
+    # A busy machine, in which a limit of wall-clock time would fail right answers.
     loops = []
     for _ in range(args.busy):
         loop = multiprocessing.Process(target=_loop, daemon=True)

@@ -104,6 +104,7 @@ def _missing() -> list[str]:
     for distribution in metadata.distributions():
         installed[_normalized(distribution.name or "")] = distribution.version
     missing = sorted(name for name in wanted if _normalized(name) not in installed)
+    # Versions cannot be compared without this package, which comes with most others.
     if "packaging" not in installed:
         return missing
     from packaging.specifiers import SpecifierSet
@@ -211,6 +212,7 @@ def steps(
         middle = num_layers // 2
         layers = [middle, middle + 1]
 
+    # All sides first, ratios afterwards: a side that fails must not stop the others.
     # Side and tokens -> seconds of each round, and peak bytes.
     found: dict[tuple[str, int], tuple[list[float], float]] = {}
     for side, tokens in itertools.product(sides, all_tokens):
@@ -258,6 +260,7 @@ def steps(
 
 def num_masked(shape: dict, layers: list[int]) -> int:
     """Weights of all projections of these layers."""
+    # Queries and outputs, keys and values (fewer heads in some models), and three matrices of the MLP.
     hidden = shape["hidden_size"]
     heads = shape["num_attention_heads"]
     key_value_heads = shape.get("num_key_value_heads", heads)
@@ -402,6 +405,7 @@ def _resume_after_kill(report, folder: Path) -> None:
     log = folder / "log"
     _ran(_start([*words, str(whole)], log), log)
 
+    # Killed as soon as the folder of the first checkpoint is there.
     process = _start([*words, str(killed)], log)
     while process.is_alive() and not (killed / f"checkpoint-{third}").is_dir():
         time.sleep(0.01)
@@ -497,6 +501,7 @@ def study(report) -> None:
     }
     content["name"] = "gpu"
     content["methods"] = methods
+    # A rehearsal: the demo's tiny model, two steps, few rows.
     if report.quick:
         content["model"] = str(_DEMO / "model")
         content["train"] |= {"max_steps": 2}
@@ -547,6 +552,7 @@ def _start(
     share: float = 1.0,
 ) -> multiprocessing.process.BaseProcess:
     """Start ``maskft train`` in a new process, which may take a share of the device's memory."""
+    # A fork of this process would share its CUDA context, which CUDA does not allow.
     context = multiprocessing.get_context("forkserver")
     process = context.Process(target=_train, args=(words, str(log), share))
     process.start()
@@ -561,6 +567,7 @@ def _train(words: list[str], log: str, share: float) -> None:
     output = open(log, "w")
     sys.stdout = output
     sys.stderr = output
+    # A smaller device is imitated by a cap on torch's memory.
     if torch.cuda.is_available():
         torch.cuda.set_per_process_memory_fraction(share)
     sys.exit(main(["train", *words]))

@@ -47,6 +47,7 @@ def scores(report, draws: int, rng) -> None:
         counts = np.arange(num_items + 1)
         chances = stats.binom.pmf(counts, num_items, rate)
 
+        # Ours: a Wilson interval for each number of right answers.
         intervals = np.array([proportion_interval(np.arange(num_items) < right) for right in counts])
         is_covered = (intervals[:, 0] <= rate) & (rate <= intervals[:, 1])
         ours = chances @ is_covered
@@ -74,6 +75,7 @@ def dependent_scores(report, draws: int, rng) -> None:
             is_right = uniform < rates
             hits += _contains(proportion_interval(is_right, passages), rate)
             hits_by_items += _contains(proportion_interval(is_right), rate)
+        # Intervals that take items for independent are too narrow here.
         what = f"score: {count} passages of 5, {100 * rate:g} % right"
         report.add(
             "scores",
@@ -83,6 +85,7 @@ def dependent_scores(report, draws: int, rng) -> None:
             by_items=100 * hits_by_items / draws,
         )
 
+    # The mean of k sampled answers to each item.
     for k, rate in ((4, 0.01), (4, 0.5), (16, 0.01), (16, 0.5)):
         spread = 5 if rate < 0.1 else 1
         hits = 0
@@ -112,6 +115,7 @@ def differences(report, draws: int, rng) -> None:
         share_won = 0.8 * expected / 300
         share_lost = 0.2 * expected / 300
         truth = share_won - share_lost
+        # How many of the 300 items each model wins, many times.
         drawn = rng.multinomial(300, [share_won, share_lost, 1 - share_won - share_lost], 3 * draws)
 
         ours = []
@@ -166,6 +170,7 @@ def clusters(report, draws: int, rng) -> None:
         ours = _covered(partial(equal, count, shared, True), 0.0, draws)
         report.add("clusters", what, ours, "% covered", by_items=by_items)
 
+    # Passages of different lengths, most of them short.
     def unequal():
         sizes = np.clip(rng.geometric(0.2, 40), 1, 40)
         labels = np.repeat(np.arange(40), sizes)
@@ -207,6 +212,7 @@ def _is_claimed(measured: Measured) -> bool:
 def few_seeds(report, draws: int, rng) -> None:
     """Accuracies on 300 items whose seeds vary about as much as the items let them: normal, or skewed in one arm."""
 
+    # S seeds, N items: an item is right if its difficulty for a seed is below the seed's shift.
     def right(shifts_S):
         ease = rng.normal(size=300)
         noise = 0.5 * rng.normal(size=(len(shifts_S), 300))
@@ -291,6 +297,7 @@ def all_at_once(report, draws: int, rng) -> None:
             methods = [_sample(truth + rng.normal(size=100), baseline) for truth in truths]
             rows = _judged([Measured(each, "score", RESAMPLES, 0) for each in methods])
 
+            # Simultaneous intervals promise that all hold together; others promise it of each.
             all_hold = True
             all_hold_each = True
             has_false_sign = False

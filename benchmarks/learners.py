@@ -38,8 +38,10 @@ def run(report) -> None:
         shape = SMOLLM2
         layers = list(range(20, 24))
         tokens = 128
+    # Each learner is compared with the plain one, on the same layers.
     others = [learner for learner in LEARNERS if learner != PLAIN]
 
+    # With one micro-batch a step pays for a whole refresh, with four they share it.
     for accumulation in (1, 4):
         sides = [_LearnerStep(learner, shape, layers, tokens, accumulation, report.device) for learner in LEARNERS]
         alternated = alternate(sides, report.rounds, report.device)
@@ -123,6 +125,7 @@ def _measure(
     threads: int,
 ) -> int:
     torch.set_num_threads(threads)
+    # Three steps: the second has the optimizer's state from its beginning.
     step = _LearnerStep(learner, shape, layers, tokens, 2, torch.device(device))
     for _ in range(3):
         step()

@@ -85,6 +85,7 @@ def _measure(side, shape, layers, tokens, device, threads) -> int:
     device = torch.device(device)
     model = prepare(side, build(shape, device), layers)
     step = Step(model, shape["vocab_size"], tokens, 2, device)
+    # The first step allocates the optimizer's state, the next ones have it from their beginning.
     for _ in range(3):
         step()
     return peak_memory_bytes()

@@ -115,6 +115,7 @@ def write_masks(model, folders: list[Path], sparsity: float) -> None:
 
 def with_masks(model, folders: list[Path], number: int) -> PeftModel:
     """The model with ``number`` masks, named by their numbers."""
+    # As a server does: the first mask wraps the model, all others are loaded into it.
     masked = PeftModel.from_pretrained(model, folders[0], adapter_name="0")
     for other in range(1, number):
         masked.load_adapter(folders[other % len(folders)], str(other))
@@ -156,6 +157,7 @@ def compare(
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (BATCH, prompt_tokens), generator=generator).to(report.device)
     for number in numbers:
+        # The rows use the adapters in turn.
         names = [str(row % number) for row in range(BATCH)]
         times = {side: {"prefill": [], "decode": []} for side in sides}
         for round_ in range(report.rounds + 1):

@@ -67,6 +67,7 @@ def serve(
     params.n_ctx = 512
     params.n_parallel = 1
     params.cpuparams.n_threads = num_threads
+    # llama.cpp computes the adapter's product beside the base's in every layer.
     if lora is not None:
         adapter = xllamacpp.CommonAdapterLoraInfo()
         adapter.path = str(lora)

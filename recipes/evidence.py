@@ -62,6 +62,7 @@ def main(
         for row in comparison.differences:
             compared[control, row.method, row.metric] = row
 
+    # Scores, differences from the controls, probes of earlier abilities, costs.
     columns = [
         *metrics,
         *(f"{metric} against {control}" for control, metric in against),
@@ -140,6 +141,7 @@ def _difference(row) -> str:
 
 def _bytes(folders: list[Path], results: list[Result]) -> str:
     """Mean size of the masks' files; a dash for models that are not adapters, or whose files are not here."""
+    # A run is in one of the folders. Published folders have no adapters.
     sizes = []
     for folder in folders:
         for result in results:

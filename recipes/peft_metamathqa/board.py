@@ -29,6 +29,7 @@ _OPTIONS = {
     "lr_scheduler": "lr_scheduler_type",
     "use_amp": "bf16",
 }
+# Versions that PEFT's runner records.
 _PACKAGES = ("transformers", "peft", "datasets", "bitsandbytes", "torch", "maskft")
 
 
@@ -105,7 +106,8 @@ def experiment(
         "forgetting": forgetting,
     }
 
-    # `eval_steps` of maskft train is a share of all steps.
+    # PEFT's names for the same options, and fixed values for those that maskft train does not have. `eval_steps` of
+    # maskft train is a share of all steps.
     eval_steps = round(settings.get("eval_steps", 0.1) * num_steps)
     train_config = {name: settings.get(option) for name, option in _OPTIONS.items()}
     train_config |= {

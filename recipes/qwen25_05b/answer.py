@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write every answer here")
     args = parser.parse_args()
 
+    # `read_file` yields the place of each row as well, for messages.
     rows = []
     for _, row in islice(read_file(args.rows), args.num_rows):
         rows.append(row)

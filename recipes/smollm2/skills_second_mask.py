@@ -117,6 +117,7 @@ def train(
 ) -> Masks:
     """Learn a task by a mask in one of WAYS; ``first`` is the mask that it will be combined with."""
     torch.manual_seed(args.seed)
+    # Of WAYS the first changes the base, the others the configuration, the scores or the steps.
     base = skills.load(args.model)
     if way == "on top":
         remove(base, first)
@@ -213,6 +214,7 @@ def measured(
     args,
 ) -> dict:
     """Accuracy and probes of the base without the weights that any of the masks removes."""
+    # A fresh base each time, because masks are applied in place.
     model = skills.load(args.model).eval()
     for mask in masks:
         remove(model, mask)
@@ -228,6 +230,7 @@ def union(
     args,
 ) -> dict:
     """The second mask alone and the union of both."""
+    # How much the second mask removes, and how much of it the first removes as well.
     num_removed = 0
     num_common = 0
     for name, mask in second_mask.items():
@@ -244,6 +247,7 @@ def union(
 
 def table(found: dict, first: str, second: str) -> str:
     """Accuracies and forgetting as Markdown."""
+    # Forgetting is counted from the base.
     base = found["base"]
     num_test = len(base["hits"][first])
     lines = [

@@ -149,6 +149,7 @@ def main() -> None:
     if args.out is None:
         parser.error("give the folder of the data, and one for what is learned and the results")
 
+    # Adapters that were trained before are kept.
     tokenizer = load_tokenizer(args.model)
     tasks = [read_task(args.data, name, tokenizer, args) for name in args.tasks]
     probes = read_probes(args.data, tokenizer, args)
@@ -254,6 +255,7 @@ def label_ids_of(rows: Sequence[dict]) -> tuple[int, ...]:
         completion = [label for label in row["labels"] if label != IGNORED]
         completions.add(tuple(completion))
 
+    # Labels are told apart by their first tokens.
     first_ids = {completion[0] for completion in completions}
     has_equal_starts = len(first_ids) < len(completions)
     if len(completions) > MAX_LABELS or has_equal_starts:
@@ -522,6 +524,7 @@ class Measure:
 
 def combinations(tasks: Sequence[Task]) -> list[tuple[Task, ...]]:
     """Pairs, and all tasks."""
+    # Of three and more tasks the subsets between pairs and all are left out: there are many.
     pairs = list(itertools.combinations(tasks, 2))
     if len(tasks) == 2:
         return pairs
@@ -591,7 +594,7 @@ class Fulls:
 
     def __init__(self, tasks: Sequence[Task], args):
         self.model = load(args.model).eval()
-        # Copies, because `select` writes into the model.
+        # Copies of the base's weights, because `select` writes into the model.
         self.base = {}
         for name, weight in self.model.named_parameters():
             self.base[name] = weight.detach().clone()
@@ -704,6 +707,7 @@ def retained(
     deviations = []
     shares = []
     for task in label.split("+"):
+        # S seeds, N test rows.
         alone_SN = hits_of(results, method, task, task)
         combined_SN = hits_of(results, method, label, task)
         accuracy_alone = alone_SN.mean() or np.nan  # NaN instead of an error for a division by 0
@@ -854,7 +858,8 @@ def label_table(results: Sequence[dict]) -> list[str]:
         f"| combined | method | {' | '.join(f'{task}: as written | among its labels' for task in tasks)} |",
         f"|---|---|{'---|---|' * len(tasks)}",
     ]
-    # Combination and method -> the rows of all seeds; those without a task of few labels are left out.
+    # Combination and method -> the rows of all seeds, first those of the base. Combinations without a task of few
+    # labels are left out.
     found = {("none", "base"): [result["base"] for result in results]}
     names = [*tasks, *labels_of(results)]
     for name, method in itertools.product(names, results[0]["methods"]):
