@@ -18,6 +18,7 @@ import lm_eval.tasks
 from rich.console import Console
 
 from maskft_common.environment import environment
+from maskft_common.files import write_text
 from maskft_lab.evaluation.benchmarks import BENCHMARKS, find_file
 
 _OFFLINE = {
@@ -73,8 +74,7 @@ def main() -> None:
             "environment": environment(),
             "rows": rows,
         }
-        file = folder / "against_lm_eval.json"
-        file.write_text(json.dumps(record, indent=1) + "\n")
+        write_text(folder / "against_lm_eval.json", json.dumps(record, indent=1) + "\n")
 
 
 def run_maskft(

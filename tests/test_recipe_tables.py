@@ -31,6 +31,33 @@ def test_exact_in_four_bits(script):
     assert script("exact_in_four_bits").table(folder) == (folder / "table.md").read_text()
 
 
+class FixedTest:
+    """In the place of a test set: every model has the same measures."""
+
+    def measure(self, model):
+        return {"accuracy": 0.5, "loss": 1.0, "right": [1, 0]}
+
+
+def test_rows_in_four_bits_are_written_whole(script, tmp_path, monkeypatch):
+    file = tmp_path / "new" / "intents-Q4_0-seed0.json"
+    head = {"task": "intents", "type": "Q4_0", "seed": 0, "num_linear": 3}
+    results = script("exact_in_four_bits").Results(file, head, FixedTest())
+    results.add("full", "Q4_0", "as trained", None, None)
+    written = file.read_text()
+    row = {"method": "full", "trained_over": "Q4_0", "stored": "as trained", "num_differ": None}
+    assert json.loads(written) == {**head, "rows": [row | FixedTest().measure(None)]}
+    assert results.has("full", "Q4_0", "as trained")
+    assert not results.has("full", "Q4_0", "fresh scales")
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        results.add("full", "Q4_0", "fresh scales", None, 2)
+    assert file.read_text() == written
+
+
 def test_skills_that_add_up(script, copied):
     folder = copied("smollm2-skills")
     table = (folder / "table.md").read_text()

@@ -39,6 +39,7 @@ from maskft.loss import length_sorted_batches, mean_nll, nll_per_item, pad
 from maskft.masks.mask_set import MaskSet
 from maskft.masks.merge import load_masked
 from maskft.models import load_model, load_tokenizer
+from maskft_common.files import write_text
 from maskft_common.layout import EMBEDDED_MODEL, TRAINING, holds_adapter
 from maskft_lab.cli.main import main as maskft
 from maskft_lab.evaluation.heldout import heldout_rows
@@ -391,15 +392,16 @@ class Results:
             flush=True,
         )
         content = {**self.head, "rows": self.rows}
-        self.file.write_text(json.dumps(content) + "\n")
+        # Whole or not at all: a call that is killed while it writes must not lose the rows of hours.
+        write_text(self.file, json.dumps(content) + "\n")
 
 
 def run(args, task: str, seed: int) -> None:
     """Train and measure all methods; writes one JSON file."""
     type_name = args.type
+    args.results.mkdir(parents=True, exist_ok=True)  # now: after a training it would be late to fail
     bases = make_bases(args.work, type_name)
     test = load_test(args.data_dir, task)
-    args.results.mkdir(parents=True, exist_ok=True)
 
     grid = grid_of(type_name)
     base_model = load_model(str(bases[type_name]), "float32")
@@ -454,7 +456,6 @@ def run_ready(args) -> None:
     type_name = args.type
     bases = make_bases(args.work, type_name)
     test = load_test(args.data_dir, "intents")
-    args.results.mkdir(parents=True, exist_ok=True)
 
     masks = MaskSet.from_adapter(READY)
     model = load_model(str(bases["float"]), "float32")

@@ -29,6 +29,7 @@ import numpy as np
 from exact_in_four_bits import METHODS, PROBES, RATES, TASKS, TRAIN
 
 from maskft.models import load_model
+from maskft_common.files import write_text
 from maskft_common.layout import EMBEDDED_MODEL, TRAINING
 from maskft_lab.report.charts import COLOURS, Chart, Entry, Panel, files_of
 from maskft_lab.results.tables import Table
@@ -94,7 +95,7 @@ def term_of(text: str) -> float | str:
 
 def run(args, task: str, seed: int) -> None:
     """Train and measure all methods and terms of a task and a seed; writes one JSON file, again after each."""
-    args.results.mkdir(parents=True, exist_ok=True)
+    args.results.mkdir(parents=True, exist_ok=True)  # now: after a training it would be late to fail
     file = args.results / f"{task}-seed{seed}.json"
     if file.is_file():
         content = json.loads(file.read_text())
@@ -142,7 +143,7 @@ def run(args, task: str, seed: int) -> None:
         row |= test.measure(model)
         del model
         content["rows"].append(row)
-        file.write_text(json.dumps(content) + "\n")
+        write_text(file, json.dumps(content) + "\n")  # whole or not at all
         # Only the numbers are kept: a fully fine-tuned model is half a gigabyte.
         shutil.rmtree(folder)
 

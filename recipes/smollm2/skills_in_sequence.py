@@ -37,6 +37,7 @@ from safetensors import safe_open
 from skills_that_add_up import Measure, Task
 
 from maskft.models import load_tokenizer
+from maskft_common.files import write_text
 
 REPLAY_SHARE = 0.06
 O_LORA = "o-lora"
@@ -78,7 +79,7 @@ def main() -> None:
     for name, run in methods.items():
         if name not in result:
             result[name] = run()
-            file.write_text(json.dumps(result, indent=1) + "\n")
+            write_text(file, json.dumps(result, indent=1) + "\n")  # whole or not at all
             print(f"{name}: done", flush=True)
 
     text = table(result)

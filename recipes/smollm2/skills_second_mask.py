@@ -31,6 +31,7 @@ from torch import Tensor
 
 from maskft import MaskConfig, current_masks
 from maskft.models import load_tokenizer
+from maskft_common.files import write_text
 
 # A score that training cannot bring below the cut at 0: AdamW moves a score by at most about the sum of the learning
 # rates, 0.12 in 48 steps at 5e-3.
@@ -91,7 +92,7 @@ def main() -> None:
                 measure,
                 args,
             )
-            file.write_text(json.dumps(found, indent=1) + "\n")
+            write_text(file, json.dumps(found, indent=1) + "\n")  # whole or not at all
             print(f"{way}: done", flush=True)
 
     text = table(found, first.name, second.name)
