@@ -172,6 +172,22 @@ def evaluate_alpaca(
     return record
 
 
+def _keep_verdicts_float(verdicts: Path) -> None:
+    """Make the package able to read its own file of verdicts, all of which are usually whole numbers.
+
+    It writes 1.5 into the column for equal outputs. pandas reads whole numbers as int64, and since 3.0 raises then. A
+    row without a verdict keeps the column in floats; it belongs to no pair of outputs, and the package drops it when
+    it saves.
+    """
+    if not verdicts.exists():
+        return
+    rows = files.read_json(verdicts)
+    if not rows or any(row.get("preference") is None for row in rows):
+        return
+    nothing = dict.fromkeys(rows[0])
+    files.write_text(verdicts, json.dumps([*rows, nothing]))
+
+
 def _judged(
     items: list[dict],
     outputs: list[dict],
@@ -206,6 +222,7 @@ def _judged(
         }
     reference_outputs = [dict(row) | {"generator": PUBLISHED_REFERENCE} for row in references]
     try:
+        _keep_verdicts_float(verdicts)
         leaderboard, annotations = evaluate(
             model_outputs=outputs,
             reference_outputs=reference_outputs,
