@@ -208,7 +208,7 @@ def _cells(
     test: str,
 ) -> list[tuple[str, ...]]:
     """The rows of the table for one ablation, with all settings of each line."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for line in ablation.lines:
         all_fixed = _fixed_text(line.fixed, set(line.fixed))
         for value, point in line.points:
