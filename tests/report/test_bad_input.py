@@ -28,7 +28,7 @@ def error(capsys):
 def test_nan_in_an_array(name, study, error):
     file, page = study / layout.ANALYSIS / f"{name}.json", study / "page.html"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"more": [1.0, float("nan")]}))
-    assert re.search(rf"{name}\.json is not as .* \(it holds NaN\): remove it", error(study, "-o", page))
+    assert re.search(rf"{name}\.json is not as .* \(it holds NaN\): delete it", error(study, "-o", page))
     assert not page.exists()
 
 
