@@ -186,7 +186,13 @@ def test_checkpoints_that_rounding_moves(content):
     content["path"]["checkpoints"] = [0.25, 0.75, 1.0]
     planned(content)
     content["path"]["checkpoints"] = [0.5]
-    message = "has 0.5, which must be a multiple of save_steps: of 9 steps, 3, 6, 9 are saved"
+    # Of save_steps 0 the last step alone is saved.
+    content["methods"]["LoRA"] |= {"save_steps": 0, "eval_strategy": "no"}
+    content["path"]["checkpoints"] = [1.0]
+    planned(content)
+    content["methods"]["LoRA"] |= {"save_steps": 0.25, "eval_strategy": "steps"}
+    content["path"]["checkpoints"] = [0.5]
+    message = "has 0.5, which must be a multiple of save_steps: of 9 steps, 3 is the nearest that is saved"
     with pytest.raises(UserError, match=re.escape(message)):
         planned(content)
 

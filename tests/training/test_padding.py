@@ -6,6 +6,7 @@ from statistics import mean
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import MambaConfig, MambaForCausalLM
 
 import tiny
@@ -69,8 +70,14 @@ def test_attention_keeps_rows_apart(implementation):
         assert not model.training
 
 
+def test_a_model_whose_logits_are_not_finite_is_not_called_mixing():
+    model = tiny.tiny_llama()
+    model.lm_head.weight.data[0] = torch.nan
+    assert separates_rows(model, [3, 4, 5], [6, 7, 8, 9])
+
+
 def test_a_recurrent_model_is_refused(words, uneven, tmp_path, capsys):
-    """Also where rows are packed: its state runs from row to row."""
+    """Also where rows are packed: its state runs from row to row. Methods that do not train may share the option."""
     folder = tmp_path / "mamba"
     tokenizer = tiny_tokenizer()
     config = MambaConfig(vocab_size=len(tokenizer), hidden_size=16, state_size=4, num_hidden_layers=2)
@@ -85,18 +92,23 @@ def test_a_recurrent_model_is_refused(words, uneven, tmp_path, capsys):
             f"{option}: models of type mamba do not keep rows of one sequence apart; train without {option}"
         )
     assert not (tmp_path / "out").exists()
+    options |= {"method": "l1_mask", "mask_target_modules": "in_proj"}
+    assert main(words("l1", **options, padding_free=True)) == 0
 
 
 def test_no_advice_where_it_does_not_help(tmp_path):
     model = tiny.tiny_llama()
 
     def advice(lengths, **options):
-        return padding_advice(model, lengths, TrainingArguments(str(tmp_path), **options))
+        rows = Dataset.from_dict({"input_ids": [[1] * length for length in lengths]})
+        return padding_advice(model, rows, TrainingArguments(str(tmp_path), **options))
 
     uneven = [4, 8, 40, 12] * 8
     assert advice(uneven, per_device_train_batch_size=4).startswith("48% of a batch is padding")
     assert advice(uneven, per_device_train_batch_size=1) is None
     assert advice([10] * 32, per_device_train_batch_size=4) is None
     assert advice(uneven, per_device_train_batch_size=4, padding_free=True) is None
+    by_length = {"train_sampling_strategy": "group_by_length"}
+    assert advice(uneven, per_device_train_batch_size=4, **by_length) is None
     # Attention among all tokens of the batch would cost more than padding.
     assert advice([100 * length for length in uneven], per_device_train_batch_size=4) is None

@@ -4,11 +4,14 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from trl import ModelConfig
 
-from maskft import adapter_layers
+from maskft import MaskConfig, adapter_layers
 from maskft.quant.layers import storage_of
+from maskft.training.build import build_model
+from maskft.training.method_arguments import MaskArguments, MethodArguments
 from maskft_lab.cli.main import main
 
 from ..tiny import tiny_llama, token_ids
@@ -60,6 +63,34 @@ def test_a_mask_trains_over_it_and_merges_exactly(folder, bits):
         assert torch.equal(storage_of(layer.base_layer).dequantise(), expected[name])
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, masked_logits, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.quantised
+@pytest.mark.parametrize("kind", ["mask", "lora"])
+def test_an_evaluation_between_steps_leaves_gradients_as_they_are(folder, kind):
+    """On CPUs with AVX-512 and bfloat16, bitsandbytes' kernel of eval mode has no backward pass."""
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(folder / "model", quantization_config=how, dtype=torch.float32)
+    if kind == "mask":
+        model = get_peft_model(base, MaskConfig(target_modules=["gate_proj"], task_type="CAUSAL_LM"))
+    else:
+        peft_config = {"peft_type": "LORA", "target_modules": ["gate_proj"], "init_lora_weights": False}
+        method = MethodArguments(method="peft", peft_config=peft_config)
+        source = ModelConfig(model_name_or_path=str(folder / "model"))
+        model = build_model(base, method, source, MaskArguments(), seed=0)
+    ids = token_ids(vocab_size=288)
+
+    def gradients():
+        model.train().zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    before = gradients()
+    with torch.no_grad():
+        model.eval()(ids)
+    after = gradients()
+    assert before.keys() == after.keys() and all(gradient.any() for gradient in before.values())
+    assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 def test_methods_that_write_floats_are_refused(folder, capsys):

@@ -36,6 +36,7 @@ from ..models import (
 )
 from ..tuner import MaskConfig, adapter_layers, start_scores
 from ..tuner.config import DATA_STARTS
+from ..tuner.quantized import keep_gradients
 from ..tuner.targets import resolve_targets
 from .arguments import TrainingArguments
 from .checks import check_quantised
@@ -128,6 +129,7 @@ def build_model(
         UserError: If the method's settings do not fit the model.
     """
     set_seed(seed)
+    keep_gradients(model)
     set_removed_to_zero(model, method)
 
     if method.method == "full":

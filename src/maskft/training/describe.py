@@ -58,7 +58,7 @@ def describe(
         f"data: {len(data.train):,} training rows ({num_supervised:,} supervised tokens), {len(data.heldout):,} held "
         f"out ({num_supervised_heldout:,} supervised tokens); {batch} sequences per step"
     )
-    advice = padding_advice(model, [len(row) for row in data.train["input_ids"]], training)
+    advice = padding_advice(model, data.train, training)
     if advice is not None:
         console.print(advice, soft_wrap=True, highlight=False)
     console.print("one sample, supervised text in [[ ]]:", highlight=False)

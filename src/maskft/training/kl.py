@@ -22,8 +22,6 @@ from maskft_common.errors import UserError
 from ..data.tokenizing import IGNORED
 from ..loss import RowLoss, length_sorted_batches, pad
 
-_MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
-
 
 class KLSum(NamedTuple):
     """KL(base || model) summed over tokens.
@@ -122,7 +120,7 @@ class KLOnTask:
         # The head runs only in columns with a label: with a large vocabulary it is a good part of a forward pass.
         columns = is_supervised_BT.any(0).nonzero().flatten()
         # Without the labels: the base's loss is not needed.
-        given = {name: inputs[name] for name in _MODEL_INPUTS if name in inputs}
+        given = {name: value for name, value in inputs.items() if name != "labels"}
         with torch.no_grad(), self._base.of(model) as base:
             outputs = base(**given, logits_to_keep=columns, use_cache=False)
             logits_NV = outputs.logits[is_supervised_BT[:, columns]]

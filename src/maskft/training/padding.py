@@ -1,8 +1,8 @@
 """Batches without padding: when they are worth it, and whether a model keeps their rows apart.
 
 With ``padding_free`` (and with packing) TRL puts the rows of a batch one behind another into a single sequence, whose
-``position_ids`` start again at 0 with each row. transformers masks attention between rows by them, with every
-attention implementation. Layers that carry a state from token to token do not.
+``position_ids`` start again at 0 with each row. transformers masks attention between rows by them, with eager
+attention and torch's too. Layers that carry a state from token to token need kernels that know where rows begin.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import inspect
 from collections.abc import Sequence
 
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from maskft_common.errors import UserError
 
@@ -56,12 +58,12 @@ def expected_longest(lengths: Sequence[int], batch_size: int) -> float:
     return total
 
 
-def padding_advice(model: nn.Module, lengths: Sequence[int], training: TrainingArguments) -> str | None:
+def padding_advice(model: nn.Module, dataset: Dataset, training: TrainingArguments) -> str | None:
     """Advice to train without padding.
 
     Args:
         model: The model, with or without an adapter.
-        lengths: Tokens of each training row.
+        dataset: Tokenised training rows.
         training: The options of the run.
 
     Returns:
@@ -70,7 +72,11 @@ def padding_advice(model: nn.Module, lengths: Sequence[int], training: TrainingA
     """
     if training.padding_free or training.packing or not _may_separate_rows(model):
         return None
+    # Other samplers put rows of one length together.
+    if getattr(training, "train_sampling_strategy", "random") not in ("random", "sequential"):
+        return None
 
+    lengths = [len(row) for row in dataset["input_ids"]]
     batch_size = training.per_device_train_batch_size
     share = padding_share(lengths, batch_size)
     if share < _LEAST_SHARE_OF_PADDING:
@@ -78,8 +84,9 @@ def padding_advice(model: nn.Module, lengths: Sequence[int], training: TrainingA
 
     mean = mean_length(lengths)
     longest = expected_longest(lengths, batch_size)
-    # Flash attention computes nothing between rows; the other implementations compute it and mask it.
-    attended = mean if _has_flash_attention(model) else batch_size * mean
+    # Flash attention computes nothing between rows; eager attention and torch's compute it and mask it.
+    is_flash = "flash" in (model.config._attn_implementation or "")
+    attended = mean if is_flash else batch_size * mean
     with_padding = longest * _work_per_token(model, longest)
     without_padding = mean * _work_per_token(model, attended)
     if without_padding > _MOST_WORK * with_padding:
@@ -90,8 +97,10 @@ def padding_advice(model: nn.Module, lengths: Sequence[int], training: TrainingA
 def check_rows_are_separate(model: nn.Module, rows: Sequence[Sequence[int]], training: TrainingArguments) -> None:
     """Check that a model keeps apart the rows of a sequence without padding.
 
+    For a GPU it is checked only what the CPU, where the model still is, can compute: eager attention and torch's.
+
     Args:
-        model: The model, before it is wrapped or sharded.
+        model: The model that trains, before it is wrapped or sharded.
         rows: Token ids of training rows.
         training: The options of the run.
 
@@ -103,8 +112,10 @@ def check_rows_are_separate(model: nn.Module, rows: Sequence[Sequence[int]], tra
     option = "packing" if is_packed_apart else "padding_free"
     if not (is_packed_apart or training.padding_free) or len(rows) < 2:
         return
-    # Made for such sequences; and it cannot run yet, where the model is still on the CPU.
-    if _has_flash_attention(model):
+
+    is_for_cpu = training.device.type == "cpu"
+    has_kernels = _has_states(model) or model.config._attn_implementation not in ("eager", "sdpa")
+    if has_kernels and not is_for_cpu:
         return
 
     first = rows[0][:_TESTED_TOKENS]
@@ -118,7 +129,7 @@ def check_rows_are_separate(model: nn.Module, rows: Sequence[Sequence[int]], tra
 
 @torch.no_grad()
 def separates_rows(model: nn.Module, first: Sequence[int], second: Sequence[int]) -> bool:
-    """Whether the second of two rows in one sequence has the logits that it has alone.
+    """Whether the second of two rows in one sequence has the logits that it has alone; True if they are not finite.
 
     Args:
         model: A causal language model.
@@ -128,39 +139,45 @@ def separates_rows(model: nn.Module, first: Sequence[int], second: Sequence[int]
     device = next(model.parameters()).device
     second_1T = torch.tensor([[*second]], device=device)
     both_1T = torch.tensor([[*first, *second]], device=device)
-    starts_again = torch.tensor([[*range(len(first)), *range(len(second))]], device=device)
-    goes_on = torch.arange(both_1T.shape[1], device=device)[None]
-
-    def logits_of_second(position_ids: Tensor) -> Tensor:
-        logits_1TV = model(input_ids=both_1T, position_ids=position_ids, use_cache=False).logits
-        return logits_1TV[:, len(first) :].float()
+    # TRL's own batch: it has more than position_ids for the layers that need it.
+    collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+    batch = collate([{"input_ids": [*first]}, {"input_ids": [*second]}])
+    inputs = {}
+    for name, value in batch.items():
+        if name != "labels":
+            inputs[name] = value.to(device) if isinstance(value, Tensor) else value
 
     was_training = model.training
     model.eval()
     alone_1TV = model(input_ids=second_1T, use_cache=False).logits.float()
-    error = (logits_of_second(starts_again) - alone_1TV).abs().max()
-    # Rounding differs between the two, by more in bfloat16. One text in place of two rows is the scale.
-    difference_of_one_text = (logits_of_second(goes_on) - alone_1TV).abs().max()
+    apart_1TV = model(**inputs, use_cache=False).logits[:, len(first) :].float()
+    one_text_1TV = model(input_ids=both_1T, use_cache=False).logits[:, len(first) :].float()
     model.train(was_training)
+
+    # Rounding differs, by more in bfloat16. The same tokens as one text are the scale of what mixing rows would change.
+    error = (apart_1TV - alone_1TV).abs().mean()
+    difference_of_one_text = (one_text_1TV - alone_1TV).abs().mean()
+    if not torch.isfinite(error):
+        return True
     return bool(error <= 0.1 * difference_of_one_text)
 
 
 def _may_separate_rows(model: nn.Module) -> bool:
     """Whether a model's kind suggests that it keeps rows apart, without computing anything."""
-    whole = _without_adapter(model)
-    # transformers' mark of layers whose state runs from token to token.
-    is_recurrent = getattr(whole, "_is_stateful", False)
     # TRL has no batches without padding for rows with images.
-    has_images = hasattr(whole.config, "vision_config")
-    return not is_recurrent and not has_images and _may_take_positions(whole)
+    has_images = hasattr(model.config, "vision_config")
+    return not _has_states(model) and not has_images and _may_take_positions(model)
+
+
+def _has_states(model: nn.Module) -> bool:
+    """Whether layers carry a state from token to token, in a recurrence or a convolution."""
+    # transformers' mark of recurrent layers, which not all of them have.
+    is_recurrent = getattr(_without_adapter(model), "_is_stateful", False)
+    return is_recurrent or any(isinstance(module, nn.Conv1d) for module in model.modules())
 
 
 def _may_take_positions(model: nn.Module) -> bool:
     return "position_ids" in inspect.signature(_without_adapter(model).forward).parameters
-
-
-def _has_flash_attention(model: nn.Module) -> bool:
-    return "flash" in (model.config._attn_implementation or "")
 
 
 def _without_adapter(model: nn.Module) -> nn.Module:

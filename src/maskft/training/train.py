@@ -93,7 +93,6 @@ def run(
     model = load_base(config.model, tokenizer, method.method)
     kl_rows = load_kl_rows(config, tokenizer)
     check_context(model, data.train, data.heldout)
-    check_rows_are_separate(model, data.train[:2]["input_ids"], training)
     if kl_rows is not None:
         check_context(model, kl_rows.train, kl_rows.heldout)
 
@@ -188,6 +187,7 @@ def fit(
             is not finite before there is a checkpoint.
     """
     check_processes(model, data.train, data.heldout)
+    check_rows_are_separate(model, data.train[:2]["input_ids"], config.training)
     # Every step would else ask the kernel for the same memory again.
     if config.training.device.type == "cpu":
         memory.keep_freed_memory()

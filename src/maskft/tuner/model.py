@@ -20,6 +20,7 @@ from .adapter_files import adapter_files
 from .config import REMOVED_VALUES, MaskConfig
 from .layer import MaskedLinear
 from .mixed_batch import adapter_names_for_layers
+from .quantized import keep_gradients
 from .scores import ranked_scores
 from .targets import is_target, resolve_targets
 
@@ -99,6 +100,8 @@ class MaskModel(BaseTuner):
         assert isinstance(peft_config, MaskConfig)
         _check_not_on_disk(model)
         resolve_targets(peft_config, model)
+        if not peft_config.inference_mode:
+            keep_gradients(model)
 
         values_of = REMOVED_VALUES[peft_config.removed_value]
         self._removed_values = values_of(peft_config, model)

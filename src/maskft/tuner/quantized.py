@@ -6,7 +6,7 @@ A linear layer of floats needs nothing of this. ``maskft.quant`` registers the k
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.utils.quantization_utils import QuantizationBackend
@@ -59,3 +59,17 @@ def find_quantized_weight(base_layer: nn.Module) -> QuantizedWeight | None:
         if found is not None:
             return found
     return None
+
+
+def keep_gradients(model: nn.Module) -> None:
+    """Keep the four-bit layers of bitsandbytes differentiable on a CPU; call it before a model trains.
+
+    Their first forward pass in eval mode repacks the codes for an AVX-512 kernel, and training then goes on with that
+    kernel, which has no backward pass: the gradient of all layers below is lost, and torch only warns (seen with
+    bitsandbytes 0.50). An evaluation before or between training steps is such a pass. Without the repacking, evaluation
+    is slower, and its scales are not rounded to bfloat16.
+    """
+    module: Any  # torch types its attributes as Tensor | Module
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False

@@ -53,9 +53,13 @@ class TrainedRun:
     @property
     def best_step(self) -> int | None:
         """Step of the model that was evaluated, which may be another point of the run's path than the best."""
+        step = self.summary.get("best_step")
         if BEST in self.results:
-            return self.results[BEST]["study"]["best_step"]
-        return self.summary.get("best_step")
+            step = self.results[BEST]["study"]["best_step"]
+        if step is None:
+            # Trained without an evaluation: the last step is the best.
+            step = self.summary.get("num_steps")
+        return step
 
     @property
     def history(self) -> list[dict]:

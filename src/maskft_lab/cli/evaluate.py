@@ -125,6 +125,7 @@ def _prepared(options: EvaluationArguments, data: DataArguments, is_alone: bool)
         data: The held-out rows.
         is_alone: Whether the command has no other evaluation.
     """
+    from ..evaluation.alpaca import remove_verdicts
     from ..evaluation.command_line import load_all_tasks
     from ..evaluation.evaluate import (
         check_same_evaluation,
@@ -170,6 +171,7 @@ def _prepared(options: EvaluationArguments, data: DataArguments, is_alone: bool)
             for _, old in targets:
                 old.unlink(missing_ok=True)
                 old.with_name(JOURNAL).unlink(missing_ok=True)
+                remove_verdicts(old.parent)
 
         if loaded.facts.get("seed") is None and options.seed is not None:
             # A copy: another evaluation of the same loaded model may have another seed.

@@ -6,6 +6,7 @@ import math
 from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 from maskft.data.arguments import DataArguments, check_sizes
@@ -107,21 +108,24 @@ def _check_checkpoints(shares: Iterable[float], training) -> None:
         return
     interval = training.save_steps
     if training.max_steps > 0:
-        if interval < 1:
+        saved = [training.max_steps]  # always; with save_steps 0 nothing else
+        if 0 < interval < 1:
             interval = math.ceil(interval * training.max_steps)  # as transformers rounds it
-        saved = [*range(int(interval), training.max_steps, int(interval)), training.max_steps]
+        if interval:
+            saved += range(int(interval), training.max_steps, int(interval))
         for share in shares:
             step = share * training.max_steps
+            nearest = min(saved, key=partial(_distance, step))
             # Nearer than one step, as the path looks for it.
-            if min(abs(each - step) for each in saved) >= 1:
+            if _distance(step, nearest) >= 1:
                 raise UserError(
                     f"path.checkpoints has {share:g}, which must be a multiple of save_steps: of "
-                    f"{training.max_steps} steps, {', '.join(map(str, saved))} are saved"
+                    f"{training.max_steps} steps, {nearest} is the nearest that is saved"
                 )
         return
 
     # Without max_steps, the number of steps is known only with the data; shares can be compared with a share.
-    if interval >= 1:
+    if not 0 < interval < 1:
         return
     for share in shares:
         if share == 1:
@@ -130,6 +134,10 @@ def _check_checkpoints(shares: Iterable[float], training) -> None:
         is_multiple = abs(num_intervals - round(num_intervals)) <= 1e-6  # 0.3 / 0.1 is 2.9999999999999996
         if not is_multiple:
             raise UserError(f"path.checkpoints has {share:g}, which must be a multiple of save_steps")
+
+
+def _distance(step: float, saved: int) -> float:
+    return abs(saved - step)
 
 
 def _check_path_rows(plan: Plan) -> None:

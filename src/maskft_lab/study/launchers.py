@@ -31,6 +31,7 @@ from .process import Threads
 from .study_run import StudyRun
 
 _ASK_S = 2.0  # between two questions to SLURM's queue
+_NO_ANSWER_S = 60.0  # after which a queue that does not answer is an error
 _GONE_S = 15.0  # after which a job that left the queue without a result is lost; shared file systems are late
 _MAX_TIMEOUTS = 1000  # times that a job whose time is over is requeued; submitit's default is 3
 TIME_MIN = 24 * 60  # minutes a SLURM job may take before it is requeued
@@ -250,13 +251,16 @@ class _Queue:
 
     def clear(self) -> None:
         """Cancel all jobs, and wait until they have left the queue."""
+        subprocess.run(["scancel", "--name", self.name], check=False)
+        give_up_at = time.monotonic() + _NO_ANSWER_S
         while True:
-            subprocess.run(["scancel", "--name", self.name], check=False)
             answer = self._ask()
-            # A controller that does not answer has not said that the jobs are gone, and may not have cancelled them.
+            # A controller that does not answer has not said that the jobs are gone.
             has_answered = answer.returncode == 0
             if has_answered and not answer.stdout.strip():
                 return
+            if not has_answered and time.monotonic() > give_up_at:
+                raise UserError(f"SLURM's queue does not answer: squeue says {answer.stderr.strip()!r}")
             time.sleep(_ASK_S)
 
     def last_seen(self, job_id: str) -> float:
