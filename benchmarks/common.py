@@ -398,6 +398,10 @@ class Step:
                 loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
             loss = loss / accumulation
             loss.backward()
+        self.update()
+
+    def update(self) -> None:
+        """Clip the gradients and take a step of AdamW."""
         if not self.trained:
             return  # of the side "frozen" only memory and the passes count
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)

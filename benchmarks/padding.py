@@ -49,9 +49,7 @@ class RowsStep(Step):
         with self.autocast:
             loss = self.model(**self.inputs, use_cache=False).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.update()
 
 
 def run(report) -> None:

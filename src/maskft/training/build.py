@@ -129,7 +129,6 @@ def build_model(
         UserError: If the method's settings do not fit the model.
     """
     set_seed(seed)
-    keep_gradients(model)
     set_removed_to_zero(model, method)
 
     if method.method == "full":
@@ -139,6 +138,8 @@ def build_model(
         return model
 
     if method.method == PEFT:
+        # Masks do so themselves.
+        keep_gradients(model)
         config = adapter_config(method.peft_config or {})
         try:
             return with_adapter(model, config, source)

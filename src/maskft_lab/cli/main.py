@@ -181,11 +181,22 @@ def _end_at_sigterm():
 
 def _without_overwrite(words: list[str]) -> list[str]:
     """A command without ``--overwrite``, which would delete the finished work when the command is repeated."""
+    return _without_option(words, "--overwrite", values=("true", "false"))
+
+
+def _without_option(words: list[str], option: str, values: tuple[str, ...] | None = None) -> list[str]:
+    """A command without an option and its value.
+
+    Args:
+        words: The command.
+        option: Name of the option, with its dashes.
+        values: Lower-case values that may follow the name; None: one follows it always.
+    """
     kept = []
     previous = ""
     for word in words:
-        is_option = word == "--overwrite" or word.startswith("--overwrite=")
-        is_value = previous == "--overwrite" and word.lower() in ("true", "false")
+        is_option = word == option or word.startswith(f"{option}=")
+        is_value = previous == option and (values is None or word.lower() in values)
         if not is_option and not is_value:
             kept.append(word)
         previous = word
@@ -202,14 +213,7 @@ def _resume_line(words: list[str]) -> str:
         typed = ["maskft", *words]
 
     # Without the user's own value: false would start again, and a checkpoint's name would go back to that one.
-    kept = []
-    previous = ""
-    for word in typed:
-        is_resume = word == RESUME or word.startswith(f"{RESUME}=") or previous == RESUME
-        if not is_resume:
-            kept.append(word)
-        previous = word
-    return shlex.join([*kept, RESUME, "true"])
+    return shlex.join([*_without_option(typed, RESUME), RESUME, "true"])
 
 
 def _rank() -> int:
