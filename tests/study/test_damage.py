@@ -8,14 +8,12 @@ import pytest
 from maskft_common import files, layout
 from maskft_lab.cli.main import main
 from maskft_lab.study.damage import damage_of_result, damage_of_run
-from small_study import FULL, MASK, outcome, recipe, write
+from small_study import FULL, MASK, outcome, recipe, replace_commands, write
 
 
 def test_a_damaged_study_stops_and_makes_again_what_is_removed(base, data, tmp_path, monkeypatch, capsys):
     """In this process, without a new interpreter for each command."""
-    monkeypatch.setattr(
-        "maskft_lab.study.make.run_command", lambda words, log, tick, lock_fd, num_threads: main(words[3:])
-    )
+    replace_commands(monkeypatch, lambda words, log: main(words[3:]))
     methods = {"full": {**FULL, "num_train_epochs": 1, "last": None}, "mask": {**MASK, "last": None}}
     file, out = write(tmp_path, recipe(base, data, methods)), tmp_path / "out"
     words = ["study", str(file), "--output_dir", str(out)]

@@ -12,15 +12,15 @@ from maskft_common.errors import UserError
 from maskft_lab.cli.main import main
 from maskft_lab.evaluation import command_line as evaluate
 from maskft_lab.study.check import checked_plan
+from maskft_lab.study.evaluate import _model_options, evaluation_words
 from maskft_lab.study.folder import Study
 from maskft_lab.study.load_recipe import parse_recipe
-from maskft_lab.study.make import _model_options, evaluation_words
 from maskft_lab.study.path import choose, path_sets, points_of
 from maskft_lab.study.plan import build_plan
 from maskft_lab.study.recipe import Choice
 from maskft_lab.study.run_options import parsed_run
 from maskft_lab.study.study_run import Heldout, PathPoint, Trial
-from small_study import recipe, write
+from small_study import recipe, replace_commands, write
 
 LORA = {"method": "peft", "peft_config": {"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}}
 STEPS = {"max_steps": 4, "eval_steps": 0.5, "save_steps": 0.5}
@@ -30,10 +30,7 @@ STEPS = {"max_steps": 4, "eval_steps": 0.5, "save_steps": 0.5}
 def commands(monkeypatch):
     """Commands run in this process, which saves a start of Python for each."""
     found = []
-    monkeypatch.setattr(
-        "maskft_lab.study.make.run_command",
-        lambda words, log, tick, lock_fd, num_threads: found.append(words[3]) or main(words[3:]),
-    )
+    replace_commands(monkeypatch, lambda words, log: found.append(words[3]) or main(words[3:]))
     return found
 
 
@@ -305,12 +302,12 @@ def test_a_fixed_mask_is_kept_as_far_as_its_mask(content, tmp_path, monkeypatch)
 
 
 def test_where_the_base_fails_the_study_says_why(content, tmp_path, monkeypatch, capsys):
-    def call(words, log, tick, lock_fd, num_threads):
+    def call(words, log):
         if words[3] == "evaluate" and log.parent.name.startswith("base"):
             raise UserError("no room")
         main(words[3:])
 
-    monkeypatch.setattr("maskft_lab.study.make.run_command", call)
+    replace_commands(monkeypatch, call)
     content["path"]["choose"] = MOST
     content["methods"] = {name: content["methods"][name] for name in ("base", "LoRA")}
     assert main(["study", str(write(tmp_path, content)), "--output_dir", str(tmp_path / "study")]) == 2

@@ -27,18 +27,18 @@ from maskft_lab.cli.early import help_text
 from maskft_lab.cli.main import main
 from maskft_lab.study import board as boards
 from maskft_lab.study import launchers
-from maskft_lab.study import make as making
+from maskft_lab.study import study as making
 from maskft_lab.study.accounts import build_record, is_control
 from maskft_lab.study.check import checked_plan
 from maskft_lab.study.folder import Study
 from maskft_lab.study.launchers import launcher_of
 from maskft_lab.study.launchers import slurm as slurm_launcher
 from maskft_lab.study.load_recipe import load_recipe, parse_recipe
-from maskft_lab.study.make import _record, launch_words, make
 from maskft_lab.study.process import PYTHON, last_line, run_command
 from maskft_lab.study.run_record import read_run_record, write_run_record
-from maskft_lab.study.study import failure_of, run_study
-from small_study import FULL, MASK, outcome, recipe, write
+from maskft_lab.study.study import failure_of, make, run_study
+from maskft_lab.study.train import launch_words, record_at_point
+from small_study import FULL, MASK, outcome, recipe, replace_commands, write
 
 CHECKPOINT = f"{layout.RUNS}/full-*/checkpoint-3/{layout.MANIFEST}"  # the first, once it is whole
 
@@ -86,14 +86,14 @@ def test_a_run_starts_while_its_parent_is_evaluated(base, data, tmp_path, monkey
     def evaluate(study, run, *rest):
         if run.method.method == "full" and not child_started.wait(60):
             raise UserError("no child in a minute")
-        return making._evaluate_in_fact(study, run, *rest)
+        making.evaluate_in_fact(study, run, *rest)
 
-    def train(study, run, tick):
+    def train(study, run, call):
         if run.method.method == "mask":
             child_started.set()
-        return making._train_in_fact(study, run, tick)
+        making.train_in_fact(study, run, call)
 
-    for name, replacement in {"_evaluate": evaluate, "_train": train}.items():
+    for name, replacement in {"evaluate": evaluate, "train": train}.items():
         monkeypatch.setattr(making, f"{name}_in_fact", getattr(making, name), raising=False)
         monkeypatch.setattr(making, name, replacement)
     # Two masks, so that neither is alone: a run that gets all cores would wait for the evaluation.
@@ -104,14 +104,14 @@ def test_a_run_starts_while_its_parent_is_evaluated(base, data, tmp_path, monkey
 
 
 def test_a_failed_evaluation_stops_no_child(base, data, tmp_path, monkeypatch):
-    evaluate = making._evaluate
+    evaluate = making.evaluate
 
     def failing(study, run, *rest):
         if run.method.method == "full":
             raise UserError("no such task")
         return evaluate(study, run, *rest)
 
-    monkeypatch.setattr(making, "_evaluate", failing)
+    monkeypatch.setattr(making, "evaluate", failing)
     methods = {"full": FULL, "mask": MASK, "random": {"method": "random_mask", "from": "full"}}
     plan = checked_plan(parse_recipe(recipe(base, data, methods), tmp_path, "study.yaml"))
     with pytest.raises(UserError, match=r"^run 'full, seed 0' failed: no such task$"):
@@ -299,7 +299,7 @@ def test_a_job_of_slurm_is_requeued_as_often_as_its_time_is_over(two_masks, tmp_
 
 
 def test_what_is_no_mistake_of_the_user_is_told_with_its_name(two_masks, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("maskft_lab.study.make.run_command", lambda words, log, tick, lock_fd, num_threads: None)
+    replace_commands(monkeypatch, lambda words, log: None)
     monkeypatch.setattr("maskft_lab.study.study.make", lambda *_: {}[1.0])
     capsys.readouterr()
     assert main(["study", str(two_masks), "--output_dir", str(tmp_path)]) == 2
@@ -622,9 +622,11 @@ def test_the_end_of_training_is_accounted_for_where_it_is_not_kept(base, data, r
     (study.run_folder(point) / layout.TRAINING).write_text(json.dumps({"summary": trainings["full"]}))
     for step in (3, 4):
         (study.run_folder(point) / f"checkpoint-{step}").mkdir()
-    assert (_record(study, point).best_step, _record(study, point).total_tokens) == (4, {"best": 400, "last": 800})
+    record = record_at_point(study, point)
+    assert (record.best_step, record.total_tokens) == (4, {"best": 400, "last": 800})
     early = replace(point, point=(0.3, 1.0))  # 2.4 of the 8 steps: transformers saves the third
-    assert (_record(study, early).best_step, _record(study, early).total_tokens) == (3, {"best": 300, "last": 800})
+    record = record_at_point(study, early)
+    assert (record.best_step, record.total_tokens) == (3, {"best": 300, "last": 800})
     write_run_record(study.run_folder(before), found["pre-trained"])
     assert study.model(before, "best") == str(base)
 
@@ -657,9 +659,7 @@ def test_weights_are_trained_after_a_mask_that_is_worse_too(base, data, tmp_path
     content = recipe(base, data, methods)
     content["evaluation"]["no_generate"] = True
     content["train"] |= {"mask_init_scores": "magnitude", "mask_rank_by": "signed"}
-    monkeypatch.setattr(
-        "maskft_lab.study.make.run_command", lambda words, log, tick, lock_fd, num_threads: main(words[3:])
-    )
+    replace_commands(monkeypatch, lambda words, log: main(words[3:]))
     plan = checked_plan(parse_recipe(content))
     study = Study(tmp_path, plan.recipe)
     for run in plan.runs:

@@ -20,6 +20,7 @@ from maskft_lab.study.check import check_before_running, checked_plan
 from maskft_lab.study.load_recipe import load_recipe, parse_recipe
 from maskft_lab.study.plan import build_plan
 from maskft_lab.study.study_run import Heldout
+from small_study import replace_commands
 
 RATES = [1e-3, 1e-2]
 
@@ -48,10 +49,10 @@ def content(base, data, tmp_path):
 def in_process(monkeypatch):
     """Commands run in this process, which saves a start of Python for each."""
 
-    def call(words, log, tick, lock_fd, num_threads):
+    def call(words, log):
         assert main(words[3:]) == 0
 
-    monkeypatch.setattr("maskft_lab.study.make.run_command", call)
+    replace_commands(monkeypatch, call)
 
 
 def plan_of(content, look=lambda run: None):
@@ -99,12 +100,12 @@ def test_a_failed_run_loses(content):
 
 @pytest.mark.parametrize(("why", "status"), [("NaN: stopped before the update was applied", 0), ("no room", 2)])
 def test_what_diverges_loses_once_and_what_fails_decides_nothing(why, status, content, tmp_path, monkeypatch, capsys):
-    def call(words, log, tick, lock_fd, num_threads):
+    def call(words, log):
         if "0.01" in words:
             raise UserError(why)
         assert main(words[3:]) == 0
 
-    monkeypatch.setattr("maskft_lab.study.make.run_command", call)
+    replace_commands(monkeypatch, call)
     content["methods"], file = {"full": content["methods"]["full"]}, tmp_path / "study.yaml"
     for rates, end in ((RATES, status), (RATES, status), ([1e-2], 2)):
         content["methods"]["full"]["tune"] = {"learning_rate": rates}

@@ -18,8 +18,8 @@ from maskft.training.method_arguments import FIXED_MASK_METHODS, INTERPOLATE, MA
 from maskft_common.errors import UserError, did_you_mean
 
 from ..evaluation import command_line as evaluate
+from .evaluate import evaluation_words
 from .identity import options_identity, short_digest
-from .make import evaluation_words
 from .path import has_path, heldout_options
 from .plan import Plan, build_plan
 from .recipe import Method, Options, Recipe

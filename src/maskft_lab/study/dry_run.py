@@ -14,11 +14,11 @@ from rich.text import Text
 from maskft_common.progress_bar import time_text
 
 from .folder import Study
-from .make import heldout, is_done
 from .plan import Plan, build_plan
 from .recipe import Recipe
 from .run_options import options_but_seeds, tokens_of
 from .study_run import StudyRun, settings_text
+from .train import heldout, is_done
 
 _LOG_WIDTH = 200  # columns without a terminal: nothing may be cut off
 _TO_DO = "to do"  # state of a run that is not trained

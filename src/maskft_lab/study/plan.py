@@ -102,7 +102,7 @@ class _Planner:
     def __init__(self, recipe: Recipe, look: Look):
         self.recipe = recipe
         self.look = look
-        # A study compares masks, also bad ones; see make.py.
+        # A study compares masks, also bad ones; see train.py.
         self.defaults = option_defaults() | {"keep_worse": True}
         self.runs: list[StudyRun] = []
         self.tunings: dict[tuple, Tuned] = {}  # place -> the choice

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,21 +16,19 @@ from maskft_common import layout, locks
 from maskft_common.errors import UserError
 
 from .board import Board
+from .damage import is_whole_result
+from .evaluate import evaluate, measure_path
 from .folder import Study
 from .launchers import Launcher, alone, is_local
-from .make import (
-    heldout,
-    is_done,
-    make,
-    prepare_base,
-    prepare_data,
-)
+from .path import has_path
 from .plan import Plan, build_plan
-from .process import THREADS_OF_ENVIRONMENT, Threads
+from .prepare import Tick, no_tick, prepare_base, prepare_data
+from .process import THREADS_OF_ENVIRONMENT, Threads, run_command
 from .recipe import Recipe
 from .run_options import options_but_seeds, tokens_of
 from .study_run import StudyRun
 from .summary import summarise
+from .train import delete_checkpoints, heldout, is_done, record_at_point, train
 
 LOCK_WAIT_S = 120  # a killed study's child finishes its step and saves it
 _POLL_S = 0.1  # between two looks at the running jobs
@@ -221,10 +219,49 @@ def _costs(recipe: Recipe, runs: Sequence[StudyRun]) -> dict[StudyRun, float] | 
     return costs
 
 
+def make(
+    study: Study,
+    run: StudyRun,
+    tick: Tick = no_tick,
+    threads: Threads = THREADS_OF_ENVIRONMENT,
+) -> None:
+    """Train and evaluate the unfinished part of ``run``.
+
+    Args:
+        study: The study.
+        run: The run, whose parents are trained.
+        tick: Called about ten times a second while a command runs.
+        threads: Threads of its commands.
+
+    Raises:
+        UserError: If a command fails, with its last line.
+    """
+    # A command holds the study's lock too, until it ends. Training and evaluation may have different numbers of
+    # threads: a training may have all cores for itself.
+    call = partial(run_command, tick=tick, lock_fd=study.lock_fd)
+    call_training = partial(call, num_threads=threads.training)
+    call_evaluation = partial(call, num_threads=threads.evaluation)
+
+    if not study.is_trained(run):
+        train(study, run, call_training)
+
+    # The path, from checkpoints that are kept for it.
+    delete_checkpoints(study, run)
+    if has_path(study.recipe, run) and heldout(study, run) is None:
+        measure_path(study, run, call_evaluation)
+
+    # Evaluation of each model that a table shows.
+    for role in run.labels:
+        file = study.result_file(run, role)
+        if not is_whole_result(file):
+            record = record_at_point(study, run)
+            evaluate(study, run, role, record, call_evaluation)
+
+
 def failure_of(
     study: Study,
     run: StudyRun,
-    tick: Callable[[], None] = lambda: None,
+    tick: Tick = no_tick,
     threads: Threads = THREADS_OF_ENVIRONMENT,
 ) -> str | None:
     """Make a run; returns why it failed, None if it did not. Launchers call this, wherever they run it.
