@@ -82,8 +82,11 @@ def test_forgetting_is_the_mean_loss_of_all_tokens_but_the_first(config, monkeyp
 def test_the_board_of_smollm2_is_what_its_results_say(tmp_path):
     """The committed files; and every field that PEFT's processing.py reads is there."""
     sources = [ROOT / "results" / f"smollm2-curve-sums{end}" for end in ("-rivals", "")]
-    table = script("board").main(tmp_path, sources, "wikipedia")
     board = ROOT / "results" / "board-smollm2"
+    # The lines above the table were written by a person, and stay.
+    head, _, _ = (board / "table.md").read_text().partition("| method |")
+    (tmp_path / "table.md").write_text(head + "| method |\n")
+    table = script("board").main(tmp_path, sources, "wikipedia")
     written = {file.relative_to(tmp_path): file.read_text() for file in tmp_path.rglob("*.*")}
     assert written == {file.relative_to(board): file.read_text() for file in board.rglob("*.*")}
     assert "| LoRA r 16 | 0 | 0.507 | +0.1173 | 4,884,480 | 9,768,960 |" in table

@@ -5,7 +5,8 @@ python recipes/peft_metamathqa/board.py results/board-smollm2 results/smollm2-cu
 
 The folders are of published results: ``*.json.gz`` and ``training.json``. Forgetting is the loss on the text named by
 ``--before`` after training minus that before; each of our texts ends with an end token, PEFT's do not (forgetting.py
-measures without). Numbers that were not measured are null. Fixed masks are left out, because nothing was trained.
+measures without). Numbers that were not measured are null. Fixed masks are left out, because nothing was trained. Lines
+above an existing table stay.
 """
 
 from __future__ import annotations
@@ -75,7 +76,13 @@ def main(out: Path, sources: list[Path], before: str) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     table = "\n".join(lines) + "\n"
-    files.write_text(out / "table.md", table)
+
+    file = out / "table.md"
+    head = ""
+    if file.is_file():
+        # The lines that a person wrote above the table stay.
+        head, _, _ = file.read_text(encoding="utf-8").partition("| method |")
+    files.write_text(file, head + table)
     return table
 
 

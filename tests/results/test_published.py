@@ -1,6 +1,7 @@
 """The published results compare as when they were published."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from maskft_lab.results.reading import read_all
 from maskft_lab.results.render import render
 from maskft_lab.results.words import sentence
 
-RESULTS = Path(__file__).parents[2] / "results"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "results"
 SUMMARY = "summary.json"
 # Sentences of commit 15c644f, with 10,000 resamples of seed 0. Since then intervals of accuracies on which fewer than
 # ten items differ are Tango's (docs/LOG.md, "Intervals at the edges"), and that commit's are marked "alone":
@@ -32,6 +34,9 @@ NO_STUDIES = {
     "smollm2-skills",
 }
 STUDIES = sorted({folder.name for folder in RESULTS.iterdir()} - NO_STUDIES)
+TABLES = sorted(RESULTS.glob("*/table.md"))
+# The paragraphs between the title of a table and its first row.
+HEAD = ("What: ", "Recipe: ", "Machine: ", "Chosen: ")
 
 
 @pytest.mark.parametrize("study", STUDIES)
@@ -59,6 +64,23 @@ def test_page_and_table_of_a_folder_say_the_same(study):
     of_table = [line.removeprefix("- Verdict: ") for line in table.splitlines() if line.startswith("- Verdict: ")]
     if of_table:
         assert [verdict["text"] for verdict in record["comparison"]["verdicts"]] == of_table
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda file: file.parent.name)
+def test_a_table_says_what_it_is_and_who_chose(table):
+    """For a reader who opens this file alone; a recipe that is named there exists."""
+    title, _, text = table.read_text(encoding="utf-8").partition("\n\n")
+    head, row, _ = text.partition("\n|")
+    assert title.startswith("# ")
+    assert row, "no table"
+
+    paragraphs = head.split("\n\n")
+    assert [paragraph[: len(word)] for word, paragraph in zip(HEAD, paragraphs, strict=False)] == list(HEAD)
+
+    recipe = paragraphs[HEAD.index("Recipe: ")]
+    paths = [name for name in re.findall(r"`([^`]+)`", recipe) if "/" in name]
+    assert paths, "no recipe is named"
+    assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
 def check_summary(study, results):
