@@ -337,6 +337,13 @@ def test_one_name_of_a_saved_module_is_no_list_of_letters():
     assert MaskConfig(modules_to_save="lm_head").modules_to_save == ["lm_head"]
 
 
+def test_names_in_a_set_are_kept_in_one_order():
+    """Sets of strings have another order in each process, and so would the saved configuration."""
+    names = {"v_proj", "k_proj", "q_proj"}
+    assert MaskConfig(target_modules=names).target_modules == sorted(names)
+    assert MaskConfig(exclude_modules=names).exclude_modules == sorted(names)
+
+
 def test_a_threshold_that_is_changed_is_used():
     model = get_peft_model(tiny.tiny_llama(), MaskConfig(selection="threshold", rank_by="signed")).eval()
     before = logits(model)
@@ -427,6 +434,8 @@ def test_threshold_starts_at_the_published_share_and_moves():
         ({"init_std": math.inf}, "init_std is inf; it is a standard deviation"),
         ({"selection": "threshold", "threshold": math.nan}, "threshold is nan; it must be a finite number"),
         ({"init_scores": "constant", "init_value": math.nan}, "init_value is nan; it must be a finite number"),
+        ({"init_value": "0.1"}, "init_value is '0.1'; it must be a number"),
+        ({"selection": "gumbel", "temperature_end": "0.1"}, "temperature_end is '0.1'; it must be a number"),
         ({"mask_seed": -1}, "must be >= 0"),
         ({"layers_to_transform": []}, "layers_to_transform is empty"),
         ({"preset": "papr"}, "did you mean 'paper'"),

@@ -138,6 +138,7 @@ class MaskConfig(PeftConfig):
     removed_value_model: str | None = _option(
         None, "With `removed_value` `base`: the model before fine-tuning, a folder or a hub name."
     )
+    # The paper's threshold of global masks (Table 6). With scores from N(0, 0.02), 4 % of them start below it.
     threshold: float = _option(-0.035, "With `threshold`: weights with a score below it are removed.")
     rank_by: RankBy = _option("abs", "`abs` ranks by the magnitude of a score (as published), `signed` by value.")
 
@@ -147,7 +148,9 @@ class MaskConfig(PeftConfig):
         "Initialization of the scores: normal, constant, or ordered by magnitude or by wanda (magnitude * norm of the "
         "input, which needs training rows).",
     )
+    # As in the published code.
     init_std: float = _option(0.02, "Standard deviation of the initial scores, > 0.")
+    # None, and not a number, because the default depends on the learner: see `start_value`.
     init_value: float | None = _option(
         None,
         "Value of the `constant` start; with `logit`, `gumbel` and `hard_concrete` the mean of the initial scores "
@@ -177,7 +180,7 @@ class MaskConfig(PeftConfig):
         is_of_removal=False,
     )
 
-    # Filled in when an adapter is saved.
+    # Filled in when an adapter is saved. They say which base the mask belongs to, and what its file must contain.
     format_version: int = _option(
         ADAPTER_FORMAT_VERSION, "Version of the adapter file.", is_option=False, is_of_removal=False
     )
@@ -209,7 +212,7 @@ class MaskConfig(PeftConfig):
         None, "Not supported by masks; present because TRL reads it.", is_option=False, is_of_removal=False
     )
 
-    # State that is not saved: dataclasses ignore attributes that have no annotation, or ClassVar.
+    # State that is not saved: dataclasses ignore attributes without an annotation, and those annotated with ClassVar.
 
     # True from the creation of an adapter to its first load or save. In between, the checksums in the configuration
     # belong to the file that is about to be loaded.
@@ -231,11 +234,14 @@ class MaskConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = MaskPeftType.MASK
+        # First, because a newer version may give the other fields values that the checks below do not know.
         if self.format_version > ADAPTER_FORMAT_VERSION:
             raise UserError(
                 f"the adapter has format version {self.format_version}, this maskft reads up to "
                 f"{ADAPTER_FORMAT_VERSION}; use a newer one"
             )
+        # The preset before the checks, so that its values are checked together with those given beside it. Then the
+        # simple checks before the combined ones, which read numbers and look up learners by name.
         self._apply_preset()
         self._normalize()
         self._check_choices()
@@ -248,6 +254,7 @@ class MaskConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write ``adapter_config.json``; PEFT has written the tensors of the adapter before."""
+        # Passed on as a function: `files` decides what is written before and after it.
         save = super().save_pretrained
         files = adapter_files()
         files.save_config(self, Path(save_directory), lambda: save(save_directory, **kwargs))
@@ -294,10 +301,12 @@ class MaskConfig(PeftConfig):
     @property
     def _is_saved(self) -> bool:
         """Whether this is the configuration of an adapter that was saved."""
+        # The checksum is computed when masks are saved or combined. It is not an option, so it is not set before.
         return self.mask_sha256 is not None
 
     def _apply_preset(self) -> None:
         """Fill in the preset's values of fields that were not given."""
+        # A saved configuration has the values that it was trained with, also if the preset has changed since.
         if self.preset is None or self._is_saved:
             return
         if self.preset not in PRESETS:
@@ -310,6 +319,7 @@ class MaskConfig(PeftConfig):
         for name in preset:
             if name in self.given or getattr(self, name) != _default(name):
                 given.add(name)
+
         selection = preset["selection"]
         if "selection" in given:
             selection = self.selection
@@ -317,7 +327,7 @@ class MaskConfig(PeftConfig):
         # Another learner may be given beside the preset: options that it does not read are left out, because
         # `_check_effects` would raise for them.
         unread: set[str] = set()
-        if selection in LEARNERS:
+        if selection in LEARNERS:  # a misspelt name is reported by `_check_choices`
             options = LEARNERS[selection].options
             unread = set(learner_options()) - set(options)
         if not is_free(selection):
@@ -332,6 +342,8 @@ class MaskConfig(PeftConfig):
         # Sorted, because sets of strings have another order in each process.
         if isinstance(self.target_modules, tuple | set):
             self.target_modules = sorted(self.target_modules)
+        if isinstance(self.exclude_modules, tuple | set):
+            self.exclude_modules = sorted(self.exclude_modules)
         # PEFT would take the letters of a string for names.
         if isinstance(self.modules_to_save, str):
             self.modules_to_save = [self.modules_to_save]
@@ -340,7 +352,8 @@ class MaskConfig(PeftConfig):
 
     def _check_choices(self) -> None:
         """Raise for a value that is not among the choices of its field."""
-        # The choices of a Literal are in its annotation, those of registries grow as learners join.
+        # The choices of a Literal are in its annotation; those of a registry grow with `register_learner`. The string
+        # annotations of `from __future__ import annotations` have to be evaluated, which get_type_hints does.
         choices_of: dict[str, tuple[str, ...]] = {}
         for name, kind in get_type_hints(type(self)).items():
             if get_origin(kind) is Literal:
@@ -355,7 +368,8 @@ class MaskConfig(PeftConfig):
                 raise UserError(f"{name} is {value!r}{hint}; choose one of: {', '.join(choices)}")
 
     def _check_numbers(self) -> None:
-        """Raise for values that are no numbers, or are outside of their range."""
+        """Raise for values that are not numbers, or are outside of their range."""
+        # Types first: PEFT builds configurations from JSON, where a number may have been written as a string.
         names = (
             "init_std",
             "sparsity_ramp",
@@ -365,12 +379,19 @@ class MaskConfig(PeftConfig):
             "sharpness",
             "temperature",
         )
-        for name in names:
+        may_be_none = (
+            "init_value",
+            "sharpness_end",
+            "temperature_end",
+        )
+        for name in (*names, *may_be_none):
             value = getattr(self, name)
+            if value is None and name in may_be_none:
+                continue
             if not isinstance(value, int | float):
                 raise UserError(f"{name} is {value!r}; it must be a number")
 
-        # The comparisons are written so that NaN fails them.
+        # Ranges. The comparisons are written so that NaN, for which each of them is False, raises.
         check_sparsity(self.sparsity)
         if not 0 < self.init_std < math.inf:
             raise UserError(f"init_std is {self.init_std!r}; it is a standard deviation and must be > 0")
@@ -389,6 +410,8 @@ class MaskConfig(PeftConfig):
         if self.mask_seed < 0:
             raise UserError(f"mask_seed is {self.mask_seed}; it must be >= 0")
 
+        # The published code's `sparsity` is the opposite of ours, so that a value above a half is likely to come from
+        # there.
         is_mostly_removed = self.selection == "topk" and self.sparsity > 0.5
         if is_mostly_removed and not self._is_saved:
             warnings.warn(
@@ -399,6 +422,7 @@ class MaskConfig(PeftConfig):
 
     def _check_layers(self) -> None:
         """Raise for choices of layers that PEFT would read in another way than they look, or not at all."""
+        # PEFT compiles a string for each module that it matches; the error would come late, without the field's name.
         for name in ("target_modules", "exclude_modules"):
             pattern = getattr(self, name)
             if isinstance(pattern, str):
@@ -407,6 +431,7 @@ class MaskConfig(PeftConfig):
                 except re.error as error:
                     raise UserError(f"{name} {pattern!r} is not a regular expression: {error}") from None
 
+        # PEFT reads layers_to_transform only for targets in a list, and layers_pattern only together with it.
         if self.layers_to_transform is None:
             if self.layers_pattern:
                 raise UserError(
@@ -424,6 +449,7 @@ class MaskConfig(PeftConfig):
 
     def _check_effects(self) -> None:
         """Raise for fields that were given and would change nothing."""
+        # Options of other learners. Compared with the defaults: an option that is given with its default is harmless.
         options_of_learner = LEARNERS[self.selection].options
         for name in learner_options():
             if name in options_of_learner:
@@ -434,6 +460,7 @@ class MaskConfig(PeftConfig):
                     f"{name}={value!r} has no effect with selection={self.selection!r}; it goes with {names_with(name)}"
                 )
 
+        # An init_value of 0 passes: it is where the other learners start anyway.
         has_center = is_free(self.selection) or self.init_scores == "constant"
         if self.init_value and not has_center:
             raise UserError(
@@ -449,6 +476,7 @@ class MaskConfig(PeftConfig):
                 f"threshold is {self.threshold} and rank_by is 'abs': no magnitude is below it, so nothing would be "
                 "removed; set rank_by='signed', or a threshold above 0"
             )
+        # sign(0) = 0 is a factor of the gradient, see masking.score_gradient.
         starts_at_zero = self.init_scores == "constant" and self.start_value == 0
         if starts_at_zero and self.ranks_by == "abs":
             raise UserError(
@@ -464,6 +492,7 @@ class MaskConfig(PeftConfig):
                 "removed_value='base' needs the model before fine-tuning, and nothing else does"
             )
 
+        # A learner that cuts at 0, and all scores of which start at 0 or below.
         if is_free(self.selection):
             # How far the highest score lies above the center, in standard deviations: of a normal distribution hardly
             # any draw is beyond six, and scores spread by rank are uniform, on center +- sqrt(3) deviations.
