@@ -53,11 +53,11 @@ def test_there_are_fifteen():
 
 def test_experts_that_are_no_linear_layers_are_left_out_with_a_warning():
     mixtral = model_of("MixtralForCausalLM")
-    with pytest.warns(UserWarning, match="no linear layers are left out: MixtralExperts"):
+    with pytest.warns(UserWarning, match="not linear layers are left out: MixtralExperts"):
         get_peft_model(mixtral, MaskConfig())
 
 
-@pytest.mark.filterwarnings("ignore:experts that are no linear layers")
+@pytest.mark.filterwarnings("ignore:experts that are not linear layers")
 @pytest.mark.parametrize("name", TABLE)
 def test_row(name, tmp_path):
     plain, ids = model_of(name), token_ids(length=7)

@@ -182,6 +182,25 @@ def test_a_partly_quantised_base_is_not_masked_in_part_in_silence():
     assert len(current_masks(model)) == 6
 
 
+def test_fp8_layers_are_refused_or_left_out_with_a_warning():
+    class FP8Linear(nn.Linear):
+        """As transformers': codes of one byte, which torch calls floats, and a forward that scales them."""
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight.to(x.dtype) * 0.5)
+
+    FP8Linear.__module__ = "transformers.integrations.finegrained_fp8"
+    base = tiny_llama(num_layers=1)
+    layer = FP8Linear(32, 48)
+    layer.weight = nn.Parameter(layer.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    base.model.layers[0].mlp.up_proj = layer
+    with pytest.raises(UserError, match=r"up_proj cannot be masked: it is quantised, or .* \(FP8Linear\)"):
+        get_peft_model(base, MaskConfig(target_modules=["up_proj"]))
+    with pytest.warns(UserWarning, match="quantised, or of an unknown kind, are left out: FP8Linear; the mask covers"):
+        model = get_peft_model(base, MaskConfig())
+    assert len(current_masks(model)) == 6
+
+
 @pytest.mark.skipif(IS_OLD_TORCH, reason="2.7 does not compile the plain model; 2.8 to 2.12 not tried")
 def test_a_mask_with_noise_is_one_graph_and_follows_mode_and_progress():
     torch._dynamo.reset()

@@ -18,15 +18,18 @@ from .quantized import find_quantized_weight
 
 # A module in a numbered list of layers, such as model.layers.3.mlp.gate_proj: the list is "layers", the index 3.
 _LAYER_INDEX = re.compile(r"(?:^|\.)(?P<list>[^.]+)\.(?P<index>\d+)\.")
-# A layer with another forward may read its weight in ways that a mask would miss.
+# With an active mask, the masked layer computes the linear map itself and does not call its base layer, whose forward
+# may be another one.
 _PLAIN_FORWARDS = (nn.Linear.forward, Conv1D.forward)
 # Modules inside a masked layer, or inside one that another adapter saves whole; a second adapter leaves them alone.
 _INNER_MODULES = {"base_layer", "mask_scores", "original_module", "modules_to_save"}
+# Names that a message lists before "and N more".
 _NUM_LISTED = 8
 
 
 def is_target(config: MaskConfig, name: str) -> Any:
     """Whether a configuration asks for a module, by PEFT's matching."""
+    # PEFT itself leaves out modules inside the layers of earlier adapters, but not the copies of modules_to_save.
     if not _INNER_MODULES.isdisjoint(name.split(".")):
         return False
     return check_target_module_exists(config, name)
@@ -43,7 +46,8 @@ def resolve_targets(config: MaskConfig, model: nn.Module) -> None:
         UserError: If a layer that was asked for does not exist or cannot be masked.
     """
     if config.target_modules in (None, "all-linear"):
-        # PEFT resolves "all-linear" to every nn.Linear, and would include layers that cannot be masked.
+        # PEFT resolves "all-linear" to every nn.Linear, and would include layers that cannot be masked. Sorted, so that
+        # the saved configuration does not depend on the order of a set.
         config.target_modules = sorted(maskable_names(model))
         _exclude_other_layers(config, model)
         _warn_of_experts(model)
@@ -65,6 +69,7 @@ def maskable_names(model: nn.Module) -> set[str]:
         if _why_not_maskable(name, module, model) is None:
             found[name] = module
 
+    # The decoder layers. Outside of them are heads, poolers and projectors of other modalities.
     names = [name for name in found if _LAYER_INDEX.search(name)]
     if not names:
         # No stack of layers: every linear layer except an output head.
@@ -82,11 +87,14 @@ def check_targets(config: MaskConfig, model: nn.Module) -> None:
     for name, module in model.named_modules():
         if name and ".base_layer" not in name:  # neither the model itself, nor inside a layer that is masked already
             modules[name] = module
+
+    # In the order of their causes: a wrong index or name also leads to "no layer matches".
     _check_layer_indices(config, modules)
     _check_not_tied(config, modules, model)
 
     matched = [name for name in modules if is_target(config, name)]
     targets = {name: modules[name] for name in matched}
+    # If nothing matched, of the first three only a misspelt entry of modules_to_save raises.
     _check_maskable(matched, modules, model)
     _check_not_shared(targets, model)
     _check_every_entry_matches(config, modules, has_targets=bool(matched))
@@ -103,6 +111,7 @@ def layer_indices(names: Iterable[str], layers_pattern: list[str] | str | None =
     """
     indices = set()
     if layers_pattern is None:
+        # The outermost list is that of the decoder layers; one inside it may be of experts.
         for name in names:
             match = _LAYER_INDEX.search(name)
             if match:
@@ -144,6 +153,7 @@ def _last(name: str) -> str:
 
 def _exclude_other_layers(config: MaskConfig, model: nn.Module) -> None:
     """Exclude linear layers outside the numbered ones that share a name with one inside, such as BERT's pooler."""
+    # "all-linear" becomes last name components, and `dense` of the pooler is one of BERT's layers, too.
     has_numbered = False
     others = []
     for name, _ in model.named_modules():
@@ -174,7 +184,7 @@ def _warn_of_experts(model: nn.Module) -> None:
         if "Expert" in kind and has_stacked_weights:
             kinds.add(kind)
     if kinds:
-        warnings.warn(f"experts that are no linear layers are left out: {listed(sorted(kinds))}")
+        warnings.warn(f"experts that are not linear layers are left out: {listed(sorted(kinds))}")
 
 
 def _warn_of_quantised(model: nn.Module) -> None:
@@ -187,6 +197,7 @@ def _warn_of_quantised(model: nn.Module) -> None:
         if is_inner or not is_linear or isinstance(module, BaseTunerLayer):
             continue
 
+        # Quantised in a way that masks do not support, or by a library that is not known.
         quantized = find_quantized_weight(module)
         if quantized is not None:
             is_left_out = quantized.why_not(module) is not None
@@ -212,6 +223,7 @@ def _why_not_maskable(name: str, module: nn.Module, model: nn.Module) -> str | N
     if isinstance(module, nn.Embedding):
         return "it is an embedding"
 
+    # The layer itself: how it stores its weight, and whether it computes a linear map.
     quantized = find_quantized_weight(module)
     if quantized is not None:
         reason = quantized.why_not(module)
@@ -219,13 +231,14 @@ def _why_not_maskable(name: str, module: nn.Module, model: nn.Module) -> str | N
         # transformers stacks the weights of all experts into one parameter of three dimensions.
         is_stacked = any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
         if is_stacked:
-            return f"it is a {kind}, whose parameter is no matrix"
+            return f"it is a {kind}, whose parameter is not a matrix"
         return f"it is a {kind}, not a linear layer"
     else:
         reason = _why_not_plain(module)
     if reason is not None:
         return reason
 
+    # Its surroundings: another module that reads the same weight would not see the mask.
     parent = model.get_submodule(name.rpartition(".")[0])
     if _parent_reads_weight(parent, _last(name)):
         return f"its {type(parent).__name__} reads the weight and does not call the layer"
@@ -247,8 +260,10 @@ def _why_not_plain(module: nn.Module) -> str | None:
 
 def _is_foreign(module: nn.Module) -> bool:
     """Whether a linear layer is neither torch's nor transformers', or does not hold floats."""
-    package = type(module).__module__.split(".")[0]
-    is_float = module.weight.is_floating_point()  # type: ignore[operator]
+    package, _, _ = type(module).__module__.partition(".")
+    weight: Any = module.weight
+    # Floats of one byte, as in transformers' FP8 layers, are codes that mean nothing without their scale.
+    is_float = weight.is_floating_point() and weight.element_size() > 1
     return package not in ("torch", "transformers") or not is_float
 
 
@@ -257,6 +272,7 @@ def _parent_reads_weight(parent: nn.Module, leaf: str) -> bool:
 
     A mask is applied in the forward pass of the layer, so that such a module would never see it.
     """
+    # Both pass their weights to torch's function for a whole attention layer.
     if isinstance(parent, nn.MultiheadAttention):
         return True
     kind = type(parent).__name__
@@ -310,12 +326,16 @@ def _check_not_tied(
     embedding = _embedding(model)
     if embedding is None:
         return
+
+    # The embedding itself is one of them; with a tied head there are two.
     tied = []
     for name, module in modules.items():
         if getattr(module, "weight", None) is embedding:
             tied.append(name)
     if len(tied) < 2:
         return
+
+    # By the end of the name, as PEFT matches modules_to_save.
     for entry in config.modules_to_save or []:
         if any(name.endswith(entry) for name in tied):
             raise UserError(
@@ -349,7 +369,7 @@ def _check_not_shared(targets: Mapping[str, nn.Module], model: nn.Module) -> Non
     # A block that is used twice is one module under several names and gets one mask, so a place is an attribute of a
     # parent, whatever the parent's name.
     everywhere = dict(model.named_modules(remove_duplicate=False))
-    # id of a parameter -> place -> the first name of the module there
+    # id of a parameter -> place -> the first name of the module there. Ids, because parameters compare by value.
     places: dict[int, dict[tuple[int, str], str]] = {}
     for name, module in everywhere.items():
         parent, _, attribute = name.rpartition(".")
@@ -358,7 +378,8 @@ def _check_not_shared(targets: Mapping[str, nn.Module], model: nn.Module) -> Non
             places_of_parameter = places.setdefault(id(parameter), {})
             places_of_parameter.setdefault(place, name.removesuffix(".base_layer"))
 
-    # Biases are left as they are, and only matrices are compared.
+    # Biases are left as they are, and only matrices are compared. Of a masked layer the base layer's, whose place was
+    # found under its own name above.
     shared = {}
     for name, module in targets.items():
         base_layer = getattr(module, "base_layer", module)
@@ -383,6 +404,7 @@ def _check_every_entry_matches(
     """Raise for a name in a list that matches nothing, such as a misspelt one; PEFT leaves it out in silence."""
     names = list(modules)
     entries = []
+    # If no target matches at all, _raise_no_match says more. A regular expression has no entries.
     if has_targets and not isinstance(config.target_modules, str):
         for entry in config.target_modules or ():
             entries.append(("target_modules", entry))
@@ -407,6 +429,7 @@ def _raise_no_match(
     model: nn.Module,
 ) -> None:
     """Raise because no layer matches, with the likely reason."""
+    # The names to choose from.
     linear = set()
     for name, module in modules.items():
         if _why_not_maskable(name, module, model) is None:
@@ -421,11 +444,12 @@ def _raise_no_match(
         if value:
             narrowed.append(f"{name}={value!r}")
 
+    # The likeliest reason first.
     if narrowed:
         hint = f" with {', '.join(narrowed)}"
     elif isinstance(targets, str) and targets in linear:
         hint = " (a text is a regular expression of whole names: give a list)"
-    elif "," not in wanted:
+    elif "," not in wanted:  # one name, maybe misspelt
         hint = did_you_mean(wanted, linear)
     else:
         hint = ""
