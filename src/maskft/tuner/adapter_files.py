@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .config import MaskConfig
 
 StateDict = dict[str, Tensor]
-# A part of the names of trained parameters.
+# A part of the names of trained parameters. A file leaves out the adapter's name behind it.
 _SCORES = ".mask_scores"
 
 
@@ -52,6 +52,7 @@ class AdapterFiles:
         Raises:
             UserError: If the adapter was loaded as a mask, so that it has no scores.
         """
+        # PEFT would write a file without a mask, and say nothing.
         has_scores = any(_SCORES in name for name in of_peft)
         if not has_scores:
             raise UserError(
@@ -100,6 +101,7 @@ class AdapterFiles:
         save()
 
 
+# One for the process, because PEFT loads and saves through class methods, which have no object to keep it.
 _current = AdapterFiles()
 
 

@@ -53,6 +53,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
     """
 
     # Read by BaseTunerLayer: the trainable parameters of an adapter, and the other dictionaries with a key per adapter.
+    # delete_adapter removes the key from all of them.
     adapter_layer_names = ("mask_scores",)
     other_param_names = ("saved_masks", "mask_configs", "removed_values")
     quantization_backend: QuantizedWeight | None
@@ -76,7 +77,9 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         self.mask_configs: dict[str, MaskConfig] = {}
         self.removed_values: dict[str, Tensor] = {}
         self.mixed_batch = MixedBatchCache()
+        # Read through the property `masker`, which replaces it when another class becomes responsible.
         self.cached_masker: Masker | None = None
+        # Weak, because the parent holds this layer: a strong reference would be a cycle.
         self.place: tuple[weakref.ref[nn.Module], str] | None = None
 
         # BaseTunerLayer declares these as class attributes, and each layer needs a list for itself.
@@ -85,7 +88,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         # Adapter name -> (removed entries, bool; their values, in row order; old codes of a quantised weight or None).
         self._merge_stash: dict[str, tuple[Tensor, Tensor, Any]] = {}
 
-        # Other code asks linear layers for their sizes.
+        # Other code asks linear layers for their sizes: torch's names, and those of Conv1D, which has no others.
         for name in ("in_features", "out_features", "nf", "nx"):
             if hasattr(base_layer, name):
                 size = getattr(base_layer, name)
@@ -94,6 +97,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
             self.in_features = base_layer.nx
             self.out_features = base_layer.nf
 
+        # Before update_layer, which makes the scores of active adapters trainable.
         self._active_adapter = adapter_name
         # Compiled graphs do not compare versions of tensors, so that loaded scores have to drop the kept weight.
         self.register_load_state_dict_post_hook(_forget)
@@ -117,7 +121,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
             self.mask_scores[adapter_name] = nn.Parameter(scores)
 
         # The frozen reference of preference training starts as a copy of the adapter that is trained.
-        source = config.copy_of
+        source = config.copy_of  # "" for every other adapter, which is in neither dictionary
         if source in self.saved_masks:
             self.saved_masks[adapter_name] = self.saved_masks[source]
         if source in self.mask_scores and adapter_name in self.mask_scores:
@@ -143,11 +147,12 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         return weight.detach()
 
     def get_unmerged_weight(self) -> Tensor:
-        """Weight of the base layer as it was before any mask was merged into it."""
+        """Weight of the base layer as it was before any mask was merged into it. Do not write to it."""
         weight = self.get_base_weight()
         if not self.merged:
             return weight
 
+        # A copy, because the layer itself stays merged.
         weight = weight.clone()
         # Latest merge first: where masks overlap, only the first one merged saw the original values.
         for name in reversed(self.merged_adapters):
@@ -181,9 +186,11 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         Raises:
             UserError: If the adapter has neither scores nor a loaded mask here, or its scores are NaN.
         """
+        # Scores first: an adapter that is trained further has both, and only its scores are current.
         if adapter_name in self.mask_scores:
             return self.masker.mask(adapter_name)
         if adapter_name in self.saved_masks:
+            # Not self.weight.shape: packed codes of a quantised weight have another one.
             shape = self.get_base_weight().shape
             mask = self.saved_masks[adapter_name].mask(shape)
             return mask.to(self.weight.device)
@@ -214,6 +221,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         """Applies the masks: the last class in ``MASKERS`` that accepts the layer as it is now."""
         # Looked up at every call: sharding, torch.func's transforms and maskft.fast.disable() change the answer.
         kind = next(kind for kind in reversed(MASKERS) if kind.accepts(self))
+        # The exact class: FastMasker and ShardedMasker are subclasses of those that they replace.
         if type(self.cached_masker) is not kind:
             self.cached_masker = kind(self)
         return self.cached_masker
@@ -229,12 +237,14 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         self._check_forward_args(x, *args, **kwargs)
         adapter_names = kwargs.pop("adapter_names", None)
 
+        # The order of PEFT's LoRA layer: disabled adapters win over names, names over active adapters.
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
             return cast(Tensor, self.base_layer(x, *args, **kwargs))
         if adapter_names is not None:
-            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+            return cast(Tensor, mixed_batch_forward(self, x, adapter_names, *args, **kwargs))
+        # The base layer's weight is masked already, or is not to be masked.
         if self.merged or not self.active_masks:
             return cast(Tensor, self.base_layer(x, *args, **kwargs))
 
@@ -248,6 +258,8 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
             dtype = x.dtype
         else:
             dtype = self.get_base_dtype()
+
+        # A bias may have another dtype than the weight: nothing is masked in it, and it is not quantised.
         bias = self.bias
         if bias is not None:
             bias = bias.to(dtype)
@@ -261,6 +273,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
 
     def _check_forward_args(self, x: Tensor, *args: Any, **kwargs: Any) -> None:
         """Check if the arguments are compatible with the state of the layer."""
+        # torch's mark of DataParallel's copies, in which a ParameterDict such as mask_scores is empty.
         if getattr(self, "_is_replica", False):
             raise UserError(
                 "masks do not work under torch.nn.DataParallel; start one process per GPU (accelerate launch; maskft "
@@ -269,15 +282,6 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         adapter_names = kwargs.get("adapter_names")
         if adapter_names is not None:
             check_rows(x, adapter_names)
-
-    def _mixed_batch_forward(
-        self,
-        x: Tensor,
-        *args: Any,
-        adapter_names: list[str],
-        **kwargs: Any,
-    ) -> Tensor:
-        return cast(Tensor, mixed_batch_forward(self, x, adapter_names, *args, **kwargs))
 
     def train(self, mode: bool = True) -> MaskedLinear:
         """Set the training mode, in which some gates are soft."""
@@ -316,6 +320,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
             )
         self.check_not_wrapped()
 
+        # Not all adapters mask all layers; PEFT names those of the whole model.
         wanted = check_adapters_to_merge(self, adapter_names)
         names = [name for name in wanted if name in self.mask_configs]
         # With values in place of zeros the result would depend on the order of merging.
@@ -328,6 +333,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
 
         for name in names:
             mask = self.get_mask(name)
+            # With the masks that were merged before.
             weight = self.get_base_weight()
             merged = blend(weight, mask, self.removed_value(name))
             if safe_merge and not torch.isfinite(merged).all():
@@ -338,9 +344,11 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
             removed = ~mask
             values = weight[removed]
             if self.quantization_backend is not None:
+                # `weight` is a dequantised copy, and what counts are the codes.
                 codes = self.quantization_backend.merge_zero_codes(self, mask)
             else:
                 codes = None
+                # In place: `weight` shares the memory of the base layer's parameter.
                 weight.copy_(merged)
             self._merge_stash[name] = (removed, values, codes)
             self.merged_adapters.append(name)
@@ -371,7 +379,8 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         if self.place is None:
             return
 
-        # The parent is a weak reference, and None if the model is gone.
+        # The parent is a weak reference, and None if the model is gone. In the place of this layer is the layer itself,
+        # a tuner layer around it, or (after an unload) the base layer, which is not a tuner layer.
         parent, name = self.place
         outer = getattr(parent(), name, self)
         if outer is not self and isinstance(outer, BaseTunerLayer):
@@ -392,6 +401,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Activate adapters."""
         super().set_adapter(adapter_names, inference_mode)
+        # Compiled graphs read a weight that was computed for the adapters before.
         self.masker.refresh()
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -401,6 +411,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         self.mixed_batch.forget(adapter_name)
 
     def _get_available_adapters(self) -> set[str]:
+        # PEFT's way looks at adapter_layer_names only, and an adapter that was loaded as a mask has no scores.
         return set(self.mask_configs)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -429,7 +440,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # The property makes a masker. Not at the first forward pass: torch.compile cannot create it while it traces.
+        # The property creates a masker. Not at the first forward pass: torch.compile cannot create it while it traces.
         _ = self.masker
 
     def __repr__(self) -> str:
@@ -455,7 +466,8 @@ def _warn_about_hooks(base_layer: nn.Module) -> None:
         )
 
 
-def _forget(layer: MaskedLinear, keys: Any) -> None:
+def _forget(layer: MaskedLinear, incompatible_keys: Any) -> None:
+    """Hook that torch calls after load_state_dict."""
     layer.masker.forget()
 
 

@@ -57,7 +57,7 @@ class Masker:
             dtype: Dtype to compute in: that of the weight, or that of autocast.
         """
         weight = self._masked_weight(dtype)
-        if self.layer.is_transposed:
+        if self.layer.is_transposed:  # Conv1D's (I, O)
             weight = weight.t()
         return F.linear(x, weight, bias)
 
@@ -89,6 +89,7 @@ class Masker:
 
     def removed(self, adapter_name: str) -> Tensor:
         """Entries of the weight in this process that the hard mask of an adapter removes, to count; bool."""
+        # Through the layer, which also knows masks without scores.
         return ~self.layer.get_mask(adapter_name)
 
     def forget(self) -> None:
@@ -117,6 +118,7 @@ class Masker:
                 weight = selection.blend(weight, mask, removed_value)
                 continue
 
+            # Gate and slope are constants for autograd, which reaches the scores through _StraightThrough alone.
             config = layer.mask_configs[name]
             scores = check_scores(layer.mask_scores[name], layer.module_name, config)
             gate, slope = selection.gate_and_slope(
@@ -135,6 +137,7 @@ class Masker:
                 name,
             )
 
+        # Cast last, so that the backward pass multiplies by the weight as it is stored.
         return weight.to(dtype)
 
     def add_price_(
@@ -144,7 +147,10 @@ class Masker:
         slope: Tensor | None,
         name: str,
     ) -> Tensor:
-        """Add the gradient of ``price``, to the first backward pass of an optimizer step only."""
+        """Add the gradient of ``price``, to the first backward pass of an optimizer step only.
+
+        The price does not depend on the batch: added in each of N micro-batches, it would count N times.
+        """
         config = self.layer.mask_configs[name]
         is_priced = config.price > 0 and self._is_first_backward(name)
         if is_priced:
@@ -159,7 +165,7 @@ class Masker:
         A layer that is used twice in one forward pass comes here twice before autograd fills ``.grad``, so the number
         of the backward pass is kept; torch.utils.checkpoint uses the same number.
         """
-        # A gradient of zeros is none: zero_grad(set_to_none=False) leaves it behind.
+        # A gradient of zeros counts as none: zero_grad(set_to_none=False) leaves it behind.
         scores = self.layer.mask_scores[name]
         has_gradient = scores.grad is not None and bool(scores.grad.any())
         if has_gradient:
@@ -177,7 +183,11 @@ MASKERS: list[type[Masker]] = [Masker]
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Effective weight of one adapter; the gate counts as its slope on the way back (Eq. 5 of the paper)."""
+    """Effective weight of one adapter; the gate counts as its slope on the way back (Eq. 5 of the paper).
+
+    The usual one-liner, ``weight * (hard + soft - soft.detach())``, would round the gate, and leave -0 or NaN where a
+    weight is removed.
+    """
 
     # With a separate setup_context, and a rule for vmap, torch.func's transforms accept the function.
     generate_vmap_rule = True
@@ -197,6 +207,7 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         weight, scores, gate, slope, removed_value, masker, name = inputs
+        # Saved through autograd, whose backward pass raises if one of them was changed in place since.
         ctx.save_for_backward(weight, scores, gate, slope, removed_value)
         ctx.masker = masker
         ctx.name = name
@@ -225,13 +236,16 @@ class _StraightThrough(torch.autograd.Function):
                 grad_scores = grad_scores * slope
             grad_scores = ctx.masker.add_price_(grad_scores, scores, slope, ctx.name)
 
+        # One for each input of forward.
         return grad_weight, grad_scores, None, None, None, None, None
 
 
 def check_scores(scores: Tensor, module_name: str, config: MaskConfig) -> Tensor:
     """Return ``scores``, or raise if they cannot be ranked."""
+    # PEFT's low_cpu_mem_usage creates adapters on the meta device, and fills them from the file.
     if scores.device.type == "meta":
         raise UserError(f"the scores of {module_name} are still on the meta device; load or initialise them")
+    # model.to(dtype) cannot do it (see Float32ParameterDict), but code that casts each parameter can.
     if scores.dtype != torch.float32:
         raise UserError(
             f"the scores of {module_name} were cast to {scores.dtype}; masks are ranked in float32, undo the cast"
@@ -249,6 +263,7 @@ def check_scores(scores: Tensor, module_name: str, config: MaskConfig) -> Tensor
 
 def check_can_mask(layer: MaskedLinear) -> None:
     """Raise if the active masks of ``layer`` cannot be applied together, or not where the weight is."""
+    # Hard masks that remove to zero commute, and their gradients are exact: the others' masks are constant factors.
     configs = {name: layer.mask_configs[name] for name in layer.active_masks}
     trained = [config for name, config in configs.items() if name in layer.mask_scores]
     has_soft_gates = any(selection.has_soft_gate(config) for config in trained)
@@ -258,6 +273,7 @@ def check_can_mask(layer: MaskedLinear) -> None:
             "masks that are active together must be hard and remove to zero: activate one with noise, or whose "
             "removed_value is base, alone"
         )
+    # accelerate loads offloaded weights in a hook on the base layer's forward, which a masked layer does not call.
     if layer.weight.device.type == "meta":
         raise UserError(
             f"the weight of {layer.module_name} is on the meta device: offloaded layers cannot be masked; load the "

@@ -84,7 +84,9 @@ class BatchPlan:
         """Values as rounded as the base layer's own weight: under autocast that is not the dtype of the weight."""
         if dtype not in self.values:
             first = next(iter(self.values.values()))
-            self.values[dtype] = first.to(dtype).to(first.dtype)
+            # Rounded to `dtype`, but stored in the dtype in which the correction is summed.
+            rounded = first.to(dtype)
+            self.values[dtype] = rounded.to(first.dtype)
         return self.values[dtype]
 
     @torch.inference_mode(False)
@@ -103,6 +105,7 @@ class BatchPlan:
         if dtype not in self.matrices:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # "Sparse CSR tensor support is in beta state"
+                # Without the check of the indices, which would cost a pass over them: _make_plan has built them.
                 self.matrices[dtype] = torch.sparse_csr_tensor(
                     self.offsets,
                     self.columns,
@@ -181,6 +184,7 @@ def adapter_names_for_layers(
         yield
         return
 
+    # Before any hook is registered, so that a bad name leaves nothing behind.
     _check_model(model, adapter_names)
     names = list(adapter_names)
 
@@ -201,6 +205,7 @@ def adapter_names_for_layers(
         names_here = names if module in encoder_modules else repeated
         hook = partial(_add_adapter_names, adapter_names=names_here)
         handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    # Also after an error: the next call may have other names, or none.
     try:
         yield
     finally:
@@ -219,11 +224,13 @@ def _add_adapter_names(
 
 
 def _copies_of_a_row(generate_kwargs: dict[str, Any]) -> int:
-    """How often ``generate`` repeats each row."""
+    """How often ``generate`` repeats each row; 1 in a plain forward pass, which has neither option."""
     settings = generate_kwargs.get("generation_config")
     copies = [1]
     for option in ("num_beams", "num_return_sequences"):
-        value = generate_kwargs.get(option, getattr(settings, option, None))
+        # An argument wins over the generation_config, as in transformers.
+        configured = getattr(settings, option, None)
+        value = generate_kwargs.get(option, configured)
         if isinstance(value, int):
             copies.append(value)
     # transformers repeats by the larger of the two: beams that are returned are among those that are searched.
@@ -243,6 +250,7 @@ def _encoder_modules(model: BaseTuner) -> set[nn.Module]:
 
 def _check_model(model: BaseTuner, adapter_names: Sequence[str]) -> None:
     """Check all that does not depend on the input, before the first layer runs."""
+    # A string is a sequence of strings, too: its letters.
     is_list = not isinstance(adapter_names, str) and all(isinstance(name, str) for name in adapter_names)
     if not is_list:
         raise UserError(f"adapter_names is {adapter_names!r}; give a list with one adapter name per row of the batch")
@@ -252,8 +260,11 @@ def _check_model(model: BaseTuner, adapter_names: Sequence[str]) -> None:
             "adapter at a time after model.set_adapter(name)"
         )
 
+    # MaskedLinear, by way of the model: importing layer.py here would be a circle.
     layers = [module for module in model.modules() if isinstance(module, model.tuner_layer_cls)]
     masked = cast("list[MaskedLinear]", layers)
+
+    # A layer may have some of the adapters only; a name that no layer has is likely to be misspelt.
     loaded: set[str] = set()
     for layer in masked:
         loaded.update(layer.mask_configs)
@@ -270,6 +281,8 @@ def _check_model(model: BaseTuner, adapter_names: Sequence[str]) -> None:
     for layer in masked:
         asked_here = [name for name in asked if name in layer.mask_configs]
         _check_layer(layer, asked_here)
+
+    # A layer of LoRA beside or over a mask would apply its active adapter to all rows.
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and not isinstance(module, model.tuner_layer_cls):
             kind = type(module).__name__
@@ -306,7 +319,7 @@ def _check_layer(layer: MaskedLinear, adapter_names: Sequence[str]) -> None:
             )
 
 
-# The layer's side
+# The layer's side: each row is corrected for its mask
 
 
 def check_rows(x: Tensor, adapter_names: Sequence[str]) -> None:
@@ -317,6 +330,7 @@ def check_rows(x: Tensor, adapter_names: Sequence[str]) -> None:
         )
 
 
+# Outside of compiled graphs: the plan depends on names, and its sparse matrix on the content of the masks.
 @torch.compiler.disable
 def mixed_batch_forward(
     layer: MaskedLinear,
@@ -339,6 +353,7 @@ def mixed_batch_forward(
     if plan is None:
         return layer.base_layer(x, *args, **kwargs)
 
+    # x W^T, of all rows.
     rows = plan.rows
     x_rows = x if rows is None else x[rows]
     if plan.base_weight is None:
@@ -356,7 +371,8 @@ def mixed_batch_forward(
             y = layer.base_layer(x, *args, **kwargs)
             y.index_copy_(0, rows, y_rows.to(y.dtype))
 
-    # Under autocast the base layer has rounded x and W; the correction has to start from the same numbers.
+    # Minus x (W * R)^T, of the masked rows. Under autocast the base layer has rounded x and W; the correction has to
+    # start from the same numbers.
     x_rows = x_rows.to(y.dtype)
     correction = _correction(plan, x_rows, num_outputs=y.shape[-1])
     # In place, as PEFT's LoRA adds: the base layer's output is fresh, and no backward pass needs it.
@@ -411,8 +427,12 @@ def _has_sparse_product(values: Tensor) -> bool:
 @torch.no_grad()
 def _current_plan(layer: MaskedLinear, adapter_names: Sequence[str]) -> BatchPlan | None:
     """The plan for these names; None: no row has a mask in this layer."""
+    # An adapter that does not mask this layer leaves it as the base.
     names = tuple(name if name in layer.mask_configs else BASE for name in adapter_names)
-    masks = {name: layer.masker.mask_version(name) for name in names if name != BASE}
+    masks = {}
+    for name in names:
+        if name != BASE:
+            masks[name] = layer.masker.mask_version(name)
     # Everything that a plan depends on.
     key = (names, masks, _version(layer.weight))
     cache = layer.mixed_batch
@@ -441,6 +461,7 @@ def _make_plan(
     weight = layer.get_base_weight()
     weight_OI = weight.t() if layer.is_transposed else weight
     num_outputs, num_inputs = weight_OI.shape
+    # At least float32: the rounding of a long sum in bfloat16 would be larger than some corrections.
     dtype = torch.promote_types(weight.dtype, torch.float32)
 
     # One block for each adapter, however many rows it has: a compressed sparse row (CSR) matrix of shape (O, I).
@@ -469,10 +490,12 @@ def _make_plan(
         num_places += len(inputs)
 
     num_rows = len(rows)
-    has_all_rows = num_rows == len(names)
+    row_indices = None
+    if num_rows < len(names):
+        row_indices = torch.tensor(rows, device=weight.device)
     is_quantised = layer.quantization_backend is not None
     return BatchPlan(
-        rows=None if has_all_rows else torch.tensor(rows, device=weight.device),
+        rows=row_indices,
         shape=(num_rows * num_outputs, num_rows * num_inputs),
         offsets=torch.cat(offsets),
         columns=torch.cat(columns),
@@ -498,6 +521,7 @@ def _places(layer: MaskedLinear, name: str, version: object) -> Places:
     ends = counts.cumsum(0)
     offsets = F.pad(ends, (1, 0)).to(torch.int32)
 
+    # Two bytes a place where they suffice: places are kept as long as their adapter.
     num_inputs = removed.shape[1]
     fits_int16 = num_inputs <= torch.iinfo(torch.int16).max
     dtype = torch.int16 if fits_int16 else torch.int32
@@ -510,7 +534,8 @@ def _places(layer: MaskedLinear, name: str, version: object) -> Places:
 
 def _version(tensor: Tensor) -> tuple[object, ...]:
     """A value that is equal at two calls if the tensor is the same object with the same content."""
-    # Tensors of torch.inference_mode() have no count of writes.
+    # The address alone would not do: a freed tensor's is given to the next one. Tensors of torch.inference_mode() have
+    # no count of writes.
     num_writes = 0 if tensor.is_inference() else tensor._version
     return (
         tensor.data_ptr(),

@@ -24,8 +24,8 @@ from .quantized import keep_gradients
 from .scores import ranked_scores
 from .targets import is_target, resolve_targets
 
-# Add-ons that need the whole model: (model) -> function that undoes it. Called once for every model that is wrapped,
-# before its first layer is replaced.
+# Add-ons that need the whole model, such as a hook on its forward: (model) -> function that undoes it. Called once for
+# every model that is wrapped, before its first layer is replaced.
 MODEL_HOOKS: list[Callable[[nn.Module], Callable[[], None]]] = []
 
 # Before the names of modules in a PeftModel.
@@ -65,14 +65,14 @@ class MaskModel(BaseTuner):
         assert isinstance(peft_config, MaskConfig)
         if peft_config.target_modules is None:
             peft_config.target_modules = "all-linear"
-        # Not in MaskConfig: TRL sets it after the configuration was created.
+        # Not checked in MaskConfig: TRL sets it after the configuration was created.
         if peft_config.trainable_token_indices is not None:
             raise UserError(NO_TOKEN_INDICES)
 
         # Two adapters may come with one configuration object, in one model or two. The second gets a copy, because
         # progress and checksums are written into it.
         names = [name for name, config in self.peft_config.items() if config is peft_config]
-        adapter_name = names[-1]  # PEFT has just added it under this name
+        adapter_name = names[-1]  # PEFT has just added it under this name, which it does not pass on
         is_second_here = len(names) > 1
         # `is_new` is an attribute of the class until it is set below. In vars(), it shows that a model has this object.
         was_used = "is_new" in vars(peft_config) and not peft_config.inference_mode
@@ -92,6 +92,7 @@ class MaskModel(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
+        # PEFT calls it for every module of the model, after _prepare_model.
         assert isinstance(peft_config, MaskConfig)
         return is_target(peft_config, key)
 
@@ -103,6 +104,7 @@ class MaskModel(BaseTuner):
         if not peft_config.inference_mode:
             keep_gradients(model)
 
+        # Of all layers at once: they come from another model, which is loaded here and freed again.
         values_of = REMOVED_VALUES[peft_config.removed_value]
         self._removed_values = values_of(peft_config, model)
         if self._undo_hooks is None:
@@ -118,7 +120,9 @@ class MaskModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        """Mask one module that matches; PEFT calls it in the order of ``named_modules``."""
         assert isinstance(peft_config, MaskConfig)
+        # A layer that is masked already gets a further adapter, not a second layer around it.
         if isinstance(target, MaskedLinear):
             target.update_layer(adapter_name, peft_config)
             layer = target
@@ -130,7 +134,8 @@ class MaskModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
             layer.place = (weakref.ref(parent), target_name)
 
-        if self._removed_values:  # popped, so that the layers alone hold the values
+        # Popped, so that the layers alone hold the values.
+        if self._removed_values:
             layer.removed_values[adapter_name] = self._removed_values.pop(current_key)
 
     def _replace_module(
@@ -165,7 +170,8 @@ class MaskModel(BaseTuner):
         was_active = self.active_adapters == [adapter_name]
         super().delete_adapter(adapter_name)
         if was_active and self.peft_config:
-            self.set_adapter(next(iter(self.peft_config)))
+            first = next(iter(self.peft_config))
+            self.set_adapter(first)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Set the places of a copy's layers, which are weak references and are not copied with it."""
@@ -173,6 +179,7 @@ class MaskModel(BaseTuner):
         for name, module in self.model.named_modules():
             if not isinstance(module, MaskedLinear):
                 continue
+
             # Below the layers of other tuners, the masked layer is their base_layer.
             outermost = name
             while outermost.endswith(".base_layer"):
@@ -182,12 +189,14 @@ class MaskModel(BaseTuner):
             module.place = (weakref.ref(parent), attribute)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        # PEFT unloads the outermost layer only, and a mask below another adapter would be lost.
+        # PEFT unloads the outermost layer only, and a mask below another adapter would be lost. Checked for all layers
+        # before the first one is unloaded.
         masked = adapter_layers(self.model, adapter_name=None)
         for layer in masked.values():
             layer.check_not_wrapped()
 
         model = super()._unload_and_optionally_merge(*args, **kwargs)
+        # The plain model is left, on which nothing of the add-ons may stay.
         for undo in self._undo_hooks or []:
             undo()
         return model
@@ -203,6 +212,7 @@ class MaskModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """Tensors to save: PEFT's, or coded masks in their place, see ``adapter_files.py``."""
         assert isinstance(config, MaskConfig)
+        # The scores, as PEFT selects them; it adds modules_to_save and resized embeddings later.
         of_peft = super()._get_adapter_state_dict(
             model,
             config,
@@ -223,6 +233,7 @@ class MaskModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """Tensors that PEFT is to load, after masks were given to their layers; see ``adapter_files.py``."""
         assert isinstance(config, MaskConfig)
+        # Passed on as a function: only files of plain scores need PEFT's mapping of names.
         remap = partial(super()._remap_adapter_state_dict_for_load, model, config, adapter_name)
         files = adapter_files()
         return files.decode(model, config, adapter_name, state_dict, remap)
@@ -294,6 +305,7 @@ def start_scores(
         UserError: If a masked layer has no keys, or keys of another shape or that are not finite.
     """
     layers = adapter_layers(model, adapter_name)
+    # An adapter that was loaded for inference masks layers, too, but has no scores to set.
     has_scores = any(adapter_name in layer.mask_scores for layer in layers.values())
     if not has_scores:
         raise UserError(f"the model has no mask adapter named {adapter_name!r} whose scores are trained")
@@ -309,6 +321,7 @@ def start_scores(
             raise UserError(f"the keys of {name} are not finite, so they cannot be ranked")
 
         config = layer.mask_configs[adapter_name]
-        scores.copy_(ranked_scores(config, found))
+        ranked = ranked_scores(config, found)
+        scores.copy_(ranked)
         # A compiled graph would keep the weight of the scores before.
         layer.masker.forget()

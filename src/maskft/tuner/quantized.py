@@ -23,7 +23,7 @@ class QuantizedWeight(QuantizationBackend):
     weights become the code of zero, and scales stay.
     """
 
-    # Read by PEFT of every backend.
+    # PEFT's description of a backend: the kind of layer that it is for, and whether adapters can be merged into it.
     layer_type = "linear"
     supports_merge = True
 
@@ -37,7 +37,9 @@ class QuantizedWeight(QuantizationBackend):
 
     def get_base_dtype(self, base_layer: nn.Module) -> torch.dtype:
         """Dtype of :meth:`get_base_weight`."""
-        return self.get_base_weight(base_layer).dtype
+        # The plain way, which dequantises the whole weight for it; kinds that know the dtype override it.
+        weight = self.get_base_weight(base_layer)
+        return weight.dtype
 
     def merge_zero_codes(self, layer: MaskedLinear, mask: Tensor) -> object:
         """Write zeros where ``mask`` (bool, (O, I), True = keep) is False; returns the stash for :meth:`restore`."""
@@ -48,7 +50,8 @@ class QuantizedWeight(QuantizationBackend):
         raise NotImplementedError
 
 
-# (base layer) -> how it is quantised, or None if it is not of the kind that the function knows.
+# (base layer) -> how it is quantised, or None if it is not of the kind that the function knows. Not PEFT's
+# resolve_quantization_backend: its backends quantise a merged weight again.
 QUANTIZED_WEIGHTS: list[Callable[[nn.Module], QuantizedWeight | None]] = []
 
 
@@ -71,5 +74,6 @@ def keep_gradients(model: nn.Module) -> None:
     """
     module: Any  # torch types its attributes as Tensor | Module
     for module in model.modules():
+        # The layer's own switch, which is read at every forward pass; layers of other libraries do not have it.
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False

@@ -33,6 +33,8 @@ def set_mask_progress(model: nn.Module, progress: float) -> None:
         if isinstance(module, MaskedLinear):
             layers.append(module)
 
+    # In the configurations, which are saved: a loaded adapter knows how far its training was. All layers of an adapter
+    # share one object, so it is set more than once.
     for layer in layers:
         for name in layer.active_masks:
             config = layer.mask_configs[name]
@@ -82,6 +84,7 @@ class MaskProgress(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """The scores of the best checkpoint, if they were loaded, need the progress of its step."""
+        # transformers sets the weights back to that checkpoint before this event, but not state.global_step.
         if args.load_best_model_at_end and state.best_model_checkpoint:
             _, _, step = state.best_model_checkpoint.rpartition("-")  # of "checkpoint-STEP"
             self._set(model, int(step), state.max_steps)

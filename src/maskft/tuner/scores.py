@@ -24,11 +24,15 @@ class Float32ParameterDict(nn.ParameterDict):
 
         ``model.to(device, dtype)`` does both in one function, so that the cast cannot be left out by itself.
         """
+        # The tensors and not the parameters, whose `.data` torch replaces.
         before = {}
         for name, parameter in self.items():
-            if parameter is not None:
-                grad = None if parameter.grad is None else parameter.grad.data
-                before[name] = (parameter.data, grad)
+            if parameter is None:
+                continue
+            grad = None
+            if parameter.grad is not None:
+                grad = parameter.grad.data
+            before[name] = (parameter.data, grad)
 
         super()._apply(fn, recurse)
 
@@ -36,9 +40,13 @@ class Float32ParameterDict(nn.ParameterDict):
             parameter = self[name]
             if parameter.dtype == torch.float32:
                 continue
-            # On the device that `fn` has moved it to.
-            parameter.data = data.to(parameter.device)
-            parameter.grad = None if grad is None else grad.to(parameter.device)
+
+            # On the device that `fn` has moved it to. The scores first: torch checks a gradient against their dtype.
+            device = parameter.device
+            parameter.data = data.to(device)
+            parameter.grad = None
+            if grad is not None:
+                parameter.grad = grad.to(device)
         return self
 
 
@@ -52,12 +60,18 @@ def draw_scores(config: MaskConfig, weight: Tensor, module_name: str) -> Tensor:
         weight: The frozen weight, without merged masks.
         module_name: Name of the layer in the unwrapped model.
     """
+    # low_cpu_mem_usage: PEFT fills the scores in from the file.
     if weight.device.type == "meta":
-        return torch.empty(weight.shape, dtype=torch.float32, device="meta")
+        return torch.empty(
+            weight.shape,
+            dtype=torch.float32,
+            device="meta",
+        )
     if config.starts_from_data:
         return torch.full_like(weight, torch.nan, dtype=torch.float32)
 
-    # A stream for each layer: its scores do not depend on which other layers are masked.
+    # A stream for each layer: its scores do not depend on which other layers are masked. On the CPU, whose draws are
+    # the same whatever device the weight is on.
     stream = generator("cpu", config.mask_seed, module_name)
     scores = initial_scores(
         weight,
@@ -66,8 +80,9 @@ def draw_scores(config: MaskConfig, weight: Tensor, module_name: str) -> Tensor:
         config.init_std,
         config.start_value,
     )
-    if config.init_scores == "constant":  # every score has start_value already
+    if config.init_scores == "constant":  # every score is start_value already
         return scores
+    # The other starts are drawn around 0, or spread by rank.
     is_spread = config.init_scores == "magnitude"
     return _centered(config, scores, is_spread)
 
@@ -89,5 +104,7 @@ def _centered(config: MaskConfig, scores: Tensor, is_spread: bool) -> Tensor:
     if not is_free(config.selection):
         return scores
     # Scores spread by rank lie in (0, std * sqrt(12)), around std * sqrt(3).
-    center = config.init_std * math.sqrt(3) if is_spread else 0.0
+    center = 0.0
+    if is_spread:
+        center = config.init_std * math.sqrt(3)
     return scores + (config.start_value - center)

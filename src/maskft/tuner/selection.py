@@ -76,6 +76,7 @@ def scheduled(config: MaskConfig, start: float, end: float | None) -> float:
     """A value that moves linearly from ``start`` to ``end`` over training; constant if ``end`` is None."""
     if end is None:
         return start
+    # None before training; in training mode check_progress raises for it.
     progress = config.progress or 0.0
     return start + (end - start) * progress
 
@@ -94,6 +95,7 @@ def cubic_ramp(progress: float, ramp: float) -> float:
         progress: Share of training done, in [0, 1].
         ramp: Share of training that the ramp takes, in [0, 1]; 0 returns 1 at once.
     """
+    # Also where both are 0, so that the division below is never by 0.
     if progress >= ramp:
         return 1.0
     return 1 - (1 - progress / ramp) ** 3
@@ -113,7 +115,8 @@ def sigmoid_slope(scores: Tensor, sharpness: float) -> Tensor:
     """Slope k * sigmoid'(k * s) of a logit learner, which trains the scores near 0 the most."""
     # k * p * (1 - p) with p = sigmoid(k * s), in two matrices: written out, it would make five.
     share = torch.mul(scores, sharpness).sigmoid_()
-    return (1 - share).mul_(share.mul_(sharpness))
+    complement = 1 - share
+    return complement.mul_(share.mul_(sharpness))
 
 
 def logit_kept_slope(config: MaskConfig, scores: Tensor, slope: Tensor | None) -> Tensor:
@@ -125,9 +128,11 @@ def logit_kept_slope(config: MaskConfig, scores: Tensor, slope: Tensor | None) -
 
 def _just_below_threshold(config: MaskConfig) -> float:
     # `threshold` removes scores below it and keeps one that is equal; `cut` keeps scores above it. So the cut is the
-    # float32 number before the threshold.
+    # float32 number before the threshold. math.nextafter would give the float64 number before it, which rounds to the
+    # threshold itself.
     threshold = torch.tensor(config.threshold)
-    below = torch.nextafter(threshold, torch.tensor(-math.inf))
+    downwards = torch.tensor(-math.inf)
+    below = torch.nextafter(threshold, downwards)
     return below.item()
 
 
@@ -148,11 +153,13 @@ register_learner(
         cut=_just_below_threshold,
     ),
 )
+# A weight is kept with probability sigmoid(k * s); the hard gate cuts at a probability of a half.
 register_learner(
     "logit",
     Learner(
         options=("gradient", "price", "sharpness", "sharpness_end"),
         cut=lambda config: 0.0,
+        # No lower bound: `start_value` takes two standard deviations.
         start=lambda config: 0.0,
         hard_slope=_logit_slope,
         kept_slope=logit_kept_slope,
@@ -180,6 +187,7 @@ def names_with(option: str) -> str:
 
 def is_free(selection: str) -> bool:
     """Whether scores are cut at 0, so that training decides how many weights are removed."""
+    # A name that is not registered is reported later, by MaskConfig._check_choices.
     return selection in LEARNERS and LEARNERS[selection].start is not None
 
 
@@ -195,6 +203,7 @@ def is_soft(config: MaskConfig, is_training: bool) -> bool:
 
 def check_progress(config: MaskConfig, is_training: bool) -> None:
     """Raise if a mask in training depends on the share of training done, and nobody has set it."""
+    # Noise is drawn from a stream named after the progress: without it, every step would get the same noise.
     has_schedule = config.sparsity_ramp > 0 or config.sharpness_end is not None
     depends_on_progress = has_schedule or has_soft_gate(config)
     if not depends_on_progress:
@@ -226,9 +235,11 @@ def mask_from_scores(config: MaskConfig, scores: Tensor) -> Tensor:
     keys = ranking_keys(scores, config.ranks_by)
     highest_removed = cut(config)
     if highest_removed is None:
-        num = num_removed(scores.numel(), current_sparsity(config))
+        sparsity = current_sparsity(config)
+        num = num_removed(scores.numel(), sparsity)
         mask = remove_lowest(keys, num)
     else:
+        # NaN > cut is False: without the check, weights would be removed in silence.
         check_not_nan(keys)
         mask = keys > highest_removed
     return mask.view(scores.shape)
@@ -255,7 +266,9 @@ def gate_and_slope(
     if is_soft(config, is_training):
         noise = draw_noise(config, module_name, scores.shape, scores.device)
         return soft_gate(config, scores, noise)
-    return mask_from_scores(config, scores), hard_slope(config, scores)
+    mask = mask_from_scores(config, scores)
+    slope = hard_slope(config, scores)
+    return mask, slope
 
 
 def soft_gate(
@@ -287,7 +300,7 @@ def price_gradient(
 
     Args:
         config: Configuration of the adapter; its learner has ``price`` as an option.
-        scores: Some scores of a matrix.
+        scores: Scores of a matrix, or of some of its rows.
         numel: Number of weights of the whole matrix.
         slope: Slope of their hard gate; None: 1.
     """
@@ -308,6 +321,7 @@ def blend(weight: Tensor, gate: Tensor, removed_value: Tensor | None = None) -> 
         if removed_value is None:
             return weight.masked_fill(~gate, 0.0)
         return torch.where(gate, weight, removed_value)
+    # A soft gate.
     if removed_value is None:
         return weight * gate
     return removed_value + (weight - removed_value) * gate
@@ -326,14 +340,21 @@ def draw_noise(
 
     Nothing is kept between steps, so that a resumed run draws the noise of an uninterrupted one.
     """
-    stream = generator(device, config.mask_seed, module_name, repr(config.progress))
+    # repr, which gives back the same float, so that equal progress means equal noise.
+    progress = repr(config.progress)
+    stream = generator(device, config.mask_seed, module_name, progress)
     return logistic_noise(shape, stream)
 
 
 def logistic_noise(shape: torch.Size, generator: torch.Generator) -> Tensor:
     """Standard logistic noise, the difference of two Gumbel variables."""
-    # The inverse of the distribution function at uniform draws; clamped, because it is infinite at 0 and 1.
-    uniform = torch.rand(shape, generator=generator, device=generator.device)
+    # The inverse of the distribution function, log(u / (1 - u)), at uniform draws.
+    uniform = torch.rand(
+        shape,
+        generator=generator,
+        device=generator.device,
+    )
+    # It is infinite at 0 and 1.
     uniform.clamp_(1e-7, 1 - 1e-7)
     return uniform.log() - torch.log1p(-uniform)
 
