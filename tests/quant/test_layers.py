@@ -287,6 +287,18 @@ def test_torchao_with_quantised_activations_is_refused():
         masked(lambda: torchao_linear(Int8DynamicActivationInt8WeightConfig()))
 
 
+@pytest.mark.parametrize("make", LAYERS)
+def test_removed_weights_cannot_take_another_models_values(make):
+    """A merge would write the code of zero in their place."""
+    with pytest.raises(UserError, match=r"removed_value='base' needs weights that are floats, and up is quantised"):
+        masked(make, removed_value="base", removed_value_model="before")
+    model = masked(make)
+    with pytest.raises(UserError, match=r"removed_value='base' needs weights that are floats, and up is quantised"):
+        model.add_adapter(
+            "second", MaskConfig(target_modules=["up"], removed_value="base", removed_value_model="before")
+        )
+
+
 @pytest.mark.quantised
 def test_codes_survive_what_bitsandbytes_does_in_eval_mode():
     """On CPUs with AVX-512 and bfloat16 the first forward repacks the codes."""

@@ -42,7 +42,10 @@ def gumbel_gate(
         sharpness: k, > 0.
         temperature: tau, > 0.
     """
+    # A low temperature pushes the gate towards 0 and 1. At any temperature it is above 1/2 with probability
+    # sigmoid(k * s), which `price` counts as the share kept (logit_kept_slope).
     gate = torch.sigmoid((sharpness * scores + noise) / temperature)
+    # The chain rule, from sigmoid' = sigmoid * (1 - sigmoid).
     slope = gate * (1 - gate) * (sharpness / temperature)
     return gate, slope
 
@@ -67,6 +70,7 @@ def hard_concrete_gate(scores: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
 
 def hard_concrete_kept_slope(scores: Tensor) -> Tensor:
     """d/ds of the probability that a hard concrete gate is not 0, Eq. 12 of https://arxiv.org/abs/1712.01312."""
+    # The probability is sigmoid(s - beta * log(-gamma / zeta)): the gate is 0 where the stretched share is below 0.
     shift = BETA * math.log(-GAMMA / ZETA)
     return sigmoid_slope(scores - shift, 1.0)
 
@@ -78,12 +82,14 @@ def _gumbel(config: MaskConfig, scores: Tensor, noise: Tensor) -> tuple[Tensor, 
     return gumbel_gate(scores, noise, sharpness, temperature)
 
 
+# In evaluation both cut scores at 0, at which a gate without noise is 1/2.
 register_learner(
     "gumbel",
     Learner(
         options=("price", "sharpness", "sharpness_end", "temperature", "temperature_end"),
         cut=lambda config: 0.0,
-        start=lambda config: 3 / config.sharpness,  # open with probability 0.95
+        # Open with probability sigmoid(3) = 0.95.
+        start=lambda config: 3 / config.sharpness,
         soft_gate=_gumbel,
         kept_slope=logit_kept_slope,
     ),
@@ -93,7 +99,9 @@ register_learner(
     Learner(
         options=("price",),
         cut=lambda config: 0.0,
-        start=lambda config: 3.0,  # not 0 with probability 0.99
+        # Not 0 with probability sigmoid(3 - beta * log(-gamma / zeta)) = 0.99.
+        start=lambda config: 3.0,
+        # No schedule: beta is constant, and the scores have no factor.
         soft_gate=lambda config, scores, noise: hard_concrete_gate(scores, noise),
         kept_slope=lambda config, scores, slope: hard_concrete_kept_slope(scores),
     ),
