@@ -18,10 +18,11 @@ from maskft_common.errors import UserError
 from .zero_codes import FORMATS
 
 MAGIC = b"GGUF"
+# Version 1 had counts and lengths of 32 bits.
 _VERSIONS = (2, 3)
 # Magic, version, number of tensors, number of metadata keys.
 _COUNTS = struct.Struct("<4sIQQ")
-# Unless the metadata has another one.
+# The data of tensors starts at a multiple of this many bytes, unless the metadata has another number.
 _ALIGNMENT_KEY = "general.alignment"
 _ALIGNMENT = 32
 # GGUF's numbers of the types of metadata values.
@@ -42,8 +43,6 @@ _SCALARS = {
     11: "q",  # int64
     12: "d",  # float64
 }
-
-
 # Errors that bytes of a damaged head can raise while they are read as lengths, types, texts and numbers.
 _DAMAGED = (
     struct.error,
@@ -118,10 +117,12 @@ class _Cursor:
     def string(self) -> str:
         """A text: its length in bytes, and UTF-8."""
         (length,) = self.take("Q")
-        content = self.data[self.at : self.at + length]
+        end = self.at + length
+        # A slice beyond the end of the file is shorter, and no error.
+        content = self.data[self.at : end]
         if len(content) != length:
             raise struct.error("the file ends inside a text")
-        self.at += length
+        self.at = end
         return content.decode("utf-8")
 
     def value(self, kind: int) -> Any:
@@ -132,6 +133,7 @@ class _Cursor:
             (scalar,) = self.take(_SCALARS[kind])
             return scalar
 
+        # An array: the type of its elements, their number, the elements.
         element_kind, length = self.take("IQ")
         if element_kind in _SCALARS:
             code = _SCALARS[element_kind]
@@ -140,6 +142,7 @@ class _Cursor:
             raise ValueError(f"an array of type {element_kind}")
         # A vocabulary: the only way to its end leads over every length.
         for _ in range(length):
+            # Not self.string(), which would copy and decode each of 100,000 tokens.
             (num_bytes,) = struct.unpack_from("<Q", self.data, self.at)
             self.at += 8 + num_bytes
         return length
@@ -165,6 +168,7 @@ def read_head(path: str | Path) -> GgufHead:
             raise UserError(f"{str(path)!r} is not a GGUF file: it does not start with the letters GGUF")
         # Mapped into memory, so that only the pages of the head are read.
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            # A UserError has its message already, and is a ValueError too.
             try:
                 head = _walk(path, data)
             except UserError:
@@ -208,11 +212,14 @@ def _walk(path: Path, data: mmap.mmap) -> GgufHead:
         found.append((name, shape, kind, offset))
     infos = (infos_start, cursor.at)
 
+    # The head is padded to the alignment.
     alignment = int(metadata.get(_ALIGNMENT_KEY, _ALIGNMENT))
     if alignment < 1:
         raise ValueError(f"{_ALIGNMENT_KEY} is {alignment}")
-    data_start = -(-cursor.at // alignment) * alignment  # rounded up
+    num_units = -(-cursor.at // alignment)  # rounded up
+    data_start = num_units * alignment
 
+    # Offsets in the table count from there.
     tensors = {}
     for name, shape, kind, offset in found:
         tensors[name] = TensorPlace(
@@ -238,12 +245,14 @@ def _num_bytes(shape: tuple[int, ...], kind: int) -> int | None:
     form = FORMATS.get(kind)
     if form is None:
         return None
+    # A row is a whole number of blocks.
     num_blocks = math.prod(shape) // form.block_size
     return num_blocks * form.block_bytes
 
 
 def _check_whole(head: GgufHead) -> None:
     """Raise for one part of a split model, and for a file that ends before its last tensor."""
+    # Written by llama-gguf-split into every part.
     num_parts = head.metadata.get("split.count", 0)
     if isinstance(num_parts, int) and num_parts > 1:
         raise UserError(
@@ -279,6 +288,7 @@ def head_bytes(
     with head.path.open("rb") as file:
         old = file.read(infos_end)
 
+    # Keys that stay are copied byte by byte, so that removing what was added gives back the old head.
     keys = []
     for key, (start, end) in head.keys.items():
         is_left_out = without and key.startswith(without)
@@ -287,6 +297,7 @@ def head_bytes(
     for key, value in (added or {}).items():
         keys.append(_key_bytes(key, value))
 
+    # Only the number of keys differs; the tensors are the same.
     counts = _COUNTS.pack(
         MAGIC,
         head.version,
@@ -295,6 +306,7 @@ def head_bytes(
     )
     infos = old[infos_start:infos_end]
     content = b"".join([counts, *keys, infos])
+    # Zeros up to the next multiple.
     padding = bytes(-len(content) % head.alignment)
     return content + padding
 
@@ -304,7 +316,8 @@ def _key_bytes(key: str, value: str | int) -> bytes:
     name = _text_bytes(key)
     if isinstance(value, int):
         return name + struct.pack("<IQ", UINT64, value)
-    return name + struct.pack("<I", STRING) + _text_bytes(value)
+    kind = struct.pack("<I", STRING)
+    return name + kind + _text_bytes(value)
 
 
 def _text_bytes(text: str) -> bytes:

@@ -13,7 +13,8 @@ from maskft_common.errors import UserError, install_hint
 from .header import GgufHead, TensorPlace
 from .zero_codes import why_no_zero
 
-# llama.cpp's converter permutes the rows of queries and keys of these; the rest lies as in transformers.
+# llama.cpp's converter permutes the rows of queries and keys of these (see to_file_order); the rest lies as in
+# transformers.
 _PERMUTED = ("llama", "mistral3")
 _AS_IN_TRANSFORMERS = (
     "gemma",
@@ -55,6 +56,7 @@ def find_tensors(head: GgufHead, modules: Mapping[str, tuple[int, int]]) -> dict
     """
     names = _tensor_names(head, modules)
     for module, shape in modules.items():
+        # From the cause to the detail: the tensor is there, it is of this model, a mask can be written into it.
         tensor = names[module]
         if tensor not in head.tensors:
             raise UserError(f"{str(head.path)!r} has no {tensor} for {module}{_why_missing(head, tensor)}")
@@ -83,6 +85,7 @@ def _tensor_names(head: GgufHead, modules: Iterable[str]) -> dict[str, str]:
             f"{str(head.path)!r} holds a {architecture!r} model; maskft knows the order of weights in "
             f"{', '.join(sorted(ARCHITECTURES))}"
         )
+    # gguf's table of names depends on the architecture, by its number there, and on the number of layers.
     numbers = {name: number for number, name in MODEL_ARCH_NAMES.items()}
     num_blocks = head.metadata.get(f"{architecture}.block_count")
     if not isinstance(num_blocks, int) or not 0 < num_blocks <= _MAX_BLOCKS:
@@ -95,6 +98,7 @@ def _tensor_names(head: GgufHead, modules: Iterable[str]) -> dict[str, str]:
     names = {}
     modules_of: dict[str, str] = {}
     for module in modules:
+        # gguf maps names of modules; their tensors end in ".weight".
         name = known.get_name(module)
         if name is None:
             raise UserError(
@@ -111,7 +115,7 @@ def _tensor_names(head: GgufHead, modules: Iterable[str]) -> dict[str, str]:
 
 def _why_missing(head: GgufHead, tensor: str) -> str:
     """The likely reason why a file does not have a tensor, to follow a message."""
-    block, _, part = tensor.removesuffix(".weight").rpartition(".")
+    block, _, part = tensor.removesuffix(".weight").rpartition(".")  # blk.3 and attn_q of blk.3.attn_q.weight
     fused = _FUSED.get(part)
     if fused is not None and f"{block}.{fused}.weight" in head.tensors:
         return f": the file holds it fused in {block}.{fused}; convert the model without fusing, or mask other layers"
@@ -132,7 +136,8 @@ def to_file_order(head: GgufHead, tensor: str, matrix: Tensor) -> Tensor:
     # Rows by (head, which of the pair, pair) become rows by (head, pair, which of the pair).
     num_columns = matrix.shape[1]
     pairs = matrix.reshape(num_heads, 2, -1, num_columns)
-    return pairs.transpose(1, 2).reshape(matrix.shape)
+    swapped = pairs.transpose(1, 2)
+    return swapped.reshape(matrix.shape)
 
 
 def from_file_order(head: GgufHead, tensor: str, matrix: Tensor) -> Tensor:
@@ -143,7 +148,8 @@ def from_file_order(head: GgufHead, tensor: str, matrix: Tensor) -> Tensor:
     # Rows by (head, pair, which of the pair) become rows by (head, which of the pair, pair).
     num_columns = matrix.shape[1]
     pairs = matrix.reshape(num_heads, -1, 2, num_columns)
-    return pairs.transpose(1, 2).reshape(matrix.shape)
+    swapped = pairs.transpose(1, 2)
+    return swapped.reshape(matrix.shape)
 
 
 def _heads(head: GgufHead, tensor: str) -> int | None:
@@ -153,11 +159,13 @@ def _heads(head: GgufHead, tensor: str) -> int | None:
     if architecture not in _PERMUTED or part not in _HEADS:
         return None
 
+    # Queries and keys have numbers of their own with grouped-query attention.
     key = f"{architecture}.attention.{_HEADS[part]}"
     # A model without groups of heads need not name the number of its keys' heads.
     num_query_heads = head.metadata.get(f"{architecture}.attention.head_count")
     value = head.metadata.get(key, num_query_heads)
 
+    # A head has an even number of rows, as its values are paired.
     num_rows = head.tensors[tensor].shape[0]
     is_number = isinstance(value, int) and value >= 1
     is_valid = is_number and num_rows % (2 * value) == 0
@@ -178,6 +186,7 @@ def dequantised(head: GgufHead, tensor: str) -> Tensor:
     block_size, block_bytes = GGML_QUANT_SIZES[quantization]
     num_blocks = math.prod(place.shape) // block_size
     num_bytes = num_blocks * block_bytes
+    # One tensor's bytes alone: the whole model as floats may not fit into memory.
     raw = np.fromfile(
         head.path,
         dtype=np.uint8,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# ggml's numbers of its types, with the names that llama.cpp prints.
+# ggml's numbers of its types, with the names that llama.cpp prints. Numbers that are missing here were withdrawn.
 TYPE_NAMES = {
     0: "F32",
     1: "F16",
@@ -93,6 +93,7 @@ class Format:
 
 def _float_format(name: str, num_bytes: int) -> Format:
     """A format of single floats, whose bit pattern is the code; +0.0 is all zeros."""
+    # Little-endian: the first byte has the lowest bits.
     fields = []
     for byte in range(num_bytes):
         field = Field(
@@ -119,6 +120,7 @@ def _formats_of_32() -> dict[int, Format]:
     nibble_byte = weight % 16
     nibble_shift = 4 * (weight // 16)
 
+    # A code c means scale * (c - 8).
     q4_0 = Format(
         "Q4_0",
         block_size=32,
@@ -127,7 +129,7 @@ def _formats_of_32() -> dict[int, Format]:
         code_bytes=1,
         fields=(Field(2 + nibble_byte, nibble_shift, width=4),),
     )
-    # After the scale, 4 bytes with the fifth bit of each weight, then the nibbles.
+    # After the scale, 4 bytes with the fifth bit of each weight, then the nibbles: scale * (c - 16).
     q5_0 = Format(
         "Q5_0",
         block_size=32,
@@ -139,7 +141,7 @@ def _formats_of_32() -> dict[int, Format]:
             Field(2 + weight // 8, weight % 8, width=1, offset=4),
         ),
     )
-    # One byte a weight, signed; its bits are taken as they are.
+    # One byte a weight, signed: scale * c. Its bits are taken as they are, so that codes read are 0 to 255.
     no_shift = torch.zeros(32, dtype=torch.int64)
     q8_0 = Format(
         "Q8_0",
@@ -154,12 +156,15 @@ def _formats_of_32() -> dict[int, Format]:
 
 def _formats_of_256() -> dict[int, Format]:
     """Formats whose blocks hold 256 weights: llama.cpp's k-quants."""
+    # Weights that share a byte are 32, or a multiple of 32, apart. So each is addressed by its half of the block, its
+    # quarter of that half, and its lane in that quarter.
     weight = torch.arange(256)
     half = weight // 128
     quarter = weight % 128 // 32  # of its half
     lane = weight % 32
 
-    # 32 bytes of high bits, 64 bytes of pairs of low bits, then scales: (high, low) = (1, 0) is 4 - 4.
+    # 32 bytes of high bits, 64 bytes of pairs of low bits, then scales. A code c = 4 * high + low means
+    # scale * (c - 4).
     q3_k = Format(
         "Q3_K",
         block_size=256,
@@ -180,7 +185,8 @@ def _formats_of_256() -> dict[int, Format]:
             ),
         ),
     )
-    # 128 bytes of nibbles, 64 bytes of pairs of high bits, then scales: (high, low) = (2, 0) is 32 - 32.
+    # 128 bytes of nibbles, 64 bytes of pairs of high bits, then scales. A code c = 16 * high + low means
+    # scale * (c - 32).
     q6_k = Format(
         "Q6_K",
         block_size=256,
@@ -214,6 +220,8 @@ def _formats() -> dict[int, Format]:
     return {**floats, **_formats_of_32(), **_formats_of_256()}
 
 
+# Left out are types without a zero level: those with a minimum in each block (Q4_1, Q4_K), or with a table of values
+# that lacks zero (IQ4_NL).
 FORMATS = _formats()
 NAMES_WITH_ZERO = tuple(FORMATS[kind].name for kind in sorted(FORMATS))
 
@@ -234,12 +242,19 @@ def read_codes(blocks: Tensor, form: Format) -> Tensor:
         Shape (num_blocks, block_size), int32; of four-byte floats the bit pattern, which may be negative.
     """
     device = blocks.device
-    codes = torch.zeros(len(blocks), form.block_size, dtype=torch.int32, device=device)
+    codes = torch.zeros(
+        len(blocks),
+        form.block_size,
+        dtype=torch.int32,
+        device=device,
+    )
     for field in form.fields:
         byte_of = field.byte_of.to(device)
         shift_of = field.shift_of.to(device)
-        # The bits of the field move to the lowest places of an integer, and the others are cut off.
-        bits = blocks[:, byte_of].int() >> shift_of.int()
+        # For each weight its byte, shape (num_blocks, block_size), as integers that the bits can move in.
+        bytes_of_weights = blocks[:, byte_of].int()
+        # The bits of the field move to the lowest places, and the others are cut off.
+        bits = bytes_of_weights >> shift_of.int()
         all_bits = 2**field.width - 1
         codes |= (bits & all_bits) << field.offset
     return codes
@@ -272,7 +287,11 @@ def write_codes(
             # The bits of the new codes, where they belong in a byte.
             if isinstance(codes, int):
                 bits_of_code = (codes >> field.offset) & all_bits
-                bits = torch.tensor(bits_of_code << shift, dtype=torch.uint8, device=device)
+                bits = torch.tensor(
+                    bits_of_code << shift,
+                    dtype=torch.uint8,
+                    device=device,
+                )
             else:
                 bits_of_codes = (codes[:, weights] >> field.offset) & all_bits
                 bits = (bits_of_codes << shift).to(torch.uint8)
@@ -281,7 +300,8 @@ def write_codes(
             other_bits = 0xFF ^ (all_bits << shift)
             old = blocks[:, places]
             new = (old & other_bits) | bits
-            blocks[:, places] = torch.where(where[:, weights], new, old)
+            gets_code = where[:, weights]
+            blocks[:, places] = torch.where(gets_code, new, old)
 
 
 def write_zeros(rows: Tensor, removed: Tensor, form: Format) -> None:
@@ -292,6 +312,7 @@ def write_zeros(rows: Tensor, removed: Tensor, form: Format) -> None:
         removed: Shape (out_features, in_features), bool.
         form: The format.
     """
+    # Rows are whole numbers of blocks. A view of the bytes, so that writing to it writes to the rows.
     blocks = rows.view(-1, form.block_bytes)
     where = removed.reshape(-1, form.block_size)
     write_codes(blocks, form.zero, where, form)
@@ -314,14 +335,19 @@ def restore_codes(
     """Write back the codes that :func:`removed_codes` read before :func:`write_zeros`, in place."""
     blocks = rows.view(-1, form.block_bytes)
     where = removed.reshape(-1, form.block_size)
-    # A code for each weight, of which only the removed ones are written.
-    full = torch.zeros(where.shape, dtype=torch.int32, device=where.device)
+    # One code for each weight, as write_codes takes them; only those of removed weights are written.
+    full = torch.zeros(
+        where.shape,
+        dtype=torch.int32,
+        device=where.device,
+    )
     full[where] = codes.to(where.device)
     write_codes(blocks, full, where, form)
 
 
 def codes_to_bytes(codes: Tensor, form: Format) -> bytes:
     """Codes (int32) as little-endian bytes, ``code_bytes`` each."""
+    # (num_codes, 4): a view of the integers' memory.
     as_bytes = codes.contiguous().view(torch.uint8).view(-1, 4)
     # On a little-endian machine the bytes of a small code come first, and the others are zero.
     stored = as_bytes[:, : form.code_bytes].contiguous()
@@ -332,7 +358,9 @@ def codes_from_bytes(content: bytes, form: Format) -> Tensor:
     """The inverse of :func:`codes_to_bytes`; shape (num_codes,), int32."""
     if not content:  # torch.frombuffer takes no empty buffer
         return torch.zeros(0, dtype=torch.int32)
+    # A bytearray, because torch warns of buffers that cannot be written to.
     flat = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    # The bytes that were not stored are zero.
     stored = flat.view(-1, form.code_bytes)
     as_bytes = torch.zeros(len(stored), 4, dtype=torch.uint8)
     as_bytes[:, : form.code_bytes] = stored
@@ -348,6 +376,7 @@ def why_no_zero(tensor: str, kind: int) -> str | None:
     """
     if kind in FORMATS:
         return None
+    # llama-quantize takes the part of the name that all layers share: ffn_gate.
     _, _, part = tensor.removesuffix(".weight").rpartition(".")
     return (
         f"{tensor} is {type_name(kind)}, which has no code for zero; quantise the model with "

@@ -21,7 +21,8 @@ from ..gguf.zero_codes import (
     write_codes,
 )
 
-# Attributes of a bitsandbytes QuantState that its packing for the CPU replaces.
+# Attributes of a bitsandbytes QuantState that its packing for the CPU replaces; they describe the scale of each block,
+# which may itself be quantised ("nested", or double quantisation).
 _SCALES = (
     "absmax",
     "nested",
@@ -85,12 +86,18 @@ class Storage(ABC):
         Returns:
             The codes that were there, shape (num_removed,), for :meth:`restore`.
         """
+        # Indexing with a bool tensor copies, so that `before` keeps the old codes when the layer's change.
         codes = self.codes()
         before = codes[removed].clone()
 
+        # As a tensor of the codes' dtype: zero points may have a wider one, to which torch.where would promote.
         zero = self.zero()
         if isinstance(zero, int):
-            zero = torch.tensor(zero, dtype=codes.dtype, device=codes.device)
+            zero = torch.tensor(
+                zero,
+                dtype=codes.dtype,
+                device=codes.device,
+            )
         zero = zero.to(codes.dtype)
 
         # All codes are written, of which only the removed ones have changed: formats that pack several codes into a
@@ -122,7 +129,8 @@ class Bnb4bit(Storage):
         # The scales for _unpack, before bitsandbytes rounds them. They are kept on the state, which lives as long as
         # the weight: a Storage is created for every call.
         state = layer.weight.quant_state
-        if not getattr(state, "packing_format_for_cpu", False):
+        is_packed = getattr(state, "packing_format_for_cpu", False)
+        if not is_packed:
             state.maskft_scales = {name: getattr(state, name) for name in _SCALES}
 
     @property
@@ -145,7 +153,9 @@ class Bnb4bit(Storage):
         """See :class:`Storage`."""
         self._unpack()
         weight: Any = self.layer.weight
-        packed = weight.data.view(torch.uint8).reshape(-1)
+        # As bytes: with bnb_4bit_quant_storage they may be stored in a tensor of floats.
+        stored = weight.data.view(torch.uint8)
+        packed = stored.reshape(-1)
 
         # The high half of a byte is the first code, the low half the second.
         first = packed >> 4
@@ -162,6 +172,7 @@ class Bnb4bit(Storage):
     def write(self, codes: Tensor) -> None:
         """See :class:`Storage`."""
         self._unpack()
+        # The reverse of `codes`.
         pairs = codes.reshape(-1, 2)
         first = pairs[:, 0]
         second = pairs[:, 1]
@@ -169,8 +180,8 @@ class Bnb4bit(Storage):
 
         # In place, through a view of the weight's memory.
         weight: Any = self.layer.weight
-        stored = weight.data.view(torch.uint8).reshape(-1)
-        stored.copy_(packed)
+        stored = weight.data.view(torch.uint8)
+        stored.view(-1).copy_(packed)
 
     def _unpack(self) -> None:
         """Undo the order that the first forward in eval mode gives to codes on some CPUs.
@@ -186,8 +197,12 @@ class Bnb4bit(Storage):
 
         from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
+        # Empty if the model ran in eval mode before it was masked: the rounding cannot be undone then.
         scales = getattr(weight.quant_state, "maskft_scales", {})
-        data, state = _convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
+        data, state = _convert_weight_packed_for_cpu_inverse(
+            weight.data,
+            weight.quant_state,
+        )
         weight.data = data
         weight.quant_state = state
         # Over the rounded ones, which the function only converts back.
@@ -203,18 +218,15 @@ class Bnb8bit(Storage):
     @property
     def dtype(self) -> torch.dtype:
         """See :class:`Storage`."""
+        # The scales are float32, whatever the model computes in.
         return torch.float32
 
     def dequantise(self) -> Tensor:
         """See :class:`Storage`."""
         from peft.utils.integrations import dequantize_bnb_weight
 
-        layer: Any = self.layer
-        # Before the first forward the scales are the parameter's, after it the state's.
-        state = layer.state
-        if state.SCB is None:
-            state.SCB = layer.weight.SCB
-        return dequantize_bnb_weight(layer.weight, state=state)
+        # PEFT's function takes the scales of the state or, before the first forward pass, those of the parameter.
+        return dequantize_bnb_weight(self.layer.weight, state=self.layer.state)
 
     def codes(self) -> Tensor:
         """See :class:`Storage`."""
@@ -247,14 +259,15 @@ class Torchao(Storage):
 
     def codes(self) -> Tensor:
         """See :class:`Storage`."""
+        # One byte a weight, whatever the number of bits: see _why_not_torchao.
         return self.layer.weight.qdata
 
     def zero(self) -> Tensor | int:
         """See :class:`Storage`."""
         weight: Any = self.layer.weight
-        if weight.zero_point is None:
+        if weight.zero_point is None:  # symmetric quantisation
             return 0
-        # One zero point for each block, spread over its weights.
+        # One zero point for each block of (rows, columns) weights, spread over them.
         rows, columns = weight.block_size
         of_rows = weight.zero_point.repeat_interleave(rows, 0)
         return of_rows.repeat_interleave(columns, 1)
@@ -269,18 +282,21 @@ class Gguf(Storage):
 
     def __init__(self, layer: Any) -> None:
         super().__init__(layer)
+        # There is one: storage_of has looked.
         self.form = FORMATS[layer.ggml_type]
         self.kind = f"GGUF {self.form.name}"
 
     @property
     def dtype(self) -> torch.dtype:
         """See :class:`Storage`."""
+        # As transformers' dequantize returns it.
         return torch.float32
 
     def dequantise(self) -> Tensor:
         """See :class:`Storage`."""
         from transformers.integrations.gguf.dequant import dequantize
 
+        # Rows are whole numbers of blocks, so that the blocks of all rows follow each other.
         layer: Any = self.layer
         flat = layer.weight.data.reshape(-1)
         values = dequantize(flat, layer.ggml_type)
@@ -300,6 +316,7 @@ class Gguf(Storage):
         """See :class:`Storage`."""
         blocks = self._blocks()
         codes = codes.reshape(len(blocks), self.form.block_size)
+        # `codes` has those that stay, too.
         everywhere = torch.ones_like(codes, dtype=torch.bool)
         write_codes(blocks, codes, everywhere, self.form)
 
@@ -313,6 +330,7 @@ def storage_of(layer: Any) -> Storage | None:
 
     Nothing is imported to find out: a layer of a library that is not loaded cannot be here.
     """
+    # By names of packages and classes, see above.
     name = type(layer).__name__
     if _package(layer) == "bitsandbytes":
         if name in _BNB_4BIT:
@@ -329,7 +347,7 @@ def storage_of(layer: Any) -> Storage | None:
         if has_zero and layer.input_permutation is None:
             return Gguf(layer)
 
-    # A plain layer, or one that torchao has quantised.
+    # The rest: plain layers, those that torchao has quantised, and kinds that no mask can be written into.
     if not _has_torchao_weight(layer):
         return None
     if _why_not_torchao(layer.weight) is not None:
@@ -349,6 +367,8 @@ def why_not_quantised(layer: Any) -> str | None:
     """Why a mask cannot be written into a quantised layer, with the way out; None where it can."""
     if storage_of(layer) is not None:
         return None
+
+    # Of the kinds that is_quantised knows; those left over at the end are bitsandbytes' Linear8bitLt.
     name = type(layer).__name__
     if name == "GgufLinear":
         if layer.ggml_type not in FORMATS:
@@ -391,8 +411,9 @@ def _why_not_torchao(weight: Any) -> str | None:
     # One byte for each weight, in its place.
     data = getattr(weight, "qdata", None)
     is_of_bytes = data is not None and data.dtype in (torch.int8, torch.uint8)
-    is_of_shape = is_of_bytes and data.shape == weight.shape and data.dim() == 2
-    if not is_of_shape:
+    is_matrix = is_of_bytes and data.dim() == 2
+    is_in_place = is_matrix and data.shape == weight.shape
+    if not is_in_place:
         return f"torchao packs the codes of its {kind} for one kernel; use Int8WeightOnlyConfig or IntxWeightOnlyConfig"
 
     # A weight is scale * (code - zero point): 0 has a code only if the zero point is a whole number.

@@ -8,7 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ..tuner.quantized import QUANTIZED_WEIGHTS, QuantizedWeight
-from .layers import is_quantised, storage_of, why_not_quantised
+from .layers import (
+    Storage,
+    is_quantised,
+    storage_of,
+    why_not_quantised,
+)
 
 if TYPE_CHECKING:
     from ..tuner.layer import MaskedLinear
@@ -23,7 +28,8 @@ class CodedWeight(QuantizedWeight):
 
     def __init__(self, layer: nn.Module) -> None:
         storage = storage_of(layer)
-        if storage is None:  # a layer that cannot be masked, see why_not
+        # None: a layer that cannot be masked. The targets' check asks why_not, and raises before it is used.
+        if storage is None:
             self.backend_name = type(layer).__name__
         else:
             self.backend_name = storage.kind
@@ -43,7 +49,8 @@ class CodedWeight(QuantizedWeight):
     def merge_zero_codes(self, layer: MaskedLinear, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Write the code of zero where ``mask`` is False; returns these places and the codes that were there."""
         removed = ~mask
-        codes = _storage(layer.base_layer).remove(removed)
+        storage = _storage(layer.base_layer)
+        codes = storage.remove(removed)
         return removed, codes
 
     def restore(self, layer: MaskedLinear, stash: Any) -> None:
@@ -55,7 +62,8 @@ class CodedWeight(QuantizedWeight):
         storage.restore(removed.to(device), codes)
 
 
-def _storage(layer: nn.Module) -> Any:
+def _storage(layer: nn.Module) -> Storage:
+    # A new object for every call: it holds no tensor, and the layer may have been moved or loaded since.
     storage = storage_of(layer)
     if storage is None:
         raise TypeError(f"{type(layer).__name__} has no storage that masks can be written into")
@@ -64,6 +72,7 @@ def _storage(layer: nn.Module) -> Any:
 
 def find_codes(layer: nn.Module) -> CodedWeight | None:
     """How a layer is quantised; None where its weight is a plain one."""
+    # Also for a layer that masks do not support, so that the reason is given and it does not pass for a plain one.
     if not is_quantised(layer):
         return None
     return CodedWeight(layer)
