@@ -116,6 +116,8 @@ def test_types_without_a_zero_level_are_refused_with_the_way_out():
         assert f"is {kind.name}," in why_no_zero("blk.0.ffn_up.weight", int(kind))
     assert why_no_zero("blk.0.ffn_up.weight", int(Type.Q6_K)) is None
     assert "ggml type 99" in why_no_zero("blk.0.ffn_up.weight", 99)
+    # MXFP4: it has a zero, which the message does not deny.
+    assert why_no_zero("blk.0.ffn_up.weight", 39).startswith("blk.0.ffn_up.weight is MXFP4, whose codes maskft cannot")
 
 
 @pytest.mark.parametrize("kind", [Type.Q4_1, Type.Q5_1, Type.IQ4_NL], ids=lambda kind: kind.name)

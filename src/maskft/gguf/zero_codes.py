@@ -220,15 +220,37 @@ def _formats() -> dict[int, Format]:
     return {**floats, **_formats_of_32(), **_formats_of_256()}
 
 
-# Left out are types without a zero level: those with a minimum in each block (Q4_1, Q4_K), or with a table of values
+# Left out are types without a zero level, such as those with a minimum in each block (Q4_1, Q4_K) or a table of values
 # that lacks zero (IQ4_NL).
 FORMATS = _formats()
 NAMES_WITH_ZERO = tuple(FORMATS[kind].name for kind in sorted(FORMATS))
+# Types that have a zero level, but whose layout is not described here: they are rare as weights.
+_UNKNOWN_LAYOUT = {
+    "Q8_1",
+    "Q8_K",
+    "I8",
+    "I16",
+    "I32",
+    "I64",
+    "F64",
+    "TQ1_0",
+    "TQ2_0",
+    "MXFP4",
+    "NVFP4",
+}
 
 
 def type_name(kind: int) -> str:
     """Name of a ggml type."""
     return TYPE_NAMES.get(kind, f"ggml type {kind}")
+
+
+def why_not_writable(kind: int) -> str:
+    """Name of a ggml type that is not in ``FORMATS``, and the reason why it is not, for messages."""
+    name = type_name(kind)
+    if name in _UNKNOWN_LAYOUT:
+        return f"{name}, whose codes maskft cannot write"
+    return f"{name}, which has no code for zero"
 
 
 def read_codes(blocks: Tensor, form: Format) -> Tensor:
@@ -379,6 +401,6 @@ def why_no_zero(tensor: str, kind: int) -> str | None:
     # llama-quantize takes the part of the name that all layers share: ffn_gate.
     _, _, part = tensor.removesuffix(".weight").rpartition(".")
     return (
-        f"{tensor} is {type_name(kind)}, which has no code for zero; quantise the model with "
-        f"`llama-quantize --tensor-type {part}=q5_0` (these have one: {', '.join(NAMES_WITH_ZERO)})"
+        f"{tensor} is {why_not_writable(kind)}; quantise the model with "
+        f"`llama-quantize --tensor-type {part}=q5_0` (supported: {', '.join(NAMES_WITH_ZERO)})"
     )

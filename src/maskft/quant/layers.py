@@ -17,7 +17,7 @@ from ..gguf.zero_codes import (
     FORMATS,
     NAMES_WITH_ZERO,
     read_codes,
-    type_name,
+    why_not_writable,
     write_codes,
 )
 
@@ -373,8 +373,8 @@ def why_not_quantised(layer: Any) -> str | None:
     if name == "GgufLinear":
         if layer.ggml_type not in FORMATS:
             return (
-                f"it is stored as {type_name(layer.ggml_type)}, which has no code for zero; quantise it to one that has"
-                f" ({', '.join(NAMES_WITH_ZERO)}), or load with GgufConfig(dequantize=True)"
+                f"it is stored as {why_not_writable(layer.ggml_type)}; quantise it to another type "
+                f"({', '.join(NAMES_WITH_ZERO)}), or load with GgufConfig(dequantize=True)"
             )
         return "its columns are permuted in the file; load with GgufConfig(dequantize=True)"
     weight = getattr(layer, "weight", None)
