@@ -68,6 +68,9 @@ def remove_lowest_of_shards(
     Raises:
         NotFiniteError: On every rank, if a value on any of them is NaN.
     """
+    # The plain way, one rank that gathers all scores, would take their memory and traffic; a bisection would take 32
+    # rounds of messages. Here there are two, of 512 KiB each, and then one number from each rank.
+
     # The upper half of the cut. The number of NaN goes with the counts, so that every rank raises or none does.
     bits = ordered_bits(shard)
     counts = torch.bincount(_upper(bits), minlength=_NUM_BINS)
@@ -87,7 +90,7 @@ def remove_lowest_of_shards(
     counts = all_reduce(counts)
     lower, num_ties_removed = _find(counts, num_in_bin)
 
-    # The reverse of _upper.
+    # The reverse of _upper. In Python's integers, which shift negative numbers as int32 does.
     signed_upper = upper - (_NUM_BINS >> 1)
     cut = (signed_upper << 16) | lower
 
@@ -106,17 +109,21 @@ def remove_lowest_of_shards(
 def ordered_bits(key: Tensor) -> Tensor:
     """Bits of each float32 as int32, mapped so that the integers are ordered as the floats are."""
     bits = key.view(torch.int32)
-    # For negative floats the magnitude bits run backwards; flipping them makes the integer order the float order.
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    # For negative floats the magnitude bits run backwards; flipping them makes the integer order the float order. The
+    # shift keeps the sign: all bits of a negative number are 1 after it, those of others 0.
+    is_negative = bits >> 31
+    return bits ^ (is_negative & 0x7FFFFFFF)
 
 
 def _upper(bits: Tensor) -> Tensor:
     """Upper half of ordered bits, from 0 instead of from -32,768."""
+    # Bins of a histogram are counted from 0.
     return (bits >> 16) + (_NUM_BINS >> 1)
 
 
 def _find(counts: Tensor, k: int) -> tuple[int, int]:
     """Bin of the ``k``-th smallest value (from 1), and its rank inside that bin (from 1)."""
+    # The first bin up to which there are at least k values.
     cumulative = counts.cumsum(0)
     index = int(torch.searchsorted(cumulative, k))
     num_in_lower_bins = 0
@@ -147,22 +154,26 @@ def rows_of(matrix: Tensor, like: DTensor) -> Tensor:
 def shard_mask(config: MaskConfig, scores: DTensor) -> Tensor:
     """This rank's rows of the mask of a matrix; every rank must call it. Bool, True = keep."""
     mesh = scores.device_mesh
-    keys = ranking_keys(scores.to_local(), config.ranks_by)
+    group = mesh.get_group()
+    num_ranks = mesh.size()
+    rows = scores.to_local()
+    keys = ranking_keys(rows, config.ranks_by)
 
     def all_reduce(counts: Tensor) -> Tensor:
-        dist.all_reduce(counts, group=mesh.get_group())
+        dist.all_reduce(counts, group=group)
         return counts
 
     def all_gather(counts: Tensor) -> Tensor:
         # One flat tensor: gathering into it saves a copy from a list of tensors.
-        out = counts.new_empty(mesh.size() * counts.numel())
-        dist.all_gather_into_tensor(out, counts, group=mesh.get_group())
-        return out.view(mesh.size(), -1)
+        out = counts.new_empty(num_ranks * counts.numel())
+        dist.all_gather_into_tensor(out, counts, group=group)
+        return out.view(num_ranks, -1)
 
     cut = selection.cut(config)
     if cut is not None:
         # Summed over the ranks, so that every rank raises or none does.
-        num_nan = all_reduce(keys.isnan().sum())
+        num_nan = keys.isnan().sum()
+        num_nan = all_reduce(num_nan)
         if num_nan:
             raise NotFiniteError("scores contain NaN, so they cannot be compared")
         mask = keys > cut
@@ -176,7 +187,7 @@ def shard_mask(config: MaskConfig, scores: DTensor) -> Tensor:
             all_reduce,
             all_gather,
         )
-    return mask.view(scores.to_local().shape)
+    return mask.view(rows.shape)
 
 
 def whole_mask(config: MaskConfig, scores: DTensor) -> Tensor:
@@ -218,7 +229,7 @@ class ShardedMasker(FastMasker):
         self._parameter: DTensor | None = None
         # Slope of the gate that is shown; None: 1.
         self._slope: Tensor | None = None
-        # The state (see _state) of which the rows are shown.
+        # The state (see _state) of which the rows are shown; None: masked rows have not been written yet.
         self._shown: tuple[Any, ...] | None = None
 
     @staticmethod
@@ -233,10 +244,13 @@ class ShardedMasker(FastMasker):
         dtype: torch.dtype,
     ) -> Tensor:
         """Map x (..., I) to (..., O); see :meth:`Masker.linear`."""
-        return cast(Tensor, self._linear(x, bias, dtype, self.layer.active_masks))
+        # Not FastMasker.linear, whose path through torch.compile reads a weight that is kept outside of FSDP.
+        names = self.layer.active_masks
+        return cast(Tensor, self._linear(x, bias, dtype, names))
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The masked weight as FSDP shows it: in full inside forward, else this rank's rows."""
+        # Rows cannot be masked here: FSDP has gathered them already.
         if not self.is_current():
             raise UserError(
                 f"the sharded mask of {self.layer.module_name} is out of date: call the model, not a part of it"
@@ -250,6 +264,7 @@ class ShardedMasker(FastMasker):
         if is_sharded(scores):
             config = self.layer.mask_configs[adapter_name]
             return whole_mask(config, scores)
+        # Whole scores, as a state dict has them that was gathered for saving.
         return super().mask(adapter_name, scores)
 
     def removed(self, adapter_name: str) -> Tensor:
@@ -268,9 +283,11 @@ class ShardedMasker(FastMasker):
         self.base_fingerprint = fingerprint
         # A copy: the rows that FSDP gathers from are overwritten with masked ones.
         self.original = parameter.to_local().clone()
+        # Values are not parameters, so that FSDP has left them whole on every rank.
         value = layer.removed_values.get(self.adapter())
         if value is not None:
-            self.removed_rows = rows_of(value, parameter).to(self.original)
+            rows = rows_of(value, parameter)
+            self.removed_rows = rows.to(self.original)
 
     def is_current(self) -> bool:
         """Whether the rows are up to date with the layer's scores and its active adapters."""
@@ -280,6 +297,7 @@ class ShardedMasker(FastMasker):
         """Mask the rows (with the layer's soft gate, if it is trained with one), or show them unmasked if disabled."""
         layer = self.layer
         assert self._parameter is not None and self.original is not None
+        # The memory from which FSDP gathers.
         rows = self._parameter.to_local()
         self.shard = None
         self._slope = None
@@ -287,8 +305,9 @@ class ShardedMasker(FastMasker):
             rows.copy_(self.original)
         else:
             name = self.adapter()
+            config = layer.mask_configs[name]
             scores = cast(DTensor, layer.mask_scores[name])
-            self.shard = shard_mask(layer.mask_configs[name], scores)
+            self.shard = shard_mask(config, scores)
             gate = self._gate(name)
             masked_rows = selection.blend(self.original, gate, self.removed_rows)
             rows.copy_(masked_rows)
@@ -304,6 +323,7 @@ class ShardedMasker(FastMasker):
         active: Sequence[str],
     ) -> Tensor:
         """Mean over the ranks of dL/dscores, sharded as the scores; ``grad_weight`` is this rank's (dL/dy)^T x."""
+        # FSDP gathers the weight again for the backward pass, from the rows as they are now.
         if not self.is_current():
             raise UserError(
                 f"the mask of {self.layer.module_name} changed between forward and backward, for which FSDP gathers "
@@ -314,7 +334,8 @@ class ShardedMasker(FastMasker):
         mesh = sharded.device_mesh
 
         # A reduce-scatter: every rank has a gradient of the whole weight from its own rows of the batch, and gets the
-        # mean of all ranks for its own rows of the weight.
+        # mean of all ranks for its own rows of the weight. FSDP would do it for a weight that is trained; ours is
+        # frozen.
         partial = DTensor.from_local(
             grad_weight.float(),
             mesh,
@@ -339,14 +360,17 @@ class ShardedMasker(FastMasker):
         if self._slope is not None:
             rows.mul_(self._slope)
 
+        # The price is not summed over the ranks: each entry is on one of them. It counts all entries of the matrix.
         gradient: Tensor = _like(rows, sharded)
         if self._is_priced(config, name):
-            price = selection.price_gradient(config, sharded, sharded.numel())
+            numel = sharded.numel()
+            price = selection.price_gradient(config, sharded, numel)
             gradient.add_(price)
         return gradient
 
     def adapter(self) -> str:
         """The one active adapter."""
+        # One, because the rows hold one masked weight, and `original` is the weight without any mask.
         names = self.layer.active_masks
         if len(names) != 1 or names[0] not in self.layer.mask_scores:
             raise UserError(
@@ -378,7 +402,7 @@ class ShardedMasker(FastMasker):
     def _state(self) -> tuple[Any, ...]:
         """Everything that the rows depend on."""
         layer = self.layer
-        if layer.disable_adapters:
+        if layer.disable_adapters:  # unmasked rows, which do not depend on scores
             return (None,)
         name = self.adapter()
         scores = cast(DTensor, layer.mask_scores[name])
@@ -408,14 +432,17 @@ def refresh_masks(model: nn.Module, *_: Any) -> None:
     if not (dist.is_available() and dist.is_initialized()):
         return
 
+    # Masked layers that are sharded; those of an adapter that is loaded for inference have no scores.
     layers = []
     for module in model.modules():
-        scores = getattr(module, "mask_scores", None)
+        if not isinstance(module, MaskedLinear):
+            continue
         # FSDP2's mark of a module that it shards.
-        is_managed = getattr(scores, "_is_fsdp_managed_module", False)
-        if isinstance(module, MaskedLinear) and is_managed and len(module.mask_scores):
+        is_managed = getattr(module.mask_scores, "_is_fsdp_managed_module", False)
+        if is_managed and len(module.mask_scores):
             layers.append(module)
     maskers = _attached(layers)
+    # The usual case between two optimizer steps.
     if all(masker.is_current() for masker in maskers):
         return
 
@@ -430,8 +457,11 @@ def refresh_masks(model: nn.Module, *_: Any) -> None:
 
 def _attached(layers: Sequence[MaskedLinear]) -> list[ShardedMasker]:
     """The maskers of all layers; each takes over its rows before the first of them is masked."""
+    # Checked once: FSDP does not change how a parameter is sharded.
     for layer in layers:
-        if not isinstance(layer.masker, ShardedMasker) or layer.masker.original is None:
+        masker = layer.masker
+        is_attached = isinstance(masker, ShardedMasker) and masker.original is not None
+        if not is_attached:
             _check_sharding(layer)
     maskers = [cast(ShardedMasker, layer.masker) for layer in layers]
     # The fingerprint is of all layers together, so it is taken before any of them is masked.
@@ -446,14 +476,20 @@ def _check_sharding(layer: MaskedLinear) -> None:
     """Raise for any way of sharding but the plain one, in which scores are never gathered in forward."""
     # Of an active adapter, if there is one: its scores are those that mask the weight.
     active = [name for name in layer.active_masks if name in layer.mask_scores]
-    name = active[0] if active else next(iter(layer.mask_scores))
+    if active:
+        name = active[0]
+    else:
+        name = next(iter(layer.mask_scores))
     scores = layer.mask_scores[name]
 
     is_unit = isinstance(layer.mask_scores, FSDPModule)
     is_by_rows = _is_by_rows(layer.weight) and _is_by_rows(scores)
     is_plain = is_unit and is_by_rows
-    # With fsdp_offload_params the rows are on the CPU.
-    if not is_plain or scores.to_local().device.type != scores.device_mesh.device_type:
+    if is_plain:
+        # With fsdp_offload_params the rows are on the CPU.
+        rows = scores.to_local()
+        is_plain = rows.device.type == scores.device_mesh.device_type
+    if not is_plain:
         raise UserError(
             f"{layer.module_name} is not sharded as masks need it: take FSDP2, by rows, without fsdp_offload_params "
             "and fsdp_activation_checkpointing, with fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP, and if you name "
@@ -474,6 +510,7 @@ def _prepare(model: nn.Module) -> Callable[[], None]:
     whole: Any = model  # torch's type of an attribute is Tensor | Module
     unsplit = getattr(whole, "_no_split_modules", None)
     handle = model.register_forward_pre_hook(refresh_masks)
+    # Without the list the user has to name the classes, see _check_sharding.
     if unsplit:
         whole._no_split_modules = {*unsplit, Float32ParameterDict.__name__}
 
@@ -484,6 +521,7 @@ def _prepare(model: nn.Module) -> Callable[[], None]:
     return undo
 
 
+# After FastMasker, which accepts these layers, too: a layer takes the last class that accepts it.
 watch_optimizers()
 MASKERS.append(ShardedMasker)
 MODEL_HOOKS.append(_prepare)
