@@ -310,6 +310,15 @@ def test_another_adapter_of_the_same_configuration_starts_fresh():
     assert model.peft_config["default"].progress == 0.5 and model.peft_config["default"].mask_sha256 == "of the first"
 
 
+def test_the_configuration_of_a_reference_gives_another_model_a_mask_that_trains():
+    config = MaskConfig(sparsity=0.3, layers_to_transform=[1])
+    model = get_peft_model(tiny.tiny_llama(), config)
+    model.add_adapter("ref", config)
+    reference = model.peft_config["ref"]
+    again = get_peft_model(tiny.tiny_llama(seed=1), reference)
+    assert reference.copy_of == "default" and again.peft_config["default"].copy_of == ""
+
+
 def test_progress_of_a_mask_that_was_loaded_is_its_own(tmp_path):
     model = get_peft_model(tiny.tiny_llama(), MaskConfig(sparsity=0.5, sparsity_ramp=1.0))
     set_mask_progress(model, 0.5)

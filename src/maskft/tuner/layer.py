@@ -379,8 +379,8 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         if self.place is None:
             return
 
-        # The parent is a weak reference, and None if the model is gone. In the place of this layer is the layer itself,
-        # a tuner layer around it, or (after an unload) the base layer, which is not a tuner layer.
+        # The weak reference gives None if the model is gone. In the parent is this layer, a tuner layer around it, or,
+        # after an unload, the base layer, which is not a tuner layer.
         parent, name = self.place
         outer = getattr(parent(), name, self)
         if outer is not self and isinstance(outer, BaseTunerLayer):

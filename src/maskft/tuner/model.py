@@ -87,6 +87,7 @@ class MaskModel(BaseTuner):
             # Filled in for the other adapter. One that is loaded for inference keeps the values of its file.
             for field in ("mask_sha256", "base_fingerprint", "weights_sha256", "progress", "recipe"):
                 setattr(peft_config, field, None)
+            peft_config.copy_of = ""
         peft_config.is_new = True
         return peft_config
 
@@ -129,7 +130,7 @@ class MaskModel(BaseTuner):
         else:
             layer = MaskedLinear(target, adapter_name, peft_config, current_key)
             if adapter_name not in self.active_adapters:
-                # adding an additional adapter: it is not automatically trainable
+                # As in PEFT's own tuners, a further adapter trains only once it is activated.
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
             layer.place = (weakref.ref(parent), target_name)
