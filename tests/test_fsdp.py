@@ -1,13 +1,14 @@
 """Masks of shards: the ranks are threads that exchange counts, the reference is the whole matrix on one rank."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from maskft.fsdp import remove_lowest_of_shards
+from maskft.fsdp import _check_sharding, remove_lowest_of_shards
 from maskft.masking import ranking_keys, remove_lowest
-from maskft_common.errors import NotFiniteError
+from maskft_common.errors import NotFiniteError, UserError
 
 
 class Ranks:
@@ -91,3 +92,9 @@ def test_a_nan_on_one_rank_stops_every_rank():
     scores = normal(8, 4)
     scores[7, 3] = float("nan")
     assert all(isinstance(result, NotFiniteError) for result in in_shards(scores, 3, 4))
+
+
+def test_quantised_weights_cannot_be_sharded():
+    layer = SimpleNamespace(module_name="up", quantization_backend=object())
+    with pytest.raises(UserError, match="up is quantised, and masks over quantised weights cannot be sharded"):
+        _check_sharding(layer)

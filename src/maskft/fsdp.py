@@ -474,6 +474,13 @@ def _attached(layers: Sequence[MaskedLinear]) -> list[ShardedMasker]:
 
 def _check_sharding(layer: MaskedLinear) -> None:
     """Raise for any way of sharding but the plain one, in which scores are never gathered in forward."""
+    # Rows are masked as floats, and a part of the codes has lost its scales.
+    if layer.quantization_backend is not None:
+        raise UserError(
+            f"{layer.module_name} is quantised, and masks over quantised weights cannot be sharded: train with "
+            "--accelerate_config multi_gpu, or load the model without quantisation"
+        )
+
     # Of an active adapter, if there is one: its scores are those that mask the weight.
     active = [name for name in layer.active_masks if name in layer.mask_scores]
     if active:

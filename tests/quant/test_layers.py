@@ -280,6 +280,16 @@ def test_a_format_without_zero_is_refused_before_training():
 
 
 @pytest.mark.quantised
+@pytest.mark.parametrize("kind", ["Linear4bit", "Linear8bitLt"])
+def test_a_layer_that_waits_for_its_quantisation_is_refused(kind):
+    import bitsandbytes
+
+    options = {"has_fp16_weights": False} if kind == "Linear8bitLt" else {}
+    with pytest.raises(UserError, match="up cannot be masked: bitsandbytes has not quantised it yet"):
+        masked(lambda: getattr(bitsandbytes.nn, kind)(NUM_IN, NUM_OUT, **options))
+
+
+@pytest.mark.quantised
 def test_torchao_with_quantised_activations_is_refused():
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig
 

@@ -333,12 +333,10 @@ def storage_of(layer: Any) -> Storage | None:
     # By names of packages and classes, see above.
     name = type(layer).__name__
     if _package(layer) == "bitsandbytes":
-        if name in _BNB_4BIT:
+        if name in _BNB_4BIT and _has_scales(layer):
             return Bnb4bit(layer)
-        if name == _BNB_8BIT:
-            # With has_fp16_weights the weight is stored as floats, and quantised in every forward pass.
-            if layer.state.has_fp16_weights:
-                return None
+        # With has_fp16_weights the weight is stored as floats, and quantised in every forward pass.
+        if name == _BNB_8BIT and not layer.state.has_fp16_weights and _has_scales(layer):
             return Bnb8bit(layer)
 
     # transformers' layer over the blocks of a GGUF file. Some files have permuted columns, which a mask would miss.
@@ -368,7 +366,7 @@ def why_not_quantised(layer: Any) -> str | None:
     if storage_of(layer) is not None:
         return None
 
-    # Of the kinds that is_quantised knows; those left over at the end are bitsandbytes' Linear8bitLt.
+    # Of the kinds that is_quantised knows; those left over at the end are bitsandbytes'.
     name = type(layer).__name__
     if name == "GgufLinear":
         if layer.ggml_type not in FORMATS:
@@ -382,7 +380,19 @@ def why_not_quantised(layer: Any) -> str | None:
         return _why_not_torchao(weight)
     if name == "HQQLinear":
         return "HQQ's zero points are floats, so that zero has no code; quantise to NF4 or int8 instead"
-    return "it keeps float16 weights and quantises in every forward pass; load it with has_fp16_weights=False"
+    if name == _BNB_8BIT and layer.state.has_fp16_weights:
+        return "it keeps float16 weights and quantises in every forward pass; load it with has_fp16_weights=False"
+    return "bitsandbytes has not quantised it yet, which it does when the model is moved to a device; move it first"
+
+
+def _has_scales(layer: Any) -> bool:
+    """Whether bitsandbytes has quantised the weight of its layer; it does so when the layer is first moved."""
+    weight = layer.weight
+    if type(layer).__name__ in _BNB_4BIT:
+        return getattr(weight, "quant_state", None) is not None
+    # The first forward pass moves the scales from the parameter to the state.
+    scales = getattr(weight, "SCB", None)
+    return scales is not None or layer.state.SCB is not None
 
 
 def _package(thing: Any) -> str:
