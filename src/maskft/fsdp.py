@@ -474,7 +474,7 @@ def _attached(layers: Sequence[MaskedLinear]) -> list[ShardedMasker]:
 
 def _check_sharding(layer: MaskedLinear) -> None:
     """Raise for any way of sharding but the plain one, in which scores are never gathered in forward."""
-    # Rows are masked as floats, and a part of the codes has lost its scales.
+    # Rows are masked as floats. Codes that FSDP has split are without their scales.
     if layer.quantization_backend is not None:
         raise UserError(
             f"{layer.module_name} is quantised, and masks over quantised weights cannot be sharded: train with "

@@ -288,7 +288,7 @@ def head_bytes(
     with head.path.open("rb") as file:
         old = file.read(infos_end)
 
-    # Keys that stay are copied byte by byte, so that removing what was added gives back the old head.
+    # Keys that stay are copied byte for byte: without the added ones, the result is the old head again.
     keys = []
     for key, (start, end) in head.keys.items():
         is_left_out = without and key.startswith(without)

@@ -44,7 +44,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         is_transposed: Whether the weight is (I, O).
         mask_scores: Adapter name -> trainable float32 scores, shape of the weight. An adapter that was loaded for
             inference may have none.
-        saved_masks: Adapter name -> the mask as it was loaded, where there are no scores.
+        saved_masks: Adapter name -> the mask as it was loaded; used where there are no scores.
         mask_configs: Adapter name -> configuration.
         removed_values: Adapter name -> values that removed weights take, shape of the weight; missing: zero.
         masker: Applies the masks, and owns everything that is computed from the scores.
@@ -259,7 +259,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         else:
             dtype = self.get_base_dtype()
 
-        # A bias may have another dtype than the weight: nothing is masked in it, and it is not quantised.
+        # F.linear takes one dtype, and the bias of a quantised layer may have another.
         bias = self.bias
         if bias is not None:
             bias = bias.to(dtype)

@@ -1,7 +1,7 @@
 """Batches whose rows use different masks: ``model.generate(..., adapter_names=["sums", "intents", "__base__"])``.
 
-The interface is the one PEFT has for LoRA. A mask has no values of its own, only the places R that it removes, so all
-rows share one base weight W, and a row is corrected by the base's own values at the places of its mask:
+The interface is the one PEFT has for LoRA. A mask has no values, only the places R that it removes, so all rows share
+one base weight W, and a row is corrected by the base's own values at the places of its mask:
 
     y = x W^T - x (W * R)^T
 

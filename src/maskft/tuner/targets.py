@@ -378,8 +378,8 @@ def _check_not_shared(targets: Mapping[str, nn.Module], model: nn.Module) -> Non
             places_of_parameter = places.setdefault(id(parameter), {})
             places_of_parameter.setdefault(place, name.removesuffix(".base_layer"))
 
-    # Biases are left as they are, and only matrices are compared. Of a masked layer the base layer's, whose place was
-    # found under its own name above.
+    # Biases are left as they are, and only matrices are compared. The matrix of a layer that is masked already is in
+    # its base layer.
     shared = {}
     for name, module in targets.items():
         base_layer = getattr(module, "base_layer", module)
