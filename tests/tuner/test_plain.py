@@ -111,6 +111,21 @@ def test_lora_over_a_mask_works_and_is_not_merged_below_it():
         torch.testing.assert_close(lora(x), expected)
 
 
+def test_layers_with_lora_are_refused_or_left_out_with_a_warning():
+    """Also LoRA's own matrices, whose last name would be ``default``."""
+    lora = get_peft_model(tiny_llama(num_layers=1), LoraConfig(target_modules=["v_proj"]))
+    base = lora.base_model.model
+    with pytest.raises(
+        UserError, match=r"v_proj cannot be masked: it has an adapter of another kind \(peft.tuners.lora"
+    ):
+        get_peft_model(base, MaskConfig(target_modules=["v_proj"]), adapter_name="mask")
+    with pytest.warns(UserWarning, match=r"another kind are left out: model\.layers\.0\.self_attn\.v_proj; to mask"):
+        model = get_peft_model(base, MaskConfig(), adapter_name="mask")
+    assert len(current_masks(model, "mask")) == 6
+    names = {"q_proj", "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert set(model.peft_config["mask"].target_modules) == names
+
+
 def test_a_copy_is_not_merged_below_lora_either():
     lora = get_peft_model(two_layers().eval(), LoraConfig(target_modules=["0"], init_lora_weights=False))
     copied = copy.deepcopy(lora).base_model.model  # the model with the mask

@@ -52,6 +52,7 @@ def resolve_targets(config: MaskConfig, model: nn.Module) -> None:
         _exclude_other_layers(config, model)
         _warn_of_experts(model)
         _warn_of_quantised(model)
+        _warn_of_adapters(model)
     check_targets(config, model)
 
 
@@ -61,10 +62,14 @@ def maskable_names(model: nn.Module) -> set[str]:
     Raises:
         UserError: If the model has none.
     """
+    # Parts of other adapters, such as LoRA's matrices, are linear layers, too; PEFT never puts an adapter on them.
+    with_adapter = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    inside_adapters = tuple(f"{name}." for name in with_adapter)
+
     found = {}
     for name, module in model.named_modules():
         is_inner = not _INNER_MODULES.isdisjoint(name.split("."))
-        if is_inner or not _is_linear(module):
+        if is_inner or name.startswith(inside_adapters) or not _is_linear(module):
             continue
         if _why_not_maskable(name, module, model) is None:
             found[name] = module
@@ -212,6 +217,22 @@ def _warn_of_quantised(model: nn.Module) -> None:
         )
 
 
+def _warn_of_adapters(model: nn.Module) -> None:
+    """Warn of the linear layers that "all-linear" leaves out because they have an adapter of another kind."""
+    names = []
+    for name, module in model.named_modules():
+        is_masked = hasattr(module, "mask_scores")
+        if not isinstance(module, BaseTunerLayer) or is_masked:
+            continue
+        if isinstance(module.get_base_layer(), nn.Linear | Conv1D):
+            names.append(name)
+    if names:
+        warnings.warn(
+            f"linear layers with an adapter of another kind are left out: {listed(names)}; to mask them, merge that "
+            "adapter first"
+        )
+
+
 # Why a module cannot be masked
 
 
@@ -222,6 +243,8 @@ def _why_not_maskable(name: str, module: nn.Module, model: nn.Module) -> str | N
         return None
     if isinstance(module, nn.Embedding):
         return "it is an embedding"
+    if isinstance(module, BaseTunerLayer):
+        return f"it has an adapter of another kind ({type(module).__module__}), which would have to be merged first"
 
     # The layer itself: how it stores its weight, and whether it computes a linear map.
     quantized = find_quantized_weight(module)
