@@ -349,8 +349,8 @@ def test_one_name_of_a_saved_module_is_no_list_of_letters():
 def test_names_in_a_set_are_kept_in_one_order():
     """Sets of strings have another order in each process, and so would the saved configuration."""
     names = {"v_proj", "k_proj", "q_proj"}
-    assert MaskConfig(target_modules=names).target_modules == sorted(names)
-    assert MaskConfig(exclude_modules=names).exclude_modules == sorted(names)
+    for option in ("target_modules", "exclude_modules", "modules_to_save"):
+        assert getattr(MaskConfig(**{option: names}), option) == sorted(names)
 
 
 def test_a_threshold_that_is_changed_is_used():

@@ -159,7 +159,7 @@ def _heads(head: GgufHead, tensor: str) -> int | None:
     if architecture not in _PERMUTED or part not in _HEADS:
         return None
 
-    # Queries and keys have numbers of their own with grouped-query attention.
+    # With grouped-query attention there are fewer heads of keys than of queries.
     key = f"{architecture}.attention.{_HEADS[part]}"
     # A model without groups of heads need not name the number of its keys' heads.
     num_query_heads = head.metadata.get(f"{architecture}.attention.head_count")

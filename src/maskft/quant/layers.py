@@ -316,7 +316,7 @@ class Gguf(Storage):
         """See :class:`Storage`."""
         blocks = self._blocks()
         codes = codes.reshape(len(blocks), self.form.block_size)
-        # `codes` has those that stay, too.
+        # Everywhere: `codes` also holds those that do not change.
         everywhere = torch.ones_like(codes, dtype=torch.bool)
         write_codes(blocks, codes, everywhere, self.form)
 

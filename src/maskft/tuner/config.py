@@ -339,11 +339,11 @@ class MaskConfig(PeftConfig):
 
     def _normalize(self) -> None:
         """Give fields the types that PEFT reads and JSON has."""
-        # Sorted, because sets of strings have another order in each process.
-        if isinstance(self.target_modules, tuple | set):
-            self.target_modules = sorted(self.target_modules)
-        if isinstance(self.exclude_modules, tuple | set):
-            self.exclude_modules = sorted(self.exclude_modules)
+        # Lists, which PEFT extends for classifiers. Sorted, because sets of strings have another order in each process.
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            value = getattr(self, name)
+            if isinstance(value, tuple | set):
+                setattr(self, name, sorted(value))
         # PEFT would take the letters of a string for names.
         if isinstance(self.modules_to_save, str):
             self.modules_to_save = [self.modules_to_save]
