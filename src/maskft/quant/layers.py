@@ -161,7 +161,8 @@ class Bnb4bit(Storage):
         first = packed >> 4
         second = packed & 0xF
         pairs = torch.stack([first, second], dim=1)
-        return pairs.reshape(weight.quant_state.shape)
+        shape = weight.quant_state.shape
+        return pairs.reshape(shape)
 
     def zero(self) -> int:
         """See :class:`Storage`."""
@@ -335,8 +336,10 @@ def storage_of(layer: Any) -> Storage | None:
     if _package(layer) == "bitsandbytes":
         if name in _BNB_4BIT and _has_scales(layer):
             return Bnb4bit(layer)
-        # With has_fp16_weights the weight is stored as floats, and quantised in every forward pass.
-        if name == _BNB_8BIT and not layer.state.has_fp16_weights and _has_scales(layer):
+        if name == _BNB_8BIT and _has_scales(layer):
+            # With has_fp16_weights the weight is stored as floats, and quantised in every forward pass.
+            if layer.state.has_fp16_weights:
+                return None
             return Bnb8bit(layer)
 
     # transformers' layer over the blocks of a GGUF file. Some files have permuted columns, which a mask would miss.

@@ -46,7 +46,11 @@ class CodedWeight(QuantizedWeight):
         """Dtype of the dequantised weight."""
         return _storage(base_layer).dtype
 
-    def merge_zero_codes(self, layer: MaskedLinear, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def merge_zero_codes(
+        self,
+        layer: MaskedLinear,
+        mask: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         """Write the code of zero where ``mask`` is False; returns these places and the codes that were there."""
         removed = ~mask
         storage = _storage(layer.base_layer)
