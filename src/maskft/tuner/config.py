@@ -254,7 +254,7 @@ class MaskConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write ``adapter_config.json``; PEFT has written the tensors of the adapter before."""
-        # Passed on as a function: `files` decides what is written before and after it.
+        # Passed on as a function: `files` has steps before and after it.
         save = super().save_pretrained
         files = adapter_files()
         files.save_config(self, Path(save_directory), lambda: save(save_directory, **kwargs))
