@@ -50,6 +50,7 @@ def test_two_masks_over_one_base(printed_by):
     assert sums < words  # the mask learned on sums is the better one on a sum
 
 
+@pytest.mark.slow
 def test_a_mask_is_rewarded(printed_by):
     before, after = map(
         float, re.findall(r"reward (\d\.\d{4}) [^,\n]*, (\d\.\d{4})", printed_by("grpo_with_a_mask.py"))[-1]

@@ -205,6 +205,7 @@ def test_labels_that_begin_alike_or_are_many_are_no_choice(script):
     assert script.label_ids_of(rows(*([place] for place in range(9)))) == ()
 
 
+@pytest.mark.slow
 def test_skills_in_sequence(script, sequence, data, base, tmp_path, monkeypatch, capsys):
     tasks = ["sums", "products", "powers"]
     sizes = ["--steps", "3", "--num_heldout", "4", "--num_test", "6", "--num_probe", "2"]

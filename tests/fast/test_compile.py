@@ -24,7 +24,7 @@ def _no_graphs_of_other_tests():
     "backend, options",
     [
         ("aot_eager", LOGIT),
-        ("eager", {**LOGIT, "price": 1.0}),  # which breaks the graph
+        pytest.param("eager", {**LOGIT, "price": 1.0}, marks=pytest.mark.slow),  # the price breaks the graph
         pytest.param(
             "inductor",
             {"sparsity": 0.2, "layers_to_transform": [0]},

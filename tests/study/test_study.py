@@ -43,6 +43,7 @@ from small_study import FULL, MASK, outcome, recipe, replace_commands, write
 CHECKPOINT = f"{layout.RUNS}/full-*/checkpoint-3/{layout.MANIFEST}"  # the first, once it is whole
 
 
+@pytest.mark.slow
 def test_a_killed_study_ends_as_an_undisturbed_one(base, data, tmp_path, capsys):
     """Killed in the middle of training, after a checkpoint; asked to stop between training and evaluation."""
     content = recipe(base, data, {"full": FULL, "mask": MASK})
@@ -247,6 +248,7 @@ def test_a_ray_cluster_of_two_nodes_gives_the_same_when_a_worker_is_killed(two_m
     check_the_same(together, alone)
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_give_the_same(two_masks, alone, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     together = tmp_path / "together"
@@ -727,6 +729,7 @@ def test_a_mistake_in_its_benchmarks_stops_a_study_before_the_first_run(base, da
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_goes_on_without_its_prepared_rows(base, data, tmp_path):
     """Also where a default was written out in between, which names the same run."""
     content = recipe(base, data, {"full": FULL})

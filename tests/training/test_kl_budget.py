@@ -148,7 +148,7 @@ def test_the_term_can_be_made_before_scores_and_progress_are_there(settings):
 BUDGETS = {"full": 0.05, "mask": 0.002, "lora": 0.01}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["mask", *(pytest.param(name, marks=pytest.mark.slow) for name in ("full", "lora"))])
 @pytest.mark.parametrize("rows", ["task", "text"])
 def test_a_run_ends_at_the_budget(method, rows, call, text, tmp_path):
     options = {"max_steps": 48, "eval_steps": 8, "save_steps": 8, "logging_steps": 1, **METHODS[method]}

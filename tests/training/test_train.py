@@ -194,8 +194,10 @@ GUMBEL = {"mask_selection": "gumbel", "mask_init_value": 0.3, "mask_sharpness": 
 @pytest.mark.parametrize(
     ("is_finished", "options"),
     [
-        (True, {"method": "mask"}),
-        (False, {"method": "mask", "mask_sparsity": 0.4, "mask_sparsity_ramp": 0.9}),
+        pytest.param(True, {"method": "mask"}, marks=pytest.mark.slow),
+        pytest.param(
+            False, {"method": "mask", "mask_sparsity": 0.4, "mask_sparsity_ramp": 0.9}, marks=pytest.mark.slow
+        ),
         (False, {"method": "mask", **GUMBEL}),
         (False, {"method": "full"}),
     ],

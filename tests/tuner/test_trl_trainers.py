@@ -46,6 +46,13 @@ CLASSES = {
     "gkd": (GKDConfig, GKDTrainer),
 }
 WITH_REFERENCE = ["dpo", "kto", "grpo", "rloo"]
+
+
+def slow_but(kinds, *fast):
+    """The trainers that are used most are tested by ``make test``, the others by ``make test-slow``."""
+    return [kind if kind in fast else pytest.param(kind, marks=pytest.mark.slow) for kind in kinds]
+
+
 # Earlier Trainers do not load an adapter that has another beside it.
 RESUMES_TWO_ADAPTERS = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
 
@@ -92,7 +99,7 @@ def scores(model):
     return {name: p.detach().clone() for name, p in model.named_parameters() if name.endswith("mask_scores.default")}
 
 
-@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("kind", slow_but(CLASSES, "sft", "dpo", "grpo"))
 def test_a_trainer_learns_resumes_and_merges(kind, base, tmp_path):
     """Killed after step 2 and resumed, the scores are bit for bit those of four steps; merged, so are the logits.
 
@@ -133,7 +140,7 @@ def logged(trainer):
     return {name: row[name] for name in names if name in row}
 
 
-@pytest.mark.parametrize("kind", WITH_REFERENCE)
+@pytest.mark.parametrize("kind", slow_but(WITH_REFERENCE, "dpo", "grpo"))
 def test_the_reference_of_a_new_mask_is_the_base(kind, base, tmp_path):
     """As the same trainer says that is given the merged model to train and the base as its reference."""
     still = {"learning_rate": 0.0, "max_steps": 1, "save_strategy": "no"}
