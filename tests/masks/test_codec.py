@@ -106,6 +106,14 @@ def test_only_two_dimensional_bool_masks():
             encode_mask(bad)
 
 
+@pytest.mark.parametrize("shape", [(2**16, 2**16), (0, 5)])
+def test_a_mask_that_could_not_be_read_again_is_not_written(shape):
+    """Expanded, so that it takes one byte of memory."""
+    mask = torch.ones(1, 1, dtype=torch.bool).expand(*shape) if 0 not in shape else torch.ones(shape, dtype=torch.bool)
+    with pytest.raises(UserError, match=f"a mask of {shape[0]} x {shape[1]} weights cannot be saved"):
+        encode_mask(mask)
+
+
 def test_layout_does_not_matter():
     mask = torch.rand(20, 30) > 0.1
     assert torch.equal(encode_mask(mask.t().contiguous().t()), encode_mask(mask))

@@ -60,9 +60,17 @@ def encode_mask(mask: Tensor) -> Tensor:
 
     Raises:
         ValueError: If the mask is not a 2-D bool tensor.
+        UserError: If it has no weights, or more than can be read again.
     """
     if mask.dtype != torch.bool or mask.dim() != 2:
         raise ValueError(f"a mask must be a 2-D bool tensor, got {mask.dtype} with shape {tuple(mask.shape)}")
+    # The limits of _read_header. Checked here as well, because a mask that cannot be read again would be lost.
+    if not 0 < mask.numel() <= _MAX_NUMEL:
+        rows, columns = mask.shape
+        raise UserError(
+            f"a mask of {rows} x {columns} weights cannot be saved, the limits are 1 and {_MAX_NUMEL:,} weights; leave "
+            "its layer out of target_modules"
+        )
 
     kept = mask.detach().cpu().contiguous().view(-1).numpy()
     removed = ~kept
