@@ -3,16 +3,16 @@
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import tiny
 from maskft import MaskConfig, current_masks, masks
 from maskft_common.errors import UserError
 
 
-def trained(seed=3):
+def trained(seed=3, **options):
     """A masked model whose scores are not those of its seed."""
-    model = get_peft_model(tiny.tiny_llama(), MaskConfig(sparsity=0.3, layers_to_transform=[1]))
+    model = get_peft_model(tiny.tiny_llama(), MaskConfig(sparsity=0.3, layers_to_transform=[1], **options))
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "mask_scores" in name:
@@ -62,3 +62,20 @@ def test_a_mask_without_scores_is_not_saved_as_scores(tmp_path):
     loaded = PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path / "coded")
     with masks.disabled(), pytest.raises(UserError, match="has no scores to save"):
         loaded.save_pretrained(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("damage", ["NaN", "shape"])
+def test_scores_that_do_not_load_leave_every_layer_as_it_was(damage, tmp_path):
+    """The layers before the damaged one, too."""
+    trained(save_scores=True).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    last = [key for key in tensors if "up_proj" in key and key.endswith(".mask_scores")][-1]
+    tensors[last] = tensors[last].fill_(float("nan")) if damage == "NaN" else tensors[last][:1].clone()
+    save_file(tensors, file)
+
+    model = trained(seed=4, save_scores=True)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    with pytest.raises(UserError, match=f"up_proj: .*saved scores .*{damage}"):
+        model.load_adapter(tmp_path, "default")
+    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())

@@ -291,7 +291,9 @@ def _load_masks(
     _check_has_scores(layers, scores, adapter_name)
     if config.verify_base:
         check_base(layers.values(), config)
+    _check_scores(layers, scores, adapter_name)
 
+    # Nothing below raises. The masks go to their layers, and the scores too if the adapter is to be trained.
     for name, layer in layers.items():
         layer.saved_masks[adapter_name] = CodedMask(coded[name], layer.module_name)
         if adapter_name in layer.mask_scores:
@@ -314,26 +316,16 @@ def _entries(state_dict: Mapping[str, Tensor], kind: str) -> StateDict:
 
 
 def _restore_scores(layer: MaskedLinear, adapter_name: str, saved: Tensor) -> None:
-    """Copy saved scores into the layer.
-
-    Raises:
-        UserError: If they have another shape, or contain NaN.
-    """
+    """Copy saved scores, which :func:`_check_scores` has checked, into the layer."""
     parameter = layer.mask_scores[adapter_name]
     # With low_cpu_mem_usage parameters start on the meta device, where nothing can be copied to.
     if parameter.device.type == "meta":
         fresh = layer.fresh_scores(layer.mask_configs[adapter_name])
         parameter = nn.Parameter(fresh, requires_grad=parameter.requires_grad)
         layer.mask_scores[adapter_name] = parameter
-    if saved.shape != parameter.shape:
-        raise UserError(
-            f"{layer.module_name}: saved scores have shape {tuple(saved.shape)}, not {tuple(parameter.shape)}"
-        )
-    values = saved.to(parameter.device, torch.float32)
-    if bool(values.isnan().any()):
-        raise UserError(f"{layer.module_name}: the saved scores contain NaN; resume from an earlier checkpoint")
+    # In place: an optimizer may hold the parameter already.
     with torch.no_grad():
-        parameter.copy_(values)
+        parameter.copy_(saved)
 
 
 # Checks
@@ -393,6 +385,24 @@ def _check_has_scores(
                 "the adapter holds a mask but not its scores, so it cannot be trained further: save it with "
                 "MaskConfig(save_scores=True), or load it for inference"
             )
+
+
+def _check_scores(
+    layers: Mapping[str, MaskedLinear],
+    scores: Mapping[str, Tensor],
+    adapter_name: str,
+) -> None:
+    """Raise if the scores of a layer that is to be trained have another shape, or contain NaN."""
+    for name, layer in layers.items():
+        if adapter_name not in layer.mask_scores:
+            continue
+        saved = scores[name]
+        shape = layer.mask_scores[adapter_name].shape
+        if saved.shape != shape:
+            raise UserError(f"{layer.module_name}: saved scores have shape {tuple(saved.shape)}, not {tuple(shape)}")
+        # In float32, as they are restored: a file may hold any dtype.
+        if bool(saved.to(torch.float32).isnan().any()):
+            raise UserError(f"{layer.module_name}: the saved scores contain NaN; resume from an earlier checkpoint")
 
 
 def check_weights(found: Mapping[str, Tensor], declared: Mapping[str, str] | None) -> None:
