@@ -95,6 +95,27 @@ def test_a_link_out_of_the_adapter_is_not_read(name, tmp_path):
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda file: file.unlink(), r"has no adapter_model\.safetensors: copy the whole folder"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-1]), "is not a readable safetensors file"),
+    ],
+    ids=["missing", "cut"],
+)
+def test_masks_that_are_missing_or_cut_are_not_looked_for_on_the_hub(damage, message, tmp_path):
+    """PEFT asks the hub for a missing file, under the path of the folder."""
+    folder = saved(tmp_path, ["up"])
+    damage(folder / "adapter_model.safetensors")
+    for read in (summarize, read_coded, MaskSet.from_adapter, verify, load_masked):
+        with pytest.raises(UserError, match=message) as error:
+            read(folder)
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=message):
+        merge(folder, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
 def test_files_that_are_saved_have_one_mode(base, tmp_path):
     """safetensors' own is 0600, and another user's server could not read the weights beside their configuration."""
     model = get_peft_model(

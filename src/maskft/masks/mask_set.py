@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import safetensors.torch
 import torch
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from maskft_common import files, layout, schema
@@ -138,7 +138,31 @@ def read_config(folder: str | Path) -> AdapterConfig:
     """
     file = _file(folder, layout.ADAPTER_CONFIG)
     content = files.read_json(file)
-    return schema.read_model(AdapterConfig, content, file, "name the folder of a mask, or save it again")
+    return schema.read_model(
+        AdapterConfig,
+        content,
+        file,
+        remedy="name the folder of a mask, or save it again",
+    )
+
+
+def weights_file(folder: str | Path) -> Path:
+    """The file of masks in an adapter folder, of which only the header is read.
+
+    Raises:
+        UserError: If the folder is not an adapter, or the file is missing, a link out of the folder, or cut.
+    """
+    file = _file(folder, layout.ADAPTER_WEIGHTS)
+    try:
+        # Opening compares the size of the file with the places of its tensors.
+        with safe_open(file, "pt"):
+            return file
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: Path, error: Exception) -> UserError:
+    return UserError(f"{file} is not a readable safetensors file: {error}")
 
 
 def read_coded(folder: str | Path) -> dict[str, Tensor]:
@@ -149,11 +173,12 @@ def read_coded(folder: str | Path) -> dict[str, Tensor]:
             than their bytes can hold.
     """
     config = read_config(folder)
-    file = _file(folder, layout.ADAPTER_WEIGHTS)
+    file = weights_file(folder)
     try:
         tensors = safetensors.torch.load_file(str(file))
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is not a readable safetensors file: {error}") from error
+        # Not of the header: a dtype that torch does not have, or a disk that fails.
+        raise _unreadable(file, error) from error
 
     # The file may also hold scores, which are left out here.
     coded = {}

@@ -18,7 +18,7 @@ from ..models import base_of, load_model, load_tokenizer
 from ..tuner import MaskedLinear, adapter_layers, current_masks
 from ..weights import lerp
 from .codec import PREFIX
-from .mask_set import MaskSet, read_config
+from .mask_set import MaskSet, read_config, weights_file
 
 # The name that PeftModel.from_pretrained gives.
 _ADAPTER = "default"
@@ -40,6 +40,8 @@ def load_masked(adapter: str | Path, base: str | None = None, dtype: str = "floa
         UserError: If the adapter does not fit the base, or names no base and none is given.
     """
     config = read_config(adapter)
+    # PEFT would look for a missing file on the hub, under the path of the folder.
+    weights_file(adapter)
     name = base or base_of(adapter, config.base_model_name_or_path or "")
     if not name:
         raise UserError(f"the adapter {str(adapter)!r} does not name its base model; pass --base")
