@@ -50,4 +50,5 @@ def disabled() -> Iterator[None]:
         set_adapter_files(before)
 
 
+# On by default: importing the package is enough.
 enable()

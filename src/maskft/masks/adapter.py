@@ -38,6 +38,7 @@ class CodedMask:
     """A mask as it was loaded: entropy-coded, decoded when it is needed."""
 
     def __init__(self, coded: Tensor, module_name: str) -> None:
+        # A copy, because the tensor may be a view of the whole file in memory, with the scores in it.
         self.coded = coded.detach().cpu().clone()
         self.module_name = module_name
 
@@ -57,6 +58,7 @@ class _Scores(dict[str, Tensor]):
 class MaskFiles(AdapterFiles):
     """Adapter files that hold coded masks."""
 
+    # For inference the masks are enough.
     loads_scores = False
 
     def encode(
@@ -76,7 +78,9 @@ class MaskFiles(AdapterFiles):
         masks = _masks(layers, adapter_name, state_dict)
         _check_not_empty(masks, config)
 
+        # The keys end in the name of the adapter, which PEFT takes out before it writes the file.
         out: StateDict = {}
+        # By the names of the unwrapped model, over which the checksum is taken.
         coded: StateDict = {}
         scores_of_save = _Scores()
         for name, mask in masks.items():
@@ -88,6 +92,7 @@ class MaskFiles(AdapterFiles):
             for kind in ("weight", "bias"):
                 state_dict.pop(f"{name}.base_layer.{kind}", None)
 
+            # A mask that was loaded for inference has none.
             scores_here = layers[name].mask_scores
             if adapter_name in scores_here:
                 key = f"{name}.mask_scores.{adapter_name}"
@@ -97,7 +102,9 @@ class MaskFiles(AdapterFiles):
                 else:
                     scores_of_save[f"{name}.mask_scores"] = scores
 
+        # Kept until save_config, which knows the folder.
         config.scores_of_save = scores_of_save
+        # PEFT writes the configuration after the tensors, with these fields.
         config.format_version = FORMAT_VERSION
         config.is_new = False
         config.mask_sha256 = mask_fingerprint(coded)
@@ -170,9 +177,11 @@ class MaskFiles(AdapterFiles):
                 setattr(config, name, from_anywhere(model))
 
         file = folder / ADAPTER_WEIGHTS
+        # Taken out of the configuration, with which gigabytes of scores would stay in memory.
         scores = config.scores_of_save
         config.scores_of_save = None
         _check_not_pickled(config, folder)
+        # Without a file, a configuration is saved alone.
         if file.is_file():
             is_checkpoint = _CHECKPOINT.search(folder.as_posix()) is not None
             if scores and is_checkpoint:
@@ -199,6 +208,7 @@ def _masks(
             scores = state_dict.get(f"{name}.mask_scores.{adapter_name}")
             masks[name] = layer.masker.mask(adapter_name, scores)
         else:
+            # Loaded for inference.
             masks[name] = layer.get_mask(adapter_name)
     return masks
 
@@ -300,6 +310,7 @@ def _load_masks(
             _restore_scores(layer, adapter_name, scores[name])
             # PEFT warns of parameters that a file does not set; these are set already.
             once[f"{full_names[name]}.mask_scores.{adapter_name}"] = layer.mask_scores[adapter_name].data
+        # A masked weight that was kept is of the mask before.
         layer.masker.forget()
     return once
 

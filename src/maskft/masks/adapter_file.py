@@ -28,7 +28,10 @@ def add_tensors(file: Path, added: Mapping[str, Tensor]) -> None:
     """Rewrite the file with more tensors in it; of two with one name, the added one is kept."""
     tensors = load_file(file)
     for name, value in added.items():
-        tensors[name] = value.detach().cpu().contiguous()
+        # safetensors takes tensors of the CPU that are contiguous.
+        on_cpu = value.detach().cpu()
+        tensors[name] = on_cpu.contiguous()
     # With the metadata that PEFT writes.
-    save_file(tensors, file, metadata={"format": "pt"})
+    metadata = {"format": "pt"}
+    save_file(tensors, file, metadata=metadata)
     files.use_default_modes(file.parent, file.name)

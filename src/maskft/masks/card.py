@@ -17,9 +17,11 @@ from ..models import is_gguf
 from .codec import mask_info
 
 PAPER = "https://arxiv.org/abs/2503.22764"
+# In a card that has it, everything but the tags is replaced when the folder is saved.
 _MARK = "<!-- written by maskft, and again whenever the folder is saved -->"
 # Marks of the cards that PEFT and TRL write for a method they do not know. Any other card is its author's, and left.
 _OF_OTHERS = ("<!-- Provide a quick summary of what the model is/does. -->", "It has been trained using [TRL]")
+# Python for the section "Use", by the kind of the base. It runs in the adapter's folder, and a test runs it.
 _ASK = """
 inputs = tokenizer("The capital of France is", return_tensors="pt").to(model.device)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))"""
@@ -55,7 +57,7 @@ def write_card(folder: str | Path, config: Any) -> None:
     if not is_generated:
         return
 
-    # Tags such as those of add_model_tags are kept, but not PEFT's own, which name the base.
+    # Tags such as those of add_model_tags are kept, but not PEFT's own, which name the base: it may be a private path.
     metadata = ModelCard(text, ignore_metadata_errors=True).data
     old_tags = getattr(metadata, "tags", None) or []
     tags = [tag for tag in old_tags if not tag.startswith("base_model:")]
@@ -65,6 +67,7 @@ def write_card(folder: str | Path, config: Any) -> None:
 
 def hub_name(base: str | None) -> str | None:
     """``base`` if it can only be a name on the hub, else None: a local folder may be named like one."""
+    # OWNER/NAME.
     if base is None or not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
         return None
     if files.is_there(base):
@@ -74,6 +77,7 @@ def hub_name(base: str | None) -> str | None:
 
 def _card(folder: Path, config: Any, tags: list[str]) -> str:
     """Metadata and text. A base that is not on the hub is left out of the metadata: the hub would look for it."""
+    # maskft's commands write one, other trainers do not.
     recipe = config.recipe or {}
     datasets = list(recipe.get("datasets") or ())
     is_causal = config.task_type == "CAUSAL_LM"
@@ -99,6 +103,7 @@ def _card(folder: Path, config: Any, tags: list[str]) -> str:
 
 def _about(folder: Path, config: Any) -> Iterator[str]:
     """The base, how many weights are removed and replaced, and the verdict of its training."""
+    # Counted from the headers of the masks, without decoding them.
     num_masks = 0
     removed = 0
     numel = 0
@@ -112,6 +117,7 @@ def _about(folder: Path, config: Any) -> Iterator[str]:
             removed += info["num_removed"]
             numel += rows * columns
 
+    # A name on the hub becomes a link; of a path, only the last part is shown.
     path = config.base_model_name_or_path or "a language model"
     base = _last_part(path)
     on_hub = hub_name(path)
@@ -152,6 +158,7 @@ def _use(folder: Path, config: Any) -> Iterator[str]:
     else:
         load = _LOAD + _ASK
 
+    # An expression of Python: the adapter's own tokenizer, or that of the base.
     if (folder / "tokenizer_config.json").is_file():
         tokenizer = "adapter"
     else:
@@ -176,6 +183,7 @@ def _training(config: Any, recipe: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield "## How it was made"
     yield ""
+    # A table of Markdown needs a header, which is empty here.
     yield "| | |"
     yield "| --- | --- |"
     for name, value in facts.items():

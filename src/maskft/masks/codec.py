@@ -72,12 +72,14 @@ def encode_mask(mask: Tensor) -> Tensor:
             "its layer out of target_modules"
         )
 
-    kept = mask.detach().cpu().contiguous().view(-1).numpy()
-    removed = ~kept
+    # Row by row, whatever the memory layout of the mask is. In the file a set bit is a removed weight.
+    flat = mask.detach().cpu().contiguous().view(-1)
+    removed = ~flat.numpy()
     packed = np.packbits(removed)
     num_removed = int(removed.sum())
 
     payload, coding = _smallest(packed, removed.size, num_removed)
+    # Of the packed mask and not of the payload, so that masks are compared without decoding, whatever their coding is.
     digest = _digest(mask.shape, num_removed, packed)
     header = _HEADER.pack(
         _MAGIC,
@@ -87,7 +89,9 @@ def encode_mask(mask: Tensor) -> Tensor:
         num_removed,
         digest,
     )
-    return torch.frombuffer(bytearray(header + payload), dtype=torch.uint8)
+    # A bytearray, because torch warns of a tensor over bytes, which cannot be written to.
+    content = bytearray(header + payload)
+    return torch.frombuffer(content, dtype=torch.uint8)
 
 
 def is_of_mask(key: str) -> bool:
@@ -100,6 +104,7 @@ def weights_sha256(weights: Mapping[str, Tensor]) -> dict[str, str]:
     checksums = {}
     for name, tensor in weights.items():
         module = name.removeprefix(PREFIX)
+        # The same bytes in another shape or dtype are another weight.
         label = f"{tensor.dtype}{tuple(tensor.shape)}"
         checksums[module] = files.digest_tensors([(label, tensor)])
     return checksums
@@ -127,7 +132,7 @@ def decode_mask(
     numel = rows * columns
     payload = data[_HEADER.size :]
 
-    # Before anything of the claimed size is allocated.
+    # Before anything of the claimed size is allocated: the header may be a stranger's.
     if expected is not None and shape != tuple(expected):
         raise UserError(
             f"the mask of {name} has shape {shape}, the model's weight {tuple(expected)}; wrong base model?"
@@ -139,11 +144,14 @@ def decode_mask(
 
     try:
         packed = _read_packed(payload, coding, numel, num_removed)
-        removed = np.unpackbits(packed, count=numel).view(np.bool_)
+        # With a count, the bits after the last weight are left out. The view takes the 0 and 1 as they are.
+        bits = np.unpackbits(packed, count=numel)
+        removed = bits.view(np.bool_)
         has_count = int(removed.sum()) == num_removed
         # Packed again, because the bits after the last weight must be zero.
         packed_again = np.packbits(removed)
-        is_intact = has_count and _digest(shape, num_removed, packed_again) == digest
+        digest_of_found = _digest(shape, num_removed, packed_again)
+        is_intact = has_count and digest_of_found == digest
     except (zlib.error, ValueError, IndexError, MemoryError):
         # A damaged payload may fail anywhere in the decoders, which is the same fault as a wrong checksum.
         is_intact = False
@@ -194,7 +202,8 @@ def _bytes(coded: Tensor, name: str) -> bytes:
     """The bytes of a coded mask; raises if the tensor cannot be one."""
     if coded.dtype != torch.uint8 or coded.dim() != 1:
         raise UserError(f"{name} is corrupted: it is not a 1-D tensor of bytes; fetch or save the adapter again")
-    return coded.detach().cpu().contiguous().numpy().tobytes()
+    on_cpu = coded.detach().cpu().contiguous()
+    return on_cpu.numpy().tobytes()
 
 
 def _read_header(data: bytes, name: str) -> tuple[tuple[int, int], int, bytes, int]:
@@ -202,6 +211,7 @@ def _read_header(data: bytes, name: str) -> tuple[tuple[int, int], int, bytes, i
     if len(data) < _HEADER.size or data[:4] != _MAGIC:
         raise UserError(f"{name} is corrupted: it does not start with a mask header; fetch or save the adapter again")
     _, version, coding, rows, columns, num_removed, digest = _HEADER.unpack_from(data)
+    # Python's integers do not overflow: 2**32 - 1 rows and columns are a number above the limit.
     numel = rows * columns
     if numel == 0 or not num_removed <= numel <= _MAX_NUMEL:
         raise UserError(
@@ -210,6 +220,7 @@ def _read_header(data: bytes, name: str) -> tuple[tuple[int, int], int, bytes, i
         )
     if version > FORMAT_VERSION:
         raise UserError(f"{name} has mask format {version}, this maskft reads up to {FORMAT_VERSION}; use a newer one")
+    # No release wrote an older version.
     if version != FORMAT_VERSION or coding not in (_BITMAP, _ANS, _ZLIB):
         raise UserError(
             f"{name} is corrupted: there is no mask format {version} with coding {coding}; fetch or save the adapter "
@@ -218,8 +229,13 @@ def _read_header(data: bytes, name: str) -> tuple[tuple[int, int], int, bytes, i
     return (rows, columns), num_removed, digest, coding
 
 
-def _digest(shape: Sequence[int], num_removed: int, packed: np.ndarray) -> bytes:
+def _digest(
+    shape: Sequence[int],
+    num_removed: int,
+    packed: np.ndarray,
+) -> bytes:
     """sha256 of a mask, whatever its coding."""
+    # Little-endian and without padding ("<"), so that every machine hashes the same bytes.
     numbers = struct.pack("<HIIQ", _DIGEST_VERSION, *shape, num_removed)
     sha256 = files.digest(numbers + packed.tobytes())
     return bytes.fromhex(sha256)
@@ -228,9 +244,13 @@ def _digest(shape: Sequence[int], num_removed: int, packed: np.ndarray) -> bytes
 # Codings of the packed mask
 
 
-def _smallest(packed: np.ndarray, numel: int, num_removed: int) -> tuple[bytes, int]:
+def _smallest(
+    packed: np.ndarray,
+    numel: int,
+    num_removed: int,
+) -> tuple[bytes, int]:
     """The shortest payload, and its coding."""
-    # The header says it all.
+    # The mask follows from the header alone.
     if num_removed in (0, numel):
         return b"", _ANS
 
@@ -259,8 +279,10 @@ def _model(numel: int, num_removed: int) -> Any:
     by_ones = []
     for num_ones in range(9):
         num_zeros = 8 - num_ones
-        by_ones.append(num_removed**num_ones * num_kept**num_zeros / numel**8)
-    probabilities = np.array([by_ones[byte.bit_count()] for byte in range(256)])
+        numerator = num_removed**num_ones * num_kept**num_zeros
+        by_ones.append(numerator / numel**8)
+    of_bytes = [by_ones[byte.bit_count()] for byte in range(256)]
+    probabilities = np.array(of_bytes)
     # Both options have changed their default between releases, and the code with it.
     return constriction.stream.model.Categorical(
         probabilities,
@@ -269,7 +291,11 @@ def _model(numel: int, num_removed: int) -> Any:
     )
 
 
-def _write_ans(packed: np.ndarray, numel: int, num_removed: int) -> bytes:
+def _write_ans(
+    packed: np.ndarray,
+    numel: int,
+    num_removed: int,
+) -> bytes:
     """Little-endian 32-bit words without the zero bytes at their end."""
     coder = constriction.stream.stack.AnsCoder()
     # The coder is a stack: encoded from the end, bytes are decoded from the start, and so in chunks.
@@ -277,25 +303,36 @@ def _write_ans(packed: np.ndarray, numel: int, num_removed: int) -> bytes:
     coder.encode_reverse(symbols, _model(numel, num_removed))
     words: np.ndarray = coder.get_compressed()
     content = words.astype("<u4").tobytes()
+    # _read_ans fills up the last word. It is never 0 as a whole, so that no word is lost.
     return content.rstrip(b"\0")
 
 
-def _read_ans(payload: bytes, numel: int, num_removed: int) -> np.ndarray:
+def _read_ans(
+    payload: bytes,
+    numel: int,
+    num_removed: int,
+) -> np.ndarray:
     """The inverse of :func:`_write_ans`; raises some error if the payload is not of such a mask."""
-    if num_removed in (0, numel):  # the mask is its header alone
+    # The mask is its header alone.
+    if num_removed in (0, numel):
         removed = np.full(numel, num_removed > 0)
         return np.packbits(removed)
 
-    zeros_at_end = bytes(-len(payload) % 4)  # left out by _write_ans
-    words = np.frombuffer(payload + zeros_at_end, dtype="<u4")
-    coder = constriction.stream.stack.AnsCoder(words.astype(np.uint32))
+    # The zero bytes that _write_ans left out, up to a whole word.
+    zeros_at_end = bytes(-len(payload) % 4)
+    little_endian = np.frombuffer(payload + zeros_at_end, dtype="<u4")
+    # The coder takes words in the byte order of the machine.
+    words = little_endian.astype(np.uint32)
+    coder = constriction.stream.stack.AnsCoder(words)
     model = _model(numel, num_removed)
 
     num_bytes = _num_packed_bytes(numel)
     packed = np.empty(num_bytes, dtype=np.uint8)
     for start in range(0, num_bytes, _CHUNK):
         count = min(_CHUNK, num_bytes - start)
-        packed[start : start + count] = coder.decode(model, count)
+        end = start + count
+        packed[start:end] = coder.decode(model, count)
+    # A payload that was written for this mask is used up by it.
     if not coder.is_empty():
         raise ValueError("more words than weights")
     return packed
@@ -314,7 +351,8 @@ def _read_packed(
     num_bytes = _num_packed_bytes(numel)
     if coding == _ZLIB:
         # Limited, so that a small file cannot fill the memory; one byte more shows that it is too long.
-        payload = zlib.decompressobj().decompress(payload, num_bytes + 1)
+        decompressor = zlib.decompressobj()
+        payload = decompressor.decompress(payload, num_bytes + 1)
     if len(payload) != num_bytes:
         raise ValueError("another number of bits than weights")
     return np.frombuffer(payload, dtype=np.uint8)

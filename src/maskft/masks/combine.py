@@ -54,6 +54,7 @@ def combine_masks(mask_sets: Sequence[MaskSet], combination: str) -> MaskSet:
         # With fewer masks than needed nothing is removed, and the module is left out.
         if len(found) < num_needed:
             continue
+        # Shape (num_masks, O, I). A mask that does not have the module counts as one that keeps all of it.
         removed = torch.stack([~mask for mask in found])
         num_removing = removed.sum(dim=0)
         combined[module] = num_removing < num_needed
@@ -85,6 +86,7 @@ def combine_adapters(
     """
     if len(adapters) < 2:
         raise UserError(f"{combination} needs two adapters or more; found {len(adapters)}")
+    # Checked first: an output that cannot be written is an error before minutes of decoding.
     output_dir = files.new_folder(output_dir, "output")
 
     # All checks on configurations come before the first mask is decoded.
@@ -96,7 +98,9 @@ def combine_adapters(
     combined = combine_masks(mask_sets, combination)
 
     # The configuration of an adapter with these masks, as if it had been trained.
-    coded = {module: encode_mask(mask) for module, mask in combined.items()}
+    coded = {}
+    for module, mask in combined.items():
+        coded[module] = encode_mask(mask)
     new_config = MaskConfig(
         # Whole names: patterns that were right for one adapter could match modules which the combination leaves alone.
         target_modules=sorted(combined),
@@ -114,11 +118,15 @@ def combine_adapters(
 
     # The files that PEFT would write, without a model: the tensors first, as saving the configuration reads them.
     with files.whole_folder(output_dir) as partial:
-        tensors = {f"{PREFIX}{module}.mask_coded": code for module, code in coded.items()}
-        save_file(tensors, partial / layout.ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        tensors = {}
+        for module, code in coded.items():
+            tensors[f"{PREFIX}{module}.mask_coded"] = code
+        file = partial / layout.ADAPTER_WEIGHTS
+        save_file(tensors, file, metadata={"format": "pt"})
         files.use_default_modes(partial)
         new_config.save_pretrained(str(partial))
 
+    # Without a fingerprint loading cannot tell whether the base is the right one, which the user is to know.
     unchecked = "" if new_config.base_fingerprint else "; the base's fingerprint is not recorded"
     counts = "; ".join(f"{masks.num_removed:,}" for masks in mask_sets)
     return (
@@ -170,6 +178,7 @@ def _base_fingerprint(
     # Masked modules -> the first adapter that masks them, and its fingerprint.
     found: dict[frozenset[str], tuple[str | Path, str | None]] = {}
     for adapter, config, masks in zip(adapters, configs, mask_sets, strict=True):
+        # A set, because a fingerprint is over the modules by name, whatever their order in the file is.
         modules = frozenset(masks)
         other, fingerprint = found.setdefault(modules, (adapter, config.base_fingerprint))
         if config.base_fingerprint != fingerprint:
@@ -179,6 +188,7 @@ def _base_fingerprint(
                 "model"
             )
 
+    # The union may have more modules than each of its parts, and the intersection fewer.
     _, fingerprint = found.get(frozenset(combined), (None, None))
     return fingerprint
 
@@ -187,8 +197,10 @@ def _base_quantisation(configs: Sequence[AdapterConfig]) -> str | None:
     """How the weights under the masks were stored in training, in the words of ``quantisation_of``; None: as floats."""
     kinds = set()
     for config in configs:
+        # One text may name several kinds, for a base whose layers differ.
         if config.base_quantisation:
-            kinds.update(config.base_quantisation.split(", "))
+            of_config = config.base_quantisation.split(", ")
+            kinds.update(of_config)
     return ", ".join(sorted(kinds)) or None
 
 

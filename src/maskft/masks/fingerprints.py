@@ -28,7 +28,9 @@ def check_base(layers: Iterable[MaskedLinear], config: Any) -> None:
     Raises:
         UserError: If the weights are others.
     """
+    # A list, because it may be an iterator and is read several times.
     layers = list(layers)
+    # Not recorded, as of a mask over float16: see MaskFiles.encode.
     if config.base_fingerprint is None:
         return
     is_on_meta = any(layer.weight.device.type == "meta" for layer in layers)
@@ -90,7 +92,8 @@ def base_fingerprint(layers: Iterable[MaskedLinear]) -> str:
     if layers and layers[0].masker.base_fingerprint is not None:
         return layers[0].masker.base_fingerprint
 
-    # A generator: each weight is gathered or dequantised when its turn comes.
+    # A generator: each weight is gathered or dequantised when its turn comes. The weight is the unmerged one, as an
+    # adapter may be saved while it is merged.
     weights = ((layer.module_name, layer.get_unmerged_weight()) for layer in layers)
     return weights_fingerprint(weights)
 
@@ -119,7 +122,9 @@ def _labelled(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tens
 def mask_fingerprint(coded: dict[str, Tensor]) -> str:
     """sha256 over the names and mask checksums of all modules; equal for equal masks, however they are coded."""
     parts = []
+    # Sorted, so that the order of a file does not matter. The header has the checksum: nothing is decoded.
     for name in sorted(coded):
         info = mask_info(coded[name], name)
         parts.append(f"{name}:{info['sha256']};")
-    return digest("".join(parts))
+    text = "".join(parts)
+    return digest(text)

@@ -43,6 +43,8 @@ from .codec import decode_mask, mask_info
 from .fingerprints import weights_fingerprint
 from .mask_set import AdapterConfig, read_coded, read_config
 
+# Keys of the metadata. --undo leaves out all that begin with the prefix, so that a key added later is no change of the
+# base either.
 PREFIX = "maskft."
 _MASK = "maskft.mask_sha256"
 _BASE = "maskft.base_sha256"
@@ -51,6 +53,7 @@ _COUNT = "maskft.num_removed"
 _CODES = "maskft.removed_codes"
 _VERSION = "maskft.version"
 
+# Bytes of unchanged data that are copied at a time.
 _PIECE_BYTES = 2**24
 # Whole rows of about so many at a time.
 _PIECE_WEIGHTS = 2**22
@@ -92,7 +95,8 @@ def merge_into_gguf(
             f"{str(gguf)!r} has bytes in its head that --undo could not restore; write it again with llama-quantize"
         )
 
-    # Read in a first pass: the codes are part of the head, which comes before the data.
+    # From here on the file is read three times: for the codes, which are part of the head and so come before the data;
+    # for the sha256 of the base, which is in the head as well; and for the data.
     codes = b"".join(masks.removed_codes())
     packed = zlib.compress(codes)
     codes_as_text = base64.b64encode(packed).decode("ascii")
@@ -114,7 +118,11 @@ def merge_into_gguf(
     ]
 
 
-def undo_in_gguf(adapter: str | Path, gguf: str | Path, output: str | Path) -> list[str]:
+def undo_in_gguf(
+    adapter: str | Path,
+    gguf: str | Path,
+    output: str | Path,
+) -> list[str]:
     """Take a mask out of a GGUF file: the base's bytes, checked by their sha256.
 
     Args:
@@ -132,6 +140,7 @@ def undo_in_gguf(adapter: str | Path, gguf: str | Path, output: str | Path) -> l
     _check_output(output)
     head = read_head(gguf)
     masks = _masks_in(adapter, head)
+    # Computed while the file is written, so that it is not read once more.
     digest = hashlib.sha256()
     with _new_file(output) as file:
         for piece in masks.base_file():
@@ -184,6 +193,7 @@ def verify_gguf(
 
 def _masks_in(adapter: str | Path, head: GgufHead) -> _Masks:
     """The masks of an adapter, which must be the one in the file, with the codes that it removed."""
+    # Of any type: the file may be a stranger's.
     found = head.metadata.get(_MASK)
     if found is None:
         raise UserError(f"{str(head.path)!r} holds no mask: maskft merge writes one into it")
@@ -200,11 +210,13 @@ def _masks_in(adapter: str | Path, head: GgufHead) -> _Masks:
 def _decode_codes(head: GgufHead, num_bytes: int) -> bytes:
     """The removed codes in the metadata of a file; raises unless they have this many bytes."""
     problem = UserError(f"{str(head.path)!r}: its {_CODES} is damaged; merge the mask into the base again")
+    # Damage ends in one of the errors below: the key is missing, is no text, is not base64, or is not deflated.
     try:
         # Without `validate` characters outside of the alphabet are skipped.
         packed = base64.b64decode(head.metadata[_CODES], validate=True)
         # Limited, so that a small text cannot fill the memory; one byte more shows that there are too many.
-        codes = zlib.decompressobj().decompress(packed, num_bytes + 1)
+        decompressor = zlib.decompressobj()
+        codes = decompressor.decompress(packed, num_bytes + 1)
     except (KeyError, TypeError, ValueError, zlib.error):
         raise problem from None
     if len(codes) != num_bytes:
@@ -229,6 +241,7 @@ def _check_base(masks: _Masks, head: GgufHead, accept_other_base: bool) -> str:
         return "not checked: the mask records no fingerprint of the weights it was trained over"
 
     expected = config.base_fingerprint
+    # By name, as base_fingerprint() sorts the layers of a model.
     modules = sorted(masks.tensors)
     # A generator: one matrix is in memory at a time.
     weights = ((module, dequantised(head, masks.tensors[module])) for module in modules)
@@ -286,6 +299,7 @@ class _Masks:
         for module, data in coded.items():
             info = mask_info(data, module)
             shapes[module] = info["shape"]
+        # Before a mask is decoded: it raises unless every tensor has the shape that its mask claims.
         tensors = find_tensors(head, shapes)
         return cls(config, coded, head, tensors)
 
@@ -310,7 +324,10 @@ class _Masks:
     @property
     def num_removed(self) -> int:
         """Number of weights that the masks remove."""
-        return sum(mask_info(data)["num_removed"] for data in self.coded.values())
+        num_removed = 0
+        for data in self.coded.values():
+            num_removed += mask_info(data)["num_removed"]
+        return num_removed
 
     @property
     def num_code_bytes(self) -> int:
@@ -349,6 +366,7 @@ class _Masks:
         Raises:
             UserError: If a removed weight is not zero.
         """
+        # The offsets of tensors count from the end of the head, so that the table in it is right without the keys.
         yield head_bytes(self.head, without=PREFIX)
 
         used = 0  # bytes of codes
@@ -379,6 +397,7 @@ class _Masks:
         for module, tensor in self.tensors.items():
             places[module] = self.head.tensors[tensor]
 
+        # The codes are stored in this order, and every function that reads them has to keep it.
         in_order = []
         for module in sorted(places, key=lambda module: places[module].start):
             form = FORMATS[places[module].kind]
@@ -399,6 +418,7 @@ class _Masks:
         mask = decode_mask(self.coded[module], module, place.shape)
         removed = ~to_file_order(self.head, tensor, mask)
 
+        # ggml quantises row by row: a block never reaches into the next row.
         blocks_in_row = num_columns // form.block_size
         row_bytes = blocks_in_row * form.block_bytes
         step = max(1, _PIECE_WEIGHTS // num_columns)  # rows
@@ -407,7 +427,8 @@ class _Masks:
             start = place.start + first * row_bytes
             content = _read(file, start, count * row_bytes)
             # A bytearray, because callers write into the rows.
-            flat = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+            writable = bytearray(content)
+            flat = torch.frombuffer(writable, dtype=torch.uint8)
             rows = flat.view(count, row_bytes)
             yield rows, removed[first : first + count]
 
@@ -424,6 +445,7 @@ def _read(file: BinaryIO, start: int, num_bytes: int) -> bytes:
     """Exactly this many bytes; raises if the file ends before."""
     file.seek(start)
     content = file.read(num_bytes)
+    # read_head has compared the size of the file with the places of its tensors.
     if len(content) != num_bytes:
         raise UserError(f"{file.name!r} became shorter while it was read; start again")
     return content
@@ -454,5 +476,6 @@ def _new_file(path: Path) -> Iterator[BinaryIO]:
         with whole_file(path) as file:
             yield file
     except OSError as error:
+        # An OSError that Python itself raises has a message and no strerror.
         reason = error.strerror or error
         raise UserError(f"{str(path)!r} cannot be written ({reason}); free space or name another") from error

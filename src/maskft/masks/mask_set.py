@@ -19,6 +19,7 @@ from .adapter import check_weights
 from .codec import FORMAT_VERSION, PREFIX, check_claims, decode_mask, is_of_mask
 from .fingerprints import mask_fingerprint
 
+# Of the keys of masks in the file.
 _SUFFIX = ".mask_coded"
 
 
@@ -33,6 +34,7 @@ class MaskSet(dict[str, Tensor]):
 
     def __init__(self, masks: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()
+        # One by one, because dict's own __init__ would not call __setitem__, which checks each mask.
         for name, mask in (masks or {}).items():
             self[name] = mask
 
@@ -79,6 +81,7 @@ class MaskSet(dict[str, Tensor]):
                 raise UserError(f"{name}: mask {tuple(mask.shape)} and weight {tuple(weight.shape)} differ in shape")
             weights[name] = weight
 
+        # Filled and not multiplied: -1 * 0 would leave -0, and inf * 0 NaN.
         for name, mask in self.items():
             removed = ~mask.to(weights[name].device)
             weights[name].data.masked_fill_(removed, 0.0)
@@ -95,6 +98,12 @@ class MaskSet(dict[str, Tensor]):
 # Reading an adapter folder, which may be a stranger's
 
 
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Share = Annotated[float, Field(ge=0, le=1)]
+# A file may say null, which is the same as no recipe.
+Recipe = Annotated[dict[str, Any], BeforeValidator(lambda recipe: recipe or {})]
+
+
 class AdapterConfig(schema.FileModel):
     """The fields of a mask's ``adapter_config.json`` that are read without a model; ``MaskConfig`` has all of them."""
 
@@ -106,21 +115,22 @@ class AdapterConfig(schema.FileModel):
     base_model_name_or_path: str | None = None
     revision: str | None = None
     task_type: str | None = None
+    # The defaults are those of MaskConfig: a file may leave a field out.
     selection: str = "topk"
     sparsity: float = 0.1
     sparsity_ramp: float = 0.0
-    progress: Annotated[float, Field(ge=0, le=1)] | None = None
+    progress: Share | None = None
     removed_value: str = "zero"
     removed_value_model: str | None = None
     removed_value_fingerprint: str | None = None
     save_scores: bool = False
-    base_fingerprint: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    base_fingerprint: Sha256 | None = None
     base_quantisation: str | None = None
     verify_base: bool = True
-    mask_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    # Required: without it nothing shows that the masks are those of this configuration.
+    mask_sha256: Sha256
     weights_sha256: dict[str, str] | None = None
-    # A file may say null, which is the same as no recipe.
-    recipe: Annotated[dict[str, Any], BeforeValidator(lambda recipe: recipe or {})] = {}
+    recipe: Recipe = {}
 
     @field_validator("format_version")
     @classmethod
@@ -196,6 +206,7 @@ def read_coded(folder: str | Path) -> dict[str, Tensor]:
         raise UserError(
             f"the masks in {file} do not match mask_sha256 in {layout.ADAPTER_CONFIG}; they are of two adapters"
         )
+    # Before a caller decodes them: together they could claim more memory than there is.
     check_claims(coded)
     check_weights(weights, config.weights_sha256)
     return coded
@@ -205,6 +216,7 @@ def _file(folder: str | Path, name: str) -> Path:
     """Path of a file of an adapter folder, which must be there and not be a link out of it."""
     if not layout.holds_adapter(folder):
         raise layout.no_adapter(folder)
+    # All files of the folder, because PEFT and transformers read others by their names (tokenizer, chat template).
     files.check_own_files(folder)
     file = Path(folder) / name
     if not file.is_file():

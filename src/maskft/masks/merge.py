@@ -22,10 +22,21 @@ from .mask_set import MaskSet, read_config, weights_file
 
 # The name that PeftModel.from_pretrained gives.
 _ADAPTER = "default"
+# Random tokens on which the merged model is compared with the masked one.
 _PROBE_SEQUENCES = 2
 _PROBE_TOKENS = 64
 # Errors that PEFT, torch and safetensors raise for an adapter that does not fit.
-ONE_LINE = (ValueError, RuntimeError, KeyError, TypeError, AttributeError, OSError, SafetensorError, re.error)
+ONE_LINE = (
+    ValueError,
+    RuntimeError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OSError,
+    SafetensorError,
+    # Of a regular expression in target_modules.
+    re.error,
+)
 
 
 def load_masked(adapter: str | Path, base: str | None = None, dtype: str = "float32"):
@@ -65,6 +76,7 @@ def one_line(adapter: str | Path, problem: str) -> Iterator[None]:
     try:
         yield
     except UserError:
+        # Ours, which is one line. It is a ValueError too, so that this clause comes first.
         raise
     except ONE_LINE as error:
         kind = type(error).__name__
@@ -104,6 +116,7 @@ def merge(
 
     config = read_config(adapter)
     model, tokenizer, _ = load_masked(adapter, base, dtype)
+    # By the names that the merged model has, without PEFT's prefix.
     layers = {}
     for full_name, layer in adapter_layers(model).items():
         name = full_name.removeprefix(PREFIX)
@@ -115,7 +128,9 @@ def merge(
 
     # Kept for the checks below, because merging removes the masks from the model.
     masks = MaskSet(current_masks(model))
-    removed_values = {name: layer.removed_value(_ADAPTER) for name, layer in layers.items()}
+    removed_values = {}
+    for name, layer in layers.items():
+        removed_values[name] = layer.removed_value(_ADAPTER)
     probe = _probe(model)
     expected = _logits(model, probe)
 
@@ -127,7 +142,7 @@ def merge(
         merged.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         files.use_default_modes(partial)
-        # An error in these checks removes the folder.
+        # An error in these checks removes the folder. In the dtype of the folder: another one would round the weights.
         written_dtype = str(merged.dtype).removeprefix("torch.")
         written = load_model(str(partial), written_dtype)
         _check_logits(written, probe, expected)
@@ -147,6 +162,7 @@ def merge(
 def _scale_change(layer: MaskedLinear, scale: float) -> None:
     """Let removed weights go only this part of the way from their value to that of a removed weight."""
     weight = layer.weight.detach()
+    # None: removed weights are zero.
     end = layer.removed_value(_ADAPTER)
     if end is None:
         end = torch.zeros_like(weight)
@@ -160,7 +176,9 @@ def adapter_tokenizer(
     **kwargs,
 ):
     """The tokenizer saved with the adapter, or that of its base model; see ``models.load_tokenizer``."""
-    own_files = (Path(adapter) / "tokenizer.json", Path(adapter) / "tokenizer_config.json")
+    # maskft train saves one with the adapter; a script that trains with PEFT may not.
+    folder = Path(adapter)
+    own_files = [folder / "tokenizer.json", folder / "tokenizer_config.json"]
     has_own = any(file.is_file() for file in own_files)
     source = str(adapter) if has_own else base
     return load_tokenizer(source, *template, **kwargs)
@@ -168,7 +186,9 @@ def adapter_tokenizer(
 
 def _probe(model) -> torch.Tensor:
     """Random token ids, the same at every call; shape (_PROBE_SEQUENCES, T)."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    # Of the embedding and not of the tokenizer, which may have fewer tokens.
+    embedding = model.get_input_embeddings()
+    vocabulary = embedding.weight.shape[0]
     # At most as long as the model's context.
     longest = getattr(model.config, "max_position_embeddings", None) or _PROBE_TOKENS
     shape = (_PROBE_SEQUENCES, min(_PROBE_TOKENS, longest))
@@ -187,6 +207,7 @@ def _logits(model, ids: torch.Tensor) -> torch.Tensor:
 
 def _check_logits(written, probe: torch.Tensor, expected: torch.Tensor) -> None:
     """Raise unless the written checkpoint computes the same bits."""
+    # On the device of the masked model: another one rounds in another way.
     found = _logits(written.to(probe.device), probe)
     if not torch.equal(found, expected):
         raise UserError("the written checkpoint does not give the masked model's logits bit for bit; it was deleted")
@@ -197,11 +218,16 @@ def _check_removed(
     masks: MaskSet,
     removed_values: dict[str, torch.Tensor | None],
 ) -> None:
+    """Raise unless every removed weight of the written checkpoint is zero or has the value that it is to take."""
     for name, mask in masks.items():
         removed = ~mask.cpu()
-        weight = written.get_submodule(name).weight.detach().cpu()
+        module = written.get_submodule(name)
+        weight = module.weight.detach().cpu()
         # Zero for all, or a value for each.
         values = removed_values[name]
-        expected = 0.0 if values is None else values.cpu()[removed]
-        if not bool((weight[removed] == expected).all()):
+        expected: float | torch.Tensor = 0.0
+        if values is not None:
+            expected = values.cpu()[removed]
+        is_as_expected = weight[removed] == expected
+        if not bool(is_as_expected.all()):
             raise UserError(f"the written checkpoint has other weights where {name} is masked; it was deleted")

@@ -18,6 +18,7 @@ from .mask_set import AdapterConfig, read_coded, read_config
 # The index of a decoder layer in a module's name. Longer numbers are names: Python takes seconds to read 5,000 digits.
 _INDEX = re.compile(r"[0-9]{1,9}")
 _WIDTH = 100  # columns of wrapped text
+# Entries of a row that are added up in the total.
 _COUNTS = ("numel", "num_removed", "num_bytes")
 
 
@@ -46,6 +47,7 @@ def as_json(summary: AdapterSummary) -> dict[str, Any]:
     """The summary for programs: rows, total and the fields of the configuration, the recipe's as ``recipe.NAME``."""
     config = summary.config
     replaced = sorted(config.weights_sha256) if config.weights_sha256 else None
+    # The prefix keeps a recipe's names apart from the fields beside them.
     recipe = {f"recipe.{key}": value for key, value in config.recipe.items()}
     return {
         "modules": summary.modules,
@@ -68,6 +70,7 @@ def module_rows(coded: Mapping[str, Tensor]) -> list[dict[str, Any]]:
     for name in sorted(coded, key=_in_layer_order):
         info = mask_info(coded[name], name)
         num_rows, num_columns = info["shape"]
+        # Never 0: mask_info raises for an empty mask.
         numel = num_rows * num_columns
         row = {
             "module": name,
@@ -89,13 +92,18 @@ def summary_lines(summary: AdapterSummary, all_modules: bool = False) -> list[st
     rows = summary.modules
     if not all_modules:
         rows = _by_kind(rows)
+    # The head of the table, its rows, and the total as a row of the same form.
     cells = [("module", "shape", "weights", "removed", "share", "bits/weight")]
-    cells += [_cells(row) for row in rows]
-    cells.append(_cells({"module": "total", **summary.total}))
+    for row in rows:
+        cells.append(_cells(row))
+    total_row = {"module": "total", **summary.total}
+    cells.append(_cells(total_row))
 
-    # Names to the left of their column, numbers to the right.
-    columns = zip(*cells, strict=True)
-    width_of_names, *widths = [max(map(len, column)) for column in columns]
+    # Names to the left of their column, numbers to the right. A column is as wide as its longest text.
+    column_widths = []
+    for column in zip(*cells, strict=True):
+        column_widths.append(max(map(len, column)))
+    width_of_names, *widths = column_widths
     lines = []
     for name, *numbers in cells:
         padded = [name.ljust(width_of_names)]
@@ -117,6 +125,7 @@ def summary_lines(summary: AdapterSummary, all_modules: bool = False) -> list[st
 def _in_layer_order(name: str) -> list[tuple[int, str]]:
     """Sort key of a module's name: indices are compared as numbers, other parts as text."""
     key = []
+    # A pair for each part, because Python compares no number with a text. -1: names come before indices.
     for part in name.split("."):
         if _INDEX.fullmatch(part):
             key.append((int(part), ""))
@@ -136,15 +145,19 @@ def _sum(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _by_kind(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Join the rows of modules that differ in the index of their layer only: ``model.layers.*.mlp.up_proj``."""
+    # Name with "*" for the index, and shape -> rows of the modules.
     kinds: dict[tuple[str, tuple[int, int]], list[dict[str, Any]]] = {}
     for row in rows:
-        parts = ["*" if _INDEX.fullmatch(part) else part for part in row["module"].split(".")]
+        parts = []
+        for part in row["module"].split("."):
+            parts.append("*" if _INDEX.fullmatch(part) else part)
         # Modules of one name may differ in shape, in models whose layers are not all of one size.
         kind = (".".join(parts), row["shape"])
         kinds.setdefault(kind, []).append(row)
 
     joined = []
     for (name, shape), members in kinds.items():
+        # A module that is alone keeps its own name, with the index.
         if len(members) == 1:
             joined.append(members[0])
         else:
@@ -159,7 +172,9 @@ def _by_kind(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     """A row of the table as text; the total has no shape."""
-    shape = " x ".join(str(size) for size in row.get("shape", ()))
+    sizes = row.get("shape", ())
+    shape = " x ".join(str(size) for size in sizes)
+    # Of the coded mask with its header; the scores that a file may hold are not counted.
     bits_per_weight = 8 * row["num_bytes"] / row["numel"]
     return (
         printable(row["module"]),
@@ -188,7 +203,15 @@ def _facts(summary: AdapterSummary) -> dict[str, str]:
         facts["scores"] = "saved; it can be trained further"
     if config.recipe.get("verdict"):
         facts["on held-out rows"] = str(config.recipe["verdict"])
-    settings = [f"{key}={value}" for key, value in config.recipe.items() if key != "verdict"]
+    settings = []
+    for key, value in config.recipe.items():
+        if key != "verdict":
+            settings.append(f"{key}={value}")
     if settings:
         facts["made with"] = ", ".join(settings)
-    return {name: str(value) for name, value in facts.items() if value is not None}
+    # None: the adapter names no base, or records no fingerprint.
+    shown = {}
+    for name, value in facts.items():
+        if value is not None:
+            shown[name] = str(value)
+    return shown

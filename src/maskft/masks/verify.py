@@ -30,6 +30,7 @@ def verify(adapter: str | Path, base: str | None = None) -> list[str]:
     """
     config = read_config(adapter)
     coded = read_coded(adapter)
+    # Both readers raise for the first mistake, so that these have passed.
     passed = [
         f"format version {config.format_version}, {len(coded)} masks",
         "masks match the configuration's mask_sha256",
@@ -42,6 +43,7 @@ def verify(adapter: str | Path, base: str | None = None) -> list[str]:
         for name, data in coded.items():
             decode_mask(data, name)
     passed.append("sha256 of every mask matches")
+    # From the headers, which the checksums include.
     counts = _check_counts(module_rows(coded), config)
     passed.append(counts)
 
@@ -58,7 +60,8 @@ def _check_fit(adapter: str | Path, base: str, config: AdapterConfig) -> list[st
     if not config.verify_base:  # with verify_base loading has checked it
         check_base(adapter_layers(model).values(), config)
 
-    # Both lines say whether the weights were compared, or only their shapes.
+    # Loading compares names and shapes in any case, the weights only where their fingerprint is recorded. Both lines
+    # say which.
     passed = []
     if config.base_fingerprint is None:
         passed.append(f"fits {base}: names, shapes match; its weights: not checked, none recorded")
@@ -81,6 +84,7 @@ def _check_counts(rows: list[dict[str, Any]], config: AdapterConfig) -> str:
     """
     is_of_each_matrix = config.selection == "topk" and not config.recipe.get("match_adapter")
     if is_of_each_matrix:
+        # A checkpoint from the middle of a ramp has removed less than the final share.
         sparsity = current_sparsity(config)
         for row in rows:
             expected = num_removed(row["numel"], sparsity)
