@@ -71,6 +71,8 @@ def test_what_is_right_is_returned_typed():
         ("a: 1\nb: 2\na: 3", "line 3: two entries are named 'a'"),
         ("[" * 5000, "is not YAML"),
         ("a: !!map [1]", "is not YAML: expected a mapping node"),
+        ("a: !!bool maybe", "is not YAML: 'maybe'"),
+        ("a: !!int ''", "is not YAML: string index out of range"),
         ("? !!set {a}\n: 1", "line 1: a name must be text, not {'a'}"),
     ],
 )
@@ -133,6 +135,11 @@ def test_numbers_of_yaml(text, value, tmp_path):
             "repeats its aliases",
         ),
         ("a: &a [*a]", "repeats its aliases"),
+        (
+            "a0: &a0 !!pairs [x: 1]\n"
+            + "".join(f"a{n}: &a{n} !!pairs [{f'x: *a{n - 1}, ' * 9}]\n" for n in range(1, 10)),
+            "repeats its aliases",
+        ),
         ("a: " + "x" * 2**20, "has more than 1 MiB"),
     ],
 )

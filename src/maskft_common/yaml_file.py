@@ -91,7 +91,9 @@ def read_yaml(file: str | os.PathLike) -> Any:
         num_values = _num_values(content, {})
     except UserError as error:
         raise UserError(f"{os.fspath(file)}, {error}") from None
-    except (ValueError, yaml.YAMLError, RecursionError) as error:  # ValueError: no UTF-8, an integer of 5,000 digits
+    except (ValueError, LookupError, yaml.YAMLError, RecursionError) as error:
+        # ValueError: no UTF-8, an integer of 5,000 digits. LookupError: PyYAML's own constructors raise it for a tag
+        # whose text does not fit, such as `!!bool maybe`.
         raise UserError(f"{os.fspath(file)} is not YAML: {' '.join(str(error).split())}") from None
     if num_values > _MAX_VALUES:
         raise UserError(f"{os.fspath(file)} repeats its aliases (*name) without end; write the values out")
@@ -105,7 +107,8 @@ def _num_values(content: Any, known: dict[int, float]) -> float:
         content: The content of a file, or a part of it.
         known: Numbers that have been counted, by the id of the part: aliases of one name are one object.
     """
-    if not isinstance(content, dict | list):
+    # A tuple is a pair of `!!pairs` or `!!omap`.
+    if not isinstance(content, dict | list | tuple):
         return 1
     key = id(content)
     if key not in known:
