@@ -5,6 +5,7 @@ import os
 import re
 import stat
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -223,6 +224,7 @@ def test_blobs_of_the_hub_s_cache_pass(tmp_path):
 
 def test_bytes_are_told_in_units_that_say_something():
     assert [size(n) for n in (0, 5e6, 3.21e10)] == ["0 bytes", "5 MB", "32.1 GB"]
+    assert [size(n) for n in (999, 999_499, 999_600)] == ["999 bytes", "999 kB", "1 MB"]
 
 
 def test_a_folder_that_is_made_whole_takes_no_name_that_is_there(tmp_path):
@@ -236,6 +238,38 @@ def test_a_folder_that_is_made_whole_takes_no_name_that_is_there(tmp_path):
         (folder / "x").write_text("x")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["x"]
     assert (tmp_path / "out.partial" / "mine").read_text() == "kept"
+
+
+def test_the_content_of_a_folder_is_on_the_disk_before_its_name(tmp_path, monkeypatch):
+    synced = []
+
+    def fsync(descriptor):
+        assert not (tmp_path / "out").exists()
+        synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with whole_folder(tmp_path / "out") as folder:
+        (folder / "a").write_text("a")
+        (folder / "below").mkdir()
+        (folder / "below" / "b").write_text("b")
+        (folder / "link").symlink_to("missing")
+    assert sorted(synced) == ["a", "b"]
+
+
+def test_a_folder_that_its_last_owner_removes_meanwhile_is_made_again(tmp_path, monkeypatch):
+    mkdir = Path.mkdir
+    calls = []
+
+    def removed_once(folder, *args, **kwargs):
+        calls.append(folder)
+        if len(calls) == 1:
+            raise FileNotFoundError
+        mkdir(folder, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", removed_once)
+    with held(tmp_path / "out", "lock", 10.0, "run") as hold:
+        assert not hold.is_left_over
+        assert (tmp_path / "out" / "lock").is_file()
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

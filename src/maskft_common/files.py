@@ -125,7 +125,8 @@ def check_regular(path: str | os.PathLike) -> None:
 def size(num_bytes: float) -> str:
     """A number of bytes for people, in powers of 1,000: ``64 MB``."""
     for unit in ("bytes", "kB", "MB"):
-        if num_bytes < 1000:
+        # From 999.5 on three digits would be rounded to 1e+03.
+        if num_bytes < 999.5:
             return f"{num_bytes:.3g} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:.1f} GB"
@@ -246,6 +247,11 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
+        # As in whole_file: the content is on the disk before the name.
+        for file in partial.rglob("*"):
+            if file.is_file() and not file.is_symlink():
+                with file.open("rb") as stream:
+                    os.fsync(stream.fileno())
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # after an error; once renamed, it no longer exists

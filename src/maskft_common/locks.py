@@ -72,12 +72,13 @@ def _try_to_hold(folder: Path, name: str) -> Hold | None:
     """Lock the file; None if another process holds it, or has just removed it."""
     import fcntl
 
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / name
-    is_left_over = file.exists()
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        is_left_over = file.exists()
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except FileNotFoundError:  # its last owner has just removed the folder
+    except FileNotFoundError:
+        # Its last owner has just removed the folder, or one above it.
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
