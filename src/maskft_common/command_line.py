@@ -26,13 +26,19 @@ class OneLineParser(argparse.ArgumentParser):
         **options: Of ``argparse.ArgumentParser``.
     """
 
-    def __init__(self, prog: str, hints: dict[str, str] | None = None, **options: Any):
+    def __init__(
+        self,
+        prog: str,
+        hints: dict[str, str] | None = None,
+        **options: Any,
+    ):
         # argparse would take --output_di for --output_dir without a word.
         super().__init__(prog, allow_abbrev=False, **options)
         self.hints = hints or {}
 
     def error(self, message: str):
         """Raise instead of printing usage and exiting."""
+        # argparse lists all words that it does not know; the first one is likely the mistake.
         prefix = "unrecognized arguments: "
         if message.startswith(prefix):
             words = message.removeprefix(prefix).split()
@@ -41,6 +47,7 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
     def _unknown(self, word: str) -> str:
+        # Of --NAME=VALUE, the name.
         option = word.split("=")[0]
         if option in self.hints:
             return f"{self.prog} has no option {option}: {self.hints[option]}"
@@ -77,6 +84,7 @@ def add_options(parser, arguments: type, leave_out: Container[str] = ()) -> None
 
     A switch (a bool that is false by default) may be given with or without a value.
     """
+    # Annotations are texts in modules with `from __future__ import annotations`; this makes types of them.
     hints = get_type_hints(arguments)
     for field in dataclasses.fields(arguments):
         if field.name in leave_out:
@@ -94,6 +102,7 @@ def add_options(parser, arguments: type, leave_out: Container[str] = ()) -> None
 
 def read_options(arguments: type[Arguments], namespace: argparse.Namespace) -> Arguments:
     """Build the dataclass ``arguments`` from parsed options; options that are absent or None keep its default."""
+    # Absent: a command may leave out options of the dataclass, see add_options.
     values = {}
     for field in dataclasses.fields(arguments):
         value = getattr(namespace, field.name, None)
@@ -122,6 +131,7 @@ def _keywords(hint: Any) -> dict[str, Any]:
     if hint is bool:
         return {"type": true_or_false, "metavar": "true|false"}
 
+    # One of some texts; one value or more of one type; or one value.
     origin = get_origin(hint)
     if origin is Literal:
         return {"choices": get_args(hint)}
@@ -133,6 +143,7 @@ def _keywords(hint: Any) -> dict[str, Any]:
 
 def true_or_false(text: str) -> bool:
     """The type of a switch."""
+    # bool("false") would be True. argparse turns this error into a message with the name of the option.
     lower = text.lower()
     if lower not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")

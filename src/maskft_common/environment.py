@@ -17,6 +17,7 @@ PACKAGES = (
 
 def environment() -> dict:
     """Describe the environment of a result: Python, platform, processor, threads, versions of installed packages."""
+    # From the metadata of the installed packages: importing them would take seconds.
     packages = {}
     for name in PACKAGES:
         try:
@@ -50,6 +51,7 @@ def _cpu_info() -> list[str]:
 
 def num_cores() -> int:
     """Return the number of cores that this process may use."""
+    # Fewer than the machine has under taskset, or in a job of a scheduler.
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1  # macOS and Windows
@@ -57,6 +59,7 @@ def num_cores() -> int:
 
 def _num_threads() -> int:
     """Return the number of threads that numerical libraries use by default: OMP_NUM_THREADS or the usable cores."""
+    # A list ("4,2", for nested threads) or a mistake counts as not set.
     requested = os.environ.get("OMP_NUM_THREADS", "")
     if requested.isdecimal() and int(requested) > 0:
         return int(requested)

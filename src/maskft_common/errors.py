@@ -30,6 +30,7 @@ class Stopped(Exception):
 
     def __init__(self, signal: int, message: str):
         super().__init__(message)
+        # As shells report a process that a signal has ended.
         self.status = 128 + signal
 
 

@@ -36,10 +36,14 @@ def is_there(name: str) -> bool:
 
 def from_anywhere(name: str) -> str:
     """A model's name that is valid in any working directory: the absolute path of a folder, a hub name unchanged."""
-    is_path = Path(name).is_dir() or (name.endswith(".gguf") and Path(name).is_file())
+    path = Path(name)
+    # A model is a folder, or a GGUF file. A name on the hub is neither, unless a folder here has the same name, which
+    # transformers takes too.
+    is_gguf_file = name.endswith(".gguf") and path.is_file()
+    is_path = path.is_dir() or is_gguf_file
     if not is_path:
         return name
-    return str(Path(name).resolve())
+    return str(path.resolve())
 
 
 # Files of strangers
@@ -78,11 +82,13 @@ def check_own_files(folder: str | Path, subfolders: Iterable[str] = ()) -> None:
     places = [folder]
     for name in subfolders:
         place = folder / name
+        # A subfolder may itself be a link out of the folder.
         own_file(folder, name)
         if place.is_dir():
             places.append(place)
 
     for place in places:
+        # Sorted, so that the error names the same file on every machine.
         for file in sorted(place.iterdir()):
             # A folder in the model's folder is read only where it is one of ``subfolders``.
             is_link_to_file = file.is_symlink() and not file.is_dir()
@@ -92,8 +98,10 @@ def check_own_files(folder: str | Path, subfolders: Iterable[str] = ()) -> None:
 
 
 def _is_inside(file: Path, folder: Path) -> bool:
+    # Both are resolved: the folder may be below a link, as /tmp is on macOS.
     try:
-        return file.resolve().is_relative_to(folder.resolve())
+        target = file.resolve()
+        return target.is_relative_to(folder.resolve())
     except (OSError, RuntimeError):  # a link to itself
         return False
 
@@ -114,7 +122,8 @@ def check_regular(path: str | os.PathLike) -> None:
         UserError: If the path is something else than a regular file.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():  # follows links: a link to a file is one
+    # Both follow links: a link to a file is a file.
+    if path.exists() and not path.is_file():
         kind = "a folder" if path.is_dir() else "a pipe or a device"
         raise UserError(f"{str(path)!r} is {kind}, not a regular file; name a file")
 
@@ -137,7 +146,9 @@ def open_text(file: Path, encoding: str = "utf-8") -> TextIO:
     check_regular(file)
     if file.suffix.lower() != ".gz":
         return open(file, encoding=encoding)
-    return cast(TextIO, gzip.open(file, "rt", encoding=encoding))
+    # The cast is for mypy: with "rt" gzip gives a text file.
+    stream = gzip.open(file, "rt", encoding=encoding)
+    return cast(TextIO, stream)
 
 
 def read_text(file: Path) -> str:
@@ -161,11 +172,14 @@ def read_json(file: Path) -> Any:
         UserError: If it is not JSON, not a regular file, or larger than ``MAX_JSON_BYTES``.
     """
     check_regular(file)
+    # By its size, before it is read; of a file that is not compressed this is enough.
     if file.stat().st_size > MAX_JSON_BYTES:
         raise UserError(f"{file} has more than {MAX_JSON_BYTES // 2**20} MiB; it is too large for a file of settings")
     try:
-        return parse_json(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        return parse_json(text)
     except ValueError as error:
+        # Also of bytes that are not UTF-8, and of an integer of 5,000 digits.
         raise UserError(f"{file} is not JSON: {error}") from error
 
 
@@ -201,6 +215,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     """Yield a new file to write into; it is renamed to ``path`` unless there is an error."""
     partial = _beside(path)
     try:
+        # "x": never into a file that is there, or through a link.
         with partial.open("xb") as file:
             yield file
             # The content is on the disk before the name, so that a power cut leaves no file with missing bytes.
@@ -222,6 +237,7 @@ def new_folder(folder: str | Path, option: str) -> Path:
     Raises:
         UserError: If something is in the folder, or at its place.
     """
+    # Before links are resolved.
     check_no_link(Path(folder))
     folder = Path(folder).resolve()
     is_empty_folder = folder.is_dir() and not any(folder.iterdir())
@@ -234,6 +250,8 @@ def check_no_link(folder: Path) -> None:
     """Raise for an output folder that is a dangling link, or holds a link to a file: we would write to its target."""
     if folder.is_symlink() and not folder.is_dir():
         raise UserError(f"output_dir {str(folder)!r} is a link that leads to no folder; remove it, or name another")
+    # The folders that we write into: a run's or a study's own, those of its runs and results, and checkpoints. A link
+    # to a folder, such as one to another disk, is the user's choice.
     for pattern in ("*", f"{RUNS}/*/*", f"{RESULTS}/*/*", "checkpoint-*/*"):
         for file in folder.glob(pattern):
             if file.is_symlink() and not file.is_dir():
@@ -259,12 +277,16 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 def append_to(file: Path) -> TextIO:
     """Open a text file of ours to append to; an OSError for a link, through which we would write elsewhere."""
-    descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    # Python's own open() has no O_NOFOLLOW. 0666 is the mode that it gives new files, less the umask.
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+    descriptor = os.open(file, flags, 0o666)
+    # Of a descriptor, "w" deletes nothing, and every write goes to the end.
     return open(descriptor, "w", encoding="utf-8")
 
 
 def _beside(path: Path) -> Path:
     """A name beside ``path`` that nothing else has."""
+    # Beside it, because a rename is atomic within one file system only. Hidden, and random for several processes.
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
 
 
@@ -302,6 +324,7 @@ def use_default_modes(folder: str | Path, pattern: str = "*.safetensors") -> Non
 
 def digest(content: Any) -> str:
     """Digest of bytes or a text (as UTF-8), or of any other value as JSON with sorted keys."""
+    # Sorted keys: equal dicts have equal digests, whatever the order in which they were filled.
     if not isinstance(content, str | bytes):
         content = json.dumps(content, sort_keys=True, default=str)
     if isinstance(content, str):
@@ -317,6 +340,7 @@ def digest_file(file: str | Path, is_sampled: bool = False) -> str:
         is_sampled: Read only 1,024 blocks of 4 KiB, spread evenly, of a file larger than these: for weights, of which
             every matrix is then sampled.
     """
+    # Resolved, so that a file has one entry in memory, however it is named.
     file = Path(file).resolve()
     mtime_ns = file.stat().st_mtime_ns
     return _digest_file(file, mtime_ns, is_sampled)
@@ -327,8 +351,8 @@ def digest_file(file: str | Path, is_sampled: bool = False) -> str:
 def _digest_file(file: Path, mtime_ns: int, is_sampled: bool) -> str:
     num_blocks = 1024
     block_bytes = 4096
-    size = file.stat().st_size
-    is_small = size <= num_blocks * block_bytes
+    file_bytes = file.stat().st_size
+    is_small = file_bytes <= num_blocks * block_bytes
     if is_small or not is_sampled:
         return digest_now(file)
 
@@ -336,7 +360,7 @@ def _digest_file(file: Path, mtime_ns: int, is_sampled: bool) -> str:
     with file.open("rb") as stream:
         for number in range(num_blocks):
             # The first block is at the beginning, the last one at the end.
-            start = number * (size - block_bytes) // (num_blocks - 1)
+            start = number * (file_bytes - block_bytes) // (num_blocks - 1)
             stream.seek(start)
             block = stream.read(block_bytes)
             found.update(block)

@@ -59,6 +59,7 @@ def no_adapter(folder: str | Path) -> UserError:
     """Why a folder that was named as an adapter holds none."""
     if not Path(folder).exists():
         return UserError(f"adapter folder {str(folder)!r} does not exist")
+    # The likely mistake: a whole model in the place of an adapter.
     is_model = (Path(folder) / "config.json").is_file()
     hint = " (it is a whole model: give it as --model_name_or_path)" if is_model else ""
     return UserError(f"{str(folder)!r} is not an adapter folder: it has no {ADAPTER_CONFIG}{hint}")

@@ -47,7 +47,8 @@ def held(
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir {str(folder)!r} is a file; name a folder")
     # The innermost first, so that each is empty when it is removed at the end.
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    places = [folder, *folder.parents]
+    made = [place for place in places if not place.exists()]
 
     deadline = time.monotonic() + wait_s
     hold = _try_to_hold(folder, name)
@@ -70,21 +71,25 @@ def held(
 
 def _try_to_hold(folder: Path, name: str) -> Hold | None:
     """Lock the file; None if another process holds it, or has just removed it."""
+    # Imported here, because Windows does not have it.
     import fcntl
 
     file = folder / name
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
     try:
         folder.mkdir(parents=True, exist_ok=True)
         is_left_over = file.exists()
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(file, flags, 0o666)
     except FileNotFoundError:
         # Its last owner has just removed the folder, or one above it.
         return None
     try:
+        # Not blocking: the caller waits, with a deadline.
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # An owner removes the file before it releases the lock: this may be the lock of a file that no longer exists,
         # while another process holds a new file of the same name.
-        is_current = os.path.samestat(os.fstat(descriptor), file.stat())
+        locked = os.fstat(descriptor)
+        is_current = os.path.samestat(locked, file.stat())
     except (BlockingIOError, FileNotFoundError):  # locked by another process; removed by its owner
         is_current = False
     if is_current:

@@ -17,12 +17,14 @@ _M_MMAP_MAX = -4
 
 def peak_memory_bytes() -> int:
     """Peak memory of this process: of the GPU where there is one, else resident memory."""
+    # Imported here: commands that only read files start without torch.
     import torch
 
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     try:
-        # Not getrusage, the plain way: its figure is inherited from the parent that forked.
+        # Not getrusage, the plain way: its figure is inherited from the parent that forked. The line is "VmHWM: N kB",
+        # the high-water mark in KiB.
         status = Path("/proc/self/status").read_text()
         behind_name = status.split("VmHWM:")[1]
         num_kib = int(behind_name.split()[0])
@@ -48,6 +50,7 @@ def keep_freed_memory() -> None:
     if not sys.platform.startswith("linux"):
         return
     try:
+        # None: the libraries that this process has loaded, the C library among them.
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return

@@ -48,13 +48,16 @@ def unused_options(
         is_matched: Whether it removes as many weights as another mask (``match_adapter``).
     """
     unused: set[str] = set()
+    # A mask that is drawn or ranked once.
     if not is_trained:
         unused |= _TRAINING_OPTIONS | LEARNER_OPTIONS | {_RAMP}
+    # The counts are those of the other mask.
     if is_matched:
         unused.add("mask_sparsity")
     if method in _RANKED:
         unused.add("mask_seed")
 
+    # Calibration rows: for scores that start from Wanda's ranks, and for masks that are ranked by inputs or gradients.
     starts_on_rows = is_trained and options.get("mask_init_scores") == "wanda"
     is_made_from_rows = not is_trained and method not in _WITHOUT_ROWS
     if not starts_on_rows and not is_made_from_rows:

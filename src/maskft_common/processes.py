@@ -22,6 +22,7 @@ COMMAND = "MASKFT_COMMAND"
 
 def rank() -> int:
     """Number of this process among those that a launcher started."""
+    # torchrun and accelerate set it. Before the processes have met, torch.distributed cannot say it.
     return int(os.environ.get("RANK", "0"))
 
 
@@ -32,11 +33,13 @@ def is_main() -> bool:
 
 def uses_fsdp() -> bool:
     """Whether this run shards the model with FSDP."""
+    # accelerate's own variable, from its configuration or from `accelerate launch --use_fsdp`.
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
 def num_processes() -> int:
     """Processes that train together; 1 before they have met."""
+    # They cannot have met without torch, whose import takes seconds.
     if "torch" not in sys.modules:
         return 1
     import torch.distributed as dist
@@ -52,6 +55,7 @@ def gather(value: T) -> list[T]:
         return [value]
     import torch.distributed as dist
 
+    # Filled in place, by rank.
     values: list = [None] * num_processes()
     dist.all_gather_object(values, value)
     return values
@@ -62,7 +66,9 @@ def reduce_(values: Tensor, op: str = "sum") -> Tensor:
     if num_processes() > 1:
         import torch.distributed as dist
 
-        operation = dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM
+        operation = dist.ReduceOp.SUM
+        if op == "max":
+            operation = dist.ReduceOp.MAX
         dist.all_reduce(values, op=operation)
     return values
 
@@ -97,8 +103,10 @@ def check_same(value: dict[str, str], what: str) -> None:
     Raises:
         UserError: For the first name whose value differs.
     """
+    # Every process has the values of all, so that all raise, and none waits for another.
     first, *others = gather(value)
     for rank, other in enumerate(others, start=1):
+        # A name that only one of the two has differs as well.
         names = sorted({*first, *other})
         for name in names:
             expected = first.get(name)
@@ -119,6 +127,7 @@ def largest(*flags: Tensor) -> int:
     for index, flag in enumerate(flags, start=1):
         index_or_zero = flag.to(torch.int32) * index
         indices.append(index_or_zero)
+    # A flag that is not set counts as 0.
     highest = torch.stack(indices).max()
     highest = reduce_(highest, "max")
     return int(highest)

@@ -25,6 +25,7 @@ def time_text(seconds: float) -> str:
 
 def shortened(text: str, width: int) -> str:
     """``text`` in at most ``width`` columns of a terminal; a text that is cut ends in an ellipsis."""
+    # rich counts columns: a Chinese character takes two.
     shown = Text(text)
     shown.truncate(max(width, 1), overflow="ellipsis")
     return shown.plain
@@ -37,14 +38,18 @@ class Progress(rich.progress.Progress):
     """
 
     def __init__(self, console: Console | None = None):
+        # stdout is for results, which may be piped.
         console = console or Console(stderr=True)
+        # Without markup: descriptions hold names of users' files, and [red] in one is text.
         super().__init__(
             TextColumn("{task.description}", markup=False),
             MofNCompleteColumn(),
             BarColumn(bar_width=_BAR_WIDTH),
             TextColumn("{task.fields[note]}", markup=False),
             console=console,
+            # The bar goes when it is done, and leaves the terminal to the results.
             transient=True,
+            # In a log `move` prints lines in its place.
             disable=not console.is_terminal,
         )
         self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
@@ -54,12 +59,15 @@ class Progress(rich.progress.Progress):
     def add_task(self, description: str, *args: Any, **kwargs: Any) -> TaskID:
         """Add a task, whose speed is measured from now on."""
         task_id = super().add_task(description, *args, note="", **kwargs)
-        self._began[task_id] = (time.monotonic(), self._task(task_id).completed)
+        # A task that continues begins with a count above 0, which is no work of this process.
+        task = self._task(task_id)
+        self._began[task_id] = (time.monotonic(), task.completed)
         return task_id
 
     def advance(self, task_id: TaskID, advance: float = 1) -> None:
         """Move a task, whose total must be known."""
-        self.move(task_id, self._task(task_id).completed + advance)
+        task = self._task(task_id)
+        self.move(task_id, task.completed + advance)
 
     def move(
         self,
@@ -79,6 +87,7 @@ class Progress(rich.progress.Progress):
             time_left: Text in place of the time left at the mean speed so far; "" shows none.
         """
         task = self._task(task_id)
+        # As wide as the total, so that lines of a log are aligned.
         total = f"{task.total:g}"
         count = f"{completed:>{len(total)}g}/{total}"
         if time_left is None:
@@ -89,22 +98,33 @@ class Progress(rich.progress.Progress):
             # The note gets the rest of the line, besides three columns and a space between each two of the four.
             num_gaps = 3
             num_used = len(task.description) + len(count) + _BAR_WIDTH + num_gaps
-            text = shortened("  ".join(parts), self.console.width - num_used)
+            num_left = self.console.width - num_used
+            text = shortened("  ".join(parts), num_left)
             self.update(task_id, completed=completed, note=text)
             return
 
+        # A log.
         self.update(task_id, completed=completed)
         if is_news or time.monotonic() > self._next_line:
+            # The note comes before the time left here: it is the news.
             line = "  ".join([f"  {task.description} {count}", *reversed(parts)])
-            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+            self.console.print(
+                line,
+                highlight=False,
+                markup=False,
+                # Not wrapped: rich takes a file for 80 columns wide.
+                soft_wrap=True,
+            )
             self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
 
     def _left(self, task_id: TaskID, completed: float) -> str:
         began, first = self._began[task_id]
         total = self._task(task_id).total or completed
+        # Nothing is measured yet, or nothing is left.
         if completed <= first or completed >= total:
             return ""
-        seconds_each = (time.monotonic() - began) / (completed - first)
+        seconds_so_far = time.monotonic() - began
+        seconds_each = seconds_so_far / (completed - first)
         seconds = seconds_each * (total - completed)
         return f"{time_text(seconds)} left"
 

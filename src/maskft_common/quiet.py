@@ -9,6 +9,7 @@ from .processes import is_main
 
 def silence() -> None:
     """Show no progress bars of libraries and no warnings of their futures; other warnings in the main process only."""
+    # Imported here, because it takes seconds.
     import logging
 
     import datasets
@@ -19,6 +20,7 @@ def silence() -> None:
     transformers.utils.logging.disable_progress_bar()
     # It warns that it gives the model the tokenizer's special tokens, and of the order in which it sorts checkpoints.
     logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
+    # Every process has the same warnings to show.
     if not is_main():
         warnings.simplefilter("ignore")
         transformers.utils.logging.set_verbosity_error()

@@ -13,6 +13,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def _name(text: str) -> str:
+    # A name is printed, and two names that look alike would be confused.
     if not text.strip() or printable(text) != text:
         raise ValueError(f"name {printable(text)!r} is empty or contains non-printable characters")
     return text
@@ -24,7 +25,11 @@ Name = Annotated[str, Field(min_length=1), AfterValidator(_name)]
 class FileModel(BaseModel):
     """Base of the models of our files: unknown keys and NaN are errors, and values are not changed once read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+    )
 
 
 def read_model(
@@ -55,8 +60,10 @@ def read_model(
 
 def first_problem(error: ValidationError, kind: Any) -> str:
     """Return the first mistake in content that does not fit ``kind``: the place, the value, and the remedy."""
+    # One mistake is enough for one line. For a union pydantic reports the failure of each branch, in their order.
     problem = error.errors(include_url=False)[0]
     parts = [str(part) for part in problem["loc"] if not _is_choice_of_union(part)]
+    # Keys come from the file, and may hold control characters.
     place = printable(".".join(parts))
 
     if problem["type"] == "extra_forbidden":
@@ -67,11 +74,13 @@ def first_problem(error: ValidationError, kind: Any) -> str:
     if problem["type"] == "missing":
         return f"{place} is missing"
 
+    # pydantic's own message, such as "Input should be ...", says nothing of the value.
     text = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] != "value_error":  # pydantic's own message: "Input should be ..."
+    if problem["type"] != "value_error":
         where = place or "the content"
         text = text[:1].lower() + text[1:]
         return f"{where} is {_shown(problem['input'])}: {text}"
+    # One of our validators, which may name the place itself.
     if not place or text.startswith(place):
         return text
     return f"{place}: {text}"
@@ -88,6 +97,7 @@ def _is_choice_of_union(part: str | int) -> bool:
 
 
 def _shown(value: Any) -> str:
+    # In at most 60 columns: a value may be a whole block of a recipe.
     text = repr(value)
     if len(text) <= 60:
         return text
@@ -96,9 +106,11 @@ def _shown(value: Any) -> str:
 
 def _field_names(kind: Any, place: tuple) -> list[str]:
     """Names of the fields of the model at ``place`` below ``kind``, a model or a type made of models."""
+    # A model: the names are its own, or those below one of its fields.
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         annotations = {}
         for name, field in kind.model_fields.items():
+            # In the file a field goes by its alias.
             annotations[field.alias or name] = field.annotation
         if not place:
             return list(annotations)
@@ -107,6 +119,7 @@ def _field_names(kind: Any, place: tuple) -> list[str]:
     # A key of a dict or an index of a list takes one part of the place, a union takes none.
     rest = place[1:] if get_origin(kind) in (dict, list) else place
     for part in get_args(kind):
+        # Of a union, the first branch that is a model. Other types, such as the keys of a dict, have no fields.
         names = _field_names(part, rest)
         if names:
             return names

@@ -31,10 +31,12 @@ def time_limit(seconds: float, message: str) -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise UserError(message)
 
+    # ITIMER_REAL sends SIGALRM; signal.alarm(), the plain way, takes whole seconds only.
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
+        # The timer first: its signal must not reach the handler that was there before.
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

@@ -23,6 +23,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         if not isinstance(node, yaml.MappingNode):  # `!!map [a]`, for which PyYAML has an error
             return super().construct_mapping(node, deep)
+        # PyYAML would let the last of two equal keys win without a word.
         seen = set()
         for key_node, _ in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *name`, whose entries may be replaced
@@ -40,14 +41,16 @@ class _Loader(yaml.SafeLoader):
 def _text_or_float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float | str:
     text = loader.construct_scalar(node)
     # YAML 1.1 takes 1e-3 for text. In quotes (which are the node's style) it is text.
-    begins_as_number = node.style is None and text.lstrip("+-")[:1].isdigit()
-    if begins_as_number:
+    is_plain = node.style is None
+    without_sign = text.lstrip("+-")
+    if is_plain and without_sign[:1].isdigit():
         with suppress(ValueError):
             return float(text)
     return text
 
 
 def _text(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str:
+    # A revision such as 2026-11-26 is meant as text; as a date it would not be JSON.
     return loader.construct_scalar(node)
 
 
@@ -66,6 +69,7 @@ def _float_or_text(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float | st
     return loader.construct_yaml_float(node)
 
 
+# By the tags that PyYAML gives to plain scalars, from their form.
 _Loader.add_constructor("tag:yaml.org,2002:str", _text_or_float)
 _Loader.add_constructor("tag:yaml.org,2002:timestamp", _text)
 _Loader.add_constructor("tag:yaml.org,2002:int", _int_or_text)
@@ -86,10 +90,13 @@ def read_yaml(file: str | os.PathLike) -> Any:
     if path.stat().st_size > _MAX_BYTES:
         raise UserError(f"{os.fspath(file)} has more than {_MAX_BYTES // 2**20} MiB, which is too large for a recipe")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        text = path.read_text(encoding="utf-8")
+        # Not unsafe: the loader is a SafeLoader, which builds plain values only.
+        content = yaml.load(text, _Loader)
         # Counted without replacing aliases, which could fill the memory.
         num_values = _num_values(content, {})
     except UserError as error:
+        # Of construct_mapping, which does not know the file.
         raise UserError(f"{os.fspath(file)}, {error}") from None
     except (ValueError, LookupError, yaml.YAMLError, RecursionError) as error:
         # ValueError: no UTF-8, an integer of 5,000 digits. LookupError: PyYAML's own constructors raise it for a tag
@@ -115,5 +122,8 @@ def _num_values(content: Any, known: dict[int, float]) -> float:
         # Until it is counted: seen again meanwhile, it is inside itself.
         known[key] = float("inf")
         below = content.values() if isinstance(content, dict) else content
-        known[key] = 1 + sum(_num_values(value, known) for value in below)
+        total = 1.0
+        for value in below:
+            total += _num_values(value, known)
+        known[key] = total
     return known[key]
