@@ -31,6 +31,7 @@ _numbers = itertools.count(1)
 
 def register(masker: FastMasker) -> int:
     """A number by which a graph names ``masker``: a graph can hold numbers, not objects."""
+    # Never used again: a graph may live longer than the layer that it was traced with.
     number = next(_numbers)
     _maskers[number] = masker
     return number
@@ -51,6 +52,7 @@ def is_supported(masker: FastMasker, names: list[str]) -> bool:
         return False
     name = names[0]
     layer = masker.layer
+    # A mask that was loaded for inference has no gradient.
     if name not in layer.mask_scores:
         return True
     return not layer.mask_configs[name].price and layer.quantization_backend is None
@@ -84,6 +86,7 @@ def linear(
             layer.mask_configs[name].ranks_by,
         )
         weight = cast(Tensor, masked)
+    # F.linear takes (O, I); GPT-2's Conv1D stores (I, O).
     if layer.is_transposed:
         weight = weight.t()
     return F.linear(x, weight, bias)
@@ -102,7 +105,7 @@ class _StraightThrough(torch.autograd.Function):
         removed_value: Tensor | None,
         ranks_by: RankBy,
     ) -> Tensor:
-        # save_for_backward of a graph takes no None.
+        # save_for_backward of a graph takes no None. The order is that in which backward() takes them out.
         optional = [tensor for tensor in (slope, removed_value) if tensor is not None]
         ctx.save_for_backward(scores, weight, *optional)
         ctx.has_slope = slope is not None
@@ -120,11 +123,16 @@ class _StraightThrough(torch.autograd.Function):
         gradient = score_gradient(grad, difference, scores, ctx.ranks_by)
         if slope is not None:
             gradient = gradient * slope
+        # One for each argument of forward(): of the scores alone there is a gradient.
         return None, gradient, None, None, None, None
 
 
 @torch.compiler.assume_constant_result
-def _refresh_at_trace(number: int, dtype: str, is_training: bool) -> bool:
+def _refresh_at_trace(
+    number: int,
+    dtype: str,
+    is_training: bool,
+) -> bool:
     """Bring the weight of a layer up to date; runs while a graph is traced, and is not part of it."""
     if torch.compiler.is_exporting():
         raise UserError("a model with a mask cannot be exported; merge it first: model.merge_and_unload()")
@@ -132,12 +140,14 @@ def _refresh_at_trace(number: int, dtype: str, is_training: bool) -> bool:
     masker = _maskers[number]
     masker.weight(getattr(torch, dtype))
     masker.add_hard_slopes()
+    # From now on the weight is refreshed after every optimizer step.
     _in_graphs.add(number)
     return True
 
 
 def refresh_graphs() -> None:
     """Bring the weights that graphs read up to date."""
+    # A copy, because the loop removes entries.
     for number in list(_in_graphs):
         masker = _maskers.get(number)
         if masker is None:  # its layer is gone

@@ -73,13 +73,21 @@ class FastMasker(Masker):
             return True
         return torch._C._functorch.peek_interpreter_stack() is None
 
-    def linear(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def linear(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
         """Map x (..., I) to (..., O); see :meth:`Masker.linear`."""
         names = self.layer.active_masks
         if torch.compiler.is_compiling() and compiled.is_supported(self, names):
             return compiled.linear(self, x, bias, dtype, names[0])
-        return cast(Tensor, self._linear(x, bias, dtype, names))
+        # The cast is for mypy: torch's decorator of _linear is not annotated.
+        y = self._linear(x, bias, dtype, names)
+        return cast(Tensor, y)
 
+    # A graph breaks here: the keys below are made of addresses and versions, which a graph cannot hold.
     @torch.compiler.disable
     def _linear(
         self,
@@ -97,6 +105,7 @@ class FastMasker(Masker):
             if scores is not None and scores.requires_grad:
                 trained[name] = scores
 
+        # Nothing is trained: evaluation, a mask that was loaded, or the frozen reference of preference training.
         if not trained or not torch.is_grad_enabled():
             if layer.is_transposed:
                 weight = weight.t()
@@ -113,7 +122,8 @@ class FastMasker(Masker):
             list(trained),
             *trained.values(),
         )
-        y = y_TO.view(*x.shape[:-1], y_TO.shape[-1])
+        num_outputs = y_TO.shape[-1]
+        y = y_TO.view(*x.shape[:-1], num_outputs)
         return cast(Tensor, y)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
@@ -126,14 +136,20 @@ class FastMasker(Masker):
             self._key = key
         return cast(Tensor, self.value)
 
-    def mask(self, adapter_name: str, scores: Tensor | None = None) -> Tensor:
+    def mask(
+        self,
+        adapter_name: str,
+        scores: Tensor | None = None,
+    ) -> Tensor:
         """Hard mask of an adapter with scores; see :meth:`Masker.mask`."""
         config = self.layer.mask_configs[adapter_name]
+        # A learner that cuts at a value: the plain way is one comparison.
         if selection.cut(config) is not None:
             return super().mask(adapter_name, scores)
         if scores is None:
             scores = self.layer.mask_scores[adapter_name]
         check_scores(scores, self.layer.module_name, config)
+        # As selection.mask_from_scores does it, with the faster selection.
         sparsity = selection.current_sparsity(config)
         num = num_removed(scores.numel(), sparsity)
         return mask_without_lowest(scores, num, config.rank_by)
@@ -288,13 +304,27 @@ class FastMasker(Masker):
         # No weight is up to date until this one is written: an error in between must not leave a half-written one.
         self._key = None
 
+        # The old value fits, unless the model was moved or cast, or another dtype is autocast's.
         wanted = (weight.shape, dtype, weight.device)
-        if out is None or is_of_others or (out.shape, out.dtype, out.device) != wanted:
-            out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-            self.value = out
+        if out is not None and not is_of_others:
+            found = (out.shape, out.dtype, out.device)
+            if found == wanted:
+                return out
+
+        out = torch.empty(
+            weight.shape,
+            dtype=dtype,
+            device=weight.device,
+        )
+        self.value = out
         return out
 
-    def _write(self, name: str, out: Tensor, weight: Tensor) -> None:
+    def _write(
+        self,
+        name: str,
+        out: Tensor,
+        weight: Tensor,
+    ) -> None:
         """Write the weight with the gate of one adapter that has scores."""
         layer = self.layer
         config = layer.mask_configs[name]
@@ -316,7 +346,8 @@ class FastMasker(Masker):
 
         # Removed weights take a value.
         if config.removed_value != "zero":
-            masked = selection.blend(weight, self.mask(name), layer.removed_value(name))
+            mask = self.mask(name)
+            masked = selection.blend(weight, mask, layer.removed_value(name))
             out.copy_(masked)
             return
 
@@ -325,6 +356,7 @@ class FastMasker(Masker):
         if cut is not None:
             keep_above_(out, weight, scores, cut, config.ranks_by)
         else:
+            # Top-k. `near` is None in the first step, and saves the sample in the next ones.
             sparsity = selection.current_sparsity(config)
             num = num_removed(scores.numel(), sparsity)
             near = self._near.get(name)
@@ -423,7 +455,8 @@ class FastMasker(Masker):
         is_same_step = before is not None and before[0] == step
         if is_same_step:
             is_same_pass = before == now
-            if is_same_pass or self.layer.mask_scores[name].grad is not None:
+            has_gradient = self.layer.mask_scores[name].grad is not None
+            if is_same_pass or has_gradient:
                 return False
         self._priced_at[name] = now
         return True
@@ -475,7 +508,8 @@ class FastMasker(Masker):
         # Computed, into the tensor of the last step if there is one. Intermediate values have no names: each is
         # freed before the next one is allocated, which then is the same memory, still in the cache.
         like = weight if is_signed else scores
-        if factor is None or (factor.shape, factor.dtype) != (like.shape, like.dtype):
+        wanted = (like.shape, like.dtype)
+        if factor is None or (factor.shape, factor.dtype) != wanted:
             factor = torch.empty_like(like)
         for part in row_parts(scores):
             if is_signed:

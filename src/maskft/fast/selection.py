@@ -52,11 +52,20 @@ class Near(NamedTuple):
     band: tuple[float, float] | None
 
 
-def mask_without_lowest(scores: Tensor, num: int, rank_by: RankBy = "abs") -> Tensor:
+def mask_without_lowest(
+    scores: Tensor,
+    num: int,
+    rank_by: RankBy = "abs",
+) -> Tensor:
     """Bool mask, True = keep, that removes the ``num`` lowest of ``scores``."""
-    mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+    mask = torch.empty(
+        scores.shape,
+        dtype=torch.bool,
+        device=scores.device,
+    )
     # The mask of a matrix is the masked weight of a matrix of True, of which memory holds one entry.
-    ones = scores.new_ones((), dtype=torch.bool).expand(scores.numel())
+    one = scores.new_ones((), dtype=torch.bool)
+    ones = one.expand(scores.numel())
     keep_highest_(mask, ones, scores, num, rank_by)
     return mask
 
@@ -70,10 +79,12 @@ def keep_above_(
 ) -> None:
     """Write into ``out`` (contiguous) the ``weight``, +0 where the ranking value is not above ``cut``."""
     # _split_ keeps entries of at least its lower bound.
-    just_above = torch.nextafter(torch.tensor(cut), torch.tensor(math.inf))
+    infinity = torch.tensor(math.inf)
+    just_above = torch.nextafter(torch.tensor(cut), infinity)
     low = just_above.item()
     # With -inf above it the band is empty, and nothing is searched.
-    _split_(out, weight, scores, (low, -math.inf), rank_by)
+    band = (low, -math.inf)
+    _split_(out, weight, scores, band, rank_by)
 
 
 @torch.no_grad()
@@ -151,7 +162,8 @@ def _near(
     if 2 * reach * share * 256 > width:
         return Near(cut, reach, None)
     # Rounded as the keys are, which are compared in float32.
-    low, high = torch.tensor([cut - reach, cut + reach], dtype=torch.float32).tolist()
+    bounds = torch.tensor([cut - reach, cut + reach], dtype=torch.float32)
+    low, high = bounds.tolist()
     return Near(cut, reach, (low, high))
 
 
@@ -174,7 +186,8 @@ def _probable_bands(
     share = num / total
     num_sampled = len(sample)
     expected = share * num_sampled
-    spread = 4 * math.sqrt(num_sampled * share * (1 - share)) + 2
+    variance = num_sampled * share * (1 - share)
+    spread = 4 * math.sqrt(variance) + 2
     first = int(expected - spread)
     last = int(expected + spread)
     # Without a bound where it would lie outside of the sample.
@@ -186,7 +199,8 @@ def _probable_bands(
         high = sample.kthvalue(last).values.item()
 
     num_in_band = (last - first) * stride
-    is_wide = num_in_band >= _NARROWED_MIN_NUMEL and -math.inf < low < high < math.inf
+    is_bounded = -math.inf < low < high < math.inf
+    is_wide = num_in_band >= _NARROWED_MIN_NUMEL and is_bounded
     if is_wide and scores.device.type == "cpu":
         # A narrower band, from the exact number of scores below the middle of this one, and from its density.
         middle = (low + high) / 2
@@ -202,19 +216,25 @@ def _probable_bands(
             middle + (excess + margin) / density,
         ]
         # Rounded as the keys are, which are compared in float32.
-        narrow_low, narrow_high = torch.tensor(bounds, dtype=torch.float32).tolist()
+        rounded = torch.tensor(bounds, dtype=torch.float32)
+        narrow_low, narrow_high = rounded.tolist()
         yield max(low, narrow_low), min(high, narrow_high)
 
     # The wide band, for a caller that did not find the cut in the narrow one.
     yield low, high
 
 
-def _num_below(scores: Tensor, value: float, rank_by: RankBy) -> int:
+def _num_below(
+    scores: Tensor,
+    value: float,
+    rank_by: RankBy,
+) -> int:
     """How many scores of a matrix rank below ``value``."""
     flat = scores.detach().reshape(-1)
     found = 0
     # One buffer for all chunks, so that it stays in the cache.
-    buffer = torch.empty(min(CHUNK_NUMEL, len(flat)), dtype=torch.float32)
+    longest = min(CHUNK_NUMEL, len(flat))
+    buffer = torch.empty(longest, dtype=torch.float32)
     for chunk in flat.split(CHUNK_NUMEL):
         below = buffer[: len(chunk)]
         if rank_by == "abs":
@@ -224,15 +244,21 @@ def _num_below(scores: Tensor, value: float, rank_by: RankBy) -> int:
 
         # The sign bit of (key - value), spread over all bits, is -1 where a key is below: a sum counts them. The plain
         # way, (keys < value).sum(), counts flags, which is ten times slower.
-        signs = torch.sub(keys, value, out=below).view(torch.int32)
+        differences = torch.sub(keys, value, out=below)
+        signs = differences.view(torch.int32)
         torch.bitwise_right_shift(signs, 31, out=signs)
         found -= int(signs.sum(dtype=torch.int32))
     return found
 
 
-def _kth_smallest(scores: Tensor, k: int, rank_by: RankBy) -> float:
+def _kth_smallest(
+    scores: Tensor,
+    k: int,
+    rank_by: RankBy,
+) -> float:
     """The ``k``-th smallest ranking value, counted from 1; raises if a score is NaN."""
-    keys = check_not_nan(ranking_keys(scores, rank_by))
+    keys = ranking_keys(scores, rank_by)
+    check_not_nan(keys)
     return keys.kthvalue(k).values.item()
 
 
@@ -271,14 +297,17 @@ def _split_(
     keys_buffer = torch.empty(chunk, device=device)
     sign_buffer = torch.empty(chunk, device=device)
     # A key is in the band or above where it is greater than the float below the band.
-    just_below = torch.nextafter(torch.tensor(low), torch.tensor(-math.inf))
-    furthest = int((just_below - high).view(torch.int32))
+    minus_infinity = torch.tensor(-math.inf)
+    just_below = torch.nextafter(torch.tensor(low), minus_infinity)
+    distance = just_below - high
+    furthest = int(distance.view(torch.int32))
     just_below = just_below.to(device)
 
     for start in range(0, numel, chunk):
-        # The same entries in the matrices, and in the buffers.
-        part = slice(start, min(start + chunk, numel))
-        here = slice(0, min(chunk, numel - start))
+        # The same entries in the matrices, and in the buffers. The last chunk may be shorter.
+        end = min(start + chunk, numel)
+        part = slice(start, end)
+        here = slice(0, end - start)
         if rank_by == "abs":
             keys = torch.abs(scores_flat[part], out=keys_buffer[here])
         else:
@@ -287,7 +316,8 @@ def _split_(
 
         # The sign bit of (just_below - key), spread over all bits, is 1...1 where an entry stays and 0 where it goes.
         # An AND leaves +0 behind, where a product would leave -0 or NaN; it is much faster than torch.where.
-        signs = torch.sub(just_below, keys, out=sign_buffer[here]).view(torch.int32)
+        differences = torch.sub(just_below, keys, out=sign_buffer[here])
+        signs = differences.view(torch.int32)
         if low <= high:
             found = _find_in_band(keys, low, high, signs, furthest)
             indices.append(found + start)
@@ -298,16 +328,19 @@ def _split_(
         else:
             stays = torch.bitwise_right_shift(signs, 31, out=signs)
         # A sum of -1, one for each that stays; exact in int32, and ten times faster than counting flags.
-        num_below += len(keys) + int(stays.sum(dtype=torch.int32))
+        minus_num_kept = int(stays.sum(dtype=torch.int32))
+        num_below += len(keys) + minus_num_kept
 
         # The bits of the weight where an entry stays, and no bit where it goes.
         stays = stays.to(integer)
         bits = weight_flat[part].view(integer)
         if out.dtype == weight.dtype:
-            torch.bitwise_and(bits, stays, out=out_flat[part].view(integer))
+            out_bits = out_flat[part].view(integer)
+            torch.bitwise_and(bits, stays, out=out_bits)
         else:
             # In the dtype of the weight first, which the assignment then converts.
-            out_flat[part] = stays.bitwise_and_(bits).view(weight.dtype)
+            kept_bits = stays.bitwise_and_(bits)
+            out_flat[part] = kept_bits.view(weight.dtype)
     return num_below, torch.cat(indices), torch.cat(values)
 
 
@@ -335,7 +368,8 @@ def _find_in_band(
     num_columns = len(keys) // _ROWS
     lowest = signs.view(_ROWS, -1).amin(0)
     columns = (lowest <= furthest).nonzero().squeeze(1)
-    close = keys.view(_ROWS, -1).index_select(1, columns)
+    matrix = keys.view(_ROWS, -1)
+    close = matrix.index_select(1, columns)
     is_in_band = (close >= low) & (close <= high)
     row, column = is_in_band.nonzero(as_tuple=True)
     # nonzero() goes row by row, so that these indices are in order.
@@ -364,4 +398,6 @@ def row_parts(matrix: Tensor) -> list[slice]:
         step = max(32, rows_in_cache // 32 * 32)
     else:
         step = max(1, num_rows)
-    return [slice(start, start + step) for start in range(0, num_rows, step)]
+    # The last part may be shorter, as slices end with the matrix.
+    starts = range(0, num_rows, step)
+    return [slice(start, start + step) for start in starts]

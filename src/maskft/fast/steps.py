@@ -11,6 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import compiled
 
+# Of this process, never reset: a count that began again could equal that of an older weight.
 _num_steps = 0
 _is_watching = False
 
@@ -20,6 +21,7 @@ def watch_optimizers() -> None:
     global _is_watching
     if not _is_watching:
         _is_watching = True
+        # torch's hook of all optimizers, those that are created later included.
         register_optimizer_step_post_hook(_after_step)
 
 
