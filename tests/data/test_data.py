@@ -300,6 +300,11 @@ CUT_GZIP = gzip.compress(GOOD_LINE.encode() * 99, mtime=0)[:40]  # without the t
             GOOD_LINE + r'{"prompt": "a", "completion": "b", "answer": "\ud83d"}',
             r"line 2: '\\ud83d' is half a surrogate pair",
         ),
+        (
+            "a.jsonl",
+            r'{"instruction": "a", "input": "\ud83d", "output": "b"}',
+            r"line 1: '\\ud83d' is half a surrogate pair",
+        ),
         ("a.jsonl.gz", b"not gzip", r"a\.jsonl\.gz cannot be read: .*gzip"),
         ("a.jsonl.gz", CUT_GZIP, r"a\.jsonl\.gz cannot be read: .*end-of-stream"),
         ("a.parquet", b"not parquet", r"a\.parquet cannot be read: .*[Pp]arquet"),

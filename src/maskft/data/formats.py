@@ -261,6 +261,8 @@ def from_instruction(
     question = instruction
     if row.get("input"):
         context = _text(row, "input")
+        # Not hashed for the id, but stored: half of a surrogate pair raises here, as in _identity.
+        context.encode()
         # Some sets have everything in the input, and an empty instruction.
         question = f"{instruction}\n\n{context}" if instruction else context
     dialogue = _dialogue(question, output, as_chat)
