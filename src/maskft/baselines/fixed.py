@@ -13,6 +13,9 @@ from maskft_common.errors import UserError
 from ..fast.selection import mask_without_lowest
 from ..masking import num_removed, ranking_keys
 
+# (weight, statistic, generator) -> ranking values.
+Keys = Callable[[Tensor, Tensor | None, torch.Generator], Tensor]
+
 
 @dataclass(frozen=True)
 class FixedMask:
@@ -26,7 +29,7 @@ class FixedMask:
         of_gradients: The statistic is the gradient of the loss with respect to the weight, float32, in its shape.
     """
 
-    keys: Callable[[Tensor, Tensor | None, torch.Generator], Tensor]
+    keys: Keys
     of_inputs: bool = False
     of_gradients: bool = False
 
@@ -53,6 +56,7 @@ def _magnitude(
     return keys * norms
 
 
+# A method of yours joins them: docs/learners.md has SNIP as the example.
 FIXED_MASKS = {
     "random_mask": FixedMask(_random),
     "l1_mask": FixedMask(_magnitude),

@@ -79,6 +79,6 @@ def weight_gradients(
         for weight in weights:
             weight.requires_grad_(False)
 
-    # Of no tokens at all, the mean is zero.
+    # Without rows there are no tokens, and the mean is zero.
     divisor = max(num_tokens, 1)
     return [total / divisor for total in totals]

@@ -52,7 +52,8 @@ def wanda_keys(
     keys = {}
     for layer, norms_of_layer in zip(layers, norms, strict=True):
         # get_base_weight dequantises; a weight in four bits has no magnitudes.
-        scores = layer.get_base_weight().float().abs() * norms_of_layer
+        weight = layer.get_base_weight()
+        scores = weight.float().abs() * norms_of_layer
         output_dim = 1 if layer.is_transposed else 0
         ranks = ranks_per_output(scores, output_dim)
         keys[layer.module_name] = ranks.float()
@@ -87,9 +88,11 @@ def input_norms(
     def make_hook(index: int) -> Callable[..., None]:
         def add_squares(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0].detach()
-            x_TI = x.reshape(-1, x.shape[-1])
+            num_inputs = x.shape[-1]
+            x_TI = x.reshape(-1, num_inputs)
             # In float32: half precision overflows for the squares of large activations.
-            squares_I = x_TI.float().pow(2).sum(0)
+            squares_TI = x_TI.float().pow(2)
+            squares_I = squares_TI.sum(0)
             before = squares[index]
             if before is None:
                 squares[index] = squares_I
@@ -108,9 +111,11 @@ def input_norms(
             is_of_tokens = not isinstance(row, Mapping | str)
             ids = None
             if is_of_tokens:
-                ids = torch.as_tensor(row, device=layers[0].weight.device)
+                device = layers[0].weight.device
+                ids = torch.as_tensor(row, device=device)
             # An empty list becomes a float tensor.
-            if ids is None or ids.dim() != 1 or ids.dtype.is_floating_point:
+            is_row = ids is not None and ids.dim() == 1 and not ids.dtype.is_floating_point
+            if not is_row:
                 raise UserError("a calibration row is not a list of token ids; give input_ids, without padding")
             model(input_ids=ids.unsqueeze(0), use_cache=False)
     finally:
