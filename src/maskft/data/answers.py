@@ -71,7 +71,7 @@ def check_answer(
         ValueError: If ``answer_type`` is something else.
     """
     if answer_type == "number":
-        # Decimals: 3.50 equals 3.5.
+        # Decimals: 3.50 equals 3.5. An output without a number is wrong, even if the reference has none either.
         number = extract_number(output)
         if number is None:
             return False
@@ -83,12 +83,14 @@ def check_answer(
 
 def _plain(text: str) -> str:
     """Text without currency signs and thousands separators, with ASCII minus signs."""
+    # Models write the typographic minus sign as well.
     text = text.replace("\N{MINUS SIGN}", "-")
     text = re.sub("[$€£]", "", text)
     return _THOUSANDS_COMMA.sub("", text)
 
 
 def _value(match: re.Match) -> Decimal:
+    # The pattern has two forms; in a fraction it allows no denominator of 0.
     if match["decimal"]:
         value = Decimal(match["decimal"])
     else:

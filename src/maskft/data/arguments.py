@@ -27,6 +27,7 @@ def mixture_text(value):
     if not isinstance(value, dict):
         return value
 
+    # `name:` without an amount, which YAML reads as None, takes all rows.
     entries = []
     for name, amount in value.items():
         entries.append(name if amount is None else f"{name}:{amount}")
@@ -35,6 +36,7 @@ def mixture_text(value):
 
 def check_sizes(args: DataArguments) -> None:
     """Raise :class:`UserError` for impossible numbers of rows."""
+    # None: all rows.
     for name in ("max_train_samples", "max_eval_samples"):
         value = getattr(args, name)
         if value is not None and value <= 0:
@@ -117,5 +119,6 @@ class DataArguments:
 
     def __post_init__(self):
         """Write a mixture as one text."""
+        # Here, so that everything behind the arguments (records, digests, cards) knows one form.
         self.dataset_name = mixture_text(self.dataset_name)
         self.eval_dataset_name = mixture_text(self.eval_dataset_name)

@@ -55,8 +55,10 @@ def to_examples(
         # Plain text comes last: a row may have a column of text beside a conversation.
         known = FORMATS | {(text_field,): from_text}
 
+    # The format and the example of the first row; None until it is read.
     columns: tuple[str, ...] = ()
     first: dict | None = None
+    # Rows of the chunk that is being filled, and the chunks that are full.
     examples: list[dict] = []
     chunks: list[Dataset] = []
     num_with_hash: Counter[str] = Counter()
@@ -68,6 +70,7 @@ def to_examples(
                 columns = _recognised_columns(row, known)
             reader = known[columns]
             example = reader(row, as_chat, *columns)
+            # The sets of a mixture must have the same columns.
             if as_messages and isinstance(example.get("prompt"), list):
                 prompt = example.pop("prompt")
                 completion = example.pop("completion")
@@ -82,6 +85,7 @@ def to_examples(
             half = error.object[error.start : error.end]
             raise UserError(f"{name}: {place}: {half!r} is half a surrogate pair; remove it") from None
         except UserError as error:
+            # Readers know neither the set nor the place.
             raise UserError(f"{name}: {place}: {error}") from None
 
         # Ids are unique: the second of two equal rows is 1f0c#2.
@@ -131,6 +135,7 @@ def _identity(
         text = example.get(column) or ""
         text.encode()
 
+    # Of the row as it is in the file and not of the example: the id is the same with as_chat and without.
     values = [row[column] for column in columns]
     # Sorted keys: a message is the same with its content before its role. Values that JSON does not have, such as dates
     # of a Parquet file, are hashed as text.
@@ -140,6 +145,7 @@ def _identity(
         default=str,
         ensure_ascii=False,
     )
+    # 64 bits: among ten million rows two different ones collide with a probability of 3 in a million.
     return digest(content)[:16]
 
 
@@ -191,6 +197,7 @@ def _recognised_columns(row: Row, formats: Formats) -> tuple[str, ...]:
         if all(column in row for column in columns):
             return columns
 
+    # repr, because the names are those of a file.
     found = ", ".join(map(repr, row)) or "none"
     choices = [" + ".join(columns) for columns in formats]
     expected = " | ".join(choices)
@@ -216,6 +223,7 @@ def from_prompt_completion(
     *columns: str,
 ) -> dict:
     """Read a prompt and its completion, both text or both messages."""
+    # If only one of them is a list, it is an error, which _text raises.
     are_messages = all(isinstance(row.get(column), list) for column in columns)
     read = _messages if are_messages else _text
     example = {}
@@ -236,6 +244,7 @@ def from_question_answer(
     question, answer = (_text(row, column) for column in columns)
     # Without the mark, final is all of the answer.
     _, mark, final = answer.rpartition(ANSWER_MARK)
+    # With a type, the whole column is the answer to check, and not a solution.
     if row.get("answer_type") is not None:
         reference = _reference(row)
     elif mark or answer_type_of(answer) == "number":
@@ -327,6 +336,7 @@ def _dialogue(
     system: str = "",
 ) -> dict:
     """One question and its answer, as messages or as plain text."""
+    # Plain text, for tokenizers without a chat template.
     if not as_chat:
         opening = f"{system}\n\n" if system else ""
         return {
@@ -395,6 +405,7 @@ def _messages(row: Row, column: str) -> list[Message]:
         of_column = f"message {number} of {column!r}"
         if not isinstance(message, Mapping):
             raise UserError(f"{of_column} is {_kind(message)}, not an object with role and content")
+        # ShareGPT's names where the usual ones are missing.
         role = message.get("role", message.get("from"))
         content = message.get("content", message.get("value"))
         if not isinstance(role, str) or role not in _ROLES:

@@ -35,6 +35,7 @@ class Part:
         """
         if self.amount is None:
             return existing
+        # 1.0 is all rows, and 1 is one row.
         if isinstance(self.amount, float):
             # A small fraction of a small set would round to 0.
             return max(1, round(self.amount * existing))
@@ -66,6 +67,7 @@ def parse_mixture(text: str) -> list[Part]:
 
         # From the right: the name itself may have a colon.
         name, colon, text_of_amount = entry.rpartition(":")
+        # ":5" has no name before the colon, and is taken for a name.
         if colon and name:
             amount = _amount(entry, text_of_amount)
             part = Part(name.strip(), amount)
@@ -102,6 +104,7 @@ def rename_sets(text: str, change: Callable[[str], str]) -> str:
     entries = []
     for part in parse_mixture(text):
         entry = change(part.name)
+        # As parse_mixture reads it again: a float has a point, and stays a fraction.
         if part.amount is not None:
             entry = f"{entry}:{part.amount}"
         entries.append(entry)
@@ -166,7 +169,8 @@ class ReadSet:
                 return digest(f"{seed} {ids[index]}")
 
             by_hash = sorted(pool, key=seeded_hash)
-            pool = sorted(by_hash[:count])
+            smallest = by_hash[:count]
+            pool = sorted(smallest)
         return self.examples.select(pool)
 
 
@@ -262,9 +266,11 @@ def mix(parts: Sequence[Dataset], seed: int) -> Dataset:
     if not is_alike:
         columns = set().union(*layouts) - {"id"}
         found = ", ".join(sorted(columns))
+        # The names of all columns of text: they show which of the two forms the parts have.
         raise UserError(
             f"a mixture must be all messages or all plain text, not {found}; "
             "set as_chat to true, or leave out the plain text"
         )
+    # Shuffled, so that the first rows (max_train_samples) are of all sets.
     whole = concatenate_datasets(list(parts))
     return whole.shuffle(seed=seed)

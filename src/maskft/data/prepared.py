@@ -129,6 +129,7 @@ def prepare(
     name = digest(decides)[:16]
     folder = Path(args.prepared_data_dir).expanduser() / name
 
+    # Whole if it exists, as _write renames it: its content is not compared before it is read.
     def keep() -> None:
         if not folder.is_dir():
             _write(folder, prepare_now())
@@ -146,6 +147,7 @@ def _write(folder: Path, prepared: Prepared) -> None:
             prepared.train.save_to_disk(partial / _TRAIN)
             prepared.heldout.save_to_disk(partial / _HELDOUT)
 
+            # Of all files so far; the report itself is checked by its structure.
             sha256 = {}
             for file in partial.rglob("*"):
                 if file.is_file():
@@ -209,7 +211,8 @@ def data_identity(options: dict[str, Any]) -> dict[str, Any]:
     data_dir = options.get("data_dir")
     train_split = options.get("dataset_train_split") or "train"
     eval_split = options.get("dataset_eval_split")
-    # The folder itself is left out: the files in it are named by their content below.
+    # The folder itself is left out: the files in it are named by their content below. Options are of two commands, so
+    # that each may be missing.
     out = {key: value for key, value in options.items() if key != "data_dir"}
 
     # Data sets and mixtures of them.
@@ -255,6 +258,7 @@ def _mixture_identity(
     """A mixture as text, with the content of each file in place of its name; hub data sets keep theirs."""
     parts = []
     for part in parse_mixture(name):
+        # None asks for held-out data, whose split depends on the set.
         split_of_part = split_of(part.name, split)
         file = local_file(part.name, data_dir, split_of_part)
         content = None

@@ -15,6 +15,7 @@ from .formats import (
     from_system_question,
 )
 
+# Of Tulu 3's sets, which hold conversations.
 MESSAGES: Formats = {("messages",): from_messages}
 TULU_MIXTURE = "allenai/tulu-3-sft-mixture"
 
@@ -40,6 +41,7 @@ class TrainingSet:
     heldout_split: str = "train"
 
 
+# Name, as in recipes and in data_dir -> the set.
 TRAINING_SETS: dict[str, TrainingSet] = {
     "tulu3_persona_math": TrainingSet("allenai/tulu-3-sft-personas-math", MESSAGES),
     "tulu3_persona_gsm": TrainingSet("allenai/tulu-3-sft-personas-math-grade", MESSAGES),

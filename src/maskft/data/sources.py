@@ -44,6 +44,7 @@ def read_file(path: Path) -> Iterator[tuple[str, Row]]:
     Raises:
         UserError: If there is no such file, its ending is unknown, or its content cannot be read.
     """
+    # An ending may be written in capitals.
     name = path.name.lower()
     if not path.exists():
         raise UserError(f"data file {path} does not exist")
@@ -94,6 +95,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:
         # A .json file may hold one array, or like .jsonl one object per line.
         if ".jsonl" not in path.name.lower():
             text = lines.read()
+            # An array is one JSON value, parsed as a whole: its rows are numbered, as their lines are not known.
             if text.lstrip().startswith("["):
                 rows = _parse_json(text, path, first=1)
                 yield from numbered(rows)
@@ -117,6 +119,7 @@ def _parse_json(
     try:
         return parse_json(text)
     except json.JSONDecodeError as error:
+        # Lines are counted from 1, in the file and in the error.
         line = first + error.lineno - 1
         raise UserError(f"data file {path} is not JSON at line {line}: {error.msg} (column {error.colno})") from None
     except ValueError as error:
@@ -191,6 +194,7 @@ def _stems(name: str, split: str) -> list[str]:
 
     Of a set that is not registered nobody knows which split is held out, so that ``NAME`` serves for each.
     """
+    # gsm8k of openai/gsm8k.
     stem = name.rpartition("/")[2]
     is_heldout = _registered(name) is not None and split != "train"
     if is_heldout:
@@ -202,6 +206,7 @@ def _registered(name: str) -> TrainingSet | None:
     """The registered set of this name, here or on the hub; None: it is not registered."""
     if name in TRAINING_SETS:
         return TRAINING_SETS[name]
+    # Several sets are parts of one hub data set, and have the same held-out split: the first one will do.
     for known in TRAINING_SETS.values():
         if known.hub_id == name:
             return known
@@ -233,6 +238,7 @@ def find_rows(
     """
     known = TRAINING_SETS.get(name) if is_hub_name(name) else None
     split = split_of(name, split)
+    # A file, named by itself or found in data_dir.
     file = local_file(name, data_dir, split)
     if file is not None:
         rows = read_file(file)

@@ -86,6 +86,7 @@ def load_splits(
         "text_field": text_field,
         "data_dir": args.data_dir,
     }
+    # Read whole, and drawn from below: rows are held out before a mixture takes its amounts.
     reader = Reader(
         split=args.dataset_train_split,
         config=args.dataset_config,
@@ -113,6 +114,7 @@ def load_splits(
         train = mix(drawn, seed)
         num_read += len(heldout)
     else:
+        # No other data: a part of the training data.
         train, heldout = _hold_out(sets, args.eval_split_size, seed)
 
     # The overlap is removed before rows are counted, so that max_train_samples rows are left.
@@ -171,6 +173,7 @@ def _without_heldout(
     """Return the training rows whose prompt is not held out, and how many are left out."""
     # By prompt and not by row: a question whose answer is worded otherwise would leak.
     held_prompts = {prompt_digest(example) for example in heldout}
+    # Indices: select() makes a view of the table, where a filter would copy it.
     kept = []
     for index, example in enumerate(train):
         if prompt_digest(example) not in held_prompts:
@@ -220,6 +223,7 @@ def _hold_out(
         ids = each.examples["id"][:]
         keys = []
         for prompt, row_id in zip(prompts, ids, strict=True):
+            # The id breaks ties among rows of one prompt.
             seeded = str(seed).encode() + bytes.fromhex(prompt)
             keys.append((digest(seeded), row_id))
         ranked = sorted(range(len(prompts)), key=lambda index: keys[index])
@@ -239,6 +243,7 @@ def _hold_out(
 
 def _shares(count: int, sizes: Sequence[int]) -> list[int]:
     """Divide ``count`` in proportion to ``sizes``, the largest remainders rounded up; at least 1 each."""
+    # The largest-remainder method: everything is rounded down first.
     total = sum(sizes)
     exact = [count * size / total for size in sizes]
     shares = [int(share) for share in exact]
@@ -248,6 +253,7 @@ def _shares(count: int, sizes: Sequence[int]) -> list[int]:
     num_missing = count - sum(shares)
     for index in by_remainder[:num_missing]:
         shares[index] += 1
+    # So with a count below the number of sets, more rows are held out than were asked for.
     return [max(1, share) for share in shares]
 
 

@@ -55,6 +55,7 @@ def tokenize_example(
     """
     text, spans, templated = _render_spans(example, tokenizer)
     input_ids = _encode(tokenizer, text, templated)
+    # Plain text: nothing else would teach the model to stop. A chat template writes its own end of turn.
     if not templated:
         eos_token_id = tokenizer.eos_token_id
         if eos_token_id is None:
@@ -63,6 +64,7 @@ def tokenize_example(
         if input_ids[-1:] != [eos_token_id]:
             input_ids.append(eos_token_id)
 
+    # One span over everything takes the place of the answers'.
     labels = [IGNORED] * len(input_ids)
     if not completion_only_loss:
         spans = [("", text)]
@@ -73,6 +75,7 @@ def tokenize_example(
         if before:
             ids_before = _encode(tokenizer, before, templated)
             start = max(1, _common_length(ids_before, input_ids))
+        # A part that ends with the text includes the end-of-sequence token.
         end = len(input_ids)
         if until != text:
             ids_until = _encode(tokenizer, until, templated)
@@ -92,6 +95,7 @@ def prompt_of(example: Row) -> str | list[dict]:
         UserError: If the example is plain text.
     """
     if "messages" in example:
+        # The last assistant turn, or the end of a conversation that has none.
         messages = example["messages"]
         last_turn = len(messages)
         for index, message in enumerate(messages):
@@ -146,6 +150,7 @@ def tokenize_dataset(
             completion_only_loss=completion_only_loss,
         )
 
+    # The tokens take the place of text and answer.
     dropped_columns = []
     for column in dataset.column_names:
         if column not in ("id", "cluster_id"):
@@ -159,6 +164,7 @@ def tokenize_dataset(
         load_from_cache_file=False,
     )
 
+    # A row whose answer lies behind max_length has no loss: its mean would be a division by 0.
     kept = []
     for index, labels in enumerate(tokenized["labels"]):
         has_label = any(label != IGNORED for label in labels)
@@ -245,6 +251,7 @@ def format_sample(
     def has_label(pair: tuple[int, int]) -> bool:
         return pair[1] != IGNORED
 
+    # Stretches of tokens with a label, and of those without, in turn.
     parts = []
     pairs = zip(tokenized_row["input_ids"], tokenized_row["labels"], strict=True)
     for is_supervised, stretch in itertools.groupby(pairs, has_label):
@@ -309,6 +316,7 @@ def _assistant_turns(messages: list[Message], tokenizer) -> tuple[str, list[tupl
 
     Templates do not tell where turns are, so that the conversation is rendered up to each turn's header and end.
     """
+    # Two renderings for each assistant turn, of some milliseconds.
     text = _render(messages, tokenizer)
     spans = []
     for index, message in enumerate(messages):
@@ -337,9 +345,11 @@ def _as_earlier_turn(
     Some templates write more around a turn when it is the last one: Qwen 3 an empty thought before it, Phi 3 an end of
     text after it. So the turn is the longest stretch after ``before`` in ``text`` that occurs in its rendering as last.
     """
+    # Most templates write a turn in the same way wherever it is.
     if text.startswith(until):
         return until
 
+    # The rendering up to the turn's header may differ from the whole near its end, too.
     start = _common_length(before, text)
     turn = until[_common_length(before, until) :]
 
