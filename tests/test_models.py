@@ -58,7 +58,7 @@ def test_every_call_that_could_run_such_code_says_that_it_does_not():
     assert found >= 4
 
 
-@pytest.mark.parametrize("name", ["runs/maks", "runs/a/b", "./runs", "maks/"])
+@pytest.mark.parametrize("name", ["runs/maks", "runs/a/b", "./runs", "maks/", "~nobody-of-this-name/maks"])
 def test_what_looks_like_a_path_is_never_asked_of_the_hub(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "mask").mkdir(parents=True)
@@ -66,6 +66,11 @@ def test_what_looks_like_a_path_is_never_asked_of_the_hub(name, tmp_path, monkey
         load_model(name)
     with pytest.raises(UserError, match="is not a folder with a tokenizer"):
         load_tokenizer(name)
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/base", "x" * 300])
+def test_a_base_that_cannot_be_a_path_keeps_its_name(name, tmp_path):
+    assert models.base_of(tmp_path, name) == name
 
 
 # A stranger's folder

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from maskft_common.errors import UserError, first_line
-from maskft_common.files import check_own_files, digest, digest_file, is_there, read_json
+from maskft_common.files import check_own_files, digest, digest_file, expand_user, is_there, read_json
 from maskft_common.layout import EMBEDDED_MODEL, holds_adapter
 
 from .embedded import embedded_config, embedded_file, read_embedded
@@ -162,7 +162,7 @@ def load_config(name_or_path: str, **kwargs) -> PretrainedConfig:
         return embedded_config()
     with _one_line(f"cannot read the configuration of {name_or_path!r}"):
         if name_or_path.endswith(".json"):
-            return _config_of_file(Path(name_or_path).expanduser())
+            return _config_of_file(expand_user(name_or_path))
         check_model_source(name_or_path)
         if is_gguf(name_or_path):
             folder, file = gguf_parts(name_or_path)
@@ -249,7 +249,7 @@ def load_tokenizer(
 
 
 def _check_tokenizer_folder(name: str) -> None:
-    folder = Path(name).expanduser()
+    folder = expand_user(name)
     if not any(folder.glob("tokenizer*")):
         raise UserError(f"{name!r} is not a folder with a tokenizer")
     check_own_files(folder, [_TEMPLATES])
@@ -273,7 +273,7 @@ def _check_tokenizer_folder(name: str) -> None:
 
 def _read_template(file: str) -> str:
     """Read a chat template; the name of a model, which TRL would also take here, would add tokens to the base."""
-    path = Path(file).expanduser()
+    path = expand_user(file)
     if path.suffix not in (".jinja", ".j2") or not path.is_file():
         raise UserError(
             f"chat_template_path {file!r} is not a .jinja file; a model that has a template keeps it in its "
@@ -308,11 +308,13 @@ def is_local_folder(name_or_path: str) -> bool:
 
 def base_of(adapter: str | Path, name: str) -> str:
     """The base model that an adapter names; a relative path may be from a folder above the adapter, not from here."""
-    if Path(name).expanduser().exists():
+    # is_there() and not exists(): the name is of a stranger's file, and may be too long for a path.
+    if is_there(name):
         return name
     for folder in Path(adapter).resolve().parents:
         candidate = folder / name
-        if (candidate / "config.json").is_file():
+        config_file = candidate / "config.json"
+        if is_there(str(config_file)):
             return str(candidate)
     return name
 
@@ -327,7 +329,7 @@ def check_model_source(name_or_path: str) -> None:
     if not is_local_folder(name_or_path):
         return
 
-    folder = Path(name_or_path).expanduser()
+    folder = expand_user(name_or_path)
     if not folder.exists():
         raise UserError(f"model folder {name_or_path!r} does not exist")
     if not (folder / "config.json").is_file():
@@ -364,7 +366,7 @@ def model_identity(name: str) -> str:
         file = gguf_file(name)
         if file is not None:
             return "sha256:" + digest_file(file, is_sampled=True)
-    folder = Path(name).expanduser()
+    folder = expand_user(name)
     if not folder.is_dir():
         return name
 
@@ -402,7 +404,7 @@ def gguf_parts(name_or_path: str) -> tuple[str, str]:
 
 def gguf_file(name_or_path: str) -> Path | None:
     """Path of a GGUF file on this machine; None where the name can only be one on the hub, OWNER/NAME/FILE.gguf."""
-    path = Path(name_or_path).expanduser()
+    path = expand_user(name_or_path)
     is_written_as_path = name_or_path.startswith((".", "/", "~"))
     can_be_of_hub = name_or_path.count("/") == 2 and not is_written_as_path
     if can_be_of_hub and not path.exists():

@@ -34,6 +34,16 @@ def is_there(name: str) -> bool:
         return False
 
 
+def expand_user(name: str | Path) -> Path:
+    """The path of this name, ``~`` and ``~USER`` replaced.
+
+    ``Path.expanduser`` raises RuntimeError for a user who does not exist, as in ``~data/rows.jsonl`` where
+    ``~/data/rows.jsonl`` was meant. Here the name stays as it is, and the reader reports that there is no such file.
+    """
+    path = os.path.expanduser(Path(name))
+    return Path(path)
+
+
 def from_anywhere(name: str) -> str:
     """A model's name that is valid in any working directory: the absolute path of a folder, a hub name unchanged."""
     path = Path(name)

@@ -325,6 +325,8 @@ def test_file_mistakes_are_one_line(tmp_path, name, content, message):
 def test_names_that_are_no_file(tmp_path):
     with pytest.raises(UserError, match=r"nowhere/a\.jsonl does not exist$"):
         load_examples("nowhere/a.jsonl")
+    with pytest.raises(UserError, match=r"~nobody-of-this-name/a\.jsonl does not exist$"):
+        load_examples("~nobody-of-this-name/a.jsonl")
     with pytest.raises(UserError, match="is a folder; name one file in it"):
         load_examples(str(tmp_path))
 

@@ -12,7 +12,15 @@ from datasets import Dataset, load_from_disk
 
 from maskft_common import processes
 from maskft_common.errors import UserError, first_line
-from maskft_common.files import digest, digest_file, digest_now, own_file, read_json, whole_folder
+from maskft_common.files import (
+    digest,
+    digest_file,
+    digest_now,
+    expand_user,
+    own_file,
+    read_json,
+    whole_folder,
+)
 from maskft_common.schema import FileModel, read_model
 
 from .arguments import DATA_NAMES, KL_DATA, TEMPLATE, DataArguments
@@ -127,7 +135,7 @@ def prepare(
     }
     # 16 of 64 digits, to keep the path short.
     name = digest(decides)[:16]
-    folder = Path(args.prepared_data_dir).expanduser() / name
+    folder = expand_user(args.prepared_data_dir) / name
 
     # Whole if it exists, as _write renames it: its content is not compared before it is read.
     def keep() -> None:
@@ -233,7 +241,7 @@ def data_identity(options: dict[str, Any]) -> dict[str, Any]:
     for key in _FILES:
         name = out.get(key)
         if isinstance(name, str):
-            path = Path(name).expanduser()
+            path = expand_user(name)
             # A name without a file, such as that of a hub model, stays as it is.
             out[key] = _identity_of_path(path) or name
     return out

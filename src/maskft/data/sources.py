@@ -16,7 +16,7 @@ from datasets import Dataset
 from pyarrow import csv, parquet
 
 from maskft_common.errors import UserError, did_you_mean, first_line
-from maskft_common.files import check_regular, is_there, open_text, parse_json
+from maskft_common.files import check_regular, expand_user, is_there, open_text, parse_json
 
 from .registry import TRAINING_SETS, TrainingSet
 
@@ -170,15 +170,15 @@ def local_file(
         UserError: If ``data_dir`` is needed and not a folder.
     """
     if not is_hub_name(name):
-        file = Path(name).expanduser()
+        file = expand_user(name)
         if data_dir is None or file.exists():
             return file
         # Also where it is missing, so that the error names data_dir. An absolute path stays as it is.
-        return Path(data_dir).expanduser() / file
+        return expand_user(data_dir) / file
 
     if data_dir is None:
         return None
-    folder = Path(data_dir).expanduser()
+    folder = expand_user(data_dir)
     if not folder.is_dir():
         raise UserError(f"data_dir {data_dir} is not a folder; name the one that holds the data files")
     # Every ending of one stem before the next stem: a file of the split wins over one without.
