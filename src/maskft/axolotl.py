@@ -23,6 +23,7 @@ from .tuner import MaskConfig, MaskProgress
 class MaskArgs(BaseModel):
     """The field that the plugin adds to axolotl's configuration."""
 
+    # A dict and not MaskConfig's fields one by one: MaskConfig checks them, with its own messages.
     mask: dict[str, Any] | None = None
 
 
@@ -58,6 +59,7 @@ class MaskPlugin(BasePlugin):
         if cfg.adapter != "mask":
             return None
 
+        # axolotl names most options of adapters after LoRA.
         options = {
             "target_modules": cfg.lora_target_modules,
             "modules_to_save": cfg.lora_modules_to_save,

@@ -72,6 +72,7 @@ def read_embedded() -> tuple[LlamaConfig, dict[str, Tensor]]:
 
     transformers' own reader of GGUF files takes 13 seconds for this one, and this takes two.
     """
+    # One tensor after another, so that memory holds the weights once.
     head = read_head(embedded_file())
     weights = {}
     try:

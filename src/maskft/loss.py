@@ -29,6 +29,7 @@ def mean_nll(losses: Iterable[RowLoss]) -> float:
     """Nats per token over all rows."""
     # A list, because it may be an iterator and is read twice.
     losses = list(losses)
+    # A mean over tokens, in which long rows count more; a mean of the rows' means would be another number.
     total = sum(nll * count for nll, count in losses)
     num_tokens = sum(count for _, count in losses)
     return total / num_tokens
@@ -61,6 +62,7 @@ def nll_per_item(
     lengths = [len(row["input_ids"]) for row in rows]
     batches = length_sorted_batches(lengths, batch_size)
     for indices in batches:
+        # The labels are padded with IGNORED, so that padding has no loss.
         batch = [rows[index] for index in indices]
         ids = [row["input_ids"] for row in batch]
         labels = [row["labels"] for row in batch]
@@ -125,6 +127,7 @@ def shared_rows(
     # Each process takes the same number of rows: under FSDP all have to run the same number of batches.
     # If they do not divide evenly, the last processes measure some of the first rows once more.
     num_own = math.ceil(count / num_processes)
+    # Every num_processes-th row, and from the beginning again after the last one.
     own = []
     for number in range(num_own):
         position = rank + number * num_processes
@@ -195,6 +198,7 @@ def _batch_nll(
     """Losses of one padded batch, row by row."""
     # The logits at position t predict token t + 1.
     targets_BT = labels_BT[:, 1:]
+    # Neither a token of the prompt nor padding.
     supervised_BT = targets_BT != IGNORED
 
     # Logits only where there is a label: over a vocabulary of 49k the head is a third of the forward pass.
@@ -202,6 +206,7 @@ def _batch_nll(
     if supervised_BT.any():
         columns = supervised_BT.any(0).nonzero()
         first = int(columns.min())
+    # The last position predicts nothing that is known, so there is one less than tokens.
     num_targets = targets_BT.shape[1]
     positions = torch.arange(first, num_targets, device=ids_BT.device)
     logits_BTV = model(
@@ -215,9 +220,12 @@ def _batch_nll(
 
     # Row by row: the logits are copied in float32 and float64, and those of a whole batch take gigabytes.
     losses = []
-    pairs = zip(logits_BTV.split(1), targets_BT.split(1), strict=True)
+    logits_of_rows = logits_BTV.split(1)
+    targets_of_rows = targets_BT.split(1)
+    pairs = zip(logits_of_rows, targets_of_rows, strict=True)
     for logits_1TV, targets_1T in pairs:
         losses.append(_cross_entropy(logits_1TV, targets_1T))
+    # Filled and not multiplied by 0, which would leave NaN where a masked logit is infinite.
     losses_BT = torch.cat(losses)
     losses_BT = losses_BT.masked_fill(~supervised_BT, 0)
 

@@ -24,11 +24,16 @@ from torch import Tensor
 
 from maskft_common.errors import NotFiniteError, UserError
 
+# Literals, from which command lines and configurations take their choices.
 RankBy = Literal["abs", "signed"]
 ScoreStart = Literal["normal", "constant", "magnitude", "wanda"]
 
 
-def topk_mask(scores: Tensor, sparsity: float, rank_by: RankBy = "abs") -> Tensor:
+def topk_mask(
+    scores: Tensor,
+    sparsity: float,
+    rank_by: RankBy = "abs",
+) -> Tensor:
     """Keep the entries with the highest scores of one matrix and remove the rest (Eq. 4).
 
     Args:
@@ -55,15 +60,19 @@ def topk_mask(scores: Tensor, sparsity: float, rank_by: RankBy = "abs") -> Tenso
 def remove_lowest(keys: Tensor, num: int) -> Tensor:
     """Mask of the flat float32 ``keys`` that removes exactly the ``num`` lowest; of equal ones the first go first."""
     check_not_nan(keys)  # kthvalue would rank NaN above every number
+    # kthvalue counts from 1, and has no zeroth value.
     if num == 0:
         return torch.ones_like(keys, dtype=torch.bool)
     cut = keys.kthvalue(num).values
     mask = keys > cut
 
-    # Of the keys equal to the cut, only the first ones are removed, as many as are still missing.
+    # So far all keys equal to the cut are removed. Only the first of them are to go, as many as are missing in `num`;
+    # the others are kept. The plain way, a stable sort of all keys, would rank far more than is asked.
     num_below = int((keys < cut).sum())
-    ties = (keys == cut).nonzero().squeeze(1)
-    mask[ties[num - num_below :]] = True
+    is_tie = keys == cut
+    ties = is_tie.nonzero().squeeze(1)
+    num_ties_removed = num - num_below
+    mask[ties[num_ties_removed:]] = True
     return mask
 
 
@@ -78,6 +87,7 @@ def score_gradient(
     It is nonzero at removed entries too, which is how a removed weight can come back.
     """
     gradient = grad.float() * weight
+    # d|c|/dc, which torch takes as 0 at c = 0.
     if rank_by == "abs":
         gradient = gradient * torch.sign(scores)
     return gradient
@@ -86,7 +96,8 @@ def score_gradient(
 def check_sparsity(sparsity: float) -> float:
     """Return ``sparsity`` if it is a fraction removed in [0, 1), else raise :class:`UserError`."""
     # In Python a bool is an int, and False would pass for 0.
-    is_number = isinstance(sparsity, int | float) and not isinstance(sparsity, bool)
+    is_bool = isinstance(sparsity, bool)
+    is_number = isinstance(sparsity, int | float) and not is_bool
     if not is_number or not 0.0 <= sparsity < 1.0:
         raise UserError(
             f"sparsity is {sparsity!r}; it is the fraction of weights removed and must be in [0, 1): 0.1 removes 10 %"
@@ -102,6 +113,7 @@ def num_removed(numel: int, sparsity: float) -> int:
 
 def ranking_keys(scores: Tensor, rank_by: RankBy = "abs") -> Tensor:
     """Values by which entries are ranked: float32, flat, in index order whatever the memory layout of ``scores``."""
+    # reshape and not view: it copies where the layout of the memory is not the order of the indices.
     flat = scores.detach().reshape(-1).float()
     if rank_by == "abs":
         return flat.abs()
@@ -134,6 +146,7 @@ def initial_scores(
         std: Standard deviation of ``normal`` and ``magnitude``, > 0.
         value: Value of ``constant``.
     """
+    # Ordered by the weight; nothing is drawn.
     if start == "magnitude":
         magnitude = weight.detach().float().abs()
         return spread_by_rank(magnitude, std)
@@ -149,14 +162,18 @@ def initial_scores(
 
 def spread_by_rank(keys: Tensor, std: float) -> Tensor:
     """Scores in the order of ``keys`` (ties in index order), evenly over (0, std * sqrt(12)): the lowest go first."""
-    order = ranking_keys(keys, "signed").argsort(stable=True).cpu()
+    # order[r] is the index of the r-th smallest key.
+    ranked = ranking_keys(keys, "signed")
+    order = ranked.argsort(stable=True).cpu()
     num = len(order)
     # A uniform distribution on (0, w) has the standard deviation w / sqrt(12).
     step = std * math.sqrt(12) / num
     # In float64, because float32 cannot count beyond 2^24 entries.
-    values = torch.arange(1, num + 1, dtype=torch.float64) * step
+    ranks = torch.arange(1, num + 1, dtype=torch.float64)
+    values = ranks * step
 
     # The entry with the lowest key gets the lowest value, and so on.
     scores = torch.empty(keys.shape)
-    scores.view(-1)[order] = values.float()
+    flat = scores.view(-1)
+    flat[order] = values.float()
     return scores.to(keys.device)

@@ -54,7 +54,11 @@ _MAX_LAYERS = 2_000
 _MAX_LABELS = 10**6
 
 
-def load_model(name_or_path: str, dtype: str = "float32", **kwargs) -> PreTrainedModel:
+def load_model(
+    name_or_path: str,
+    dtype: str = "float32",
+    **kwargs,
+) -> PreTrainedModel:
     """Load a causal language model.
 
     Args:
@@ -78,6 +82,7 @@ def load_model(name_or_path: str, dtype: str = "float32", **kwargs) -> PreTraine
 
     name_or_path = os.path.expanduser(name_or_path)
     with _one_line(f"cannot load model {name_or_path!r}"):
+        # Before transformers builds the modules that it asks for.
         _check_configuration(name_or_path, revision=kwargs.get("revision"))
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name_or_path,
@@ -184,6 +189,7 @@ def _config_of_file(path: Path) -> PretrainedConfig:
     if not path.is_file():
         raise UserError(f"model configuration {str(path)!r} does not exist")
     values = read_json(path)
+    # transformers chooses the class of the configuration by it.
     if not isinstance(values, dict) or "model_type" not in values:
         raise UserError(f"{str(path)!r} is not a model configuration: it has no model_type")
     _check_values(values, str(path))
@@ -250,6 +256,7 @@ def load_tokenizer(
 
 def _check_tokenizer_folder(name: str) -> None:
     folder = expand_user(name)
+    # tokenizer.json, tokenizer_config.json, or tokenizer.model of SentencePiece.
     if not any(folder.glob("tokenizer*")):
         raise UserError(f"{name!r} is not a folder with a tokenizer")
     check_own_files(folder, [_TEMPLATES])
@@ -262,11 +269,13 @@ def _check_tokenizer_folder(name: str) -> None:
     if not isinstance(values, dict):
         raise UserError(f"{str(settings)!r} is not a JSON object; copy the tokenizer again")
     for key, value in values.items():
-        names_file = key.endswith("_file") and isinstance(value, str) and is_there(value)
-        if not names_file:
+        # A file that does not exist, as on the machine of the author, is not opened either.
+        names_file = key.endswith("_file") and isinstance(value, str)
+        if not names_file or not is_there(value):
             continue
         # Resolved, so that neither ".." nor a link leads out of the folder.
-        is_inside = Path(value).resolve().is_relative_to(folder.resolve())
+        target = Path(value).resolve()
+        is_inside = target.is_relative_to(folder.resolve())
         if not is_inside:
             raise UserError(f"{str(settings)!r} names a file outside of its folder ({key}: {value!r}); remove it")
 
@@ -295,7 +304,8 @@ def check_tokenizer_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
 
 def is_local_folder(name_or_path: str) -> bool:
     """Whether the name means a folder on this machine: it exists, is written like a path, or is in a folder here."""
-    if Path(name_or_path).exists() or name_or_path.startswith((".", "/", "~")):
+    is_written_as_path = name_or_path.startswith((".", "/", "~"))
+    if is_written_as_path or Path(name_or_path).exists():
         return True
     # A name on the hub is NAME or OWNER/NAME.
     owner, slash, name = name_or_path.partition("/")
@@ -311,6 +321,7 @@ def base_of(adapter: str | Path, name: str) -> str:
     # is_there() and not exists(): the name is of a stranger's file, and may be too long for a path.
     if is_there(name):
         return name
+    # Adapters that maskft saves name absolute paths; those that a program wrote by itself may not.
     for folder in Path(adapter).resolve().parents:
         candidate = folder / name
         config_file = candidate / "config.json"
@@ -323,6 +334,7 @@ def check_model_source(name_or_path: str) -> None:
     """Raise for a local folder that is not a model, before anything is loaded."""
     if is_gguf(name_or_path):
         file = gguf_file(name_or_path)
+        # Reading the head raises for a file that is missing, cut or no GGUF file.
         if file is not None:
             read_head(file)
         return
@@ -352,7 +364,9 @@ def _check_index(file: Path) -> None:
     if isinstance(content, dict):
         file_of = content.get("weight_map")
     is_index = isinstance(file_of, dict)
-    if not is_index or not all(isinstance(name, str) for name in file_of.values()):
+    if is_index:
+        is_index = all(isinstance(name, str) for name in file_of.values())
+    if not is_index:
         raise UserError(f"{str(file)!r} is not an index of weights: it has no weight_map; copy the model again")
     for name in set(file_of.values()):
         # transformers joins the name to the folder, so "../NAME" or an absolute path would be read as well.
@@ -370,6 +384,7 @@ def model_identity(name: str) -> str:
     if not folder.is_dir():
         return name
 
+    # Sets, because a file may match several patterns.
     weights: set[Path] = set()
     for pattern in _WEIGHTS:
         weights.update(folder.glob(pattern))
@@ -398,7 +413,9 @@ def is_gguf(name_or_path: str) -> bool:
 
 def gguf_parts(name_or_path: str) -> tuple[str, str]:
     """Folder and name of a GGUF file, or name on the hub and that of the file there; as transformers takes them."""
-    folder, _, file = os.path.expanduser(name_or_path).rpartition("/")
+    path = os.path.expanduser(name_or_path)
+    folder, _, file = path.rpartition("/")
+    # A file in the current folder is named without one.
     return folder or ".", file
 
 

@@ -29,6 +29,7 @@ def lerp(
     """
     if out is None:
         out = torch.empty_like(start)
+    # Copies, which keep every bit; `start + 1 * (end - start)` would round.
     if share == 0:
         return out.copy_(start)
     if share == 1:
