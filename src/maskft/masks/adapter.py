@@ -285,8 +285,8 @@ def _load_masks(
     if config.mask_sha256 is not None:
         hashed = config.weights_sha256 or ()
 
-    # The names, the checksums and the base are checked before anything is loaded: no layer is left with a mask of a
-    # file that is refused.
+    # Names, checksums, the base and the scores are checked before anything is loaded: no layer is left with a mask of
+    # a file that is refused.
     _check_names(layers, coded, once, adapter_name, hashed)
     if is_of_config:
         if mask_fingerprint(coded) != config.mask_sha256:
@@ -370,6 +370,7 @@ def _check_names(
 
     # PEFT would load any other key into the base model without a warning.
     saved = f".modules_to_save.{adapter_name}."
+    # A weight inside a masked layer is never replaced, whatever the configuration declares.
     masked = tuple(f"{name}." for name in layers)
     unknown = []
     for key in rest:

@@ -109,6 +109,7 @@ def combine_adapters(
         base_model_name_or_path=base,
         revision=configs[0].revision,
         task_type=configs[0].task_type,
+        # There are no scores to train.
         inference_mode=True,
         mask_sha256=mask_fingerprint(coded),
         base_fingerprint=_base_fingerprint(adapters, configs, mask_sets, combined),

@@ -203,6 +203,7 @@ def _masks_in(adapter: str | Path, head: GgufHead) -> _Masks:
             f"{str(head.path)!r} holds another mask ({str(found)[:12]}) than {str(adapter)!r} "
             f"({masks.config.mask_sha256[:12]})"
         )
+    # Their number follows from the mask, which has just been found to be the one in the file.
     masks.codes = _decode_codes(head, masks.num_code_bytes)
     return masks
 
@@ -460,6 +461,7 @@ def _check_output(output: Path) -> None:
     """Raise unless a new file can be at this path, before minutes are spent on its content."""
     # exists() follows links, and is False for a link that leads nowhere.
     if output.exists() or output.is_symlink():
+        # The base itself as well, under any of its names.
         raise UserError(f"output {str(output)!r} exists; name a new file")
     if not output.parent.is_dir():
         raise UserError(f"output {str(output)!r}: the folder {str(output.parent)!r} does not exist")

@@ -166,6 +166,7 @@ def _scale_change(layer: MaskedLinear, scale: float) -> None:
     end = layer.removed_value(_ADAPTER)
     if end is None:
         end = torch.zeros_like(weight)
+    # Merging writes these values in the place of the removed weights.
     layer.removed_values[_ADAPTER] = lerp(weight, end, scale)
 
 

@@ -139,6 +139,7 @@ def _sum(rows: list[dict[str, Any]]) -> dict[str, Any]:
     total: dict[str, Any] = {}
     for key in _COUNTS:
         total[key] = sum(row[key] for row in rows)
+    # Of the sums: a mean of the modules' shares would count small modules as much as large ones.
     total["sparsity"] = total["num_removed"] / total["numel"]
     return total
 
