@@ -334,7 +334,7 @@ def check_model_source(name_or_path: str) -> None:
     """Raise for a local folder that is not a model, before anything is loaded."""
     if is_gguf(name_or_path):
         file = gguf_file(name_or_path)
-        # Reading the head raises for a file that is missing, cut or no GGUF file.
+        # Reading the head raises for a file that is missing, is cut or is not GGUF.
         if file is not None:
             read_head(file)
         return

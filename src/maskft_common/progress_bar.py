@@ -59,7 +59,7 @@ class Progress(rich.progress.Progress):
     def add_task(self, description: str, *args: Any, **kwargs: Any) -> TaskID:
         """Add a task, whose speed is measured from now on."""
         task_id = super().add_task(description, *args, note="", **kwargs)
-        # A task that continues begins with a count above 0, which is no work of this process.
+        # A task that continues begins with a count above 0, which this process has not done.
         task = self._task(task_id)
         self._began[task_id] = (time.monotonic(), task.completed)
         return task_id

@@ -43,8 +43,7 @@ from .codec import decode_mask, mask_info
 from .fingerprints import weights_fingerprint
 from .mask_set import AdapterConfig, read_coded, read_config
 
-# Keys of the metadata. --undo leaves out all that begin with the prefix, so that a key added later is no change of the
-# base either.
+# Keys of the metadata. --undo leaves out all that begin with the prefix, including keys that a later version adds.
 PREFIX = "maskft."
 _MASK = "maskft.mask_sha256"
 _BASE = "maskft.base_sha256"
@@ -211,7 +210,7 @@ def _masks_in(adapter: str | Path, head: GgufHead) -> _Masks:
 def _decode_codes(head: GgufHead, num_bytes: int) -> bytes:
     """The removed codes in the metadata of a file; raises unless they have this many bytes."""
     problem = UserError(f"{str(head.path)!r}: its {_CODES} is damaged; merge the mask into the base again")
-    # Damage ends in one of the errors below: the key is missing, is no text, is not base64, or is not deflated.
+    # Damage ends in one of the errors below: the key is missing, or is not text, not base64, or not deflated.
     try:
         # Without `validate` characters outside of the alphabet are skipped.
         packed = base64.b64decode(head.metadata[_CODES], validate=True)
