@@ -47,7 +47,7 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
     def _unknown(self, word: str) -> str:
-        # Of --NAME=VALUE, the name.
+        # The word may be --NAME=VALUE.
         option = word.split("=")[0]
         if option in self.hints:
             return f"{self.prog} has no option {option}: {self.hints[option]}"
@@ -131,7 +131,7 @@ def _keywords(hint: Any) -> dict[str, Any]:
     if hint is bool:
         return {"type": true_or_false, "metavar": "true|false"}
 
-    # One of some texts; one value or more of one type; or one value.
+    # Literal: one of several texts. Sequence: one or more values. Anything else: one value.
     origin = get_origin(hint)
     if origin is Literal:
         return {"choices": get_args(hint)}

@@ -182,14 +182,14 @@ def read_json(file: Path) -> Any:
         UserError: If it is not JSON, not a regular file, or larger than ``MAX_JSON_BYTES``.
     """
     check_regular(file)
-    # By its size, before it is read; of a file that is not compressed this is enough.
+    # By its size, before it is read: these files are not compressed.
     if file.stat().st_size > MAX_JSON_BYTES:
         raise UserError(f"{file} has more than {MAX_JSON_BYTES // 2**20} MiB; it is too large for a file of settings")
     try:
         text = file.read_text(encoding="utf-8")
         return parse_json(text)
     except ValueError as error:
-        # Also of bytes that are not UTF-8, and of an integer of 5,000 digits.
+        # ValueError also covers bytes that are not UTF-8, and integers of 5,000 digits.
         raise UserError(f"{file} is not JSON: {error}") from error
 
 
@@ -290,7 +290,7 @@ def append_to(file: Path) -> TextIO:
     # Python's own open() has no O_NOFOLLOW. 0666 is the mode that it gives new files, less the umask.
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
     descriptor = os.open(file, flags, 0o666)
-    # Of a descriptor, "w" deletes nothing, and every write goes to the end.
+    # Opened from a descriptor, "w" does not truncate the file, and O_APPEND sends every write to its end.
     return open(descriptor, "w", encoding="utf-8")
 
 

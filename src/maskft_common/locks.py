@@ -71,7 +71,7 @@ def held(
 
 def _try_to_hold(folder: Path, name: str) -> Hold | None:
     """Lock the file; None if another process holds it, or has just removed it."""
-    # Imported here, because Windows does not have it.
+    # Imported here, because it is missing on Windows.
     import fcntl
 
     file = folder / name

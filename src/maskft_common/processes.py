@@ -22,7 +22,7 @@ COMMAND = "MASKFT_COMMAND"
 
 def rank() -> int:
     """Number of this process among those that a launcher started."""
-    # torchrun and accelerate set it. Before the processes have met, torch.distributed cannot say it.
+    # torchrun and accelerate set it, so that it is known before torch.distributed is initialised.
     return int(os.environ.get("RANK", "0"))
 
 

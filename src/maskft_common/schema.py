@@ -97,7 +97,7 @@ def _is_choice_of_union(part: str | int) -> bool:
 
 
 def _shown(value: Any) -> str:
-    # In at most 60 columns: a value may be a whole block of a recipe.
+    # Shortened: a value may be a whole block of a recipe.
     text = repr(value)
     if len(text) <= 60:
         return text
@@ -119,7 +119,7 @@ def _field_names(kind: Any, place: tuple) -> list[str]:
     # A key of a dict or an index of a list takes one part of the place, a union takes none.
     rest = place[1:] if get_origin(kind) in (dict, list) else place
     for part in get_args(kind):
-        # Of a union, the first branch that is a model. Other types, such as the keys of a dict, have no fields.
+        # For a union: the first branch that is a model. Other types, such as the keys of a dict, have no fields.
         names = _field_names(part, rest)
         if names:
             return names

@@ -96,7 +96,7 @@ def read_yaml(file: str | os.PathLike) -> Any:
         # Counted without replacing aliases, which could fill the memory.
         num_values = _num_values(content, {})
     except UserError as error:
-        # Of construct_mapping, which does not know the file.
+        # Raised by construct_mapping, which does not know the file.
         raise UserError(f"{os.fspath(file)}, {error}") from None
     except (ValueError, LookupError, yaml.YAMLError, RecursionError) as error:
         # ValueError: no UTF-8, an integer of 5,000 digits. LookupError: PyYAML's own constructors raise it for a tag

@@ -135,7 +135,7 @@ def _identity(
         text = example.get(column) or ""
         text.encode()
 
-    # Of the row as it is in the file and not of the example: the id is the same with as_chat and without.
+    # Taken from the row as it is in the file, not from the example: as_chat does not change the id.
     values = [row[column] for column in columns]
     # Sorted keys: a message is the same with its content before its role. Values that JSON does not have, such as dates
     # of a Parquet file, are hashed as text.

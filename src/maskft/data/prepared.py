@@ -155,7 +155,7 @@ def _write(folder: Path, prepared: Prepared) -> None:
             prepared.train.save_to_disk(partial / _TRAIN)
             prepared.heldout.save_to_disk(partial / _HELDOUT)
 
-            # Of all files so far; the report itself is checked by its structure.
+            # All files that were written so far; the report itself is checked by its structure.
             sha256 = {}
             for file in partial.rglob("*"):
                 if file.is_file():

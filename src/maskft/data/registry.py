@@ -15,7 +15,7 @@ from .formats import (
     from_system_question,
 )
 
-# Of Tulu 3's sets, which hold conversations.
+# The format of Tulu 3's sets: conversations.
 MESSAGES: Formats = {("messages",): from_messages}
 TULU_MIXTURE = "allenai/tulu-3-sft-mixture"
 

@@ -55,7 +55,7 @@ def tokenize_example(
     """
     text, spans, templated = _render_spans(example, tokenizer)
     input_ids = _encode(tokenizer, text, templated)
-    # Plain text: nothing else would teach the model to stop. A chat template writes its own end of turn.
+    # Plain text: without this token the model would not learn to stop. Chat templates write their own end of turn.
     if not templated:
         eos_token_id = tokenizer.eos_token_id
         if eos_token_id is None:

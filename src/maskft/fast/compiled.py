@@ -123,7 +123,7 @@ class _StraightThrough(torch.autograd.Function):
         gradient = score_gradient(grad, difference, scores, ctx.ranks_by)
         if slope is not None:
             gradient = gradient * slope
-        # One for each argument of forward(): of the scores alone there is a gradient.
+        # One value for each argument of forward(); only the scores have a gradient.
         return None, gradient, None, None, None, None
 
 

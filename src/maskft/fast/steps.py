@@ -11,7 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import compiled
 
-# Of this process, never reset: a count that began again could equal that of an older weight.
+# Never reset: a count that began again could equal that of an older weight.
 _num_steps = 0
 _is_watching = False
 

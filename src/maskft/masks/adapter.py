@@ -92,7 +92,7 @@ class MaskFiles(AdapterFiles):
             for kind in ("weight", "bias"):
                 state_dict.pop(f"{name}.base_layer.{kind}", None)
 
-            # A mask that was loaded for inference has none.
+            # A mask that was loaded for inference has no scores.
             scores_here = layers[name].mask_scores
             if adapter_name in scores_here:
                 key = f"{name}.mask_scores.{adapter_name}"
@@ -310,7 +310,7 @@ def _load_masks(
             _restore_scores(layer, adapter_name, scores[name])
             # PEFT warns of parameters that a file does not set; these are set already.
             once[f"{full_names[name]}.mask_scores.{adapter_name}"] = layer.mask_scores[adapter_name].data
-        # A masked weight that was kept is of the mask before.
+        # A cached masked weight belongs to the mask before.
         layer.masker.forget()
     return once
 

@@ -79,7 +79,7 @@ def encode_mask(mask: Tensor) -> Tensor:
     num_removed = int(removed.sum())
 
     payload, coding = _smallest(packed, removed.size, num_removed)
-    # Of the packed mask and not of the payload, so that masks are compared without decoding, whatever their coding is.
+    # Over the packed mask and not the payload: masks are compared without decoding, whatever their coding is.
     digest = _digest(mask.shape, num_removed, packed)
     header = _HEADER.pack(
         _MAGIC,
@@ -303,7 +303,7 @@ def _write_ans(
     coder.encode_reverse(symbols, _model(numel, num_removed))
     words: np.ndarray = coder.get_compressed()
     content = words.astype("<u4").tobytes()
-    # _read_ans fills up the last word. It is never 0 as a whole, so that no word is lost.
+    # _read_ans pads the last word again. The coder never ends in a zero word, so that no whole word is stripped.
     return content.rstrip(b"\0")
 
 
@@ -332,7 +332,7 @@ def _read_ans(
         count = min(_CHUNK, num_bytes - start)
         end = start + count
         packed[start:end] = coder.decode(model, count)
-    # A payload that was written for this mask is used up by it.
+    # Decoding uses up a valid payload exactly.
     if not coder.is_empty():
         raise ValueError("more words than weights")
     return packed

@@ -127,7 +127,7 @@ def combine_adapters(
         files.use_default_modes(partial)
         new_config.save_pretrained(str(partial))
 
-    # Without a fingerprint loading cannot tell whether the base is the right one, which the user is to know.
+    # Without a fingerprint, loading cannot tell whether the base is the right one: the summary says so.
     unchecked = "" if new_config.base_fingerprint else "; the base's fingerprint is not recorded"
     counts = "; ".join(f"{masks.num_removed:,}" for masks in mask_sets)
     return (

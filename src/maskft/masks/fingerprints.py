@@ -30,7 +30,7 @@ def check_base(layers: Iterable[MaskedLinear], config: Any) -> None:
     """
     # A list, because it may be an iterator and is read several times.
     layers = list(layers)
-    # Not recorded, as of a mask over float16: see MaskFiles.encode.
+    # Not recorded, for example for a mask over float16: see MaskFiles.encode.
     if config.base_fingerprint is None:
         return
     is_on_meta = any(layer.weight.device.type == "meta" for layer in layers)

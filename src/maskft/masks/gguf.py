@@ -192,7 +192,7 @@ def verify_gguf(
 
 def _masks_in(adapter: str | Path, head: GgufHead) -> _Masks:
     """The masks of an adapter, which must be the one in the file, with the codes that it removed."""
-    # Of any type: the file may be a stranger's.
+    # The value may have any type: the file may be a stranger's.
     found = head.metadata.get(_MASK)
     if found is None:
         raise UserError(f"{str(head.path)!r} holds no mask: maskft merge writes one into it")

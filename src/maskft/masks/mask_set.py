@@ -19,7 +19,7 @@ from .adapter import check_weights
 from .codec import FORMAT_VERSION, PREFIX, check_claims, decode_mask, is_of_mask
 from .fingerprints import mask_fingerprint
 
-# Of the keys of masks in the file.
+# How the keys of masks end in the file.
 _SUFFIX = ".mask_coded"
 
 
@@ -187,7 +187,7 @@ def read_coded(folder: str | Path) -> dict[str, Tensor]:
     try:
         tensors = safetensors.torch.load_file(str(file))
     except (SafetensorError, OSError) as error:
-        # Not of the header: a dtype that torch does not have, or a disk that fails.
+        # Beyond the header: a dtype that torch does not have, or a failing disk.
         raise _unreadable(file, error) from error
 
     # The file may also hold scores, which are left out here.

@@ -34,7 +34,7 @@ ONE_LINE = (
     AttributeError,
     OSError,
     SafetensorError,
-    # Of a regular expression in target_modules.
+    # For an invalid regular expression in target_modules.
     re.error,
 )
 
@@ -76,7 +76,7 @@ def one_line(adapter: str | Path, problem: str) -> Iterator[None]:
     try:
         yield
     except UserError:
-        # Ours, which is one line. It is a ValueError too, so that this clause comes first.
+        # Already one line. UserError is a ValueError, so this clause comes first.
         raise
     except ONE_LINE as error:
         kind = type(error).__name__
@@ -187,7 +187,7 @@ def adapter_tokenizer(
 
 def _probe(model) -> torch.Tensor:
     """Random token ids, the same at every call; shape (_PROBE_SEQUENCES, T)."""
-    # Of the embedding and not of the tokenizer, which may have fewer tokens.
+    # The size of the embedding; the tokenizer may have fewer tokens.
     embedding = model.get_input_embeddings()
     vocabulary = embedding.weight.shape[0]
     # At most as long as the model's context.
@@ -208,7 +208,7 @@ def _logits(model, ids: torch.Tensor) -> torch.Tensor:
 
 def _check_logits(written, probe: torch.Tensor, expected: torch.Tensor) -> None:
     """Raise unless the written checkpoint computes the same bits."""
-    # On the device of the masked model: another one rounds in another way.
+    # On the masked model's device: kernels of another device round differently.
     found = _logits(written.to(probe.device), probe)
     if not torch.equal(found, expected):
         raise UserError("the written checkpoint does not give the masked model's logits bit for bit; it was deleted")

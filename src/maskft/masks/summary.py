@@ -139,7 +139,7 @@ def _sum(rows: list[dict[str, Any]]) -> dict[str, Any]:
     total: dict[str, Any] = {}
     for key in _COUNTS:
         total[key] = sum(row[key] for row in rows)
-    # Of the sums: a mean of the modules' shares would count small modules as much as large ones.
+    # The ratio of the sums: a mean of the modules' shares would count small modules as much as large ones.
     total["sparsity"] = total["num_removed"] / total["numel"]
     return total
 
@@ -175,7 +175,7 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     """A row of the table as text; the total has no shape."""
     sizes = row.get("shape", ())
     shape = " x ".join(str(size) for size in sizes)
-    # Of the coded mask with its header; the scores that a file may hold are not counted.
+    # The coded mask with its header; scores that a file may hold are not counted.
     bits_per_weight = 8 * row["num_bytes"] / row["numel"]
     return (
         printable(row["module"]),

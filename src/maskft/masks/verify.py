@@ -43,7 +43,7 @@ def verify(adapter: str | Path, base: str | None = None) -> list[str]:
         for name, data in coded.items():
             decode_mask(data, name)
     passed.append("sha256 of every mask matches")
-    # From the headers, which the checksums include.
+    # The counts come from the headers, which the checksums cover.
     counts = _check_counts(module_rows(coded), config)
     passed.append(counts)
 
