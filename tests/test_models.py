@@ -203,6 +203,13 @@ def test_a_configuration_claims_no_more_layers_than_models_have(values, folder):
             load(str(folder))
 
 
+def test_a_template_that_is_not_utf_8_is_one_line(folder, tmp_path):
+    template = tmp_path / "chat.jinja"
+    template.write_bytes("{# für #}".encode("latin-1"))
+    with pytest.raises(UserError, match=r"chat_template_path '.*chat\.jinja' is not UTF-8 text: .* at byte 4"):
+        load_tokenizer(str(folder), str(template))
+
+
 def test_a_pickle_is_not_run(folder, tmp_path):
     class Attack:
         def __reduce__(self):

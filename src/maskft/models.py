@@ -288,7 +288,12 @@ def _read_template(file: str) -> str:
             f"chat_template_path {file!r} is not a .jinja file; a model that has a template keeps it in its "
             "chat_template.jinja"
         )
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"chat_template_path {file!r} is not UTF-8 text: {error.reason} at byte {error.start}; save it as UTF-8"
+        ) from None
 
 
 def check_tokenizer_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
