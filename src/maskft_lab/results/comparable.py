@@ -87,10 +87,12 @@ def pair_by_seed(
     Raises:
         UserError: If the two have no seed in common.
     """
+    # Before seeds are looked at: of single results the seed may be unknown, or different.
     if len(group) == len(baseline_group) == 1:
         return group, baseline_group
 
     # Which side has one result, if any has: its own seed counts as no noise.
+    # If both have several results, neither is single, and this choice has no effect.
     single = baseline_group
     others = group
     if len(group) == 1:
@@ -103,6 +105,7 @@ def pair_by_seed(
 
     seeds = _seeds_of(group)
     baseline_seeds = _seeds_of(baseline_group)
+    # Pairs share the seed, and with it the order of the data: an effect on both sides cancels in the difference.
     common = set(seeds) & set(baseline_seeds)
     if not common and is_single:
         raise UserError(
@@ -168,6 +171,7 @@ def seed_notes(
         baseline = of_baseline[0]["name"]
         num_given = len(groups[name]) + len(groups[baseline])
         num_paired = len(of_method) + len(of_baseline)
+        # Fewer than were given: seeds that the other lacks were left out.
         if num_paired < num_given:
             seeds_of_method = _seeds_of(of_method)
             seeds = ", ".join(str(seed) for seed in seeds_of_method)
@@ -287,6 +291,7 @@ def _mismatches(a: TaskRecord, b: TaskRecord) -> Iterator[str]:
         x = a.get(key)
         y = b.get(key)
         # A missing value is not known, and may be equal. Only for a chat template does it mean that none was used.
+        # Files of other programs leave some of these out.
         is_unknown = x is None or y is None
         if key == "chat_template_hash":
             is_unknown = False
@@ -304,6 +309,7 @@ def _mismatches(a: TaskRecord, b: TaskRecord) -> Iterator[str]:
 
         unit_a = metric_a["unit"]
         unit_b = metric_b["unit"]
+        # Both units were guessed, and only one model has values above 1.
         are_guessed = {unit_a, unit_b} == _GUESSED_UNITS
         if unit_a != unit_b and not are_guessed:
             yield f"different unit of {name}, {unit_a} and {unit_b}"
@@ -316,6 +322,7 @@ def _mismatches(a: TaskRecord, b: TaskRecord) -> Iterator[str]:
         if are_guessed:
             highest_a = _highest(a, name)
             highest_b = _highest(b, name)
+            # A rating of up to 10 may have been below 1 everywhere by chance. Above that, one of the two is in percent.
             low, high = sorted([highest_a, highest_b])
             if high > _LARGEST_RATING:
                 yield f"{name} goes up to {low:g} in one and up to {high:g} in the other (percent?)"
@@ -332,6 +339,7 @@ def _item_mismatches(a: TaskRecord, b: TaskRecord) -> Iterator[str]:
     """Return the differences between the items of a task, of each kind the first."""
     items_a = {item["id"]: item for item in a["items"]}
     items_b = {item["id"]: item for item in b["items"]}
+    # Without the same items nothing else can be compared item by item, so this is the only report.
     if items_a.keys() != items_b.keys():
         in_one = items_a.keys() ^ items_b.keys()
         # The first of them in the order of the files, since a set has none.
@@ -340,6 +348,7 @@ def _item_mismatches(a: TaskRecord, b: TaskRecord) -> Iterator[str]:
         yield f"different items, {len(items_a)} and {len(items_b)} of them, {first!r} in one only"
         return
 
+    # The ids are the same, so it is their prompts or references that differ.
     if a["items_fingerprint"] != b["items_fingerprint"]:
         yield "different prompts or references of the same items"
 
@@ -412,6 +421,7 @@ def unit_of(
         record = result["tasks"][task]
         units.add(record["metrics"][metric]["unit"])
     # A value above 1 in any result shows that it is not a fraction.
+    # Otherwise there is one unit, as `check_comparable` has made sure.
     if units == _GUESSED_UNITS:
         return "score"
     return units.pop()

@@ -58,6 +58,7 @@ def compare(
         UserError: If there is nothing to compare, a name is unknown, or items, prompts, shots or versions differ.
     """
     settings = settings or Settings()
+    # From here on the confidence is that of one look, which every interval and verdict uses.
     num_looks = settings.looks
     settings = settings.of_one_look()
 
@@ -79,11 +80,13 @@ def compare(
     for _, task, metric in pairs:
         if main[task] == metric:
             num_main += 1
+    # One number of resamples for both families, so that all differences are drawn alike.
     largest_family = max(num_main, len(pairs) - num_main)
     settings = settings.with_resamples(largest_family)
 
     # Measured one by one, then judged as families.
     paired: dict[str, Paired] = {}
+    # Paired once for all metrics: which seeds are common does not depend on the metric.
     for name in others:
         paired[name] = pair_by_seed(
             groups[name],
@@ -207,6 +210,7 @@ def _is_measured(
     metric: str,
 ) -> bool:
     """Whether all results of a group have a metric, with a value per item."""
+    # At every seed: a mean over some of them would be paired with other seeds.
     if having(group, task, metric) != group:
         return False
     of_task = [result["tasks"][task] for result in group]

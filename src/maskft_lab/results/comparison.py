@@ -58,6 +58,7 @@ class Settings:
     def of_one_look(self) -> Settings:
         """Return them with the confidence at which each of the looks is judged."""
         # Bonferroni: the looks share the probability of a false claim.
+        # Not a sequential design such as O'Brien and Fleming's, which needs the looks at planned shares of the data.
         alpha = (1 - self.confidence) / self.looks
         return replace(self, confidence=1 - alpha, looks=1)
 
@@ -234,6 +235,7 @@ class Comparison:
             ValueError: If it is not a comparison.
         """
         # Before all other checks: an earlier version has the same keys, with another meaning.
+        # Without a version it is None, which is another version too.
         version = record.get("schema_version")
         if version != SCHEMA_VERSION:
             found = f"a comparison has schema version {version}, this maskft reads {SCHEMA_VERSION}"

@@ -61,6 +61,7 @@ class Sample:
         num_seeds = self.diffs_SN.shape[0]
         if num_seeds > 1 or self.clusters is not None:
             return False
+        # One row on each side, which can be stacked: several seeds have returned above.
         both = np.stack([self.values_SN, self.baseline_SN])
         is_0_or_1 = np.isin(both, (0, 1))
         return bool(is_0_or_1.all())
@@ -99,6 +100,7 @@ class Measured:
         """The difference of each seed."""
         means: list[float] = []
         for diffs_N in self.sample.diffs_SN:
+            # Without clusters, which change the error and not the mean.
             mean, _ = weighted_mean(diffs_N, self.sample.weights)
             means.append(mean)
         return means
@@ -110,6 +112,7 @@ class Measured:
         of item that was not seen, and covers in 55 to 92 % there. For right and wrong it is then Tango's interval; for
         other shares the wider bounds of both.
         """
+        # Tango's interval below does not know of seeds: for several of them it only widens the bootstrap's, which does.
         low, high = self.drawn.interval(confidence)
         if self.is_at_edge:
             won, lost, num_units = _won_and_lost(self.drawn.block)
@@ -118,6 +121,7 @@ class Measured:
                 low, high = edge
             else:
                 # Tango's interval assumes independent 0/1 scores, and these are not.
+                # The wider of both covers at least as often as either.
                 low = min(edge.low, low)
                 high = max(edge.high, high)
         if self.unit == "fraction":
@@ -173,6 +177,7 @@ def sample_of(
     values_SN = item_values(of_method, task, metric)
     baseline_SN = item_values(of_baseline, task, metric)
     num_items = values_SN.shape[1]
+    # One item has no spread: nothing can be resampled.
     if num_items < 2:
         raise UserError(f"{metric} on {task} has 1 item, too few to compare: evaluate at least 2, better hundreds")
 
@@ -287,6 +292,8 @@ def difference_of(
     # Over the seeds first, all alike, then over the items by their weights.
     values_N = sample.values_SN.mean(axis=0)
     baseline_N = sample.baseline_SN.mean(axis=0)
+    # Both means are linear in the values, so their difference is that of the pairs up to rounding. Only the error needs
+    # the pairs.
     value, _ = weighted_mean(values_N, sample.weights)
     baseline_value, _ = weighted_mean(baseline_N, sample.weights)
 
@@ -297,9 +304,11 @@ def difference_of(
     is_identical_N = (sample.diffs_SN == 0).all(axis=0)
 
     num_clusters = None
+    # With clusters, they are the units of the block.
     if sample.clusters:
         num_clusters = measured.drawn.block.weights_N.size
     by_seed = None
+    # None for seeds that are drawn: this field also says that seeds are fixed.
     if num_seeds > 1 and sample.has_fixed_seeds:
         by_seed = measured.by_seed
 
@@ -349,12 +358,17 @@ def judge(
     alpha = 1 - confidence
 
     # Holm's correction decides which differences are claimed, max-T how wide their intervals are.
+    # Every p-value of the family is needed before any can be adjusted.
     p_values: list[float] = []
     noises: list[Noise] = []
     for row, measured in family:
         p_values.append(measured.p_value(confidence))
         noises.append(noise_of(measured.drawn, row.task))
+    # Holm's procedure controls the probability of any false claim. That it also controls false signs is proved for
+    # independent differences (Shaffer 1980; Finner 1999, https://doi.org/10.1214/aos/1018031111). For methods with a
+    # common baseline ``python -m benchmarks intervals`` counts them.
     adjusted = holm(p_values).tolist()
+    # The noise of the differences, not their values, decides the level, so it may be computed before the claims.
     level = simultaneous_level(noises, alpha, settings.seed)
 
     judged: list[Difference] = []
@@ -362,6 +376,7 @@ def judge(
         # Of this difference by itself, and simultaneous with all others of the family.
         unadjusted = measured.interval(confidence)
         simultaneous = unadjusted
+        # Equal for one comparison, or for differences that always vary together.
         if level < alpha:
             simultaneous = measured.interval(1 - level)
 
@@ -373,6 +388,7 @@ def judge(
 
         verdict = NOT_DISTINGUISHABLE
         if is_claimed:
+            # A loss is better where the difference is below zero.
             is_better = (row.difference > 0) == row.higher_is_better
             verdict = BETTER if is_better else WORSE
         with_verdict = replace(
@@ -398,6 +414,7 @@ def _agreeing(
     is_claimed: bool,
 ) -> Interval:
     """Return an interval that agrees with its verdict: without a claim it holds zero, with one it ends there."""
+    # Widening can only raise the coverage. Cutting at zero lowers it, so a cut interval promises the sign alone.
     low, high = interval
     if not is_claimed:
         low = min(low, 0.0)

@@ -35,6 +35,7 @@ def noise_of(drawn: Bootstrap, task: str) -> Noise:
     block = drawn.block
     # The difference is a weighted mean over units, so its error is the sum of these parts.
     shares_N = block.weights_N / block.weights_N.sum()
+    # Averaged over the seeds, whose own part is ``own_variance``.
     diffs_N = block.diffs_SN.mean(axis=0)
     centred_N = diffs_N - block.means_S.mean()
     part_N = shares_N * centred_N
@@ -58,7 +59,8 @@ def simultaneous_level(
     critical value of max-T (Westfall and Young 1993; Hothorn, Bretz and Westfall 2008,
     https://doi.org/10.1002/bimj.200810425), and the tail beyond it the level. Methods that share a baseline correlate,
     which makes the level higher than Bonferroni's ``alpha / m``. Seeds are too few for correlations and count as
-    independent, which for normal variables is the widest case (Šidák).
+    independent. For normal variables independence is the widest case (Šidák); beside the items' correlations it is the
+    wide side if seeds correlate with the same sign, as they do where methods share a baseline.
 
     Args:
         family: One entry per comparison, at least 1.
@@ -69,6 +71,7 @@ def simultaneous_level(
         A level in [alpha / m, alpha].
     """
     num_comparisons = len(family)
+    # Without a draw, so that a single comparison has exactly the level that was asked for.
     if num_comparisons == 1:
         return alpha
 
@@ -78,8 +81,11 @@ def simultaneous_level(
     root_JJ = _root(_correlation(family))
     draws_RJ = independent_RJ @ root_JJ.T
 
+    # All intervals hold together where the largest of the |T| is below the critical value.
     maxima_R = np.abs(draws_RJ).max(axis=1)
     critical = float(np.quantile(maxima_R, 1 - alpha))
+    # Only the level is taken from the normal law. Each interval is then read from its own resamples, stretched to this
+    # level (`Measured.interval`).
     level = 2 * stats.norm.sf(critical)
 
     # The draws have an error; these bounds hold exactly.
@@ -91,6 +97,7 @@ def _correlation(family: Sequence[Noise]) -> NDArray[np.float64]:
     """Return the correlations of the differences, shape (J, J)."""
     num_comparisons = len(family)
     covariance_JJ = np.empty((num_comparisons, num_comparisons))
+    # On one task, differences share their units. Over seeds only the variances are added, on the diagonal.
     for row, a in enumerate(family):
         for column, b in enumerate(family):
             covariance_JJ[row, column] = _covariance(a, b)
@@ -117,6 +124,8 @@ def _covariance(a: Noise, b: Noise) -> float:
     # Tasks have different items, whose noise is independent.
     if a.task != b.task:
         return 0.0
+    # Unit by unit: all differences of a task have the same items in the same order, and the same clusters
+    # (`check_comparable`, `item_values`).
     return float(a.part_N @ b.part_N)
 
 
@@ -126,6 +135,7 @@ def _root(correlation: NDArray[np.float64]) -> NDArray[np.float64]:
     R is the symmetric root, of which there is only one. Others would depend on the signs and the order of eigenvectors,
     which differ between processors.
     """
+    # Not Cholesky, which fails for a singular matrix.
     values, vectors = np.linalg.eigh(correlation)
     # Rounding may leave eigenvalues of a singular matrix slightly below 0.
     roots = np.sqrt(np.maximum(values, 0))

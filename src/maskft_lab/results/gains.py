@@ -26,6 +26,7 @@ def gains_of(differences: Sequence[Difference]) -> list[dict[str, Any]]:
     The gain is that in the first metric of the test that is a fraction, else in the first. Forgetting is measured by
     the loss of the probe, if it has one: when an ability is lost, accuracies no longer differ.
     """
+    # Names of probes begin with ``before: ``, all other tasks are tests.
     tests: list[Difference] = []
     of_probes: list[Difference] = []
     for row in differences:
@@ -70,6 +71,7 @@ def gains_of(differences: Sequence[Difference]) -> list[dict[str, Any]]:
 def _point(gain: Difference, kept: Difference) -> dict[str, Any]:
     """Return the point of a method, from its differences on the test and on a probe."""
     # Above 0: the method is better on the test, and worse on the probe.
+    # Differences are method minus baseline in the metric's own direction. Here both axes have a fixed direction.
     gain_sign = 1 if gain.higher_is_better else -1
     loss_sign = -1 if kept.higher_is_better else 1
     gained, gained_ends = _scaled(gain, gain_sign)
@@ -96,6 +98,7 @@ def _scaled(
     sign: int,
 ) -> tuple[float, list[float]]:
     """Return a difference and its interval, shares in points; ``sign`` -1 turns both around."""
+    # Points for shares, as in tables.
     scale = 100.0 if row.unit == "fraction" else 1.0
     scale = sign * scale
     ends = [scale * row.ci_low, scale * row.ci_high]

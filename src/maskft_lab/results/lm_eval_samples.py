@@ -26,6 +26,7 @@ from .schema import (
     metric_from_items,
 )
 
+# The date is that of the evaluation, with ``-`` where a time has ``:``. Names of tasks may have underscores.
 _FILE_NAME = re.compile(r"samples_(?P<task>.+?)_(?P<date>\d{4}-\d\d-\d\dT[\d.+-]+)\.jsonl(\.gz)?")
 _NEEDED = ("doc_id", "filter", "metrics", "doc_hash", "prompt_hash", "target_hash")
 _NO_FILTER = "none"
@@ -91,6 +92,7 @@ def read_samples(
 
         # Some settings are at the top of the file, others in its block `config`.
         config = summary.get("config") or {}
+        # Where both have one, that of the block counts.
         known = {**summary, **config}
         for key in _SETTINGS:
             if known.get(key) is not None:
@@ -126,6 +128,7 @@ def _task(
     summary: Mapping[str, Any],
 ) -> TaskRecord:
     """Return the metrics that are means of a number per item, with lm-eval's direction of each."""
+    # Either may lack the task, or hold null for it.
     items, questions = _items(file)
     directions = summary["higher_is_better"].get(task) or {}
     reported = summary["results"].get(task) or {}
@@ -134,6 +137,7 @@ def _task(
     names: dict[str, None] = {}
     for item in items:
         names |= dict.fromkeys(item)
+    # The id is not a metric, and every item has it.
     del names["id"]
 
     metrics = {}
@@ -151,6 +155,7 @@ def _task(
     if not metrics:
         raise UserError(f"{file}: no metric is a number per item, so there is nothing to compare")
 
+    # Without the metrics left out above: `check_result` raises for a metric of items whose values are not numbers.
     kept = ("id", *metrics)
     kept_items: list[Item] = []
     for item in items:
@@ -184,6 +189,7 @@ def _items(file: Path) -> tuple[list[Item], list[Item]]:
             raise UserError(f"{file}: no samples of lm-eval 0.4.5 or later, {missing[0]!r} is missing")
 
         # The hashes that lm-eval logs replace the texts: equal questions have equal hashes.
+        # A number in lm-eval's files; the schema has texts.
         identity = str(row["doc_id"])
         questions[identity] = {
             "id": identity,
@@ -228,9 +234,11 @@ def _is_mean(
     values: Sequence[Any],
 ) -> bool:
     """Whether lm-eval reports the mean over the items, where it reports anything (it does not for perplexities)."""
+    # In the summary every metric has the name of its filter, also where that is ``none``.
     key = name if "," in name else f"{name},{_NO_FILTER}"
     expected = reported.get(key)
     if not is_finite(expected):
         return True
+    # A corpus score, such as BLEU, logs a number or a pair of texts for each item, and its value is not their mean.
     mean = math.fsum(values) / len(values)
     return math.isclose(expected, mean, rel_tol=1e-6, abs_tol=1e-9)

@@ -107,6 +107,7 @@ def _fill(
     block = None
     for row in spec["rows"]:
         # A block begins with its heading.
+        # Rows without either have the heading None, with which ``block`` begins.
         heading = row.get("block", row.get("backbone"))
         if heading != block:
             block = heading
@@ -197,6 +198,8 @@ def _value(
     for task in asked["tasks"]:
         if task not in result["tasks"]:
             continue
+        # The first task that the result has decides, even without the metric: others are other variants of the
+        # benchmark.
         metrics = result["tasks"][task]["metrics"]
         for metric in asked["metrics"]:
             if metric in metrics:
@@ -243,6 +246,8 @@ def _of_backbone(results: Sequence[Result], backbone: str) -> list[Result]:
     Raises:
         UserError: If these are of several base models.
     """
+    # Results of the paper's own base model reproduce it. Those of another one are shown beside it, under its name in
+    # the caption.
     theirs = [result for result in results if _backbone(result) == backbone]
     if theirs:
         return theirs
@@ -251,6 +256,7 @@ def _of_backbone(results: Sequence[Result], backbone: str) -> list[Result]:
     bases: set[str] = set()
     for result in others:
         base = _base(result)
+        # A result with a variant is in no table, so its base model is no contradiction.
         if base and not result["training"].get("variant"):
             bases.add(base)
     if len(bases) > 1:
@@ -296,6 +302,7 @@ def _cell_text(cell: Cell) -> str:
     ours = NO_RESULT
     if cell.ours:
         ours = f"{statistics.fmean(cell.ours):.1f}"
+    # The standard deviation between seeds, not the standard error of their mean.
     if len(cell.ours) > 1:
         ours += f" ± {statistics.stdev(cell.ours):.2f}"
     return f"{theirs} / {ours}"

@@ -62,13 +62,17 @@ def proportion_interval(
 
     # The variance of the mean: residuals are summed within a cluster first, since they may depend on each other there.
     share = float(values_N.mean())
+    # Without the factor G / (G - 1) of G clusters, so that for 0/1 values without clusters the effective number is
+    # exactly N and the interval exactly Wilson's.
     residuals_G = np.bincount(labels_N, values_N - share)
     variance = float(residuals_G @ residuals_G) / values_N.size**2
 
     # The number of independent 0/1 items whose mean would have this variance.
+    # Infinite without any variance: the limits below then decide, or else the interval has no width.
     effective_num = math.inf
     if variance > 0:
         effective_num = share * (1 - share) / variance
+    # Few values that are not the median mean that the variance was estimated from a few items.
     num_not_median = np.count_nonzero(values_N != np.median(values_N))
     if is_at_edge(values_N, labels_N) or num_not_median < FEW:
         effective_num = min(effective_num, num_clusters)
@@ -76,6 +80,7 @@ def proportion_interval(
     # The variance between few clusters is itself uncertain, which the t distribution covers.
     tail = (1 + confidence) / 2
     if clusters is not None and num_clusters > 1:
+        # As Korn and Graubard do, with one degree of freedom less than there are clusters.
         z = float(stats.t.ppf(tail, num_clusters - 1))
     else:
         z = float(stats.norm.ppf(tail))
@@ -118,6 +123,8 @@ def tango_interval(
     tail = (1 + confidence) / 2
     z = float(stats.norm.ppf(tail))
     difference = (won - lost) / num_items
+    # The interval inverts the score test: its bounds are the differences at which the test just does not reject. There
+    # is no closed form, so they are found numerically.
     limit = 1 - 1e-12  # at -1 and 1 the variance of the score is 0
 
     def root(sign: int, end: float) -> float:
@@ -126,6 +133,7 @@ def tango_interval(
         Without such a difference the interval reaches the end of the range, -1 or 1.
         """
 
+        # Zero where the score is ``sign * z``.
         def score(delta: float) -> float:
             return tango_score(won, lost, num_items, delta) - sign * z
 
@@ -181,6 +189,7 @@ def _wilson(
     z: float,
 ) -> Interval:
     """Return Wilson's score interval; ``num_items`` may be a fraction, or infinite."""
+    # With infinitely many items all three corrections are 0, and the interval is the share alone.
     shrinkage = 1 + z * z / num_items
     # Between the share and one half, the closer to one half the fewer items there are.
     shift = z * z / (2 * num_items)

@@ -32,6 +32,7 @@ def read_all(paths: Iterable[str]) -> list[Result]:
     """
     results: list[Result] = []
     for text in paths:
+        # A folder may hold many results, all of which get the name that the user gave.
         name, path = _name_and_path(text)
         found = _files_of(path)
         # The files of a folder of lm-eval are tasks of one model; ours are a result each.
@@ -74,6 +75,7 @@ def check_output(output: str | None, results: Iterable[str]) -> None:
 def _name_and_path(text: str) -> tuple[str | None, Path]:
     """Split ``NAME=PATH``; the name is None where there is a path alone."""
     name, separator, path = text.partition("=")
+    # ``NAME=`` has a name and nothing to read.
     if not text or (separator and not path):
         raise UserError(f"{text!r} names no file: give a result, a folder of results, or NAME=PATH")
     if not separator or not name:
@@ -88,12 +90,14 @@ def _files_of(path: Path) -> list[Path]:
     """Return the files of a path, at least one; it need not exist."""
     if not path.is_dir():
         return [path]
+    # The folder of one result. Further results below it, such as the points of its path, are not meant.
     if (path / layout.RESULT).is_file():
         return [result_file(path)]
     samples = samples_in(path)
     if samples:
         return samples
 
+    # Sorted together, so that the order of models does not depend on the file system.
     plain = path.rglob("*.json")
     gzipped = path.rglob("*.json.gz")
     candidates = sorted([*plain, *gzipped])
@@ -121,4 +125,5 @@ def _is_result(file: Path) -> bool:
         content = parse_json(text)
     except (ValueError, OSError, EOFError, zlib.error):
         return False
+    # The word may have been in a text of another file.
     return isinstance(content, dict) and content.get("kind") == "evaluation"

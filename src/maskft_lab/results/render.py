@@ -42,6 +42,7 @@ MIN_NAME = 12  # characters of a name that a page's table leaves at least
 def render(comparison: Comparison, output_format: str) -> str:
     """Return a comparison as text: ``terminal`` is a page at most, every other form has all of it."""
     if output_format == "json":
+        # Everything, in the units of the metrics: other programs read it.
         record = comparison.to_dict()
         return to_json(record)
     if output_format == "terminal":
@@ -60,6 +61,7 @@ def render(comparison: Comparison, output_format: str) -> str:
     else:
         output_format = "markdown"
         lines = [f"- {markdown_text(text)}" for text in sentences]
+    # A table ends with a line break, so that joining them leaves a blank line between them.
     blocks = [draw(table, output_format) for table in tables]
     return "\n".join([*blocks, *lines]) + "\n"
 
@@ -136,6 +138,7 @@ def cross_domain_table(scores: Sequence[Score]) -> Table:
         task_names[score.task] = task_text(score)
 
     # Columns, the metrics of a task side by side: scores come model by model, so a task's may lie apart.
+    # A sort keeps the order of equals: metrics of one task stay as they came.
     tasks = list(task_names)
     places = sorted(units, key=lambda place: tasks.index(place[0]))
     labels = []
@@ -170,6 +173,7 @@ def _page(comparison: Comparison) -> str:
     behind an accuracy that is not distinguishable.
     """
     rows = comparison.differences
+    # One metric of each task, so that a study with many probes and metrics still fits.
     first = brief_metric(rows)
     places = _first_places(comparison, first)
     shown = [row for row in rows if row.place in places]
@@ -183,10 +187,13 @@ def _page(comparison: Comparison) -> str:
 
     lines = _page_lines(comparison, places)
     for place in _claiming_places(comparison, places):
+        # Drawn to be measured: how long a block is depends on the width of all others.
         longer = _page_lines(comparison, [*places, place])
         if len(longer) <= room:
             places.append(place)
             lines = longer
+    # The table may be longer than the room without any further metric. Rows that are cut off are counted in the last
+    # line.
     lines = lines[:room]
 
     tail.append(_left_out(comparison, lines))
@@ -210,6 +217,7 @@ def _first_places(comparison: Comparison, first: Place) -> list[Place]:
         places.append(brief_metric(of_task))
 
     in_rows = {row.place for row in rows}
+    # A comparison that was read from a file may have a verdict in a metric without a row.
     unique_places = dict.fromkeys(places)
     return [place for place in unique_places if place in in_rows]
 
@@ -239,6 +247,7 @@ def _page_sentences(
         rows = [row for row in of_first_method if row in shown]
         sentences = [sentence(row) for row in rows[:2]]
 
+    # Seeds that are fixed are not a sample, and two of them are as good as three.
     has_two_seeds = any(row.num_seeds == 2 for row in shown)
     if has_two_seeds and not comparison.fixed_seeds:
         sentences.append("Two seeds: 'not distinguishable' supports no claim over seeds.")
@@ -272,6 +281,7 @@ def _left_out(comparison: Comparison, lines: Sequence[str]) -> str:
     num_shown = 0
     num_shown_claims = 0
     for line in lines:
+        # The row of the baseline and headings end otherwise.
         num_shown += line.endswith((BETTER, WORSE, NOT_DISTINGUISHABLE))
         num_shown_claims += line.endswith((BETTER, WORSE))
 
@@ -292,6 +302,7 @@ def _left_out(comparison: Comparison, lines: Sequence[str]) -> str:
 
 def _page_table(comparison: Comparison, places: Sequence[Place]) -> Table:
     """Return a block of rows for each metric of a task, under its heading, with names cut where the page ends."""
+    # Masks are the subject of the page, so their rows come first in each block.
     masks = {verdict.parent.method for verdict in comparison.verdicts}
     table: list[tuple[str, ...]] = []
     for place in places:
@@ -313,6 +324,7 @@ def _page_table(comparison: Comparison, places: Sequence[Place]) -> Table:
 
     rows: list[tuple[str, ...]] = []
     for name, *cells in table:
+        # A heading spans all columns, and was cut to the page already.
         is_heading = not any(cells)
         shown = name if is_heading else _cut(name, width)
         rows.append((shown, *cells))

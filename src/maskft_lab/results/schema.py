@@ -213,6 +213,7 @@ def metric_from_items(
     for item in items:
         if name not in item:
             raise UserError(f"item {item.get('id')!r} has no {name!r}: give every item a number, or null")
+    # Python reads NaN and infinity, and integers beyond the floats, from JSON: none of them is a value.
     values = [item[name] for item in items]
     finite = [value for value in values if is_finite(value)]
 
@@ -259,6 +260,7 @@ def item_weights(
         num_tokens: object = item.get("num_tokens")  # of anyone's file, so of any type
         if not is_finite(num_tokens) or num_tokens <= 0:
             raise UserError(f"item {item.get('id')!r} has num_tokens {num_tokens!r}: {unit} needs a number above 0")
+    # Whole numbers as they are: numpy makes floats of them.
     return [item["num_tokens"] for item in items]
 
 
@@ -276,6 +278,7 @@ def cluster_ids(items: Sequence[Mapping[str, Any]]) -> list[str] | None:
     for item, each in zip(items, found, strict=True):
         if not isinstance(each, str | int):
             raise UserError(f"item {item.get('id')!r} has cluster_id {each!r}: give every item a text, or none of them")
+    # As texts: a file may have numbers and texts, which cannot be sorted together.
     return [str(each) for each in found]
 
 
@@ -296,6 +299,7 @@ def items_fingerprint(items: Iterable[Mapping[str, Any]]) -> str:
     # Sorted below, because files may have the same items in different orders.
     lines: list[str] = []
     for item in items:
+        # As JSON, which keeps the parts apart: joined texts could be equal with the parts divided in another way.
         question = [item["id"], item["prompt"], item["reference"]]
         lines.append(json.dumps(question, sort_keys=True))
     return digest("\n".join(sorted(lines)))
@@ -378,6 +382,7 @@ def check_result(
         version = result.get("schema_version")
     if not isinstance(version, int):
         raise UserError(f"{source}: not a result file, no schema_version: give one that `maskft evaluate` wrote")
+    # Version 1 is the first: there are no earlier ones to convert.
     if version > SCHEMA_VERSION:
         raise UserError(
             f"{source}: schema version {version} is newer than this maskft reads ({SCHEMA_VERSION}): upgrade maskft"
@@ -430,6 +435,7 @@ def _check_metric(
     items: list[Item],
 ) -> None:
     """Raise for values of items that are not numbers or out of range, and for a metric that is not their mean."""
+    # Items are checked one by one, so that the message names the first that is wrong.
     is_fraction = metric["unit"] == "fraction"
     for item in items:
         identity = item["id"]
@@ -446,6 +452,7 @@ def _check_metric(
         raise ValueError(f"{name} has num_items {metric['num_items']} for {len(items)} items")
 
     value = metric["value"]
+    # The mean alone is compared. Errors of an earlier version, or of another program, may be computed in another way.
     recomputed = metric_from_items(items, name, unit=metric["unit"])
     expected = recomputed["value"]
     if value is None or expected is None:

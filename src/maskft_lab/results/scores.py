@@ -34,6 +34,7 @@ def scores(
     Raises:
         UserError: If a name is unknown, or items, prompts, shots or versions differ.
     """
+    # The same checks as for a comparison: a table invites to compare its rows.
     groups = group_by_name(results)
     tasks, metrics = select(results, tasks, metrics, only_items=False)
     check_comparable(results, tasks)
@@ -89,6 +90,8 @@ def _score(
         value = values[0]
         stderr = task_record["metrics"][metric]["stderr"]
     else:
+        # Over seeds, and on these items: all seeds have the same ones, so the noise that seeds have in common is not in
+        # it. An interval of a difference has both parts (`Bootstrap`).
         value, stderr = weighted_mean(values)
 
     # Items are read only where they are needed: for the interval of a share, and for errors over items.
@@ -98,6 +101,7 @@ def _score(
     clusters = None
     items = task_record["items"]
     if is_share or is_over_items:
+        # Averaged over the seeds, so the interval below is over items, and does not contain the spread between seeds.
         values_N = _mean_items(group, task, metric)
     if values_N is not None:
         clusters = cluster_ids(items)

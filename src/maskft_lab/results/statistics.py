@@ -50,6 +50,8 @@ def weighted_mean(
     else:
         weights_N = np.asarray(weights, dtype=float)
     total_weight = weights_N.sum()
+    # With tokens as weights this is the loss over all tokens, not the mean of the items' losses: a long item counts
+    # more.
     mean = float(values_N @ weights_N / total_weight)
 
     # One item has no spread. Items that are all of one cluster are one, too.
@@ -58,9 +60,12 @@ def weighted_mean(
         return mean, math.nan
 
     # The residuals have mean 0 by construction, so their variance needs no second centring.
+    # Linearisation (delta method) of a ratio: valid where no few items hold most of the weight. Resampling, in
+    # `Bootstrap`, does not need it.
     residuals_N = weights_N * (values_N - mean) / weights_N.mean()
     # Near the largest float the squares overflow, and the error is infinite.
     with np.errstate(over="ignore"):
+        # n - 1 for the unbiased variance of an item, and n for that of the mean of n items.
         sum_of_squares = residuals_N @ residuals_N
         variance = sum_of_squares / (num_items - 1) / num_items
         stderr = float(np.sqrt(variance))
@@ -131,6 +136,7 @@ def as_block(
         weights_N = np.ones(num_items)
     else:
         weights_N = np.asarray(weights, dtype=float)
+    # Above 0, and not 0 as well: a resample that draws only items of weight 0 would have no mean.
     if weights_N.shape != (num_items,) or not (weights_N > 0).all():
         raise ValueError(f"weights of shape {weights_N.shape} for {num_items} items: give one weight > 0 per item")
     if not np.isfinite(diffs_SN).all():
@@ -141,6 +147,7 @@ def as_block(
     # Clusters by number: 0, 1, 2, ...
     clusters_N = np.asarray(clusters)
     _, labels_N = np.unique(clusters_N, return_inverse=True)
+    # One cluster is one independent unit, and one unit has no variance.
     if labels_N.shape != (num_items,) or labels_N.max() == 0:
         raise ValueError(f"{labels_N.size} items of {len(set(clusters))} clusters: errors need at least 2 clusters")
 
@@ -187,6 +194,7 @@ class Bootstrap:
         self.num_seeds = block.means_S.size
         self.between = 0.0
         self.interaction = 0.0
+        # With one seed both stay 0: a single pair of models has no spread over seeds to estimate.
         if self.num_seeds > 1:
             between, interaction = _variance_components(block.diffs_SN, block.weights_N)
             self.between = between
@@ -201,9 +209,13 @@ class Bootstrap:
         shape = (self.num_resamples, num_seeds)
         means_RS = np.empty(shape)  # of each seed, over the drawn units
         shares_RS = np.ones(shape)  # of each seed in the mean over the drawn seeds
+        # Weights are multiplied in before the draws. A resampled mean is then the ratio of two sums over drawn units,
+        # and each of these sums a product with the counts.
         weighted_NS = (block.diffs_SN * block.weights_N).T
 
         # In chunks, because the counts of all resamples at once would fill the memory.
+        # With several seeds, draws of items and of seeds alternate chunk by chunk, so another size of a chunk would
+        # give other resamples from the same random seed.
         chunk = max(1, MAX_CHUNK_COUNTS // num_units)
         for start in range(0, self.num_resamples, chunk):
             stop = min(start + chunk, self.num_resamples)
@@ -228,11 +240,14 @@ class Bootstrap:
     @property
     def seed_excess(self) -> float:
         """The part of the variance between seeds that the finite number of items does not explain."""
+        # By the method of moments: the difference of two estimated variances, which may be below 0 by chance.
         return max(0.0, self.between - self.interaction)
 
     def resamples(self, confidence: float) -> NDArray[np.float64]:
         """Return the resampled differences, shape (R,), stretched so that percentiles at ``confidence`` are right."""
         # A resample is a mean over drawn seeds of each seed's mean over drawn items.
+        # The variances add up to those of a crossed design: of the items over their number, and the excess of the seeds
+        # over theirs. The product of both deviations adds a third term, which makes the interval somewhat too wide.
         num_units = self.block.weights_N.size
         item_stretch = _stretch(num_units, confidence)
         values_RS = self.block.means_S + item_stretch * self._item_deviations
@@ -251,8 +266,11 @@ class Bootstrap:
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
         """Return the interval of the difference; ``confidence`` is its coverage, in (0, 1)."""
+        # Plain percentiles are valid where the resamples are spread around the difference as it is around the truth,
+        # which is nearly so for means of many items. Fewer than `FEW` items that differ have Tango's interval instead.
         lower_tail = (1 - confidence) / 2
         upper_tail = (1 + confidence) / 2
+        # Stretched anew for each level: towards the tails the quantiles of t grow faster than the normal ones.
         resampled_R = self.resamples(confidence)
         low, high = np.quantile(resampled_R, [lower_tail, upper_tail])
         return float(low), float(high)
@@ -265,14 +283,20 @@ class Bootstrap:
         that. With several seeds it is not below that of a t-test over the seeds' differences either: the stretch fits
         the resamples to one confidence, and further out, where Holm's correction looks, three seeds have no resamples.
         """
+        # The floor of a sign test. Units count as they enter the difference, averaged over the seeds.
         diffs_N = mean_over_seeds(self.block.diffs_SN)
         num_differing = np.count_nonzero(diffs_N)
         smallest_p = float(2.0 ** (1 - num_differing))
         if self.num_seeds > 1:
+            # Exact for few seeds if their differences are normal, which a few seeds cannot show.
             p_of_t_test = 2 * self._t_tail(abs(self.difference))
             smallest_p = max(smallest_p, p_of_t_test)
 
+        # Inverts the interval: p would be the smallest alpha at which it excludes 0, if the stretch were the same for
+        # every alpha. It is fitted to ``confidence``, so far out in the tails p is too small: 0.0046 in the place of
+        # 0.005 with 100 units, and 0.0014 with ten clusters.
         resampled_R = self.resamples(confidence)
+        # Resamples that are exactly 0 count on both sides: they are no evidence for either sign.
         num_below = (resampled_R <= 0).sum()
         num_above = (resampled_R >= 0).sum()
         num_beyond = min(num_below, num_above)
@@ -314,6 +338,7 @@ def mcnemar_exact(a: ArrayLike, b: ArrayLike) -> float:
     num_differing = won + lost
     if num_differing == 0:
         return 1.0
+    # The binomial distribution itself, and not the chi-squared approximation, which needs about 25 items that differ.
     test = stats.binomtest(won, num_differing, 0.5)
     return float(test.pvalue)
 
@@ -324,6 +349,8 @@ def holm(p_values: ArrayLike) -> NDArray[np.float64]:
 
     # From the smallest on, each p is multiplied by the number of hypotheses that are left. The running maximum keeps
     # their order: a larger p is never adjusted to a smaller one.
+    # Holm (1979) is valid for any dependence between the tests, such as that of methods with a common baseline. It
+    # rejects whatever Bonferroni rejects.
     order = np.argsort(p_values, kind="stable")
     num_left = np.arange(p_values.size, 0, -1)
     products = p_values[order] * num_left
@@ -347,6 +374,7 @@ def _variance_components(
     num_seeds, num_items = diffs_SN.shape
     total_weight = weights_N.sum()
     means_S = diffs_SN @ weights_N / total_weight
+    # Each seed is one observation: the unbiased variance, with S - 1.
     between = means_S.var(ddof=1)
 
     # The residuals of a two-way table: without the effects of its rows (seeds), then of its columns (items).
@@ -355,6 +383,8 @@ def _variance_components(
     residuals_SN = residuals_SN - residuals_SN.mean(axis=0)
 
     # Their variance over the number of items: what they add to the variance of a seed's mean.
+    # A model has one answer per item and seed, so interaction and the noise of a single answer are one term. Both
+    # vanish with more items, so they need not be told apart.
     degrees_of_freedom = (num_seeds - 1) * (num_items - 1)
     sum_of_squares = (residuals_SN**2).sum()
     interaction = sum_of_squares / (degrees_of_freedom * num_items)
@@ -390,4 +420,5 @@ def _resample_counts(
     drawn += first_of_row[:, None]
     counts = np.bincount(drawn.ravel(), minlength=rows * num_units)
     counts_RN = counts.reshape(rows, num_units)
+    # As floats, because numpy multiplies matrices of integers without BLAS.
     return counts_RN.astype(float)

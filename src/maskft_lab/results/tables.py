@@ -57,6 +57,8 @@ def draw(
         width: Columns of the terminal; by default those of the one that is used.
     """
     # Texts are escaped before they are measured: an escape may change their length.
+    # Each form has its own escapes: text for a terminal must not hold control characters, and text for Markdown no
+    # markup.
     if output_format == "terminal":
         cleaned = _cleaned(table, printable)
         return _terminal_table(cleaned, width or _terminal_width())
@@ -92,6 +94,7 @@ def markdown_cell(text: str) -> str:
 def latex_text(text: str) -> str:
     """Escape the characters that LaTeX reads as commands."""
     out: list[str] = []
+    # One pass over the characters: replacing one after another would escape the braces of earlier replacements again.
     for character in printable(text):
         out.append(_LATEX_SPECIAL.get(character, character))
     return "".join(out)
@@ -162,6 +165,7 @@ def _terminal_width() -> int:
 def _terminal_table(table: Table, width: int) -> str:
     """Return columns side by side; if the width is too small, further ones follow below, with the labels again."""
     # Headings may be longer than their column.
+    # Headings span columns, so they do not count.
     measured = [table.columns]
     measured += [row for row in table.rows if not _is_heading(row)]
     widths: list[int] = []
@@ -173,6 +177,7 @@ def _terminal_table(table: Table, width: int) -> str:
     blocks: list[list[int]] = []
     for index in range(1, len(widths)):
         # The first block, or one more where the last has no room.
+        # A column that is wider than the terminal gets a block to itself.
         if not blocks or _width_of([*blocks[-1], index], widths) > width:
             blocks.append([])
         blocks[-1].append(index)
@@ -182,6 +187,7 @@ def _terminal_table(table: Table, width: int) -> str:
     for block in blocks:
         drawn = []
         for row in (table.columns, *table.rows):
+            # A heading is longer than its column, and has no other cells that it could push aside.
             cells = [row[0].ljust(widths[0])]
             for index in block:
                 cells.append(row[index].rjust(widths[index]))

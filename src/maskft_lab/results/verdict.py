@@ -75,6 +75,7 @@ def brief_metric(differences: Sequence[Difference]) -> Place:
     accuracy before other metrics, and main metrics before others.
     """
     # An exact match that no model ever gets right says nothing about any of them.
+    # Chosen from the values of all models, and not from the sign of any difference, so the choice favours nobody.
     not_all_zero: set[Place] = set()
     for row in differences:
         if row.value or row.baseline_value:
@@ -114,6 +115,7 @@ def verdicts_on_masks(
     baseline = differences[0].baseline
 
     # Differences from the baseline on this task, by method and metric, and the models that have the metric.
+    # The metric of the verdict, and the others of its task: the loss may have to decide.
     from_baseline: dict[tuple[str, str], Row] = {}
     known = {baseline}
     for row in rows:
@@ -147,11 +149,14 @@ def verdicts_on_masks(
                 found[mask] = judged[mask, parent]
         return found
 
+    # First by the metric of the comparison, the same for all masks.
     metrics = dict.fromkeys(kin.parents, metric)
     of_parents = against_parents(metrics)
 
     # Where the metric cannot tell a mask from its parent, the loss decides. All masks are judged again then, because
     # they are one family, whose p-values and intervals depend on each other.
+    # Two looks at the data, but hardly two chances of a false claim: the first look claimed nothing, and could hardly
+    # have claimed anything, since fewer than `FEW` items were right (or wrong), or none differed.
     reasons: dict[str, str] = {}
     for mask, (difference, _) in of_parents.items():
         beside = [kin.parents[mask]]
@@ -167,6 +172,7 @@ def verdicts_on_masks(
         of_parents = against_parents(metrics)
 
     # The strongest control is chosen by its result. Holm's correction over all controls pays for the choice.
+    # A family apart from that of the parents: each of the two statements has its own error of at most alpha.
     of_controls = _judged(
         groups,
         kin.controls,
@@ -229,6 +235,7 @@ def silence(row: Difference) -> str | None:
 
     Two models that have nothing right, or everything, may still differ; so may two that answer every item alike.
     """
+    # Only accuracies have a floor and a ceiling. One that shows a difference does tell the two models apart.
     if row.unit != "fraction" or row.verdict != NOT_DISTINGUISHABLE:
         return None
 
@@ -240,6 +247,7 @@ def silence(row: Difference) -> str | None:
     is_at_floor = higher < FLOOR and num_right < FEW
     is_at_ceiling = lower > 1 - FLOOR and num_wrong < FEW
     if is_at_floor or is_at_ceiling:
+        # As the tables write them: two values that are printed alike are named once.
         scale, digits = scale_and_digits(row.unit)
         unit = unit_text(row.unit)
         value = f"{scale * row.value:.{digits}f} {unit}"
@@ -304,6 +312,7 @@ def _kin(
         # The model with the fingerprint of the mask's weights; without fingerprints, the baseline if it may be it.
         others = [name for name in names if name != mask]
         parents = [name for name in others if _all_paired(groups, mask, name, is_parent)]
+        # Several models may have the weights of the parent. The baseline is the first of them, if it is one.
         if parents:
             parent = parents[0]
         elif mask != baseline and _all_paired(groups, mask, baseline, _may_be_parent):
@@ -313,6 +322,7 @@ def _kin(
 
         kin.parents[mask] = parent
         for name in others:
+            # The parent has its own verdict, whatever it was trained on.
             if name != parent and _all_paired(groups, mask, name, _is_control):
                 kin.controls.append((mask, name))
     return kin
@@ -341,6 +351,7 @@ def _judged(
             with_metric.append(pair)
 
     # As many as Settings.with_resamples demands, which would raise where the user chose fewer.
+    # Pairs of masks and controls may be more than the differences of the table, for which the number was chosen.
     alpha = 1 - settings.confidence
     needed = round(4 * len(with_metric) / alpha)
     num_resamples = max(settings.num_resamples, needed)
@@ -407,6 +418,7 @@ def _all_paired(
     by_seed = {result["model"]["seed"]: result for result in of_mask}
     pairs: list[tuple[Result, Result]] = []
     for result in of_other:
+        # Only seeds that both have can be compared.
         seed = result["model"]["seed"]
         if seed in by_seed:
             pairs.append((result, by_seed[seed]))
@@ -433,6 +445,7 @@ def _may_be_parent(other: Result, mask: Result) -> bool:
 
 def _is_control(other: Result, mask: Result) -> bool:
     """Whether a model that is not a learned mask was trained from the mask's start on as many tokens."""
+    # Another learned mask is a rival, not a control.
     if other["model"]["method"] == MASK:
         return False
 
@@ -443,6 +456,7 @@ def _is_control(other: Result, mask: Result) -> bool:
 
     # Both count from the pre-trained model on, so the tokens of the common start are in both.
     num_tokens = _tokens_of(mask)
+    # Until the end of both runs, whichever checkpoint was kept: both could spend as much.
     difference = abs(_tokens_of(other) - num_tokens)
     return num_tokens > 0 and difference <= EQUAL_TOKENS * num_tokens
 
@@ -471,6 +485,7 @@ def _text(against: Sequence[Row], reason: str | None) -> str:
     for row, measured in against:
         by_seed = measured.by_seed
         is_claimed = row.verdict != NOT_DISTINGUISHABLE
+        # With one seed there is one difference, which has one sign.
         if is_claimed and min(by_seed) < 0 < max(by_seed):
             doubts += f"seeds differ in sign against {row.baseline} ({numbers_text(by_seed, row.unit)}); "
 
@@ -482,6 +497,7 @@ def _text(against: Sequence[Row], reason: str | None) -> str:
 def reworded(verdict: MaskVerdict) -> str:
     """Return a verdict in the words of this version: published ones keep their numbers, and their doubts."""
     # Doubts and reason were computed from items, which a published comparison does not have: its text is all there is.
+    # `match` begins at the start of the text: doubts come first, as `_text` writes them.
     doubts = _DOUBTS.match(verdict.text)
     reason = _REASON.search(verdict.text)
 
@@ -502,6 +518,7 @@ def _conclusion(
 ) -> str:
     """Return the conclusion, then the differences from parent and control."""
     # The conclusion, the reason where the loss decides, then the numbers.
+    # A verdict without a control has None in the place of the second one.
     if control is None:
         said = _CONCLUSIONS[parent.verdict, None]
     else:

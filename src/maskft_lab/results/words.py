@@ -29,6 +29,7 @@ def sentence(row: Difference) -> str:
     if row.num_clusters:
         where += f", {row.num_clusters:,} clusters"
 
+    # Holm decides the verdict, so the simultaneous interval comes first.
     unit = points_or_unit(row.unit)
     difference = difference_text(row, unit) + _unadjusted_text(row)
 
@@ -56,6 +57,7 @@ def difference_text(row: Difference, unit: str = "") -> str:
     """
     bounds = (row.ci_low, row.ci_high)
     text = _with_interval(row, bounds, unit)
+    # Of one comparison both intervals are the same, and nothing has to be said.
     is_unadjusted = row.num_comparisons > 1 and row.unadjusted_low is None
     if is_unadjusted:
         text += " unadjusted"
@@ -66,6 +68,7 @@ def is_alike(row: Difference) -> bool:
     """Tell whether two models agree on every item at every seed, as far as that is known."""
     if row.difference != 0:
         return False
+    # At every seed: seeds that cancel each other leave a difference of 0 between models that are not alike.
     if row.num_identical is not None:
         return row.num_identical == row.num_items
     # Published comparisons count ties of the means over seeds alone: of one result these are the items.
@@ -93,6 +96,7 @@ def _with_interval(
     unit: str = "",
 ) -> str:
     """Return a difference and bounds, with enough decimals that only a zero is written as zero."""
+    # One number of decimals for all three numbers, in percent for shares.
     scale, digits = scale_and_digits(row.unit)
     numbers = [scale * number for number in (row.difference, *bounds)]
 
@@ -112,6 +116,7 @@ def _with_interval(
         return f"{text} (no interval)"
 
     # A claimed difference is not zero, so a bound at zero is open: the sign is claimed and no size.
+    # Compared after rounding: a bound that is printed as zero gets the bracket of zero.
     is_claimed = row.verdict != NOT_DISTINGUISHABLE
     left = "(" if is_claimed and low == 0 else "["
     right = ")" if is_claimed and high == 0 else "]"
@@ -137,6 +142,7 @@ def score_text(score: Score) -> str:
     value = f"{scale * score.value:.{digits}f}"
 
     # Both bounds are None or neither is; mypy needs both checks.
+    # An interval instead of an error where the error says nothing.
     has_interval = shows_interval(score)
     if has_interval and score.low is not None and score.high is not None:
         low = f"{scale * score.low:.{digits}f}"
