@@ -56,7 +56,9 @@ def code_lengths(
 
 def complexity_term(code_length: float, num_rows: int | None) -> float:
     """Phi of Eq. 6, of a code length in bits (as the paper puts it), for at least 2 training rows."""
+    # Below 2 rows the denominator is 0 or negative.
     check_num_rows(num_rows)
+    # As printed, with C in bits beside a natural logarithm. In nats, the code length would be ln 2 = 0.69 of it.
     numerator = code_length + math.log(1 / DELTA)
     denominator = 2 * (num_rows - 1)
     return math.sqrt(numerator / denominator)
@@ -111,6 +113,7 @@ def upper_bounds(
         "delta_train": delta_train,
         "delta_complexity": delta_complexity,
         "difference": delta_train + delta_complexity,
+        # The losses are above 0, so a Phi that is too large alone makes the bound too large.
         "is_vacuous": min(phi_full, phi_mask) > loss_of_guessing,
     }
 
@@ -125,6 +128,7 @@ def stable_training_loss(history: Sequence[Mapping], until_step: int | None = No
     for row in history:
         # Rows of held-out losses have no training loss.
         is_in_time = until_step is None or row["step"] <= until_step
+        # Losses after the best checkpoint are of weights that were not kept.
         if "loss" in row and is_in_time:
             losses.append(row["loss"])
     if not losses:
@@ -158,6 +162,7 @@ def analyse_bound(
     loss_full, loss_mask = losses
     num_weights, vocab_size = size
     masks = masks_of(adapter)
+    # All removed weights are in masked matrices, so z is the same for both sizes.
     z = masks.num_removed
 
     # Over all weights of the model, where those that the mask does not cover count as kept, and over the masked

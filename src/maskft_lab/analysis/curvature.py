@@ -85,6 +85,7 @@ def hessian_products(
         for name, child in list(parent.named_children()):
             # By name: torch's, and the copy of it that transformers has.
             kind = type(child).__name__
+            # A Hessian-vector product differentiates the gradient once more, in forward mode.
             if kind in ("SiLU", "SiLUActivation"):
                 setattr(parent, name, _SiLU())
 
@@ -114,6 +115,7 @@ def operator_product(
     targets: Tensor,
 ) -> Product:
     """Hessian-vector product of ``loss(model(inputs), targets)`` in ``parameters``, at their present values."""
+    # Imported here, because curvlinops is an extra and the other analyses do without it.
     check_curvlinops()
     from curvlinops import HessianLinearOperator
 
@@ -165,6 +167,8 @@ def quadratic_forms(
         # By its number, so that a resumed run draws the same probes.
         generator = np.random.default_rng([seed, index])
         signs = generator.choice([-1.0, 1.0], len(kept))
+        # Signs have mean 0 and variance 1, so the mean of z^T H z is the trace of P H P (Hutchinson). P is not applied
+        # to the product, because z is 0 wherever P is.
         z = kept * signs
         forms_of_batches: list[float] = []
         for product in products:
@@ -175,6 +179,7 @@ def quadratic_forms(
     forms = []
     for index in range(num_probes):
         compute = functools.partial(forms_of, index)
+        # Computed only if an earlier run, which was killed, has not kept it.
         forms.append(pieces.get(f"{name} {index}", compute))
         on_probe()
     return np.array(forms)
@@ -192,8 +197,10 @@ def trace_estimate(forms: np.ndarray, shares: np.ndarray) -> dict[str, float | N
         ``stderr_rows``, over rows, from the spread between batches (None for one batch).
     """
     num_probes, num_batches = forms.shape
+    # The Hessian of the mean loss is the mean of the batches' Hessians, by their tokens.
     per_probe = forms @ shares  # (probes,)
     stderr_probes = None
+    # Probes are independent draws: the usual standard error of a mean.
     if num_probes > 1:
         deviation = per_probe.std(ddof=1)
         stderr_probes = float(deviation / num_probes**0.5)
@@ -230,7 +237,8 @@ def largest_eigenvalue(
     """
 
     def apply(vector: np.ndarray) -> np.ndarray:
-        # P is diagonal, 1 for kept entries and 0 for others: P v is kept * v.
+        # P is diagonal, 1 for kept entries and 0 for others: P v is kept * v. scipy may pass a vector or a matrix of
+        # one column.
         inner = kept * vector.reshape(-1)
         mean = np.zeros_like(inner)
         for share, product in zip(shares, products, strict=True):
@@ -261,6 +269,7 @@ def largest_eigenvalue(
         ) from error
 
     # To first order, a perturbation dH changes the eigenvalue by v^T dH v, v the eigenvector of length 1.
+    # The second vector is that of the larger eigenvalue. Rounding may have left it small values at removed entries.
     v = kept * vectors[:, 1]
     forms = [v @ product(v) for product in products]
     stderr_rows = None
@@ -319,6 +328,7 @@ def analyse_curvature(
     model = load_model(start, "float32", attn_implementation="eager")
     model = model.to(sampling.device).eval()
     batches = make_batches(rows, sampling.batch_size, sampling.device)
+    # Once for all four Hessians: the products read the model's weights when they are called.
     products = hessian_products(model, names, batches)
     shares = _token_shares(batches)
 
@@ -340,6 +350,7 @@ def analyse_curvature(
 
     def measure(name: str, diagonal: np.ndarray) -> None:
         """Compute trace and eigenvalues of one Hessian at the model's present weights."""
+        # The same seed for all four: the difference of two Hessians is then measured with the same probes.
         forms[name] = quadratic_forms(
             products,
             diagonal,

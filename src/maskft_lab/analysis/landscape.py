@@ -52,6 +52,7 @@ def plane_through(
     divisor = max(length_u, 1e-30)  # keeps u finite if first and second are equal, which is reported below
     for name in u:
         u[name] = u[name] / divisor
+    # The coordinate of the third model along u, before this part is removed.
     along = _dot(u, v)
     for name in v:
         v[name] = v[name] - along * u[name]
@@ -63,6 +64,7 @@ def plane_through(
     for name in v:
         v[name] = v[name] / length_v
 
+    # The first is the origin, the second lies on the axis of u, the third has a part along each.
     coordinates = [
         [0.0, 0.0],
         [length_u, 0.0],
@@ -82,6 +84,7 @@ def set_weights(
     The same amounts give the same bits, in whatever order points are visited; amounts of 0 give ``center``.
     """
     for name, parameter in model.named_parameters():
+        # From the centre each time, and not from the point before: sums of steps there and back would round.
         parameter.copy_(center[name])
         for amount, direction in steps:
             # Adding 0 would make +0.0 of -0.0.
@@ -115,6 +118,7 @@ def analyse_landscape(
         UserError: If the models differ in architecture, or a loss is not finite.
     """
     check_grid(grid)
+    # The rows themselves would make the record as large as the data.
     rows_digests: dict[str, str] = {}
     for split, rows_of_split in rows.items():
         rows_digests[split] = digest(rows_of_split)
@@ -130,6 +134,7 @@ def analyse_landscape(
 
     # The plane through the three models.
     best, end, adapter = models
+    # Read first: an adapter that this analysis refuses should not cost the load of two models.
     masks = masks_of(adapter)
     model = load_model(best, "float32")
     model = model.to(sampling.device).eval()
@@ -149,6 +154,7 @@ def analyse_landscape(
         set_weights(model, origin, steps)
         losses: dict[str, float] = {}
         for split, rows_of_split in rows.items():
+            # Per supervised token over all rows, as training reports held-out losses.
             nll = nll_per_item(model, rows_of_split, batch_size=sampling.batch_size)
             losses[split] = mean_nll(nll)
         return losses
@@ -188,6 +194,7 @@ def _axes(coordinates: np.ndarray, grid: int) -> tuple[list[float], list[float]]
     """Both coordinates of a grid's points: the models, with coordinates (3, 2), and a margin around them."""
     low = coordinates.min(0)
     high = coordinates.max(0)
+    # For each axis its own, (2,).
     margin = MARGIN * (high - low)
     start = low - margin
     stop = high + margin

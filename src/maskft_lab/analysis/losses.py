@@ -72,6 +72,7 @@ def load_rows(
     out = {}
     for split in SPLITS:
         data = load_from_disk(str(folder / split))
+        # Other columns, such as texts, would be copied into memory below.
         data = data.select_columns(["input_ids", "labels"])
         # A generator for each split: the rows of one do not depend on how many the other has.
         generator = torch.Generator().manual_seed(seed)
@@ -95,6 +96,7 @@ def make_batches(
     # The attention mask of `pad` is not needed: the labels of padding are ignored, and nothing attends to it.
     batches: list[Batch] = []
     for start in range(0, len(rows), batch_size):
+        # The last batch may be smaller.
         batch = rows[start : start + batch_size]
         ids = [row["input_ids"] for row in batch]
         labels = [row["labels"] for row in batch]

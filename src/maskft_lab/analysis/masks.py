@@ -25,6 +25,8 @@ def masks_of(adapter: str) -> MaskSet:
         UserError: If the model with these weights at 0 is not the one that was trained.
     """
     config = read_config(adapter)
+    # Analyses multiply the base's weights by the mask, which is not the trained model if removed weights have another
+    # value, or other modules were trained too.
     if config.removed_value != "zero" or config.weights_sha256:
         raise UserError(
             f"{adapter!r} does not only set weights to 0 (removed_value, or modules_to_save), and this analysis is of "
@@ -85,8 +87,10 @@ def shares_by_head(
         # The 3 of model.layers.3.self_attn.q_proj.
         numbers = [part for part in parts if part.isdigit()]
         layer = numbers[0] if numbers else "other"
+        # With grouped-query attention, K and V have fewer heads than Q.
         num_blocks = num_heads if kind == "q_proj" else num_kv_heads
 
+        # Expanded to query heads, so that Q, K and V can be averaged head by head.
         shares_of_matrix = head_shares(mask, num_blocks, num_heads)
         shares_of_layer = shares.setdefault(layer, [])
         shares_of_layer.append(shares_of_matrix.tolist())
@@ -118,6 +122,7 @@ def _variance_by_chance(mask: Tensor, num_blocks: int) -> float:
     variance p (1 - p) / n * (N - n) / (N - 1).
     """
     is_removed = ~mask
+    # In float64: a float32 mean of millions of entries loses digits.
     p = float(is_removed.double().mean())
     total = mask.numel()
     size = total // num_blocks
@@ -159,6 +164,7 @@ def analyse_masks(
         adapter_digest = digest_folder(adapter)
         start_digest = digest_folder(start)
         digests[name] = [adapter_digest, start_digest]
+    # The start as well as the adapter: the number of heads is from the configuration of the start.
     settings: dict[str, Any] = {
         "what": "masks by head",
         "masks": digests,

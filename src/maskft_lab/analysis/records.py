@@ -44,6 +44,7 @@ def write_record(
     Raises:
         UserError: If a number is NaN or infinite; nothing is written then.
     """
+    # First in the file, so that a reader sees at once under which settings the numbers were computed.
     content = {"settings": _with_version(settings), **record}
     # JSON has no NaN; Python would write one that other readers refuse.
     try:
@@ -79,6 +80,7 @@ def is_finished(file: Path, settings: Mapping) -> bool:
     # As JSON gives them back: a tuple becomes a list.
     settings_text = json.dumps(_with_version(settings))
     wanted = json.loads(settings_text)
+    # A file that is damaged raises, and is not overwritten: it may hold hours of computation.
     found = read_record(file).get("settings")
     return found == wanted
 

@@ -54,6 +54,7 @@ class TrainedRun:
     def best_step(self) -> int | None:
         """Step of the model that was evaluated, which may be another point of the run's path than the best."""
         step = self.summary.get("best_step")
+        # The result says which checkpoint was measured. A study may have chosen another than training's own best.
         if BEST in self.results:
             step = self.results[BEST]["study"]["best_step"]
         if step is None:
@@ -98,6 +99,7 @@ def read_study(
 
     unique_bases = dict.fromkeys(run.base for run in runs)  # a set would lose the order of the runs
     bases = list(unique_bases)
+    # Losses of different base models are over different vocabularies, and have no common scale.
     if base is None and len(bases) > 1:
         raise UserError(f"runs of different base models cannot be compared ({', '.join(bases)}): name one with --base")
     base = _known("base model", base or bases[0], bases)
@@ -185,6 +187,7 @@ def find_mask(runs: Sequence[TrainedRun], wanted: str | None = None) -> TrainedR
         names += [run.name, run.id]
     unique_names = list(dict.fromkeys(names))  # seeds share a name
     name = _known("mask", wanted or masks[0].name, unique_names)
+    # An id is of one run; a name is of all seeds of a method.
     candidates = [run for run in masks if name in (run.id, run.name)]
     return min(candidates, key=lambda run: run.seed or 0)
 
@@ -233,6 +236,7 @@ def full_run(mask: TrainedRun, runs: Sequence[TrainedRun]) -> TrainedRun:
 
 def _identity(run_id: str) -> str:
     """The hash in a run's id: studies that share a folder share runs, and each may name the method differently."""
+    # METHOD-sSEED-HASH: the hash is of the settings, so equal runs have equal hashes.
     found = re.search(r"-([0-9a-f]{10})$", run_id)
     return found[1] if found else run_id
 
@@ -262,6 +266,7 @@ def _from_record(
 ) -> TrainedRun:
     """The run of a ``run.json``, with its training history and results."""
     record = files.read_json(file)
+    # Missing where nothing was trained.
     training = _read_if_there(file.parent / layout.TRAINING)
 
     models: dict[str, str] = {}
