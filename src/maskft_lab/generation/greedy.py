@@ -109,6 +109,7 @@ def greedy_generate(
     max_new_tokens = bounds.max_new_tokens
     check_context(model, longest, max_new_tokens, bounds.option)
 
+    # Settings first: they are compared in no time, while the attention is tried with forward passes.
     is_known = _settings_are_known(model) and _attention_is_known(model)
     num_shared = shared_prefix_length(prompts) if is_known else 0
 
@@ -168,6 +169,7 @@ def check_context(
 
 def shared_prefix_length(prompts: Sequence[Sequence[int]]) -> int:
     """Return the length of the prefix that all prompts share; at least one token of each prompt is not part of it."""
+    # One prompt shares nothing, and reading it twice, as prefix and rest, saves nothing.
     if len(prompts) < 2:
         return 0
 
@@ -208,6 +210,7 @@ def memory_bound_rows(
 
     # Keys and values of all layers.
     key_size = config.num_hidden_layers * num_kv_heads * head_size
+    # 2: keys and values.
     cache_bytes_per_token = 2 * key_size * itemsize
     max_tokens = num_tokens + max_new_tokens
     cache_bytes = cache_bytes_per_token * max_tokens
@@ -222,6 +225,7 @@ def memory_bound_rows(
 
     # Twice the cache: when that of a batch grows, it is copied.
     row_bytes = 2 * cache_bytes + activation_bytes + logit_bytes
+    # Half, because this is an estimate, and other processes may take memory meanwhile.
     usable_bytes = free_memory_bytes(model.device) / 2
     num_rows = int(usable_bytes // row_bytes)
     return max(1, min(MAX_BATCH_SIZE, num_rows))
@@ -230,6 +234,8 @@ def memory_bound_rows(
 def free_memory_bytes(device: torch.device) -> int:
     """Memory free for new tensors on ``device``, in bytes."""
     if device.type == "cuda":
+        # Of the device, not of this process. Memory that torch has cached and does not use counts as taken, so that the
+        # estimate errs on the safe side.
         free_bytes, _ = torch.cuda.mem_get_info(device)
         return free_bytes
     return psutil.virtual_memory().available
@@ -253,6 +259,8 @@ class _Job:
         self.on_answer = on_answer
         self.out = [""] * len(prompts)
 
+        # Many base models have no padding token. Any token will do, because padding is masked; the end of text is also
+        # dropped when answers are decoded.
         self.pad_id = tokenizer.pad_token_id
         if self.pad_id is None:
             self.pad_id = tokenizer.eos_token_id
@@ -273,6 +281,8 @@ class _Job:
             num_bytes = len(stop.encode())
             self.lookback = max(self.lookback, num_bytes)
 
+        # In the order in which transformers applies them: a penalty changes logits that the ban on n-grams then
+        # removes.
         self.processors: list = []
         if config.repetition_penalty not in (None, 1.0):
             self.processors.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
@@ -298,6 +308,7 @@ class _Job:
 
     def is_over(self, tokens: list[int]) -> bool:
         """Whether the answer ``tokens`` ends with its last token."""
+        # The conditions that cost nothing first: decoding is slow.
         if tokens[-1] in self.eos_ids:
             return True
         if len(tokens) >= self.bounds.max_new_tokens:
@@ -316,6 +327,7 @@ class _Job:
         tokens: list[int],
     ) -> None:
         """Decode the answer of one prompt, cut it before the first stop string, and keep it."""
+        # All of it at once: tokens decoded one by one would lose spaces and characters of several tokens.
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
         ends = [text.find(stop) for stop in self.stop_strings]
         found = [end for end in ends if end >= 0]
@@ -347,6 +359,7 @@ def _generate_in_rows(
     lengths = [len(prompt) for prompt in job.prompts]
     # One batch of all prompts: their indices, the longest prompt first.
     (order,) = length_sorted_batches(lengths, len(lengths))
+    # The longest first: later prompts fit into the room of earlier ones, and too little memory shows at once.
     waiting = deque(order)
     refill_below = batch_size - batch_size // 8
 
@@ -356,6 +369,7 @@ def _generate_in_rows(
         # New prompts take the free places once an eighth of the batch is free: reading one at a time is slow.
         if waiting and num_open < refill_below:
             first = num_open
+            # Rows that are done are only dropped here. Until then they may fill up a step, see below.
             del rows[first:]
             while waiting and len(rows) < batch_size:
                 index = waiting.popleft()
@@ -373,6 +387,7 @@ def _generate_in_rows(
             computed_ids = [row.ids for row in rows[:num_computed]]
             logits_BV = cache.step(computed_ids)
 
+        # After `add` the new rows only: the open ones before them have no new logits.
         open_ids = [row.ids for row in rows[first:num_open]]
         tokens = job.next_tokens(open_ids, logits_BV)
         # From the last to the first, so that a row which is done can change places with the last open one.
@@ -404,6 +419,7 @@ def _attention_is_known(model) -> bool:
 
     Logits with a shared prefix, rows of two lengths and one step must be those of the plain forward pass.
     """
+    # Random tokens: no real text would do for every vocabulary. Their generator leaves torch's own untouched.
     vocab_size = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     ids_T = torch.randint(0, vocab_size, (PROBE_TOKENS,), generator=generator)
@@ -419,6 +435,7 @@ def _attention_is_known(model) -> bool:
         plain = model(input_ids=ids_1T, use_cache=False)
         plain_TV = plain.logits[0].float()
         # After the two prompts that are added below, and after the step.
+        # Logits at position t come from the tokens up to t, so those after n tokens are at n - 1.
         places = [
             len(ids) - 2,
             len(shorter) - 2,
@@ -427,6 +444,7 @@ def _attention_is_known(model) -> bool:
         expected_NV = plain_TV[places]
 
         with attention(model):
+            # A prefix shorter than both prompts, so that all three forward passes of the cache are tried.
             prefix = ids[: PROBE_TOKENS // 2]
             prompts = [ids[:-1], shorter[:-1]]
             cache = RowCache(model, len(prompts), prefix)
@@ -439,6 +457,7 @@ def _attention_is_known(model) -> bool:
 
     # Two kernels round differently. A wrong mask or position moves the logits by far more than this tolerance.
     errors_N = (found_NV - expected_NV).abs().mean(1)
+    # Relative to the spread of the logits, whose scale differs between models.
     tolerance = 0.02 * expected_NV.std()
     return bool((errors_N <= tolerance).all())
 

@@ -67,6 +67,7 @@ class BatchedLM(HFLM):
             if is_greedy and is_known:
                 answers = self._generate_greedily(group, settings)
             else:
+                # lm-eval sorts the requests by length, and returns the answers in the order given.
                 answers = super().generate_until(group, disable_tqdm)
             for index, answer in zip(indices, answers, strict=True):
                 out[index] = answer
@@ -84,6 +85,7 @@ class BatchedLM(HFLM):
         """
         max_new_tokens = settings["max_gen_toks"]
         task_name = requests[0].task_name
+        # ``ids[-n:]`` below would be the whole prompt for n = 0.
         max_prompt_tokens = self.max_length - max_new_tokens
         if max_prompt_tokens < 1:
             raise UserError(
@@ -124,6 +126,7 @@ class BatchedLM(HFLM):
             )
 
     def _prompt_ids(self, text: str) -> list[int]:
+        # lm-eval's own encoding, so that special tokens are added exactly where it adds them.
         ids_1T, _ = self.tok_batch_encode([text])
         return ids_1T[0].tolist()
 
@@ -147,6 +150,8 @@ class BatchedLM(HFLM):
         pos: int = 0,
     ) -> int:
         """Rows for log-likelihoods, by a bound on memory; lm-eval itself tries until memory runs out."""
+        # Without a request to look at, the longest that the model can read. lm-eval calls this with its requests sorted
+        # by length, so that the one at ``pos`` is the longest of those that follow.
         num_tokens = self.max_length
         if requests:
             _, context_ids, continuation_ids = requests[pos]

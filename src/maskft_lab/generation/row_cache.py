@@ -55,6 +55,7 @@ class RowCache:
         # Layer -> keys and values of the rows, each (num_rows, K, capacity, D).
         self._rows: dict[int, list[Tensor]] = {}
 
+        # Read as one row. Each layer's keys and values are kept on the way, by `_attend_in_prefix`.
         if prefix:
             ids_1P = torch.tensor([list(prefix)], device=model.device)
             positions_P = torch.arange(len(prefix), device=model.device)
@@ -85,6 +86,7 @@ class RowCache:
         # Columns with padding -> places after the prefix; padding itself takes place 0.
         columns_Q = torch.arange(num_new, device=device)
         places_BQ = (columns_Q - num_padded_B1).clamp(min=0)
+        # Positions as the model would have seen them in the whole row: position embeddings are part of the keys.
         positions_BQ = num_shared + places_BQ
 
         # Padding attends to itself: with nothing to attend to it would turn NaN, and NaN times zero is NaN.
@@ -115,6 +117,7 @@ class RowCache:
             The logits after each row, (B, V).
         """
         device = self._model.device
+        # Everything before the last token is in the cache already.
         last_tokens = [ids[-1:] for ids in rows]
         last_positions = [len(ids) - 1 for ids in rows]
         ids_B1 = torch.tensor(last_tokens, device=device)
@@ -125,6 +128,7 @@ class RowCache:
         width = int(places_B.max()) + 1
         places_T = torch.arange(width, device=device)
         is_later_BT = places_T > places_B[:, None]
+        # For all heads, and the one query.
         is_later_B11T = is_later_BT[:, None, None]
 
         # Indexes (num_rows, K, capacity, D): for each row, all key heads at the row's own new place.
@@ -152,6 +156,7 @@ class RowCache:
     ) -> Tensor:
         """Run the model with ``attend`` as the attention of every layer; returns the last logits, (B, V)."""
         # transformers passes arguments that it does not know on to the attention function: `_attend` gets ``attend``.
+        # No cache of transformers, and logits of the last column only: those of a long prompt would be large.
         output = self._model(
             input_ids=ids_BQ,
             position_ids=positions_BQ,
@@ -193,6 +198,8 @@ class RowCache:
 
         if layer in self._prefix:
             prefix_key_KPD, prefix_value_KPD = self._prefix[layer]
+            # A view, without copies. The concatenation below copies it once for each row, which happens only when
+            # prompts are read.
             prefix_key_BKPD = prefix_key_KPD.expand(num_rows, -1, -1, -1)
             prefix_value_BKPD = prefix_value_KPD.expand(num_rows, -1, -1, -1)
             key = torch.cat([prefix_key_BKPD, key], 2)
@@ -213,6 +220,7 @@ class RowCache:
         width = is_later_B11T.shape[-1]
 
         kept_keys, kept_values = self._room(layer, key, value, width)
+        # One new token for each row, (B, K, D).
         kept_keys[new_places] = key[:, :, 0]
         kept_values[new_places] = value[:, :, 0]
         key_BKTD = kept_keys[:num_rows, :, :width]
@@ -222,6 +230,7 @@ class RowCache:
         query_BKGD = query.reshape(num_rows, num_kv_heads, -1, head_size) * scaling
         key_BKDT = key_BKTD.transpose(2, 3)
         scores_BKGT = query_BKGD @ key_BKDT
+        # Not all of a row is masked: its own new token never is.
         scores_BKGT = scores_BKGT.masked_fill(is_later_B11T, float("-inf"))
 
         if layer not in self._prefix:
@@ -298,6 +307,7 @@ def _attention(
 ) -> Tensor:
     """Attention of many tokens, (B, Q, H, D); without ``mask`` each attends to itself and those before it."""
     is_grouped = query.shape[1] != key.shape[1]
+    # Without a mask the fused kernels need no (Q, T) matrix.
     out_BHQD = F.scaled_dot_product_attention(
         query,
         key,
@@ -342,6 +352,7 @@ def attention(model) -> Iterator[None]:
     if hasattr(model, "get_base_model"):
         base = model.get_base_model()
     before = base.config._attn_implementation
+    # Restored also after an error: `_attention_is_known` tries models that raise.
     base.set_attn_implementation(ATTENTION)
     try:
         yield
