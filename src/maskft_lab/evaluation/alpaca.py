@@ -59,6 +59,7 @@ def load_alpaca(options: EvaluationArguments) -> list[Mapping[str, Any]]:
         path = _published_file()
     else:
         path = Path(options.reference_outputs).expanduser()
+    # Each row comes with its place in the file, for messages.
     references = [row for _, row in read_file(path)]
     if not references or not all(_is_output(row) for row in references):
         raise UserError(f"{path}: AlpacaEval's files are JSON lists of objects with instruction and output")
@@ -123,6 +124,7 @@ def evaluate_alpaca(
     instructions = [row["instruction"] for row in references]
     prompts: list[list[int]] = []
     for instruction in instructions:
+        # Always as a chat: AlpacaEval's instructions are messages of users.
         message = {"role": "user", "content": instruction}
         prompts.append(prompt_ids({"prompt": [message]}, tokenizer))
     bounds = Bounds(
@@ -149,6 +151,7 @@ def evaluate_alpaca(
     # Verdicts
     items: list[dict[str, Any]] = []
     for index, output in enumerate(outputs):
+        # By position: the published rows have no ids, and two may have one instruction.
         items.append({"id": str(index), **output})
     metrics: dict[str, Any] = {}
     # The file's name without its folder: results are shared.
@@ -184,6 +187,7 @@ def _keep_verdicts_float(verdicts: Path) -> None:
     rows = files.read_json(verdicts)
     if not rows or any(row.get("preference") is None for row in rows):
         return
+    # A row of the same columns, all of them null.
     nothing = dict.fromkeys(rows[0])
     files.write_text(verdicts, json.dumps([*rows, nothing]))
 
@@ -220,6 +224,7 @@ def _judged(
             # By default the package saves the regression's weights into its own folder.
             "metric_kwargs": {"save_weights_dir": None},
         }
+    # Under one name: the package compares two generators, and a file of the user's may name none, or several.
     reference_outputs = [dict(row) | {"generator": PUBLISHED_REFERENCE} for row in references]
     try:
         _keep_verdicts_float(verdicts)
@@ -251,6 +256,7 @@ def _judged(
         # 1: the reference is better, 2: the model's output; None or NaN where the judge's answer cannot be read.
         verdict = row["preference"]
         if verdict is None or math.isnan(verdict):
+            # As good as a tie, so that ``preference`` has a number for every item and can be compared item by item.
             item["preference"] = 0.5
             num_missing += 1
         else:

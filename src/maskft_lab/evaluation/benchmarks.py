@@ -87,6 +87,7 @@ def code_with_tests(row: Row, completion: str) -> str:
 def without_nltk_downloads():
     """A context in which importing lm-eval's IFEval does not download NLTK's tables without being asked."""
     # lm-eval calls nltk.download() when the module is imported.
+    # mock.patch would raise without the module.
     if importlib.util.find_spec("nltk") is None:
         return contextlib.nullcontext()
     return mock.patch("nltk.download", return_value=False)
@@ -117,6 +118,7 @@ def _prepare_ifeval(docs: datasets.Dataset, data_dir: str | Path | None) -> None
     # They are missing, which matters only to some instructions: few items may be asked (--limit).
     needed: set[str] = set()
     for doc in docs:
+        # Of the items that are asked only.
         needed |= set(doc["instruction_id_list"]) & set(_PUNKT_INSTRUCTIONS)
     if needed:
         raise UserError(
@@ -277,6 +279,7 @@ def benchmark_files(task: str, folder: Path) -> list[Path]:
     """Every file of a benchmark in a folder and the folders below it; none for tasks that are not read from files."""
     if task not in BENCHMARKS:
         return []
+    # The whole name must match: ``humaneval_plus.jsonl`` must not be taken for a file of humaneval.
     pattern = re.compile(f"({BENCHMARKS[task].files}){ENDINGS}", re.IGNORECASE)
     named = [path for path in folder.rglob("*") if pattern.fullmatch(path.name)]
     return sorted(path for path in named if path.is_file())

@@ -63,6 +63,7 @@ def read(args: argparse.Namespace) -> tuple[EvaluationArguments, DataArguments]:
     # Parts of a change
     if (options.scale or options.kl) and not options.change:
         raise UserError("--scale and --kl require --change (the trained model) and --model_name_or_path (the base)")
+    # Prompts are those of held-out rows.
     if options.kl and HELDOUT not in options.task_names:
         raise UserError("kl is measured on held-out rows; add heldout to --tasks")
     if options.change and (options.adapter or not options.model_name_or_path):
@@ -118,6 +119,7 @@ def load_all_tasks(options: EvaluationArguments) -> dict:
     from .alpaca import load_alpaca
     from .tasks import check_names, load_tasks
 
+    # All of these are lm-eval's.
     benchmarks = [name for name in options.task_names if name not in (HELDOUT, ALPACA_EVAL)]
     check_names(benchmarks, options.include_path)
 

@@ -87,6 +87,7 @@ def evaluate_loaded(
     records: dict[str, dict] = {}
     # As in training with bf16: the weights keep their dtype.
     with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
+        # Instead of loss and answers: a KL divergence is of a change, whose losses another evaluation measures.
         if rows is not None and options.kl:
             records[HELDOUT] = evaluate_kl(loaded, rows, options, journal)
         elif rows is not None:
@@ -134,6 +135,7 @@ def _evaluate_benchmarks(
         options.batch_size,
         options.bf16,
     )
+    # Around lm-eval's model: answers of a killed run are given without asking it.
     lm = Resuming(lm, journal)
     records: dict[str, dict] = {}
     for name, task in benchmarks.items():
@@ -145,6 +147,7 @@ def _evaluate_benchmarks(
             limit=options.limit,
             apply_chat_template=options.apply_chat_template,
         )
+        # Of a resumed run only the rest is measured.
         time_s = time.perf_counter() - started_at
         record["time_s"] = round(time_s, 1)
         records[name] = record
@@ -179,6 +182,7 @@ def labelled_files(
 
     root = Path(output_dir)
     _check_writable(root)
+    # The result of a single model is directly in the folder that the user named.
     if len(sources) == 1:
         return [(labels[0], root / layout.RESULT)]
 
@@ -192,6 +196,7 @@ def labelled_files(
                 folder = f"{label}-seed{seed}"
         folders.append(folder)
 
+    # A label becomes a folder, and a label such as ``../x`` would leave output_dir.
     for folder in folders:
         if folder in (".", "..") or "/" in folder:
             raise UserError(f"{folder!r} names a folder inside output_dir; give a --name without a slash")
@@ -244,6 +249,7 @@ def finished_result(
     result = read_result(target)
     found = result["settings"]
     # The batch size changes rounding at most, so a run may be repeated with a smaller one after memory ran out.
+    # Of both: a setting that only one of them has counts as null in the other, as in results of earlier versions.
     keys = {*found, *settings} - {"batch_size"}
     has_same_settings = all(found.get(key) == settings.get(key) for key in keys)
     has_tasks = set(tasks) <= set(result["tasks"])
@@ -275,6 +281,7 @@ def check_same_evaluation(
     """
     # The first is the one that is reported: another model may also have another chat template.
     problems: list[str] = []
+    # The facts of this model only: the file may have further fields, of a later version.
     if any(result["model"].get(key) != value for key, value in loaded.facts.items()):
         problems.append("is of another model, configuration or tokenizer")
     template = chat_template_hash(loaded.tokenizer)
@@ -291,6 +298,7 @@ def check_same_evaluation(
 
 def _journal_settings(loaded: Loaded, settings: Mapping) -> dict:
     """The settings on which all answers depend, apart from the request."""
+    # Such as a repetition penalty, which changes answers and is in no option of ours.
     generation = loaded.model.generation_config.to_diff_dict()
     # It is among the packages, and a model's folder may name an older one.
     generation.pop("transformers_version", None)

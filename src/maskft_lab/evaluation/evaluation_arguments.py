@@ -28,6 +28,7 @@ NOT_OF_HELDOUT_DATA = (
 
 def _option(help: str, default: Any = None, *, minimum: int | None = None):
     """A field with its help and its smallest value."""
+    # Read by `add_options` and by `__post_init__`.
     metadata = {
         "help": help,
         "minimum": minimum,

@@ -119,6 +119,7 @@ def evaluate_rows(
     """
     if options is None:
         options = EvaluationArguments()
+    # They are read several times, and a data set decodes a row at each access.
     rows = list(rows)
     _check_not_empty(rows)
 
@@ -140,6 +141,7 @@ def evaluate_rows(
 
     # The loss
     items: list[dict[str, Any]] = []
+    # In the order of the rows, however they were batched.
     losses = _losses(model, tokenizer, tokenized, options.batch_size, journal)
     for row, (nll, num_tokens) in zip(rows, losses, strict=True):
         item = {
@@ -147,6 +149,7 @@ def evaluate_rows(
             "nll": nll if math.isfinite(nll) else None,
             "num_tokens": num_tokens,
         }
+        # Only where the rows have it: the schema wants it for all items or for none.
         if row.get("cluster_id") is not None:
             item["cluster_id"] = row["cluster_id"]
         items.append(item)
@@ -170,9 +173,12 @@ def evaluate_rows(
         raise UserError(f"{without} {options.max_length}; raise it")
 
     # The record
+    # The loss first, as the main metric of rows without answers.
     metrics = {"nll": metric_from_items(kept, "nll")}
     if has_answers:
         metrics["accuracy"] = metric_from_items(kept, "accuracy")
+    # Token ids, so that results of two tokenizers have different fingerprints: their losses per token cannot be
+    # compared.
     input_ids = [row["input_ids"] for row in tokenized]
     asked = zip(rows, input_ids, strict=True)
     record = task_record(kept, metrics, asked, tokenizer, TASK_VERSION)
@@ -264,6 +270,7 @@ def evaluate_kl(
             # One model computes both: a second one would take as much memory again.
             before_BTV = _log_probs(model, loaded.before or {}, ids_BT, mask_BT)
             after_BTV = _log_probs(model, {}, ids_BT, mask_BT)
+            # Exact, as the sum over the vocabulary, and not an estimate from sampled tokens.
             kl_BT = (before_BTV.exp() * (before_BTV - after_BTV)).sum(-1)
             # The mean over the tokens of each prompt, without padding.
             kl_BT = kl_BT * mask_BT
@@ -281,6 +288,7 @@ def evaluate_kl(
         }
         items.append(item)
 
+    # Not a unit per token: every prompt counts alike, however long it is.
     metrics = {"kl": metric_from_items(items, "kl", unit="nats", higher_is_better=False)}
     asked = zip(items, prompts, strict=True)
     record = task_record(items, metrics, asked, tokenizer, TASK_VERSION)
@@ -344,6 +352,7 @@ def _rows_at_once(model, lengths: Sequence[int], batch_size: int | None) -> int:
     """The batch size of the user, else one by memory."""
     if batch_size:
         return batch_size
+    # The first batch is that of the longest rows, so a size that fits it fits all.
     longest = max(lengths)
     return min(memory_bound_rows(model, longest), MAX_LOSS_BATCH_SIZE)
 

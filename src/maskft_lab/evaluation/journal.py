@@ -90,6 +90,7 @@ def generated(
         missing = [prompts[index] for index in indices]
         greedy_generate(model, tokenizer, missing, bounds, keep)
 
+    # The bound is a part of the request, so that a run may be resumed with another one without a mixture of both.
     requests = [[ids, bounds.max_new_tokens] for ids in prompts]
     return resumed("answer", requests, generate, title, journal)
 
@@ -121,6 +122,7 @@ class Resuming:
             key = None
             if not _is_sampled(request):
                 key = self.journal.key(kind, request.args)
+            # No request has the key None.
             if key in self.journal.values:
                 answers[index] = self.journal.values[key]
             else:

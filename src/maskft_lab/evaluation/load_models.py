@@ -65,6 +65,7 @@ def load_each(options: EvaluationArguments) -> Iterator[Loaded]:
     adapters = options.adapter or [NO_ADAPTER]
     name, revision = base_and_revision(options.model_name_or_path, adapters)
     base = _Base(options, name, revision)
+    # The model with the adapter of the iteration before; at first there is none.
     model = base.model
     for adapter in adapters:
         # Remove the adapter of the iteration before. An adapter that leaves a trace would change all results that
@@ -79,6 +80,7 @@ def load_each(options: EvaluationArguments) -> Iterator[Loaded]:
             yield base.loaded(model, adapter, facts_of(base.name), base.fingerprint)
             continue
 
+        # PEFT wraps the model's own layers in place: base.model is wrapped too, until `unload` above.
         with one_line(adapter, f"does not fit {base.name!r}"):
             model = PeftModel.from_pretrained(base.model, adapter)
         sha256 = adapter_sha256(adapter)
@@ -160,6 +162,7 @@ class _Base:
         self.revision = options.model_revision or revision or "main"
         self.template = options.chat_template_path
         self.model = load_model(name, options.dtype, revision=self.revision).eval()
+        # Before any adapter is put over the model, which would add weights and rename layers.
         self.fingerprint = model_fingerprint(self.model)
         # Read once, before an adapter could change it.
         self.configuration = {
@@ -271,6 +274,7 @@ def _stored_bytes(change: str, model) -> int:
 
     num_bytes = 0
     for tensor in tensors.values():
+        # Adapters are saved in the dtype of their training. In one dtype for all, sizes of methods can be compared.
         if tensor.is_floating_point():
             num_bytes += _BYTES_OF_BFLOAT16 * tensor.numel()
         else:
@@ -295,6 +299,7 @@ def check_device(device: str | None) -> str:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         # RuntimeError for an unknown device, AssertionError for CUDA in a build of torch without it.
+        # To allocate is the only test that covers names, drivers and numbers of devices.
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(

@@ -45,6 +45,7 @@ _CHANGE_NO_OUTPUT_OF_MODEL = (
 def model_fingerprint(model) -> str:
     """sha256 over the names, dtypes, shapes and bytes of all weights."""
     labelled = []
+    # By name, because the order of modules may differ between versions of transformers.
     for name, tensor in sorted(model.state_dict().items()):
         label = f"{name} {tensor.dtype} {tuple(tensor.shape)}"
         labelled.append((label, tensor))
@@ -53,6 +54,7 @@ def model_fingerprint(model) -> str:
 
 def config_sha256(configuration: Mapping, tokenizer) -> str:
     """sha256 over the parts of a model's configuration and tokenizer that change outputs, without chat template."""
+    # Not the chat template: a result has its hash for each task, since not every task uses it.
     content = {
         "configuration": _without_unused(configuration),
         **tokenizer_rules(tokenizer),
@@ -76,6 +78,7 @@ def _without_unused(value: Any) -> Any:
 
 def adapter_sha256(folder: str) -> str:
     """sha256 over an adapter's weights, and the parts of ``adapter_config.json`` that change outputs."""
+    # Of the file and not of PEFT's object, whose defaults change from version to version.
     config = read_json(Path(folder) / ADAPTER_CONFIG)
     used = {}
     for key, value in config.items():
@@ -114,6 +117,7 @@ def base_and_revision(name: str | None, adapters: Sequence[str]) -> tuple[str, s
         base = config.base_model_name_or_path
         bases[adapter] = base_of(adapter, base) if base else None
 
+    # None is one of them if an adapter names no base.
     distinct = set(bases.values())
     if name is None and len(distinct) == 1:
         [name] = distinct
@@ -167,6 +171,7 @@ def facts_of(source: str) -> dict:
     file = Path(source) / TRAINING
     if file.is_file():
         content = read_json(file)
+    # Full fine-tuning and LoRA have their recipe in ``training.json``, masks in their adapter's configuration.
     recipe = None
     if isinstance(content, dict):
         recipe = content.get("recipe")
@@ -184,5 +189,6 @@ def portable_name(name: str) -> str:
     """Name for a result file, which is shared: the last component of a folder, a hub model in full."""
     path = Path(name)
     if path.exists():
+        # The rest of the path is of this machine.
         return path.name
     return name

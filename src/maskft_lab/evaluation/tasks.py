@@ -79,6 +79,7 @@ def check_names(names: Sequence[str], include_path: str | None = None) -> None:
                     "another name"
                 )
             continue
+        # Only for names that are not ours: the index of lm-eval's files takes seconds.
         known = _task_manager(include_path).all_tasks
         if name not in known:
             options = [HELDOUT, ALPACA_EVAL, *BENCHMARKS, *known]
@@ -156,6 +157,7 @@ def task_data_sha256(task, limit: int | None) -> str:
     # Rows of held-out data or instructions of AlpacaEval, which are limited already.
     if isinstance(task, list):
         return data_sha256(task)
+    # The items that are asked, and not the whole file.
     docs = islice(task.eval_docs, limit)
     return data_sha256(docs)
 
@@ -185,6 +187,7 @@ def run_task(
     random.seed(SEEDS["random"])
     np.random.seed(SEEDS["numpy"])
     torch.manual_seed(SEEDS["torch"])
+    # Not simple_evaluate, which builds the model and the tasks itself.
     results = evaluate(
         lm,
         {"tasks": {name: task}},
@@ -196,6 +199,7 @@ def run_task(
 
     # Items
     benchmark = BENCHMARKS.get(name, _OTHERS)
+    # One for each item and filter.
     samples = results["samples"][name]
     items = _items(samples, benchmark)
     # How the programs were confined is said once, for the task.
@@ -371,6 +375,7 @@ def _truncation(lm, task, samples: Sequence[Mapping]) -> dict:
     for requests in by_id.values():
         arguments += requests
 
+    # Prompts are tokenised once more, which takes seconds beside the hours of answers.
     count = lm.num_truncated(arguments)
     if count == 0:
         return {"num_truncated": 0}
@@ -418,6 +423,7 @@ def _new_item(sample: Mapping, benchmark: Benchmark) -> dict:
     # For a program the answer is its tests, which are long and published.
     if not benchmark.program:
         item["answer"] = sample["target"]
+    # A text, or for a task with choices a list.
     item["output"] = responses[0] if len(responses) == 1 else responses
     if isinstance(doc, Mapping) and doc.get("cluster_id") is not None:
         item["cluster_id"] = str(doc["cluster_id"])
@@ -454,6 +460,7 @@ def _metrics(
         if all(name in item for item in items):
             record = metric_from_items(items, name, higher_is_better=higher_is_better)
             mean = record["value"]
+            # Close, and not equal: lm-eval may add the items in another order.
             if mean is not None and math.isclose(mean, value, rel_tol=1e-6, abs_tol=1e-9):
                 metrics[name] = record
                 continue
@@ -465,6 +472,8 @@ def _metrics(
         parts_of = [item.get(f"{metric}_each") for item in items]
         if all(parts_of):
             # A mean over the parts of all items, for which lm-eval has no error.
+            # The ratio of two sums over items, with the items as the independent units: the instructions of one prompt
+            # depend on each other.
             means = [np.mean(parts) for parts in parts_of]
             num_parts = [len(parts) for parts in parts_of]
             _, stderr = weighted_mean(means, num_parts)
@@ -498,6 +507,7 @@ def _metric_name(key: str, benchmark: Benchmark) -> str:
 
 def _number(value) -> float | int | None:
     """A value for JSON; None if it is NaN or infinite."""
+    # numpy's numbers are not JSON.
     if isinstance(value, np.number):
         value = value.item()
     elif isinstance(value, bool):
