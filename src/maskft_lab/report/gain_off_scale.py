@@ -37,19 +37,19 @@ def set_limits(axes: Axes, curve: Curve) -> None:
     median_change = float(np.median(np.abs(gains)))
     largest_loss = MAX_LOSS * max(most, median_change)
 
-    # The points that the axes are made for, with their intervals.
+    # The points that the axes are made for, with their intervals. There is at least one: of the useful points, the one
+    # that forgets least is within both limits.
     shown = []
     for point in curve.points:
         if abs(point.forgotten) <= farthest and point.gained >= -largest_loss:
             shown.append(point)
-    if not shown:
-        shown = list(curve.points)
 
     x_ends = []
     y_ends = []
     for point in shown:
         x_ends += point.forgotten_ends or ()
         y_ends += point.gained_ends or ()
+    # Both axes get room for zero, where the model before training is.
     x_limits = limits([point.forgotten for point in shown], x_ends)
     y_limits = limits([point.gained for point in shown], y_ends)
     axes.set_xlim(x_limits)
@@ -96,11 +96,13 @@ def label_points_beyond(
     # Upwards: each number at the height of its point, or just above the number before it.
     bottom, top = axes.get_ylim()
     step = (top - bottom) / NUMBERS_IN_HEIGHT
+    # So that the first number may be at the very bottom.
     below = bottom - step
     for cluster in _clusters(axes, named, step):
         for point in cluster:
             _, own_height = place_inside(axes, point)
             height = max(own_height, below + step)
+            # Too many numbers at the top overlap rather than leave the axes.
             height = min(height, top)
             below = height
             colour = looks[point.method].colour
