@@ -115,6 +115,7 @@ def draw_figures(
     drawn = []
     missing = []
     for figure in figures:
+        # The command for this study, to be copied from the page.
         command = figure.command.replace("STUDY", evidence.place)
         try:
             chart = figure.draw(evidence)

@@ -35,6 +35,7 @@ _PALETTE = {
     "teal": ("#0e7c86", "#5cc4cc"),
     "grey": ("#7f8993", "#98a2ad"),
 }
+# By name, as other files of the report use them.
 COLOURS = {name: light for name, (light, _) in _PALETTE.items()}
 DARK = {name: dark for name, (_, dark) in _PALETTE.items()}
 # The box under numbers that may lie over lines. In the colour of the paper, which becomes dark in a dark picture; white
@@ -157,6 +158,7 @@ def row_name(name: str) -> str:
 def to_svg(panel: Panel, prefix: str) -> str:
     """One panel as an SVG element for a page: colours by name, sizes by the page, ids beginning with ``prefix``."""
     width = PAGE if panel.is_wide else NARROW
+    # matplotlib reads most of these settings when axes are made, so the drawing is inside.
     with matplotlib.rc_context(_STYLE | _ON_A_PAGE):
         figure = Figure((width, panel.height), layout="constrained")
         panel.draw(figure.add_subplot())
@@ -167,6 +169,7 @@ def to_svg(panel: Panel, prefix: str) -> str:
     # An element inside HTML has no XML declaration.
     start = text.index("<svg")
     text = text[start:]
+    # Hundreds of bytes of RDF in each picture, which no reader sees.
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
 
     # Colours by name: they are light or dark as the page is, and change with it.
@@ -205,6 +208,7 @@ def draw_panel(panel: Panel, legend: Sequence[Entry]) -> Figure:
     num_fitting = int(17 * width / (longest + 8))
     num_columns = min(3, max(1, num_fitting))
     num_lines = math.ceil(len(legend) / num_columns)
+    # 0.2 inches for a line of the legend, below the panel, which keeps its own height.
     height = panel.height + 0.2 * num_lines
 
     with matplotlib.rc_context(_STYLE):
@@ -213,6 +217,7 @@ def draw_panel(panel: Panel, legend: Sequence[Entry]) -> Figure:
         axes = figure.add_subplot()
         panel.draw(axes)
 
+        # Broken here, because matplotlib does not fit a title to its axes.
         characters = int(width * TITLE_CHARACTERS)
         title = textwrap.fill(panel.title, characters, break_on_hyphens=False)
         axes.set_title(plain(title))
@@ -239,6 +244,7 @@ def files_of(chart: Chart, key: str) -> dict[str, bytes]:
 
     Without panels, its table as Markdown.
     """
+    # Some charts are tables: the paper draws no picture of these numbers either.
     if not chart.panels:
         table = draw_table(chart.table, "markdown")
         return {f"{key}.md": table.encode()}
@@ -287,6 +293,7 @@ def _saved(
         return out.getvalue()
 
     # The dark picture is the light one with other colours. Two drawings could differ in more than colours.
+    # No dark colour is the light one of another name: otherwise a colour that was replaced would be replaced again.
     text = out.getvalue().decode()
     for name, value in COLOURS.items():
         text = text.replace(value, DARK[name])

@@ -69,6 +69,7 @@ class Evidence:
         starts = {run.start for run in self.runs}
         parents = set()
         for run in self.runs:
+            # Also where nothing starts from it: a study may compare a full fine-tuning with LoRA alone.
             is_first = run.start is None and run.method in ("full", "pretrained")
             if is_first or run.id in starts:
                 parents.add(run.name)
@@ -104,6 +105,7 @@ class Evidence:
         if comparison is None or not comparison.verdicts:
             return None
 
+        # A verdict is on a learned mask, whose difference from its parent has its name.
         mask = comparison.verdicts[0].parent.method
         if mask == comparison.baseline:
             return None  # the table of the verdict has these differences already
@@ -128,6 +130,7 @@ class Evidence:
         if num_values > MAX_COMPARED:
             return None
 
+        # Those of the study's comparison, so that both tables of a page have the same confidence.
         settings = Settings(
             num_resamples=comparison.num_resamples,
             seed=comparison.seed,
@@ -157,6 +160,7 @@ class Evidence:
         file = self.folder / layout.ANALYSIS / f"{what}.json"
         if file.is_file():
             return read_record(file)
+        # Two reasons, because the remedies differ: an analysis needs the models.
         is_published = not any(run.models for run in self.runs)
         if is_published:
             raise NotComputed("published results hold no models, so it is computed where the study ran")
@@ -205,12 +209,14 @@ def gather(
         return Evidence(folder, name, base, runs=[], results=[])
 
     runs = read_study(folder, base, study_name)
+    # `read_study` has chosen one base model, or has raised.
     base = runs[0].base
     name, summary = _summary(folder, study_name, base)
     results = _named_results(runs, summary)
     evidence = Evidence(folder, name, base, runs, results)
 
     # The comparison is read and not computed again, so that the page says what the study said.
+    # The study says why it has no comparison.
     if "not_compared" in summary:
         raise UserError(f"{folder}: the study's results cannot be compared: {summary['not_compared']}")
     compared_names = {result["name"] for result in results}
@@ -231,6 +237,7 @@ def _named_results(
 ) -> list[Result]:
     """The results of all runs under the study's own names: studies that share a folder share runs."""
     names = {}  # run and role -> name
+    # A study that has not finished has no summary: its results then keep their own names.
     for row in summary.get("runs", []):
         run_and_role = (row["run"], row["role"])
         names[run_and_role] = row["name"]
@@ -280,6 +287,7 @@ def _summary(
         raise UserError(f"no study in {str(folder)!r} is called {name!r}{hint}; there are {known}")
 
     models = summaries[name]
+    # A study compares within each base model.
     if base in models:
         return name, models[base]
     # The same model may have another name here, such as its folder on another machine.

@@ -68,6 +68,7 @@ class Ablation(NamedTuple):
 
 def ablations_of(runs: Sequence[TrainedRun]) -> list[Ablation]:
     """Every metric against every setting in which two evaluated masks differ, all else being equal."""
+    # Learned masks alone, as in the ablations of the paper.
     masks = [run for run in runs if run.method == MASK and BEST in run.results]
 
     # All settings and all metrics that any mask has. Dictionaries instead of sets, to keep the order.
@@ -94,6 +95,7 @@ def ablations_of(runs: Sequence[TrainedRun]) -> list[Ablation]:
     for name in varied:
         others = [other for other in varied if other != name]
         for place, unit in units.items():
+            # Other masks may have been evaluated on other tasks.
             measured = [run for run in masks if _value(run, place)]
             lines = _lines(measured, runs, name, others, place)
             if lines:
@@ -114,6 +116,7 @@ def _lines(
     groups = {}
     for run in masks:
         parent = parent_of(run, runs)
+        # By the name of the parent, which all its seeds have: seeds are averaged, starts are not.
         start = parent.name if parent else run.base
         other_settings = {name: run.settings.get(name) for name in others}
         fixed = _key(other_settings)
@@ -124,6 +127,7 @@ def _lines(
 
     lines = []
     for (start, fixed), points in groups.items():
+        # One value of the setting shows no effect of it.
         if len(points) < 2:
             continue
 
@@ -187,6 +191,7 @@ def ablation_chart(setting: str | None, evidence: Evidence) -> Chart:
     rows = []
     for ablation in found:
         test = test_name(evidence, ablation.task)
+        # Not a lambda, which would draw the last ablation of the loop in every panel.
         draw = partial(_draw, found=ablation, looks=looks, varied=varied)
         panels.append(Panel(f"{ablation.metric} on {test}", draw))
         rows += _cells(ablation, test)
@@ -245,6 +250,7 @@ def _draw(
     scale = 100.0 if found.unit == "fraction" else 1.0  # shares are shown in points
     for line in found.lines:
         texts_of_line = [value_text(value, found.setting) for value, _ in line.points]
+        # A line need not have all values.
         x = [values.index(text) for text in texts_of_line]
         means = []
         errors = []
@@ -282,6 +288,7 @@ def _draw(
     longest = max(len(value) for value in values)
     rotation = 20 if longest > 8 else 0  # degrees
     axes.set_xticks(range(len(labels)), labels, rotation=rotation)
+    # Values are at 0, 1, 2, ..., with 0.4 of a step on both sides.
     axes.set_xlim(-0.4, len(values) - 0.6)
     axes.set_xlabel(plain(_name(found.setting)))
     axes.set_ylabel(plain(f"{found.metric} ({unit_text(found.unit)})"))
@@ -311,6 +318,7 @@ def _mean(runs: Sequence[TrainedRun], place: Place) -> SeedMean:
         if record is not None:
             found.append(record)
 
+    # Over seeds alone: all have the same items, whose common noise is not in this error.
     mean, stderr = weighted_mean([record["value"] for record in found])
     if len(found) == 1:
         # One seed has no error over seeds, so that over items is shown.

@@ -70,6 +70,7 @@ def cost_of(
         step = run.summary["num_steps"]
     else:
         step = run.best_step
+    # A run's later steps are no cost of its best checkpoint, though one has to train them to know that it is the best.
     own = spent_until(run, step)
     before = spent_before(run, runs)
     # Memory does not add up over runs that follow each other, so it has no total. Of a parent only the part up to its
@@ -137,6 +138,7 @@ def cost_chart(evidence: Evidence) -> Chart:
     text += " Times are comparable between runs of one machine only, memory between runs of one device."
 
     # All panels have the same rows, so one height fits all.
+    # 0.65 inches for the ticks below the rows.
     height = 0.65 + ROW_HEIGHT * len(rows)
     panels = []
     for quantity in drawn:
@@ -192,12 +194,14 @@ def _rows(costs: Sequence[Cost], evidence: Evidence) -> list[Cost]:
             return order.index(cost.name)
         return len(order)
 
+    # Both rows of the baseline have one place, and a stable sort leaves its end below its best checkpoint.
     rows.sort(key=place)
     return rows
 
 
 def _is_nearly_equal(rows: Sequence[Cost], quantity: Quantity) -> bool:
     """Whether a sentence says as much as bars would: all have about one length, and none has parts."""
+    # The sentence has no room for the parts.
     if _has_parts(rows, quantity):
         return False
     values = [cost.spent[quantity.total] for cost in rows]
@@ -207,6 +211,7 @@ def _is_nearly_equal(rows: Sequence[Cost], quantity: Quantity) -> bool:
 def _has_parts(rows: Sequence[Cost], quantity: Quantity) -> bool:
     """Whether any method started from another's model, so that a part of its bar was spent before."""
     for cost in rows:
+        # Peak memory has one key for both, so it has no parts.
         if cost.spent[quantity.own] != cost.spent[quantity.total]:
             return True
     return False
@@ -217,6 +222,7 @@ def _equal_text(rows: Sequence[Cost], quantity: Quantity) -> str:
     low = number(min(values), 3)
     high = number(max(values), 3)
     values_text = f"{low} to {high}"
+    # Compared as texts: numbers that are printed alike are one.
     if low == high:
         values_text = low
     # Not str.capitalize, which would turn the rest to lower case.
@@ -237,6 +243,7 @@ def _draw(
         colour, _, _ = look(method, is_start)
 
         # A full bar, and over its right end the part of the method itself.
+        # The whole length in grey, which remains visible to the left as the part that was spent before.
         axes.barh(place, total, color=COLOURS["rule"], height=0.7)
         axes.barh(
             place,

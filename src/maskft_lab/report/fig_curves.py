@@ -56,6 +56,7 @@ def spent_until(
     share = step / num_steps
     tokens = run.summary["num_train_tokens"] * share
     for row in run.history:
+        # Rows without an evaluation lack the number. TRL counts tokens from the start of the run.
         if row.get("eval_num_tokens") and row["step"] == step:
             tokens = row["eval_num_tokens"]
     return {
@@ -93,6 +94,7 @@ def lines_of(run: TrainedRun, runs: Sequence[TrainedRun]) -> Lines:
             continue  # the best of several random masks: a row for each candidate, and no steps
         step = before + row["step"]
         for name, value in row.items():
+            # None: a number that JSON cannot hold.
             is_metric = name.startswith("eval_") and not name.endswith(_NOT_METRICS)
             if is_metric and value is not None:
                 line = lines.setdefault(name, [])
@@ -175,9 +177,11 @@ def _draw(
         if name not in entries:
             continue
         line = _mean_line(_alike(group, metric))
+        # A method may lack this metric.
         if not line:
             continue
 
+        # (points, 2) -> (2, points).
         steps, values = np.transpose(line)
         marker_interval = max(1, len(line) // 8)  # about eight markers on a line
         style = line_style(entries[name])
@@ -230,6 +234,7 @@ def _one_of_each_kind(
 
         # Tuples are compared by their losses, and by the names if the losses are equal.
         own = (fmean(losses), name)
+        # Methods with one look cannot be told apart in a picture, so only one of them is drawn.
         kind = look(method, is_start)
         lowest[kind] = min(lowest.get(kind, own), own)
 
@@ -271,6 +276,7 @@ def _cut(axes: Axes, lines: Sequence[Line]) -> None:
     for line in lines:
         losses = [loss for _, loss in line]
         values += losses
+        # At least the first loss is left out, from which the line falls.
         settled += losses[max(1, len(line) // 10) :]
     if not values:
         return

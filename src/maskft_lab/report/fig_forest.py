@@ -62,6 +62,7 @@ def forest_chart(evidence: Evidence) -> Chart:
         panel = _panel(title, _sorted_lines(rows), below, evidence, rows[0])
         panels.append(panel)
 
+    # Which sources of chance the intervals cover.
     over = "items" if comparison.fixed_seeds else "seeds and items"
     percent = f"{100 * comparison.confidence:g} %"
     text = (
@@ -107,6 +108,7 @@ def _rows_of(
 
 def _places_of_the_test(comparison: Comparison) -> list[Place]:
     """Task and metric of the verdict first, then the other metrics of the same task."""
+    # The same choice as the page in a terminal makes.
     first = brief_metric(comparison.differences)
     if comparison.verdicts:
         first = comparison.verdicts[0].parent.place
@@ -174,6 +176,7 @@ def _panel(
         evidence: The study.
         row: Any difference in this metric.
     """
+    # Losses are better to the left, so each axis says its own direction.
     better = "right" if row.higher_is_better else "left"
     label = f"{points_or_unit(row.unit)} ({better} is better)"
 
@@ -186,6 +189,7 @@ def _panel(
     names = [row_name(line.name) for line in [*lines, *below]]
     has_long_names = any("\n" in name for name in names)
     row_height = LONG_NAME if has_long_names else ROW_HEIGHT
+    # 0.75 inches for ticks and label below the rows.
     height = 0.75 + row_height * num_rows
 
     # Drawn later, and maybe twice: for the page and for a file.
@@ -212,6 +216,7 @@ def _draw(
     values = near([line.value for line in every])
     ends = []
     for line in every:
+        # Intervals of values that are off scale would decide the limits again.
         if line.value in values:
             ends += line.ends or ()
     x_limits = limits(values, ends, INTERVAL_SHARE)

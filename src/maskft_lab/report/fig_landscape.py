@@ -36,6 +36,7 @@ def plane_chart(evidence: Evidence) -> Chart:
     panels = []
     rows = []
     for split, name in _SPLITS.items():
+        # The same plane with two losses: the models have the same places in both panels.
         draw = partial(_plane, plane=plane, split=split)
         panels.append(Panel(f"Loss on {name}", draw, height=2.7))
 
@@ -95,6 +96,7 @@ def _plane(
         x,
         y,
         values_YX,
+        # The first and the last level are the extremes themselves, where a line would be a dot or nothing.
         levels=levels[1:-1],
         colors="#ffffff",
         linewidths=0.4,

@@ -38,6 +38,7 @@ def heads_chart(evidence: Evidence) -> Chart:
     def draw(axes: Axes, name: str) -> None:
         mask = masks[name]
         low, high = bounds[_percent(mask)]
+        # As in the file: in the order of the model's layers.
         layers = list(_heads(mask))
         _draw_map(axes, maps[name], layers, low, high)
 
@@ -103,14 +104,17 @@ def mean_heads_chart(evidence: Evidence) -> Chart:
     lines = {}
     for name, mask in masks.items():
         lines[name] = _map_of(mask).mean(axis=0)
+    # The same look for a mask in every panel, so one legend serves all.
     entries = looks_in_turn(lines)
 
     def draw(axes: Axes, names: Sequence[str]) -> None:
         means = [lines[name].mean() for name in names]
+        # The mean share of all heads, which at random places every head would have on average.
         middle = np.mean(means)
 
         # The band of chance. Masks of one panel remove as much, so the band of the first is that of all.
         spread = _chance(masks[names[0]])
+        # For each head by itself: of many heads one in twenty lies outside by chance alone.
         half_band = 1.96 * spread  # 95 % of a normal distribution
         axes.axhspan(
             middle - half_band,
@@ -177,6 +181,7 @@ def _with_heads(evidence: Evidence) -> dict[str, Mapping]:
     if not ids:
         ids = list(masks)
 
+    # Seeds of one method have one name, and each has its own mask.
     names = {run.id: f"{run.name}, seed {run.seed}" for run in evidence.runs}
     found = {}
     for run_id in ids[:MAX_MASKS]:

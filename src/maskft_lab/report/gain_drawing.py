@@ -60,6 +60,7 @@ def _strong_points(curve: Curve, best: Sequence[Point]) -> list[Point]:
     """Points that are not pale: the frontier, and those on test rows with their intervals."""
     strong = []
     for point in curve.points:
+        # Points with an interval were chosen, or belong to a comparison, where all points are on test rows.
         has_interval = bool(point.gained_ends or point.forgotten_ends)
         if has_interval or point in best or is_chosen(curve, point):
             strong.append(point)
@@ -113,10 +114,12 @@ def _draw_frontier(axes: Axes, best: Sequence[Point]) -> None:
 
     # The line begins at the model before training, unless a point beats that too.
     if not best or best[0].forgotten >= 0:
+        # The model before training gains nothing and forgets nothing: the origin.
         x.insert(0, 0.0)
         y.insert(0, 0.0)
 
     axes.plot(x, y, color=COLOURS["ink"], linewidth=1.1)
+    # The model before training.
     axes.plot(0, 0, "x", color=COLOURS["ink"])
 
 

@@ -102,6 +102,7 @@ def _written_curves(evidence: Evidence) -> list[Curve]:
         record = read_json(file)
         own_name = layout.CURVE.format(evidence.name, record["probe"])
         if is_published or file.name == own_name:
+            # The file has the name of the task, the figure that of the test set.
             record["task"] = test_name(evidence, record["task"])
             curves.append(curve_of_record(record))
     return curves
@@ -111,6 +112,7 @@ def _pretrained_name(evidence: Evidence, comparison: Comparison) -> str | None:
     """The pre-trained model of a comparison with another baseline; None if it, or any model's answers, are missing."""
     compared = {comparison.baseline, *comparison.methods}
     with_answers = {result["name"] for result in evidence.results}
+    # A comparison without some of the models would show fewer points than the table.
     if not compared <= with_answers:
         return None
 
@@ -172,11 +174,13 @@ def _path(point: Record) -> str:
 
 def _share(point: Record) -> float:
     """The part of training until the checkpoint of a point, in [0, 1]."""
+    # Left out where a path has no checkpoints: the end of training.
     return point.get("share", 1.0)
 
 
 def _scale(point: Record) -> float:
     """The factor by which the change of the weights was multiplied after training."""
+    # Left out where nothing was scaled.
     return point.get("scale", 1.0)
 
 
@@ -214,6 +218,7 @@ def frontier(points: Sequence[Point]) -> list[Point]:
     If there are paths, only their points: all of these are measured on the same rows.
     """
     on_paths = [point for point in points if point.rows == HELD_OUT]
+    # Test rows and held-out rows differ in their luck, so points of both are never compared.
     candidates = on_paths or points
 
     # In the order of their forgetting, a point is not beaten if it gains more than all points before it. The search
@@ -225,6 +230,7 @@ def frontier(points: Sequence[Point]) -> list[Point]:
     best = []
     highest = 0.0
     for point in by_forgetting:
+        # Points of one forgetting and gain beat each other in neither axis: the first is kept.
         if point.gained > highest:
             best.append(point)
             highest = point.gained

@@ -53,6 +53,7 @@ def series_looks(names: Iterable[str]) -> dict[str, Entry]:
     for name in names:
         # The name without settings, parents and variants: "mask, 30 % of full (best)" is a "mask".
         kind, *_ = re.split(r",| (?:of|on|with)\b| [\d(\[]", name)
+        # Their names end in "mask", too.
         is_fixed = kind.startswith(("random", "L1", "Wanda"))
         is_learned_mask = kind.endswith("mask") and not is_fixed
         colours: Sequence[str]
@@ -74,6 +75,7 @@ def series_looks(names: Iterable[str]) -> dict[str, Entry]:
 
         # When all of these are taken, any other pair.
         any_colour = [*colours, *SERIES]
+        # The colours of the kind first, with markers that it does not have by itself.
         candidates += product(any_colour, _MARKERS)
         looks[name] = _first_free(candidates, looks.values())
 
@@ -140,6 +142,7 @@ def number(value: float | None, digits: int = 4) -> str:
     is_large_whole = abs(value) >= 1000 and value == int(value)
     if isinstance(value, int) or is_large_whole:
         return f"{int(value):,}"
+    # Format `g` would switch to an exponent here.
     if abs(value) >= 10**digits:
         return f"{value:,.0f}"
     return f"{value:.{digits}g}"

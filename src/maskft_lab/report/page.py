@@ -151,6 +151,7 @@ def _visible(value: Any) -> Any:
     # Not isinstance: Markup is a subclass of str. It is text of the template, from `safe` and macros.
     if type(value) is not str:
         return value
+    # Line by line, because a recipe has line breaks, which are control characters too.
     lines = [printable(line) for line in value.split("\n")]
     return "\n".join(lines)
 
@@ -250,6 +251,7 @@ def _verdicts(evidence: Evidence) -> list[str]:
         texts = []
         for verdict in comparison.verdicts:
             text = printable(reworded(verdict))
+            # In a comparison the text follows "Verdict: ". Here it begins a paragraph.
             texts.append(text[:1].upper() + text[1:])
         return texts
 
@@ -257,6 +259,7 @@ def _verdicts(evidence: Evidence) -> list[str]:
     masks = evidence.masks
     sentences = []
     for row in comparison.differences:
+        # One sentence for each task: all metrics are in the table.
         if row.method in masks and row.is_main:
             sentences.append(sentence(row))
     return sentences or [f"No learned mask is compared with {comparison.baseline}."]
@@ -279,6 +282,7 @@ def _settings(evidence: Evidence) -> Table:
         name = result["name"]
         if name in settings_of:
             continue  # another seed
+        # A setting that a method does not use has a value too, which would look like a difference.
         unused[name] = _unused(result)
         settings_of[name] = {}
         settings = result["study"]["settings"] or {}
@@ -299,6 +303,7 @@ def _settings(evidence: Evidence) -> Table:
             # A pre-trained model has no settings, and differs in none.
             if settings and key not in unused[name]:
                 values.add(_text(settings.get(key)))
+        # Only these tell models apart; the recipe below has all settings.
         if len(values) > 1:
             differing.append(key)
 
@@ -325,8 +330,10 @@ def _text(value: Any) -> str:
     """A setting's value for a table."""
     if value is None:
         return "–"
+    # As many digits as a recipe has: a float such as 0.1 + 0.2 would have seventeen.
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, str):
         return value
+    # Lists, numbers and booleans as in a recipe.
     return json.dumps(value)
