@@ -641,6 +641,12 @@ def test_looks_are_paid_for():
     assert often.confidence == pytest.approx(0.99) and only(often).ci_low <= 0 < only(once).ci_low
     assert "judged as one of 5 looks: each at 99 % (Bonferroni)" in often.notes[0]
     refuse(results, "looks 0 is outside", looks=0)
+    refuse(
+        results,
+        "confidence 0.999 with 20 looks judges each at 0.99995, above 0.9999",
+        confidence=0.999,
+        looks=20,
+    )
 
 
 def test_too_many_resamples_are_refused_before_memory_is_taken():

@@ -15,6 +15,7 @@ SCHEMA_VERSION = 2  # 1: ci_low and ci_high were the unadjusted interval
 MIN_RESAMPLES = 100
 NUM_RESAMPLES = 10_000
 MAX_RESAMPLES = 2_000_000  # each takes 16 bytes per seed; more than this changes no digit that is printed
+MAX_CONFIDENCE = 0.9999  # 100 of MAX_RESAMPLES lie beyond each of its bounds
 MAX_LOOKS = 100
 
 Place = tuple[str, str]  # task and metric
@@ -46,8 +47,8 @@ class Settings:
     looks: int = 1
 
     def __post_init__(self) -> None:
-        if not 0 < self.confidence <= 0.9999:
-            raise UserError(f"confidence {self.confidence} is outside (0, 0.9999]: 0.95 is usual")
+        if not 0 < self.confidence <= MAX_CONFIDENCE:
+            raise UserError(f"confidence {self.confidence} is outside (0, {MAX_CONFIDENCE}]: 0.95 is usual")
         if self.seed < 0:
             raise UserError(f"seed {self.seed} is negative: give 0 or more")
         if self.num_resamples > MAX_RESAMPLES:
@@ -56,11 +57,22 @@ class Settings:
             raise UserError(f"looks {self.looks} is outside [1, {MAX_LOOKS}]: give the number of planned looks")
 
     def of_one_look(self) -> Settings:
-        """Return them with the confidence at which each of the looks is judged."""
+        """Return them with the confidence at which each of the looks is judged.
+
+        Raises:
+            UserError: If that is too close to 1.
+        """
         # Bonferroni: the looks share the probability of a false claim.
         # Not a sequential design such as O'Brien and Fleming's, which needs the looks at planned shares of the data.
         alpha = (1 - self.confidence) / self.looks
-        return replace(self, confidence=1 - alpha, looks=1)
+        confidence = 1 - alpha
+        # Before `replace`, whose check would name a confidence that the user did not give.
+        if confidence > MAX_CONFIDENCE:
+            raise UserError(
+                f"confidence {self.confidence} with {self.looks} looks judges each at {confidence:.6g}, above "
+                f"{MAX_CONFIDENCE}: plan fewer looks, or give a lower --confidence"
+            )
+        return replace(self, confidence=confidence, looks=1)
 
     def with_resamples(self, num_comparisons: int) -> Settings:
         """Return them with as many resamples as Holm needs: a bootstrap p is a multiple of ``2 / (resamples + 1)``.
