@@ -79,6 +79,18 @@ def test_the_strongest_of_several_controls_is_named_with_holm_over_those_of_all_
     assert first.control.verdict == "worse" and "refit improves it more" in first.text
 
 
+def test_more_pairs_with_controls_than_resamples_allow_are_judged_with_those_there_are(monkeypatch):
+    """4 masks with 3 controls each are 12 pairs, for 10 differences of the table."""
+    for module in ("comparison", "verdict"):
+        monkeypatch.setattr(f"maskft_lab.results.{module}.MAX_RESAMPLES", 900)
+    masks = [result("third mask", "mask", 310), result("fourth mask", "mask", 305)]
+    results = [*family(260, 230, refit=300, annealed=280), *masks]
+    comparison = compared(results, num_resamples=900)
+    assert comparison.num_resamples == 900
+    first = comparison.verdicts[0]
+    assert first.control.num_comparisons == 12
+
+
 def test_the_parent_is_found_where_the_baseline_is_another():
     results = [result("pre-trained", "pretrained", 20, fingerprint="p", start="none"), *family(260, 320)]
     (first, _) = compared(results, "pre-trained").verdicts

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from .comparable import Groups, having, is_parent, pair_by_seed
 from .comparison import (
     BETTER,
+    MAX_RESAMPLES,
     NOT_DISTINGUISHABLE,
     WORSE,
     Difference,
@@ -350,11 +351,14 @@ def _judged(
         if _have(groups, pair, task, metrics[mask]):
             with_metric.append(pair)
 
-    # As many as Settings.with_resamples demands, which would raise where the user chose fewer.
-    # Pairs of masks and controls may be more than the differences of the table, for which the number was chosen.
+    # Pairs of masks and controls may be more than the differences of the table, for which the number of resamples was
+    # chosen. As many as `Settings.with_resamples` demands, which would raise where the user chose fewer, or where more
+    # than MAX_RESAMPLES are needed. With too few the smallest p may not pass Holm's first step: that loses claims, and
+    # makes no false ones.
     alpha = 1 - settings.confidence
     needed = round(4 * len(with_metric) / alpha)
-    num_resamples = max(settings.num_resamples, needed)
+    affordable = min(needed, MAX_RESAMPLES)
+    num_resamples = max(settings.num_resamples, affordable)
     settings = replace(settings, num_resamples=num_resamples)
 
     family: list[Row] = []
