@@ -118,7 +118,10 @@ def upper_bounds(
     }
 
 
-def stable_training_loss(history: Sequence[Mapping], until_step: int | None = None) -> float:
+def stable_training_loss(
+    history: Sequence[Mapping],
+    until_step: int | None = None,
+) -> float:
     """Mean of the last quarter of the training losses logged up to a step (None: the last), nats per token (Table 7).
 
     Raises:

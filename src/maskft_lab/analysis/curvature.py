@@ -94,6 +94,7 @@ def hessian_products(
     weights = []
     for name in names:
         weight = model.get_submodule(name).weight
+        # The model's own parameters and no copies, so that the operators see masks that are applied later.
         weights.append(weight.requires_grad_(True))
 
     # One operator for each batch: their spread gives the standard error over rows.
@@ -170,6 +171,7 @@ def quadratic_forms(
         # Signs have mean 0 and variance 1, so the mean of z^T H z is the trace of P H P (Hutchinson). P is not applied
         # to the product, because z is 0 wherever P is.
         z = kept * signs
+        # Batch by batch: the spread between them is the error over rows.
         forms_of_batches: list[float] = []
         for product in products:
             form = z @ product(z)
@@ -185,7 +187,10 @@ def quadratic_forms(
     return np.array(forms)
 
 
-def trace_estimate(forms: np.ndarray, shares: np.ndarray) -> dict[str, float | None]:
+def trace_estimate(
+    forms: np.ndarray,
+    shares: np.ndarray,
+) -> dict[str, float | None]:
     """Trace from quadratic forms.
 
     Args:

@@ -136,6 +136,7 @@ def analyse_landscape(
     best, end, adapter = models
     # Read first: an adapter that this analysis refuses should not cost the load of two models.
     masks = masks_of(adapter)
+    # In float32, because small steps would be lost in bfloat16 weights.
     model = load_model(best, "float32")
     model = model.to(sampling.device).eval()
     origin = weights_of(model)
@@ -148,7 +149,10 @@ def analyse_landscape(
     masks.apply_(model)
     u, v, coordinates = plane_through(origin, continued, weights_of(model))
 
-    def losses_at(x: float, y: float) -> dict[str, float]:
+    def losses_at(
+        x: float,
+        y: float,
+    ) -> dict[str, float]:
         """Mean loss of each split at a point of the plane."""
         steps = [(x, u), (y, v)]
         set_weights(model, origin, steps)
@@ -190,7 +194,10 @@ def check_grid(grid: int) -> None:
         raise UserError(f"--grid is {grid}; give 3 points of an axis or more")
 
 
-def _axes(coordinates: np.ndarray, grid: int) -> tuple[list[float], list[float]]:
+def _axes(
+    coordinates: np.ndarray,
+    grid: int,
+) -> tuple[list[float], list[float]]:
     """Both coordinates of a grid's points: the models, with coordinates (3, 2), and a margin around them."""
     low = coordinates.min(0)
     high = coordinates.max(0)

@@ -41,6 +41,7 @@ def rows_folder(study: Path, given: str | None) -> Path:
         folders = (study / PREPARED).glob(f"*/{first_split}")
         found = sorted(folder.parent for folder in folders)
 
+    # A folder that was named has to hold both splits, too.
     is_complete = False
     if len(found) == 1:
         folders_of_splits = [found[0] / split for split in SPLITS]

@@ -136,6 +136,7 @@ def _variance_by_chance(mask: Tensor, num_blocks: int) -> float:
 def describe_mask(masks: MaskSet, config) -> dict:
     """``num_weights``, ``num_removed``, and `shares_by_head` if the model's text configuration has heads."""
     by_head: dict[str, dict[str, Any]] = {}
+    # Models without attention, such as Mamba, have no heads.
     num_heads = getattr(config, "num_attention_heads", None)
     if num_heads:
         num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads  # not set: each head has its own

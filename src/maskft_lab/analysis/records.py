@@ -27,6 +27,7 @@ def digest_folder(folder: str | Path) -> str:
     safetensors = path.glob("*.safetensors")
     pickles = path.glob("*.bin")
     weights = sorted([*safetensors, *pickles])
+    # No files to read: a name on the hub.
     if not weights:
         return str(folder)
     # Sharded models have several files; their names, like the folder's, do not count.

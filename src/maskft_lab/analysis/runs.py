@@ -19,6 +19,8 @@ FULL = "full"
 MASK = "mask"
 PUBLISHED_SUMMARY = "summary.json"
 
+ByRole = dict[str, Result]  # role (best, last) -> result
+
 
 @dataclass(frozen=True)
 class TrainedRun:
@@ -48,7 +50,7 @@ class TrainedRun:
     summary: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     models: dict[str, str] = field(default_factory=dict)
-    results: dict[str, Result] = field(default_factory=dict)
+    results: ByRole = field(default_factory=dict)
 
     @property
     def best_step(self) -> int | None:
@@ -90,6 +92,7 @@ def read_study(
 
     # Published results have no folders of runs, only the files that a study wrote about them.
     records = (folder / layout.RUNS).glob(f"*/{layout.RUN}")
+    # A generator, of which `any` reads the first record only.
     if any(records):
         runs = _runs_in(folder, study_name)
     else:
@@ -106,7 +109,10 @@ def read_study(
     return [run for run in runs if run.base == base]
 
 
-def _runs_in(folder: Path, study_name: str | None) -> list[TrainedRun]:
+def _runs_in(
+    folder: Path,
+    study_name: str | None,
+) -> list[TrainedRun]:
     """The finished runs in a study's folder, without those that tuning tried and rejected."""
     # Several studies may share the folder; the summary of each, once it is written, names its runs and results.
     rows: list[dict] = []
@@ -149,7 +155,10 @@ def _runs_in(folder: Path, study_name: str | None) -> list[TrainedRun]:
     return kept
 
 
-def _with_starts(ids: set[str], runs: Sequence[TrainedRun]) -> set[str]:
+def _with_starts(
+    ids: set[str],
+    runs: Sequence[TrainedRun],
+) -> set[str]:
     """Identities of runs, with those of the runs that they start from, and so on."""
     start_of = {}
     for run in runs:
@@ -167,7 +176,10 @@ def _with_starts(ids: set[str], runs: Sequence[TrainedRun]) -> set[str]:
     return found
 
 
-def find_mask(runs: Sequence[TrainedRun], wanted: str | None = None) -> TrainedRun:
+def find_mask(
+    runs: Sequence[TrainedRun],
+    wanted: str | None = None,
+) -> TrainedRun:
     """The learned mask with an id, or the lowest seed of a name; by default, of the first mask's name.
 
     Raises:
@@ -192,7 +204,10 @@ def find_mask(runs: Sequence[TrainedRun], wanted: str | None = None) -> TrainedR
     return min(candidates, key=lambda run: run.seed or 0)
 
 
-def parent_of(run: TrainedRun, runs: Sequence[TrainedRun]) -> TrainedRun | None:
+def parent_of(
+    run: TrainedRun,
+    runs: Sequence[TrainedRun],
+) -> TrainedRun | None:
     """The run that ``run`` started from; None where it started from the base model.
 
     Raises:
@@ -241,9 +256,9 @@ def _identity(run_id: str) -> str:
     return found[1] if found else run_id
 
 
-def _results_of(candidates: Sequence[Path]) -> dict[str, dict[str, Result]]:
+def _results_of(candidates: Sequence[Path]) -> dict[str, ByRole]:
     """Identity of a run -> role -> result; a published folder holds other JSON files beside its results."""
-    found: dict[str, dict[str, Result]] = {}
+    found: dict[str, ByRole] = {}
     for file in candidates:
         # Results have their kind in the first lines. Parsing all other files to find out would take seconds.
         beginning = files.read_text(file)[:200]
@@ -262,7 +277,7 @@ def _results_of(candidates: Sequence[Path]) -> dict[str, dict[str, Result]]:
 def _from_record(
     study: Path,
     file: Path,
-    results: dict[str, dict[str, Result]],
+    results: dict[str, ByRole],
 ) -> TrainedRun:
     """The run of a ``run.json``, with its training history and results."""
     record = files.read_json(file)

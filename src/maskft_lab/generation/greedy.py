@@ -55,6 +55,16 @@ SUPPORTED_SETTINGS = {
     "transformers_version",
 }
 
+# Errors of models with another kind of cache, mask or attention, wherever in their code it matters.
+_OTHER_ARCHITECTURE = (
+    TypeError,
+    ValueError,
+    AttributeError,
+    RuntimeError,
+    KeyError,
+    IndexError,
+)
+
 OnAnswer = Callable[[int, str], None]
 
 
@@ -426,8 +436,9 @@ def _attention_is_known(model) -> bool:
     ids = ids_T.tolist()
     shorter = ids[:-4]
     try:
-        cache_layers = DynamicCache(config=model.config).layers
-        layer_types = {type(layer) for layer in cache_layers}
+        # The kind of cache that transformers would use for each layer.
+        usual_cache = DynamicCache(config=model.config)
+        layer_types = {type(layer) for layer in usual_cache.layers}
         if layer_types != {DynamicLayer}:
             return False  # a recurrent state, or a window over keys and values
 
@@ -451,8 +462,8 @@ def _attention_is_known(model) -> bool:
             added_BV = cache.add(prompts, 0)
             stepped_BV = cache.step([ids])
             found_NV = torch.cat([added_BV, stepped_BV]).float()
-    except (TypeError, ValueError, AttributeError, RuntimeError, KeyError, IndexError):
-        # An architecture with another kind of cache, mask or attention: transformers generates, no need to report it.
+    except _OTHER_ARCHITECTURE:
+        # transformers generates then, and the user need not know.
         return False
 
     # Two kernels round differently. A wrong mask or position moves the logits by far more than this tolerance.

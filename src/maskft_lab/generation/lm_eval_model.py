@@ -14,7 +14,14 @@ from maskft_common.progress_bar import Progress
 from .greedy import Bounds, greedy_generate, memory_bound_rows
 
 # Settings of a request that `greedy_generate` follows, or that do not change a greedy answer.
-_GREEDY_SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "num_beams"}
+_GREEDY_SETTINGS = {
+    "until",
+    "max_gen_toks",
+    "do_sample",
+    "temperature",
+    "top_p",
+    "num_beams",
+}
 
 
 class BatchedLM(HFLM):

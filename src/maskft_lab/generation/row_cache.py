@@ -192,7 +192,12 @@ class RowCache:
         width = key.shape[2]
         last = first + num_rows
         kept_keys, kept_values = self._room(layer, key, value, width)
-        new_places = (slice(first, last), slice(None), slice(width))
+        # Indexes (num_rows, K, capacity, D): these rows, all key heads, and as many tokens as the longest prompt has.
+        new_places = (
+            slice(first, last),
+            slice(None),
+            slice(width),
+        )
         kept_keys[new_places] = torch.take_along_dim(key, order_B1Q1, 2)
         kept_values[new_places] = torch.take_along_dim(value, order_B1Q1, 2)
 

@@ -130,7 +130,10 @@ def _seeds_of(group: Sequence[Result]) -> list[int | None]:
     return [result["model"]["seed"] for result in group]
 
 
-def _with_seeds(group: Sequence[Result], seeds: set[int | None]) -> list[Result]:
+def _with_seeds(
+    group: Sequence[Result],
+    seeds: set[int | None],
+) -> list[Result]:
     """Return those of the results that have one of the seeds."""
     out: list[Result] = []
     for result in group:
@@ -247,7 +250,10 @@ def select(
     return tasks, list(dict.fromkeys(metrics or all_metrics))
 
 
-def check_comparable(results: Sequence[Result], tasks: Sequence[str]) -> None:
+def check_comparable(
+    results: Sequence[Result],
+    tasks: Sequence[str],
+) -> None:
     """Raise for results that were not measured alike, with each one's differences from an earlier result in one line.
 
     Args:
@@ -386,7 +392,10 @@ def setting_notes(results: Sequence[Result]) -> list[str]:
     return notes
 
 
-def _if_different(results: Sequence[Result], values: Sequence[Any]) -> str:
+def _if_different(
+    results: Sequence[Result],
+    values: Sequence[Any],
+) -> str:
     """Return the value of each result where they are not all the same, and otherwise nothing."""
     if all(value == values[0] for value in values):
         return ""

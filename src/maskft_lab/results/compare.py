@@ -131,7 +131,10 @@ def compare(
     )
 
 
-def _with_verdicts(rows: Sequence[Row], settings: Settings) -> list[Row]:
+def _with_verdicts(
+    rows: Sequence[Row],
+    settings: Settings,
+) -> list[Row]:
     """Return the rows in their order with verdicts; main metrics are one family, all other metrics another."""
     # Two families, so that many secondary metrics do not weaken the claims about the main ones.
     judged: dict[Pair, Difference] = {}
@@ -155,7 +158,10 @@ def _pair_of(difference: Difference) -> Pair:
     return difference.method, difference.task, difference.metric
 
 
-def _identical_notes(differences: Sequence[Difference], baseline: str) -> list[str]:
+def _identical_notes(
+    differences: Sequence[Difference],
+    baseline: str,
+) -> list[str]:
     """Note the methods that answer every item as the baseline does."""
     notes: list[str] = []
     methods = dict.fromkeys(row.method for row in differences)

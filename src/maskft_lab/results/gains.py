@@ -68,7 +68,10 @@ def gains_of(differences: Sequence[Difference]) -> list[dict[str, Any]]:
     return curves
 
 
-def _point(gain: Difference, kept: Difference) -> dict[str, Any]:
+def _point(
+    gain: Difference,
+    kept: Difference,
+) -> dict[str, Any]:
     """Return the point of a method, from its differences on the test and on a probe."""
     # Above 0: the method is better on the test, and worse on the probe.
     # Differences are method minus baseline in the metric's own direction. Here both axes have a fixed direction.

@@ -208,7 +208,10 @@ def _value(
     return None
 
 
-def _fits(result: Result, asked: Mapping[str, Any]) -> bool:
+def _fits(
+    result: Result,
+    asked: Mapping[str, Any],
+) -> bool:
     """Whether a result was trained as the row and the column say."""
     training = result.get("training", {})
     method = result["model"]["method"]
@@ -240,7 +243,10 @@ def _fits(result: Result, asked: Mapping[str, Any]) -> bool:
     )
 
 
-def _of_backbone(results: Sequence[Result], backbone: str) -> list[Result]:
+def _of_backbone(
+    results: Sequence[Result],
+    backbone: str,
+) -> list[Result]:
     """Choose the results of the paper's base model; without any, those of a base model not in the paper.
 
     Raises:

@@ -57,7 +57,10 @@ def input_files(paths: Iterable[str]) -> set[Path]:
     return out
 
 
-def check_output(output: str | None, results: Iterable[str]) -> None:
+def check_output(
+    output: str | None,
+    results: Iterable[str],
+) -> None:
     """Raise if an output file is one of the results, which it would replace.
 
     Args:

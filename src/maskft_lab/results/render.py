@@ -222,7 +222,10 @@ def _first_places(comparison: Comparison, first: Place) -> list[Place]:
     return [place for place in unique_places if place in in_rows]
 
 
-def _claiming_places(comparison: Comparison, shown: Sequence[Place]) -> list[Place]:
+def _claiming_places(
+    comparison: Comparison,
+    shown: Sequence[Place],
+) -> list[Place]:
     """Return the places that are not shown and in which something is better or worse."""
     claims = [row for row in comparison.differences if row.verdict != NOT_DISTINGUISHABLE]
     places = dict.fromkeys(row.place for row in claims)
@@ -268,7 +271,10 @@ def _wrapped(sentences: Sequence[str]) -> list[str]:
     return lines
 
 
-def _page_lines(comparison: Comparison, places: Sequence[Place]) -> list[str]:
+def _page_lines(
+    comparison: Comparison,
+    places: Sequence[Place],
+) -> list[str]:
     table = _page_table(comparison, places)
     text = draw(table, "terminal", PAGE_WIDTH)
     return text.splitlines()

@@ -199,7 +199,10 @@ def _terminal_table(table: Table, width: int) -> str:
     return "\n".join(lines)
 
 
-def _width_of(block: list[int], widths: list[int]) -> int:
+def _width_of(
+    block: list[int],
+    widths: list[int],
+) -> int:
     """Return the width of the first column and those of a block, two blanks between them."""
     total = widths[0]
     for index in block:

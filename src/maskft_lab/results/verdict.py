@@ -482,7 +482,10 @@ def _tokens_of(result: Result) -> int:
 # The words
 
 
-def _text(against: Sequence[Row], reason: str | None) -> str:
+def _text(
+    against: Sequence[Row],
+    reason: str | None,
+) -> str:
     """Return the words of a verdict, after the seeds that contradict it."""
     # Where seeds point in both directions, the mean may be that of one outlier: their differences come first.
     doubts = ""

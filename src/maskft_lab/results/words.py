@@ -106,7 +106,8 @@ def _with_interval(
     while smallest < 0.5 * 10**-digits and digits < MAX_DIGITS:
         digits += 1
 
-    value, low, high = [_rounded(number, digits) for number in numbers]
+    # -0.0 + 0.0 is 0.0: no minus before zero.
+    value, low, high = [round(number, digits) + 0.0 for number in numbers]
     text = f"{value:+.{digits}f}"
     if unit:
         text += f" {unit}"
@@ -127,11 +128,6 @@ def _is_everything(row: Difference, bounds: Ends) -> bool:
     """Whether an interval is the whole range of a difference of shares: two seeds that disagree."""
     low, high = bounds
     return row.unit == "fraction" and low <= -1 and high >= 1
-
-
-def _rounded(number: float, digits: int) -> float:
-    # -0.0 + 0.0 is 0.0: no minus before zero.
-    return round(number, digits) + 0.0
 
 
 def score_text(score: Score) -> str:
