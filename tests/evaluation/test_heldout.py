@@ -37,6 +37,33 @@ def test_items_keep_the_cluster_of_their_row(net):
     assert record["metrics"]["nll"]["stderr"] != alone["metrics"]["nll"]["stderr"]
 
 
+def test_kl_keeps_the_cluster_of_a_row_too(net, tmp_path):
+    rows = [row | {"cluster_id": f"p{index // 2}"} for index, row in enumerate(ROWS)]
+    loaded = Loaded(net, TOKENIZER, {}, "x", {name: 1.1 * weight for name, weight in net.named_parameters()})
+    record = evaluate_kl(loaded, rows, LOSSES, Journal(tmp_path / "clusters.jsonl", {}))
+    assert [item["cluster_id"] for item in record["items"]] == ["p0", "p0", "p1", "p1", "p2", "p2"]
+    alone = evaluate_kl(loaded, ROWS, LOSSES, Journal(tmp_path / "alone.jsonl", {}))
+    assert record["metrics"]["kl"]["value"] == pytest.approx(alone["metrics"]["kl"]["value"])
+    assert record["metrics"]["kl"]["stderr"] != alone["metrics"]["kl"]["stderr"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([*ROWS, ROWS[0]], "two rows have the id '0', the same row in two sets"),
+        ([*ROWS[1:], ROWS[0] | {"cluster_id": "p0"}], "item '1' has cluster_id None: give every item a text"),
+    ],
+)
+def test_rows_that_no_result_can_hold_are_refused_before_the_losses(rows, message, net, tmp_path):
+    loaded = Loaded(net, TOKENIZER, {}, "x", dict(net.named_parameters()))
+    journal = Journal(tmp_path / "answers.jsonl", {})
+    with pytest.raises(UserError, match=message):
+        evaluate_rows(net, TOKENIZER, rows, journal=journal)
+    with pytest.raises(UserError, match=message):
+        evaluate_kl(loaded, rows, LOSSES, journal)
+    assert not journal.values
+
+
 class Killed(Exception):
     pass
 

@@ -25,7 +25,7 @@ from maskft_common.errors import UserError
 from maskft_common.files import digest
 
 from ..generation.greedy import Bounds, check_context, memory_bound_rows
-from ..results.schema import build_task, data_sha256, items_fingerprint, metric_from_items
+from ..results.schema import build_task, cluster_ids, data_sha256, items_fingerprint, metric_from_items
 from .evaluation_arguments import EvaluationArguments
 from .journal import Journal, generated, resumed
 from .load_models import Loaded
@@ -121,7 +121,7 @@ def evaluate_rows(
         options = EvaluationArguments()
     # They are read several times, and a data set decodes a row at each access.
     rows = list(rows)
-    _check_not_empty(rows)
+    _check_rows(rows)
 
     # Accuracy is over all rows or not given: over some of them it would be another task.
     num_unanswered = 0
@@ -196,9 +196,21 @@ def evaluate_rows(
     return record
 
 
-def _check_not_empty(rows: Sequence[dict]) -> None:
+def _check_rows(rows: Sequence[dict]) -> None:
+    """Raise for rows that no result can hold, before hours are spent on them."""
     if not rows:
         raise UserError("there are no items to evaluate; check eval_split_size and max_eval_samples")
+
+    # An id is the hash of a row. Within a file equal rows are numbered, so these are of two sets of a mixture.
+    seen: set[str] = set()
+    for row in rows:
+        identity = str(row["id"])
+        if identity in seen:
+            raise UserError(f"two rows have the id {identity!r}, the same row in two sets; leave it out of one of them")
+        seen.add(identity)
+
+    # Raises where only some rows have a cluster, as in a mixture with sets that have none.
+    cluster_ids(rows)
 
 
 def task_record(
@@ -254,7 +266,7 @@ def evaluate_kl(
     Returns:
         A task record of the result schema, metric ``kl``.
     """
-    _check_not_empty(rows)
+    _check_rows(rows)
     model = loaded.model
     tokenizer = loaded.tokenizer
     prompts = [prompt_ids(row, tokenizer)[: options.max_length] for row in rows]
@@ -286,6 +298,9 @@ def evaluate_kl(
             "id": str(row["id"]),
             "kl": value if math.isfinite(value) else None,
         }
+        # Rows of one cluster depend on each other in this metric, too.
+        if row.get("cluster_id") is not None:
+            item["cluster_id"] = row["cluster_id"]
         items.append(item)
 
     # Not a unit per token: every prompt counts alike, however long it is.
