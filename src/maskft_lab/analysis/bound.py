@@ -50,6 +50,7 @@ def code_lengths(
         ``full``, b d; ``mask``, of the kept weights and of their places: b (d - z) + log2 C(d, z).
     """
     kept_bits = bits * (d - z)
+    # Depends on the numbers alone: a mask at random places has the same length.
     place_bits = log2_binomial(d, z)
     return {"full": bits * d, "mask": kept_bits + place_bits}
 

@@ -268,6 +268,7 @@ def _results_of(candidates: Sequence[Path]) -> dict[str, ByRole]:
         # Results of maskft evaluate, outside of a study, belong to no run.
         study = result.get("study")
         if study is not None:
+            # By the hash, because a study that shares the folder may have measured the run under another name.
             identity = _identity(study["run"])
             roles = found.setdefault(identity, {})
             roles[study["role"]] = result

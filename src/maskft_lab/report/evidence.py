@@ -254,6 +254,7 @@ def _named_results(
 
 def _run_and_role(result: Result) -> tuple[str, str]:
     """The run of a result, and its role: the run's best model, or its last."""
+    # Always there: results outside of studies belong to no run, and are not read.
     study = result["study"]
     return study["run"], study["role"]
 

@@ -240,6 +240,7 @@ def _draw(
         total = cost.spent[quantity.total] / quantity.scale
         own = cost.spent[quantity.own] / quantity.scale
         method, is_start = methods.get(cost.name, (None, False))
+        # Bars have neither dash nor marker.
         colour, _, _ = look(method, is_start)
 
         # A full bar, and over its right end the part of the method itself.

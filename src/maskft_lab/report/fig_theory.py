@@ -63,6 +63,7 @@ def bound_chart(evidence: Evidence) -> Chart:
     num_vacuous = 0
     for size in _SIZES:
         for width, bound in record[size].items():
+            # In the sense that the complexity term alone does not exceed the loss of guessing.
             verdict = "informative"
             if bound["is_vacuous"]:
                 verdict = "vacuous"

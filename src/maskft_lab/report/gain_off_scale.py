@@ -147,6 +147,7 @@ def _clusters(
     clusters = []
     highest = -np.inf  # height of the last number, after the one before it has moved it up
     for height, point in heights:
+        # Enough room above the last number: a new group.
         if not clusters or height > highest + step:
             clusters.append([point])
             highest = height
