@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from maskft_common import files, layout
 from maskft_common.errors import UserError
-from maskft_common.files import read_json
+from maskft_common.files import expand_user, read_json
 from maskft_common.schema import FileModel, read_model
 
 from ..data.prepared import Prepared, data_identity
@@ -180,7 +180,7 @@ def _content(name: str, value: Any) -> Any:
         return value
     if name in _MODELS:
         return model_identity(value)
-    adapter = Path(value).expanduser() / layout.ADAPTER_WEIGHTS
+    adapter = expand_user(value) / layout.ADAPTER_WEIGHTS
     if name in _ADAPTERS and adapter.is_file():
         return f"sha256:{files.digest_file(adapter)}"
     return value

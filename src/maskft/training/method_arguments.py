@@ -8,13 +8,12 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, make_dataclass
-from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from maskft_common.command_line import with_default
 from maskft_common.errors import UserError
-from maskft_common.files import is_there, parse_json, read_json
+from maskft_common.files import expand_user, is_there, parse_json, read_json
 
 from ..baselines.fixed import FIXED_MASKS
 from ..data.arguments import option
@@ -179,7 +178,7 @@ def read_peft_config(given: dict | str | None) -> dict[str, Any] | None:
         with suppress(ValueError):
             content = parse_json(given)
     elif is_there(given):
-        content = read_json(Path(given).expanduser())
+        content = read_json(expand_user(given))
     if not isinstance(content, dict):
         raise UserError(
             f'peft_config {given!r} is neither a JSON object such as {{"peft_type": "LORA"}} nor a file with one'

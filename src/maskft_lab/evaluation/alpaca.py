@@ -58,7 +58,7 @@ def load_alpaca(options: EvaluationArguments) -> list[Mapping[str, Any]]:
     if options.reference_outputs is None:
         path = _published_file()
     else:
-        path = Path(options.reference_outputs).expanduser()
+        path = files.expand_user(options.reference_outputs)
     # Each row comes with its place in the file, for messages.
     references = [row for _, row in read_file(path)]
     if not references or not all(_is_output(row) for row in references):

@@ -18,6 +18,7 @@ import datasets
 
 from maskft.data.sources import read_file
 from maskft_common.errors import UserError, first_line, install_hint
+from maskft_common.files import expand_user
 
 ENDINGS = r"\.(jsonl|jsonl\.gz|json|json\.gz|parquet)"
 
@@ -106,7 +107,7 @@ def _prepare_ifeval(docs: datasets.Dataset, data_dir: str | Path | None) -> None
 
     # The tables may be beside the benchmarks' files.
     if data_dir:
-        tables = str(Path(data_dir).expanduser() / "nltk_data")
+        tables = str(expand_user(data_dir) / "nltk_data")
         if tables not in nltk.data.path:
             nltk.data.path.append(tables)
     try:
@@ -236,7 +237,7 @@ def load_docs(task: str, data_dir: str | Path | None) -> datasets.Dataset:
     if data_dir is None:
         return _from_hub(BENCHMARKS[task])
 
-    file = find_file(task, Path(data_dir).expanduser())
+    file = find_file(task, expand_user(data_dir))
     fields = BENCHMARKS[task].fields
     rows: list[dict[str, Any]] = []
     for place, row in read_file(file):

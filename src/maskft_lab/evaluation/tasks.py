@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from maskft_common.errors import UserError, did_you_mean, first_line, install_hint
+from maskft_common.files import expand_user
 from maskft_common.progress_bar import Progress
 
 from ..results.schema import build_task, data_sha256, items_fingerprint, metric_from_items
@@ -63,7 +64,7 @@ def check_names(names: Sequence[str], include_path: str | None = None) -> None:
         raise UserError(f"task {names[0]} is scored by lm-eval, which is not installed; {install_hint('eval')}")
     # Its warnings are about its own task files.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    if include_path is not None and not Path(include_path).expanduser().is_dir():
+    if include_path is not None and not expand_user(include_path).is_dir():
         raise UserError(f"include_path {include_path!r} is not a folder; name one with lm-eval task YAMLs")
 
     # The user's own tasks, without the index of lm-eval's, which takes seconds.
@@ -254,7 +255,7 @@ def _task_manager(include_path: str | None, include_defaults: bool = True):
 
     folder = None
     if include_path:
-        folder = str(Path(include_path).expanduser())
+        folder = str(expand_user(include_path))
     return TaskManager(include_path=folder, include_defaults=include_defaults)
 
 

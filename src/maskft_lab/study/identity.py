@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from maskft.data.arguments import mixture_text
@@ -12,7 +11,7 @@ from maskft.training.arguments import default_learning_rate
 from maskft.training.method_arguments import MASK_METHODS, UNTRAINED_METHODS, default_start, selection_of
 from maskft.tuner.presets import PRESETS
 from maskft.tuner.selection import is_free
-from maskft_common.files import digest, digest_file
+from maskft_common.files import digest, digest_file, expand_user
 
 from ..evaluation.benchmarks import benchmark_files
 
@@ -61,7 +60,7 @@ def evaluation_identity(evaluation: dict, before: dict[str, dict] | None = None)
 
 def _benchmark_digests(tasks: str, folder: str) -> dict[str, str]:
     """Task -> hash of its files in a folder, for tasks with files there."""
-    data_folder = Path(folder).expanduser()
+    data_folder = expand_user(folder)
     digests = {}
     for task in tasks.split(","):
         task = task.strip()

@@ -9,7 +9,7 @@ from maskft.data.arguments import DATA_NAMES, KL_DATA, TEMPLATE
 from maskft.data.mixtures import rename_sets
 from maskft.data.sources import FILE_ENDINGS
 from maskft_common.errors import UserError
-from maskft_common.files import is_there
+from maskft_common.files import expand_user, is_there
 from maskft_common.schema import read_model
 from maskft_common.yaml_file import read_yaml
 
@@ -146,7 +146,7 @@ def _section(content: dict, name: str) -> dict:
 
 def _template_file(name: Any, source: Path) -> str:
     """The file of a chat template that a recipe names; relative names count from the recipe."""
-    named = Path(str(name)).expanduser()
+    named = expand_user(str(name))
     template = source.parent / named  # `named` itself if it is absolute
     if not template.is_file():
         raise UserError(f"{source}: {TEMPLATE} {str(template)!r} does not exist; relative names count from the recipe")
@@ -205,7 +205,7 @@ def in_data_dir(options: Options, data_dir: str | Path | None) -> Options:
         if not is_file_name or is_there(name):
             return name
 
-        file = Path(data_dir).expanduser() / name
+        file = expand_user(data_dir) / name
         if not file.is_file():
             raise UserError(f"data file {name!r} is neither here nor in data_dir {str(data_dir)!r}")
         return str(file)
