@@ -108,7 +108,7 @@ def test_interval_and_verdict_never_disagree(monkeypatch):
     rng = np.random.default_rng(1)
     cut = 0
     for _ in range(40):
-        for row in judged(family(rng, [2.0, 2.0, 0.3, 0.36, 0.0])):
+        for row in judged(family(rng, [2.0, 2.0, 0.32, 0.36, 0.0])):
             holds_zero = row.ci_low <= 0 <= row.ci_high and not row.is_cut_at_zero
             assert holds_zero == (row.verdict == NOT_DISTINGUISHABLE)
             assert (row.ci_low <= row.unadjusted_low and row.unadjusted_high <= row.ci_high) or row.is_cut_at_zero
