@@ -1,9 +1,7 @@
 """Learners of masks: gates and gradients against their formulas, the layer in all states, budgets, starts, files."""
 
-import copy
 import json
 import math
-import pickle
 
 import pytest
 import torch
@@ -410,72 +408,7 @@ def test_a_mask_that_removes_everything_is_not_saved(tmp_path):
         model.save_pretrained(tmp_path)
 
 
-# Configuration
-
-
-def test_presets():
-    paper = MaskConfig(preset="paper")
-    found = (paper.selection, paper.rank_by, paper.init_scores, paper.init_std, paper.sparsity)
-    assert found == ("topk", "abs", "normal", 0.02, 0.1)
-    recommended = MaskConfig(preset="recommended")
-    assert (recommended.sparsity, recommended.rank_by, recommended.layers_to_transform) == (0.1, "abs", None)
-    deletion = MaskConfig(preset="deletion_tuning")
-    assert (deletion.target_modules, deletion.selection, deletion.gradient) == (["gate_proj"], "logit", "sigmoid")
-    assert deletion.init_scores == "magnitude" and deletion.sharpness < deletion.sharpness_end
-    assert copy.copy(deletion) == deletion == pickle.loads(pickle.dumps(deletion))
-    assert recommended.beside_preset == deletion.beside_preset == {}
-
-
-def test_options_beside_a_preset_win():
-    beside = MaskConfig(preset="recommended", sparsity=0.2, init_scores="normal")  # the latter a default, asked for
-    assert (beside.sparsity, beside.init_scores, beside.init_std) == (0.2, "normal", 0.02)
-    assert beside.beside_preset == {"sparsity": 0.2, "init_scores": "normal"}
-    priced = MaskConfig(preset="deletion_tuning", price=2.0, target_modules=["up_proj"])
-    assert (priced.price, priced.target_modules, priced.selection) == (2.0, ["up_proj"], "logit")
-    other = MaskConfig(preset="deletion_tuning", selection="topk")
-    assert (other.selection, other.init_scores, other.gradient) == ("topk", "magnitude", "straight_through")
-    # What was saved stands, also where a preset has other values by then.
-    saved = MaskConfig(preset="deletion_tuning").to_dict() | {"mask_sha256": "0" * 64, "sharpness": 11.0}
-    assert MaskConfig(**saved).sharpness == 11.0
-
-
-@pytest.mark.parametrize(
-    "settings,message",
-    [
-        (
-            {"price": 0.1},
-            "price=0.1 has no effect with selection='topk'; it goes with logit and gumbel and hard_concrete",
-        ),
-        ({"selection": "logit", "init_value": 1.0, "price": -1.0}, "price is -1.0; it must be 0 or more"),
-        ({"selection": "gumbel", "init_value": 1.0, "gradient": "sigmoid"}, "gradient='sigmoid' has no effect"),
-        ({"selection": "logit", "init_value": 1.0, "temperature": 1.0}, "temperature=1.0 has no effect"),
-        (
-            {"selection": "gumbel", "init_value": 1.0, "temperature_end": 0.0},
-            "temperature_end is 0.0; it must be above 0",
-        ),
-        ({"selection": "gumbel", "init_value": 1.0, "sharpness": -1.0}, "sharpness is -1.0; it must be above 0"),
-        (
-            {"selection": "logit", "sparsity": 0.3},
-            "sparsity=0.3 has no effect with selection='logit'; it goes with topk",
-        ),
-        ({"threshold": 0.1}, "threshold=0.1 has no effect with selection='topk'; it goes with threshold"),
-        ({"init_value": 0.1}, "init_value=0.1 has no effect with selection='topk' and init_scores='normal'"),
-        ({"sparsity_ramp": 1.5}, r"sparsity_ramp is 1.5; it is a share of training and must be in \[0, 1\]"),
-        ({"selection": "logit", "init_value": 1.0, "sparsity_ramp": 0.5}, "sparsity_ramp=0.5 has no effect"),
-        (
-            {"selection": "logit", "init_scores": "constant", "init_value": 0.0},
-            "init_value=0.0 that is every weight; set init_value above 0",
-        ),
-        ({"selection": "hard_concrete", "init_value": -1.0}, "that is every weight; set init_value above 0"),
-        ({"price": "1"}, "price is '1'; it must be a number"),
-        ({"layers_pattern": "h"}, "layers_pattern has no effect without layers_to_transform"),
-        ({"removed_value": "base"}, "removed_value='base' needs the model before fine-tuning"),
-        ({"removed_value_model": "x"}, "removed_value='base' needs the model before fine-tuning"),
-    ],
-)
-def test_settings_that_contradict(settings, message):
-    with pytest.raises(UserError, match=message):
-        MaskConfig(**settings)
+# A learner of one's own
 
 
 def test_a_learner_is_one_entry(monkeypatch, tmp_path):

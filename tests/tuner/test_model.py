@@ -2,7 +2,6 @@
 
 import copy
 import json
-import math
 import struct
 import tracemalloc
 import warnings
@@ -342,17 +341,6 @@ def test_a_masked_head_is_saved_as_a_mask_alone(tmp_path):
     assert torch.equal(logits(PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path)), logits(model))
 
 
-def test_one_name_of_a_saved_module_is_no_list_of_letters():
-    assert MaskConfig(modules_to_save="lm_head").modules_to_save == ["lm_head"]
-
-
-def test_names_in_a_set_are_kept_in_one_order():
-    """Sets of strings have another order in each process, and so would the saved configuration."""
-    names = {"v_proj", "k_proj", "q_proj"}
-    for option in ("target_modules", "exclude_modules", "modules_to_save"):
-        assert getattr(MaskConfig(**{option: names}), option) == sorted(names)
-
-
 def test_a_threshold_that_is_changed_is_used():
     model = get_peft_model(tiny.tiny_llama(), MaskConfig(selection="threshold", rank_by="signed")).eval()
     before = logits(model)
@@ -426,41 +414,6 @@ def test_threshold_starts_at_the_published_share_and_moves():
     before = MaskSet(current_masks(model)).num_removed
     train_a_little(model)
     assert MaskSet(current_masks(model)).num_removed != before
-
-
-# Configuration
-
-
-@pytest.mark.parametrize(
-    "settings,message",
-    [
-        ({"sparsity": 1.0}, r"sparsity is 1.0; .* must be in \[0, 1\)"),
-        ({"sparsity": -0.1}, r"sparsity is -0.1"),
-        ({"selection": "topkk"}, r"selection is 'topkk' \(did you mean 'topk'\?\); choose one of: topk, threshold"),
-        ({"rank_by": "absolute"}, "choose one of: abs, signed"),
-        ({"init_scores": "zeros"}, "choose one of: normal"),
-        ({"init_std": 0.0}, "standard deviation and must be > 0"),
-        ({"init_std": math.inf}, "init_std is inf; it is a standard deviation"),
-        ({"selection": "threshold", "threshold": math.nan}, "threshold is nan; it must be a finite number"),
-        ({"init_scores": "constant", "init_value": math.nan}, "init_value is nan; it must be a finite number"),
-        ({"init_value": "0.1"}, "init_value is '0.1'; it must be a number"),
-        ({"selection": "gumbel", "temperature_end": "0.1"}, "temperature_end is '0.1'; it must be a number"),
-        ({"mask_seed": -1}, "must be >= 0"),
-        ({"layers_to_transform": []}, "layers_to_transform is empty"),
-        ({"preset": "papr"}, "did you mean 'paper'"),
-        ({"selection": "threshold"}, "threshold is -0.035 and rank_by is 'abs': no magnitude is below it"),
-        ({"init_scores": "constant"}, "never trains: the gradient is 0 at score 0"),
-        ({"format_version": 99}, "format version 99, this maskft reads up to 2; use a newer one"),
-    ],
-)
-def test_bad_settings(settings, message):
-    with pytest.raises(UserError, match=message):
-        MaskConfig(**settings)
-
-
-def test_sparsity_above_a_half_warns_about_the_released_codes_meaning():
-    with pytest.warns(UserWarning, match="released code calls the fraction that is KEPT sparsity; its 0.9 is 0.1 here"):
-        MaskConfig(sparsity=0.9)
 
 
 # Targets
