@@ -145,6 +145,8 @@ def test_the_effective_weight_is_the_dequantised_one_times_the_mask(make):
     weight = storage_of(layer.base_layer).dequantise()
     expected = F.linear(inputs(), weight * layer.get_mask("default"), layer.bias)
     assert torch.equal(layer(inputs()), expected)
+    assert layer.get_base_dtype() == weight.dtype
+    assert f"quantization_backend='{layer.quantization_backend.backend_name}'" in repr(layer)
     assert type(model.base_model.model.other) is type(layer.base_layer)  # stays quantised
 
 

@@ -2,10 +2,12 @@
 
 import copy
 import warnings
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -14,7 +16,9 @@ from maskft import MaskConfig
 from maskft.masking import score_gradient
 from maskft.masks.adapter import CodedMask
 from maskft.masks.codec import encode_mask
+from maskft.tuner.adapter_files import AdapterFiles, set_adapter_files
 from maskft.tuner.layer import MaskedLinear
+from maskft.tuner.scores import draw_scores
 from maskft_common.errors import UserError
 from tiny import tiny_llama, token_ids
 
@@ -223,7 +227,11 @@ def test_second_derivatives_are_refused_and_a_bias_that_trains_has_its_gradient(
 def test_data_parallel_is_refused():
     layer = make_layer()
     layer._is_replica = True  # what torch.nn.DataParallel sets on its copies
-    with pytest.raises(UserError, match=r"masks do not work under torch\.nn\.DataParallel"):
+    message = (
+        r"^masks do not work under torch\.nn\.DataParallel; start one process per GPU \(accelerate launch; maskft "
+        r"train --accelerate_config multi_gpu\), or show one GPU only \(CUDA_VISIBLE_DEVICES=0\)$"
+    )
+    with pytest.raises(UserError, match=message):
         layer(torch.randn(5, 12))
 
 
@@ -255,8 +263,8 @@ def test_autocast_trains_and_evaluates_with_one_mask():
     x = torch.randn(5, 12)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = layer(x)
-        y.float().square().sum().backward()
         expected = F.linear(x, layer.base_layer.weight * layer.get_mask("default"), layer.base_layer.bias)
+    y.float().square().sum().backward()  # outside, as torch's documentation has it
     assert y.dtype == torch.bfloat16 and torch.equal(y, expected)
     assert layer.mask_scores["default"].grad.dtype == torch.float32
 
@@ -333,7 +341,8 @@ def test_a_mask_with_values_is_merged_alone_in_either_order(names):
     layer.update_layer("other", MaskConfig(mask_seed=1))
     layer.removed_values["default"] = torch.ones(8, 12)
     layer.merge(adapter_names=names[:1])
-    with pytest.raises(UserError, match="merged alone"):
+    message = "^a mask whose removed_value is base is merged alone; unmerge the others, or name one adapter$"
+    with pytest.raises(UserError, match=message):
         layer.merge(adapter_names=names[1:])
     layer.unmerge()
 
@@ -361,8 +370,6 @@ def test_scores_on_meta_are_refused():
 
 
 def test_gradient_checkpointing_gives_the_same_gradient():
-    from peft import get_peft_model
-
     grads = []
     for checkpointing in (False, True):
         model = get_peft_model(tiny_llama(), MaskConfig(layers_to_transform=[1]))
@@ -379,7 +386,12 @@ def test_gradient_checkpointing_gives_the_same_gradient():
 
 @pytest.mark.parametrize(
     "register",
-    ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"],
+    [
+        "register_forward_hook",
+        "register_forward_pre_hook",
+        "register_full_backward_hook",
+        "register_full_backward_pre_hook",
+    ],
 )
 def test_hooks_that_a_mask_bypasses_are_warned_about(register):
     base = nn.Linear(4, 3)
@@ -387,5 +399,301 @@ def test_hooks_that_a_mask_bypasses_are_warned_about(register):
         warnings.simplefilter("error")
         MaskedLinear(base, "default", MaskConfig(sparsity=0.5), "layer")
     getattr(base, register)(lambda *args: None)
-    with pytest.warns(UserWarning, match="Set the hooks on the same path after the mask is applied"):
+    message = (
+        r"^One of the layers that are masked has forward or backward \(pre\) hooks, which the masked layer ignores: it "
+        r"does not call the base layer\. Set the hooks on the same path after the mask is applied\.$"
+    )
+    with pytest.warns(UserWarning, match=message):
         MaskedLinear(base, "default", MaskConfig(sparsity=0.5), "layer")
+
+
+# The state of a layer
+
+
+def test_a_layer_has_the_sizes_of_its_base_and_masks_without_further_calls():
+    linear = MaskedLinear(nn.Linear(12, 8), "default", MaskConfig(sparsity=0.3), "lin")
+    conv1d = MaskedLinear(Conv1D(8, 12), "default", MaskConfig(sparsity=0.3), "lin")
+    for layer in (linear, conv1d):
+        assert (layer.in_features, layer.out_features) == (12, 8)
+        assert layer.active_masks == ["default"] and layer.mask_scores["default"].requires_grad
+    assert (conv1d.nx, conv1d.nf) == (12, 8) and not hasattr(linear, "nx") and not hasattr(linear, "nf")
+    assert repr(linear).startswith("mask.MaskedLinear(")
+
+
+def test_fresh_scores_are_decided_by_the_name_of_the_layer():
+    config = MaskConfig(sparsity=0.3)
+    layer = make_layer(sparsity=0.3)
+    assert torch.equal(layer.fresh_scores(config), draw_scores(config, layer.base_layer.weight, "lin"))
+    other = MaskedLinear(layer.base_layer, "default", config, "another")
+    assert not torch.equal(other.fresh_scores(config), layer.fresh_scores(config))
+    assert torch.equal(layer.mask_scores["default"], layer.fresh_scores(config))
+
+
+def test_an_adapter_of_the_same_name_is_replaced_whole():
+    """As when one model is wrapped again: what was there before is not applied."""
+    layer = make_layer(sparsity=0.3)
+    layer.removed_values["default"] = torch.ones(8, 12)
+    layer.mask_scores["default"].data.neg_()
+    layer.update_layer("default", MaskConfig(sparsity=0.2))
+    assert torch.equal(layer.mask_scores["default"], layer.fresh_scores(MaskConfig()))
+    assert not layer.removed_values and layer.mask_configs["default"].sparsity == 0.2
+    layer.update_layer("default", MaskConfig(inference_mode=True))
+    assert len(layer.mask_scores) == 0
+
+
+def test_a_reference_starts_as_a_copy_of_the_adapter_that_is_trained():
+    layer = make_layer(sparsity=0.3)
+    layer.mask_scores["default"].data.neg_()
+    config = MaskConfig(sparsity=0.3)
+    config.copy_of = "default"
+    layer.update_layer("ref", config)
+    assert torch.equal(layer.mask_scores["ref"], layer.mask_scores["default"])
+    layer.mask_scores["default"].data.neg_()
+    assert not torch.equal(layer.mask_scores["ref"], layer.mask_scores["default"])
+
+    loaded = make_layer(sparsity=0.3, inference_mode=True)
+    loaded.saved_masks["default"] = CodedMask(encode_mask(layer.get_mask("default")), "lin")
+    config = MaskConfig(sparsity=0.3, inference_mode=True)
+    config.copy_of = "default"
+    loaded.update_layer("ref", config)
+    assert torch.equal(loaded.get_mask("ref"), layer.get_mask("default"))
+
+
+def test_scores_of_an_adapter_for_inference_are_frozen():
+    before = set_adapter_files(AdapterFiles())  # plain files have scores to load into
+    try:
+        base = nn.Linear(12, 8).requires_grad_(False)
+        layer = MaskedLinear(base, "default", MaskConfig(sparsity=0.3, inference_mode=True), "lin")
+    finally:
+        set_adapter_files(before)
+    assert not layer.mask_scores["default"].requires_grad
+    layer.set_adapter("default")
+    assert layer.mask_scores["default"].requires_grad
+    layer.set_adapter("default", inference_mode=True)
+    assert not layer.mask_scores["default"].requires_grad
+
+
+def test_scores_that_are_loaded_into_a_layer_are_seen():
+    layer = make_layer(sparsity=0.3)
+    other = make_layer(sparsity=0.3)
+    other.mask_scores["default"].data.neg_().add_(0.01)
+    layer(torch.randn(2, 12))
+    layer.load_state_dict(other.state_dict())
+    assert torch.equal(layer.get_masked_weight(), other.get_masked_weight())
+
+
+def test_nothing_of_a_deleted_adapter_is_kept():
+    layer = make_layer(sparsity=0.3)
+    layer.update_layer("other", MaskConfig(sparsity=0.2))
+    layer(torch.randn(2, 12)).sum().backward()
+    with torch.no_grad():
+        layer(torch.randn(2, 12), adapter_names=["default", "other"])
+    assert layer.mixed_batch.num_bytes > 0
+    with pytest.warns(UserWarning, match="Setting active adapter to other"):
+        layer.delete_adapter("default")
+    assert layer.mixed_batch.num_bytes == layer.mixed_batch.places["other"][2].columns.nbytes + 4 * 9
+    assert layer._get_available_adapters() == {"other"} and layer.active_masks == ["other"]
+    assert "default" not in layer.masker._near and layer.masker.value is None
+    layer.delete_adapter("other")
+    assert torch.equal(layer(torch.ones(1, 12)), layer.base_layer(torch.ones(1, 12)))
+
+
+def test_train_is_on_by_default_and_reaches_what_is_inside():
+    layer = make_layer().eval()
+    assert layer.train() is layer
+    assert layer.training and layer.base_layer.training
+
+
+def test_a_layer_without_its_own_tensors_can_be_emptied():
+    """``recurse=False`` as in torch's own modules: the base layer is left as it is."""
+    layer = make_layer()
+    layer.to_empty(device="meta", recurse=False)
+    assert layer.base_layer.weight.device.type == "cpu"
+    layer.to_empty(device="meta")
+    assert layer.base_layer.weight.device.type == layer.mask_scores["default"].device.type == "meta"
+
+
+def test_scores_without_data_are_not_moved():
+    layer = make_layer()
+    before = layer.mask_scores["default"].detach().clone()
+    layer._move_adapter_to_device_of_base_layer("default")
+    assert torch.equal(layer.mask_scores["default"], before)
+    layer._move_adapter_to_device_of_base_layer("default", torch.device("meta"))
+    assert torch.equal(layer.mask_scores["default"], before)
+    layer._move_adapter_to_device_of_base_layer("nobody")
+    layer.mask_scores["default"] = nn.Parameter(torch.empty(8, 12, device="meta"))
+    layer._move_adapter_to_device_of_base_layer("default")
+    assert layer.mask_scores["default"].device.type == "meta"
+
+
+def test_a_copy_of_a_layer_shares_nothing_and_has_a_masker():
+    """Not made at the first forward pass, which may be traced by torch.compile."""
+    model = get_peft_model(nn.Sequential(nn.Linear(12, 8)), MaskConfig(target_modules=["0"], sparsity=0.3))
+    layer = model.base_model.model[0]
+    layer(torch.randn(2, 12))
+    assert layer.place is not None
+    copied = copy.deepcopy(layer)
+    assert vars(copied).keys() == vars(layer).keys() and copied.place is None
+    assert copied.cached_masker is not layer.cached_masker and copied.cached_masker.layer is copied
+    assert copied.cached_masker.value is None
+    assert torch.equal(copied.get_masked_weight(), layer.get_masked_weight())
+
+
+# Arguments
+
+
+class Scaled(nn.Linear):
+    """Its forward takes more than the input."""
+
+    def forward(self, x, factor=1.0, *, shift=0.0):
+        return super().forward(x) * factor + shift
+
+
+def test_where_no_mask_applies_the_base_layer_gets_every_argument():
+    base = Scaled(12, 8).requires_grad_(False)
+    layer = MaskedLinear(base, "default", MaskConfig(sparsity=0.3), "lin")
+    plain = copy.deepcopy(base)
+    x = torch.randn(5, 12)
+    expected = plain(x, 2.0, shift=3.0)
+
+    layer.merge()
+    merged = layer(x, 2.0, shift=3.0)
+    assert torch.equal(merged, base(x, 2.0, shift=3.0)) and not torch.equal(merged, expected)
+    assert not merged.requires_grad
+    layer.enable_adapters(False)
+    assert torch.equal(layer(x, 2.0, shift=3.0), expected) and not layer.merged
+
+    layer.enable_adapters(True)
+    names = ["__base__"] * 5
+    assert torch.equal(layer(x, 2.0, shift=3.0, adapter_names=names), expected)
+    layer.set_adapter([])
+    assert torch.equal(layer(x, 2.0, shift=3.0), expected)
+
+
+def test_a_merged_mask_is_all_that_applies():
+    layer = make_layer(sparsity=0.3)
+    layer.update_layer("other", MaskConfig(sparsity=0.3, mask_seed=1))
+    layer.merge(adapter_names=["default"])
+    layer.set_adapter("other")
+    x = torch.randn(5, 12)
+    assert torch.equal(layer(x), layer.base_layer(x))
+
+
+def test_names_of_rows_are_counted_also_where_masks_are_off():
+    layer = make_layer()
+    layer.enable_adapters(False)
+    with pytest.raises(UserError, match="adapter_names has 4 names and the batch 5 rows; give one name per row"):
+        layer(torch.randn(5, 12), adapter_names=["default"] * 4)
+
+
+def test_an_adapter_without_a_mask_says_how_to_load_it():
+    layer = make_layer(inference_mode=True)
+    message = (
+        r"^adapter 'default' has no mask in lin: load it with PeftModel\.from_pretrained or PeftModel\.load_adapter "
+        r"\(transformers' own model\.load_adapter and add_adapter cannot read masks\)$"
+    )
+    with pytest.raises(UserError, match=message):
+        layer.get_mask("default")
+
+
+# Weights and merging
+
+
+@pytest.mark.parametrize("value", [None, 2.0])
+def test_the_delta_weight_is_what_the_mask_changes(value):
+    layer = make_layer(sparsity=0.3)
+    weight = layer.base_layer.weight.clone()
+    if value is not None:
+        layer.removed_values["default"] = torch.full((8, 12), value)
+    expected = torch.where(layer.get_mask("default"), 0.0, (value or 0.0) - weight)
+    assert torch.equal(layer.get_delta_weight("default"), expected)
+    layer.merge()
+    assert torch.equal(layer.get_delta_weight("default"), expected)
+    assert layer.supports_lora_conversion() is False
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_masked_weight_is_in_the_dtype_that_is_asked_for(dtype):
+    layer = make_layer(sparsity=0.3, dtype=dtype)
+    weight = layer.base_layer.weight * layer.get_mask("default")
+    assert layer.get_masked_weight().dtype == dtype and torch.equal(layer.get_masked_weight(), weight)
+    assert layer.get_masked_weight(torch.float64).dtype == torch.float64
+
+
+def test_values_of_removed_weights_follow_the_weight():
+    layer = make_layer(dtype=torch.bfloat16)
+    assert layer.removed_value("default") is None
+    layer.removed_values["default"] = torch.ones(8, 12)
+    value = layer.removed_value("default")
+    assert value.dtype == torch.bfloat16 and layer.removed_value("default") is value
+    layer.base_layer.to("meta")
+    assert layer.removed_value("default").device.type == "meta"
+
+
+def test_a_loaded_mask_is_where_the_weight_is():
+    layer = make_layer(inference_mode=True)
+    layer.saved_masks["default"] = CodedMask(encode_mask(torch.ones(8, 12, dtype=torch.bool)), "lin")
+    layer.base_layer.to("meta")
+    assert layer.get_mask("default").device.type == "meta"
+    layer.saved_masks["default"] = CodedMask(encode_mask(torch.ones(4, 12, dtype=torch.bool)), "lin")
+    with pytest.raises(UserError, match=r"has shape \(4, 12\), the model's weight \(8, 12\)"):
+        layer.get_mask("default")
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_two_masks_that_overlap_are_merged_and_unmerged_bit_for_bit(dtype):
+    """Also where the model is cast in between: the values that were kept are cast with it."""
+    layer = make_layer(sparsity=0.3)
+    layer.update_layer("other", MaskConfig(sparsity=0.4, mask_seed=1))
+    weight = layer.base_layer.weight.clone()
+    masks = layer.get_mask("default") & layer.get_mask("other")
+    layer.merge(adapter_names=["default", "other"])
+    assert layer.merged_adapters == ["default", "other"]
+    merged = layer.base_layer.weight.clone()
+    assert torch.equal(merged, weight * masks)
+    assert torch.equal(layer.get_unmerged_weight(), weight)
+    assert torch.equal(layer.base_layer.weight, merged)
+    layer.to(dtype)
+    layer.unmerge()
+    assert torch.equal(layer.base_layer.weight, weight.to(dtype)) and not layer.merged
+    with pytest.warns(UserWarning, match=r"^Already unmerged\. Nothing to do\.$"):
+        layer.unmerge()
+
+
+def test_merging_writes_the_values_of_removed_weights():
+    layer = make_layer(sparsity=0.3)
+    weight = layer.base_layer.weight.clone()
+    layer.removed_values["default"] = torch.full((8, 12), 2.0)
+    layer.merge()
+    assert torch.equal(layer.base_layer.weight, torch.where(layer.get_mask("default"), weight, 2.0))
+    layer.unmerge()
+    assert torch.equal(layer.base_layer.weight, weight)
+
+
+def test_a_weight_that_is_not_finite_is_merged_unless_that_is_asked_about():
+    layer = make_layer(sparsity=0.3)
+    layer.merge(safe_merge=True)
+    layer.unmerge()
+    layer.base_layer.weight.data.fill_(float("inf"))
+    with pytest.raises(ValueError, match=r"^lin has weights that are not finite after merging 'default'$"):
+        layer.merge(safe_merge=True)
+    layer.merge()
+    assert layer.merged
+
+
+def test_a_sharded_weight_is_not_merged():
+    layer = make_layer()
+    layer.base_layer.weight.full_tensor = None  # a method of DTensor
+    message = "^lin is sharded by FSDP and cannot be merged; save the adapter and run maskft merge$"
+    with pytest.raises(UserError, match=message):
+        layer.merge()
+
+
+def test_a_layer_outlives_its_model():
+    layer = make_layer()
+    parent = nn.Sequential(layer)
+    layer.place = (weakref.ref(parent), "0")
+    del parent
+    assert layer.place[0]() is None
+    layer.merge()
+    assert layer.merged

@@ -72,7 +72,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         self.is_transposed = isinstance(base_layer, Conv1D)
         self.quantization_backend = find_quantized_weight(base_layer)
 
-        self.mask_scores = Float32ParameterDict({})
+        self.mask_scores = Float32ParameterDict()
         self.saved_masks: dict[str, SavedMask] = {}
         self.mask_configs: dict[str, MaskConfig] = {}
         self.removed_values: dict[str, Tensor] = {}
@@ -82,8 +82,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         # Weak, because the parent holds this layer: a strong reference would be a cycle.
         self.place: tuple[weakref.ref[nn.Module], str] | None = None
 
-        # BaseTunerLayer declares these as class attributes, and each layer needs a list for itself.
-        self._disable_adapters = False
+        # BaseTunerLayer declares it as a class attribute, and each layer needs a list for itself.
         self.merged_adapters = []
         # Adapter name -> (removed entries, bool; their values, in row order; old codes of a quantised weight or None).
         self._merge_stash: dict[str, tuple[Tensor, Tensor, Any]] = {}
