@@ -1,6 +1,7 @@
 """The plain tuner by itself: PEFT's shape, plain files, and what other code may do to a masked model."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from transformers import AutoModelForCausalLM
 import maskft.fast
 from maskft import MaskConfig, UserError, adapter_layers, current_masks, set_mask_progress
 from maskft.tuner.adapter_files import AdapterFiles, set_adapter_files
+from maskft.tuner.config import REMOVED_VALUES
+from maskft.tuner.model import NO_TOKEN_INDICES, unwrapped_name
 from maskft_common.layout import ADAPTER_WEIGHTS
 from tiny import IS_OLD_TORCH, tiny_llama, token_ids
 
@@ -133,6 +136,130 @@ def test_a_copy_is_not_merged_below_lora_either():
         copied.merge_adapter()
 
 
+@pytest.mark.parametrize("name", ["default", "sums"])
+def test_a_mask_below_lora_is_not_unloaded_whatever_its_name(name):
+    base = nn.Sequential(nn.Linear(6, 5))
+    model = get_peft_model(base, MaskConfig(target_modules=["0"], sparsity=0.3), adapter_name=name)
+    get_peft_model(model, LoraConfig(target_modules=["0"]))
+    message = (
+        "0 has an adapter of another kind over its mask (peft.tuners.lora.layer), and merging would write that adapter "
+        "below the mask: merge the mask first, with merge_and_unload of a model without the other adapter, and apply "
+        "that adapter to the merged model"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        model.unload()
+
+
+def test_layers_of_a_copy_know_their_places():
+    """In modules in modules, where a name has several parts."""
+    model = get_peft_model(tiny_llama(num_layers=1), MaskConfig())
+    for each in (model, copy.deepcopy(model)):
+        for layer in adapter_layers(each).values():
+            parent, name = layer.place
+            assert getattr(parent(), name) is layer
+
+
+def test_a_configuration_is_the_models_own_until_another_adapter_comes_with_it():
+    config = MaskConfig(target_modules=["0"], sparsity=0.3)
+    base = nn.Sequential(nn.Linear(6, 5))
+    model = get_peft_model(base, config)
+    assert model.peft_config["default"] is config and config.is_new is True
+
+    # As training and saving fill them in.
+    filled = {"mask_sha256": "m", "base_fingerprint": "b", "weights_sha256": {"w": "s"}, "progress": 0.5, "recipe": {}}
+    for name, value in filled.items():
+        setattr(config, name, value)
+    model.add_adapter("second", config)
+    other = get_peft_model(nn.Sequential(nn.Linear(6, 5)), config)
+    for copied in (model.peft_config["second"], other.peft_config["default"]):
+        assert copied is not config and copied.is_new is True and copied.copy_of == ""
+        assert [getattr(copied, name) for name in filled] == [None] * 5
+    assert {name: getattr(config, name) for name in filled} == filled
+
+    # TRL's name of the reference, which is a copy.
+    model.add_adapter("ref", config)
+    assert model.peft_config["ref"] is not config and model.peft_config["ref"].copy_of == "default"
+    assert {name: getattr(model.peft_config["ref"], name) for name in filled} == filled
+
+
+def test_new_tokens_are_refused_before_anything_is_replaced():
+    base = nn.Sequential(nn.Linear(6, 5))
+    with pytest.raises(UserError, match=f"^{re.escape(NO_TOKEN_INDICES)}$"):
+        get_peft_model(base, MaskConfig(target_modules=["0"], trainable_token_indices=[1]))
+    assert type(base[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("is_merged", [False, True])
+def test_add_ons_of_a_whole_model_are_attached_once_and_undone(is_merged, monkeypatch):
+    base = nn.Sequential(nn.Linear(6, 5))
+    weight = base[0].weight.detach().clone()
+    calls = []
+
+    def attach(model):
+        calls.append(model)
+        return lambda: calls.append("undone")
+
+    monkeypatch.setattr("maskft.tuner.model.MODEL_HOOKS", [attach])
+    model = get_peft_model(base, MaskConfig(target_modules=["0"], sparsity=0.3))
+    model.add_adapter("second", MaskConfig(target_modules=["0"], sparsity=0.2))
+    assert calls == [base]
+    unloaded = model.base_model._unload_and_optionally_merge(is_merged)
+    assert calls == [base, "undone"]
+    assert type(unloaded[0]) is nn.Linear and torch.equal(unloaded[0].weight, weight) != is_merged
+
+
+@pytest.mark.parametrize("inference_mode", [False, True])
+def test_only_a_model_that_trains_is_kept_differentiable(inference_mode):
+    base = nn.Sequential(nn.Linear(6, 5))
+    base[0].support_avx512bf16_for_cpu = True  # as a four-bit layer of bitsandbytes has it
+    model = get_peft_model(base, MaskConfig(target_modules=["0"], inference_mode=inference_mode))
+    assert model.base_model.model[0].base_layer.support_avx512bf16_for_cpu is inference_mode
+
+
+def test_layers_alone_hold_the_values_of_removed_weights(monkeypatch):
+    def twos(config, model):
+        return {name: torch.full_like(model.get_submodule(name).weight, 2.0) for name in config.target_modules}
+
+    monkeypatch.setitem(REMOVED_VALUES, "twos", twos)
+    model = two_layers(removed_value="twos", target_modules=["0"])
+    model.add_adapter("second", MaskConfig(removed_value="twos", target_modules=["0", "2"]))
+    model.add_adapter("third", MaskConfig(target_modules=["0", "2"]))
+    layers = adapter_layers(model, None)
+    assert {name: list(layer.removed_values) for name, layer in layers.items()} == {
+        "base_model.model.0": ["default", "second"],
+        "base_model.model.2": ["second"],
+    }
+    assert [layer.module_name for layer in layers.values()] == ["0", "2"]
+    assert all(bool((value == 2).all()) for layer in layers.values() for value in layer.removed_values.values())
+    assert model.base_model._removed_values == {}
+
+
+def test_a_head_without_a_weight_is_trained_beside_a_mask_and_unloaded():
+    base = nn.Sequential(nn.Linear(6, 5), nn.Sequential(nn.Linear(5, 2)))
+    model = get_peft_model(base, MaskConfig(target_modules=["0"], modules_to_save=["1"]))
+    assert any("modules_to_save" in name for name, each in model.named_parameters() if each.requires_grad)
+    unloaded = model.unload()
+    assert type(unloaded[0]) is nn.Linear and type(unloaded[1]) is nn.Sequential
+
+
+def test_an_adapter_that_is_not_active_is_deleted_and_the_last_one_too():
+    model = two_layers()
+    model.add_adapter("b", MaskConfig(target_modules=["0", "2"], sparsity=0.4))
+    model.set_adapter("b")
+    model.delete_adapter("default")
+    assert model.active_adapters == ["b"]
+    model.delete_adapter("b")
+    assert not adapter_layers(model, "b") and len(adapter_layers(model, None)) == 2
+
+
+def test_names_are_those_of_state_dicts():
+    wrapper = nn.Module()
+    wrapper._fsdp_wrapped_module = two_layers().base_model.model  # as FSDP1 puts it between
+    assert list(adapter_layers(wrapper)) == ["0", "2"]
+    for name in ("a.b", "base_model.model.a.b", "module.base_model.model.base_model.model.a.b"):
+        assert unwrapped_name(name) == "a.b"
+
+
 @pytest.mark.usefixtures("masker")
 def test_scores_that_are_passed_in_one_after_another_are_seen():
     """Each is freed before the next is made, so that it often has the same address, and the same version."""
@@ -180,7 +307,11 @@ def test_a_base_with_layers_on_disk_is_refused_before_its_file_is_written(tmp_pa
     device_map |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     offload = {"offload_folder": str(tmp_path / "offload")}
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", device_map=device_map, **offload)
-    with pytest.raises(UserError, match=r"model\.layers\.1 is offloaded to disk by device_map"):
+    message = (
+        r"^model\.layers\.1 is offloaded to disk by device_map, and masks do not work there; load the model without "
+        r"device_map, or in a smaller dtype$"
+    )
+    with pytest.raises(UserError, match=message):
         PeftModel.from_pretrained(base, tmp_path / "mask", **offload)
     assert (tmp_path / "base" / "model.safetensors").read_bytes() == content
 
