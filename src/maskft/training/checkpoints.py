@@ -28,6 +28,8 @@ from .method_arguments import ADAPTER, UNTRAINED_METHODS
 LOCK_WAIT_S = 10
 DAMAGED = ".damaged"
 TRAINER_STATE = "trainer_state.json"
+# Of the name of a checkpoint's folder, before the step.
+_PREFIX = f"{PREFIX_CHECKPOINT_DIR}-"
 # As the Trainer and FSDP write it.
 _OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "optimizer_*")
 # Parts of torch's messages when a file cannot be written; they do not say why.
@@ -105,10 +107,8 @@ def prepare_output_dir(
         raise UserError(f"resume_from_checkpoint is {args.resume_from_checkpoint!r}; write true, or auto")
     _check_owner(folder, there, method, is_ours)
 
-    # Methods that are not trained have no checkpoints: they are computed again, in seconds.
-    last = None
-    if resume and method not in UNTRAINED_METHODS:
-        last = _last_whole_checkpoint(folder, console)
+    # None in a new folder, and for methods that are not trained: these have no checkpoints, and take seconds.
+    last = _last_whole_checkpoint(folder, console)
     if last is None and resume not in ("", "auto"):
         raise UserError(
             f"there is no checkpoint to resume from in {str(folder)!r}; run the command without "
@@ -124,7 +124,7 @@ def _check_owner(
     is_ours: bool,
 ) -> None:
     """Raise if the folder holds files that are not from a run, or a run of another method."""
-    has_checkpoints = any(name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") for name in there)
+    has_checkpoints = any(name.startswith(_PREFIX) for name in there)
     record = folder / layout.TRAINING
     is_of_run = is_ours or has_checkpoints or record.is_file()
     # A study writes the log before its run begins.
@@ -193,9 +193,10 @@ def _last_whole_checkpoint(folder: Path, console: Console) -> str | None:
 def checkpoints_in(folder: Path) -> list[Path]:
     """Folders of checkpoints by step, the newest last, without renamed damaged ones."""
     found = []
-    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        step = path.name.rpartition("-")[2]
-        if step.isdigit():
+    for path in folder.glob(f"{_PREFIX}*"):
+        # Not what follows the last hyphen: checkpoint-old-5 is somebody's copy.
+        step = path.name.removeprefix(_PREFIX)
+        if step.isdecimal():
             found.append(path)
     # By number: as text, checkpoint-10 would come before checkpoint-9.
     return sorted(found, key=step_of)
@@ -203,7 +204,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 def step_of(checkpoint: Path) -> int:
     """The step after which a checkpoint was written."""
-    return int(checkpoint.name.rpartition("-")[2])
+    return int(checkpoint.name.removeprefix(_PREFIX))
 
 
 def _rename_damaged(
@@ -231,7 +232,7 @@ def delete_oldest(
         best: The best checkpoint so far; None without one.
         limit: Number of checkpoints to keep; None, 0 or less keeps all.
     """
-    if not limit or limit < 0:
+    if limit is None or limit <= 0:
         return
 
     kept = {newest.name, Path(best or newest).name}
@@ -259,12 +260,10 @@ def best_beside(checkpoint: Path) -> Path | None:
         UserError: If the file is not the state of a run.
     """
     state = files.read_json(checkpoint / TRAINER_STATE)
-    is_state = isinstance(state, dict)
-    name = None
-    if is_state:
-        name = state.get("best_model_checkpoint")
-    if not is_state or not isinstance(name, str | None):
+    is_state = isinstance(state, dict) and isinstance(state.get("best_model_checkpoint"), str | None)
+    if not is_state:
         raise UserError(f"{checkpoint / TRAINER_STATE} is not the state of a run; remove {checkpoint}")
+    name = state.get("best_model_checkpoint")
     if not name:
         return None
     # The folder of both may have been moved since.
