@@ -59,12 +59,16 @@ def test_a_field_carries_its_help():
 
 def test_names_of_layers_become_what_peft_reads():
     assert MaskConfig().peft_type is MaskPeftType.MASK
-    assert MaskConfig(target_modules={"b", "a", "c"}).target_modules == ["a", "b", "c"]
-    assert MaskConfig(target_modules=("b", "a")).target_modules == ["a", "b"]
-    assert MaskConfig(target_modules=["b", "a"]).target_modules == ["b", "a"]
+    for name in ("target_modules", "exclude_modules", "modules_to_save"):
+        for given in ({"b", "a", "c"}, ("b", "a", "c")):
+            assert getattr(MaskConfig(**{name: given}), name) == ["a", "b", "c"]
+        assert getattr(MaskConfig(**{name: ["b", "a"]}), name) == ["b", "a"]
     assert MaskConfig(modules_to_save="lm_head").modules_to_save == ["lm_head"]
     assert MaskConfig(layers_to_transform=range(2, 4)).layers_to_transform == [2, 3]
     assert MaskConfig(layers_to_transform=(1,)).layers_to_transform == [1]
+    assert MaskConfig(layers_to_transform={2, 1}).layers_to_transform == [1, 2]
+    with pytest.raises(UserError, match="layers_to_transform is empty"):
+        MaskConfig(layers_to_transform=set())
 
 
 def test_a_configuration_is_saved_by_itself(tmp_path):

@@ -347,8 +347,8 @@ class MaskConfig(PeftConfig):
         # PEFT would take the letters of a string for names.
         if isinstance(self.modules_to_save, str):
             self.modules_to_save = [self.modules_to_save]
-        if isinstance(self.layers_to_transform, range | tuple):
-            self.layers_to_transform = list(self.layers_to_transform)
+        if isinstance(self.layers_to_transform, range | tuple | set):
+            self.layers_to_transform = sorted(self.layers_to_transform)
 
     def _check_choices(self) -> None:
         """Raise for a value that is not among the choices of its field."""
