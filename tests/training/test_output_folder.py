@@ -15,10 +15,10 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from trl import SFTConfig
 
 from maskft import MaskConfig, current_masks
 from maskft.training import checkpoints
+from maskft.training.arguments import TrainingArguments
 from maskft.training.checkpoints import best_beside, checkpoints_in, delete_oldest, prepare_output_dir
 from maskft.training.manifest import seal
 from maskft_common import layout
@@ -53,7 +53,7 @@ def prepare(folder, resume=None, method="mask", is_ours=False):
     # As on a terminal, where rich would draw numbers in colours.
     printed = io.StringIO()
     console = Console(file=printed, force_terminal=True, color_system="standard", width=1000)
-    args = SFTConfig(str(folder), resume_from_checkpoint=resume, bf16=False, use_cpu=True)
+    args = TrainingArguments(str(folder), resume_from_checkpoint=resume, bf16=False)
     return prepare_output_dir(args, method, is_ours, console), printed.getvalue()
 
 

@@ -36,10 +36,13 @@ def masker(request):
             yield
 
 
-def two_layers(**options):
+def two_linears():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
-    return get_peft_model(model, MaskConfig(**{"target_modules": ["0", "2"], "sparsity": 0.3} | options))
+    return nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+
+
+def two_layers(**options):
+    return get_peft_model(two_linears(), MaskConfig(**{"target_modules": ["0", "2"], "sparsity": 0.3} | options))
 
 
 def test_without_the_add_on_a_file_holds_scores_as_plain_tensors(plain_files, tmp_path):
@@ -52,6 +55,22 @@ def test_without_the_add_on_a_file_holds_scores_as_plain_tensors(plain_files, tm
         loaded = PeftModel.from_pretrained(tiny_llama(num_layers=1), tmp_path, is_trainable=is_trainable).eval()
         assert torch.equal(loaded(input_ids=token_ids()).logits, model(input_ids=token_ids()).logits)
         assert any(parameter.requires_grad for parameter in loaded.parameters()) == is_trainable
+
+
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_one_of_two_masks_is_saved_and_loaded_under_another_name(is_trainable, tmp_path):
+    model = two_layers(save_scores=True)
+    model.add_adapter("second", MaskConfig(target_modules=["0"], mask_seed=3, save_scores=True))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(
+        two_linears(), tmp_path / "second", adapter_name="third", is_trainable=is_trainable
+    )
+    expected = adapter_layers(model, "second")["base_model.model.0"]
+    (layer,) = adapter_layers(loaded, "third").values()
+    assert torch.equal(layer.get_mask("third"), expected.get_mask("second"))
+    assert list(layer.mask_scores) == (["third"] if is_trainable else [])
+    if is_trainable:
+        assert torch.equal(layer.mask_scores["third"], expected.mask_scores["second"])
 
 
 def test_the_delta_weight_leads_to_the_masked_weight(masker):
@@ -189,8 +208,15 @@ def test_new_tokens_are_refused_before_anything_is_replaced():
     assert type(base[0]) is nn.Linear
 
 
-@pytest.mark.parametrize("is_merged", [False, True])
-def test_add_ons_of_a_whole_model_are_attached_once_and_undone(is_merged, monkeypatch):
+@pytest.mark.parametrize(
+    ("unload", "is_merged"),
+    [
+        (lambda model: model.unload(), False),
+        (lambda model: model.base_model._unload_and_optionally_merge(False), False),
+        (lambda model: model.merge_and_unload(), True),
+    ],
+)
+def test_add_ons_of_a_whole_model_are_attached_once_and_undone(unload, is_merged, monkeypatch):
     base = nn.Sequential(nn.Linear(6, 5))
     weight = base[0].weight.detach().clone()
     calls = []
@@ -203,7 +229,7 @@ def test_add_ons_of_a_whole_model_are_attached_once_and_undone(is_merged, monkey
     model = get_peft_model(base, MaskConfig(target_modules=["0"], sparsity=0.3))
     model.add_adapter("second", MaskConfig(target_modules=["0"], sparsity=0.2))
     assert calls == [base]
-    unloaded = model.base_model._unload_and_optionally_merge(is_merged)
+    unloaded = unload(model)
     assert calls == [base, "undone"]
     assert type(unloaded[0]) is nn.Linear and torch.equal(unloaded[0].weight, weight) != is_merged
 
