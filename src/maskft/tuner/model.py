@@ -129,9 +129,6 @@ class MaskModel(BaseTuner):
             layer = target
         else:
             layer = MaskedLinear(target, adapter_name, peft_config, current_key)
-            if adapter_name not in self.active_adapters:
-                # As in PEFT's own tuners, a further adapter trains only once it is activated.
-                layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
             layer.place = (weakref.ref(parent), target_name)
 
