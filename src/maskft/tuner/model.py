@@ -58,13 +58,11 @@ class MaskModel(BaseTuner):
     _undo_hooks: list[Callable[[], None]] | None = None
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
-        """Fill in the default target, and make sure that no two adapters share a configuration object.
+        """Make sure that no two adapters share a configuration object.
 
         PEFT calls it for every adapter that is added, before it looks for layers.
         """
         assert isinstance(peft_config, MaskConfig)
-        if peft_config.target_modules is None:
-            peft_config.target_modules = "all-linear"
         # Not checked in MaskConfig: TRL sets it after the configuration was created.
         if peft_config.trainable_token_indices is not None:
             raise UserError(NO_TOKEN_INDICES)
