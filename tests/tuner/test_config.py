@@ -256,9 +256,14 @@ def test_sparsity_above_a_half_warns_about_the_released_codes_meaning():
         "sparsity 0.9 removes 90% of the target weights. The authors' released code calls the fraction that is KEPT "
         "sparsity; its 0.9 is 0.1 here."
     )
-    with pytest.warns(UserWarning, match=f"^{re.escape(message)}$") as warned:
+    with pytest.warns(UserWarning, match=f"^{re.escape(message)}$"):
         MaskConfig(sparsity=0.9)
-    assert [each.filename for each in warned] == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert MaskConfig(sparsity=0.5).sparsity == 0.5
+
+
+def test_a_warning_points_at_the_line_of_the_caller():
+    with pytest.warns(UserWarning, match="KEPT") as warned:
+        MaskConfig(sparsity=0.9)
+    assert [each.filename for each in warned] == [__file__]
