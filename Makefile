@@ -48,7 +48,7 @@ test-oldest: $(VENV)-oldest/.test
 # The lowest versions of the method alone: transformers 4, in which neither maskft train nor the GGUF tests run.
 test-oldest-method: $(VENV)-oldest-method/.test
 	OMP_NUM_THREADS=1 $(VENV)-oldest-method/bin/python -m pytest -n 2 --dist loadfile tests/masks tests/test_models.py \
-	  tests/tuner/test_layer.py tests/tuner/test_model.py tests/tuner/test_found_by_peft.py \
+	  tests/tuner/test_config.py tests/tuner/test_layer.py tests/tuner/test_model.py tests/tuner/test_found_by_peft.py \
 	  --ignore tests/masks/test_gguf.py --ignore tests/masks/test_llama_cpp.py
 
 # Kill-and-resume cycles; random changes of files, for so many minutes each.
