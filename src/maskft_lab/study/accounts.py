@@ -49,6 +49,7 @@ def build_record(
         best_step = training["best_step"]
         learning_rate, epochs, tokens = _counts(training)
     elif parent is not None and not training:
+        # Full fine-tuning at rate 0 that was not run, see `_changes_nothing` of train.py.
         learning_rate = 0.0  # nothing was left to anneal
 
     # With the training before, which counts up to its best checkpoint: the run started from that.
@@ -119,6 +120,7 @@ def _counts(training: dict[str, Any]) -> tuple[float | None, dict[str, float], d
     if best_step == 0:  # the start is best
         tokens_at_best = 0
 
+    # In proportion to the steps, which have about equal numbers of rows; tokens are counted where they can be.
     epochs = {BEST: share * num_epochs, LAST: num_epochs}
     tokens = {BEST: tokens_at_best, LAST: num_tokens}
     return measured.get("learning_rate"), epochs, tokens
@@ -127,6 +129,7 @@ def _counts(training: dict[str, Any]) -> tuple[float | None, dict[str, float], d
 def _without_folders(options: dict[str, Any]) -> dict[str, Any]:
     """The options without folders of this machine: result files are shared."""
     shown = dict(options)
+    # The folder of the data files, and then the paths in front of the names that remain.
     shown.pop("data_dir", None)
     shown.pop("eval_data_dir", None)
     if TEMPLATE in shown:

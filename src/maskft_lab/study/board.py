@@ -61,6 +61,7 @@ class Board:
         self._started_at: dict[StudyRun, float] = {}
 
         self._progress = Progress(console)
+        # As if something had just been shown: the first line about a running run comes after a whole pause.
         self._last_shown = time.monotonic()
 
     def __enter__(self) -> Board:
@@ -127,7 +128,7 @@ class Board:
         if not self._started_at or seconds_since <= pause:
             return
 
-        # One run stands for all: the bar has one line.
+        # Only one run is shown: the bar has one line.
         run = next(iter(self._started_at))  # the one that has run longest
         num_others = len(self._started_at) - 1
         others = f" (and {num_others} more)" if num_others else ""
@@ -139,6 +140,7 @@ class Board:
         is_log = not self.console.is_terminal
         if is_log and not is_news:
             return
+        # On a terminal every note replaces the last one; only news stays in a log.
         # The next line of `tick` comes a pause after this one.
         self._last_shown = time.monotonic()
         time_left = self._time_left()

@@ -104,6 +104,7 @@ def _check_run(run: StudyRun, recipe: Recipe) -> None:
 
 def _check_checkpoints(shares: Iterable[float], training) -> None:
     """Check that a checkpoint is saved at every share of training."""
+    # By epoch, the steps of checkpoints are known only with the data.
     if training.save_strategy != "steps":
         return
     interval = training.save_steps
@@ -150,6 +151,7 @@ def _check_path_rows(plan: Plan) -> None:
             digest = short_digest(identity)
             first_runs.setdefault(digest, run.title)
 
+    # The base model is measured once, and the gain of every method is a difference from that measurement.
     if len(first_runs) > 1:
         first, second, *_ = first_runs.values()
         raise UserError(
@@ -202,6 +204,7 @@ def _check_tuned_rows(plan: Plan, reported: set[str]) -> None:
         for name, value in run.options.items():
             if name in data_options:
                 of_data.append((name, value))
+        # Names are unique, so sorting compares no values, which may be of different types.
         key = repr(sorted(of_data))
         if key in seen:
             continue
@@ -276,6 +279,7 @@ def _evaluation_args(recipe: Recipe) -> dict[str, Namespace]:
         UserError: For an option that ``maskft evaluate`` would refuse.
     """
     sections = {"evaluation": recipe.evaluation}
+    # Named as the user finds them in the recipe, for errors.
     for name, options in recipe.before.items():
         sections[f"evaluation.before.{name}"] = options
     if recipe.path:

@@ -56,6 +56,7 @@ def with_standard_controls(
         for name in masks:
             if name not in learned:
                 raise ValueError(f"controls: {name!r} is not a learned mask; name one, or write standard")
+        # In the order of the methods: the first mask's controls keep their plain names.
         learned = [name for name in learned if name in masks]
     if not learned:
         raise ValueError("controls: the study has no learned mask; add one, or remove controls")
@@ -147,7 +148,7 @@ def _controls_of(
             if key in mask:
                 method[key] = mask[key]
 
-        # A trained control gets the mask's length, rows and batches, and rates of its own to choose from.
+        # A trained control gets the mask's length, rows and batches, and its own rates to choose from.
         is_trained = entry["method"] in ("full", PEFT)
         if is_trained:
             tried = dict(tuned_lengths)
@@ -166,6 +167,7 @@ def _controls_of(
 def _rates(tune: Mapping[str, Any], method: str) -> dict[str, Any]:
     """Rates to try: as many as the mask has settings, within the lists above."""
     num_settings = 1
+    # A value of another form than these counts as one setting; pydantic reports it later.
     for option, values in tune.items():
         if option in LENGTHS:
             continue  # tuned for the controls too

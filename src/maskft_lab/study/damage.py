@@ -28,6 +28,7 @@ def written_files(folder: Path) -> dict[str, str]:
 
 def _is_kept(name: str) -> bool:
     """Whether a file, named relative to the run's folder, stays as it is once the run is finished."""
+    # run.json itself holds the checksums, and the log may still grow.
     if name in (layout.LOG, layout.RUN, layout.CARD):  # a card is its author's to edit
         return False
     # Most checkpoints are deleted once the run is finished.
@@ -50,6 +51,7 @@ def damage_of_run(folder: Path) -> str | None:
     except (UserError, OSError):
         return f"its {layout.RUN} cannot be read"
 
+    # The first damage is enough: the remedy is to delete the whole run.
     for name, sha256 in record.files.items():
         path = folder / name
         # A file may vanish, or its disk fail, between two of these steps.

@@ -41,6 +41,7 @@ def print_dry_run(
         why_no_time: Why there is no time although the recipe has a speed.
     """
     # Expand the recipe again, now that the losses of finished runs may choose settings.
+    # Without the lock: a dry run only reads, also beside a study that is running.
     study = Study(folder.absolute(), plan.recipe)
     plan = build_plan(plan.recipe, partial(heldout, study))
 
@@ -62,6 +63,7 @@ def print_dry_run(
         tokens, seconds = costs[key]
 
         state = _state(study, run)
+        # A trained run costs nothing more here: evaluation is not estimated.
         if state == _TO_DO:
             left[run.id] = (tokens, seconds)
         else:

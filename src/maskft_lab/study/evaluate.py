@@ -40,6 +40,7 @@ def measure_path(
 ) -> None:
     """Measure every point of a run's path on its held-out rows and on earlier abilities."""
     checkpoints = study.checkpoints(run)
+    # One entry per point in each of the three lists, as `maskft evaluate` takes --name, --change and --scale.
     names = []
     changes = []
     scales = []
@@ -93,6 +94,7 @@ def evaluate(
     # The blocks from which tables are made.
     result["training"] = training_block(run, study.recipe, role, record)
     result["study"] = study_block(run, study.recipe, role, record)
+    # This file marks the evaluation as finished. A kill before the clean-up below leaves folders that nothing reads.
     target = study.result_file(run, role)
     write_result(target, result)
 
@@ -119,6 +121,7 @@ def _same_result(
     if is_best:
         candidates.append(study.result_file(run, BEST))
 
+    # The pattern also matches the model's own file, which is missing or damaged: otherwise nothing would be evaluated.
     for file in candidates:
         if is_whole_result(file):
             return file
@@ -226,6 +229,7 @@ def _model_options(
     makes_adapter = run.method.method in (*MASK_METHODS, PEFT)
     if makes_adapter and not is_merged:
         return {"model_name_or_path": study.start(run), "adapter": model} | label
+    # Whole models: the base, full fine-tuning, interpolation, an adapter that was merged.
     return {"model_name_or_path": model} | label
 
 

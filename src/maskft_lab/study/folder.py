@@ -42,6 +42,8 @@ class Study:
 
     def rescan(self) -> None:
         """Look for finished runs; several studies may share a folder, and use each other's runs."""
+        # Only folders with a run.json: without it, a run is unfinished, and another study must not write into its
+        # folder.
         runs_folder = self.folder / layout.RUNS
         records = runs_folder.glob(f"*/{layout.RUN}")
         self._folders_by_hash = {}
@@ -114,7 +116,8 @@ class Study:
         name = record.models.get(role)
         if name is None:
             raise UserError(f"the loss of {run.title!r} was not finite; lower learning_rate or check the data")
-        # A folder relative to the study's, a folder elsewhere, or a name on the hub.
+        # A folder relative to the study's, a folder elsewhere, or a name on the hub. `/` with an absolute path on its
+        # right gives that path.
         inside = self.folder / name
         if inside.exists():
             return str(inside)
@@ -143,6 +146,7 @@ class Study:
             return {}
 
         found = {}
+        # Every share, and not only the chosen one: the path is measured before a point is chosen.
         for share, _ in path.points:  # of points at the end of training, all scales have one checkpoint
             found[share] = self.checkpoint(run, share)
         return found

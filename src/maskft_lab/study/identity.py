@@ -67,6 +67,7 @@ def _benchmark_digests(tasks: str, folder: str) -> dict[str, str]:
         if not task:
             continue
         files = benchmark_files(task, data_folder)
+        # A benchmark without files there is read from the hub.
         if files:
             digests_of_files = [digest_file(file) for file in files]
             digests[task] = short_digest({"files": digests_of_files})
@@ -82,6 +83,7 @@ def written_out(method: str, options: dict) -> dict:
     name = options.get("mask_preset")
     if not name and method in MASK_METHODS:
         name = "recommended"
+    # PRESETS has names of MaskConfig, the options of the command line begin with `mask_`.
     preset = PRESETS.get(str(name), {})
     implied = {}
     for key, value in preset.items():

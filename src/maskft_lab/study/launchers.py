@@ -64,6 +64,7 @@ def alone(runs: Sequence[StudyRun]) -> set[StudyRun]:
     trained = [run for run in runs if run.method.is_trained]
     found_alone = set()
     for run in trained:
+        # `any` ends at the first that can overlap, so most runs of a large study are compared with few others.
         overlaps = any(can_overlap(run, other) for other in trained)
         if not overlaps:
             found_alone.add(run)
@@ -142,8 +143,11 @@ def ray(
     runs_alone: Collection[StudyRun] = (),
 ) -> Iterator[Submit]:
     """A Ray cluster: RAY_ADDRESS, else one on this machine. All nodes must see the study's folder."""
+    # In this function the name is the library's; outside, it is this launcher's.
     import ray
 
+    # A program that calls maskft may have connected to a cluster itself. Runs log to their own files: the workers'
+    # output would break the bar on the terminal.
     if not ray.is_initialized():
         ray.init(log_to_driver=False, include_dashboard=False)
     launch = study.recipe.launch
@@ -215,12 +219,13 @@ def slurm(
     )
     executor.update_parameters(**options)
 
-    # A killed study of this machine ends with its commands; jobs of SLURM go on without it.
+    # A killed study of this machine ends with its commands; jobs of SLURM continue without it.
     if is_real:
         queue.clear()  # jobs of a killed study would write into the same folders
 
     def submit(runs: list[StudyRun]) -> list[Any]:
         try:
+            # Jobs get their numbers then, so nothing may ask for them inside.
             # A batch is one job array, submitted when the context ends.
             with executor.batch():
                 jobs = []
@@ -357,6 +362,7 @@ def launcher_of(
         raise UserError("--launcher slurm needs sbatch, which is not on PATH; start the study on a node of the cluster")
 
     # An option of another launcher would have no effect.
+    # The other two are None where they are not given.
     given_num = None if num_at_once == 1 else num_at_once  # 1 is the default
     _check_option("num_at_once", given_num, "local", kind)
     _check_option("partition", partition, "slurm", kind)

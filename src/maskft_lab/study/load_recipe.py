@@ -65,6 +65,7 @@ def parse_recipe(
     """
     source = Path(source)
     if isinstance(content, dict):
+        # A name in the recipe wins.
         content = {"name": source.stem, **content}
 
     # Controls are added to the plain content, before pydantic checks all methods in one pass.
@@ -84,6 +85,7 @@ def parse_recipe(
     data = {}
     for name, part in recipe.data.items():
         options = in_data_dir(part.options, data_dir)
+        # Options are extra fields of the model (`extra="allow"`), which `model_copy` updates like declared ones.
         data[name] = part.model_copy(update=options)
 
     methods = {}

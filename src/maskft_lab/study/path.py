@@ -91,6 +91,7 @@ def heldout_options(recipe: Recipe, run: StudyRun) -> Options:
             options[key] = value
 
     has_own_rows = "eval_dataset_name" in options or "dataset_eval_split" in options
+    # Another file or another split holds the rows, whatever eval_split_size is.
     if has_own_rows:
         return options
     # The rows are a part of the training data. Its size is named even where it is the default of `maskft train`:
@@ -140,6 +141,7 @@ def path_values(
                 return None
             # Along a path, every set has this task alone.
             result = read_result(file)
+            # Only the values: the choice uses no intervals.
             metrics = result["tasks"][HELDOUT]["metrics"]
             values[name] = {}
             for metric, record in metrics.items():
@@ -303,6 +305,7 @@ def curves(
     for name, metrics in base.items():
         if name != HELDOUT and "nll" in metrics:
             tasks.add(BEFORE + name)
+    # `name` is a set of path.before, `row.task` one of evaluation.before: a curve needs a name that both have.
     differences = [row for row in comparison.differences if row.task in tasks]
     num_bytes = _num_bytes(results)
 
@@ -362,6 +365,7 @@ def _path_point(
     accuracy_before = base[HELDOUT].get("accuracy")
     if accuracy_before is not None:
         gained = 100 * (point.gain - accuracy_before)
+    # The rise of the loss: more is worse, unlike `gained`.
     forgotten = point.values[probe]["nll"] - base[probe]["nll"]
     return {
         "method": run.name,

@@ -124,6 +124,7 @@ class _Planner:
             axes = self.axes(method)
             lengths = [len(values) for values in axes.values()]
             num_variants = math.prod(lengths)
+            # Trials are counted for every variant: each of them is tuned by itself.
             number += num_variants * runs_of_variant
 
         if number > MAX_RUNS:
@@ -135,6 +136,7 @@ class _Planner:
         inherited: set[tuple[str, str]] = set()
         for name in method.parents.values():
             parent = self.recipe.methods[name]
+            # The recursion ends, because `Recipe` has checked that no method is made from itself.
             inherited |= self.axes(parent).keys()
 
         axes = {}
@@ -147,6 +149,7 @@ class _Planner:
     def variants(self, method: Method) -> Iterator[Axes]:
         """Grid values of each of a method's variants."""
         axes = self.axes(method)
+        # Without axes the product is one empty tuple: the method as it is.
         for values in itertools.product(*axes.values()):
             yield dict(zip(axes, values, strict=True))
 
@@ -207,6 +210,7 @@ class _Planner:
         for key, name in method.parents.items():
             parents[key] = self._parent(name, axes, seed)
         masks = dict(parents)
+        # The keys that remain after these two are those of masks.
         start = masks.pop("from", None)
         match = masks.pop("match", None)
 
@@ -299,6 +303,7 @@ class _Planner:
         base_run = self._base_run()
         before = self.look(base_run)
         rivals = []
+        # The method itself may be among them: `_tried` returns its trials again, and a maximum does not change by that.
         for rival in self._rivals():
             for rival_axes in self.variants(rival):
                 rivals.append(self._tried(rival, rival_axes))
@@ -317,6 +322,7 @@ class _Planner:
         methods = self.recipe.methods.values()
         bases = (method for method in methods if method.method == PRETRAINED)
         base = next(bases)
+        # The base model has one seed, see `seeds`: nothing about it is random.
         [seed] = self.seeds(base)
         return self.run(base, axes={}, seed=seed)
 
@@ -364,6 +370,7 @@ class _Planner:
             run_of,
             self.look,
         )
+        # Kept apart from `tunings`, which has the choices: a rival's trials are needed before its own choice is made.
         self._trials[place] = tuned
         return tuned
 
@@ -421,6 +428,7 @@ def _check_names(runs: list[StudyRun]) -> None:
     """Raise for two runs with one folder, or with one name in the tables."""
     seen: set[tuple | str] = set()
     for run in runs:
+        # One set for both: ids are texts, names in tables are tuples with the seed.
         keys: set[tuple | str] = {run.id}
         for label in run.labels.values():
             keys.add((run.model, run.seed, label))

@@ -35,7 +35,7 @@ def prepare_base(
     if not is_embedded or folder.exists():
         return
 
-    # In a child process, so that the board goes on meanwhile.
+    # In a child process, so that the board is refreshed meanwhile.
     code = f"from maskft.training.build import unpack_embedded; unpack_embedded({str(folder)!r})"
     words = [sys.executable, "-c", code]
     run_command(words, study.folder / layout.LOG, tick, study.lock_fd)
@@ -66,6 +66,7 @@ def prepare_data(
         for key, value in run.options.items():
             if key in deciding:
                 options[key] = value
+        # Not by a set: the values may be lists, which have no hash.
         if options in prepared:
             continue
         prepared.append(options)
@@ -76,6 +77,7 @@ def prepare_data(
             "prepare_only": True,
             "model_name_or_path": study.base(run),
             "output_dir": str(study.run_folder(run)),
+            # Not one of the deciding options: it changes the speed of reading, and not the rows.
             "dataset_num_proc": run.options.get("dataset_num_proc"),
         }
         words = [*PYTHON, "train", *command_words(command)]

@@ -126,6 +126,7 @@ def run_command(
     Raises:
         UserError: If it fails; the message is the last line it printed.
     """
+    # Waiting in short steps keeps the board moving, and lets `tick` end the command by raising.
     process = start_command(words, log, lock_fd, num_threads)
     try:
         while process.exitcode is None:
@@ -142,6 +143,7 @@ def _check_status(status: int, log: Path) -> None:
     """Raise if a command failed, with the signal that ended it or the last line of its log."""
     # A child that a signal ended has the negative number; a shell or launcher in between makes it 128 + number.
     number = -status if status < 0 else status - 128
+    # A status above 128 whose rest is not the number of a signal is an ordinary failure, with a last line.
     is_signal = number in set(signal.Signals)
     if is_signal:
         # The log's last line would be one of progress.
@@ -208,6 +210,7 @@ def _run(
         os.dup2(nothing.fileno(), 0)
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
+    # By methods of os.environ, which call unsetenv and setenv: libraries in C read the process's own environment.
     os.environ.clear()
     os.environ.update(environment)
 
@@ -238,6 +241,7 @@ def _die_with_the_server() -> None:
     (accelerate, torchrun) passes it on to its workers.
     """
     # The server notices the study's end by the end of this pipe, which a forked child would keep open.
+    # Private, but Python keeps the number of this descriptor in no other place (`_serve_one` of forkserver.py).
     os.close(forkserver._forkserver._forkserver_alive_fd)
     forkserver._forkserver._forkserver_alive_fd = None
 

@@ -214,6 +214,7 @@ class Method(SectionWithOptions):
 
     # In tables. Set from the method's key (`_named`); an alias that nobody writes keeps `name` from being a key itself.
     name: str = Field(default="", alias="(its key in the recipe)")
+    # A Literal of a tuple is one of its members.
     method: Literal[(PRETRAINED, *METHODS)]
     start: str | None = Field(default=None, alias="from")
     match: str | None = None
@@ -234,6 +235,7 @@ class Method(SectionWithOptions):
                 all_methods = ", ".join(methods)
                 raise ValueError(f"{key} is for {all_methods}, not for method {self.method}")
 
+        # Then keys that are missing, or that exclude each other.
         if self.method == INTERPOLATE and self.start is None:
             raise ValueError("interpolate needs `from`: the method whose model is mixed with the model before it")
 
@@ -320,6 +322,7 @@ class Recipe(Section):
         tokens_per_s: Speed of full fine-tuning on the intended hardware, for dry runs only.
     """
 
+    # Of the format, so that a later one can tell old recipes.
     version: Literal[1]
     name: Annotated[Name, Field(pattern=r"^[^/]*[^/.][^/]*$")]  # of the folder and of the tables
     model: str
@@ -335,6 +338,7 @@ class Recipe(Section):
     baseline: str | None = None
     fixed_seeds: bool = False
     tokens_per_s: Number | None = None
+    # One object for all recipes is safe: models of files are frozen, and pydantic copies the empty dictionaries above.
     launch: Launch = Launch()
 
     @property
@@ -376,6 +380,7 @@ class Recipe(Section):
         labels: list[str] = []
         for method in self.methods.values():
             labels += method.labels
+        # A name in tables, which differs from the method's key where `last` keeps two models.
         _check_known("baseline", self.baseline, labels)
 
         # The grid.
@@ -459,6 +464,7 @@ class Recipe(Section):
             return
 
         # The key that makes it start from another model.
+        # The mask first, as a method with a mask may have `from` too.
         key = None
         if method.masks:
             key = "start_mask"

@@ -124,6 +124,7 @@ def run_options(
         options["mask_seed"] = seed * num_candidates
 
     # One layer and a list of one layer are the same run.
+    # A missing option counts as a list here, and stays missing.
     for key in LAYERS:
         layers = options.get(key, [])
         if not isinstance(layers, list):
@@ -165,6 +166,7 @@ def _as_matched(
     match: StudyRun,
 ) -> Options:
     """Options of a fixed mask, which lies in the same matrices as the learned mask it matches."""
+    # An error only for keys that the method itself has: those of `train` are for all masks, and are replaced below.
     of_match = written_out(match.method.method, match.options)  # a preset may say which matrices
     for key in _PLACES:
         if key in method.options and options.get(key) != of_match.get(key):
@@ -208,6 +210,7 @@ def parsed_run(run: StudyRun) -> TrainConfig:
         options["mask_removed_value_model"] = run.model
 
     defaults = option_defaults()
+    # The parser would report unknown options too, but without the keys of a method among its suggestions.
     known = defaults.keys() | launch_options()
     for name, value in options.items():
         if name not in known:
@@ -264,6 +267,7 @@ def _num_rows(
     if training.max_steps > 0:
         num_processes = recipe.launch.num_processes or 1
         per_process = training.per_device_train_batch_size * training.gradient_accumulation_steps
+        # global_batch_size counts all processes.
         batch_size = training.global_batch_size or per_process * num_processes
         return training.max_steps * batch_size
 

@@ -67,11 +67,13 @@ def read_run_record(folder: Path) -> RunRecord:
     """Record of the finished run in ``folder``."""
     file = folder / layout.RUN
     content = read_json(file)
+    # A record that cannot be read is not replaced: the weights beside it may have taken days.
     remedy = "delete the run's folder to run it again"
     return read_model(RunRecord, content, file, remedy)
 
 
 def write_run_record(folder: Path, record: RunRecord) -> None:
     """Write ``run.json``, which marks the run as finished."""
+    # `write_text` renames a complete file, so that a run is never marked by half a record.
     text = json.dumps(record.model_dump(), indent=1)
     write_text(folder / layout.RUN, text + "\n")

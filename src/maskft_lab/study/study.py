@@ -242,10 +242,12 @@ def make(
     call_training = partial(call, num_threads=threads.training)
     call_evaluation = partial(call, num_threads=threads.evaluation)
 
+    # Each step is skipped where an earlier start of the study has finished it.
     if not study.is_trained(run):
         train(study, run, call_training)
 
-    # The path, from checkpoints that are kept for it.
+    # The path, from checkpoints that are kept for it. Also for a run that was trained before: a kill may have
+    # interrupted the deletion.
     delete_checkpoints(study, run)
     if has_path(study.recipe, run) and heldout(study, run) is None:
         measure_path(study, run, call_evaluation)
@@ -289,6 +291,7 @@ def _make_runs(
     waiting = list(todo)
     jobs: dict[StudyRun, Any] = {}  # the started runs, until they have ended
     num_lost: Counter[StudyRun] = Counter()
+    # Nodes of a cluster fail for reasons that have nothing to do with the run, so a lost run is submitted again.
     # On this machine no worker is lost: an unexpected error is one of the program, and would be raised again.
     max_lost = 0 if is_local(launcher) else _MAX_LOST
 
@@ -320,9 +323,13 @@ def _make_runs(
                     else:
                         board.has_failed(run, reason)
 
+                # The loop polls, because `concurrent.futures.wait` knows futures alone, and the jobs of SLURM are not
+                # futures.
                 board.tick()
                 time.sleep(_POLL_S)
         finally:  # Ctrl-C too
+            # A future of this machine that is running cannot be cancelled: leaving the launcher's context ends its
+            # command.
             for job in jobs.values():
                 job.cancel()
 

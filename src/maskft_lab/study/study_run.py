@@ -143,6 +143,7 @@ class StudyRun:
         if self.tried is not None:  # it is measured on the rows that choose alone
             return {}
         labels = {}
+        # Both have one entry, or with `last` two: best, last.
         for role, label in zip(self.roles, self.method.labels, strict=True):
             labels[role] = label + self.variant
         return labels
@@ -246,6 +247,7 @@ class Tuned:
     @property
     def num_settings(self) -> int:
         """How many settings were tried; with points along paths, how many points were candidates."""
+        # With a path, every trial that did not diverge has all points of the path.
         return max(len(self.trials), len(self.points))  # points are empty without a path
 
     def to_dict(self) -> dict[str, Any]:
@@ -292,6 +294,7 @@ class Tuned:
             # A list of one value has no ends, and texts have no order.
             tried = [trial.settings[option] for trial in self.trials]
             numbers = {each for each in tried if _is_number(each)}
+            # A set, because a value occurs once for each combination with the other options.
             if len(numbers) < 2:
                 continue
             if value == min(numbers):

@@ -62,6 +62,7 @@ def summarise(
     # Without any result, a table with a title alone: an older one would be taken for this study's.
     if results:
         # The comparison.
+        # The name as the results have it, without a folder of this machine.
         model = results[0]["study"]["model"]
         results, notes = without_repeats(results, recipe.baseline)
         text, compared, record = _compared(results, recipe, tunings)
@@ -77,6 +78,7 @@ def summarise(
         accounts = _accounts_table(results, num_tried)
         table += [f"## {model}", "", compared, accounts, ""]
         table += [f"- {note}" for note in notes]
+        # The empty text becomes the line break at the end of the file.
         table += [""]
 
     # The summary is for programs, the table for people.
@@ -164,6 +166,7 @@ def _compared(
         return for_terminal, for_file, {"runs": rows}
 
     # Curves need the base model twice: its values on the rows of the points, and its test result.
+    # All tunings have the same values of the base model.
     base_values = None
     for tuned in tunings:
         if tuned.points:
@@ -177,6 +180,7 @@ def _compared(
     try:
         comparison = compare(results, baseline, settings=settings)
         with_base = comparison
+        # Curves are differences from the base model, and the study's baseline may be another model.
         if base_name not in (None, baseline):
             with_base = compare(results, base_name, settings=settings)
     except UserError as error:

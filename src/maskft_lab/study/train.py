@@ -65,6 +65,7 @@ def is_done(study: Study, run: StudyRun) -> bool:
 def record_at_point(study: Study, run: StudyRun) -> RunRecord:
     """Record of a finished run; with ``path.choose``, its best checkpoint is the one at the chosen point."""
     record = study.record(run)
+    # Without `path.choose`, or without steps of training, the record is already about the model that is kept.
     if run.point is None or not record.num_steps:
         return record
 
@@ -111,7 +112,7 @@ def train(
     run: StudyRun,
     call: Call,
 ) -> None:
-    """Train a run, or go on with it, and write its record."""
+    """Train a run, or resume its training, and write its record."""
     folder = study.run_folder(run)
     record = _trained(study, run, call)
     # The record is the mark of a finished run, so it is written after the files whose checksums it holds.
@@ -159,6 +160,7 @@ def _train(
     if is_pretrained:
         models = {BEST: study.base(run)}
     elif _changes_nothing(study, run, options):
+        # The start's own folder, for both roles: training at rate 0 would write the same weights again.
         start = study.model(run.start, BEST)
         models = dict.fromkeys(run.roles, start)
     else:
@@ -174,6 +176,7 @@ def _train(
         last = folder if is_last_best else folder / layout.LAST
         models = {BEST: str(folder), LAST: str(last)}
 
+    # Only roles that are kept: without `last` in the recipe, no model of the last step is written.
     # Relative to the study's folder, which may be moved.
     models = {role: study.inside(models[role]) for role in run.roles}
     before = record_before(study, run)
@@ -250,6 +253,7 @@ def launch_words(recipe: Recipe, run: StudyRun) -> list[str]:
     if run.method.method in UNTRAINED_METHODS:
         return [*PYTHON, "train"]
 
+    # `maskft train` takes the options of `accelerate launch`, and starts itself again in several processes.
     launch = recipe.launch
     options: dict = {"accelerate_config": launch.accelerate_config}
     num_processes = launch.num_processes or 1
@@ -277,6 +281,7 @@ def delete_checkpoints(study: Study, run: StudyRun) -> None:
 
     checkpoints_of_points = study.checkpoints(run)
     kept = set(checkpoints_of_points.values())
+    # The pattern also matches checkpoints that were renamed as damaged, which are never among the kept ones.
     for checkpoint in folder.glob("checkpoint-*"):
         if checkpoint not in kept:
             shutil.rmtree(checkpoint)

@@ -39,6 +39,7 @@ def tune(
             multiply.
     """
     has_no_losses = own.get("eval_strategy") == "no"
+    # An empty `tune` is one trial, which needs no losses to win.
     if method.tune and has_no_losses:
         raise UserError(f"method {method.name!r}: tune needs held-out losses, but eval_strategy is no; remove it")
 
@@ -73,6 +74,7 @@ def _combinations(method: Method, parent: Options) -> list[Options]:
     lists: dict[str, list] = {}
     for option, values in method.tune.items():
         if isinstance(values, TimesParent):
+            # From here on both kinds are lists of values.
             values = _multiples(method, option, values, parent)
         lists[option] = values
 
