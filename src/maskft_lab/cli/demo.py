@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import time
 import warnings
 from importlib.util import find_spec
@@ -108,9 +109,13 @@ def _recipe_file(model: str | None) -> Path:
 def _print_recipe(model: str | None) -> None:
     """Print the recipe as a file for ``maskft study``."""
     text = _recipe_file(model).read_text(encoding="utf-8")
-    # As text, which keeps the comments that a YAML library would drop.
-    text = text.replace("model: model\n", f"model: {model or _FILES / 'model'}\n")
-    text = text.replace("Launch: maskft demo", f"Launch: maskft study demo.yaml --data_dir {_FILES}")
+    model_line = f"model: {model or _FILES / 'model'}"
+    launch = f"Launch: maskft study demo.yaml --data_dir {_FILES}"
+
+    # As text, which keeps the comments that a YAML library would drop. By functions, because re would take a backslash
+    # in a path for an escape.
+    text = re.sub(r"^model: .*$", lambda match: model_line, text, flags=re.MULTILINE)
+    text = re.sub(r"Launch: maskft demo.*$", lambda match: launch, text, flags=re.MULTILINE)
     print(text, end="")
 
 
