@@ -59,6 +59,7 @@ def model_without_data(
     except errors as error:
         raise UserError(f"the configuration makes no causal language model: {first_line(error)}") from error
 
+    # Decoder layers are the modules with an index in their name, as in `model.layers.0`.
     names = [name for name, _ in model.named_modules()]
     if not layer_indices(names):
         raise UserError(f"the configuration has no decoder layers ({type(model).__name__}); is it complete?")
@@ -82,6 +83,7 @@ def bytes_saved_for_backward(
         autocast: The dtype of autocast; None: without.
     """
     all_bytes = []
+    # Tensors made in this mode are fake: operations on them compute shapes and run no kernel.
     with FakeTensorMode():
         _make_fake(model)
         for num_rows in batch_sizes:
@@ -97,6 +99,7 @@ def _saved_bytes(
     autocast: torch.dtype | None,
 ) -> int:
     """Bytes that one forward pass of a model of fake tensors saves, without the model's own tensors."""
+    # Autograd saves weights too, which are counted as such elsewhere.
     own_tensors = [*model.parameters(), *model.buffers()]
     own = {_storage_id(tensor) for tensor in own_tensors}
 
@@ -131,9 +134,11 @@ def _saved_bytes(
     }
     with hooks, autocast_context:
         model.train()  # dropout saves its mask
+        # The head of `add_fused_lm_head`, as TRL's trainer calls it: log-probabilities, and no logits of all tokens.
         outputs = model(**inputs, fused_lm_head=True)
         outputs.log_probs.sum()
 
+    # Of whole storages: a view keeps all of its storage in memory.
     sizes = [storage.nbytes() for storage in saved.values()]
     return sum(sizes)
 

@@ -36,6 +36,7 @@ def explained(advice: str = ADVICE) -> Iterator[None]:
             raise
 
         message = first_line(error)
+        # torch's message continues with all numbers of its allocator: only the request is shown.
         request = re.search(r"[Tt]ried to allocate [\d.,]+ \w+", message)
         if request:
             shown = request[0].lower()

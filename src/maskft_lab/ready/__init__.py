@@ -27,6 +27,7 @@ _MAX_NEW_TOKENS = 12
 
 def ready_masks() -> dict[str, Path]:
     """Task -> folder of the masks that come with the package."""
+    # A folder without weights, as of a stripped installation, holds no mask.
     files = sorted(_FOLDER.glob(f"*/{ADAPTER_WEIGHTS}"))
     return {file.parent.name: file.parent for file in files}
 
@@ -86,6 +87,7 @@ def show(folder: Path, name_or_path: str = EMBEDDED_MODEL) -> list[str]:
     model = PeftModel.from_pretrained(base, folder)
     model.eval()
     masked = _answers(model, tokenizer, prompts)
+    # The same weights without the mask.
     with model.disable_adapter():
         plain = _answers(model, tokenizer, prompts)
 
@@ -150,6 +152,7 @@ def _answers(
         padding_side="left",
     )
     with torch.inference_mode():
+        # B prompts of T tokens, padding and answers included.
         ids_BT = model.generate(
             **tokens,
             max_new_tokens=_MAX_NEW_TOKENS,

@@ -70,6 +70,7 @@ def check_allowed(allow_unconfined: bool) -> bool:
             f"model-written code cannot be confined on this machine ({reason}), so it is not run; "
             "to run it with the rights of the current user, accept that risk with --allow_unconfined_code"
         )
+    # A string means that programs run unconfined, which the caller has accepted.
     return reason is None
 
 
@@ -111,6 +112,7 @@ def run_many(
         UserError: If programs cannot be confined and ``allow_unconfined`` is not set.
     """
     is_confined = check_allowed(allow_unconfined)
+    # An unknown limit is a TypeError here, before any program runs.
     bounds = Limits(**limits)
     stop = threading.Event()
     run = functools.partial(
@@ -130,8 +132,10 @@ def run_many(
         except BaseException:
             # Ctrl-C in particular: do not wait for programs that may run for minutes.
             stop.set()
+            # Programs that run are ended by `stop`, those that wait never start.
             pool.shutdown(cancel_futures=True)
             raise
+    # In the order of the programs; `as_completed` is in the order in which they end.
     return [future.result() for future in futures]
 
 
@@ -147,8 +151,10 @@ def _run(
     Raises:
         UserError: If it could not be started.
     """
+    # Closes the job's file and, unconfined, deletes the temporary folder, whatever happens below.
     with contextlib.ExitStack() as opened:
         if confined:
+            # Where the launcher starts; init changes into the writable folder.
             folder = "/"
             home = "/tmp"  # the program's, in memory
         else:
@@ -166,6 +172,7 @@ def _run(
         # The launcher and init alone hold the other end: when it closes, the run is over.
         report_end, child_report_end = os.pipe()
         try:
+            # The same interpreter as this one: the program imports compiled packages that are installed for it.
             process = subprocess.Popen(
                 [
                     sys.executable,
@@ -195,6 +202,7 @@ def _run(
             try:
                 watch.until_end()
             finally:
+                # Popen's `with` waits for the process, which must have ended by then, also after an exception.
                 watch.end_everything()
             return watch.result("confined" if confined else "unconfined")
 
@@ -208,6 +216,7 @@ def _job(
     folders, import_paths = _python_folders()
     return {
         "code": code,
+        # A program that ends early, or prints whatever it likes, cannot guess it.
         "token": secrets.token_hex(16),
         "confined": confined,
         "seccomp_filter": seccomp_filter().hex() if confined else "",
@@ -220,6 +229,7 @@ def _job(
 
 def _environment(home: str) -> dict[str, str]:
     """Return the whole environment of the program."""
+    # Nothing of our environment is passed on: it may hold the user's keys.
     return {
         "HOME": home,
         "TMPDIR": home,

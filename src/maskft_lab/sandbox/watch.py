@@ -122,10 +122,13 @@ class Watch:
         next_check_s = start_s + INTERVAL_S
         kill_s = math.inf
         with selectors.DefaultSelector() as selector:
+            # Non-blocking, because the rest of the output is read below without asking `select` first.
             for descriptor in self.kept:
                 os.set_blocking(descriptor, False)
                 selector.register(descriptor, selectors.EVENT_READ)
 
+            # Until the launcher and init, which hold the other end of the report, have ended: an empty piece is read
+            # then.
             while self.report_fd in selector.get_map():
                 wait_s = max(0.0, next_check_s - time.monotonic())
                 for key, _ in selector.select(wait_s):
@@ -142,6 +145,8 @@ class Watch:
                     self.verdict = self._over_limit(now_s - start_s)
                     if self.verdict is not None:
                         self.process.terminate()
+                        # SIGTERM makes the launcher kill init, and with it the program. A launcher that does not end is
+                        # killed.
                         kill_s = now_s + STOP_PATIENCE_S
                 elif now_s > kill_s:
                     self.process.kill()
@@ -175,6 +180,7 @@ class Watch:
             return "failed", "stopped from outside"
         if wall_time_s > limits.wall_time_s:
             return "timeout", f"ran for more than {limits.wall_time_s:g} s"
+        # A peak between two of these looks is bounded by the kernel's limit on each process alone.
         memory_bytes, self.cpu_time_s = tree_usage(self.process.pid, self.num_helpers)
         if self.cpu_time_s > limits.cpu_time_s:
             return "timeout", f"used more than {limits.cpu_time_s:g} s of CPU time"
@@ -184,6 +190,7 @@ class Watch:
 
     def end_everything(self) -> None:
         """Make sure that no process of the run is left, also after an exception."""
+        # The launcher is the last to end: it waits for init, or kills its process group.
         if self.process.poll() is not None:
             return
         self.process.terminate()
@@ -211,6 +218,7 @@ class Watch:
             "cpu_time_s": self.cpu_time_s,
         }
         reports = [json.loads(line) for line in report_text.splitlines()]
+        # One when the program starts, one when it has ended, or one that says why it was not started.
         for report in reports:
             end |= report
 
@@ -256,6 +264,7 @@ class Watch:
             return "failed", end["reason"]
         if not has_ended:
             return "failed", "the sandbox around the program was ended before the program"
+        # No outcome was reported: a signal, sys.exit or os._exit ended the program.
         how = f"was ended by signal {-exit_code}" if exit_code < 0 else f"ended with code {exit_code}"
         return "failed", f"the program {how} before its last line"
 
@@ -269,6 +278,8 @@ def tree_usage(launcher: int, num_helpers: int) -> tuple[int, float]:
     memory_bytes = 0
     ticks = 0
     # Processes below the launcher, each with its generation; a tree, because processes may start others at any time.
+    # By ancestry, since processes may change their group and session. Confined, orphans become children of init, which
+    # is below the launcher too.
     todo = [(launcher, 0)]
     while todo:
         pid, generation = todo.pop()
@@ -294,6 +305,7 @@ def tree_usage(launcher: int, num_helpers: int) -> tuple[int, float]:
                 for child in children:
                     todo.append((int(child), generation + 1))
 
+        # For helpers too: init reaps the program's orphans, whose time then counts as that of its children.
         ticks += int(process_stat[_REAPED_USER_TICKS])
         ticks += int(process_stat[_REAPED_SYSTEM_TICKS])
         if generation >= num_helpers:
