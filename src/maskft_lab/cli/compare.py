@@ -119,6 +119,7 @@ def _compared(args: argparse.Namespace) -> str:
         looks=args.looks,
     )
     results = read_all(args.results)
+    # None: all tasks, and all metrics.
     tasks = _names(args.tasks)
     metrics = _names(args.metrics)
 
@@ -139,6 +140,7 @@ def _names(value: str | None) -> list[str] | None:
     if value is None:
         return None
     names = [name.strip() for name in value.split(",")]
+    # A comma at the end is allowed.
     names = [name for name in names if name]
     # A value of commas alone is kept, and reported as an unknown name: an empty list would compare nothing.
     return names or [value]

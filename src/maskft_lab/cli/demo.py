@@ -124,6 +124,7 @@ def _content(args: argparse.Namespace) -> dict[str, Any]:
     from maskft_common.yaml_file import read_yaml
 
     content = read_yaml(_recipe_file(args.model))
+    # A recipe in the package cannot know the folder in which the package is installed.
     content["model"] = args.model or str(_FILES / "model")
     if args.limit:
         for data in content["data"].values():
@@ -134,6 +135,7 @@ def _content(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run_study(args: argparse.Namespace) -> None:
+    # The time that is shown at the end includes that of the imports.
     started_at = time.monotonic()
     folder = Path(args.output_dir)
     # silence() would do it, but comes after the ready mask has answered.

@@ -69,6 +69,7 @@ def check_training(words: Sequence[str]) -> None:
     options = options_of(words)
     flags: dict[str, Any] = {}
     for name, values in options.items():
+        # Options that are checked here have one value.
         if values:
             flags[name] = values[0]
 

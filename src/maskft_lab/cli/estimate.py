@@ -11,6 +11,7 @@ from maskft_common.command_line import OneLineParser
 
 from . import early
 
+# For an annotation only: the module imports torch.
 if TYPE_CHECKING:
     from ..estimate.estimate import Estimate
 
@@ -27,6 +28,7 @@ def main(argv: list[str]) -> None:
 
     config = parse(words)
 
+    # After the words are parsed, so that a mistake in them is reported before this import.
     from ..estimate.estimate import estimate
 
     result = estimate(config, own.device, own.device_memory_gb)

@@ -14,6 +14,7 @@ from maskft_common.layout import JOURNAL
 from ..evaluation.evaluation_arguments import AND, HELDOUT, NO_ADAPTER, EvaluationArguments
 from . import early
 
+# For annotations only: importing these modules takes seconds.
 if TYPE_CHECKING:
     from maskft.data.arguments import DataArguments
 
@@ -67,6 +68,7 @@ def main(argv: Sequence[str]) -> None:
     # and not after the hours of the first.
     is_alone = len(evaluations) == 1
     groups: list[tuple[list[EvaluationArguments], list[Measure]]] = []
+    # groupby joins neighbours alone: the evaluations keep their order.
     for _, group in groupby(evaluations, _models_key):
         options_of_group = []
         measures = []
@@ -188,6 +190,7 @@ def _prepared(options: EvaluationArguments, data: DataArguments, is_alone: bool)
             )
 
         done = finished[index]
+        # Compared now that the model is loaded: only its facts show whether the result is of the same model.
         if done is not None:
             check_same_evaluation(done, target, loaded, tasks, options.limit)
             print(f"{name}: already done, {target}")

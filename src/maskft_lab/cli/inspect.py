@@ -33,6 +33,7 @@ def run(args: argparse.Namespace) -> None:
     # From here on torch is imported.
     from maskft.masks.summary import as_json, summarize, summary_lines
 
+    # From the adapter's files alone: the base model is not loaded.
     summary = summarize(adapter)
     if args.json:
         content = as_json(summary)

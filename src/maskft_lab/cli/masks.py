@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> None:
     """Combine and write."""
     from .early import check_mask
 
+    # All of them before torch is imported.
     for adapter in args.adapters:
         check_mask(adapter)
 

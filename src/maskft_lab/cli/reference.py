@@ -57,12 +57,14 @@ def files() -> dict[Path, str]:
     names.update(launch_options())
     for action in make_parser()._actions:
         names.add(action.dest)
+        # Every spelling: transformers adds one with dashes, and one with `no_` to options that are on by default.
         names.update(option.lstrip("-") for option in action.option_strings)
     listed = {
         "versions": installed_versions(PACKAGES),
         "options": sorted(names),
     }
     return {
+        # The page for people, then the help of parsers that need torch, then the names for checks without them.
         PAGE: page(),
         HELP / "train.txt": help_text() + "\n",
         HELP / "evaluate.txt": _evaluate_help(),
@@ -117,6 +119,7 @@ def _sections(parser: argparse.ArgumentParser, is_first: bool) -> Iterator[str]:
     yield f"{_text(parser.description)}\n"
     if parser.epilog:
         yield f"{_text(parser.epilog)}\n"
+    # argparse has no public list of groups, nor of the options in one.
     for group in parser._action_groups:
         actions = [action for action in group._group_actions if _is_shown(action)]
         if not actions:
@@ -171,6 +174,7 @@ def _train_sections() -> Iterator[str]:
 def without_trl(text: str) -> str:
     """The page without the options of TRL, which differ from version to version."""
     before, _, after = text.partition(_OF_TRL)
+    # There is one: train is not the last command.
     next_command = after.find("\n## ")
     return before + after[next_command:]
 
@@ -222,6 +226,7 @@ def _plain(value: Any) -> Any:
 def _value(action: argparse.Action) -> str:
     """The values that an option takes; empty for a switch without value, and for one positional argument."""
     is_list = action.nargs in ("+", "*")
+    # A switch: its name alone turns it on.
     if isinstance(action, argparse._StoreTrueAction):
         return ""
     if action.choices:

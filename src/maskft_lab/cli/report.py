@@ -17,6 +17,7 @@ TABLES = "tables"
 def main(argv: list[str]) -> None:
     """Run ``maskft report STUDY`` or ``maskft report tables``."""
     # Subcommands of argparse would need a word for the page as well, maskft report page STUDY.
+    # A folder named tables is given as ./tables.
     if argv[:1] == [TABLES]:
         args = make_tables_parser().parse_args(argv[1:])
         _tables(args)
@@ -148,6 +149,7 @@ def _figures(evidence, figures, folder: Path, is_chosen: bool) -> dict[Path, byt
     # A figure may lack data. That is an error only if figures were chosen and none of them can be drawn.
     drawn, missing = draw_figures(evidence, figures)
     if is_chosen and not drawn:
+        # One line: the first reason stands for all.
         first = missing[0]
         raise UserError(f"{first.figure.title} cannot be drawn: {first.reason}; {first.command}")
     for each in missing:
@@ -166,6 +168,7 @@ def _tables(args: argparse.Namespace) -> None:
     from ..results.paper_tables import paper_tables, render_tables
     from ..results.reading import check_output, read_all
 
+    # Before the results are read, which may take a while.
     check_output(args.output, args.results)
     results = read_all(args.results)
     tables, left_over = paper_tables(results)

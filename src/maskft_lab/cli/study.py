@@ -100,6 +100,7 @@ def run(args: argparse.Namespace) -> None:
     # A dry run may come before its model is there.
     if not args.dry_run:
         model = args.model
+        # The content has not been checked yet, and may be anything that YAML can say.
         if not model and isinstance(content, dict):
             model = content.get("model")
         early.check_model(model)
@@ -125,6 +126,7 @@ def run(args: argparse.Namespace) -> None:
         # The recipe's speed would give a wrong time for a model of another size.
         why_no_time = "no time: tokens_per_s of the recipe is of its own model, not of --model"
         recipe = recipe.model_copy(update={"model": args.model, "tokens_per_s": None})
+    # Options and names of runs; rows and tasks are checked by `check_before_running` below.
     plan = checked_plan(recipe)
     folder = Path("runs") / recipe.name
     if args.output_dir:
@@ -133,6 +135,7 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         from ..study.dry_run import print_dry_run
 
+        # Methods as the file has them: those of the recipe include the controls.
         print_dry_run(plan, folder, content["methods"], why_no_time)
         return
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from . import early
 
+# For an annotation only: the module imports torch.
 if TYPE_CHECKING:
     from maskft.training.arguments import TrainConfig
 
@@ -37,6 +38,7 @@ def main(argv: Sequence[str]) -> None:
     # the training, and is_launched() is true there.
     config, launch_words, train_words = parse_words(words)
     if launch_words and not is_launched():
+        # The process that failed first has printed its error, so that only the status is passed on.
         status = launch(launch_words, "maskft_lab.cli.main", ["train", *train_words])
         if status:
             sys.exit(status)

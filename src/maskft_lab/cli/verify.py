@@ -27,6 +27,7 @@ def run(args: argparse.Namespace) -> None:
 
     adapter = adapter_of(args)
     check_mask(adapter)
+    # The list is complete before its first line is printed: a check that fails raises, and nothing else is shown.
     for line in _passed_checks(adapter, args):
         # Names come from files of strangers, whose control characters must not reach the terminal.
         print(printable(f"ok  {line}"))
@@ -38,6 +39,7 @@ def _passed_checks(adapter: str, args: argparse.Namespace) -> list[str]:
     Raises:
         UserError: For the first that fails.
     """
+    # --base is a GGUF file here, not a model.
     if args.gguf is not None:
         # From here on torch is imported.
         from maskft.masks.gguf import verify_gguf

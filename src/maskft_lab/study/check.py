@@ -232,6 +232,7 @@ def _check_no_test_split(data: DataArguments, would: str) -> None:
     for part in split.split("+"):
         split_name, _, _ = part.partition("[")
         parts.add(split_name.strip())
+    # Hub data sets alone: a name of a split says little about a user's own files.
     if "test" in parts and hub_ids(name):
         raise UserError(f"{would} the split {split!r} of {name!r}; hold out rows of the training data")
 

@@ -256,6 +256,7 @@ class _Queue:
 
     def clear(self) -> None:
         """Cancel all jobs, and wait until they have left the queue."""
+        # Whether it worked is seen in the queue.
         subprocess.run(["scancel", "--name", self.name], check=False)
         give_up_at = time.monotonic() + _NO_ANSWER_S
         while True:

@@ -96,6 +96,7 @@ def parse_recipe(
     # Files that evaluations name.
     evaluation = recipe.evaluation
     has_rows_or_tasks = "tasks" in evaluation or "dataset_name" in evaluation
+    # in_data_dir adds data_dir, which only rows and tasks read.
     if has_rows_or_tasks:
         evaluation = in_data_dir(evaluation, data_dir)
     # The pre-trained model is evaluated with the template and revision of training too, so that all rows of the table

@@ -154,6 +154,7 @@ def _compared(
     tunings: Sequence[Tuned],
 ) -> tuple[str, str, dict]:
     """Tables for a terminal, tables in Markdown, record."""
+    # Results of all seeds of a method have one name.
     names = list(dict.fromkeys(result["name"] for result in results))  # each once, in the order of the runs
     rows = [_row(result) for result in results]
 

@@ -111,6 +111,7 @@ def _multiples(
     for factor in values.times_parent:
         # Six digits, so that 3 * 0.1 is 0.3, in labels and in the run's name.
         six_digits = f"{factor * base:.6g}"
+        # Through text, as round() counts digits after the point and not significant ones.
         multiples.append(float(six_digits))
     return multiples
 
