@@ -64,8 +64,8 @@ def main(argv: Sequence[str]) -> None:
         evaluations.append(read(args))
     _check_output_dirs(evaluations)
 
-    # All tasks and data are read before the first model is loaded: a mistake in the last evaluation is reported now,
-    # and not after the hours of the first.
+    # All benchmarks are read before the first model is loaded: a mistake in the last evaluation is reported now, not
+    # after the hours of the first. Held-out rows come later, with the tokenizer on which they depend.
     is_alone = len(evaluations) == 1
     groups: list[tuple[list[EvaluationArguments], list[Measure]]] = []
     # groupby joins neighbours alone: the evaluations keep their order.
@@ -120,7 +120,7 @@ def _models_key(evaluation: Evaluation) -> list:
 
 
 def _prepared(options: EvaluationArguments, data: DataArguments, is_alone: bool) -> Measure:
-    """Read tasks and data; returns the function that measures each of the models.
+    """Read the benchmarks; returns the function that reads the held-out rows and measures one model.
 
     Args:
         options: Options of the evaluation.

@@ -140,10 +140,12 @@ def _run(argv: list[str]) -> int:
 
 def _call(module: ModuleType, name: str, words: list[str]) -> None:
     """Call a command: its own ``main``, else ``run`` with the options of its parser."""
+    # `main` is of commands that parse their words themselves: train, evaluate, estimate, report.
     if hasattr(module, "main"):
         module.main(words)
         return
     args = make_parser(module, name).parse_args(words)
+    # For messages, see `adapter_of`.
     args.command = name
     module.run(args)
 

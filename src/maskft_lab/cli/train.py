@@ -30,6 +30,7 @@ def main(argv: Sequence[str]) -> None:
     from maskft_common.quiet import silence
 
     silence()
+    # From the parser itself, and so of every option; the short help above is a file.
     if asks_for_all_help:
         print(help_text(is_long=True))
         return

@@ -414,6 +414,7 @@ class RunMemory:
         hidden_size = self.config.get_text_config().hidden_size
         num_inputs = rows * self.run.training.max_length * hidden_size
         bytes_of_input = num_inputs * self.compute_dtype.itemsize
+        # Layers are alike; the tensors of embedding and head are spread over them.
         bytes_in_layer = saved // num_layers
         return num_layers * bytes_of_input + bytes_in_layer
 

@@ -164,6 +164,7 @@ class _Planner:
         # A child asks for its parent with its own grid values, of which the parent may have a part.
         own_keys = self.axes(method)
         own_axes = {}
+        # In the order of the recipe, whichever child asks, so that equal values give equal keys.
         rows = []
         for key, value in axes.items():
             if key in own_keys:

@@ -74,6 +74,7 @@ def command_words(options: dict[str, Any]) -> list[str]:
 
 def start_server() -> None:
     """Start the fork server, whose imports take seconds, while this process does something else."""
+    # Other systems start commands without a server, see `start_command`.
     if sys.platform == "linux":
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(IMPORTED)

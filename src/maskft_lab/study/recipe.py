@@ -100,6 +100,7 @@ class Section(FileModel):
 class SectionWithOptions(Section):
     """A section whose other keys are options of ``maskft train``."""
 
+    # Added to the parents' configuration, which stays strict and frozen.
     model_config = ConfigDict(extra="allow")
 
     @property

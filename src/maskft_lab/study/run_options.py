@@ -84,6 +84,8 @@ def run_options(
     for (name, option), value in axes.items():
         if name == method.name:
             of_grid[option] = value
+    # No key is in `chosen` and in one of the others: `Recipe` refuses a tuned option that the method
+    # or the grid has too.
     own = method.options | of_grid | chosen
     data_name = recipe.data_name(method)
     data = recipe.data[data_name].options
