@@ -70,7 +70,7 @@ def check_allowed(allow_unconfined: bool) -> bool:
             f"model-written code cannot be confined on this machine ({reason}), so it is not run; "
             "to run it with the rights of the current user, accept that risk with --allow_unconfined_code"
         )
-    # A string means that programs run unconfined, which the caller has accepted.
+    # A reason means that programs run unconfined, which the caller has accepted.
     return reason is None
 
 
