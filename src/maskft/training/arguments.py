@@ -92,6 +92,7 @@ class TrainingArguments(SFTConfig):
     )
 
     def __post_init__(self):
+        # Asked for by an option, or by accelerate launch, which sets the variable in its processes.
         if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
             raise UserError("DeepSpeed is not supported; use --accelerate_config fsdp2 for sharded training")
         self._check_numbers()
@@ -126,6 +127,7 @@ class TrainingArguments(SFTConfig):
             raise UserError(f"num_train_epochs is {self.num_train_epochs}; it must be above 0")
         if self.max_steps < 1 and self.max_steps != -1:
             raise UserError(f"max_steps is {self.max_steps}; it must be at least 1, or -1 to count num_train_epochs")
+        # transformers converts these with int(), whose errors for inf and NaN do not name the option.
         for name in ("eval_steps", "save_steps", "logging_steps"):
             value = getattr(self, name)
             if isinstance(value, float) and not math.isfinite(value):
@@ -202,6 +204,7 @@ def with_accumulation(args: TrainingArguments) -> TrainingArguments:
     args = copy.copy(args)
     if args.global_batch_size is None:
         return args
+    # Sequences of one micro-batch, over all processes.
     per_step = args.per_device_train_batch_size * args.world_size
     if args.global_batch_size < 1 or args.global_batch_size % per_step:
         raise UserError(
@@ -217,6 +220,7 @@ def trainer_arguments(args: TrainingArguments, is_resumed: bool) -> TrainingArgu
     args = copy.copy(args)
     # Held-out rows are measured one by one.
     args.eval_packing = False
+    # With packing, TRL prepares the rows: it keeps their tokens, and packs them.
     if not args.packing:
         options = args.dataset_kwargs or {}
         args.dataset_kwargs = {**options, "skip_prepare_dataset": True}
@@ -226,9 +230,10 @@ def trainer_arguments(args: TrainingArguments, is_resumed: bool) -> TrainingArgu
     if args.run_name is None:
         # Trackers continue the curve of a resumed run by this name.
         args.run_name = args.output_dir
-    # Saved with the model, for generation. Training steps and measurements pass use_cache=False.
+    # The Trainer copies it into the model's configuration, which is saved, for generation. Training steps (TRL's
+    # compute_loss) and measurements pass use_cache=False themselves.
     args.use_cache = True
-    # MaskTrainer deletes old checkpoints, once a new one is complete.
+    # Without a limit the Trainer deletes nothing. MaskTrainer deletes old checkpoints, once a new one is complete.
     args.save_total_limit = None
     if is_resumed:
         # The checkpoint has this measurement.

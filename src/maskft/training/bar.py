@@ -19,6 +19,7 @@ class TrainingProgress(TrainerCallback):
         self.heldout: list[float] = []
         self._loss: float | None = None
         self._progress = Progress(console)
+        # Replaced when training begins: the number of steps is not known before.
         self._task = TaskID(0)
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -31,6 +32,7 @@ class TrainingProgress(TrainerCallback):
         self._progress.start()
         self._task = self._progress.add_task(
             "step",
+            # Also with num_train_epochs: the Trainer has counted its steps by now.
             total=state.max_steps,
             completed=state.global_step,
         )
@@ -46,6 +48,7 @@ class TrainingProgress(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Show a new loss; a held-out loss is a new line in a log."""
         logs = logs or {}
+        # Training losses have the name loss, held-out measurements eval_loss, and the last line of a run has neither.
         if "loss" in logs:
             self._loss = float(logs["loss"])
         is_measured = "eval_loss" in logs

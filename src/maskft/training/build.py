@@ -98,11 +98,13 @@ def load_base(
     options = {
         "revision": args.model_revision,
         "attn_implementation": args.attn_implementation,
+        # None without load_in_4bit and load_in_8bit.
         "quantization_config": get_quantization_config(args),
     }
     # None would override what the model's own configuration says.
     given = {name: value for name, value in options.items() if value is not None}
     model = load_model(args.model_name_or_path, args.dtype, **given)
+    # transformers sets it for a model that is quantised in its own files, too.
     if getattr(model, "is_quantized", False):
         check_quantised(method)
     check_tokenizer_fits(model, tokenizer)
@@ -129,6 +131,7 @@ def build_model(
         UserError: If the method's settings do not fit the model.
     """
     set_seed(seed)
+    # Before an adapter is added: a mask names the modules of the base model, without PEFT's prefix.
     set_removed_to_zero(model, method)
 
     if method.method == "full":
@@ -138,7 +141,7 @@ def build_model(
         return model
 
     if method.method == PEFT:
-        # Masks do so themselves.
+        # The tuner does it for masks. Over four-bit layers on a CPU, an evaluation would cost the adapter its gradient.
         keep_gradients(model)
         config = adapter_config(method.peft_config or {})
         try:
@@ -160,7 +163,8 @@ def check_zero_levels(model: PeftModel, name_or_path: str) -> None:
     if not is_gguf(name_or_path):
         return
     file = gguf_file(name_or_path)
-    if file is None:  # it is on the hub; merging will check it
+    # The file is on the hub: merging will check it.
+    if file is None:
         return
 
     # Names in the base model: PEFT has put a prefix before them.
@@ -183,6 +187,7 @@ def with_adapter(
     if source.model_revision != "main":
         revision = source.model_revision
     adapted = get_peft_model(model, config, revision=revision)
+    # get_peft_model has written model.name_or_path there: a relative path would be valid in this folder only.
     adapted.peft_config[ADAPTER].base_model_name_or_path = from_anywhere(source.model_name_or_path)
     return adapted
 
@@ -193,6 +198,7 @@ def heldout_loss(
     args: TrainingArguments,
 ) -> HeldoutLoss:
     """Measures held-out rows without a trainer, in the dtype that training computes in."""
+    # Without fp16 and bf16 the context is disabled, and the dtype is not used.
     dtype = torch.float16 if args.fp16 else torch.bfloat16
     is_autocast = bool(args.fp16 or args.bf16)
     context = partial(
@@ -227,6 +233,7 @@ def start_on_data(
         return
     # Moved back, because the Trainer moves the model itself, to a device per process.
     before = model.device
+    # In evaluation mode, because dropout would change the norms of inputs.
     model.to(device).eval()
     calibration_rows = rows["input_ids"][:num_samples]
     keys = wanda_keys(model, calibration_rows, ADAPTER)
@@ -248,4 +255,5 @@ def _train_only_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
     for name, module in model.named_modules():
         # The model itself has an empty name.
         if name and check_target_module_exists(config, name):
+            # The weight alone: masks have no scores for biases.
             module.weight.requires_grad_(True)

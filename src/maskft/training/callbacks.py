@@ -33,6 +33,7 @@ class KeepLast(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         """Save after the last step."""
+        # Not in on_train_end: the Trainer loads the best checkpoint before that event.
         if state.global_step >= state.max_steps:
             if processes.is_main():
                 # Before the mask, whose card names its tokenizer.
@@ -61,6 +62,7 @@ class Reference(TrainerCallback):
         """Measure it, unless held-out rows are not measured."""
         if args.eval_strategy == "no":
             return
+        # A resumed run measures it again: checkpoints do not hold the losses of single rows.
         whole = self.trainer.accelerator.unwrap_model(self.trainer.model)
         with whole.disable_adapter():
             self.losses = self.trainer.measure_heldout()
@@ -102,6 +104,7 @@ class StepGuard(TrainerCallback):
         if self.trainer.accelerator.scaler is not None:
             # float16 gradients overflow now and then, and the scaler skips such a step itself.
             return
+        # Once per optimizer step: the Trainer computes it after the backward passes, before on_pre_optimizer_step.
         norm = torch.as_tensor(norm).detach()
         if hasattr(norm, "full_tensor"):
             # FSDP2 gives each process a part of the norm.
@@ -110,8 +113,10 @@ class StepGuard(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Restore the counters of the log; add the hook on the embeddings."""
+        # The Trainer has reset its counters just before this event, so they are restored here.
         self.trainer.resume_counts()
         options = args.gradient_checkpointing_kwargs or {}
+        # None means false, the default of transformers 5.
         is_reentrant = options.get("use_reentrant")
         if args.gradient_checkpointing and not is_reentrant:
             whole = self.trainer.accelerator.unwrap_model(model)
@@ -122,7 +127,8 @@ class StepGuard(TrainerCallback):
         if self._undo is not None:
             self._undo.remove()
 
-        # A launcher may have sent the signal to some of the processes only; all must decide the same.
+        # A signal that came after on_pre_optimizer_step of the last step, for example during the last evaluation. A
+        # launcher may have sent it to some of the processes only; all must decide the same.
         is_asked_to_stop = torch.tensor(self.stop.signal is not None, device=args.device)
         is_asked_to_stop = processes.largest(is_asked_to_stop)
         last = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -147,6 +153,7 @@ class StepGuard(TrainerCallback):
             raise NotFiniteError("gradient is not finite")
         self._is_stopping = verdict == 1
 
+        # Only before steps that are logged: a comparison of masks makes the host wait for a GPU.
         if self._is_logged(args, state):
             self._before = []
             for layer in adapter_layers(model, ADAPTER).values():
@@ -167,6 +174,7 @@ class StepGuard(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         """Store the number of tokens in the trainer's state, which checkpoints hold; save before stopping."""
         state.num_input_tokens_seen = int(self.trainer._total_train_tokens)
+        # Beside the steps of save_steps, which DefaultFlowCallback has chosen before.
         if self._is_stopping:
             control.should_save = True
 
@@ -234,6 +242,7 @@ class StepGuard(TrainerCallback):
     @staticmethod
     def _is_logged(args, state) -> bool:
         """Whether the Trainer logs the step that is about to be taken."""
+        # As DefaultFlowCallback decides after the step. The state has the steps that a logging_steps below 1 means.
         every = max(int(state.logging_steps or 1), 1)
         next_step = state.global_step + 1
         if args.logging_first_step and next_step == 1:

@@ -135,7 +135,7 @@ def _check_owner(
             "another folder"
         )
 
-    # Of a run that did not end nothing names the method; its checkpoints hold a course, which is compared later.
+    # A run that did not end has no record with its method. Its checkpoints hold a course, which is compared later.
     other = method
     try:
         if record.is_file():
@@ -185,6 +185,7 @@ def _last_whole_checkpoint(folder: Path, console: Console) -> str | None:
         # The newest of them.
         path, problem = next(iter(without_best.items()))
         raise UserError(f"{path} cannot be resumed: {problem}; restore it, or remove {folder} to start over")
+    # An older checkpoint can be resumed. These are newer, and a later run must not find them again.
     for path, problem in without_best.items():
         _rename_damaged(path, problem, console)
     return found
@@ -235,6 +236,7 @@ def delete_oldest(
     if limit is None or limit <= 0:
         return
 
+    # One entry if the newest is the best.
     kept = {newest.name, Path(best or newest).name}
     others = [path for path in checkpoints_in(newest.parent) if path.name not in kept]
     num_checkpoints = len(others) + len(kept)
@@ -312,7 +314,7 @@ def save_final(
         # A run that is resumed at its end has made no forward pass yet.
         refresh_masks(model)
 
-    # Gathered from all processes, before all but the main one are done here.
+    # A collective: all processes gather, and the main one writes.
     state = None
     if trainer is not None and trainer.is_fsdp_enabled:
         state = trainable_state(model)
@@ -348,6 +350,8 @@ def trainable_state(model) -> dict[str, Any]:
 
     It has no frozen weights if the model has an adapter.
     """
+    # accelerate's get_state_dict would gather frozen weights as well. With full_state_dict and cpu_offload, torch gives
+    # all processes but the main one an empty state dict.
     options = StateDictOptions(
         full_state_dict=True,
         cpu_offload=True,

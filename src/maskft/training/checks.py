@@ -73,7 +73,7 @@ def check_config(config: TrainConfig) -> None:
 
     check_kl_to_base(training, method)
     check_kl_budget(training, method)
-    # Both mask the rows of a weight that a rank holds.
+    # Both mask the rows of a weight that an FSDP2 rank holds.
     if method == "mask" or config.method.keep_mask is not None:
         check_mask_sharding()
     check_trackers(training.report_to)
@@ -115,6 +115,7 @@ def _check_mask_options(config: TrainConfig, mask: MaskConfig | None) -> None:
 
 def _check_unused_options(config: TrainConfig) -> None:
     """Raise for options of TRL that ``maskft train`` accepts with all others and does not use."""
+    # TRL's own command makes a LoRA adapter from these, by get_peft_config, which is not called here.
     for name, spec in type(config.model).__dataclass_fields__.items():
         if name.startswith(_OF_LORA) and getattr(config.model, name) != spec.default:
             raise UserError(f"{name} is TRL's option of LoRA; write --method peft --peft_config '{_LORA}'")
@@ -217,6 +218,7 @@ def check_method(args: MethodArguments) -> None:
             raise UserError(f"method peft needs --peft_config, such as '{_LORA}'")
         # Building the configuration checks it.
         adapter_config(args.peft_config)
+    # keep_last would save the adapter without the pruned weights below it, and merging needs whole weights.
     is_merged_at_end = method == PEFT and args.start_mask is not None
     if is_merged_at_end and (args.keep_last or processes.uses_fsdp()):
         raise UserError("an adapter after start_mask is merged at the end: drop keep_last, and use no FSDP")
@@ -246,7 +248,8 @@ def check_context(model, *sets) -> None:
         for ids in rows["input_ids"]:
             longest = max(longest, len(ids))
 
-    # Models without position embeddings have no limit.
+    # Checked here, because a position beyond the context is an error of the embeddings in some models, and in others
+    # only a worse loss. Models without position embeddings have no limit.
     config = model.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None)
     if context and longest > context:
@@ -259,6 +262,7 @@ def check_processes(model, train_set, heldout_set) -> None:
     Raises:
         UserError: The same error in every process.
     """
+    # Full fine-tuning has no adapter.
     configs = getattr(model, "peft_config", {}).values()
     if processes.uses_fsdp() and any(getattr(config, "modules_to_save", None) for config in configs):
         raise UserError(
@@ -277,6 +281,7 @@ def check_processes(model, train_set, heldout_set) -> None:
             raise UserError(f"{name} is still on the meta device on rank {rank}; load or initialise the weights first")
     processes.check_same(parameters, "the models")
 
+    # A process with fewer batches would end first, and the others would wait for it in the next step.
     counts = {
         "number of training rows": f"{len(train_set):,}",
         "number of held-out rows": f"{len(heldout_set):,}",

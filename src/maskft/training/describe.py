@@ -53,6 +53,7 @@ def describe(
 
     num_supervised = supervised_token_count(data.train)
     num_supervised_heldout = supervised_token_count(data.heldout)
+    # Sequences of an optimizer step, over all processes.
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     console.print(
         f"data: {len(data.train):,} training rows ({num_supervised:,} supervised tokens), {len(data.heldout):,} held "
@@ -61,6 +62,7 @@ def describe(
     advice = padding_advice(model, data.train, training)
     if advice is not None:
         console.print(advice, soft_wrap=True, highlight=False)
+    # Without markup: rich would take brackets in the text of a row for its own.
     console.print("one sample, supervised text in [[ ]]:", highlight=False)
     console.print(format_sample(data.train[0], tokenizer), markup=False, highlight=False)
 
@@ -101,6 +103,7 @@ def report(
     """
     folder = config.training.output_dir
     if failure is not None:
+        # The best checkpoint so far was compared as after a whole run, and may have lost.
         is_replaced = verdict is not None and not verdict.kept and not verdict.is_better
         if is_replaced:
             raise UserError(f"{failure}: {verdict}. Saved in {folder}: an adapter that removes nothing")
@@ -123,6 +126,7 @@ def report(
         end = f"{summary.end_loss:.4f} at the end; the best is saved in {folder}"
         console.print(f"held-out loss {of_start}best {best:.4f} (step {step}), {end}")
     else:
+        # Measured by Reference whenever held-out rows are, so it is not None here.
         console.print(f"held-out loss {start:.4f} without a mask, best {best:.4f} with it (step {step})")
         _report_verdict(summary, verdict, config, console)
 
@@ -156,6 +160,7 @@ def _report_verdict(
         console.print(f"{verdict}. Saved in {folder} anyway")
     else:
         console.print(f"{verdict}. Saved in {folder}: an adapter that removes nothing.")
+        # checkpoint-0 is saved before the first step.
         if summary.best_step == 0:
             console.print("No checkpoint beat the starting mask.")
             hint = too_few_steps(summary, config)
@@ -178,6 +183,7 @@ def too_few_steps(summary: TrainingSummary, config: TrainConfig) -> str | None:
     Adam moves a score by about the learning rate in a step, and a linear schedule halves that on average.
     """
     mask = mask_config(config.mask)
+    # Only these selections cut scores at 0.
     if not is_free(mask.selection):
         return None
 

@@ -71,7 +71,7 @@ def make_fixed_mask(
     Raises:
         UserError: If the size of the mask is not given, or ``match_adapter`` masks other layers or shapes.
     """
-    # The layers, by an adapter without scores.
+    # The layers, by an adapter in inference mode, which has no scores. No ramp, because no steps follow.
     method = run.method
     config = mask_config(run.mask, inference_mode=True, sparsity_ramp=0.0)
     check_size(method.method, config)
@@ -86,7 +86,7 @@ def make_fixed_mask(
     rows = data.train.select(range(num_rows))
     norms, gradients = _statistics(method.method, masked, layers, rows)
 
-    # The candidates. Layers take masks in coded form, and so the best one is kept.
+    # The candidates. Layers take masks in coded form, as they are saved, and the best one is kept in it.
     measure = heldout_loss(masked, tokenizer, run.training)
     is_choice = method.num_candidates > 1
     history = []
@@ -117,6 +117,7 @@ def make_fixed_mask(
 
     assert best is not None
     _set_masks(layers, best.coded)
+    # Saved with the adapter: the mask can be drawn again from it.
     masked.peft_config[ADAPTER].mask_seed = best.seed
 
     num_removed = sum(mask_info(code)["num_removed"] for code in best.coded)
@@ -177,11 +178,13 @@ def _counts(match_adapter: str | None, layers: Sequence[MaskedLinear]) -> list[i
 
     counts = []
     for layer in layers:
+        # Masks are True where a weight is kept.
         removed = ~learned[layer.module_name]
         counts.append(int(removed.sum()))
     return counts
 
 
 def _set_masks(layers: Sequence[MaskedLinear], coded: Sequence[Tensor]) -> None:
+    # A layer without scores uses its saved mask, as one that was loaded from a folder does.
     for layer, code in zip(layers, coded, strict=True):
         layer.saved_masks[ADAPTER] = CodedMask(code, layer.module_name)

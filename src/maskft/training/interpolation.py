@@ -48,9 +48,11 @@ def interpolate(
     Raises:
         UserError: If the two models differ in a parameter's name or shape.
     """
+    # load_model takes the name of a dtype, without "torch.".
     dtype = str(model.dtype).removeprefix("torch.")
     before = dict(load_model(before_model, dtype).named_parameters())
-    # A copy, because the model is overwritten at every share.
+    # A copy, because the model is overwritten at every share. Parameters alone: buffers, such as rotary frequencies,
+    # stay those of the fine-tuned model.
     after = {}
     for name, parameter in model.named_parameters():
         after[name] = parameter.detach().clone()
@@ -62,6 +64,7 @@ def interpolate(
             )
 
     history = []
+    # The last share is 1, which is the fine-tuned model itself.
     for share in SHARES:
         _set(model, before, after, share)
         losses = measure(data.heldout)

@@ -54,7 +54,7 @@ class Base:
     def of(self, model: nn.Module) -> Iterator[nn.Module]:
         """The base, in evaluation mode; ``model`` is the model to train, not wrapped by accelerate."""
         if self._copy is not None:
-            # It was copied before the Trainer moved the model to its device.
+            # It was copied before the Trainer moved the model to its device. Once moved, it stays there.
             device = next(model.parameters()).device
             yield self._copy.to(device)
             return
@@ -94,6 +94,8 @@ class KLOnTask:
         self._base_log_probs_NV: Tensor | None = None
         self._logits_NV: Tensor | None = None
 
+        # TRL's fused head calls the decoder and keeps no logits, so the decoder's output is where hidden states can be
+        # read.
         decoder = self._model.get_decoder()
         decoder.register_forward_hook(self._compute_logits)
         # With the base: a resumed run loads its scores later.
@@ -122,6 +124,7 @@ class KLOnTask:
         # Without the labels: the base's loss is not needed.
         given = {name: value for name, value in inputs.items() if name != "labels"}
         with torch.no_grad(), self._base.of(model) as base:
+            # A tensor of positions in the row; as a number, logits_to_keep would count from the end.
             outputs = base(**given, logits_to_keep=columns, use_cache=False)
             logits_NV = outputs.logits[is_supervised_BT[:, columns]]
         # The logits of other rows in these columns would stay in memory through the softmax.
@@ -222,6 +225,7 @@ class KLOnText:
             batch_number: Number of the batch since the start of training.
         """
         device = inputs["input_ids"].device
+        # Made here and not by a data loader, so that a resumed run has no position in it to restore.
         self._batch = _batch(self.rows_of(batch_number), self._pad_token_id, device)
         with torch.no_grad(), self._base.of(model) as base:
             logits_NV = _supervised_logits(base, self._batch)
@@ -282,6 +286,7 @@ def kl_per_row(
     """
     model.eval()
     device = next(model.parameters()).device
+    # Filled in the order of the batches, returned in the order of the rows.
     found: list[RowLoss] = [(0.0, 0)] * len(rows)
     lengths = [len(row["input_ids"]) for row in rows]
     for indices in length_sorted_batches(lengths, batch_size):
@@ -291,7 +296,8 @@ def kl_per_row(
             base_logits_NV = _supervised_logits(unchanged, batch)
         logits_NV = _supervised_logits(model, batch)
 
-        # Row by row, to save memory: log-probabilities are float32 copies of logits that may be bfloat16.
+        # Row by row, to save memory: log-probabilities are float32 copies of logits that may be bfloat16. The N tokens
+        # are in the order of the rows, so their counts are where to split.
         counts = is_before_label(batch["labels"]).sum(1).tolist()
         parts = zip(
             indices,
@@ -323,7 +329,8 @@ def kl_sum(base_log_probs_NV: Tensor, logits_NV: Tensor) -> Tensor:
 
 def is_before_label(labels_BT: Tensor) -> Tensor:
     """Tokens just before a token with a label, bool (B, T): their logits predict it."""
-    # The last token predicts nothing.
+    # The last token predicts nothing. With padding_free, the rows of a batch follow each other in a single one. TRL's
+    # collator has removed the label of each row's first token, so no row predicts the next one.
     next_labels_BT = nn.functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORED)
     return next_labels_BT != IGNORED
 
@@ -382,6 +389,7 @@ def _supervised_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """
     is_supervised_BT = is_before_label(batch["labels"])
     columns = is_supervised_BT.any(0).nonzero()
+    # Without any label all columns are computed, and the last line selects none of them.
     first = 0
     if len(columns) > 0:
         first = int(columns.min())

@@ -64,6 +64,7 @@ def launch(
     parser = launch_command_parser()
     # argparse would print accelerate's usage and exit.
     parser.error = _refused
+    # As python -m. accelerate passes on all words after the module, also those that look like its own options.
     args = parser.parse_args([*words, "--module", module, *command])
 
     kind = None
@@ -167,6 +168,8 @@ def check_mask_sharding() -> None:
 
 def let_cpu_shard() -> None:
     """Let accelerate use FSDP2 on CPUs, where it would silently fall back to DDP."""
+    # AcceleratorState considers FSDP only for some types of accelerators, MULTI_GPU among them. It reads the type from
+    # this dict, which is filled as soon as the training arguments have set up their device.
     state = PartialState._shared_state
     if uses_fsdp() and state.get("distributed_type") == DistributedType.MULTI_CPU:
         state["distributed_type"] = DistributedType.MULTI_GPU

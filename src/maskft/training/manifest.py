@@ -71,7 +71,7 @@ def seal(folder: Path, course: Course) -> None:
         if path.is_file() and path != manifest_file:
             paths.append(path)
     paths.sort()
-    # hashlib releases the GIL, so that threads hash several files at once.
+    # hashlib releases the GIL, so that threads hash several files at once. map keeps the order of the paths.
     with ThreadPoolExecutor(4) as pool:
         sums = list(pool.map(files.digest_now, paths))
 

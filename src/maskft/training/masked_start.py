@@ -83,6 +83,7 @@ class RemovedStayZero(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Find the weights, which may have been sharded over processes since the masks were applied."""
         for name, mask in self._masks.items():
+            # Full fine-tuning has no adapter, so modules have the names that the mask has.
             weight = model.get_submodule(name).weight
             removed = ~mask
             if is_sharded(weight):
@@ -101,6 +102,7 @@ class RemovedStayZero(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         """Zero removed weights that the optimizer moved, as the moments of a resumed run may."""
+        # With max_grad_norm 0 the Trainer does not clip and gradients are not cleared: this alone keeps them at zero.
         for weight, removed in self._removed:
             values = local_part(weight)
             values.masked_fill_(removed, 0.0)

@@ -81,6 +81,7 @@ class KLReport(FileModel):
         remedy = "raise kl_budget, lower learning_rate, or evaluate more often (eval_steps)"
         if not self.is_met:
             return f"{text}; the budget is not met: the nearest checkpoint is kept; {remedy}"
+        # The model before its first step, whose KL is 0 or that of the starting mask.
         if self.step == 0:
             return (
                 f"{text}; no later checkpoint is better and within the budget (at the end {self.at_end:.4f}); {remedy}"
@@ -113,6 +114,7 @@ def load_kl_rows(config: TrainConfig, tokenizer) -> KLRows | None:
             examples,
             tokenizer,
             max_length=training.max_length,
+            # TRL's default None means true for rows with a completion.
             completion_only_loss=training.completion_only_loss is not False,
         )
     except UserError as error:
@@ -134,7 +136,7 @@ def load_kl_rows(config: TrainConfig, tokenizer) -> KLRows | None:
     generator = torch.Generator().manual_seed(config.data.split_seed)
     order = torch.randperm(len(rows), generator=generator).tolist()
 
-    # Both in the order of the file.
+    # Both in the order of the file. The loss term shuffles its rows itself.
     rows = rows.select_columns(["input_ids", "labels"])
     return KLRows(
         train=rows.select(sorted(order[num_heldout:])),
@@ -165,6 +167,7 @@ class NearBase(TrainerCallback):
         pad_token_id: int,
     ):
         training = config.training
+        # Now, because the copy for full fine-tuning must be made before the first step.
         self._base = Base(model)
         self._pad_token_id = pad_token_id
         self._eval_batch_size = training.per_device_eval_batch_size
@@ -207,7 +210,8 @@ class NearBase(TrainerCallback):
 
     def before_forward(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         """Run the base on a micro-batch; call it before the forward pass of ``model``."""
-        # Counted from the step, so that a resumed run has the same number.
+        # Counted from the step, so that a resumed run has the same number. The last step of an epoch may have fewer
+        # batches: it leaves out numbers, and none is used twice.
         batch_number = self._step * self._batches_per_step + self._batch_in_step
         self._term.before_forward(model, inputs, batch_number)
         self._batch_in_step += 1
@@ -234,8 +238,12 @@ class NearBase(TrainerCallback):
             sums = self._sums + sums
         self._sums = sums
 
+        # Scaled like the task's loss. Without a count, that loss is a mean over the micro-batch. The Trainer divides it
+        # by the number of micro-batches (training_step), and the term with it.
         if num_items is None:
             return self.multiplier * kl.total / max(kl.num_tokens, 1)
+        # With a count, training_step divides nothing. The term is summed over the same tokens as the task's loss, so it
+        # has the same divisor.
         if self._is_on_task:
             divisor = torch.as_tensor(num_items).clamp(min=1)
             return self.multiplier * kl.total / divisor
@@ -257,9 +265,11 @@ class NearBase(TrainerCallback):
         """Adapt the multiplier to the KL of the step, the same in every process."""
         self._step = state.global_step
         self._batch_in_step = 0
+        # No micro-batch went through the term. That is so in all processes or in none, as reduce_ needs it.
         if self._sums is None:
             return
-        # Summed over the processes. tolist() waits for the device, once per step.
+        # Summed over the processes, because all of them must have the same multiplier. tolist() waits for the device,
+        # once per step.
         total, count = processes.reduce_(self._sums).tolist()
         self._sums = None
         # float16 may overflow in a step that the scaler skips; infinity would spoil the running mean for good.

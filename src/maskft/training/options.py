@@ -86,6 +86,7 @@ def make_parser() -> TrlParser:
         add_help=False,
         formatter_class=argparse.HelpFormatter,
     )
+    # argparse has no public list of a parser's options.
     for action in parser._actions:
         if has_default(action):
             action.help = with_default(action.help or "")
@@ -140,7 +141,9 @@ def parse_words(argv: Sequence[str]) -> tuple[TrainConfig, list[str], list[str]]
         # From here on the base has one name, which adapters and evaluations accept too.
         folder = config.model.model_name_or_path.rstrip("/")
         config.model.model_name_or_path = f"{folder}/{config.method.gguf_file}"
+    # Flags come last, because argparse takes the last of two equal options.
     launch_words = [*of_recipe, *of_flags]
+    # TRL's own commands take the words for accelerate launch out of theirs with it.
     other_words = _subtract_subsequence(words, of_flags)
     return config, launch_words, other_words
 

@@ -48,7 +48,8 @@ def mean_length(lengths: Sequence[int]) -> float:
 
 def expected_longest(lengths: Sequence[int], batch_size: int) -> float:
     """Expected length of the longest of ``batch_size`` rows drawn independently."""
-    # The longest of a batch is at most the k-th shortest of n rows with probability (k / n) ** batch_size.
+    # The longest of a batch is at most the k-th shortest of n rows with probability (k / n) ** batch_size, and this row
+    # itself with the difference to the probability for k - 1.
     total = 0.0
     below = 0.0
     for rank, length in enumerate(sorted(lengths), start=1):
@@ -97,7 +98,8 @@ def padding_advice(model: nn.Module, dataset: Dataset, training: TrainingArgumen
 def check_rows_are_separate(model: nn.Module, rows: Sequence[Sequence[int]], training: TrainingArguments) -> None:
     """Check that a model keeps apart the rows of a sequence without padding.
 
-    For a GPU it is checked only what the CPU, where the model still is, can compute: eager attention and torch's.
+    Before training on a GPU, only eager attention and torch's are checked: the model is still on the CPU, where other
+    kernels do not run.
 
     Args:
         model: The model that trains, before it is wrapped or sharded.
@@ -108,6 +110,7 @@ def check_rows_are_separate(model: nn.Module, rows: Sequence[Sequence[int]], tra
         UserError: If a row's predictions change with the row before it.
     """
     # A wrapped packing cuts rows anywhere, and lets them see each other by design.
+    # The other strategies are made of padding-free batches in TRL.
     is_packed_apart = training.packing and training.packing_strategy != "wrapped"
     option = "packing" if is_packed_apart else "padding_free"
     if not (is_packed_apart or training.padding_free) or len(rows) < 2:
@@ -139,7 +142,8 @@ def separates_rows(model: nn.Module, first: Sequence[int], second: Sequence[int]
     device = next(model.parameters()).device
     second_1T = torch.tensor([[*second]], device=device)
     both_1T = torch.tensor([[*first, *second]], device=device)
-    # TRL's own batch: it has more than position_ids for the layers that need it.
+    # TRL's own batch: beside position_ids it has the lengths and indices of rows, for the kernels that need them. No
+    # padding is added, so any token will do for it.
     collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
     batch = collate([{"input_ids": [*first]}, {"input_ids": [*second]}])
     inputs = {}
@@ -190,4 +194,6 @@ def _work_per_token(model: nn.Module, num_attended: float) -> float:
     # By the sizes of the layers: weights in four bits are stored as vectors of bytes.
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     num_weights = sum(layer.in_features * layer.out_features for layer in layers)
+    # A multiplication and an addition for each weight. In attention the same for each hidden unit and attended token,
+    # twice: for its score, and for its share of the values.
     return 2 * num_weights + 4 * num_attended * config.hidden_size * config.num_hidden_layers

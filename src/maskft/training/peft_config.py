@@ -55,7 +55,7 @@ def adapter_config(content: Mapping[str, Any]) -> PeftConfig:
             )
 
     given = {"task_type": "CAUSAL_LM", **content}
-    # The class says it.
+    # Each class sets its own type.
     del given["peft_type"]
     # PEFT saves it as true, and would freeze the adapter.
     given["inference_mode"] = False

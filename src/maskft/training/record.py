@@ -181,6 +181,7 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
         if name in not_recorded:
             continue
         value = given[name]
+        # Not objects that transformers makes of an option, such as its AcceleratorConfig.
         is_plain = isinstance(value, str | int | float | list | dict)
         if value not in (None, defaults[name]) and is_plain:
             settings[name] = value
@@ -202,7 +203,7 @@ def summarise(trainer: MaskTrainer, method: str) -> TrainingSummary:
     """Summary of a run of ``method`` that has ended."""
     state = trainer.state
     model = trainer.model
-    # Step -> held-out loss, the newest last.
+    # Step -> held-out loss, the newest last. The log of a resumed run begins with that of its checkpoint.
     losses = {}
     for row in state.log_history:
         if "eval_loss" in row:
@@ -218,6 +219,7 @@ def summarise(trainer: MaskTrainer, method: str) -> TrainingSummary:
     if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
         best_step = step_of(Path(state.best_model_checkpoint))
 
+    # Under FSDP2, too: the numel of a DTensor is that of the whole tensor.
     num_trainable = 0
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -259,6 +261,7 @@ def _kl_report(trainer: MaskTrainer, best_step: int | None) -> KLReport | None:
     for row in trainer.state.log_history:
         if "eval_kl" in row:
             measured[row["step"]] = row["eval_kl"]
+    # Without held-out rows to measure (eval_strategy no) there are only the rows of KL, and the model of the last step.
     if best_step not in measured:
         kl = trainer.measure_kl()
         return trainer.near_base.report(kl, kl, None)

@@ -51,7 +51,7 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainingSummar
         UserError: For every mistake in the input, and if the loss becomes non-finite.
     """
     if console is None:
-        # Without rich's markup and emoji codes: brackets and colons in the name of a folder are none.
+        # Without markup and emoji codes, for which rich would take brackets and colons in the name of a folder.
         console = Console(
             stderr=True,
             quiet=not processes.is_main(),
@@ -66,6 +66,7 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainingSummar
         load_data(config.data, config.training, tokenizer, console)
         return None
 
+    # Locked for the whole run: two runs would overwrite each other's checkpoints.
     with held_output(config.training, config.method.method, console) as resume_from:
         # The manifest of a checkpoint compares the actual accumulation steps.
         training = with_accumulation(config.training)
@@ -96,7 +97,7 @@ def run(
     if kl_rows is not None:
         check_context(model, kl_rows.train, kl_rows.heldout)
 
-    # build and fit
+    # build and fit; only methods that are trained have a trainer, and may fail after their first checkpoint
     trainer = None
     failure = None
     if method.method in FIXED_MASK_METHODS:
@@ -186,6 +187,7 @@ def fit(
         UserError: If processes have different models or data, a resumed run differs from its checkpoint, or the loss
             is not finite before there is a checkpoint.
     """
+    # Before accelerate wraps the model: DDP would copy rank 0's weights to the others without a word.
     check_processes(model, data.train, data.heldout)
     check_rows_are_separate(model, data.train[:2]["input_ids"], config.training)
     # Every step would else ask the kernel for the same memory again.
@@ -202,13 +204,17 @@ def fit(
             kl_rows,
         )
     except ValueError as error:
-        # Settings that TRL or torch rejects.
+        # Settings that TRL, transformers or torch rejects.
         raise UserError(first_line(error)) from None
 
     failure = None
     try:
+        # Signals are recorded in here only: before and after training there is no step to finish. From the checkpoint,
+        # the Trainer restores weights, optimizer, schedule, random states and the place in the data, and
+        # MaskTrainer.resume_counts the counters of the log.
         with closing(trainer.progress), trainer.guard.stop, _readable(resume_from):
             trainer.train(resume_from_checkpoint=resume_from)
+        # Of the state, where num_train_epochs is counted in steps.
         num_steps = trainer.state.max_steps
         if resume_from is not None and step_of(Path(resume_from)) >= num_steps:
             console.print(f"already finished: all {num_steps} steps had been trained")

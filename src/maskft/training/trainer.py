@@ -71,9 +71,11 @@ class MaskTrainer(SFTTrainer):
     ):
         self._course = course_of(config, data, kl_rows)
         self._resume_from = resume_from
+        # Before the Trainer loads anything from the checkpoint. Only the main process reads it here.
         if resume_from is not None:
             processes.decided_by_main(lambda: check_course(Path(resume_from), self._course))
 
+        # For delete_oldest; the Trainer itself gets no limit, see trainer_arguments.
         self._save_total_limit = config.training.save_total_limit
         # Time and number of tokens at the last line of the log, for tokens/s.
         self._window = (time.perf_counter(), 0)
@@ -85,6 +87,7 @@ class MaskTrainer(SFTTrainer):
         # The KL term of the loss. It hooks into the model before accelerate wraps it.
         self.near_base: NearBase | None = None
         if config.training.kl_to_base or config.training.kl_budget is not None:
+            # Padding has no label and is masked, so any token will do.
             pad_token_id = tokenizer.pad_token_id or 0
             self.near_base = NearBase(
                 model,
@@ -94,6 +97,7 @@ class MaskTrainer(SFTTrainer):
                 pad_token_id,
             )
 
+        # The float32 values, which TRL's __init__ replaces in some models, see below.
         scores = {}
         for name, parameter in model.named_parameters():
             if "mask_scores" in name and parameter.requires_grad:
@@ -117,10 +121,13 @@ class MaskTrainer(SFTTrainer):
         # TrainingProgress takes their place.
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
+        # For the time of the run; resume_counts sets it back by the time before the checkpoint.
         self.started = time.perf_counter()
 
     def _make_callbacks(self, config: TrainConfig, console: Console) -> list[TrainerCallback]:
         """The callbacks, in the order in which they run."""
+        # Called before the Trainer's own __init__: the callbacks keep this trainer, and use it when training has begun.
+        # Those of the Trainer, such as DefaultFlowCallback, run before them.
         method = config.method
         self.guard = StepGuard(self)
         self.progress = TrainingProgress(console)
@@ -192,7 +199,8 @@ class MaskTrainer(SFTTrainer):
         if self.near_base is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
-        # The base's pass comes first; the model's own pass is TRL's, and the term is computed from both.
+        # The base's pass comes first; the model's own pass is TRL's, and the term is computed from both. Autocast is
+        # entered here because accelerate wraps only the model's forward in it, not that of a frozen copy.
         whole = self.accelerator.unwrap_model(model)
         with self.accelerator.autocast():
             self.near_base.before_forward(whole, inputs)
@@ -250,6 +258,7 @@ class MaskTrainer(SFTTrainer):
         **kwargs,
     ) -> EvalLoopOutput:
         """Measure the held-out rows, one by one; TRL's loss would depend on which rows share a batch."""
+        # TRL's log has num_tokens of its own evaluation, which does not run.
         metrics = {
             f"{metric_key_prefix}_loss": mean_nll(self.measure_heldout()),
             f"{metric_key_prefix}_num_tokens": int(self._total_train_tokens),
@@ -301,6 +310,7 @@ class MaskTrainer(SFTTrainer):
 
     def resume_counts(self) -> None:
         """Restore the counters of the log: TRL counts tokens from 0, transformers sums the loss since its last line."""
+        # StepGuard has stored TRL's count in the state; in a new run it is 0.
         self._total_train_tokens = self.state.num_input_tokens_seen
         self._window = (time.perf_counter(), self.state.num_input_tokens_seen)
         if self._resume_from is None:
@@ -313,6 +323,8 @@ class MaskTrainer(SFTTrainer):
         if best is not None:
             self.state.best_model_checkpoint = str(best)
 
+        # In place of the zeros with which the Trainer begins a run, so that the next line of the log is that of an
+        # uninterrupted run. Every process gets the mean: the log is a mean over processes as well.
         kept = files.read_json(checkpoint / layout.LOGGED)
         self._tr_loss.fill_(kept["loss"])
         self._globalstep_last_logged = kept["step"]
@@ -329,6 +341,7 @@ class MaskTrainer(SFTTrainer):
         if self.args.should_save:
             # A checkpoint of the same step is overwritten, and not complete meanwhile.
             (folder / layout.MANIFEST).unlink(missing_ok=True)
+        # Weights, optimizer, schedule, random states and the Trainer's state, by the Trainer; the rest is ours.
         with written_whole(folder):
             super()._save_checkpoint(model, trial)
             self._save_log_state(folder)
@@ -429,6 +442,7 @@ class MaskTrainer(SFTTrainer):
         if self.state.best_model_checkpoint is None:
             raise UserError(f"{reason}; no checkpoint was measured yet") from None
 
+        # The error has left train(), at whose end the Trainer would have loaded it.
         self._load_best_model()
         step = step_of(Path(self.state.best_model_checkpoint))
         # MaskProgress does this when training ends without an error.

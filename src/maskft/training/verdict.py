@@ -148,6 +148,7 @@ def never_worse(
         return losses, None
 
     difference, low, high = paired_interval(losses)
+    # Without an interval, because a loss is not finite, nothing is shown.
     is_better = high is not None and high < 0
     # Fixed masks are controls, and always kept.
     is_control = config.method.method != "mask"
@@ -274,7 +275,8 @@ def _t_quantile(degrees: int) -> float:
 
 def remove_nothing(model) -> None:
     """Make the adapter remove no weight, and reset modules that were trained beside it."""
-    # A top-k mask of sparsity 0 keeps every weight, whatever the scores are.
+    # A top-k mask of sparsity 0 keeps every weight, whatever the scores are. So the selection goes back to its default,
+    # top-k, with all other settings of removal.
     config = model.peft_config[ADAPTER]
     for spec in fields(MaskConfig):
         if spec.metadata.get("is_of_removal"):
@@ -282,6 +284,7 @@ def remove_nothing(model) -> None:
     config.sparsity = 0.0
     config.sparsity_ramp = 0.0
 
+    # PEFT keeps the modules of modules_to_save twice: as they were loaded, and as they are trained.
     for module in model.modules():
         if not isinstance(module, ModulesToSaveWrapper):
             continue
