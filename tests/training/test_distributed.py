@@ -18,6 +18,7 @@ from killing import start, stop_when, wait_for
 from maskft.masks.mask_set import MaskSet
 from maskft.training.checkpoints import checkpoints_in, step_of
 from maskft.training.manifest import damage, read_manifest
+from maskft.training.options import parse_words
 from maskft.training.record import read_record
 from maskft.training.verdict import read_heldout
 from maskft_common.layout import ADAPTER_WEIGHTS, LAST, MANIFEST, TRAINING
@@ -354,6 +355,16 @@ def test_launch_mistakes(changes, message, arguments, tmp_path, capsys):
     error = mistake(arguments(output_dir=tmp_path / "out", **changes), capsys)
     assert message in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_switch_of_accelerate_in_a_recipe_has_no_value(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    run = "model_name_or_path: tiny\ndataset_name: rows\nbf16: false\n"
+    recipe.write_text(run + "multi_gpu: true\nuse_fsdp: false\nnum_processes: 2\n")
+    words = ["--config", str(recipe), "--num_machines", "1"]
+    _, launch_words, other_words = parse_words(words)
+    assert launch_words == ["--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    assert other_words == ["--config", str(recipe)]
 
 
 @pytest.mark.parametrize(

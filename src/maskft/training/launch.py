@@ -42,6 +42,28 @@ def launch_options() -> frozenset[str]:
     return frozenset(names)
 
 
+def words_of_recipe(of_recipe: Sequence[str]) -> list[str]:
+    """Words for ``accelerate launch``, from the names and values of a recipe in turn.
+
+    TRL's parser returns a value after every name. A switch such as ``--multi_gpu`` takes none: accelerate would run the
+    word after it, ``True``, as the script.
+    """
+    switches = set()
+    for action in launch_command_parser()._actions:
+        if action.nargs == 0:
+            switches.update(action.option_strings)
+
+    words = []
+    for name, value in zip(of_recipe[::2], of_recipe[1::2], strict=True):
+        # In text, as TRL writes the booleans of YAML.
+        text = value.lower()
+        if name not in switches or text not in ("true", "false"):
+            words += [name, value]
+        elif text == "true":
+            words.append(name)
+    return words
+
+
 def launch(
     launch_words: Sequence[str],
     module: str,

@@ -20,7 +20,7 @@ from maskft_common.yaml_file import read_yaml
 
 from ..data.arguments import DATA_NAMES, DataArguments
 from .arguments import TrainConfig, TrainingArguments
-from .launch import launch_options
+from .launch import launch_options, words_of_recipe
 from .method_arguments import UNSAID, MaskArguments, MethodArguments
 
 _GROUPS = (MethodArguments, ModelConfig, DataArguments, MaskArguments, TrainingArguments)
@@ -142,7 +142,7 @@ def parse_words(argv: Sequence[str]) -> tuple[TrainConfig, list[str], list[str]]
         folder = config.model.model_name_or_path.rstrip("/")
         config.model.model_name_or_path = f"{folder}/{config.method.gguf_file}"
     # Flags come last, because argparse takes the last of two equal options.
-    launch_words = [*of_recipe, *of_flags]
+    launch_words = [*words_of_recipe(of_recipe), *of_flags]
     # TRL's own commands take the words for accelerate launch out of theirs with it.
     other_words = _subtract_subsequence(words, of_flags)
     return config, launch_words, other_words
