@@ -143,6 +143,7 @@ class TrainingArguments(SFTConfig):
 
         # Without it, TRL's bf16=True is an error on a machine without an accelerator.
         self.use_cpu = True
+        # bf16 is None if it is not given; TRL then sets it unless fp16 is.
         if self.bf16 is None and not self.fp16 and not multiplies_bfloat16():
             self.bf16 = False
             self.is_float32_by_machine = True
@@ -150,6 +151,7 @@ class TrainingArguments(SFTConfig):
 
 def multiplies_bfloat16() -> bool:
     """Whether this processor has bfloat16 instructions; without, products take five times as long as in float32."""
+    # The two checks are of x86. Elsewhere TRL's default, bfloat16, stays.
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return True
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -51,6 +51,7 @@ _UNUSED = {
     "fp16_full_eval": "remove the option: held-out rows are measured in the dtype of training",
     "push_to_hub": "remove the option, and upload the finished folder with `hf upload` (docs/adapters.md)",
 }
+# An example for messages.
 _LORA = '{"peft_type": "LORA", "r": 16, "target_modules": "all-linear"}'
 
 

@@ -62,8 +62,8 @@ def describe(
     advice = padding_advice(model, data.train, training)
     if advice is not None:
         console.print(advice, soft_wrap=True, highlight=False)
-    # Without markup: rich would take brackets in the text of a row for its own.
     console.print("one sample, supervised text in [[ ]]:", highlight=False)
+    # Without markup, whatever the console's default is: rich would take brackets in a row's text for its own.
     console.print(format_sample(data.train[0], tokenizer), markup=False, highlight=False)
 
 
@@ -72,6 +72,7 @@ def mask_line(config: MaskConfig, num_target_weights: int) -> str:
     of_weights = f"of {num_target_weights:,} target weights"
     if config.removed_value == "base":
         of_weights += f"; a removed weight takes its value in {config.removed_value_model}"
+    # The number of removed weights is known for top-k masks alone; the others say which scores are removed.
     if config.selection == "threshold":
         return f"threshold {config.threshold:g}: removes weights with a lower score, {of_weights}"
     if is_free(config.selection):
@@ -132,7 +133,7 @@ def report(
 
     if summary.kl is not None:
         console.print(str(summary.kl), soft_wrap=True, markup=False, highlight=False)
-    # Not for an adapter that removes nothing.
+    # Not for an adapter that removes nothing: its evaluation is that of the base.
     if verdict is None or verdict.is_better or verdict.kept:
         option = "--adapter" if layout.holds_adapter(folder) else "--model_name_or_path"
         # A command to paste: quoted for a shell, and not wrapped.

@@ -80,6 +80,7 @@ def make_fixed_mask(
     masked.eval()
     layers = list(adapter_layers(masked, ADAPTER).values())
     weights = [layer.weight.detach() for layer in layers]
+    # Per layer; None removes the sparsity of each.
     counts = _counts(method.match_adapter, layers)
 
     num_rows = min(method.num_calibration_samples, len(data.train))

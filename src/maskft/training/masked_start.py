@@ -43,7 +43,7 @@ def set_removed_to_zero(model: PreTrainedModel, method: MethodArguments) -> None
     if not masks.num_removed:
         raise UserError(f"{option} {folder!r} removes nothing; name a mask that does (--keep_worse true keeps one)")
 
-    # By name and shape first, then by content.
+    # Whether the mask is of this model: by name and shape first, then by content. None for a layer that is missing.
     modules = dict(model.named_modules())
     weights = {}
     for name in sorted(masks):

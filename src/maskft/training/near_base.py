@@ -167,7 +167,7 @@ class NearBase(TrainerCallback):
         pad_token_id: int,
     ):
         training = config.training
-        # Now, because the copy for full fine-tuning must be made before the first step.
+        # Now, before the Trainer loads the weights of a checkpoint into the model: the base is the model without them.
         self._base = Base(model)
         self._pad_token_id = pad_token_id
         self._eval_batch_size = training.per_device_eval_batch_size

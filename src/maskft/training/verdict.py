@@ -174,6 +174,7 @@ def _losses_of(
     """The content of ``heldout.json``, from the losses of the rows under a model and under its parent."""
     clusters = None
     if "cluster_id" in rows.column_names:
+        # A list, where datasets would return a lazy column.
         clusters = rows["cluster_id"][:]
     parent_nll = None
     if parent is not None:
