@@ -17,6 +17,7 @@ import tiny
 from maskft.masks.mask_set import MaskSet
 from maskft.training.arguments import TrainingArguments
 from maskft.training.build import heldout_loss
+from maskft.training.callbacks import is_checkpointing_reentrant
 from maskft.training.method_arguments import MaskArguments, MethodArguments, mask_config, removes_a_share
 from maskft.training.options import option_defaults
 from maskft.training.record import _plain, read_record
@@ -455,6 +456,24 @@ def test_checkpointing_runs_frozen_layers_below_the_mask_once(arguments, capsys,
     assert status == 0, err
     # Three layers, two steps: layer 0 once a step, layers 1 and 2 again in the backward pass.
     assert sorted(ran.count(layer) for layer in set(ran)) == [2, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("options", "is_reentrant"),
+    [
+        (None, False),
+        ({}, False),
+        ({"every_n_layers": 2}, False),
+        ({"selective": True}, False),
+        ({"use_reentrant": False}, False),
+        ({"use_reentrant": False, "preserve_rng_state": False}, False),
+        ({"use_reentrant": True}, True),
+        ({"preserve_rng_state": False}, True),
+    ],
+)
+def test_checkpointing_with_options_is_reentrant_unless_they_say_otherwise(options, is_reentrant):
+    """As torch decides: the gradient must then reach the embeddings, or checkpointed layers have none."""
+    assert is_checkpointing_reentrant(options) is is_reentrant
 
 
 @pytest.mark.parametrize("has_instructions", [True, False])

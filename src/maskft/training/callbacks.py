@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import signal
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -115,9 +117,7 @@ class StepGuard(TrainerCallback):
         """Restore the counters of the log; add the hook on the embeddings."""
         # The Trainer has reset its counters just before this event, so they are restored here.
         self.trainer.resume_counts()
-        options = args.gradient_checkpointing_kwargs or {}
-        # None means false, the default of transformers 5.
-        is_reentrant = options.get("use_reentrant")
+        is_reentrant = is_checkpointing_reentrant(args.gradient_checkpointing_kwargs)
         if args.gradient_checkpointing and not is_reentrant:
             whole = self.trainer.accelerator.unwrap_model(model)
             self._undo = stop_gradient_at_frozen_embeddings(whole)
@@ -248,6 +248,21 @@ class StepGuard(TrainerCallback):
         if args.logging_first_step and next_step == 1:
             return True
         return next_step % every == 0
+
+
+def is_checkpointing_reentrant(options: Mapping[str, Any] | None) -> bool:
+    """Whether gradient checkpointing is reentrant with these ``gradient_checkpointing_kwargs``."""
+    options = options or {}
+    # TRL's selective checkpointing is never reentrant.
+    if options.get("selective"):
+        return False
+
+    # transformers and TRL take these three, and torch.utils.checkpoint gets the others. If there are none, transformers
+    # passes use_reentrant=False. If there are some, its default is torch's: None, which means true.
+    of_torch = options.keys() - {"every_n_layers", "offload", "selective"}
+    if not of_torch:
+        return False
+    return options.get("use_reentrant") is not False
 
 
 def stop_gradient_at_frozen_embeddings(model):
