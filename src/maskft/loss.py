@@ -206,7 +206,7 @@ def _batch_nll(
     if supervised_BT.any():
         columns = supervised_BT.any(0).nonzero()
         first = int(columns.min())
-    # The prediction of the last position has no target: there is one target less than tokens.
+    # The prediction of the last position has no target: there is one target fewer than tokens.
     num_targets = targets_BT.shape[1]
     positions = torch.arange(first, num_targets, device=ids_BT.device)
     logits_BTV = model(

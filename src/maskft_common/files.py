@@ -275,7 +275,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        # As in whole_file: the content is on the disk before the name.
+        # As in whole_file: the content of its files is on the disk before the name.
         for file in partial.rglob("*"):
             if file.is_file() and not file.is_symlink():
                 with file.open("rb") as stream:

@@ -99,7 +99,7 @@ def read_yaml(file: str | os.PathLike) -> Any:
         # Raised by construct_mapping, which does not know the file.
         raise UserError(f"{os.fspath(file)}, {error}") from None
     except (ValueError, LookupError, yaml.YAMLError, RecursionError) as error:
-        # ValueError: no UTF-8, an integer of 5,000 digits. LookupError: PyYAML's own constructors raise it for a tag
+        # ValueError: not UTF-8, an integer of 5,000 digits. LookupError: PyYAML's own constructors raise it for a tag
         # whose text does not fit, such as `!!bool maybe`.
         raise UserError(f"{os.fspath(file)} is not YAML: {' '.join(str(error).split())}") from None
     if num_values > _MAX_VALUES:

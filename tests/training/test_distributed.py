@@ -21,6 +21,7 @@ from maskft.training.manifest import damage, read_manifest
 from maskft.training.options import parse_words
 from maskft.training.record import read_record
 from maskft.training.verdict import read_heldout
+from maskft_common.errors import UserError
 from maskft_common.layout import ADAPTER_WEIGHTS, LAST, MANIFEST, TRAINING
 from maskft_lab.cli.main import main
 from tiny_tokenizer import tiny_tokenizer
@@ -365,6 +366,9 @@ def test_a_switch_of_accelerate_in_a_recipe_has_no_value(tmp_path):
     _, launch_words, other_words = parse_words(words)
     assert launch_words == ["--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     assert other_words == ["--config", str(recipe)]
+    recipe.write_text(run + "multi_gpu: 1\n")
+    with pytest.raises(UserError, match=r"^multi_gpu is '1' in the recipe; it must be true or false$"):
+        parse_words(words)
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,15 @@ def test_layers_with_lora_are_refused_or_left_out_with_a_warning():
     assert set(model.peft_config["mask"].target_modules) == names
 
 
+def test_lora_on_some_layers_leaves_out_these_alone():
+    config = LoraConfig(target_modules=["v_proj"], layers_to_transform=[0])
+    base = get_peft_model(tiny_llama(num_layers=2), config).base_model.model
+    with pytest.warns(UserWarning, match=r"another kind are left out: model\.layers\.0\.self_attn\.v_proj; to mask"):
+        model = get_peft_model(base, MaskConfig(), adapter_name="mask")
+    masked = current_masks(model, "mask")
+    assert len(masked) == 13 and "model.layers.1.self_attn.v_proj" in masked
+
+
 def test_a_copy_is_not_merged_below_lora_either():
     lora = get_peft_model(two_layers().eval(), LoraConfig(target_modules=["0"], init_lora_weights=False))
     copied = copy.deepcopy(lora).base_model.model  # the model with the mask

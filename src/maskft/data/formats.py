@@ -128,7 +128,7 @@ def _identity(
     """Hash of the columns of the format.
 
     Raises:
-        UnicodeEncodeError: If a text holds half of a surrogate pair, which JSON can spell and no file can store.
+        UnicodeEncodeError: If a text holds a lone surrogate, which JSON can spell and no file can store.
     """
     # The optional columns are not hashed, but they are stored: encoding them raises for such a text.
     for column in OPTIONAL_COLUMNS:
@@ -270,7 +270,7 @@ def from_instruction(
     question = instruction
     if row.get("input"):
         context = _text(row, "input")
-        # Not hashed for the id, but stored: half of a surrogate pair raises here, as in _identity.
+        # Not hashed for the id, but stored: a lone surrogate raises here, as in _identity.
         context.encode()
         # Some sets have everything in the input, and an empty instruction.
         question = f"{instruction}\n\n{context}" if instruction else context

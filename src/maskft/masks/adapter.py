@@ -303,7 +303,8 @@ def _load_masks(
         check_base(layers.values(), config)
     _check_scores(layers, scores, adapter_name)
 
-    # Nothing below raises. The masks go to their layers, and the scores too if the adapter is to be trained.
+    # Nothing below raises for what is in the file. The masks go to their layers, and the scores too if the adapter is
+    # to be trained.
     for name, layer in layers.items():
         layer.saved_masks[adapter_name] = CodedMask(coded[name], layer.module_name)
         if adapter_name in layer.mask_scores:

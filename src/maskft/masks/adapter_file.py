@@ -28,7 +28,7 @@ def add_tensors(file: Path, added: Mapping[str, Tensor]) -> None:
     """Rewrite the file with more tensors in it; of two with one name, the added one is kept."""
     tensors = load_file(file)
     for name, value in added.items():
-        # safetensors takes tensors of the CPU that are contiguous.
+        # safetensors raises for tensors that are not contiguous.
         on_cpu = value.detach().cpu()
         tensors[name] = on_cpu.contiguous()
     # With the metadata that PEFT writes.

@@ -158,7 +158,7 @@ def _use(folder: Path, config: Any) -> Iterator[str]:
     else:
         load = _LOAD + _ASK
 
-    # An expression of Python: the adapter's own tokenizer, or that of the base.
+    # A Python expression: the adapter's own tokenizer, or that of the base.
     if (folder / "tokenizer_config.json").is_file():
         tokenizer = "adapter"
     else:
@@ -183,7 +183,7 @@ def _training(config: Any, recipe: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield "## How it was made"
     yield ""
-    # A table of Markdown needs a header, which is empty here.
+    # A Markdown table needs a header, which is empty here.
     yield "| | |"
     yield "| --- | --- |"
     for name, value in facts.items():

@@ -125,7 +125,7 @@ def summary_lines(summary: AdapterSummary, all_modules: bool = False) -> list[st
 def _in_layer_order(name: str) -> list[tuple[int, str]]:
     """Sort key of a module's name: indices are compared as numbers, other parts as text."""
     key = []
-    # A pair for each part, because Python compares no number with a text. -1: names come before indices.
+    # A pair for each part, because Python cannot compare a number with a string. -1: names come before indices.
     for part in name.split("."):
         if _INDEX.fullmatch(part):
             key.append((int(part), ""))

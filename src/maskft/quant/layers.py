@@ -283,7 +283,7 @@ class Gguf(Storage):
 
     def __init__(self, layer: Any) -> None:
         super().__init__(layer)
-        # There is one: storage_of has looked.
+        # Never None: storage_of has checked the type.
         self.form = FORMATS[layer.ggml_type]
         self.kind = f"GGUF {self.form.name}"
 

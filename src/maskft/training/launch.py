@@ -57,10 +57,12 @@ def words_of_recipe(of_recipe: Sequence[str]) -> list[str]:
     for name, value in zip(of_recipe[::2], of_recipe[1::2], strict=True):
         # In text, as TRL writes the booleans of YAML.
         text = value.lower()
-        if name not in switches or text not in ("true", "false"):
+        if name not in switches:
             words += [name, value]
         elif text == "true":
             words.append(name)
+        elif text != "false":
+            raise UserError(f"{name.removeprefix('--')} is {value!r} in the recipe; it must be true or false")
     return words
 
 

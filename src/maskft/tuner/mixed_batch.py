@@ -260,7 +260,7 @@ def _check_model(model: BaseTuner, adapter_names: Sequence[str]) -> None:
             "adapter at a time after model.set_adapter(name)"
         )
 
-    # MaskedLinear, by way of the model: importing layer.py here would be a circle.
+    # MaskedLinear, by way of the model: importing layer.py here would be a circular import.
     layers = [module for module in model.modules() if isinstance(module, model.tuner_layer_cls)]
     masked = cast("list[MaskedLinear]", layers)
 

@@ -51,8 +51,8 @@ def resolve_targets(config: MaskConfig, model: nn.Module) -> None:
         config.target_modules = sorted(maskable_names(model))
         _exclude_other_layers(config, model)
         _warn_of_experts(model)
-        _warn_of_quantised(model)
-        _warn_of_adapters(model)
+        _leave_out_quantised(config, model)
+        _leave_out_adapters(config, model)
     check_targets(config, model)
 
 
@@ -168,15 +168,21 @@ def _exclude_other_layers(config: MaskConfig, model: nn.Module) -> None:
             has_numbered = True
         else:
             others.append(name)
-    if not others or not has_numbered:
+    if has_numbered:
+        _exclude(config, others)
+
+
+def _exclude(config: MaskConfig, names: list[str]) -> None:
+    """Add names to ``exclude_modules``."""
+    if not names:
         return
 
     given = config.exclude_modules
     if isinstance(given, str):  # a regular expression, to which the names are added as alternatives
-        alternatives = [f"(?:{given})", *map(re.escape, others)]
+        alternatives = [f"(?:{given})", *map(re.escape, names)]
         config.exclude_modules = "|".join(alternatives)
     else:
-        config.exclude_modules = [*(given or []), *others]
+        config.exclude_modules = [*(given or []), *names]
 
 
 def _warn_of_experts(model: nn.Module) -> None:
@@ -192,9 +198,10 @@ def _warn_of_experts(model: nn.Module) -> None:
         warnings.warn(f"experts that are not linear layers are left out: {listed(sorted(kinds))}")
 
 
-def _warn_of_quantised(model: nn.Module) -> None:
-    """Warn of the layers of a partly quantised model that "all-linear" leaves out."""
+def _leave_out_quantised(config: MaskConfig, model: nn.Module) -> None:
+    """Leave out those layers of a partly quantised model that cannot be masked, and warn."""
     kinds = set()
+    names = []
     for name, module in model.named_modules():
         is_inner = not _INNER_MODULES.isdisjoint(name.split("."))
         # By their sizes, as layers of a quantisation library that is not known here have no common class.
@@ -210,15 +217,18 @@ def _warn_of_quantised(model: nn.Module) -> None:
             is_left_out = not isinstance(module, nn.Linear) or _is_foreign(module)
         if is_left_out:
             kinds.add(type(module).__name__)
+            names.append(name)
     if kinds:
+        # "all-linear" became last name components, which a layer of the same name elsewhere may have.
+        _exclude(config, [name for name in names if is_target(config, name)])
         warnings.warn(
             f"linear layers that are quantised, or of an unknown kind, are left out: {listed(sorted(kinds))}; the mask "
             "covers the other layers only: load the model without quantisation to mask all"
         )
 
 
-def _warn_of_adapters(model: nn.Module) -> None:
-    """Warn of the linear layers that "all-linear" leaves out because they have an adapter of another kind."""
+def _leave_out_adapters(config: MaskConfig, model: nn.Module) -> None:
+    """Leave out linear layers that have an adapter of another kind, and warn."""
     names = []
     for name, module in model.named_modules():
         is_masked = hasattr(module, "mask_scores")
@@ -227,6 +237,8 @@ def _warn_of_adapters(model: nn.Module) -> None:
         if isinstance(module.get_base_layer(), nn.Linear | Conv1D):
             names.append(name)
     if names:
+        # As above: LoRA may be on `v_proj` of some layers only.
+        _exclude(config, [name for name in names if is_target(config, name)])
         warnings.warn(
             f"linear layers with an adapter of another kind are left out: {listed(names)}; to mask them, merge that "
             "adapter first"

@@ -60,7 +60,7 @@ def weighted_mean(
         return mean, math.nan
 
     # The residuals have mean 0 by construction, so their variance needs no second centring.
-    # Linearisation (delta method) of a ratio: valid where no few items hold most of the weight. Resampling, in
+    # Linearisation (delta method) of a ratio: valid unless a few items hold most of the weight. Resampling, in
     # `Bootstrap`, does not need it.
     residuals_N = weights_N * (values_N - mean) / weights_N.mean()
     # Near the largest float the squares overflow, and the error is infinite.
@@ -280,15 +280,17 @@ class Bootstrap:
 
         It is twice the smaller share of resamples at or beyond zero, and never below ``2 ** (1 - k)`` for k units
         that differ, the smallest two-sided p that a sign test on k of them can give: no bootstrap may be surer than
-        that. It is not below that of a t-test either, over the seeds' differences or, with one seed, over the units':
-        the stretch fits the resamples to one confidence, and Holm's correction looks further out.
+        that. Nor is it below that of a t-test: over the seeds' differences or, with one seed, over the units', there
+        only as far as p is below ``1 - confidence``. The stretch fits the resamples to one confidence, and Holm's
+        correction looks further out.
         """
         # The floor of a sign test. Units count as they enter the difference, averaged over the seeds.
         diffs_N = mean_over_seeds(self.block.diffs_SN)
         num_differing = np.count_nonzero(diffs_N)
         smallest_p = float(2.0 ** (1 - num_differing))
         if self.num_seeds > 1:
-            # Exact for few seeds if their differences are normal, which a few seeds cannot show.
+            # Valid for few seeds if their differences are normal, which a few seeds cannot show, and conservative where
+            # they agree more closely than their items allow.
             p_of_t_test = 2 * self._t_tail(abs(self.difference))
             smallest_p = max(smallest_p, p_of_t_test)
         else:

@@ -1,7 +1,7 @@
 """Evaluations of a run: the points of its path, and the models that a table shows.
 
-An evaluation is finished when its ``result.json`` can be read, which is written last, whole. An interrupted one is
-repeated.
+An evaluation is finished when its ``result.json`` can be read, which is written last, whole. An interrupted one
+continues with the answers that its partial folder holds.
 """
 
 from __future__ import annotations

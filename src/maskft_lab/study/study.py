@@ -246,9 +246,10 @@ def make(
     if not study.is_trained(run):
         train(study, run, call_training)
 
-    # The path, from checkpoints that are kept for it. Also for a run that was trained before: a kill may have
-    # interrupted the deletion.
+    # Here and not in `train`, because a kill may have interrupted the deletion.
     delete_checkpoints(study, run)
+
+    # The path, from the checkpoints that are left.
     if has_path(study.recipe, run) and heldout(study, run) is None:
         measure_path(study, run, call_evaluation)
 
