@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -483,26 +484,8 @@ def run_ready(args) -> None:
 
 # The table
 
-# Of the published results: the four paragraphs that every results/*/table.md begins with.
-TABLE_HEAD = [
-    "# Exact in four bits: how much of a fine-tuning is left when it is stored on the base's grid",
-    "",
-    "What: 77 intents (Banking77; 48 steps of 16 rows) by a deletion mask, LoRA r 16 and full fine-tuning with a KL",
-    "penalty, trained over SmolLM2-135M-Instruct held in GGUF's Q4_0 and over its float weights; measured as",
-    "trained, merged and stored in Q4_0. Seeds 0 to 2; 200 test rows, 24 rows of each probe of forgetting. The",
-    "first table is of the ready mask of intents that maskft brings.",
-    "",
-    "Recipe: `recipes/smollm2/exact_in_four_bits.py`.",
-    "",
-    "Machine: AMD EPYC, one core; float32 weights, bfloat16 autocast. The JSON files, which have the answers,",
-    "record no processor.",
-    "",
-    "Chosen: Nothing was chosen over Q4_0: rates and KL weights are those that held-out rows of seed 0 chose over",
-    "the float base (smollm2-curve-banking77-kl-strict), and the last step is measured. LoRA had been run at 3e-3",
-    "and was run again at the chosen 5e-3 once that result was known; seed 2 was added after seeds 0 and 1 had been",
-    "published.",
-    "",
-]
+# How the paragraph above each table begins.
+TABLE_START = re.compile(r"^\w+, \w+, \d+ test rows, seed ", re.MULTILINE)
 
 
 def table(results: Path) -> str:
@@ -517,7 +500,13 @@ def table(results: Path) -> str:
     lines = []
     for runs in groups.values():
         lines += _table_of(runs)
-    return "\n".join([*TABLE_HEAD, *lines])
+
+    file = results / "table.md"
+    head = "# Exact in four bits: how much of a fine-tuning is left when it is stored on the base's grid\n\n"
+    if file.is_file():
+        # The lines that a person wrote above the first table stay.
+        head, *_ = TABLE_START.split(file.read_text(), maxsplit=1)
+    return head + "\n".join(lines)
 
 
 def _table_of(runs: list[dict]) -> list[str]:
