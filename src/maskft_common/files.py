@@ -29,8 +29,8 @@ MAX_JSON_BYTES = 64 * 2**20
 def is_there(name: str) -> bool:
     """Whether a file or folder of this name exists; False for a text that cannot be a path."""
     try:
-        return Path(name).expanduser().exists()
-    except (OSError, ValueError, RuntimeError):  # too long, a null byte, an unknown user's home
+        return expand_user(name).exists()
+    except (OSError, ValueError):  # too long, a null byte
         return False
 
 

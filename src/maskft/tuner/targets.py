@@ -173,7 +173,8 @@ def _exclude_other_layers(config: MaskConfig, model: nn.Module) -> None:
 
 
 def _exclude(config: MaskConfig, names: list[str]) -> None:
-    """Add names to ``exclude_modules``."""
+    """Add those of the names that are targets to ``exclude_modules``."""
+    names = [name for name in names if is_target(config, name)]
     if not names:
         return
 
@@ -220,7 +221,7 @@ def _leave_out_quantised(config: MaskConfig, model: nn.Module) -> None:
             names.append(name)
     if kinds:
         # "all-linear" became last name components, which a layer of the same name elsewhere may have.
-        _exclude(config, [name for name in names if is_target(config, name)])
+        _exclude(config, names)
         warnings.warn(
             f"linear layers that are quantised, or of an unknown kind, are left out: {listed(sorted(kinds))}; the mask "
             "covers the other layers only: load the model without quantisation to mask all"
@@ -238,7 +239,7 @@ def _leave_out_adapters(config: MaskConfig, model: nn.Module) -> None:
             names.append(name)
     if names:
         # As above: LoRA may be on `v_proj` of some layers only.
-        _exclude(config, [name for name in names if is_target(config, name)])
+        _exclude(config, names)
         warnings.warn(
             f"linear layers with an adapter of another kind are left out: {listed(names)}; to mask them, merge that "
             "adapter first"

@@ -7,7 +7,6 @@ continues with the answers that its partial folder holds.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from maskft.data.arguments import mixture_text
@@ -22,13 +21,10 @@ from .damage import is_whole_result
 from .folder import Study
 from .identity import short_digest
 from .path import path_sets, point_name, points
-from .process import PYTHON, command_words
+from .process import PYTHON, Call, command_words
 from .recipe import PRETRAINED
 from .run_record import RunRecord
 from .study_run import BEST, StudyRun
-
-Call = Callable[[list[str], Path], None]  # runs a command to its end: its words, its log
-
 
 # Points of a path
 

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import fields
 
 from maskft.data.arguments import TEMPLATE, DataArguments
 from maskft_common import layout
 
 from .folder import Study
-from .process import PYTHON, command_words, run_command
+from .process import PYTHON, Tick, command_words, no_tick, run_command
 from .recipe import PRETRAINED, REVISION
 from .study_run import StudyRun
 
 # Options of TRL that decide how rows become tokens.
 _TOKENISATION = ("max_length", "completion_only_loss", "dataset_text_field")
-
-Tick = Callable[[], None]  # called about ten times a second while a command runs
-
-
-def no_tick() -> None:
-    """Do nothing while a command runs."""
 
 
 def prepare_base(

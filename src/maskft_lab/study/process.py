@@ -49,6 +49,13 @@ class Threads(NamedTuple):
 
 THREADS_OF_ENVIRONMENT = Threads(None, None)
 
+Tick = Callable[[], None]  # called about ten times a second while a command runs
+Call = Callable[[list[str], Path], None]  # runs a command to its end: its words, its log
+
+
+def no_tick() -> None:
+    """Do nothing while a command runs."""
+
 
 def command_words(options: dict[str, Any]) -> list[str]:
     """``{"a": 1, "b": [2, 3]}`` -> ``--a 1 --b 2 3``; None is left out, a dictionary becomes JSON."""
@@ -111,7 +118,7 @@ def start_command(
 def run_command(
     words: Sequence[str],
     log: Path,
-    tick: Callable[[], None] = lambda: None,
+    tick: Tick = no_tick,
     lock_fd: int | None = None,
     num_threads: int | None = None,
 ) -> None:

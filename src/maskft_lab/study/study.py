@@ -22,8 +22,8 @@ from .folder import Study
 from .launchers import Launcher, alone, is_local
 from .path import has_path
 from .plan import Plan, build_plan
-from .prepare import Tick, no_tick, prepare_base, prepare_data
-from .process import THREADS_OF_ENVIRONMENT, Threads, run_command
+from .prepare import prepare_base, prepare_data
+from .process import THREADS_OF_ENVIRONMENT, Threads, Tick, no_tick, run_command
 from .recipe import Recipe
 from .run_options import options_but_seeds, tokens_of
 from .study_run import StudyRun

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from maskft.training.method_arguments import INTERPOLATE, UNTRAINED_METHODS
@@ -19,15 +18,13 @@ from .accounts import build_record
 from .damage import is_whole_result, written_files
 from .folder import Study, step_of
 from .path import PATH, has_path, path_values
-from .process import PYTHON, command_words
+from .process import PYTHON, Call, command_words
 from .recipe import CURRENT_RATE, PRETRAINED, Recipe
 from .run_record import RunRecord, write_run_record
 from .study_run import BEST, LAST, Heldout, StudyRun
 
 # save_total_limit of a run with a path, which may need any of its checkpoints.
 _ALL_CHECKPOINTS = 1_000_000
-
-Call = Callable[[list[str], Path], None]  # runs a command to its end: its words, its log
 
 
 # Finished runs
