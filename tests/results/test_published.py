@@ -11,7 +11,6 @@ from maskft_lab.results.comparison import Settings
 from maskft_lab.results.paper_tables import paper_tables, render_tables
 from maskft_lab.results.reading import read_all
 from maskft_lab.results.render import render
-from maskft_lab.results.scores import scores
 from maskft_lab.results.words import sentence
 
 ROOT = Path(__file__).parents[2]
@@ -98,23 +97,3 @@ def check_summary(study, results):
         run, role = result["study"]["run"], result["study"]["role"]
         # An end of training that is the best checkpoint has no row of its own.
         assert measured == expected.get((run, role), expected[run, "best"]), result["name"]
-
-
-def test_the_first_table_of_the_readme_is_that_of_the_files():
-    folder = RESULTS / "smollm2-curve-banking77-long"
-    readme = (RESULTS.parent / "README.md").read_text(encoding="utf-8")
-    curves = {
-        probe: json.loads((folder / f"curve-{folder.name}-{probe}.json").read_text())["points"]
-        for probe in ("instructions", "wikipedia")
-    }
-    found = {score.model: score.value for score in scores(read_all([str(folder)])) if score.metric == "accuracy"}
-    rows = {"**mask**": "deletion mask", "full fine-tuning": "full", "LoRA r 16": "LoRA r 16"}
-    for shown, method in rows.items():
-        name = f"{method} with KL to base"
-        cells = re.search(rf"^\| {re.escape(shown)} \| .*$", readme, re.MULTILINE)[0].split("|")[2:6]
-        size, accuracy, *forgotten = [cell.strip() for cell in cells]
-        chosen = [next(p for p in points if p["is_chosen"] and p["method"] == name) for points in curves.values()]
-        assert accuracy == f"{100 * found[name]:.1f} %"
-        assert forgotten == [f"{point['nats_forgotten']:+.2f}" for point in chosen]
-        number, unit = size.split()
-        assert chosen[0]["num_bytes"] / {"kB": 1e3, "MB": 1e6}[unit] == pytest.approx(float(number), rel=0.01)
