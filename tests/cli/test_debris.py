@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 DEBRIS = ("it/s", "%|", "Warning", "[transformers]", "Traceback", "Map:", "Generating")
 
 # Each command in a process that has silenced nothing yet; forked, since starting one takes seconds.
@@ -25,6 +27,7 @@ for words in json.load(sys.stdin):
 """
 
 
+@pytest.mark.slow
 def test_no_command_prints_what_libraries_have_to_say(base, data, tmp_path):
     model, adapter = ["--model_name_or_path", str(base)], str(tmp_path / "mask")
     rows = ["--dataset_name", str(data), "--eval_split_size", "16"]

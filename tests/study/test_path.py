@@ -93,6 +93,7 @@ def test_every_point_is_measured_on_heldout_rows_and_probes(content, tmp_path, c
             assert len(list(folder.glob("checkpoint-*"))) == 2
 
 
+@pytest.mark.slow
 def test_a_choice_is_made_among_all_points_and_reported_on_test_rows(content, tmp_path):
     content["path"]["choose"] = {"forgetting_at_most": 1.0e-3}
     content["methods"]["random"] = {"method": "random_mask", "match": "mask"}
