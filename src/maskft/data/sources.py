@@ -17,10 +17,10 @@ from pyarrow import csv, parquet
 
 from maskft_common.errors import UserError, did_you_mean, first_line
 from maskft_common.files import check_regular, expand_user, is_there, open_text, parse_json
+from maskft_common.layout import DATA_FILE_ENDINGS
 
 from .registry import TRAINING_SETS, TrainingSet
 
-FILE_ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".csv")
 # Not read, but a name that ends so is meant as a file, and not looked up on the hub.
 _OTHER_FILE_ENDINGS = (".tsv", ".txt", ".arrow", ".gz", ".zip", ".zst", ".xz", ".bz2", ".yaml", ".yml", ".md")
 
@@ -39,7 +39,7 @@ def read_file(path: Path) -> Iterator[tuple[str, Row]]:
     change) and name no line in its errors.
 
     Args:
-        path: A file with one of ``FILE_ENDINGS``.
+        path: A file with one of ``DATA_FILE_ENDINGS``.
 
     Raises:
         UserError: If there is no such file, its ending is unknown, or its content cannot be read.
@@ -49,11 +49,11 @@ def read_file(path: Path) -> Iterator[tuple[str, Row]]:
     if not path.exists():
         raise UserError(f"data file {path} does not exist")
     if path.is_dir():
-        raise UserError(f"{path} is a folder; name one file in it ({', '.join(FILE_ENDINGS)})")
+        raise UserError(f"{path} is a folder; name one file in it ({', '.join(DATA_FILE_ENDINGS)})")
     # A pipe could be read once, and the rows are read again to name the data.
     check_regular(path)
-    if not name.endswith(FILE_ENDINGS):
-        raise UserError(f"data file {path} has an unsupported ending; convert it to {', '.join(FILE_ENDINGS)}")
+    if not name.endswith(DATA_FILE_ENDINGS):
+        raise UserError(f"data file {path} has an unsupported ending; convert it to {', '.join(DATA_FILE_ENDINGS)}")
 
     try:
         if name.endswith(".parquet"):
@@ -139,7 +139,7 @@ def numbered(rows: Iterable[Row]) -> Iterator[tuple[str, Row]]:
 def is_hub_name(name: str) -> bool:
     """Whether ``name`` can only mean a hub data set: it does not exist here and does not look like a file."""
     is_path = name.startswith((".", "/", "~"))
-    has_file_ending = name.lower().endswith(FILE_ENDINGS + _OTHER_FILE_ENDINGS)
+    has_file_ending = name.lower().endswith(DATA_FILE_ENDINGS + _OTHER_FILE_ENDINGS)
     return not (is_path or has_file_ending or is_there(name))
 
 
@@ -182,7 +182,7 @@ def local_file(
     if not folder.is_dir():
         raise UserError(f"data_dir {data_dir} is not a folder; name the one that holds the data files")
     # Every ending of one stem before the next stem: a file of the split wins over one without.
-    for stem, ending in product(_stems(name, split), FILE_ENDINGS):
+    for stem, ending in product(_stems(name, split), DATA_FILE_ENDINGS):
         file = folder / f"{stem}{ending}"
         if file.is_file():
             return file

@@ -247,7 +247,8 @@ class MaskTrainer(SFTTrainer):
         """Mean KL(base || model) on held-out rows, under the model as it is, in nats per token."""
         assert self.near_base is not None
         whole = self.accelerator.unwrap_model(self.model)
-        with self.compute_loss_context_manager():
+        # As in compute_loss: a frozen copy has no autocast of its own, and would differ from the model by rounding.
+        with self.accelerator.autocast():
             return self.near_base.measure(whole)
 
     # The Trainer's evaluation loss is a mean over batches, so it depends on which rows share a batch, and on padding.

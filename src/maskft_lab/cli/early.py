@@ -6,17 +6,20 @@ Only mistakes that are certain are reported here, in the words of the full check
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from maskft_common.errors import UserError, did_you_mean
 from maskft_common.files import is_there
-from maskft_common.layout import EMBEDDED_MODEL, holds_adapter, no_adapter
+from maskft_common.layout import DATA_FILE_ENDINGS, EMBEDDED_MODEL, holds_adapter, no_adapter
 from maskft_common.yaml_file import read_yaml
 
 from ..evaluation.evaluation_arguments import NO_ADAPTER
+
+# Options that name training rows, held-out rows, and rows of the KL term.
+DATA_OPTIONS = ("dataset_name", "eval_dataset_name", "kl_dataset_name")
 
 # numpy's largest seed; transformers.set_seed seeds numpy too.
 MAX_SEED = 2**32 - 1
@@ -52,6 +55,11 @@ def options_of(words: Sequence[str]) -> dict[str, list[str]]:
     return options
 
 
+def single_values(options: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Option -> its first value, for options that take one; those without any are left out."""
+    return {name: values[0] for name, values in options.items() if values}
+
+
 def with_config(words: Sequence[str]) -> list[str]:
     """The words of ``maskft train``, in which a recipe may come first without ``--config``."""
     is_recipe = len(words) > 0 and words[0].lower().endswith((".yaml", ".yml"))
@@ -61,17 +69,13 @@ def with_config(words: Sequence[str]) -> list[str]:
 
 
 def check_training(words: Sequence[str]) -> None:
-    """Check the words of ``maskft train``: the recipe's file, the model's folder, names of options.
+    """Check the words of ``maskft train``: the recipe's file, the model's folder, data files, names of options.
 
     Raises:
         UserError: For the first mistake.
     """
     options = options_of(words)
-    flags: dict[str, Any] = {}
-    for name, values in options.items():
-        # Options that are checked here have one value.
-        if values:
-            flags[name] = values[0]
+    flags: dict[str, Any] = dict(single_values(options))
 
     # A flag wins over the recipe, as in the full parser.
     settings = flags
@@ -84,6 +88,7 @@ def check_training(words: Sequence[str]) -> None:
     for name in ("seed", "data_seed"):
         _check_seed(name, settings.get(name))
     check_model(settings.get("model_name_or_path"))
+    check_data(settings)
 
 
 def check_model(name: Any) -> None:
@@ -98,6 +103,21 @@ def check_model(name: Any) -> None:
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     if is_path and not is_there(name):
         raise UserError(f"model folder {name!r} does not exist")
+
+
+def check_data(settings: Mapping[str, Any]) -> None:
+    """Check that data files exist, as far as their names can only be those of files in the working directory.
+
+    Names of the hub, mixtures (``a.jsonl:100,b.jsonl``) and files that ``data_dir`` may hold are left to the reader.
+    """
+    if settings.get("data_dir") is not None:
+        return
+    for option in DATA_OPTIONS:
+        name = settings.get(option)
+        if not isinstance(name, str) or "," in name:
+            continue
+        if name.lower().endswith(DATA_FILE_ENDINGS) and not is_there(name):
+            raise UserError(f"data file {name} does not exist")
 
 
 def _check_seed(name: str, value: Any) -> None:

@@ -88,12 +88,13 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _check_early(argv: Sequence[str]) -> None:
-    """Check the names of models and adapters, which needs no torch."""
+    """Check the names of models, adapters and data files, which needs no torch."""
     for words in _split(argv):
         options = early.options_of(words)
         for model in options.get("model_name_or_path", []):
             early.check_model(model)
         early.check_adapters(options.get("adapter", []))
+        early.check_data(early.single_values(options))
 
 
 def _split(argv: Sequence[str]) -> list[list[str]]:

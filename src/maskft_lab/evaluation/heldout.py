@@ -17,12 +17,12 @@ from torch.func import functional_call
 from maskft.data.answers import check_answer
 from maskft.data.arguments import DataArguments, check_sizes
 from maskft.data.mixtures import load_examples
-from maskft.data.sources import FILE_ENDINGS
 from maskft.data.splits import load_splits
 from maskft.data.tokenizing import prompt_ids, prompt_of, tokenize_example
 from maskft.loss import RowLoss, length_sorted_batches, nll_per_item, pad
 from maskft_common.errors import UserError
 from maskft_common.files import digest
+from maskft_common.layout import DATA_FILE_ENDINGS
 
 from ..generation.greedy import Bounds, check_context, memory_bound_rows
 from ..results.schema import build_task, cluster_ids, data_sha256, items_fingerprint, metric_from_items
@@ -90,7 +90,7 @@ def name_of_test_set(data: DataArguments, eval_split_size: float | None) -> str 
     if not name or data.dataset_eval_split:
         return None
     # A mixture, NAME:ROWS,NAME:ROWS, does not end like a file.
-    if not name.lower().endswith(FILE_ENDINGS):
+    if not name.lower().endswith(DATA_FILE_ENDINGS):
         return None
     # A file in data_dir is named relative to it.
     if data.data_dir is None and not Path(name).is_file():

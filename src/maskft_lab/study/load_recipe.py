@@ -7,9 +7,9 @@ from typing import Any
 
 from maskft.data.arguments import DATA_NAMES, KL_DATA, TEMPLATE
 from maskft.data.mixtures import rename_sets
-from maskft.data.sources import FILE_ENDINGS
 from maskft_common.errors import UserError
 from maskft_common.files import expand_user, is_there
+from maskft_common.layout import DATA_FILE_ENDINGS
 from maskft_common.schema import read_model
 from maskft_common.yaml_file import read_yaml
 
@@ -204,7 +204,7 @@ def in_data_dir(options: Options, data_dir: str | Path | None) -> Options:
 
     def found(name: str) -> str:
         # Other names are those of hub data sets. A file in the working directory comes before one in data_dir.
-        is_file_name = name.lower().endswith(FILE_ENDINGS)
+        is_file_name = name.lower().endswith(DATA_FILE_ENDINGS)
         if not is_file_name or is_there(name):
             return name
 
