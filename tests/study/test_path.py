@@ -195,6 +195,22 @@ def test_checkpoints_that_rounding_moves(content):
         planned(content)
 
 
+def test_checkpoints_of_other_strategies(content):
+    """Two epochs, saved at the end of each; and strategies that do not save where the path looks."""
+    content["methods"] = {name: content["methods"][name] for name in ("base", "LoRA")}
+    lora = content["methods"]["LoRA"]
+    lora |= {"max_steps": -1, "num_train_epochs": 2, "save_strategy": "epoch", "eval_strategy": "epoch"}
+    content["path"]["checkpoints"] = [0.5, 1.0]
+    planned(content)
+    content["path"]["checkpoints"] = [0.25, 1.0]
+    with pytest.raises(UserError, match=r"has 0\.25, but save_strategy epoch saves at the end of each of 2 epochs"):
+        planned(content)
+    for strategy in ("no", "best"):
+        lora |= {"save_strategy": strategy, "load_best_model_at_end": strategy == "best"}
+        with pytest.raises(UserError, match=f"which save_strategy '{strategy}' does not save; set save_strategy to"):
+            planned(content)
+
+
 def restart(content, choose=None, scales=(), **options):
     content["methods"]["restart"] = {"method": "full", "from": "full", **options}
     content["path"] |= {"choose": choose, "scales": [*scales]}

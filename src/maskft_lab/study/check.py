@@ -9,6 +9,8 @@ from dataclasses import fields
 from functools import partial
 from typing import Any
 
+from transformers.trainer_utils import SaveStrategy
+
 from maskft.data.arguments import DataArguments, check_sizes
 from maskft.data.mixtures import hub_ids
 from maskft.data.splits import load_splits, prompt_digest
@@ -104,8 +106,14 @@ def _check_run(run: StudyRun, recipe: Recipe) -> None:
 
 def _check_checkpoints(shares: Iterable[float], training) -> None:
     """Check that a checkpoint is saved at every share of training."""
-    # By epoch, the steps of checkpoints are known only with the data.
-    if training.save_strategy != "steps":
+    strategy = SaveStrategy(training.save_strategy)
+    if strategy in (SaveStrategy.NO, SaveStrategy.BEST):
+        raise UserError(
+            f"a path needs the checkpoints of path.checkpoints, which save_strategy {strategy.value!r} does not save; "
+            "set save_strategy to steps or epoch"
+        )
+    if strategy == SaveStrategy.EPOCH:
+        _check_epochs(shares, training)
         return
     interval = training.save_steps
     if training.max_steps > 0:
@@ -135,6 +143,23 @@ def _check_checkpoints(shares: Iterable[float], training) -> None:
         is_multiple = abs(num_intervals - round(num_intervals)) <= 1e-6  # 0.3 / 0.1 is 2.9999999999999996
         if not is_multiple:
             raise UserError(f"path.checkpoints has {share:g}, which must be a multiple of save_steps")
+
+
+def _check_epochs(shares: Iterable[float], training) -> None:
+    """Check that an epoch ends at every share of training."""
+    # With max_steps the number of epochs is known only with the data.
+    if training.max_steps > 0:
+        return
+    for share in shares:
+        if share == 1:
+            continue  # the last step is always saved
+        num_epochs = share * training.num_train_epochs
+        is_whole = abs(num_epochs - round(num_epochs)) <= 1e-6  # a third of 3 is not exactly 1
+        if not is_whole:
+            raise UserError(
+                f"path.checkpoints has {share:g}, but save_strategy epoch saves at the end of each of "
+                f"{training.num_train_epochs:g} epochs; give a share at which one ends, or set save_strategy to steps"
+            )
 
 
 def _distance(step: float, saved: int) -> float:
