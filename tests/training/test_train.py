@@ -271,6 +271,19 @@ def test_partial_layers_train_what_a_mask_of_them_covers(arguments, base, tmp_pa
     assert len(changed) == 7 and all(".layers.1." in n and n.endswith("proj.weight") for n in changed)
 
 
+def test_partial_target_modules_train_what_a_mask_of_them_covers(arguments, base, tmp_path, capsys):
+    before = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    gates = {name for name in before if name.endswith("gate_proj.weight")}
+    assert len(gates) > 1
+    for layers, expected in (({}, gates), ({"partial_layers": [1]}, {"model.layers.1.mlp.gate_proj.weight"})):
+        out = tmp_path / f"out{len(expected)}"
+        options = {"method": "full", "partial_target_modules": ["gate_proj"], "output_dir": out, **layers}
+        assert run(arguments(**options), capsys)[0] == 0
+        after = AutoModelForCausalLM.from_pretrained(out).state_dict()
+        changed = {name for name in before if not torch.equal(before[name], after[name])}
+        assert changed == expected
+
+
 def test_recipe_file_with_flags_on_top(arguments, tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     words = arguments()[1:]
@@ -378,6 +391,8 @@ def cases():
     yield {"method": "l1_mask", "num_candidates": 2}, "num_candidates goes with --method random_mask, not with l1_mask"
     yield {"method": "wanda_mask", "num_calibration_samples": 0}, "num_calibration_samples is 0"
     yield {"partial_layers": [1]}, "partial_layers goes with --method full"
+    yield {"partial_target_modules": ["gate_proj"]}, "partial_target_modules goes with --method full"
+    yield {"method": "full", "partial_target_modules": ["gate"]}, "partial_target_modules"
     yield {"trust_remote_code": True}, "code in the folder of a model is not run"
     yield {"load_in_4bit": True, "method": "full"}, "method full needs weights that are floats"
     yield {"match_adapter": "x"}, "match_adapter goes with --method random_mask or l1_mask or wanda_mask, not with mask"
@@ -543,6 +558,7 @@ def test_names_of_layers_or_a_regular_expression(given, meant):
     assert (made.target_modules, made.exclude_modules) == (meant, meant)
     one = MaskArguments(mask_target_modules="q_proj")  # as YAML has it
     assert mask_config(one).target_modules == ["q_proj"] and MethodArguments(partial_layers=1).partial_layers == [1]
+    assert MethodArguments(partial_target_modules="q_proj").partial_target_modules == ["q_proj"]
 
 
 def test_a_run_leaves_its_configuration_as_it_was(base, data, tmp_path):

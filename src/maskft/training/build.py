@@ -136,8 +136,8 @@ def build_model(
 
     if method.method == "full":
         model.requires_grad_(True)
-        if method.partial_layers is not None:
-            _train_only_layers(model, method.partial_layers)
+        if method.partial_layers is not None or method.partial_target_modules is not None:
+            _train_only_layers(model, method.partial_layers, method.partial_target_modules)
         return model
 
     if method.method == PEFT:
@@ -241,15 +241,34 @@ def start_on_data(
     model.to(before).train()
 
 
-def _train_only_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
-    """Freeze all weights but those for which a mask of the same decoder layers would have scores."""
+def _train_only_layers(
+    model: PreTrainedModel,
+    layers: Sequence[int] | None,
+    target_modules: Sequence[str] | None,
+) -> None:
+    """Freeze all weights but those for which a mask of the same layers would have scores.
+
+    Args:
+        model: The model.
+        layers: Numbers of decoder layers, from 0; None: all.
+        target_modules: Names of linear layers, such as ``gate_proj``; None: all.
+
+    Raises:
+        UserError: If there is no such layer.
+    """
     # The rules of a mask, so that both change the same layers.
-    config = MaskConfig(layers_to_transform=list(layers), target_modules="all-linear")
+    config = MaskConfig(
+        layers_to_transform=None if layers is None else list(layers),
+        target_modules="all-linear" if target_modules is None else list(target_modules),
+    )
     try:
         resolve_targets(config, model)
     except UserError as error:
-        # The message names the option of masks.
-        raise UserError(str(error).replace("layers_to_transform", "partial_layers")) from None
+        # The message names the options of masks.
+        message = str(error)
+        message = message.replace("layers_to_transform", "partial_layers")
+        message = message.replace("target_modules", "partial_target_modules")
+        raise UserError(message) from None
 
     model.requires_grad_(False)
     for name, module in model.named_modules():

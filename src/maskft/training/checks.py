@@ -30,6 +30,7 @@ _OF_LORA = ("lora_", "use_peft", "use_rslora", "use_dora")
 _ONLY_WITH = {
     "peft_config": (PEFT,),
     "partial_layers": ("full",),
+    "partial_target_modules": ("full",),
     "keep_mask": ("full",),
     "start_mask": ("full", PEFT),
     "match_adapter": FIXED_MASK_METHODS,

@@ -136,6 +136,11 @@ class MethodArguments:
     partial_layers: list[int] | None = option(
         None, "With --method full: train only the linear weights of these decoder layers (a control) (default: all)"
     )
+    partial_target_modules: list[str] | None = option(
+        None,
+        "With --method full: train only the weights of linear layers with these names, such as gate_proj: those that a "
+        "mask with these mask_target_modules covers (a control) (default: all)",
+    )
     keep_mask: str | None = option(
         None,
         "With --method full: train the weights that the mask in this adapter folder keeps; those it "
@@ -156,8 +161,10 @@ class MethodArguments:
     def __post_init__(self) -> None:
         self.peft_config = read_peft_config(self.peft_config)
         if isinstance(self.partial_layers, int):
-            # YAML may have a number for a list of one.
+            # YAML may have one value for a list of one.
             self.partial_layers = [self.partial_layers]
+        if isinstance(self.partial_target_modules, str):
+            self.partial_target_modules = [self.partial_target_modules]
 
 
 def read_peft_config(given: dict | str | None) -> dict[str, Any] | None:
