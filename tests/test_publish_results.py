@@ -1,0 +1,102 @@
+"""recipes/publish_results.py: what it writes of a study is what was published of it."""
+
+import gzip
+import json
+import runpy
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from maskft_common import layout
+from maskft_common.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+NAME = "smollm2-curve-banking77-long"
+PUBLISHED = ROOT / "results" / NAME
+MASK = "deletion mask with KL to base"
+
+
+@pytest.fixture(scope="module")
+def publish():
+    return SimpleNamespace(**runpy.run_path(str(ROOT / "recipes" / "publish_results.py")))
+
+
+@pytest.fixture
+def study(tmp_path):
+    """A study's folder, put together from the published files; one run has a path of two points."""
+    folder = tmp_path / "study"
+    by_name = {}
+    for file in PUBLISHED.glob("*.json.gz"):
+        text = gzip.decompress(file.read_bytes()).decode()
+        by_name[json.loads(text)["name"]] = text
+    summary = json.loads((PUBLISHED / "summary.json").read_text())
+    (record,) = summary["models"].values()
+    for row in record["runs"]:
+        write(folder / layout.RESULTS / row["result"] / layout.RESULT, by_name[row["name"]])
+
+    shutil.copy(PUBLISHED / "summary.json", folder / layout.SUMMARY.format(NAME))
+    for curve in PUBLISHED.glob("curve-*.json"):
+        shutil.copy(curve, folder)
+    table = (PUBLISHED / "table.md").read_text()
+    write(folder / layout.STUDY_TABLE.format(NAME), f"# {NAME}\n\n" + table[table.index("\n## ") + 1 :])
+    write(folder / layout.STUDY_RECIPE.format(NAME), "# What: intents\n# First: inputs\n\nversion: 1\n")
+    for run, training in json.loads((PUBLISHED / "training.json").read_text()).items():
+        write(folder / layout.RUNS / run / layout.TRAINING, json.dumps({"summary": training}))
+
+    for run, rate, points in (("base-1", None, {"0-0": 0}), ("full-s0-1", 1e-4, {"0.5-1": 0.25, "1-1": 0.5})):
+        settings = {"seed": 0} if rate is None else {"seed": 0, "learning_rate": rate, "max_steps": 240}
+        write(folder / layout.RUNS / run / layout.RUN, json.dumps({"name": run, "seed": 0, "settings": settings}))
+        for point, gain in points.items():
+            for rows, metrics in {
+                "heldout": {"nll": 7 - gain, "accuracy": gain},
+                "wiki": {"nll": 3 + gain / 5},
+                "kl": {"kl": gain},
+            }.items():
+                result = {"tasks": {"heldout": {"metrics": {name: {"value": v} for name, v in metrics.items()}}}}
+                write(folder / layout.RUNS / run / "path" / f"{rows}-abc" / point / layout.RESULT, json.dumps(result))
+    return folder
+
+
+def write(file, text):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+
+
+def test_a_study_is_published_as_it_was(publish, study, tmp_path):
+    target = tmp_path / "results" / NAME
+    target.mkdir(parents=True)
+    shutil.copy(PUBLISHED / "table.md", target)
+    publish.main(study, target, None, MASK)
+    names = {file.name for file in target.iterdir()}
+    assert names == {file.name for file in PUBLISHED.iterdir()}
+    for file in PUBLISHED.glob("*.json.gz"):
+        assert gzip.decompress((target / file.name).read_bytes()) == gzip.decompress(file.read_bytes())
+    for name in ("summary.json", "table.md", "against_mask.md"):
+        assert (target / name).read_text() == (PUBLISHED / name).read_text()
+    assert json.loads((target / "training.json").read_text()) == json.loads((PUBLISHED / "training.json").read_text())
+
+
+def test_every_point_is_a_row(publish, study):
+    lines = publish.points_table(study, NAME).splitlines()
+    columns = lines[4].strip("| ").split(" | ")
+    assert columns[:7] == ["method", "seed", "setting", "of training", "of the change", "accuracy", "nll"]
+    rows = [dict(zip(columns, line.strip("| ").split(" | "), strict=True)) for line in lines[6:]]
+    assert [row["of training"] for row in rows] == ["0.5", "1"]
+    assert rows[1]["accuracy"] == "50.0" and rows[1]["nll"] == "6.5000"
+    assert rows[1]["wiki"] == "+0.1000" and rows[1]["kl"] == "0.5000"
+
+
+def test_a_folder_of_this_machine_is_not_published(publish, study, tmp_path):
+    file = next((study / layout.RUNS).glob(f"*/{layout.TRAINING}"))
+    file.write_text(json.dumps({"summary": {"note": str(study.resolve() / "x")}}))
+    target = tmp_path / "target"
+    with pytest.raises(UserError, match=r"training\.json would name .*, a folder of this machine"):
+        publish.main(study, target, None, None)
+    assert not target.exists()
+
+
+def test_a_folder_without_a_study(publish, tmp_path):
+    with pytest.raises(UserError, match="holds no finished study; name one with --study_name"):
+        publish.main(tmp_path, tmp_path / "target", None, None)
