@@ -100,6 +100,12 @@ class Server:
         # and subtract, per row, the part of the weights that the row's mask removes.
         names = [waiting.adapter for waiting in batch]
         num_new = max(waiting.request.max_tokens for waiting in batch)
+
+        # Each request fits into the context by itself, but the longest prompt with the longest answer may not.
+        num_tokens = inputs["input_ids"].shape[1] + num_new
+        if len(batch) > 1 and num_tokens > self.model.config.max_position_embeddings:
+            return [answer for waiting in batch for answer in self.generate([waiting])]
+
         output = self.model.generate(
             **inputs,
             adapter_names=names,

@@ -79,6 +79,24 @@ def served(example, model, base):
     thread.join()
 
 
+def test_requests_that_do_not_fit_together_are_answered_alone(example, model, base):
+    tokenizer = load_tokenizer(str(base))
+    watched = Watched(model)
+    server = example.Server(watched, tokenizer)
+    context = model.config.max_position_embeddings
+    long = PROMPT * ((context - 4) // len(tokenizer(PROMPT)["input_ids"]))
+    asked = [("sums", long, 2), ("intents", PROMPT, 9)]
+    num_long = len(tokenizer(long)["input_ids"])
+    assert num_long + 2 <= context < num_long + 9
+    batch = [
+        example.Waiting(example.CompletionRequest(model=f"base:{name}", prompt=prompt, max_tokens=size), name, None)
+        for name, prompt, size in asked
+    ]
+    texts = [json.loads(answer.body)["choices"][0]["text"] for answer in server.generate(batch)]
+    assert texts == [alone(model, tokenizer, *request) for request in asked]
+    assert watched.batches == [["sums"], ["intents"]]
+
+
 def alone(model, tokenizer, adapter, prompt, max_tokens):
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     model.set_adapter("sums" if adapter == "base" else adapter)
