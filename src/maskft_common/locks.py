@@ -54,6 +54,9 @@ def held(
     hold = _try_to_hold(folder, name)
     while hold is None:
         if time.monotonic() > deadline:
+            # Nobody holds it: on some file systems, such as /proc, making a folder fails as if one above were removed.
+            if not folder.is_dir():
+                raise UserError(f"output_dir {str(folder)!r} cannot be made; name another folder")
             raise UserError(f"another {owner} is running in {str(folder)!r}; wait for it or stop it")
         time.sleep(0.2)
         hold = _try_to_hold(folder, name)

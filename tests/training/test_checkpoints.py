@@ -25,6 +25,7 @@ from maskft.training.options import option_defaults
 from maskft.training.record import read_record
 from maskft.training.stopping import StopRequest
 from maskft_common import layout, locks
+from maskft_common.errors import UserError
 from maskft_common.layout import ADAPTER_WEIGHTS, MANIFEST, TRAIN_LOCK
 from maskft_lab.cli.main import main
 from tiny_tokenizer import tiny_tokenizer
@@ -262,6 +263,13 @@ def test_a_folder_that_another_run_holds(train, tmp_path):
         status, err = train(resume_from_checkpoint="auto")
     assert status == 2 and "another run is running in" in err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_not_called_in_use():
+    folder = Path("/proc/none/out")
+    message = "output_dir '/proc/none/out' cannot be made; name another folder"
+    with pytest.raises(UserError, match=message), locks.held(folder, TRAIN_LOCK, 0, "run"):
+        pass
 
 
 @pytest.mark.parametrize("content", ["{}", "[]"])
