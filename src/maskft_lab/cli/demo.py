@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from maskft_common.errors import UserError
+from maskft_common.layout import EMBEDDED_MODEL
 
 _RECIPES = Path(__file__).parents[1] / "recipes"
 # The small model and its data.
@@ -106,6 +107,11 @@ def _recipe_file(model: str | None) -> Path:
     return _RECIPES / "demo.yaml"
 
 
+def _is_other_model(model: str | None) -> bool:
+    """Whether a model was named that the recipe was not measured with: its tokens_per_s does not apply."""
+    return model not in (None, EMBEDDED_MODEL)
+
+
 def _print_recipe(model: str | None) -> None:
     """Print the recipe as a file for ``maskft study``."""
     text = _recipe_file(model).read_text(encoding="utf-8")
@@ -116,6 +122,8 @@ def _print_recipe(model: str | None) -> None:
     # in a path for an escape.
     text = re.sub(r"^model: .*$", lambda match: model_line, text, flags=re.MULTILINE)
     text = re.sub(r"Launch: maskft demo.*$", lambda match: launch, text, flags=re.MULTILINE)
+    if _is_other_model(model):
+        text = re.sub(r"^tokens_per_s: .*\n", "", text, flags=re.MULTILINE)
     print(text, end="")
 
 
@@ -126,6 +134,8 @@ def _content(args: argparse.Namespace) -> dict[str, Any]:
     content = read_yaml(_recipe_file(args.model))
     # A recipe in the package cannot know the folder in which the package is installed.
     content["model"] = args.model or str(_FILES / "model")
+    if _is_other_model(args.model):
+        del content["tokens_per_s"]
     if args.limit:
         for data in content["data"].values():
             data["max_train_samples"] = args.limit
