@@ -36,7 +36,8 @@ def test_ratios_of_both_sides_are_written(tmp_path):
             assert len(row["ratio_of_each_round"]) == 2
     sides = {row["what"] for row in rows if row["benchmark"] in ("step", "published", "attention")}
     free = [row["what"] for row in rows if row["benchmark"] == "padding"]
-    assert len(free) == 6 and all(what.endswith("without padding / padded") for what in free)
+    assert sum(what.endswith("without padding / padded") for what in free) == 7
+    assert sum(what.endswith("attention within rows / among all tokens, masked") for what in free) == 2
     assert sides == {
         "tiny, deletion mask, 2 rows of 8: eager / sdpa",
         "tiny: mask / floor",

@@ -1,14 +1,15 @@
 """Batches without padding: when they are worth it, and whether a model keeps their rows apart.
 
 With ``padding_free`` (and with packing) TRL puts the rows of a batch one behind another into a single sequence, whose
-``position_ids`` start again at 0 with each row. transformers masks attention between rows by them, with eager
-attention and torch's too. Layers that carry a state from token to token need kernels that know where rows begin.
+``position_ids`` start again at 0 with each row. Eager attention and torch's are computed within rows
+(``row_attention.py``). Layers that carry a state from token to token need kernels that know where rows begin.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from datasets import Dataset
@@ -19,11 +20,10 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from maskft_common.errors import UserError
 
 from .arguments import TrainingArguments
+from .row_attention import attention_within_rows
 
 # Below it, an advice is not worth a line.
 _LEAST_SHARE_OF_PADDING = 0.2
-# Work without padding over work with it. Attention among all tokens of a batch costs more than within padded rows.
-_MOST_WORK = 0.85
 # Tokens of each of two rows by which a model is tested.
 _TESTED_TOKENS = 16
 
@@ -68,8 +68,7 @@ def padding_advice(model: nn.Module, dataset: Dataset, training: TrainingArgumen
         training: The options of the run.
 
     Returns:
-        One line; None if padding is already avoided or rare, if attention among all tokens of a batch would cost more
-        than padding does, or for a kind of model that may not keep rows apart.
+        One line; None if padding is already avoided or rare, or for a kind of model that may not keep rows apart.
     """
     if training.padding_free or training.packing or not _may_separate_rows(model):
         return None
@@ -83,23 +82,19 @@ def padding_advice(model: nn.Module, dataset: Dataset, training: TrainingArgumen
     if share < _LEAST_SHARE_OF_PADDING:
         return None
 
-    mean = mean_length(lengths)
-    longest = expected_longest(lengths, batch_size)
-    # Flash attention computes nothing between rows; eager attention and torch's compute it and mask it.
-    is_flash = "flash" in (model.config._attn_implementation or "")
-    attended = mean if is_flash else batch_size * mean
-    with_padding = longest * _work_per_token(model, longest)
-    without_padding = mean * _work_per_token(model, attended)
-    if without_padding > _MOST_WORK * with_padding:
-        return None
     return f"{share:.0%} of a batch is padding: --padding_free true trains without it (the same loss, in less time)"
 
 
-def check_rows_are_separate(model: nn.Module, rows: Sequence[Sequence[int]], training: TrainingArguments) -> None:
-    """Check that a model keeps apart the rows of a sequence without padding.
+@contextmanager
+def rows_kept_apart(
+    model: nn.Module,
+    rows: Sequence[Sequence[int]],
+    training: TrainingArguments,
+) -> Iterator[None]:
+    """Train in this block: a model keeps apart the rows of a sequence without padding.
 
-    Before training on a GPU, only eager attention and torch's are checked: the model is still on the CPU, where other
-    kernels do not run.
+    Eager attention and torch's are computed within rows, if the model allows it. Before training on a GPU, only these
+    two are checked: the model is still on the CPU, where other kernels do not run.
 
     Args:
         model: The model that trains, before it is wrapped or sharded.
@@ -114,20 +109,26 @@ def check_rows_are_separate(model: nn.Module, rows: Sequence[Sequence[int]], tra
     is_packed_apart = training.packing and training.packing_strategy != "wrapped"
     option = "packing" if is_packed_apart else "padding_free"
     if not (is_packed_apart or training.padding_free) or len(rows) < 2:
+        yield
         return
 
     is_for_cpu = training.device.type == "cpu"
     has_kernels = _has_states(model) or model.config._attn_implementation not in ("eager", "sdpa")
     if has_kernels and not is_for_cpu:
+        yield
         return
 
     first = rows[0][:_TESTED_TOKENS]
     second = rows[1][:_TESTED_TOKENS]
-    if not _may_take_positions(model) or not separates_rows(model, first, second):
-        kind = model.config.model_type
-        raise UserError(
-            f"{option}: models of type {kind} do not keep rows of one sequence apart; train without {option}"
-        )
+    if _may_take_positions(model):
+        # Without the first one, the scores of all pairs of tokens are computed, and masked between rows.
+        for attention in (attention_within_rows, nullcontext):
+            with attention(model):
+                if separates_rows(model, first, second):
+                    yield
+                    return
+    kind = model.config.model_type
+    raise UserError(f"{option}: models of type {kind} do not keep rows of one sequence apart; train without {option}")
 
 
 @torch.no_grad()
@@ -186,14 +187,3 @@ def _may_take_positions(model: nn.Module) -> bool:
 
 def _without_adapter(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def _work_per_token(model: nn.Module, num_attended: float) -> float:
-    """Floating point operations of a forward pass for a token that attends to so many, without the embedding's."""
-    config = model.config.get_text_config()
-    # By the sizes of the layers: weights in four bits are stored as vectors of bytes.
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    num_weights = sum(layer.in_features * layer.out_features for layer in layers)
-    # A multiplication and an addition for each weight. In attention the same for each hidden unit and attended token,
-    # twice: for its score, and for its share of the values.
-    return 2 * num_weights + 4 * num_attended * config.hidden_size * config.num_hidden_layers

@@ -31,7 +31,7 @@ from .fixed_masks import make_fixed_mask
 from .interpolation import interpolate
 from .method_arguments import FIXED_MASK_METHODS, INTERPOLATE, PEFT
 from .near_base import KLRows, load_kl_rows
-from .padding import check_rows_are_separate
+from .padding import rows_kept_apart
 from .record import TrainingRecord, TrainingSummary, make_record, summarise
 from .trainer import MaskTrainer
 from .verdict import HeldoutLosses, never_worse
@@ -189,38 +189,38 @@ def fit(
     """
     # Before accelerate wraps the model: DDP would copy rank 0's weights to the others without a word.
     check_processes(model, data.train, data.heldout)
-    check_rows_are_separate(model, data.train[:2]["input_ids"], config.training)
     # Every step would else ask the kernel for the same memory again.
     if config.training.device.type == "cpu":
         memory.keep_freed_memory()
-    try:
-        trainer = MaskTrainer(
-            model,
-            tokenizer,
-            data,
-            config,
-            resume_from,
-            console,
-            kl_rows,
-        )
-    except ValueError as error:
-        # Settings that TRL, transformers or torch rejects.
-        raise UserError(first_line(error)) from None
+    with rows_kept_apart(model, data.train[:2]["input_ids"], config.training):
+        try:
+            trainer = MaskTrainer(
+                model,
+                tokenizer,
+                data,
+                config,
+                resume_from,
+                console,
+                kl_rows,
+            )
+        except ValueError as error:
+            # Settings that TRL, transformers or torch rejects.
+            raise UserError(first_line(error)) from None
 
-    failure = None
-    try:
-        # Signals are recorded in here only: before and after training there is no step to finish. From the checkpoint,
-        # the Trainer restores weights, optimizer, schedule, random states and the place in the data, and
-        # MaskTrainer.resume_counts the counters of the log.
-        with closing(trainer.progress), trainer.guard.stop, _readable(resume_from):
-            trainer.train(resume_from_checkpoint=resume_from)
-        # Of the state, where num_train_epochs is counted in steps.
-        num_steps = trainer.state.max_steps
-        if resume_from is not None and step_of(Path(resume_from)) >= num_steps:
-            console.print(f"already finished: all {num_steps} steps had been trained")
-    except NotFiniteError as error:
-        # The mask or model of the best checkpoint is still good; it is saved before the error is reported.
-        failure = trainer.back_to_best(error)
+        failure = None
+        try:
+            # Signals are recorded in here only: before and after training there is no step to finish. From the
+            # checkpoint, the Trainer restores weights, optimizer, schedule, random states and the place in the data,
+            # and MaskTrainer.resume_counts the counters of the log.
+            with closing(trainer.progress), trainer.guard.stop, _readable(resume_from):
+                trainer.train(resume_from_checkpoint=resume_from)
+            # Of the state, where num_train_epochs is counted in steps.
+            num_steps = trainer.state.max_steps
+            if resume_from is not None and step_of(Path(resume_from)) >= num_steps:
+                console.print(f"already finished: all {num_steps} steps had been trained")
+        except NotFiniteError as error:
+            # The mask or model of the best checkpoint is still good; it is saved before the error is reported.
+            failure = trainer.back_to_best(error)
     summary = summarise(trainer, config.method.method)
     return trainer, summary, failure
 
