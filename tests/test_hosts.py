@@ -88,13 +88,18 @@ def test_the_plugin_of_ms_swift_passes_on_settings_that_are_false(monkeypatch):
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
     monkeypatch.setenv("MASKFT", json.dumps({"sparsity": 0.3, "verify_base": False}))
-    args = SimpleNamespace(target_modules=["all-linear"], modules_to_save=[])
+    args = SimpleNamespace(target_modules=["all-linear"], target_regex=None, modules_to_save=[])
     model = tuner_plugin.tuners_map["mask"].prepare_model(args, tiny.tiny_llama())
     config = model.peft_config["default"]
     assert config.sparsity == 0.3
     assert config.verify_base is False
     assert config.save_scores is True
     assert config.modules_to_save is None
+
+    args.target_regex = r".*layers\.1\.mlp\.(gate|up)_proj"
+    model = tuner_plugin.tuners_map["mask"].prepare_model(args, tiny.tiny_llama())
+    masked = [name for name, module in model.named_modules() if hasattr(module, "mask_scores")]
+    assert [name.rpartition("layers.")[2] for name in masked] == ["1.mlp.gate_proj", "1.mlp.up_proj"]
 
 
 @pytest.mark.slow

@@ -27,6 +27,9 @@ class MaskTuner(PeftTuner):
         target_modules = [name for name in args.target_modules or [] if name != "all-linear"]
         if target_modules:
             settings["target_modules"] = target_modules
+        # A regular expression for the whole name; ms-swift's own tuners take it before target_modules.
+        if args.target_regex:
+            settings["target_modules"] = args.target_regex
         if args.modules_to_save:
             settings["modules_to_save"] = args.modules_to_save
 
