@@ -13,6 +13,7 @@ Shapes: a matrix is (O, I); its shard on one rank is (rows, I), where the last r
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeGuard, cast
 
 import torch
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Shard
+from torch.utils.hooks import RemovableHandle
 
 from maskft_common.errors import NotFiniteError, UserError
 
@@ -520,12 +522,15 @@ def _prepare(model: nn.Module) -> Callable[[], None]:
     # Without the list the user has to name the classes, see _check_sharding.
     if unsplit:
         whole._no_split_modules = {*unsplit, Float32ParameterDict.__name__}
+    # Not a nested function, which cannot be pickled with the model, and which in a copy would undo the original's.
+    return partial(_undo, model, unsplit, handle)
 
-    def undo() -> None:
-        whole._no_split_modules = unsplit
-        handle.remove()
 
-    return undo
+def _undo(model: nn.Module, unsplit: Any, handle: RemovableHandle) -> None:
+    """Undo :func:`_prepare`."""
+    whole: Any = model
+    whole._no_split_modules = unsplit
+    handle.remove()
 
 
 # After FastMasker, which accepts these layers, too: a layer takes the last class that accepts it.
