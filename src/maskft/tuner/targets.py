@@ -9,6 +9,7 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
+from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from maskft_common.errors import UserError, did_you_mean
@@ -288,6 +289,9 @@ def _why_not_plain(module: nn.Module) -> str | None:
     kind = type(module).__name__
     if _is_foreign(module):
         return f"it is quantised, or neither torch's nor transformers' ({kind}); load the model without quantisation"
+    # Merging would write into a tensor that is computed anew at every access.
+    if parametrize.is_parametrized(module):
+        return "its weight is computed from others (torch's parametrize, such as weight_norm), which has to be removed"
     # A subclass may compute something else. Falcon's is a linear map, written as two operations.
     if type(module).forward not in _PLAIN_FORWARDS and kind != "FalconLinear":
         return f"it is a {kind}, which computes something else than a linear map"
@@ -311,6 +315,10 @@ def _parent_reads_weight(parent: nn.Module, leaf: str) -> bool:
     # Both pass their weights to torch's function for a whole attention layer.
     if isinstance(parent, nn.MultiheadAttention):
         return True
+    # In eval mode it passes its weights to a kernel for the whole layer, and the mask would only act in training.
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        has_fast_path = type(parent).forward is nn.TransformerEncoderLayer.forward
+        return has_fast_path and leaf in ("linear1", "linear2")
     kind = type(parent).__name__
     if kind == "WavLMAttention":
         return leaf.endswith("_proj")
