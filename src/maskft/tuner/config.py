@@ -253,7 +253,18 @@ class MaskConfig(PeftConfig):
         self._check_combinations()
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write ``adapter_config.json``; PEFT has written the tensors of the adapter before."""
+        """Write ``adapter_config.json``; PEFT has written the tensors of the adapter before.
+
+        Raises:
+            UserError: If PEFT's ``path_initial_model_for_weight_conversion`` is given.
+        """
+        # PEFT sets this attribute, which is not a field, for that argument alone. It is about to write the trained
+        # mask's configuration into the folder of the initial one, and to raise only then.
+        if hasattr(self, "init_weights"):
+            raise UserError(
+                "path_initial_model_for_weight_conversion is for LoRA that has changed the base weights, and masks "
+                "leave them as they are: leave it out"
+            )
         # Passed on as a function: `files` has steps before and after it.
         save = super().save_pretrained
         files = adapter_files()
