@@ -350,8 +350,14 @@ def test_a_mask_with_values_is_merged_alone_in_either_order(names):
 def test_scores_forced_to_bfloat16_are_refused():
     layer = make_layer()
     layer.mask_scores["default"].data = layer.mask_scores["default"].data.bfloat16()
-    with pytest.raises(UserError, match=r"were cast to torch\.bfloat16"):
+    with pytest.raises(
+        UserError, match=r"were cast to torch\.bfloat16, and .* in four or eight bits; how to undo it: d"
+    ):
         layer(torch.randn(2, 12))
+    # As docs/compatibility.md says.
+    layer.mask_scores["default"].data = layer.fresh_scores(layer.mask_configs["default"])
+    assert torch.equal(layer.get_mask("default"), make_layer().get_mask("default"))
+    layer(torch.randn(2, 12))
 
 
 def test_training_after_a_forward_in_inference_mode():

@@ -248,7 +248,8 @@ def check_scores(scores: Tensor, module_name: str, config: MaskConfig) -> Tensor
     # model.to(dtype) cannot do it (see Float32ParameterDict), but code that casts each parameter can.
     if scores.dtype != torch.float32:
         raise UserError(
-            f"the scores of {module_name} were cast to {scores.dtype}; masks are ranked in float32, undo the cast"
+            f"the scores of {module_name} were cast to {scores.dtype}, and masks are ranked in float32: undo the cast "
+            "(TRL's trainers cast them over a base in four or eight bits; how to undo it: docs/compatibility.md)"
         )
     if config.starts_from_data:
         # Scores that wait for data are all NaN, so that the first entry is enough. A slice, because there may be none.
