@@ -1,6 +1,7 @@
 """The PEFT method on five architectures: what users of PEFT do with an adapter, and every way a file can be wrong."""
 
 import copy
+import io
 import json
 import struct
 import tracemalloc
@@ -333,6 +334,48 @@ def test_progress_of_a_mask_that_was_loaded_is_its_own(tmp_path):
         assert each.peft_config["default"].progress == 0.5 and each.peft_config["new"].progress == 1.0
 
 
+def test_an_adapter_over_a_base_that_was_masked_before_masks_its_own_layers_alone(tmp_path):
+    """Of PEFT's warning about a second time, the first adapter is what is left."""
+    base = tiny.tiny_llama()
+    get_peft_model(base, MaskConfig())
+    with pytest.raises(UserError, match="names layer 9"):
+        get_peft_model(base, MaskConfig(layers_to_transform=[9]))
+    assert len(adapter_layers(base)) == 21  # a request that is refused deletes nothing
+
+    model = get_peft_model(base, MaskConfig(layers_to_transform=[1])).eval()
+    assert len(current_masks(model)) == 7
+    assert sum(p.requires_grad for p in model.parameters()) == 7
+    model.save_pretrained(tmp_path / "mask")
+    assert torch.equal(logits(load(tmp_path / "mask").eval()), logits(model))
+
+    get_peft_model(tiny.tiny_llama(seed=1), MaskConfig()).save_pretrained(tmp_path / "of another base")
+    base = tiny.tiny_llama()
+    with pytest.raises(UserError, match="was trained on other base weights"):
+        load(tmp_path / "of another base", base)
+    assert torch.equal(logits(load(tmp_path / "mask", base).eval()), logits(model))
+
+
+def test_a_misspelt_adapter_is_not_left_out_in_silence():
+    model = get_peft_model(tiny.tiny_llama(), MaskConfig(layers_to_transform=[1]))
+    model.add_adapter("sums", MaskConfig(layers_to_transform=[1]))
+    with pytest.raises(UserError, match=r"^the model has no adapter named 'sum' \(did you mean 'sums'\?\); it has: d"):
+        model.base_model.set_adapter(["default", "sum"])
+    assert model.active_adapters == ["default"]
+
+
+def test_the_folder_of_an_initial_adapter_is_left_alone(tmp_path):
+    """PEFT writes the configuration of the trained adapter into it before it says that it cannot convert."""
+    model = get_peft_model(tiny.tiny_llama(), MaskConfig(layers_to_transform=[1]))
+    model.save_pretrained(tmp_path / "initial")
+    content = (tmp_path / "initial" / ADAPTER_CONFIG).read_bytes()
+    train_a_little(model)
+    with pytest.raises(UserError, match=r"^path_initial_model_for_weight_conversion is for LoRA"):
+        model.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    assert (tmp_path / "initial" / ADAPTER_CONFIG).read_bytes() == content
+    model.save_pretrained(tmp_path / "out")
+    assert torch.equal(logits(load(tmp_path / "out").eval()), logits(model))
+
+
 def test_a_masked_head_is_saved_as_a_mask_alone(tmp_path):
     """PEFT would write the head itself beside it, which loading refuses."""
     model = trained(tiny.tiny_llama, target_modules=["lm_head", "q_proj"])
@@ -399,7 +442,28 @@ def test_a_model_without_token_embeddings(tmp_path):
     assert len(current_masks(loaded)) == 2
 
 
-def test_deepcopy_and_pickle(tmp_path):
+def test_a_model_that_is_pickled_whole_is_the_same():
+    model = trained(tiny.tiny_llama, layers_to_transform=[1])
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert torch.equal(logits(loaded), logits(model))
+    assert same_weights(loaded.unload(), tiny.tiny_llama())
+
+
+def test_unloading_a_copy_leaves_the_model_as_it_was():
+    plain = tiny.tiny_llama()
+    before = copy.deepcopy(plain._no_split_modules), len(plain._forward_pre_hooks)
+    model = get_peft_model(plain, MaskConfig(layers_to_transform=[1]))
+    prepared = copy.deepcopy(plain._no_split_modules), len(plain._forward_pre_hooks)
+    assert prepared != before
+    unloaded = copy.deepcopy(model).unload()
+    assert (unloaded._no_split_modules, len(unloaded._forward_pre_hooks)) == before
+    assert (plain._no_split_modules, len(plain._forward_pre_hooks)) == prepared
+
+
+def test_a_model_that_is_copied_trains_by_itself():
     model = trained(tiny.tiny_llama)
     clone = copy.deepcopy(model)
     assert torch.equal(logits(clone), logits(model))
@@ -529,12 +593,28 @@ def test_weights_that_a_parent_reads_itself_are_refused():
     assert maskable_names(wavlm) == {"gru_rel_pos_linear"}
     stack = nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 8))
     assert maskable_names(stack) == {"1"}
+    encoder = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16), nn.TransformerDecoderLayer(8, 2, 16))
+    assert maskable_names(encoder) == {"linear1", "linear2"}  # of the decoder layer, which calls them
+    with pytest.raises(UserError, match=r"0\.linear1 cannot be masked: its TransformerEncoderLayer reads the weight"):
+        check_targets(MaskConfig(target_modules=["linear1"]), encoder)
     attention = nn.Sequential(nn.MultiheadAttention(8, 2))
     with pytest.raises(UserError, match="its MultiheadAttention reads the weight and does not call the layer"):
         check_targets(MaskConfig(target_modules=["out_proj"]), attention)
     masked = get_peft_model(mamba, MaskConfig())
     masked(input_ids=tiny.token_ids(), labels=tiny.token_ids()).loss.backward()
     assert all(p.grad is not None and p.grad.any() for p in masked.parameters() if p.requires_grad)
+
+
+def test_a_weight_that_is_computed_is_refused():
+    """Merging would write into a tensor that is gone after it."""
+    model = tiny.tiny_llama()
+    for layer in model.model.layers:
+        nn.utils.parametrizations.weight_norm(layer.mlp.up_proj)
+    assert "up_proj" not in maskable_names(model)
+    with pytest.raises(
+        UserError, match=r"up_proj cannot be masked: its weight is computed from others \(torch's param"
+    ):
+        get_peft_model(model, MaskConfig(target_modules=["up_proj"]))
 
 
 def test_quantised_linears_are_refused():

@@ -151,6 +151,16 @@ def test_layers_with_lora_are_refused_or_left_out_with_a_warning():
     assert set(model.peft_config["mask"].target_modules) == names
 
 
+def test_a_mask_over_a_whole_model_of_peft_has_the_names_of_the_plain_model(tmp_path):
+    lora = get_peft_model(tiny_llama(num_layers=1), LoraConfig(target_modules=["q_proj"]))
+    model = get_peft_model(lora, MaskConfig(target_modules=["up_proj"]), adapter_name="sums")
+    names = [layer.module_name for layer in adapter_layers(model, "sums").values()]
+    assert names == ["model.layers.0.mlp.up_proj"]
+    model.save_pretrained(tmp_path, selected_adapters=["sums"])
+    loaded = PeftModel.from_pretrained(tiny_llama(num_layers=1), tmp_path / "sums")
+    assert torch.equal(current_masks(loaded)[names[0]], current_masks(model, "sums")[names[0]])
+
+
 def test_lora_on_some_layers_leaves_out_these_alone():
     config = LoraConfig(target_modules=["v_proj"], layers_to_transform=[0])
     base = get_peft_model(tiny_llama(num_layers=2), config).base_model.model

@@ -14,7 +14,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from maskft_common.errors import UserError
+from maskft_common.errors import UserError, did_you_mean
 
 from .adapter_files import adapter_files
 from .config import REMOVED_VALUES, MaskConfig
@@ -109,6 +109,12 @@ class MaskModel(BaseTuner):
         if self._undo_hooks is None:
             self._undo_hooks = [attach(model) for attach in MODEL_HOOKS]
 
+        # Left by an earlier PeftModel over the same base, maybe in layers that this adapter does not mask: they would
+        # be trained and saved with it. Last, because a request that is refused leaves the model as it was.
+        adapter_name = next(name for name, config in self.peft_config.items() if config is peft_config)
+        for layer in adapter_layers(model, adapter_name).values():
+            layer.delete_adapter(adapter_name)
+
     def _create_and_replace(
         self,
         peft_config: PeftConfig,
@@ -126,7 +132,8 @@ class MaskModel(BaseTuner):
             target.update_layer(adapter_name, peft_config)
             layer = target
         else:
-            layer = MaskedLinear(target, adapter_name, peft_config, current_key)
+            # Without PEFT's prefix, which the key has if the model is another tuner's PeftModel.
+            layer = MaskedLinear(target, adapter_name, peft_config, unwrapped_name(current_key))
             self._replace_module(parent, target_name, layer, target)
             layer.place = (weakref.ref(parent), target_name)
 
@@ -157,6 +164,20 @@ class MaskModel(BaseTuner):
         """Give each masked layer its rows' adapter names, for PEFT's batches of several adapters."""
         with adapter_names_for_layers(self, adapter_names, kwargs):
             yield
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Activate adapters.
+
+        Raises:
+            UserError: If there is no adapter of a name; PEFT's layers would leave it out in silence.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        for name in names:
+            if name not in self.peft_config:
+                hint = did_you_mean(name, self.peft_config)
+                known = ", ".join(self.peft_config)
+                raise UserError(f"the model has no adapter named {name!r}{hint}; it has: {known}")
+        super().set_adapter(adapter_name, inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; if it was the only active one, activate one other adapter on all layers.
