@@ -12,7 +12,14 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
+from peft import (
+    AutoPeftModelForCausalLM,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+)
 from torch import nn
 from trl import ModelConfig
 
@@ -353,6 +360,27 @@ def test_an_adapter_over_a_base_that_was_masked_before_masks_its_own_layers_alon
     with pytest.raises(UserError, match="was trained on other base weights"):
         load(tmp_path / "of another base", base)
     assert torch.equal(logits(load(tmp_path / "mask", base).eval()), logits(model))
+
+
+def test_a_configuration_may_be_saved_before_the_tensors(tmp_path):
+    """The order of transformers' own save_pretrained, of a model with an adapter that was injected into it."""
+    for value in (1.0, 2.0):  # over the files of an earlier save, too
+        plain = tiny.tiny_llama()
+        model = inject_adapter_in_model(MaskConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]), plain)
+        with torch.no_grad():
+            model.lm_head.modules_to_save["default"].weight.fill_(value)
+        tensors = get_peft_model_state_dict(model)
+        model.peft_config["default"].save_pretrained(tmp_path)
+        renamed = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
+        safetensors.torch.save_file(renamed, tmp_path / ADAPTER_WEIGHTS)
+        assert torch.equal(logits(load(tmp_path).eval()), logits(model.eval()))
+
+
+def test_modules_that_are_renamed_are_refused(saved):
+    message = r"do not match mask_sha256 .* or key_mapping renames modules, which masks do not support$"
+    wrapped = nn.ModuleDict({"inner": tiny.tiny_llama()})
+    with pytest.raises(UserError, match=message):
+        PeftModel.from_pretrained(wrapped, saved[0], key_mapping={"^model": "inner.model"})
 
 
 def test_a_misspelt_adapter_is_not_left_out_in_silence():

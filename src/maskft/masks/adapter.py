@@ -102,8 +102,13 @@ class MaskFiles(AdapterFiles):
                 else:
                     scores_of_save[f"{name}.mask_scores"] = scores
 
+        # Modules that are saved whole, by their names in the file. PEFT adds them after this call.
+        own = f".modules_to_save.{adapter_name}."
+        modules = {key.replace(own, "."): value for key, value in state_dict.items() if own in key}
+
         # Kept until save_config, which knows the folder.
         config.scores_of_save = scores_of_save
+        config.weights_of_save = weights_sha256(modules)
         # PEFT writes the configuration after the tensors, with these fields.
         config.format_version = FORMAT_VERSION
         config.is_new = False
@@ -180,15 +185,20 @@ class MaskFiles(AdapterFiles):
         # Taken out of the configuration, with which gigabytes of scores would stay in memory.
         scores = config.scores_of_save
         config.scores_of_save = None
+        checksums = config.weights_of_save or {}
+        config.weights_of_save = None
         _check_not_pickled(config, folder)
-        # Without a file, a configuration is saved alone.
+        # Without a file, a configuration is saved alone, or before the tensors: transformers' own save_pretrained has
+        # another order than PEFT's. There a file may be that of an earlier save, so that its modules do not count.
         if file.is_file():
             is_checkpoint = _CHECKPOINT.search(folder.as_posix()) is not None
             if scores and is_checkpoint:
                 add_tensors(file, scores)
             use_default_modes(folder, file.name)
             # Read back from the file: PEFT adds weights of its own after it has asked for the masks.
-            checksums = weights_sha256(weights_beside_masks(file))
+            in_file = weights_sha256(weights_beside_masks(file))
+            checksums = in_file | checksums
+        if file.is_file() or checksums:
             config.weights_sha256 = checksums or None
         save()
         if file.is_file():
@@ -291,7 +301,8 @@ def _load_masks(
     if is_of_config:
         if mask_fingerprint(coded) != config.mask_sha256:
             raise UserError(
-                "the masks do not match mask_sha256 in adapter_config.json; the two files are of two adapters"
+                "the masks do not match mask_sha256 in adapter_config.json; the two files are of two adapters, or "
+                "key_mapping renames modules, which masks do not support"
             )
         check_weights(hashed_weights, config.weights_sha256)
     # Decoded for the errors alone: a layer keeps the coded mask, which takes less memory.

@@ -222,6 +222,8 @@ class MaskConfig(PeftConfig):
     # Scores that the adapter file leaves out. `save_pretrained` below writes them if the folder is a checkpoint: the
     # model's state dict is collected before the folder is known.
     scores_of_save: ClassVar[dict[str, Tensor] | None] = None
+    # Checksums of the modules that are saved whole beside the mask, from the same moment.
+    weights_of_save: ClassVar[dict[str, str] | None] = None
     # Names of the fields that were given, which win over a preset even where they equal a default.
     given = frozenset[str]()
 
