@@ -6,7 +6,7 @@ import transformers
 import trl
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl.trainer import utils
 
@@ -130,6 +130,51 @@ def test_a_trainer_learns_resumes_and_merges(kind, base, tmp_path):
         assert torch.equal(masked(input_ids=ids).logits, expected)
         assert torch.equal(masked.merge_and_unload()(input_ids=ids).logits, expected)
         assert not torch.equal(load(base).eval()(input_ids=ids).logits, expected)
+
+
+@pytest.mark.slow
+def test_a_reward_model_learns_resumes_and_merges(base, tmp_path):
+    """Its head is new, and is trained and saved beside the mask."""
+
+    def classifier():
+        torch.manual_seed(0)
+        return AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+
+    def trainer_of_rewards():
+        settings = {"learning_rate": 1e-2, "max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4}
+        args = trl.RewardConfig(
+            str(tmp_path / "out"), **settings, bf16=False, use_cpu=True, report_to="none", dataloader_pin_memory=False
+        )
+        return trl.RewardTrainer(
+            model=classifier(),
+            args=args,
+            train_dataset=Dataset.from_list(ROWS["dpo"]),
+            processing_class=tiny_tokenizer(),
+            peft_config=mask(task_type="SEQ_CLS"),
+        )
+
+    def learned(model):
+        return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    trainer = trainer_of_rewards()
+    start = learned(trainer.model)
+    assert sum("score.modules_to_save" in name for name in start) == 1 and len(start) == 8
+    trainer.train()
+    trained = learned(trainer.model)
+    assert all(not torch.equal(trained[name], start[name]) for name in start)
+
+    again = trainer_of_rewards()
+    again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    resumed = learned(again.model)
+    assert all(torch.equal(resumed[name], trained[name]) for name in trained)
+
+    trainer.save_model(str(tmp_path / "adapter"))
+    masked = PeftModel.from_pretrained(classifier(), tmp_path / "adapter").eval()
+    ids = torch.arange(3, 40).view(1, -1)
+    with torch.no_grad():
+        expected = trainer.model.eval()(input_ids=ids).logits
+        assert torch.equal(masked(input_ids=ids).logits, expected)
+        assert torch.equal(masked.merge_and_unload()(input_ids=ids).logits, expected)
 
 
 def logged(trainer):
