@@ -34,7 +34,7 @@ from maskft_lab.study.folder import Study
 from maskft_lab.study.launchers import launcher_of
 from maskft_lab.study.launchers import slurm as slurm_launcher
 from maskft_lab.study.load_recipe import load_recipe, parse_recipe
-from maskft_lab.study.process import PYTHON, last_line, run_command
+from maskft_lab.study.process import PYTHON, _can_run_here, last_line, run_command
 from maskft_lab.study.run_record import read_run_record, write_run_record
 from maskft_lab.study.study import failure_of, make, run_study
 from maskft_lab.study.train import launch_words, record_at_point
@@ -526,6 +526,14 @@ def test_what_a_training_advises_is_not_what_it_does(tmp_path):
 def test_a_mistake_of_a_command_in_a_fork_is_its_last_line(tmp_path):
     with pytest.raises(UserError, match=r"^unknown option --rate.*\(see .*log\)"):
         run_command([*PYTHON, "train", "--rate", "1"], tmp_path / "log")
+
+
+def test_a_command_starts_anew_where_a_fork_has_no_gpu(monkeypatch):
+    """PEFT imports bitsandbytes if it is installed, and that asks for the GPU in the fork server."""
+    command = [*PYTHON, "train", "--max_steps", "1"]
+    assert _can_run_here(command) and not _can_run_here(["accelerate", "launch"])
+    monkeypatch.setattr("torch.cuda._is_in_bad_fork", lambda: True)
+    assert not _can_run_here(command)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="commands are forked there")

@@ -222,10 +222,8 @@ def _run(
     os.environ.clear()
     os.environ.update(environment)
 
-    # A command of another program replaces this process.
-    num_words = len(PYTHON)
-    is_of_maskft = words[:num_words] == PYTHON
-    if not is_of_maskft:
+    # The command replaces this process: another program, or a new interpreter.
+    if not _can_run_here(words):
         os.execvp(words[0], words)
 
     num_threads = environment.get("OMP_NUM_THREADS", "")
@@ -237,9 +235,20 @@ def _run(
 
     # As `python -m` would, but with the server's imports.
     name = PYTHON[-1]
-    sys.argv = [name, *words[num_words:]]
+    sys.argv = [name, *words[len(PYTHON) :]]
     module = importlib.import_module(name)
     sys.exit(module.main(sys.argv[1:]))
+
+
+def _can_run_here(words: Sequence[str]) -> bool:
+    """Whether a command can run in this process, with the server's imports: it is maskft's, and finds its GPU."""
+    num_words = len(PYTHON)
+    if words[:num_words] != PYTHON:
+        return False
+    # CUDA does not survive a fork, and an import of the server may have used it: PEFT imports bitsandbytes, which does.
+    # torch would raise in this process at the first tensor on the GPU.
+    torch = sys.modules.get("torch")
+    return torch is None or not torch.cuda._is_in_bad_fork()
 
 
 def _die_with_the_server() -> None:
