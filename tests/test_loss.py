@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny
 from maskft import loss
@@ -57,6 +58,23 @@ def test_logits_that_are_no_peak(dtype):
     ((nll, count),) = nll_per_item(model, [row])
     expected = F.cross_entropy(model.logits_TV[3:11].double(), ids[4:]).item()
     assert count == 8 and expected > 5 and nll == pytest.approx(expected, abs=1e-7)
+
+
+def test_a_device_without_float64_measures_in_float32(monkeypatch):
+    class NoFloat64(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            assert getattr(out, "dtype", None) != torch.float64, func
+            return out
+
+    assert loss.widest_float(torch.device("cpu")) == torch.float64
+    assert loss.widest_float(torch.device("mps")) == torch.float32
+    rows = [{"input_ids": [3, 4, 5], "labels": [-100, 4, 5]}]
+    ((expected, _),) = nll_per_item(tiny.tiny_llama(), rows)
+    monkeypatch.setattr(loss, "widest_float", lambda device: torch.float32)
+    with NoFloat64():
+        ((nll, count),) = nll_per_item(tiny.tiny_llama(), rows)
+    assert nll == pytest.approx(expected, rel=1e-5) and count == 2
 
 
 def test_the_mean_is_over_tokens_and_not_over_rows():

@@ -239,17 +239,25 @@ def _batch_nll(
     return result
 
 
+def widest_float(device: torch.device) -> torch.dtype:
+    """Dtype to sum many numbers in: float64, or float32 on a device that has no float64."""
+    if device.type == "xpu":
+        return torch.float64 if torch.xpu.get_device_properties(device).has_fp64 else torch.float32
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def _cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Negative log-likelihood of each target, float64; meaningless for a target below 0.
+    """Negative log-likelihood of each target, in :func:`widest_float`; meaningless for a target below 0.
 
     Summed in float32, as by torch's cross_entropy, 49,152 small probabilities are too few by 1e-5 nats (it depends on
     how many the processor sums at once), and by 1e-4 with the vocabulary in the middle.
     """
     # log(sum(exp(l))) - l[target], with the highest logit taken out of the sum against overflow.
+    dtype = widest_float(logits_BTV.device)
     highest_BT1 = logits_BTV.amax(-1, keepdim=True).float()
     shifted_BTV = logits_BTV.float() - highest_BT1
     # In place, because a copy of the logits of one row is as large as many layers' activations.
-    sums_BT = shifted_BTV.exp_().sum(-1, dtype=torch.float64)
+    sums_BT = shifted_BTV.exp_().sum(-1, dtype=dtype)
 
     # gather takes no negative index; such a target has no loss, so any logit will do.
     indices_BT1 = targets_BT.clamp(min=0).unsqueeze(-1)
@@ -257,5 +265,5 @@ def _cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
 
     # The difference first: both are large, and their difference is small.
     highest_BT = highest_BT1.squeeze(-1)
-    difference_BT = highest_BT.double() - chosen_BT.double()
+    difference_BT = highest_BT.to(dtype) - chosen_BT.to(dtype)
     return sums_BT.log() + difference_BT

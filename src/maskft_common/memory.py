@@ -15,12 +15,16 @@ _M_TOP_PAD = -2
 _M_MMAP_MAX = -4
 
 
-def peak_memory_bytes() -> int:
-    """Peak memory of this process: of the GPU where there is one, else resident memory."""
+def peak_memory_bytes(device_type: str | None = None) -> int:
+    """Peak memory of this process: of the GPU if it computes there, else resident memory.
+
+    Args:
+        device_type: Where it computes, such as ``cpu``; None: on the GPU if there is one.
+    """
     # Imported here: commands that only read files start without torch.
     import torch
 
-    if torch.cuda.is_available():
+    if device_type in (None, "cuda") and torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     try:
         # Not getrusage, the plain way: its figure is inherited from the parent that forked. The line is "VmHWM: N kB",

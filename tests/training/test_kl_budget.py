@@ -4,18 +4,19 @@ import itertools
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
 
 import tiny
 from maskft import MaskConfig
 from maskft.loss import mean_nll
-from maskft.training.kl import Base, KLOnTask, KLOnText, kl_per_row
+from maskft.training.kl import Base, KLOnTask, KLOnText, KLSum, kl_per_row
 from maskft.training.kl_budget import AIM, KLBudget
-from maskft.training.near_base import KLReport
+from maskft.training.near_base import KLReport, NearBase
 from maskft.training.record import read_record
 from maskft_common.layout import ADAPTER_WEIGHTS, TRAINING
 
@@ -141,6 +142,29 @@ def test_the_term_can_be_made_before_scores_and_progress_are_there(settings):
     model = get_peft_model(tiny.tiny_llama(), MaskConfig(**settings)).train()
     KLOnTask(model, Base(model))
     assert model.training
+
+
+def test_the_term_can_be_made_before_the_model_is_on_the_gpu_that_its_attention_needs():
+    """As with flash attention: the Trainer moves the model later."""
+
+    def attend(*args, **kwargs):
+        raise RuntimeError("no kernel for the CPU")
+
+    AttentionInterface.register("gpu_alone", attend)
+    model = get_peft_model(tiny.tiny_llama(), MaskConfig())
+    model.get_base_model().set_attn_implementation("gpu_alone")
+    KLOnTask(model, Base(model))
+    assert model.config._attn_implementation == "gpu_alone"
+
+
+def test_the_sums_of_a_step_take_no_float64_where_there_is_none(monkeypatch):
+    monkeypatch.setattr("maskft.training.near_base.widest_float", lambda device: torch.float32)
+    near_base = NearBase.__new__(NearBase)
+    near_base.budget, near_base._weight, near_base._is_on_task, near_base._sums = None, 2.0, True, None
+    near_base._term = SimpleNamespace(after_forward=lambda model: KLSum(torch.tensor(0.5), 3))
+    for _ in range(2):
+        assert near_base.after_forward(None, 4, 1) == 2.0 * 0.5 / 4
+    assert near_base._sums.dtype == torch.float32 and near_base._sums.tolist() == [1.0, 6.0]
 
 
 # Runs

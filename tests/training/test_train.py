@@ -10,21 +10,26 @@ import shutil
 import pytest
 import torch
 import transformers
-from peft import PeftModel
+from peft import PeftModel, get_peft_model, peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
+from trl import SFTTrainer
 
 import tiny
 from maskft.masks.mask_set import MaskSet
 from maskft.training.arguments import TrainingArguments
 from maskft.training.build import heldout_loss
-from maskft.training.callbacks import is_checkpointing_reentrant
+from maskft.training.callbacks import StepGuard, is_checkpointing_reentrant
 from maskft.training.method_arguments import MaskArguments, MethodArguments, mask_config, removes_a_share
 from maskft.training.options import option_defaults
 from maskft.training.record import _plain, read_record
 from maskft.training.train import train
+from maskft.training.trainer import MaskTrainer
 from maskft.tuner.config import MaskConfig
 from maskft.tuner.presets import PRESETS
+from maskft_common.errors import NotFiniteError
 from maskft_common.layout import ADAPTER_WEIGHTS, HELDOUT, LAST, TRAINING
+from maskft_common.memory import peak_memory_bytes
 from maskft_lab.cli.main import main
 from maskft_lab.cli.train import parse
 from tiny_tokenizer import tiny_tokenizer
@@ -303,6 +308,53 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_best(argu
     )
     assert math.isfinite(summary(tmp_path / "out")["best_loss"])
     assert all(p.isfinite().all() for p in AutoModelForCausalLM.from_pretrained(tmp_path / "out").parameters())
+
+
+def test_the_host_does_not_wait_for_a_gpu_to_note_whether_the_loss_is_finite():
+    """A copy from the CPU would wait for all work of the device."""
+
+    class NoCopies(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert func not in (torch.ops.aten._to_copy.default, torch.ops.aten._local_scalar_dense.default)
+            return func(*args, **(kwargs or {}))
+
+    guard = StepGuard(None)
+    with NoCopies():
+        for _ in range(2):
+            guard.see_loss(torch.empty((), device="meta"))
+    guard = StepGuard(None)
+    for loss in (1.0, math.inf, 1.0):
+        guard.see_loss(torch.tensor(loss))
+    with pytest.raises(NotFiniteError, match="loss is not finite"):
+        guard.on_pre_optimizer_step(None, None, None)
+
+
+def test_the_peak_memory_of_a_run_on_the_cpu_is_not_that_of_the_gpu_beside_it(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: 7)
+    assert peak_memory_bytes() == peak_memory_bytes("cuda") == 7
+    assert peak_memory_bytes("cpu") > 10**7
+
+
+@pytest.mark.parametrize("name", ["_load_from_checkpoint", "_load_best_model"])
+def test_the_scores_of_a_checkpoint_are_read_by_the_cpu(name, tmp_path, monkeypatch):
+    """PEFT would read them onto the first GPU, in every process."""
+    model = get_peft_model(tiny.tiny_llama(), MaskConfig(save_scores=True))
+    model.save_pretrained(tmp_path)
+    trainer = MaskTrainer.__new__(MaskTrainer)
+    trainer.model = model
+    monkeypatch.setattr(SFTTrainer, name, lambda self: self.model.load_adapter(tmp_path, "default"))
+    devices = []
+    monkeypatch.setattr("peft.peft_model.infer_device", lambda: pytest.fail("a device of PEFT's choice"))
+    real = peft_model.load_peft_weights
+
+    def read(*args, device, **kwargs):
+        devices.append(device)
+        return real(*args, device=device, **kwargs)
+
+    monkeypatch.setattr(peft_model, "load_peft_weights", read)
+    getattr(trainer, name)()
+    assert devices == ["cpu"] and "load_adapter" not in vars(model)
 
 
 @pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])

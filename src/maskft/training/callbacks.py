@@ -85,8 +85,9 @@ class StepGuard(TrainerCallback):
         self.mask_metrics: dict[str, float] = {}
         self.stop = StopRequest()
         # Tensors on the device, read once per optimizer step: reading one makes the host wait for a GPU.
-        self._loss_is_finite = torch.tensor(True)
-        self._gradient_is_finite = torch.tensor(True)
+        # None: none seen yet.
+        self._loss_is_finite: torch.Tensor | None = None
+        self._gradient_is_finite: torch.Tensor | None = None
         # Layers and their removed entries before a step that is logged.
         self._before: list[tuple[MaskedLinear, torch.Tensor]] = []
         # Handle of the hook on the embeddings.
@@ -96,7 +97,10 @@ class StepGuard(TrainerCallback):
     def see_loss(self, loss: torch.Tensor) -> None:
         """Note whether the loss of a micro-batch is finite."""
         is_finite = torch.isfinite(loss)
-        self._loss_is_finite = is_finite & self._loss_is_finite.to(loss.device)
+        # Not with a True from the CPU: the host would wait for the device to copy it there.
+        if self._loss_is_finite is not None:
+            is_finite = is_finite & self._loss_is_finite
+        self._loss_is_finite = is_finite
 
     def see_gradient_norm(self, norm: torch.Tensor | float) -> None:
         """Note whether the norm of all gradients, before clipping, is finite.
@@ -138,10 +142,14 @@ class StepGuard(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         """Stop before a loss or gradient that is not finite is applied, or if a process received a signal."""
+        assert self._loss_is_finite is not None
         bad_loss = ~self._loss_is_finite
-        bad_gradient = ~self._gradient_is_finite.to(bad_loss.device)
-        self._loss_is_finite = torch.tensor(True)
-        self._gradient_is_finite = torch.tensor(True)
+        # No norm is seen without clipping, and with the scaler of float16.
+        bad_gradient = torch.zeros_like(bad_loss)
+        if self._gradient_is_finite is not None:
+            bad_gradient = ~self._gradient_is_finite.to(bad_loss.device)
+        self._loss_is_finite = None
+        self._gradient_is_finite = None
 
         # All processes must decide the same, or the others would wait for the one that stopped. The number of the
         # last of these that holds in any process, counted from 1; 0 if none does.

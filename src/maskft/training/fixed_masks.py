@@ -130,7 +130,7 @@ def make_fixed_mask(
         method=method.method,
         best_loss=best.loss if is_choice else None,
         num_target_weights=numel,
-        peak_memory_bytes=peak_memory_bytes(),
+        peak_memory_bytes=peak_memory_bytes(run.training.device.type),
         history=history if is_choice else [],
     )
     return masked, summary

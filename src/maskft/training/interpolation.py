@@ -84,7 +84,7 @@ def interpolate(
     return TrainingSummary(
         method=INTERPOLATE,
         best_loss=best["eval_loss"],
-        peak_memory_bytes=peak_memory_bytes(),
+        peak_memory_bytes=peak_memory_bytes(model.device.type),
         history=history,
     )
 

@@ -156,7 +156,8 @@ class KLOnTask:
         device = next(self._model.parameters()).device
         ids_BT = torch.zeros(1, 1, dtype=torch.long, device=device)
         self._is_supervised_BT = torch.ones_like(ids_BT, dtype=torch.bool)
-        expected_BTV = self._model(input_ids=ids_BT, use_cache=False).logits
+        with _attention_of(device, self._model):
+            expected_BTV = self._model(input_ids=ids_BT, use_cache=False).logits
         assert self._logits_NV is not None
         # Tolerances for bfloat16; a missing scale or cap is an error of another order.
         is_equal = torch.allclose(
@@ -333,6 +334,20 @@ def is_before_label(labels_BT: Tensor) -> Tensor:
     # collator has removed the label of each row's first token, so no row predicts the next one.
     next_labels_BT = nn.functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORED)
     return next_labels_BT != IGNORED
+
+
+@contextmanager
+def _attention_of(device: torch.device, model: Any) -> Iterator[None]:
+    """Let a model that waits for its GPU compute on the CPU, where kernels such as flash attention do not run."""
+    before = model.config._attn_implementation
+    runs_there = device.type != "cpu" or before in (None, "eager", "sdpa")
+    if not runs_there:
+        model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        if not runs_there:
+            model.set_attn_implementation(before)
 
 
 def head_logits(model: nn.Module, hidden_ND: Tensor) -> Tensor:

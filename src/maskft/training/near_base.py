@@ -19,7 +19,7 @@ from maskft_common.schema import FileModel
 from ..data.mixtures import load_examples
 from ..data.prepared import Prepared
 from ..data.tokenizing import supervised_token_count, tokenize_dataset
-from ..loss import mean_nll, shared_rows
+from ..loss import mean_nll, shared_rows, widest_float
 from .arguments import TrainConfig
 from .kl import Base, KLOnTask, KLOnText, kl_per_row
 from .kl_budget import KLBudget
@@ -231,9 +231,11 @@ class NearBase(TrainerCallback):
             num_micro_batches: Micro-batches of the step.
         """
         kl = self._term.after_forward(model)
-        # In float64, because a step may have many thousands of tokens.
-        num_tokens = torch.tensor(kl.num_tokens, device=kl.total.device)
-        sums = torch.stack([kl.total.detach().double(), num_tokens.double()])
+        # In float64 where there is one, because a step may have many thousands of tokens.
+        total = kl.total.detach().to(widest_float(kl.total.device))
+        # Filled on the device: torch.tensor(..., device) would copy the number there, and wait for it.
+        num_tokens = torch.full_like(total, kl.num_tokens)
+        sums = torch.stack([total, num_tokens])
         if self._sums is not None:
             sums = self._sums + sums
         self._sums = sums

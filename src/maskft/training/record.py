@@ -64,7 +64,7 @@ class TrainingSummary(FileModel):
         num_trainable: Number of trainable parameters.
         num_target_weights: Number of weights that a mask can remove; 0 for other methods.
         train_time_s: Seconds, including evaluation and, for a resumed run, the time before its checkpoint.
-        peak_memory_bytes: Peak memory of this process; GPU memory if there is a GPU.
+        peak_memory_bytes: Peak memory of this process; GPU memory if it trained on a GPU.
         history: The log, one dict per entry.
         kl: KL(base || model) of a run with ``kl_to_base`` or ``kl_budget``.
     """
@@ -246,7 +246,7 @@ def summarise(trainer: MaskTrainer, method: str) -> TrainingSummary:
         num_trainable=num_trainable,
         num_target_weights=num_target_weights,
         train_time_s=round(time.perf_counter() - trainer.started, 1),
-        peak_memory_bytes=memory.peak_memory_bytes(),
+        peak_memory_bytes=memory.peak_memory_bytes(trainer.args.device.type),
         kl=_kl_report(trainer, best_step),
         history=history,
     )

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TypeVar
 
 import torch
 from accelerate.utils import save_fsdp_model
+from peft import PeftModel
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -21,7 +24,7 @@ from maskft_common import files, layout, memory, processes
 from maskft_common.errors import NOT_UPDATED, NotFiniteError, UserError, first_line
 
 from ..data.prepared import Prepared
-from ..loss import HeldoutLoss, RowLoss, mean_nll
+from ..loss import HeldoutLoss, RowLoss, mean_nll, widest_float
 from ..masks.mask_set import MaskSet
 from ..tuner import MaskProgress, set_mask_progress
 from .arguments import TrainConfig, trainer_arguments
@@ -364,7 +367,7 @@ class MaskTrainer(SFTTrainer):
         """Save the time so far and the loss since the last line of the log, which transformers does not save."""
         # The mean over the processes, each of which has summed the loss of its own batches. A copy, because reduce_
         # writes in place.
-        own_loss = self._tr_loss.detach().double().clone()
+        own_loss = self._tr_loss.detach().to(widest_float(self._tr_loss.device)).clone()
         loss = processes.reduce_(own_loss)
         loss = loss / processes.num_processes()
         if not processes.is_main():
@@ -430,6 +433,15 @@ class MaskTrainer(SFTTrainer):
         else:
             super()._save_optimizer_and_scheduler(output_dir)
 
+    # PEFT reads the file of an adapter onto the first GPU: in every process, all scores beside those that train.
+    def _load_from_checkpoint(self, *args, **kwargs) -> None:
+        with _adapters_by_cpu(self.model):
+            super()._load_from_checkpoint(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        with _adapters_by_cpu(self.model):
+            super()._load_best_model()
+
     def back_to_best(self, error: NotFiniteError) -> str:
         """Load the best checkpoint after a step with a non-finite loss or gradient.
 
@@ -465,7 +477,7 @@ class MaskTrainer(SFTTrainer):
             seconds = max(now - last_time, 1e-9)
             tokens_per_s = (tokens - last_tokens) / seconds
             logs["tokens_per_s"] = round(tokens_per_s, 1)
-            logs["peak_memory_bytes"] = memory.peak_memory_bytes()
+            logs["peak_memory_bytes"] = memory.peak_memory_bytes(self.args.device.type)
             logs.update(self.guard.mask_metrics)
             if self.near_base is not None:
                 logs.update(self.near_base.metrics())
@@ -474,6 +486,20 @@ class MaskTrainer(SFTTrainer):
             # The rate of the next step, from which a study may continue the schedule.
             logs["learning_rate"] = self._get_learning_rate()
         super().log(logs, start_time)
+
+
+@contextmanager
+def _adapters_by_cpu(model) -> Iterator[None]:
+    """Let the files of adapters be read into the memory of the CPU, from where they are copied into the model."""
+    if not isinstance(model, PeftModel):
+        yield
+        return
+    # An attribute of this object, over the method of its class.
+    model.load_adapter = partial(model.load_adapter, torch_device="cpu")
+    try:
+        yield
+    finally:
+        del model.load_adapter
 
 
 def _one_line_errors(
