@@ -10,6 +10,7 @@ from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
+from maskft import set_mask_progress
 from maskft.models import EMBEDDED_MODEL
 from maskft.training.method_arguments import mask_config
 from maskft.tuner import MaskedLinear
@@ -119,6 +120,39 @@ def test_activations_of_a_mask_are_those_of_the_real_layers(bf16, run):
     measured = sum(storage.nbytes() for pointer, storage in saved.items() if pointer not in known)
     # Autocast of torch 2.7 keeps a third more.
     assert planned.memory(2)["activations"] == pytest.approx(measured, rel=0.3 if IS_OLD_TORCH else 0.1)
+
+
+@pytest.mark.parametrize("num_micro_batches", [1, 2])
+@pytest.mark.parametrize("learner", ["topk", "logit", "gumbel"])
+def test_factors_that_a_masker_keeps(learner, num_micro_batches, run):
+    options = {"mask_layers_to_transform": [1, 2], "gradient_accumulation_steps": num_micro_batches, "bf16": False}
+    if learner != "topk":
+        options["mask_selection"] = learner
+    if learner == "logit":
+        options["mask_gradient"] = "sigmoid"
+    settings = run(**options)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SMALL))
+    model = get_peft_model(model, mask_config(settings.mask)).train()
+    set_mask_progress(model, 0.5)
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    for _ in range(num_micro_batches):
+        model(input_ids=ids, labels=ids).loss.backward()
+
+    measured = 0
+    for masker in (m.masker for m in model.modules() if isinstance(m, MaskedLinear)):
+        kept = [factor for _, factor in masker._kept.values() if factor is not None]
+        measured += sum(tensor.nbytes for tensor in (*kept, *masker.slopes.values()))
+    term = "factors of gradients"
+    assert RunMemory(settings, "cpu").kept[term] == measured
+    # Slopes are kept on a GPU in any case, and a product with the signs never is.
+    expected = 0 if learner == "topk" else RunMemory(settings, "cpu").kept["scores"]
+    assert RunMemory(settings, "cuda").kept[term] == expected
+
+
+def test_the_device_of_a_run_on_the_cpu_is_the_cpu(run, monkeypatch):
+    settings = run(use_cpu=True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert estimate(settings).device == "cpu"
 
 
 def test_what_checkpointing_and_eight_bits_save(run):

@@ -578,6 +578,32 @@ class _FastLinear(torch.autograd.Function):
         return grad_x, None, grad_bias, None, None, *grad_scores
 
 
+def kept_bytes_per_weight(
+    config: MaskConfig,
+    itemsize: int,
+    is_on_cpu: bool,
+    num_micro_batches: int,
+) -> int:
+    """Bytes of a factor of the gradient that a masker keeps in training, beside its masked weight.
+
+    Args:
+        config: Configuration of the adapter.
+        itemsize: Bytes of a weight of the base.
+        is_on_cpu: Whether the layer is on a CPU.
+        num_micro_batches: Micro-batches of a step.
+    """
+    # The slope of a soft gate comes with the gate.
+    if selection.has_soft_gate(config):
+        return torch.float32.itemsize
+    # As in `_kept_factor`.
+    has_several = num_micro_batches > 1
+    if _keeps_signed_weight(config):
+        return itemsize if is_on_cpu and has_several else 0
+    has_slope = selection.hard_slope(config, torch.zeros(1)) is not None
+    is_kept = has_slope and (has_several or not is_on_cpu)
+    return torch.float32.itemsize if is_kept else 0
+
+
 def _keeps_signed_weight(config: MaskConfig) -> bool:
     """Whether the kept factor is ``weight * sign(scores)``; the gradient has no other factor then."""
     return config.ranks_by == "abs" and config.removed_value == "zero"

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
+from maskft.fast.masker import kept_bytes_per_weight
 from maskft.models import load_config
 from maskft.training.arguments import TrainConfig, with_accumulation
 from maskft.training.build import build_model
@@ -109,7 +110,7 @@ def estimate(
     Args:
         run: The run as ``maskft train`` would start it; ``model_name_or_path`` may also be a ``config.json``. Every row
             is assumed to have ``max_length`` tokens.
-        device: ``cpu`` or ``cuda``; default: ``cuda`` if this machine has one.
+        device: ``cpu`` or ``cuda``; default: ``cuda`` if the run would use one here.
         device_memory_gb: Memory of the device as it is sold, for the largest micro-batch: 24 means 24 * 2**30 bytes.
 
     Raises:
@@ -118,7 +119,8 @@ def estimate(
     _check(run)
     # An estimate for another machine names its device.
     if not device:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        is_on_gpu = torch.cuda.is_available() and not run.training.use_cpu
+        device = "cuda" if is_on_gpu else "cpu"
     training = with_accumulation(run.training)  # global_batch_size as accumulation steps
     run = replace(run, training=training)
 
@@ -307,9 +309,19 @@ class RunMemory:
         if self.mask is not None and self.mask.removed_value == "base":
             removed_bytes = num_masked * self.dtype.itemsize
 
+        factor_bytes = 0
+        if self.mask is not None and num_scores:
+            factor_bytes = kept_bytes_per_weight(
+                self.mask,
+                self.dtype.itemsize,
+                self.device == "cpu",
+                self.run.training.gradient_accumulation_steps,
+            )
+
         return {
             # The base weights stay beside the effective ones.
             "effective weights": num_scores * self.compute_dtype.itemsize,
+            "factors of gradients": num_scores * factor_bytes,
             "scores": num_scores * FLOAT32_BYTES,
             "optimizer": math.ceil(optimizer_bytes),
             "gradients": _num_bytes(all_trained),
