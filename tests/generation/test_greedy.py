@@ -8,7 +8,7 @@ import tiny
 from maskft_common.errors import UserError
 from maskft_lab.generation import greedy as generation
 from maskft_lab.generation.greedy import Bounds, greedy_generate, memory_bound_rows, shared_prefix_length
-from maskft_lab.generation.row_cache import RowCache
+from maskft_lab.generation.row_cache import RowCache, _attention
 from tiny_tokenizer import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -93,6 +93,22 @@ def test_every_architecture(name):
         expected = [net.generate(torch.tensor([row]), **how)[0, len(row) :] for row in ids]
     texts = greedy_generate(net, TOKENIZER, ids, Bounds(8, 2))
     assert texts == [TOKENIZER.decode(answer, skip_special_tokens=True) for answer in expected]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_grouped_heads_are_repeated_but_on_a_cpu(device, monkeypatch):
+    """A GPU's fused kernels take no mask with grouped heads; the plain way holds a (Q, T) matrix for each head."""
+    real, calls = torch.nn.functional.scaled_dot_product_attention, []
+
+    def record(query, key, value, **kwargs):
+        calls.append((key.shape[1], value.shape[1], kwargs["enable_gqa"]))
+        return real(query, key, value, **kwargs)
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", record)
+    query, key, mask = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 5, 8), torch.ones(2, 1, 3, 5, dtype=torch.bool)
+    out = _attention(query.to(device), key.to(device), key.to(device), 0.5, mask.to(device))
+    assert out.shape == (2, 3, 4, 8)
+    assert calls == ([(2, 2, True)] if device == "cpu" else [(4, 4, False)])
 
 
 def test_sliding_windows_are_left_to_transformers():

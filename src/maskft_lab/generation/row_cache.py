@@ -311,7 +311,14 @@ def _attention(
     mask: Tensor | None,
 ) -> Tensor:
     """Attention of many tokens, (B, Q, H, D); without ``mask`` each attends to itself and those before it."""
-    is_grouped = query.shape[1] != key.shape[1]
+    num_groups = query.shape[1] // key.shape[1]
+    is_grouped = num_groups > 1
+    if is_grouped and query.device.type != "cpu":
+        # A GPU's fused kernels take either a mask or grouped heads. torch would compute the plain way, which holds a
+        # (Q, T) matrix of each head: for long prompts more than all that `memory_bound_rows` counts.
+        key = key.repeat_interleave(num_groups, 1)
+        value = value.repeat_interleave(num_groups, 1)
+        is_grouped = False
     # Without a mask the fused kernels need no (Q, T) matrix.
     out_BHQD = F.scaled_dot_product_attention(
         query,
