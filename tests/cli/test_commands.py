@@ -399,6 +399,20 @@ def test_a_ready_mask_is_asked_beside_the_model_without_it(adapter, base, tmp_pa
     assert ready_masks()
 
 
+def test_an_answer_is_asked_for_on_the_device_of_the_model():
+    from maskft_lab.ready import answer
+    from tiny_tokenizer import tiny_tokenizer
+
+    class OnADevice:
+        device = torch.device("meta")
+
+        def generate(self, input_ids, attention_mask, **kwargs):
+            assert input_ids.device == attention_mask.device == self.device
+            return torch.zeros(1, input_ids.shape[1], dtype=torch.long)
+
+    assert answer(OnADevice(), tiny_tokenizer(), "1+2=") == ""
+
+
 @pytest.mark.parametrize(("task", "num_train", "num_test"), [("products", 2700, 4500), ("sums", 1200, 1000)])
 def test_the_demo_trains_and_tests_on_other_rows(task, num_train, num_test):
     folder = resources.files("maskft_lab") / "recipes" / "demo"

@@ -150,7 +150,7 @@ def _answers(
         return_tensors="pt",
         padding=True,
         padding_side="left",
-    )
+    ).to(model.device)
     with torch.inference_mode():
         # B prompts of T tokens, padding and answers included.
         ids_BT = model.generate(
