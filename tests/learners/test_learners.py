@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -220,6 +221,19 @@ def test_a_trainer_ends_with_the_mask_of_its_best_checkpoint(tmp_path):
     # A run that is resumed after its last step takes one more in transformers' Trainer.
     MaskProgress().on_step_end(args, TrainerState(global_step=7, max_steps=6), None, model)
     assert model.peft_config["default"].progress == 1.0
+
+
+@pytest.mark.parametrize("price", [1.0, 0.0])
+def test_a_price_is_refused_where_a_trainer_scales_gradients(price):
+    """It is added to gradients that are 65,536 times as large, and divided with them."""
+    model = get_peft_model(tiny.tiny_llama(num_layers=1), MaskConfig(selection="logit", price=price))
+    start = (TrainerState(max_steps=6), None, model)
+    MaskProgress().on_train_begin(SimpleNamespace(fp16=False), *start)
+    if not price:
+        MaskProgress().on_train_begin(SimpleNamespace(fp16=True), *start)
+        return
+    with pytest.raises(UserError, match="fp16 has scaled, so it would not count: use bf16"):
+        MaskProgress().on_train_begin(SimpleNamespace(fp16=True), *start)
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,13 @@ class MaskProgress(TrainerCallback):
         model: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Before the first step, or the first after resuming."""
+        """Before the first step, or the first after resuming.
+
+        Raises:
+            UserError: If a mask has a price and the trainer scales its loss, as for float16.
+        """
+        if args.fp16:
+            _check_no_price(model)
         self._set(model, state.global_step, state.max_steps)
 
     def on_step_end(
@@ -94,3 +100,13 @@ class MaskProgress(TrainerCallback):
         # transformers takes a step more than max_steps where it resumes a run that had taken all.
         progress = min(1.0, step / max_steps)
         set_mask_progress(model, progress)
+
+
+def _check_no_price(model: nn.Module) -> None:
+    """Raise for a price: added to gradients that fp16 has scaled by 65,536 or so, it would be divided by that."""
+    for layer in model.modules():
+        if not isinstance(layer, MaskedLinear):
+            continue
+        for name in layer.active_masks:
+            if name in layer.mask_scores and layer.mask_configs[name].price:
+                raise UserError("price is added to gradients that fp16 has scaled, so it would not count: use bf16")
