@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
-from maskft.fsdp import _check_sharding, remove_lowest_of_shards
+from maskft.fsdp import _check_sharding, refresh_masks, remove_lowest_of_shards
 from maskft.masking import ranking_keys, remove_lowest
 from maskft_common.errors import NotFiniteError, UserError
 
@@ -98,3 +99,18 @@ def test_quantised_weights_cannot_be_sharded():
     layer = SimpleNamespace(module_name="up", quantization_backend=object())
     with pytest.raises(UserError, match="up is quantised, and masks over quantised weights cannot be sharded"):
         _check_sharding(layer)
+
+
+def test_rows_are_written_before_fsdp_reads_them_in_a_stream_of_its_own(monkeypatch):
+    """Its streams wait for this one in the hook of the outermost module, before masks are refreshed."""
+    waited = []
+    stream = SimpleNamespace(synchronize=lambda: waited.append("waited"))
+    monkeypatch.setattr("torch.accelerator.current_stream", lambda device: waited.append(device.type) or stream)
+    monkeypatch.setattr("maskft.fsdp.dist.is_initialized", lambda: True)
+    for device in ("cpu", "meta"):
+        masker = SimpleNamespace(is_current=lambda: False, show=lambda device=device: waited.append(f"on {device}"))
+        layer = SimpleNamespace(weight=torch.empty(1, device=device))
+        monkeypatch.setattr("maskft.fsdp._attached", lambda layers, found=masker: [found])
+        monkeypatch.setattr("maskft.fsdp._sharded_layers", lambda model, found=layer: [found])
+        refresh_masks(nn.Linear(1, 1))
+    assert waited == ["on cpu", "on meta", "meta", "waited"]

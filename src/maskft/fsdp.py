@@ -434,15 +434,7 @@ def refresh_masks(model: nn.Module, *_: Any) -> None:
     if not (dist.is_available() and dist.is_initialized()):
         return
 
-    # Masked layers that are sharded; those of an adapter that is loaded for inference have no scores.
-    layers = []
-    for module in model.modules():
-        if not isinstance(module, MaskedLinear):
-            continue
-        # FSDP2's mark of a module that it shards.
-        is_managed = getattr(module.mask_scores, "_is_fsdp_managed_module", False)
-        if is_managed and len(module.mask_scores):
-            layers.append(module)
+    layers = _sharded_layers(model)
     maskers = _attached(layers)
     # The usual case between two optimizer steps.
     if all(masker.is_current() for masker in maskers):
@@ -455,6 +447,30 @@ def refresh_masks(model: nn.Module, *_: Any) -> None:
     for masker in maskers:
         if not masker.is_current():
             masker.show()
+    _finish_writing(layers[0].weight.device)
+
+
+def _sharded_layers(model: nn.Module) -> list[MaskedLinear]:
+    """Masked layers that are sharded; those of an adapter that is loaded for inference have no scores."""
+    layers = []
+    for module in model.modules():
+        if not isinstance(module, MaskedLinear):
+            continue
+        # FSDP2's mark of a module that it shards.
+        is_managed = getattr(module.mask_scores, "_is_fsdp_managed_module", False)
+        if is_managed and len(module.mask_scores):
+            layers.append(module)
+    return layers
+
+
+def _finish_writing(device: torch.device) -> None:
+    """Wait until rows are written, before FSDP reads them.
+
+    On a GPU it reads them in a stream of its own, which it lets wait for this one only once a forward pass: in a hook
+    of the outermost module, before the hook that writes them.
+    """
+    if device.type != "cpu":
+        torch.accelerator.current_stream(device).synchronize()
 
 
 def _attached(layers: Sequence[MaskedLinear]) -> list[ShardedMasker]:
