@@ -1,6 +1,7 @@
 """Everything runs offline, on the CPU, with two threads at most."""
 
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -12,6 +13,10 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     TRL_EXPERIMENTAL_SILENCE="1",
 )
+# Only tests that are asked for by the marker gpu see one: maskft train would take it, and refuse several. A worker of
+# xdist has the environment of the process that started it.
+if "PYTEST_XDIST_WORKER" not in os.environ and not any(re.search(r"(?<!not )\bgpu\b", word) for word in sys.argv[1:]):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 sys.path.insert(0, str(Path(__file__).parent))
 
 import json
