@@ -149,6 +149,12 @@ def test_factors_that_a_masker_keeps(learner, num_micro_batches, run):
     assert RunMemory(settings, "cuda").kept[term] == expected
 
 
+@pytest.mark.parametrize(("bf16", "bytes_of_a_logit"), [(True, 8 * (2 + 4)), (False, 8 * 4 + 12)])
+def test_logits_of_held_out_rows_are_converted_under_autocast(bf16, bytes_of_a_logit, run):
+    needs = RunMemory(run(bf16=bf16, per_device_eval_batch_size=8), "cuda")
+    assert needs._heldout_logit_bytes() == 64 * 512 * bytes_of_a_logit
+
+
 def test_the_device_of_a_run_on_the_cpu_is_the_cpu(run, monkeypatch):
     settings = run(use_cpu=True)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)

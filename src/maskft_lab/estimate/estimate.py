@@ -382,8 +382,14 @@ class RunMemory:
         """Logits of a batch of held-out rows, and copies of one row's in higher precision."""
         training = self.run.training
         logits_of_row = training.max_length * self._vocab_size
-        bytes_in_batch = training.per_device_eval_batch_size * self.compute_dtype.itemsize
-        return logits_of_row * (bytes_in_batch + _HELDOUT_COPY_BYTES)
+        num_rows = training.per_device_eval_batch_size
+        size = self.compute_dtype.itemsize
+        if self.autocast is None:
+            return logits_of_row * (num_rows * size + _HELDOUT_COPY_BYTES)
+        # accelerate converts the outputs of a model under autocast to float32, all rows at once.
+        while_converted = num_rows * (size + FLOAT32_BYTES)
+        afterwards = num_rows * FLOAT32_BYTES + _HELDOUT_COPY_BYTES
+        return logits_of_row * max(while_converted, afterwards)
 
     def _logit_bytes(self, rows: int) -> int:
         """Temporary memory of the head, when the backward pass begins."""
