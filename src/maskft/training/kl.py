@@ -21,6 +21,7 @@ from maskft_common.errors import UserError
 
 from ..data.tokenizing import IGNORED
 from ..loss import RowLoss, length_sorted_batches, pad
+from .row_attention import PREFIX
 
 
 class KLSum(NamedTuple):
@@ -340,7 +341,8 @@ def is_before_label(labels_BT: Tensor) -> Tensor:
 def _attention_of(device: torch.device, model: Any) -> Iterator[None]:
     """Let a model that waits for its GPU compute on the CPU, where kernels such as flash attention do not run."""
     before = model.config._attn_implementation
-    runs_there = device.type != "cpu" or before in (None, "eager", "sdpa")
+    kind = (before or "eager").removeprefix(PREFIX)
+    runs_there = device.type != "cpu" or kind in ("eager", "sdpa")
     if not runs_there:
         model.set_attn_implementation("eager")
     try:
