@@ -65,10 +65,11 @@ def published(
     for curve in sorted(study.glob(layout.CURVE.format(name, "*"))):
         files[target / curve.name] = curve.read_bytes()
 
-    runs = sorted(file.parent for file in study.glob(f"{layout.RUNS}/*/{layout.TRAINING}"))
     trainings = {}
-    for run in runs:
-        trainings[run.name] = json.loads((run / layout.TRAINING).read_text(encoding="utf-8"))["summary"]
+    for folder in runs_of(study, name):
+        training = folder / layout.TRAINING
+        if training.is_file():  # the model before training has none
+            trainings[folder.name] = json.loads(training.read_text(encoding="utf-8"))["summary"]
     files[target / "training.json"] = (json.dumps(trainings, indent=1) + "\n").encode()
 
     points = points_table(study, name)
@@ -82,6 +83,21 @@ def published(
         text = gzip.decompress(content) if file.suffix == ".gz" else content
         _check_paths(file, text.decode(), study)
     return files
+
+
+def runs_of(study: Path, name: str) -> list[Path]:
+    """Folders of the runs that a study made, also to tune, and of runs of another study that it shows."""
+    summary = json.loads((study / layout.SUMMARY.format(name)).read_text(encoding="utf-8"))
+    shown = set()
+    for record in summary["models"].values():
+        shown |= {row["run"] for row in record["runs"]}
+
+    folders = []
+    for file in sorted(study.glob(f"{layout.RUNS}/*/{layout.RUN}")):
+        run = json.loads(file.read_text(encoding="utf-8"))
+        if run["study"] == name or file.parent.name in shown:
+            folders.append(file.parent)
+    return folders
 
 
 def slug(name: str) -> str:
@@ -108,9 +124,9 @@ def points_table(study: Path, name: str) -> str | None:
     """Every measured point of the study's paths, as Markdown; None if it has no path."""
     rows = []
     probes: list[str] = []
-    for file in sorted(study.glob(f"{layout.RUNS}/*/{layout.RUN}")):
-        run = json.loads(file.read_text(encoding="utf-8"))
-        measured = _points_of(file.parent)
+    for folder in runs_of(study, name):
+        run = json.loads((folder / layout.RUN).read_text(encoding="utf-8"))
+        measured = _points_of(folder)
         for point, values in measured.items():
             probes += [probe for probe in values if probe not in probes]
             rows.append((run["name"], run["seed"], run["settings"], point, values))

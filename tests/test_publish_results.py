@@ -44,10 +44,15 @@ def study(tmp_path):
     write(folder / layout.STUDY_RECIPE.format(NAME), "# What: intents\n# First: inputs\n\nversion: 1\n")
     for run, training in json.loads((PUBLISHED / "training.json").read_text()).items():
         write(folder / layout.RUNS / run / layout.TRAINING, json.dumps({"summary": training}))
+        write(folder / layout.RUNS / run / layout.RUN, json.dumps({"study": NAME, "name": "x", "seed": 0}))
+    # Of another study in the folder, whose model this one does not show.
+    write(folder / layout.RUNS / "other" / layout.TRAINING, "not read")
+    write(folder / layout.RUNS / "other" / layout.RUN, json.dumps({"study": "another"}))
 
     for run, rate, points in (("base-1", None, {"0-0": 0}), ("full-s0-1", 1e-4, {"0.5-1": 0.25, "1-1": 0.5})):
+        of_run = {"study": NAME, "seed": 0}
         settings = {"seed": 0} if rate is None else {"seed": 0, "learning_rate": rate, "max_steps": 240}
-        write(folder / layout.RUNS / run / layout.RUN, json.dumps({"name": run, "seed": 0, "settings": settings}))
+        write(folder / layout.RUNS / run / layout.RUN, json.dumps({**of_run, "name": run, "settings": settings}))
         for point, gain in points.items():
             for rows, metrics in {
                 "heldout": {"nll": 7 - gain, "accuracy": gain},

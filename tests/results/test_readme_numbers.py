@@ -9,7 +9,7 @@ import pytest
 from maskft_lab.results.reading import read_all
 
 ROOT = Path(__file__).parents[2]
-LONG = "smollm2-curve-banking77-long"
+LONG = "smollm2-curve-banking77-long-seeds"
 SHORT = "smollm2-curve-banking77-kl-seeds"
 # Row of a table -> name of the method in both studies.
 METHODS = {
