@@ -117,11 +117,11 @@ def test_the_method_alone_and_training_on_top(wheel, tmp_path):
     assert status == 0 and "bitwise equal to the masked model" in out, err
     status, out, err = run(python, tmp_path, "-m", "maskft", "verify", "mask")
     assert status == 0 and "sha256 of every mask matches" in out, err
+    rows = [{"prompt": f"{n}+1=", "completion": str(n + 1)} for n in range(24)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     options = "--model_name_or_path base --dataset_name rows.jsonl --output_dir out"
     status, out, err = run(python, tmp_path, "-m", "maskft", "train", *options.split())
     assert status == 2 and err.count("\n") == 1 and "pip install -e '.[train]'" in err
-    rows = [{"prompt": f"{n}+1=", "completion": str(n + 1)} for n in range(24)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "with_train").mkdir()
     extra = [line for line in PROJECT["optional-dependencies"]["train"] if not line.startswith("maskft")]
     python = environment(tmp_path / "with_train", wheel, [*PROJECT["dependencies"], *extra])
