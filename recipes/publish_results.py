@@ -30,6 +30,7 @@ from maskft_common.files import write_bytes
 from maskft_lab.results.compare import compare
 from maskft_lab.results.reading import read_all
 from maskft_lab.results.render import render
+from maskft_lab.study.plan import slug
 
 # The first line of a table's body: everything above it was written by a person.
 BODY = re.compile(r"^## ", re.MULTILINE)
@@ -65,14 +66,15 @@ def published(
     for curve in sorted(study.glob(layout.CURVE.format(name, "*"))):
         files[target / curve.name] = curve.read_bytes()
 
+    folders = runs_of(study, name)
     trainings = {}
-    for folder in runs_of(study, name):
+    for folder in folders:
         training = folder / layout.TRAINING
         if training.is_file():  # the model before training has none
             trainings[folder.name] = json.loads(training.read_text(encoding="utf-8"))["summary"]
     files[target / "training.json"] = (json.dumps(trainings, indent=1) + "\n").encode()
 
-    points = points_table(study, name)
+    points = points_table(folders, name)
     if points:
         files[target / "points.md"] = points.encode()
 
@@ -100,11 +102,6 @@ def runs_of(study: Path, name: str) -> list[Path]:
     return folders
 
 
-def slug(name: str) -> str:
-    """The name of a model as the beginning of a file's name."""
-    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
-
-
 def _check_paths(
     file: Path,
     text: str,
@@ -120,11 +117,11 @@ def _check_paths(
             )
 
 
-def points_table(study: Path, name: str) -> str | None:
-    """Every measured point of the study's paths, as Markdown; None if it has no path."""
+def points_table(folders: list[Path], name: str) -> str | None:
+    """Every measured point of the paths of a study's runs, as Markdown; None if there is no path."""
     rows = []
     probes: list[str] = []
-    for folder in runs_of(study, name):
+    for folder in folders:
         run = json.loads((folder / layout.RUN).read_text(encoding="utf-8"))
         measured = _points_of(folder)
         for point, values in measured.items():

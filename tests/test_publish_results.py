@@ -84,7 +84,7 @@ def test_a_study_is_published_as_it_was(publish, study, tmp_path):
 
 
 def test_every_point_is_a_row(publish, study):
-    lines = publish.points_table(study, NAME).splitlines()
+    lines = publish.points_table(publish.runs_of(study, NAME), NAME).splitlines()
     columns = lines[4].strip("| ").split(" | ")
     assert columns[:7] == ["method", "seed", "setting", "of training", "of the change", "accuracy", "nll"]
     rows = [dict(zip(columns, line.strip("| ").split(" | "), strict=True)) for line in lines[6:]]

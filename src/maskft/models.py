@@ -307,6 +307,31 @@ def check_tokenizer_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
         )
 
 
+def without_adapter(model):
+    """The model of transformers that a PEFT model wraps; any other model as it is."""
+    if hasattr(model, "get_base_model"):
+        return model.get_base_model()
+    return model
+
+
+@contextmanager
+def attention_by(model, name: str) -> Iterator[None]:
+    """Let a model attend by the function of this name until the end of the block, also if that raises.
+
+    Args:
+        model: A model of transformers, with or without an adapter.
+        name: A name that is registered with transformers' ``AttentionInterface``, or ``eager``.
+    """
+    # The setter belongs to the model of transformers.
+    base = without_adapter(model)
+    before = base.config._attn_implementation
+    base.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(before)
+
+
 def is_local_folder(name_or_path: str) -> bool:
     """Whether the name means a folder on this machine: it exists, is written like a path, or is in a folder here."""
     is_written_as_path = name_or_path.startswith((".", "/", "~"))

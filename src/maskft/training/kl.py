@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,8 @@ from maskft_common.errors import UserError
 
 from ..data.tokenizing import IGNORED
 from ..loss import RowLoss, length_sorted_batches, pad
-from .row_attention import PREFIX
+from ..models import attention_by
+from .row_attention import OF_ALL_PAIRS, PREFIX
 
 
 class KLSum(NamedTuple):
@@ -157,7 +158,7 @@ class KLOnTask:
         device = next(self._model.parameters()).device
         ids_BT = torch.zeros(1, 1, dtype=torch.long, device=device)
         self._is_supervised_BT = torch.ones_like(ids_BT, dtype=torch.bool)
-        with _attention_of(device, self._model):
+        with _attention_on(device, self._model):
             expected_BTV = self._model(input_ids=ids_BT, use_cache=False).logits
         assert self._logits_NV is not None
         # Tolerances for bfloat16; a missing scale or cap is an error of another order.
@@ -337,19 +338,12 @@ def is_before_label(labels_BT: Tensor) -> Tensor:
     return next_labels_BT != IGNORED
 
 
-@contextmanager
-def _attention_of(device: torch.device, model: Any) -> Iterator[None]:
+def _attention_on(device: torch.device, model: Any) -> AbstractContextManager[None]:
     """Let a model that waits for its GPU compute on the CPU, where kernels such as flash attention do not run."""
-    before = model.config._attn_implementation
-    kind = (before or "eager").removeprefix(PREFIX)
-    runs_there = device.type != "cpu" or kind in ("eager", "sdpa")
-    if not runs_there:
-        model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        if not runs_there:
-            model.set_attn_implementation(before)
+    kind = (model.config._attn_implementation or "eager").removeprefix(PREFIX)
+    if device.type != "cpu" or kind in OF_ALL_PAIRS:
+        return nullcontext()
+    return attention_by(model, "eager")
 
 
 def head_logits(model: nn.Module, hidden_ND: Tensor) -> Tensor:

@@ -13,14 +13,14 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from torch import Tensor, nn
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from maskft_common.errors import UserError
 
+from ..models import without_adapter
 from .arguments import TrainingArguments
-from .row_attention import attention_within_rows
+from .row_attention import OF_ALL_PAIRS, attention_within_rows
 
 # Below it, an advice is not worth a line.
 _LEAST_SHARE_OF_PADDING = 0.2
@@ -113,7 +113,7 @@ def rows_kept_apart(
         return
 
     is_for_cpu = training.device.type == "cpu"
-    has_kernels = _has_states(model) or model.config._attn_implementation not in ("eager", "sdpa")
+    has_kernels = _has_states(model) or model.config._attn_implementation not in OF_ALL_PAIRS
     if has_kernels and not is_for_cpu:
         yield
         return
@@ -177,13 +177,9 @@ def _may_separate_rows(model: nn.Module) -> bool:
 def _has_states(model: nn.Module) -> bool:
     """Whether layers carry a state from token to token, in a recurrence or a convolution."""
     # transformers' mark of recurrent layers, which not all of them have.
-    is_recurrent = getattr(_without_adapter(model), "_is_stateful", False)
+    is_recurrent = getattr(without_adapter(model), "_is_stateful", False)
     return is_recurrent or any(isinstance(module, nn.Conv1d) for module in model.modules())
 
 
 def _may_take_positions(model: nn.Module) -> bool:
-    return "position_ids" in inspect.signature(_without_adapter(model).forward).parameters
-
-
-def _without_adapter(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    return "position_ids" in inspect.signature(without_adapter(model).forward).parameters

@@ -12,26 +12,26 @@ registered beside its own and call them, so that what a model adds to attention 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..models import attention_by, without_adapter
+
 # Beginning of the registered names. The end is the implementation that is called.
 PREFIX = "within_rows_"
-# Those that compute the scores of all pairs.
-_OF_ALL_PAIRS = ("eager", "sdpa")
+# Those that compute the scores of all pairs. They run on every device.
+OF_ALL_PAIRS = ("eager", "sdpa")
 
 
-@contextmanager
-def attention_within_rows(model: nn.Module) -> Iterator[None]:
+def attention_within_rows(model: nn.Module) -> AbstractContextManager[None]:
     """Let a model with eager attention or torch's compute attention within rows, until the end of the block.
 
     Batches with padding, and generation, are computed as before.
@@ -40,16 +40,11 @@ def attention_within_rows(model: nn.Module) -> Iterator[None]:
         model: A model of transformers, with or without an adapter. One that does not choose its attention function by
             name stays as it is.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = without_adapter(model)
     before = base.config._attn_implementation
-    if before not in _OF_ALL_PAIRS or not base._can_set_attn_implementation():
-        yield
-        return
-    base.set_attn_implementation(PREFIX + before)
-    try:
-        yield
-    finally:
-        base.set_attn_implementation(before)
+    if before not in OF_ALL_PAIRS or not base._can_set_attn_implementation():
+        return nullcontext()
+    return attention_by(base, PREFIX + before)
 
 
 def _attend(
@@ -200,6 +195,6 @@ def _make_mask(
     )
 
 
-for _name in _OF_ALL_PAIRS:
+for _name in OF_ALL_PAIRS:
     AttentionInterface.register(PREFIX + _name, partial(_attend, _name))
     AttentionMaskInterface.register(PREFIX + _name, partial(_make_mask, _name))

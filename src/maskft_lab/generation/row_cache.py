@@ -9,8 +9,8 @@ Shapes: B rows, H query heads, K key heads, G = H / K, P prefix tokens, T tokens
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from maskft.loss import pad
+from maskft.models import attention_by
 
 ATTENTION = "maskft_rows"
 SPARE_TOKENS = 64
@@ -356,17 +357,6 @@ def _attend(
 AttentionInterface.register(ATTENTION, _attend)
 
 
-@contextlib.contextmanager
-def attention(model) -> Iterator[None]:
-    """Let the model attend through `RowCache` inside the context."""
-    # The setter belongs to the transformers model, which a PEFT model wraps.
-    base = model
-    if hasattr(model, "get_base_model"):
-        base = model.get_base_model()
-    before = base.config._attn_implementation
-    # Restored also after an error: `_attention_is_known` tries models that raise.
-    base.set_attn_implementation(ATTENTION)
-    try:
-        yield
-    finally:
-        base.set_attn_implementation(before)
+def attention(model) -> AbstractContextManager[None]:
+    """Let the model attend through `RowCache` inside the context, also one that raises."""
+    return attention_by(model, ATTENTION)

@@ -235,7 +235,7 @@ class _Planner:
             raise UserError(f"method {method.name!r}: learning_rate {CURRENT_RATE} goes with `from` a full fine-tuning")
 
         # Folder name: method, seed, hash.
-        prefix = _slug(method.name)
+        prefix = slug(method.name)
         if method.method != PRETRAINED:
             prefix += f"-s{seed}"
         hashed_parents = {
@@ -445,8 +445,8 @@ def _num_values(values: list | TimesParent) -> int:
     return len(values)
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
     """A name as part of a folder's name: lower-case letters, digits and ``_``."""
-    slug = re.sub(r"[^a-z0-9]+", "_", text.lower())
-    slug = slug.strip("_")
-    return slug or "run"  # a name may have none of these characters
+    name = re.sub(r"[^a-z0-9]+", "_", text.lower())
+    name = name.strip("_")
+    return name or "run"  # a name may have none of these characters
