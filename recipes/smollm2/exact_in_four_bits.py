@@ -1,6 +1,7 @@
 """How much of a fine-tuning is left after storing it in four bits: a deletion mask, LoRA and all weights.
 
 python recipes/smollm2/exact_in_four_bits.py runs/curve runs/four_bits --seeds 0
+python recipes/smollm2/exact_in_four_bits.py runs/curve --gguf BASE.gguf --study runs/intents --study_name NAME
 python recipes/smollm2/exact_in_four_bits.py --table results/smollm2-exact-in-four-bits
 
 Inputs in runs/curve: make_curve_inputs.py, and for sums ../small/make_inputs.py. The base is SmolLM2-135M-Instruct with
@@ -16,6 +17,10 @@ study_curve_banking77_kl_seeds.yaml and study_curve_sums_rivals.yaml. Accuracy: 
 answer token is the most probable one, teacher-forced. Forgetting: nats per token on two probes, more than the base that
 was trained over has, or, for stored models, more than the stored base has. About 40 minutes of one core with bfloat16
 instructions for a task and a seed, 7 GB of memory.
+
+With ``--gguf`` the base is a published file whose tensors have different types, and the models are those that a study
+trained over it: for each method and seed the one that the study shows. There is no float base then. Fresh scales of a
+K type are those of Q8_0, because gguf's Python package writes no K types: more bits than the file has.
 """
 
 from __future__ import annotations
@@ -30,9 +35,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from grids import TYPES, BlockGrid, NF4Grid, grid_of
+from grids import BLOCK_TYPES, TYPES, BlockGrid, NF4Grid, grid_of
 from peft import PeftModel
 
+import gguf
 import maskft_lab
 from maskft.data.arguments import DataArguments
 from maskft.data.tokenizing import IGNORED, tokenize_example
@@ -41,7 +47,7 @@ from maskft.masks.mask_set import MaskSet
 from maskft.masks.merge import load_masked
 from maskft.models import load_model, load_tokenizer
 from maskft_common.files import write_text
-from maskft_common.layout import EMBEDDED_MODEL, TRAINING, holds_adapter
+from maskft_common.layout import EMBEDDED_MODEL, RUNS, SUMMARY, TRAINING, holds_adapter
 from maskft_lab.cli.main import main as maskft
 from maskft_lab.evaluation.heldout import heldout_rows
 from maskft_lab.results.statistics import Bootstrap, as_block
@@ -162,20 +168,63 @@ def linear_weights(model) -> dict[str, torch.Tensor]:
     return weights
 
 
+@dataclass(frozen=True)
+class Grid:
+    """The values that one weight of a base can take where it is stored.
+
+    Args:
+        values: A grid of grids.py.
+        scales: The scales that the base has there.
+    """
+
+    values: BlockGrid | NF4Grid
+    scales: torch.Tensor
+
+
+def grids_of_type(model, type_name: str) -> dict[str, Grid]:
+    """The grids of a base whose weights are all held in one type, by the names of linear_weights."""
+    values = grid_of(type_name)
+    weights = linear_weights(model)
+    return {name: Grid(values, values.scales(weight)) for name, weight in weights.items()}
+
+
+def grids_of_file(model, file: Path) -> dict[str, Grid]:
+    """The grids of a base that is a GGUF file of Qwen2, by the names of linear_weights.
+
+    Args:
+        model: The file's model, with dequantised weights.
+        file: The file.
+    """
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, model.config.num_hidden_layers)
+    grids = {}
+    for name, weight in linear_weights(model).items():
+        tensor = tensors[names.get_name(name, try_suffixes=(".weight",))]
+        if tensor.tensor_type.name not in BLOCK_TYPES:
+            sys.exit(f"{file}: {tensor.name} is {tensor.tensor_type.name}; supported: {', '.join(BLOCK_TYPES)}")
+        values = grid_of(tensor.tensor_type.name)
+        grid = Grid(values, values.scales_in(tensor.data))
+        # Finds scales that were read at the wrong place, and rows in another order.
+        if not torch.equal(values.nearest(weight, grid.scales), weight):
+            sys.exit(f"{file}: the values of {tensor.name} are not those of {name}")
+        grids[name] = grid
+    return grids
+
+
 def store(
     model,
     how: str,
-    grid: BlockGrid | NF4Grid,
-    scales: dict[str, torch.Tensor],
+    grids: dict[str, Grid],
 ) -> int:
-    """Replace the linear weights by the values that a grid of grids.py can hold; returns how many values differ."""
+    """Replace the linear weights by the values that their grids can hold; returns how many values differ."""
     # The model stays in float32 and takes the values that four bits can hold, so measuring needs no other kernels.
     num_differ = 0
     for name, weight in linear_weights(model).items():
+        grid = grids[name]
         if how == "fresh scales":
-            stored = grid.fresh(weight)
+            stored = grid.values.fresh(weight)
         else:
-            stored = grid.nearest(weight, scales[name])
+            stored = grid.values.nearest(weight, grid.scales)
         num_differ += int((stored != weight).sum())
         weight.copy_(stored)
     return num_differ
@@ -238,9 +287,13 @@ class Test:
         }
 
 
-def load_test(data_dir: Path, task: str) -> Test:
-    """The first test rows of a task, and of the probes of forgetting."""
-    tokenizer = load_tokenizer(EMBEDDED_MODEL)
+def load_test(
+    data_dir: Path,
+    task: str,
+    base: str = EMBEDDED_MODEL,
+) -> Test:
+    """The first test rows of a task, and of the probes of forgetting, as tokens of a base."""
+    tokenizer = load_tokenizer(base)
 
     # As maskft evaluate reads them, so that its numbers can be compared with these.
     def rows_of(file: str, num_rows: int) -> list[dict]:
@@ -408,27 +461,17 @@ def run(args, task: str, seed: int) -> None:
     bases = make_bases(args.work, type_name)
     test = load_test(args.data_dir, task)
 
-    grid = grid_of(type_name)
     base_model = load_model(str(bases[type_name]), "float32")
-    weights = linear_weights(base_model)
-    scales = {name: grid.scales(weight) for name, weight in weights.items()}
-    num_linear = sum(weight.numel() for weight in weights.values())
+    grids = grids_of_type(base_model, type_name)
+    num_linear = num_linear_weights(base_model)
 
     # A second call continues where the first ended.
-    file = args.results / f"{task}-{type_name}-seed{seed}.json"
-    rows = json.loads(file.read_text())["rows"] if file.is_file() else []
-    head = {
-        "task": task,
-        "type": type_name,
-        "seed": seed,
-        "num_linear": num_linear,
-    }
-    results = Results(file, head, test, rows)
+    results = results_of(args, task, type_name, seed, num_linear, test)
 
     # The bases themselves.
     if not results.has("none", type_name, "as trained"):
         results.add("none", type_name, "as trained", base_model, 0)
-    del base_model, weights
+    del base_model
     if not results.has("none", "float", "as trained"):
         float_model = load_model(str(bases["float"]), "float32")
         results.add("none", "float", "as trained", float_model, None)
@@ -447,13 +490,93 @@ def run(args, task: str, seed: int) -> None:
                 continue
             folder = args.work / f"{task}-{over}-{method}-{seed}".replace(" ", "-")
             train(bases[over], args.data_dir, task, method, seed, folder)
-            for stored in missing:
-                # Loaded each time, because storing changes the weights.
-                is_stored = stored != "as trained"
-                model = trained(bases[over], folder, method, is_merged=is_stored)
-                num_differ = store(model, stored, grid, scales) if is_stored else None
-                results.add(method, over, stored, model, num_differ)
-                del model
+            measure_stored(results, method, over, missing, bases[over], folder, grids)
+
+
+def run_study(args) -> None:
+    """Measure the models that a study trained over a GGUF file; writes one JSON file for each seed."""
+    args.results.mkdir(parents=True, exist_ok=True)
+    summary_file = args.study / SUMMARY.format(args.study_name)
+    summary = json.loads(summary_file.read_text())
+    (models,) = summary["models"].values()
+    shown = [run for run in models["runs"] if run["role"] == "best"]
+
+    (task,) = args.tasks
+    type_name = args.gguf.stem.rpartition("-")[2].upper()  # q4_k_m, by the custom of such files
+    test = load_test(args.data_dir, task, str(args.gguf))
+    base_model = load_model(str(args.gguf), "float32")
+    grids = grids_of_file(base_model, args.gguf)
+    num_linear = num_linear_weights(base_model)
+    for seed in args.seeds:
+        results = results_of(args, task, type_name, seed, num_linear, test)
+        if not results.has("none", type_name, "as trained"):
+            results.add("none", type_name, "as trained", base_model, 0)
+        for method in METHODS:
+            # The study's names say more, such as "full with KL to base".
+            folders = [
+                args.study / RUNS / run["run"]
+                for run in shown
+                if run["name"].startswith(f"{method} with ") and run["seed"] == seed
+            ]
+            if len(folders) != 1:
+                sys.exit(f"{summary_file} has {len(folders)} models of {method}, seed {seed}; one is needed")
+            stores = ["as trained", "base's grid", "fresh scales"]
+            missing = [stored for stored in stores if not results.has(method, type_name, stored)]
+            measure_stored(results, method, type_name, missing, args.gguf, folders[0], grids)
+
+
+def num_linear_weights(model) -> int:
+    """Number of the weights that are held in four bits."""
+    return sum(weight.numel() for weight in linear_weights(model).values())
+
+
+def results_of(
+    args,
+    task: str,
+    type_name: str,
+    seed: int,
+    num_linear: int,
+    test: Test,
+) -> Results:
+    """The results of a task, a type and a seed. A second call continues where the first ended."""
+    file = args.results / f"{task}-{type_name}-seed{seed}.json"
+    rows = json.loads(file.read_text())["rows"] if file.is_file() else []
+    head = {
+        "task": task,
+        "type": type_name,
+        "seed": seed,
+        "num_linear": num_linear,
+    }
+    return Results(file, head, test, rows)
+
+
+def measure_stored(
+    results: Results,
+    method: str,
+    over: str,
+    stores: Sequence[str],
+    base: Path,
+    folder: Path,
+    grids: dict[str, Grid],
+) -> None:
+    """Measure a trained model, stored in several ways.
+
+    Args:
+        results: Take the measures.
+        method: A key of METHODS.
+        over: Name of the base that it was trained over.
+        stores: Of "as trained", "base's grid" and "fresh scales".
+        base: Folder or file of that base.
+        folder: The trained model.
+        grids: Of the base that it is stored in.
+    """
+    for stored in stores:
+        # Loaded each time, because storing changes the weights.
+        is_stored = stored != "as trained"
+        model = trained(base, folder, method, is_merged=is_stored)
+        num_differ = store(model, stored, grids) if is_stored else None
+        results.add(method, over, stored, model, num_differ)
+        del model
 
 
 def run_ready(args) -> None:
@@ -464,24 +587,24 @@ def run_ready(args) -> None:
 
     masks = MaskSet.from_adapter(READY)
     model = load_model(str(bases["float"]), "float32")
-    num_linear = sum(weight.numel() for weight in linear_weights(model).values())
     file = args.results / f"intents-{type_name}-seed-ready.json"
     head = {
         "task": "intents",
         "type": type_name,
         "seed": "ready",
-        "num_linear": num_linear,
+        "num_linear": num_linear_weights(model),
     }
     results = Results(file, head, test)
 
     # Removed weights become zero, and zero is on every grid.
     masks.apply_(model)
     results.add("ready mask", "float", "as trained", model, None)
-    num_differ = store(model, "fresh scales", grid_of(type_name), {})
+    base_model = load_model(str(bases[type_name]), "float32")
+    num_differ = store(model, "fresh scales", grids_of_type(base_model, type_name))
     results.add("ready mask", "float", "fresh scales", model, num_differ)
 
     # The zero codes of the mask in the base's own blocks, as merging with --accept_other_base writes them.
-    model = load_model(str(bases[type_name]), "float32")
+    model = base_model
     masks.apply_(model)
     results.add("ready mask", "float", f"zero codes in the base's {type_name}", model, 0)
 
@@ -608,6 +731,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--tasks", nargs="+", default=["intents"], choices=list(TASKS))
     parser.add_argument("--type", default="Q4_0", choices=TYPES, help="format that holds the base")
+    parser.add_argument("--gguf", type=Path, metavar="FILE", help="the base is this file, of Qwen2; needs --study")
+    parser.add_argument("--study", type=Path, metavar="FOLDER", help="of a study over --gguf; trains nothing")
+    parser.add_argument("--study_name", help="of the recipe that the study ran")
     parser.add_argument("--results", type=Path, default=Path("results/smollm2-exact-in-four-bits"))
     parser.add_argument("--ready", action="store_true", help="only the mask that maskft brings; trains nothing")
     parser.add_argument("--table", type=Path, metavar="FOLDER", help="write and print the table of a folder's results")
@@ -617,6 +743,11 @@ def main() -> None:
         text = table(args.table)
         (args.table / "table.md").write_text(text)
         print(text)
+        return
+    if args.gguf is not None:
+        if None in (args.data_dir, args.study, args.study_name) or len(args.tasks) > 1:
+            parser.error("--gguf needs the folder of the inputs, --study, --study_name and one task")
+        run_study(args)
         return
     if args.work is None:
         parser.error("give the folder of the inputs, and one for trained models")
