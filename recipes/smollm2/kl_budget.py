@@ -69,6 +69,7 @@ def main() -> None:
         help=f"budgets in nats per token, {TUNED!r} or {NO_TERM!r}; default: {' '.join(str(term) for term in TERMS)}",
     )
     parser.add_argument("--rate", help="learning rate of all methods here, instead of the one tuned without a budget")
+    parser.add_argument("--max_steps", help="optimizer steps of all runs here, instead of 48 (sums: 64)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--results", type=Path, default=Path("results/smollm2-kl-budget"))
     parser.add_argument("--table", type=Path, metavar="FOLDER", help="write table and picture of a folder's results")
@@ -114,8 +115,12 @@ def run(args, task: str, seed: int) -> None:
         content["base"] = test.measure(base)
         del base
     for method, term in itertools.product(args.methods, args.terms):
-        # Runs with another rate are rows of their own.
-        label = f"{method}, {args.rate}" if args.rate else method
+        # Runs with another rate or of another length are rows of their own.
+        label = method
+        if args.rate:
+            label += f", {args.rate}"
+        if args.max_steps:
+            label += f", {args.max_steps} steps"
         if (label, term) in done:
             continue
         folder = args.work / f"{task}-{label}-{term}-{seed}".replace(" ", "-")
@@ -182,6 +187,8 @@ def train(
         "save_steps": "0.25",
         "save_total_limit": "1",
     }
+    if args.max_steps:
+        options["max_steps"] = args.max_steps
     four_bits.train_once(options, folder)
 
 
