@@ -58,6 +58,23 @@ def test_rows_in_four_bits_are_written_whole(script, tmp_path, monkeypatch):
     assert file.read_text() == written
 
 
+def test_models_over_float_weights_are_measured_once(script, tmp_path):
+    recipe = script("exact_in_four_bits")
+    head = {"task": "intents", "type": "Q4_0", "seed": 0, "num_linear": 3}
+    first = recipe.Results(tmp_path / "intents-Q4_0-seed0.json", head, FixedTest())
+    for over, stored in (("Q4_0", "as trained"), ("float", "as trained"), ("float", "fresh scales")):
+        first.add("full", over, stored, None, None)
+    second = recipe.Results(tmp_path / "intents-Q8_0-seed0.json", head | {"type": "Q8_0"}, FixedTest())
+    second.take_float_models()
+    second.take_float_models()
+    assert second.rows == [first.rows[1]]
+
+    # Another seed is another model.
+    other = recipe.Results(tmp_path / "intents-Q8_0-seed1.json", head | {"seed": 1}, FixedTest())
+    other.take_float_models()
+    assert other.rows == []
+
+
 def test_skills_that_add_up(script, copied):
     folder = copied("smollm2-skills")
     table = (folder / "table.md").read_text()

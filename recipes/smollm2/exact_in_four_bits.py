@@ -418,6 +418,15 @@ class Results:
                 return True
         return False
 
+    def take_float_models(self) -> None:
+        """Take what was measured of models that were trained over float weights and not stored: no type changes it."""
+        pattern = f"{self.head['task']}-*-seed{self.head['seed']}.json"
+        for file in sorted(self.file.parent.glob(pattern)):
+            for row in json.loads(file.read_text())["rows"]:
+                key = (row["method"], row["trained_over"], row["stored"])
+                if key[1:] == ("float", "as trained") and not self.has(*key):
+                    self.rows.append(row)
+
     def add(
         self,
         method: str,
@@ -467,6 +476,7 @@ def run(args, task: str, seed: int) -> None:
 
     # A second call continues where the first ended.
     results = results_of(args, task, type_name, seed, num_linear, test)
+    results.take_float_models()
 
     # The bases themselves.
     if not results.has("none", type_name, "as trained"):
