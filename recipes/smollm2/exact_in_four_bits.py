@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -621,8 +620,8 @@ def run_ready(args) -> None:
 
 # The table
 
-# How the paragraph above each table begins.
-TABLE_START = re.compile(r"^\w+, \w+, \d+ test rows, seed ", re.MULTILINE)
+# How the first paragraph that is not a person's begins.
+OVERVIEW_START = "Accuracy in %, as trained and as stored"
 
 
 def table(results: Path) -> str:
@@ -634,7 +633,7 @@ def table(results: Path) -> str:
         key = (run["task"], run["type"], is_ready)
         groups.setdefault(key, []).append(run)
 
-    lines = []
+    lines = _overview(groups)
     for runs in groups.values():
         lines += _table_of(runs)
 
@@ -642,8 +641,43 @@ def table(results: Path) -> str:
     head = "# Exact in four bits: how much of a fine-tuning is left when it is stored on the base's grid\n\n"
     if file.is_file():
         # The lines that a person wrote above the first table stay.
-        head, *_ = TABLE_START.split(file.read_text(), maxsplit=1)
+        head, *_ = file.read_text().split(OVERVIEW_START)
     return head + "\n".join(lines)
+
+
+def _overview(groups: dict[tuple, list[dict]]) -> list[str]:
+    """Lines of the first table: accuracies of every task and type, before and after storing."""
+    columns = [f"{method} over {over}" for over in ("the type", "float") for method in METHODS]
+    lines = [
+        f"{OVERVIEW_START}, mean over seeds. What was trained over the type is stored on its base's grid, what was "
+        "trained over float with fresh scales.",
+        "",
+        f"| task | type | seeds | {' | '.join(columns)} |",
+        "|---|---|---|" + "---|" * len(columns),
+    ]
+    for (task, type_name, is_ready), runs in groups.items():
+        if is_ready:
+            continue
+        cells = [task, type_name, str(len(runs))]
+        for over, stored in ((type_name, "base's grid"), ("float", "fresh scales")):
+            for method in METHODS:
+                before = _accuracies(runs, method, over, "as trained")
+                after = _accuracies(runs, method, over, stored)
+                is_complete = len(before) == len(after) == len(runs)
+                cells.append(f"{np.mean(before):.1f} → {np.mean(after):.1f}" if is_complete else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _accuracies(runs: list[dict], method: str, over: str, stored: str) -> list[float]:
+    """Accuracy of a model in %, of each seed that has it."""
+    key = (method, over, stored)
+    return [
+        100 * row["accuracy"]
+        for run in runs
+        for row in run["rows"]
+        if (row["method"], row["trained_over"], row["stored"]) == key
+    ]
 
 
 def _table_of(runs: list[dict]) -> list[str]:
