@@ -1,4 +1,4 @@
-r"""Choose a mask for each prompt without labels: the task whose prompts are most similar to it in the base's view.
+r"""Choose a mask for each prompt: that of the task whose prompts have the most similar hidden states in the base.
 
 python examples/route_by_prompt.py my-model sums=sums_train.jsonl intents=intents_train.jsonl \
     --test sums=sums_test.jsonl intents=intents_test.jsonl

@@ -1,4 +1,4 @@
-"""Let a base model write text itself: rows for ``--kl_dataset_name`` where you have no text to stay near to.
+"""Let a base model write text itself: rows for ``--kl_dataset_name`` if you have none of your own.
 
 python examples/sample_from_base.py my-model own_text.jsonl --num_rows 256
 maskft train ... --kl_budget 0.1 --kl_dataset_name own_text.jsonl
