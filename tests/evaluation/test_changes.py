@@ -73,6 +73,23 @@ def test_a_part_of_an_adapter_is_what_peft_rescales(base, lora, full):
     assert found[2][2].get("adapter") is None
 
 
+def test_only_changed_weights_have_to_be_stored(base, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    gates = [parameter for name, parameter in model.named_parameters() if "gate_proj" in name]
+    with torch.no_grad():
+        for gate in gates:
+            gate[0, 0] += 1.0
+    model.save_pretrained(tmp_path / "partial")
+    options = EvaluationArguments(
+        model_name_or_path=str(base),
+        change=[str(tmp_path / "partial")] * 2,
+        scale=[0.5, 1.0],
+        output_dir="any",
+    )
+    for loaded in load_changes(options):
+        assert loaded.facts["num_bytes"] == 2 * sum(gate.numel() for gate in gates) > 0
+
+
 def test_part_of_a_removal_makes_weights_smaller(base, adapter):
     options = EvaluationArguments(model_name_or_path=str(base), change=[str(adapter)], scale=[0.25], output_dir="any")
     after = weights(next(load_changes(options)).model)

@@ -130,7 +130,7 @@ def load_changes(options: EvaluationArguments) -> Iterator[Loaded]:
             "scale": scale,
             "adapter": portable_name(change),
             "adapter_sha256": sha256_of[change],
-            "num_bytes": _stored_bytes(change, model),
+            "num_bytes": _stored_bytes(change, model, before),
             **facts_of(change),
         }
 
@@ -260,10 +260,20 @@ def _weights_sha256(model) -> str:
     return digest_tensors(weights)
 
 
-def _stored_bytes(change: str, model) -> int:
-    """Bytes that have to be stored for a change: masks coded, all other numbers in bfloat16."""
+def _stored_bytes(change: str, model, before: Mapping[str, torch.Tensor]) -> int:
+    """Bytes that have to be stored for a change: masks coded, all other numbers in bfloat16.
+
+    Args:
+        change: Its folder.
+        model: The model with all of the change.
+        before: The base's parameters.
+    """
     if not holds_adapter(change):
-        return sum(_BYTES_OF_BFLOAT16 * parameter.numel() for parameter in model.parameters())
+        # Parameters that training left alone are the base's: full fine-tuning may be of some layers only.
+        changed = [
+            parameter for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])
+        ]
+        return sum(_BYTES_OF_BFLOAT16 * parameter.numel() for parameter in changed)
 
     tensors = load_file(Path(change) / ADAPTER_WEIGHTS)
     if facts_of(change)["method"] in MASK_METHODS:
