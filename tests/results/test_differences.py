@@ -1,5 +1,7 @@
 """Clusters and families: what is claimed, checked by simulation."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -81,6 +83,20 @@ def test_the_level_pays_for_what_the_comparisons_do_not_share():
     assert simultaneous_level(elsewhere, 0.05) == pytest.approx(1 - 0.95**0.5, rel=0.05)
     seeds = [each._replace(own_variance=1e6) for each in [apart[0]] * 5]
     assert simultaneous_level(seeds, 0.05) == pytest.approx(1 - 0.95 ** (1 / 5), rel=0.05)
+
+
+def test_the_level_is_drawn_in_chunks_of_the_same_numbers(monkeypatch):
+    rng = np.random.default_rng(0)
+    many = [noise(*rng.normal(size=50)) for _ in range(40)]
+    monkeypatch.setattr(families, "NUM_DRAWS", 5000)
+    at_once = simultaneous_level(many, 0.05)
+    monkeypatch.setattr(families, "MAX_CHUNK_DRAWS", 10_000)
+    tracemalloc.start()
+    in_chunks = simultaneous_level(many, 0.05)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert in_chunks == at_once
+    assert peak_bytes < 5000 * 40 * 8 / 2
 
 
 def family(rng, truths, num_items=80):

@@ -15,6 +15,8 @@ from scipy import stats
 from .statistics import Bootstrap
 
 NUM_DRAWS = 100_000  # of the maximum: an error of 1 % in the level, at 0.05
+MAX_CHUNK_DRAWS = 2**22  # draws x comparisons held at once: 34 MB, where 300 comparisons at once would take 0.7 GB
+_CHUNK_ROWS = 64  # a chunk has a multiple of so many draws
 
 
 class Noise(NamedTuple):
@@ -75,14 +77,9 @@ def simultaneous_level(
     if num_comparisons == 1:
         return alpha
 
-    # Normal draws with the correlations of the differences: independent ones times a root of the correlation matrix.
-    rng = np.random.default_rng(seed)
-    independent_RJ = rng.standard_normal((NUM_DRAWS, num_comparisons))
-    root_JJ = _root(_correlation(family))
-    draws_RJ = independent_RJ @ root_JJ.T
-
     # All intervals hold together where the largest of the |T| is below the critical value.
-    maxima_R = np.abs(draws_RJ).max(axis=1)
+    root_JJ = _root(_correlation(family))
+    maxima_R = _maxima(root_JJ, seed)
     critical = float(np.quantile(maxima_R, 1 - alpha))
     # Only the level is taken from the normal law. Each interval is then read from its own resamples, stretched to this
     # level (`Measured.interval`).
@@ -91,6 +88,25 @@ def simultaneous_level(
     # The draws have an error; these bounds hold exactly.
     lowest = alpha / num_comparisons  # Bonferroni
     return float(min(alpha, max(lowest, level)))
+
+
+def _maxima(root_JJ: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+    """Return the largest |T| of each draw, shape (R,)."""
+    num_comparisons = len(root_JJ)
+    rng = np.random.default_rng(seed)
+    maxima_R = np.empty(NUM_DRAWS)
+
+    # In chunks, which give the numbers of one large product: the generator fills a matrix row by row, and each row of
+    # a product is summed by itself, in the same order as long as a chunk leaves no few rows over (hence the multiple).
+    chunk = MAX_CHUNK_DRAWS // num_comparisons // _CHUNK_ROWS * _CHUNK_ROWS
+    chunk = max(_CHUNK_ROWS, chunk)
+    for start in range(0, NUM_DRAWS, chunk):
+        stop = min(start + chunk, NUM_DRAWS)
+        # Normal draws with the correlations of the differences: independent ones times a root of the correlations.
+        independent_RJ = rng.standard_normal((stop - start, num_comparisons))
+        draws_RJ = independent_RJ @ root_JJ.T
+        maxima_R[start:stop] = np.abs(draws_RJ, out=draws_RJ).max(axis=1)
+    return maxima_R
 
 
 def _correlation(family: Sequence[Noise]) -> NDArray[np.float64]:
