@@ -11,9 +11,17 @@ from maskft_lab.results.comparison import Comparison, Settings
 from maskft_lab.results.render import render
 from maskft_lab.results.schema import build_result, build_task, items_fingerprint, metric_from_items
 from maskft_lab.results.verdict import reworded
-from maskft_lab.results.words import sentence
+from maskft_lab.results.words import numbers_text, sentence
 
 NUM_ITEMS, PARENT = 400, "f" * 64
+
+
+def test_numbers_of_seeds_are_zero_only_where_they_are():
+    """Of 5,000 items one is 0.02 points: seeds that differ in sign are not shown as +5.0 and -0.0."""
+    assert numbers_text([0.05, -0.0002], "fraction") == "+5.00, -0.02"
+    assert numbers_text([0.05, -0.0, 1e-18], "fraction") == "+5.0, +0.0, +0.0"
+    assert numbers_text([0.25, -0.025], "fraction") == "+25.0, -2.5"
+    assert numbers_text([1.5, -0.00002], "nats/token") == "+1.50000, -0.00002"
 
 
 def result(name, method, right, seed=0, *, tokens=2000, start="full-s{}-a", fingerprint=PARENT):

@@ -96,18 +96,9 @@ def _with_interval(
     unit: str = "",
 ) -> str:
     """Return a difference and bounds, with enough decimals that only a zero is written as zero."""
-    # One number of decimals for all three numbers, in percent for shares.
-    scale, digits = scale_and_digits(row.unit)
-    numbers = [scale * number for number in (row.difference, *bounds)]
-
-    # More decimals while the smallest number that is not zero would be rounded to zero.
-    sizes = [abs(number) for number in numbers if number]
-    smallest = min(sizes, default=1.0)
-    while smallest < 0.5 * 10**-digits and digits < MAX_DIGITS:
-        digits += 1
-
-    # -0.0 + 0.0 is 0.0: no minus before zero.
-    value, low, high = [round(number, digits) + 0.0 for number in numbers]
+    # One number of decimals for all three numbers.
+    numbers, digits = _rounded((row.difference, *bounds), row.unit)
+    value, low, high = numbers
     text = f"{value:+.{digits}f}"
     if unit:
         text += f" {unit}"
@@ -164,10 +155,27 @@ def task_text(row: Difference | Score) -> str:
 
 
 def numbers_text(numbers: Sequence[float], unit: str) -> str:
-    """Return differences with their signs, such as those of several seeds."""
-    scale, digits = scale_and_digits(unit)
-    texts = [f"{scale * number:+.{digits}f}" for number in numbers]
+    """Return differences with their signs, such as those of several seeds; only a zero is written as zero."""
+    # Items that cancel each other may leave some 1e-18, which no decimal would show.
+    shown = [number if abs(number) >= 10**-MAX_DIGITS else 0.0 for number in numbers]
+    rounded, digits = _rounded(shown, unit)
+    texts = [f"{number:+.{digits}f}" for number in rounded]
     return ", ".join(texts)
+
+
+def _rounded(numbers: Sequence[float], unit: str) -> tuple[list[float], int]:
+    """Return numbers as they are printed, in percent for shares, and how many decimals all of them need."""
+    scale, digits = scale_and_digits(unit)
+    scaled = [scale * number for number in numbers]
+
+    # More decimals while the smallest number that is not zero would be rounded to zero.
+    sizes = [abs(number) for number in scaled if number]
+    smallest = min(sizes, default=1.0)
+    while smallest < 0.5 * 10**-digits and digits < MAX_DIGITS:
+        digits += 1
+
+    # -0.0 + 0.0 is 0.0: no minus before zero.
+    return [round(number, digits) + 0.0 for number in scaled], digits
 
 
 def scale_and_digits(unit: str) -> tuple[float, int]:
