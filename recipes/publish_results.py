@@ -12,24 +12,28 @@ Written are
 - ``table.md``: the study's table. The paragraphs above the first table are kept where the file exists; else they are
   begun from the recipe, and the last of them, who chose, is for a person to write.
 
-Nothing is written if a file names a folder of this machine.
+Runs, points and curves are those of the study's last summary: what earlier versions of its recipe left in the folder is
+not published. Nothing is written if a file names a folder of this machine, or if the target holds a result or a curve
+that the study does not have.
 """
 
 from __future__ import annotations
 
 import argparse
+import glob
 import gzip
 import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from maskft_common import layout
 from maskft_common.errors import UserError
 from maskft_common.files import write_bytes
 from maskft_lab.results.compare import compare
-from maskft_lab.results.reading import read_all
 from maskft_lab.results.render import render
+from maskft_lab.results.schema import check_result
 from maskft_lab.study.plan import slug
 
 # The first line of a table's body: everything above it was written by a person.
@@ -44,41 +48,50 @@ def published(
     """Return the content of each file, without the comparison with another baseline.
 
     Raises:
-        UserError: If the study is not finished, or a file names a folder of this machine.
+        UserError: If the study is not finished, two results would have one file, or a file names a folder of this
+            machine.
     """
     summary_file = study / layout.SUMMARY.format(name)
     if not summary_file.is_file():
         raise UserError(
             f"{study} has no {summary_file.name}: name the folder of a finished study, and its --study_name"
         )
-    summary_text = summary_file.read_text(encoding="utf-8")
+    summary_text = _text(summary_file)
     files = {target / "summary.json": summary_text.encode()}
 
     for record in json.loads(summary_text)["models"].values():
         for row in record["runs"]:
-            text = (study / layout.RESULTS / row["result"] / layout.RESULT).read_text(encoding="utf-8")
+            text = _result_text(study, row)
             # A study has one result of a method and seed, except where both its best and its last model are shown.
             role = "" if row["role"] == "best" else f"-{row['role']}"
             file = target / f"{slug(row['name'])}-s{row['seed']}{role}.json.gz"
+            if file in files:
+                raise UserError(
+                    f"{file.name} would be of two models, {row['name']!r} and another with the same letters: rename one"
+                )
             # Without the time of compression, so that the same results are the same bytes.
             files[file] = gzip.compress(text.encode(), mtime=0)
 
-    for curve in sorted(study.glob(layout.CURVE.format(name, "*"))):
-        files[target / curve.name] = curve.read_bytes()
+    # A name may have characters that a pattern has too.
+    for curve in sorted(study.glob(layout.CURVE.format(glob.escape(name), "*"))):
+        # The pattern also matches curves of another study in the folder, whose name begins with this one's.
+        probe = json.loads(_text(curve))["probe"]
+        if curve.name == layout.CURVE.format(name, probe):
+            files[target / curve.name] = curve.read_bytes()
 
     folders = runs_of(study, name)
     trainings = {}
     for folder in folders:
         training = folder / layout.TRAINING
         if training.is_file():  # the model before training has none
-            trainings[folder.name] = json.loads(training.read_text(encoding="utf-8"))["summary"]
+            trainings[folder.name] = json.loads(_text(training))["summary"]
     files[target / "training.json"] = (json.dumps(trainings, indent=1) + "\n").encode()
 
     points = points_table(folders, name)
     if points:
         files[target / "points.md"] = points.encode()
 
-    table = (study / layout.STUDY_TABLE.format(name)).read_text(encoding="utf-8")
+    table = _text(study / layout.STUDY_TABLE.format(name))
     files[target / "table.md"] = with_head(table, target / "table.md", study, name).encode()
 
     for file, content in files.items():
@@ -87,19 +100,47 @@ def published(
     return files
 
 
-def runs_of(study: Path, name: str) -> list[Path]:
-    """Folders of the runs that a study made, also to tune, and of runs of another study that it shows."""
-    summary = json.loads((study / layout.SUMMARY.format(name)).read_text(encoding="utf-8"))
-    shown = set()
-    for record in summary["models"].values():
-        shown |= {row["run"] for row in record["runs"]}
+def _text(file: Path) -> str:
+    if not file.is_file():
+        raise UserError(f"{file} does not exist: finish the study with maskft study, which writes it")
+    return file.read_text(encoding="utf-8")
 
-    folders = []
-    for file in sorted(study.glob(f"{layout.RUNS}/*/{layout.RUN}")):
-        run = json.loads(file.read_text(encoding="utf-8"))
-        if run["study"] == name or file.parent.name in shown:
-            folders.append(file.parent)
-    return folders
+
+def _result_text(study: Path, row: dict[str, Any]) -> str:
+    """A result under the name that the study's table has: its file keeps the name of an earlier recipe."""
+    text = _text(study / layout.RESULTS / row["result"] / layout.RESULT)
+    result = json.loads(text)
+    if result["name"] == row["name"]:
+        return text
+    # As a result is written, so that nothing else differs.
+    return json.dumps(result | {"name": row["name"]}, indent=1, ensure_ascii=False) + "\n"
+
+
+def runs_of(study: Path, name: str) -> list[Path]:
+    """Folders of the runs that a study shows, and of those that tuning tried; another study may have made them."""
+    summary = json.loads(_text(study / layout.SUMMARY.format(name)))
+    wanted = set()
+    for record in summary["models"].values():
+        wanted |= {_hash_of(row["run"]) for row in record["runs"]}
+        for tuned in record.get("tuning", []):
+            for trial in tuned["trials"]:
+                wanted |= {_hash_of(run) for run in trial["runs"]}
+
+    files = sorted(study.glob(f"{layout.RUNS}/*/{layout.RUN}"))
+    return [file.parent for file in files if _hash_of(file.parent.name) in wanted]
+
+
+def _hash_of(run: str) -> str:
+    """The hash at the end of a run's name: another study, or an earlier recipe, may have another name before it."""
+    return run.rpartition("-")[2]
+
+
+def _check_target(files: dict[Path, bytes], target: Path) -> None:
+    """Check that the target holds no result or curve that the study lacks: whoever reads the folder reads it too."""
+    for pattern in ("*.json.gz", "curve-*.json"):
+        for file in sorted(target.glob(pattern)):
+            if file not in files:
+                raise UserError(f"{file} is of no model or probe of this study: delete it, or name another folder")
 
 
 def _check_paths(
@@ -111,7 +152,9 @@ def _check_paths(
     for folder in (Path.home(), Path.cwd(), study.resolve()):
         # The first two components, such as /home/NAME: what a study reads is often beside its folder.
         start = "/" + "/".join(folder.parts[1:3])
-        if len(start) > 1 and start in text:
+        # In JSON, letters beyond ASCII may be written as codes.
+        spellings = (start, json.dumps(start)[1:-1])
+        if len(start) > 1 and any(spelling in text for spelling in spellings):
             raise UserError(
                 f"{file.name} would name {start}, a folder of this machine: run the study with relative paths"
             )
@@ -122,7 +165,7 @@ def points_table(folders: list[Path], name: str) -> str | None:
     rows = []
     probes: list[str] = []
     for folder in folders:
-        run = json.loads((folder / layout.RUN).read_text(encoding="utf-8"))
+        run = json.loads(_text(folder / layout.RUN))
         measured = _points_of(folder)
         for point, values in measured.items():
             probes += [probe for probe in values if probe not in probes]
@@ -131,7 +174,10 @@ def points_table(folders: list[Path], name: str) -> str | None:
         return None
 
     # The model before training has one point, 0-0, from which forgetting is counted.
-    (before,) = (values for *_, point, values in rows if point == "0-0")
+    of_base = [values for *_, point, values in rows if point == "0-0"]
+    if len(of_base) != 1:
+        raise UserError(f"{len(of_base)} models before training were measured along the paths, which count from one")
+    (before,) = of_base
     probes.remove("heldout")
     heldout = [metric for metric in ("accuracy", "nll") if metric in before["heldout"]]
     columns = ["method", "seed", "setting", "of training", "of the change", *heldout, *probes]
@@ -152,25 +198,47 @@ def points_table(folders: list[Path], name: str) -> str | None:
         setting = ", ".join(f"{key} {settings[key]:g}" for key in varied if settings.get(key) is not None)
         cells = [method, str(seed), setting, share, scale]
         for metric in heldout:
-            value = values["heldout"][metric]
-            cells.append(f"{100 * value:.1f}" if metric == "accuracy" else f"{value:.4f}")
+            scale, digits = (100, 1) if metric == "accuracy" else (1, 4)
+            cells.append(_number(values["heldout"][metric], scale, f".{digits}f"))
         for probe in probes:
-            if "kl" in values[probe]:
-                cells.append(f"{values[probe]['kl']:.4f}")
-            else:
-                cells.append(f"{values[probe]['nll'] - before[probe]['nll']:+.4f}")
+            of_probe = values.get(probe, {})
+            if "kl" in of_probe:
+                cells.append(_number(of_probe["kl"], 1, ".4f"))
+                continue
+            rise = None
+            if of_probe.get("nll") is not None:
+                rise = of_probe["nll"] - before[probe]["nll"]
+            cells.append(_number(rise, 1, "+.4f"))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
+def _number(
+    value: float | None,
+    scale: float,
+    form: str,
+) -> str:
+    """A number of a table; a dash where there is none, as of a point whose loss was not finite."""
+    return "–" if value is None else f"{scale * value:{form}}"
+
+
 def _points_of(run: Path) -> dict[str, dict[str, dict[str, float]]]:
-    """Point, such as ``1-0.85`` -> set of rows -> metric -> value, of one run."""
+    """Point, such as ``1-0.85`` -> set of rows -> metric -> value, of one run.
+
+    Raises:
+        UserError: If two sets of rows have one name.
+    """
     points: dict[str, dict[str, dict[str, float]]] = {}
+    folders: dict[str, Path] = {}
     for file in sorted(run.glob(f"path/*/*/{layout.RESULT}")):
         result = json.loads(file.read_text(encoding="utf-8"))
         (record,) = result["tasks"].values()
         # The folder's name ends with a digest of the rows' options.
-        rows = file.parents[1].name.rpartition("-")[0]
+        folder = file.parents[1]
+        rows = folder.name.rpartition("-")[0]
+        # Measurements on earlier rows stay where the recipe, or a file that it names, was changed.
+        if folders.setdefault(rows, folder) != folder:
+            raise UserError(f"{folders[rows]} and {folder} are of two sets of rows called {rows}: delete the older one")
         values = {metric: entry["value"] for metric, entry in record["metrics"].items()}
         points.setdefault(file.parent.name, {})[rows] = values
     return points
@@ -194,14 +262,22 @@ def with_head(
     name: str,
 ) -> str:
     """The study's table below the paragraphs that a person wrote, or their beginning."""
-    body = table[BODY.search(table).start() :]
+    _, body = _split(table, study / layout.STUDY_TABLE.format(name))
     if target.is_file():
-        old = target.read_text(encoding="utf-8")
-        return old[: BODY.search(old).start()] + body
+        head, _ = _split(target.read_text(encoding="utf-8"), target)
+        return head + body
 
-    recipe = (study / layout.STUDY_RECIPE.format(name)).read_text(encoding="utf-8")
+    recipe = _text(study / layout.STUDY_RECIPE.format(name))
     comment = [line.removeprefix("# ") for line in recipe.splitlines() if line.startswith("#")]
     return f"# {name}\n\n" + "\n".join(comment) + "\n\nMachine: \n\nChosen: \n\n" + body
+
+
+def _split(text: str, file: Path) -> tuple[str, str]:
+    """What a person wrote, and the tables below it."""
+    found = BODY.search(text)
+    if found is None:
+        raise UserError(f"{file} has no line that begins with '## ', as the tables of a finished study do")
+    return text[: found.start()], text[found.start() :]
 
 
 def main(
@@ -220,14 +296,24 @@ def main(
         (name,) = names
 
     files = published(study, name, target)
+    if against:
+        files[target / "against_mask.md"] = _against(files, against).encode()
+    _check_target(files, target)
     target.mkdir(parents=True, exist_ok=True)
     for file, content in files.items():
         write_bytes(file, content)
         print(f"{file.name}: {len(content):,} bytes")
 
-    if against:
-        comparison = compare(read_all([str(target)]), against)
-        write_bytes(target / "against_mask.md", render(comparison, "markdown").encode())
+
+def _against(files: dict[Path, bytes], baseline: str) -> str:
+    """The comparison of the published results with another model as the baseline, as Markdown."""
+    # In the order of their files, as `maskft compare` reads a folder.
+    results = []
+    for file in sorted(files):
+        if file.suffix == ".gz":
+            result = json.loads(gzip.decompress(files[file]))
+            results.append(check_result(result, file))
+    return render(compare(results, baseline), "markdown")
 
 
 if __name__ == "__main__":

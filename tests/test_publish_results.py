@@ -16,6 +16,8 @@ ROOT = Path(__file__).parents[1]
 NAME = "smollm2-curve-banking77-long"
 PUBLISHED = ROOT / "results" / NAME
 MASK = "deletion mask with KL to base"
+BASE = "pre_trained-9413b25ca5"
+TRIED = "full_with_kl_to_base-s0-5594b442fc"
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +47,12 @@ def study(tmp_path):
     for run, training in json.loads((PUBLISHED / "training.json").read_text()).items():
         write(folder / layout.RUNS / run / layout.TRAINING, json.dumps({"summary": training}))
         write(folder / layout.RUNS / run / layout.RUN, json.dumps({"study": NAME, "name": "x", "seed": 0}))
-    # Of another study in the folder, whose model this one does not show.
-    write(folder / layout.RUNS / "other" / layout.TRAINING, "not read")
-    write(folder / layout.RUNS / "other" / layout.RUN, json.dumps({"study": "another"}))
+    # Of another study in the folder, and of an earlier recipe of this one: this one shows neither, and tried neither.
+    for run, of_study in (("other-s0-0000000000", "another"), ("full-s0-1111111111", NAME)):
+        write(folder / layout.RUNS / run / layout.TRAINING, "not read")
+        write(folder / layout.RUNS / run / layout.RUN, json.dumps({"study": of_study}))
 
-    for run, rate, points in (("base-1", None, {"0-0": 0}), ("full-s0-1", 1e-4, {"0.5-1": 0.25, "1-1": 0.5})):
+    for run, rate, points in ((BASE, None, {"0-0": 0}), (TRIED, 1e-4, {"0.5-1": 0.25, "1-1": 0.5})):
         of_run = {"study": NAME, "seed": 0}
         settings = {"seed": 0} if rate is None else {"seed": 0, "learning_rate": rate, "max_steps": 240}
         write(folder / layout.RUNS / run / layout.RUN, json.dumps({**of_run, "name": run, "settings": settings}))
@@ -93,8 +96,68 @@ def test_every_point_is_a_row(publish, study):
     assert rows[1]["wiki"] == "+0.1000" and rows[1]["kl"] == "0.5000"
 
 
+def test_a_point_without_a_loss_is_a_dash(publish, study):
+    file = study / layout.RUNS / TRIED / "path" / "wiki-abc" / "1-1" / layout.RESULT
+    file.write_text(file.read_text().replace("3.1", "null"))
+    *_, row = publish.points_table(publish.runs_of(study, NAME), NAME).splitlines()
+    assert row.count("| – |") == 1
+
+
+def test_points_on_rows_of_an_earlier_recipe_are_no_points_of_this_one(publish, study):
+    folder = study / layout.RUNS / TRIED / "path"
+    shutil.copytree(folder / "wiki-abc", folder / "wiki-abd")
+    with pytest.raises(UserError, match=r"wiki-abc and .*wiki-abd are of two sets of rows called wiki: delete"):
+        publish.points_table(publish.runs_of(study, NAME), NAME)
+
+
+def test_a_result_is_published_under_the_name_of_the_table(publish, study, tmp_path):
+    """A name in the recipe may change in letters alone, or the name of the last model: the result's file keeps it."""
+    for file in study.glob(f"{layout.RESULTS}/*/{layout.RESULT}"):
+        file.write_text(file.read_text().replace(f'"name": "{MASK}"', f'"name": "{MASK.upper()}"', 1))
+    files = publish.published(study, NAME, tmp_path)
+    names = {json.loads(gzip.decompress(files[file]))["name"] for file in files if file.suffix == ".gz"}
+    assert MASK in names and MASK.upper() not in names
+
+
+def test_two_models_do_not_share_a_file(publish, study, tmp_path):
+    summary = study / layout.SUMMARY.format(NAME)
+    content = json.loads(summary.read_text())
+    (record,) = content["models"].values()
+    record["runs"].append({**record["runs"][0], "name": record["runs"][0]["name"] + " +"})
+    summary.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="would be of two models"):
+        publish.published(study, NAME, tmp_path)
+
+
+def test_curves_of_a_study_whose_name_begins_alike_are_not_published(publish, study, tmp_path):
+    write(study / layout.CURVE.format(f"{NAME}-again", "wiki"), json.dumps({"probe": "wiki"}))
+    curves = {file.name for file in publish.published(study, NAME, tmp_path) if file.name.startswith("curve-")}
+    assert curves == {file.name for file in PUBLISHED.glob("curve-*.json")}
+
+
+def test_a_target_with_results_of_another_study_is_refused(publish, study, tmp_path):
+    target = tmp_path / "target"
+    write(target / "a_method_that_was_renamed-s0.json.gz", "")
+    with pytest.raises(UserError, match="is of no model or probe of this study: delete it"):
+        publish.main(study, target, None, None)
+    assert len(list(target.iterdir())) == 1
+    (target / "a_method_that_was_renamed-s0.json.gz").unlink()
+    with pytest.raises(UserError, match="unknown baseline 'mask'"):
+        publish.main(study, target, None, "mask")
+    assert not list(target.iterdir())
+
+
+def test_a_table_without_results_is_one_line(publish, study, tmp_path):
+    (study / layout.STUDY_TABLE.format(NAME)).write_text("# a title alone\n")
+    with pytest.raises(UserError, match="has no line that begins with '## '"):
+        publish.published(study, NAME, tmp_path)
+    (study / layout.STUDY_TABLE.format(NAME)).unlink()
+    with pytest.raises(UserError, match="does not exist: finish the study"):
+        publish.published(study, NAME, tmp_path)
+
+
 def test_a_folder_of_this_machine_is_not_published(publish, study, tmp_path):
-    file = next((study / layout.RUNS).glob(f"*/{layout.TRAINING}"))
+    file = study / layout.RUNS / TRIED / layout.TRAINING
     file.write_text(json.dumps({"summary": {"note": str(study.resolve() / "x")}}))
     target = tmp_path / "target"
     with pytest.raises(UserError, match=r"training\.json would name .*, a folder of this machine"):
