@@ -6,25 +6,28 @@ python recipes/evidence.py results/NAME results/OTHER --controls full
 A folder is a study's, or one of published results (`*.json.gz`). Of several, models of one name are the seeds of one
 method; those that one folder lacks are left out.
 
-A row for each model of the study; under each control the difference in the first task's metric (the last of it that is
-measured item by item, accuracy where there is one), with its 95 % interval over seeds and items, bold where Holm's
-correction over the column leaves it distinguishable. Lower is better for losses, higher for accuracies.
+A row for each model of the study; under each control the differences in the metrics of the first task that is no probe
+of earlier abilities, with their 95 % intervals over seeds and items, bold where Holm's correction leaves them
+distinguishable. The intervals are unadjusted, each of its difference alone: `maskft compare` has the simultaneous ones.
+Lower is better for losses, higher for accuracies.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import sys
 from pathlib import Path
 
 from maskft_common import layout
 from maskft_common.errors import UserError
 from maskft_lab.results.compare import compare
-from maskft_lab.results.comparison import Settings
+from maskft_lab.results.comparison import NOT_DISTINGUISHABLE, Difference, Score, Settings
 from maskft_lab.results.schema import BEFORE, Result, read_result
 from maskft_lab.results.scores import scores
-from maskft_lab.results.words import score_text
+from maskft_lab.results.tables import markdown_cell
+from maskft_lab.results.words import MAX_DIGITS, score_text
 
 
 def main(
@@ -53,7 +56,7 @@ def main(
 
     # Model, task and metric -> score; control, model and metric -> difference.
     reached = {}
-    for score in scores(results):
+    for score in scores(results, fixed_seeds=fixed_seeds):
         reached[score.model, score.task, score.metric] = score
     settings = Settings(fixed_seeds=fixed_seeds)
     compared = {}
@@ -71,21 +74,21 @@ def main(
         "adapter (bytes)",
     ]
     lines = [
-        "| model | " + " | ".join(columns) + " |",
+        "| model | " + " | ".join(map(markdown_cell, columns)) + " |",
         "| --- |" + " ---: |" * len(columns),
     ]
     for name in names:
         cells = []
         for metric in metrics:
-            score = reached[name, task, metric]
-            cells.append(score_text(score))
+            score = reached.get((name, task, metric))
+            cells.append(_score(score))
         for control, metric in against:
             # None for the control itself: a model is not compared with itself.
             difference = compared.get((control, name, metric))
             cells.append(_difference(difference))
         for other, metric in before:
-            score = reached[name, other, metric]
-            cells.append(score_text(score))
+            score = reached.get((name, other, metric))
+            cells.append(_score(score))
 
         # Means over the seeds.
         of_model = [result for result in results if result["name"] == name]
@@ -93,7 +96,15 @@ def main(
         mean_tokens = sum(num_tokens) / len(num_tokens)
         cells.append(f"{mean_tokens:,.0f}")
         cells.append(_bytes(folders, of_model))
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append(f"| {markdown_cell(name)} | " + " | ".join(cells) + " |")
+
+    # Other tables of these results have simultaneous intervals, which are wider.
+    over = "items" if fixed_seeds else "several seeds, else items"
+    lines += [
+        "",
+        "Differences have unadjusted 95 % intervals; bold: distinguishable after Holm's correction over all models "
+        f"beside the control; ± is one standard error, over {over}.",
+    ]
     return "\n".join(lines)
 
 
@@ -111,16 +122,41 @@ def _results_in_all(folders: list[Path]) -> list[Result]:
 
 def _read(folder: Path) -> list[Result]:
     # A study's folder has its results in folders of their own, a published one has them side by side.
-    results = folder / layout.RESULTS
-    found = sorted(results.rglob(layout.RESULT))
+    found = sorted((folder / layout.RESULTS).glob(f"*/{layout.RESULT}"))
+    # Interrupted evaluations, and results of an earlier recipe, are in no summary.
+    names = _names_in_summaries(folder)
+    if names:
+        found = [file for file in found if file.parent.name in names]
     if not found:
         found = sorted(folder.glob("*.json.gz"))
     if not found:
         raise UserError(f"no results in {folder}: name a study's folder, or one with results (*.json.gz)")
-    return [read_result(file) for file in found]
+
+    results = []
+    for file in found:
+        result = read_result(file)
+        # The file keeps the name that an earlier recipe gave the model.
+        name = names.get(file.parent.name, result["name"])
+        results.append(result | {"name": name})
+    return results
 
 
-def _difference(row) -> str:
+def _names_in_summaries(folder: Path) -> dict[str, str]:
+    """Folder of a result -> name of its model, of all studies that share a folder and have ended."""
+    names = {}
+    for file in sorted(folder.glob(layout.SUMMARY.format("*"))):
+        for record in json.loads(file.read_text(encoding="utf-8"))["models"].values():
+            for row in record["runs"]:
+                names[row["result"]] = row["name"]
+    return names
+
+
+def _score(score: Score | None) -> str:
+    """A score with its error; a dash for a model that was not measured there."""
+    return "–" if score is None else score_text(score)
+
+
+def _difference(row: Difference | None) -> str:
     """A difference with its interval, in points for shares; bold if it is distinguishable."""
     if row is None:
         return ""
@@ -130,11 +166,15 @@ def _difference(row) -> str:
     else:
         scale = 1
         digits = 3
-    value = scale * row.difference
-    low = scale * row.unadjusted_low
-    high = scale * row.unadjusted_high
+    numbers = [scale * number for number in (row.difference, row.unadjusted_low, row.unadjusted_high)]
+    # More decimals where a number that is not zero would be written as zero.
+    smallest = min((abs(number) for number in numbers if number), default=1.0)
+    while smallest < 0.5 * 10**-digits and digits < MAX_DIGITS:
+        digits += 1
+    value, low, high = [round(number, digits) + 0.0 for number in numbers]
+
     text = f"{value:+.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-    if row.verdict == "not distinguishable":
+    if row.verdict == NOT_DISTINGUISHABLE:
         return text
     return f"**{text}**"
 

@@ -93,6 +93,7 @@ def test_the_script_of_the_evidence_prints_what_the_page_says(tmp_path):
     out = tmp_path / "out.txt"
     assert forked(lambda: run_script(*words), out) == 0, out.read_text()[-2000:]
     (row,) = [line for line in out.read_text().splitlines() if line.startswith("| mask, 30 % |")]
+    assert "Differences have unadjusted 95 % intervals; bold: distinguishable after Holm's" in out.read_text()
     assert "| **+6.3 [3.9, 8.8]** |" in row and "| **+6.3 [3.9, 8.8]** |" in (ROOT / "docs" / "evidence.md").read_text()
 
 
