@@ -15,6 +15,7 @@ from maskft_lab.cli.main import main
 from maskft_lab.report.catalogue import draw_figures, select_figures
 from maskft_lab.report.charts import COLOURS, DARK, to_svg
 from maskft_lab.report.evidence import gather
+from maskft_lab.report.fig_forest import forest_chart
 from maskft_lab.report.fig_gain import Curve, Point, chart_of, curve_of_record, curves_of, frontier
 
 RESULTS = Path(__file__).parents[2] / "results"
@@ -38,6 +39,17 @@ def study(tmp_path):
     shutil.copytree(RESULTS / "smollm2-sums-deletion", folder)
     (folder / "curve-sums-instructions.json").write_text(json.dumps(RECORD))
     return folder
+
+
+def test_intervals_are_called_what_they_are():
+    """The first published comparisons have no simultaneous intervals."""
+    curve = curve_of_record(RECORD)
+    for kind, other in (("simultaneous", "unadjusted"), ("unadjusted", "simultaneous")):
+        chart = chart_of([curve._replace(kind_of_interval=kind)])
+        assert chart.table.columns.count(kind) == 2 and other not in chart.table.columns
+        assert f"with {kind} 95 % intervals" in chart.text
+    for name, kind in {"small-products": "unadjusted", "demo-small": "simultaneous"}.items():
+        assert f"with {kind} 95 % intervals" in forest_chart(gather(RESULTS / name)).text
 
 
 def test_no_point_on_the_line_is_beaten_and_every_other_one_is():

@@ -66,7 +66,7 @@ def forest_chart(evidence: Evidence) -> Chart:
     over = "items" if comparison.fixed_seeds else "seeds and items"
     percent = f"{100 * comparison.confidence:g} %"
     text = (
-        f"Each method minus {comparison.baseline}, over {over}, with simultaneous {percent} "
+        f"Each method minus {comparison.baseline}, over {over}, with {comparison.kind_of_interval} {percent} "
         "intervals; pale: not distinguishable. Below the line: a mask minus its strongest control. Points off scale "
         "are arrows with their numbers."
     )

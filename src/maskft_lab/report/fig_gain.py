@@ -33,22 +33,22 @@ __all__ = [
 
 PANEL_HEIGHT = 3.6  # inches
 
-# Of the table. Both intervals are simultaneous, and follow the number that they belong to.
+# Of the table. The kind of interval is the head of the columns that follow the numbers with one.
 _COLUMNS = (
     "method",
     "where on its path",
     "rows",
     "gained",
-    "simultaneous",
+    "{interval}",
     "forgotten",
-    "simultaneous",
+    "{interval}",
     "bytes",
     "seeds",
 )
 _TEXT = (
     "Up is gained, left is kept: the best corner is the upper left. The black line joins the points that no other "
     "beats on both axes, beginning at the model before training; all others are pale, and thin lines are the path "
-    "of one run or of one checkpoint's scales, on held-out rows. Chosen points are on test rows, with simultaneous "
+    "of one run or of one checkpoint's scales, on held-out rows. Chosen points are on test rows, with {interval} "
     "95 % intervals (of two seeds none). A point off scale is an arrow with its number, or counted."
 )
 _TEXT_OF_BUDGETS = (
@@ -92,7 +92,12 @@ def chart_of(curves: Sequence[Curve]) -> Chart:
         for point in curve.points:
             rows.append(_cells(curve, point))
 
-    text = _TEXT
+    # One for all: the curves are of one comparison.
+    kinds = {curve.kind_of_interval for curve in curves}
+    interval = "unadjusted" if "unadjusted" in kinds else "simultaneous"
+    text = _TEXT.format(interval=interval)
+    columns = tuple(column.format(interval=interval) for column in _COLUMNS)
+
     entries = [Entry("not beaten on both axes", "ink", "-")]
     entries += looks.values()
     # Few studies train with a budget for the KL divergence.
@@ -100,7 +105,7 @@ def chart_of(curves: Sequence[Curve]) -> Chart:
         text += _TEXT_OF_BUDGETS
         entries.append(Entry("budget", "muted", ":"))
 
-    table = Table(_COLUMNS, rows)
+    table = Table(columns, rows)
     return Chart(text, panels, table, entries, records)
 
 

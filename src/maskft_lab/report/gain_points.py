@@ -31,7 +31,7 @@ class Point(NamedTuple):
     label: str  # where on the path it lies
     gained: float  # in ``units[0]`` of its curve; more is better
     forgotten: float  # in ``units[1]`` of its curve; less is better
-    gained_ends: Ends | None = None  # simultaneous interval, of chosen points
+    gained_ends: Ends | None = None  # interval, of chosen points
     forgotten_ends: Ends | None = None
     num_bytes: int | None = None  # size of its stored change, if known
     num_seeds: int = 1
@@ -48,6 +48,7 @@ class Curve(NamedTuple):
     against: str
     points: Sequence[Point]
     units: tuple[str, str] = ("points", "nats")
+    kind_of_interval: str = "simultaneous"  # or ``unadjusted``: of a comparison that was published with no other one
 
     @property
     def budgets(self) -> set[float]:
@@ -87,7 +88,8 @@ def curves_of(evidence: Evidence) -> list[Curve]:
     curves = []
     for record in records:
         record = record | {"model": comparison.baseline}
-        curves.append(curve_of_record(record))
+        curve = curve_of_record(record)
+        curves.append(curve._replace(kind_of_interval=comparison.kind_of_interval))
     return curves
 
 

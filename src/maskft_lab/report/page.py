@@ -78,10 +78,7 @@ def render_report(evidence: Evidence) -> str:
         over = "items"
     interval = "simultaneous"
     if comparison is not None:
-        # The first published comparisons have only unadjusted intervals.
-        is_old = any(row.unadjusted_low is None for row in comparison.differences)
-        if is_old:
-            interval = "unadjusted"
+        interval = comparison.kind_of_interval
 
     seeds = {result["model"]["seed"] for result in evidence.results}
     seeds.discard(None)  # of a model that was not trained

@@ -231,6 +231,12 @@ class Comparison:
     schema_version: int = SCHEMA_VERSION
     kind: str = "comparison"
 
+    @property
+    def kind_of_interval(self) -> str:
+        """``simultaneous``, or ``unadjusted`` for the first published comparisons, which have no other one."""
+        is_unadjusted = any(row.unadjusted_low is None for row in self.differences)
+        return "unadjusted" if is_unadjusted else "simultaneous"
+
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON-able values, in the metrics' units (fractions in [0, 1], no percent)."""
         return asdict(self)
