@@ -2,7 +2,9 @@
 
 import pytest
 
-from maskft_lab.study.summary import _accounts_table, without_repeats
+from maskft_lab.results.compare import compare
+from maskft_lab.results.schema import build_result, build_task, metric_from_items
+from maskft_lab.study.summary import _accounts_table, without_missing_values, without_repeats
 
 
 def result(name, role, best_step, num_steps=8):
@@ -35,3 +37,21 @@ def test_without_an_evaluation_during_training_the_last_step_is_the_best():
     end = ends[0] | {"model": {"seed": 0}}
     end["study"] |= dict.fromkeys(("epochs", "tokens", "total_epochs", "total_tokens"), 1)
     assert "8 of 8" in _accounts_table([end], {})
+
+
+def evaluated(name, losses):
+    items = [{"id": f"{n}", "nll": loss, "num_tokens": 1, "accuracy": n % 2} for n, loss in enumerate(losses)]
+    metrics = {metric: metric_from_items(items, metric) for metric in ("nll", "accuracy")}
+    task = build_task(items, metrics, version=1, num_fewshot=0, fingerprint="0")
+    return build_result(name, {"name_or_path": name, "method": name, "seed": 0}, {}, {"heldout": task})
+
+
+def test_a_model_without_a_loss_stops_no_comparison_of_the_others():
+    losses = [1.0, 1.5, 2.0, 2.5]
+    results = [evaluated("full", losses), evaluated("mask", losses), evaluated("peft", [*losses[:3], None])]
+    measured, (note,) = without_missing_values(results)
+    assert note.startswith("nll on heldout of 'peft' seed 0 is not compared: an item has no value")
+    compared = {(row.method, row.metric) for row in compare(measured, "full").differences}
+    assert compared == {("mask", "nll"), ("mask", "accuracy"), ("peft", "accuracy")}
+    assert results[2]["tasks"]["heldout"]["metrics"]["nll"]["value"] is None, "the results stay"
+    assert without_missing_values(results[:2]) == (results[:2], [])

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from maskft_common import layout
 from maskft_common.errors import UserError
 from maskft_common.files import read_json, write_text
 
+from ..results.comparable import name_and_seed
 from ..results.compare import compare
 from ..results.comparison import Settings
 from ..results.render import render, render_scores
-from ..results.schema import Result, read_result
+from ..results.schema import Result, has_items, read_result
 from ..results.scores import scores
 from ..results.tables import Table, draw
 from .damage import is_whole_result
@@ -178,12 +180,14 @@ def _compared(
         base_name = _name_of_base(results)
 
     settings = Settings(fixed_seeds=recipe.fixed_seeds)
+    measured, missing = without_missing_values(results)
     try:
-        comparison = compare(results, baseline, settings=settings)
+        comparison = compare(measured, baseline, settings=settings)
+        comparison = replace(comparison, notes=[*missing, *comparison.notes])
         with_base = comparison
         # Curves are differences from the base model, and the study's baseline may be another model.
         if base_name not in (None, baseline):
-            with_base = compare(results, base_name, settings=settings)
+            with_base = compare(measured, base_name, settings=settings)
     except UserError as error:
         # Measured, but not comparable, as with different test sets: the reason instead of an error keeps the numbers.
         record = {"runs": rows, "not_compared": str(error)}
@@ -200,6 +204,32 @@ def _compared(
     for_terminal = render(comparison, "terminal")
     for_file = render(comparison, "markdown")
     return for_terminal, for_file, record
+
+
+def without_missing_values(results: Sequence[Result]) -> tuple[list[Result], list[str]]:
+    """Results without the metrics that lack the value of an item, with a note on each.
+
+    The mean over the other items would be of the easy ones, so `compare` raises. A study has no other --metrics to
+    choose, and would have no comparison at all for one model whose loss was not finite.
+    """
+    kept: list[Result] = []
+    notes: list[str] = []
+    for result in results:
+        tasks = {}
+        for task, record in result["tasks"].items():
+            metrics = {}
+            for name, metric in record["metrics"].items():
+                # Without a value per item it is a summary of the task, which is shown and not compared.
+                if metric["value"] is None and has_items(record["items"], name):
+                    notes.append(
+                        f"{name} on {task} of {name_and_seed(result)} is not compared: an item has no value, as where "
+                        "a loss is not finite"
+                    )
+                else:
+                    metrics[name] = metric
+            tasks[task] = record | {"metrics": metrics}
+        kept.append(result | {"tasks": tasks})
+    return kept, notes
 
 
 def _name_of_base(results: list[Result]) -> str | None:
