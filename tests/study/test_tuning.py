@@ -201,6 +201,10 @@ def odd(**method):
             odd(method="full", keep_mask="mask", start_mask="mask", **{"from": "full"}),
             "only one of start_mask",
         ),
+        (
+            odd(method="mask", tune={"mask_preset": [None, "recommended"]}, **{"from": "full"}),
+            "tune has mask_preset=None and mask_preset=recommended, which mean the same; drop one",
+        ),
         (odd(method="interpolate"), "interpolate needs `from`"),
         (lambda c: c["evaluation"].update(before=[1]), "evaluation.before"),
         (lambda c: c["evaluation"].update(before={"x": {"dataset": "y"}}), "evaluation.before.x has an unknown"),

@@ -12,7 +12,7 @@ from typing import Any
 from maskft_common.errors import UserError
 
 from .recipe import Method, Options, TimesParent
-from .study_run import Look, StudyRun, Trial, Tuned
+from .study_run import Look, StudyRun, Trial, Tuned, settings_text
 
 
 def tune(
@@ -35,8 +35,8 @@ def tune(
         All trials, in the order of the lists (the last option varies fastest), and the winner; the first of equal ones.
 
     Raises:
-        UserError: If no held-out loss is measured, the tuned option has no effect, or the parent lacks a value to
-            multiply.
+        UserError: If no held-out loss is measured, the tuned option has no effect, the parent lacks a value to
+            multiply, or two settings mean the same.
     """
     has_no_losses = own.get("eval_strategy") == "no"
     # An empty `tune` is one trial, which needs no losses to win.
@@ -50,8 +50,17 @@ def tune(
         raise UserError(f"method {method.name!r}: max_steps decides the length, and tune is of num_train_epochs")
 
     trials = []
+    settings_of: dict[str, Options] = {}  # id of a run -> the settings that it tries
     for settings in _combinations(method, parent):
         run = run_of(settings)
+        # One of them may be a default that is written out. One folder would have two trainings at once, and the table
+        # would count two settings.
+        other = settings_of.setdefault(run.id, settings)
+        if other is not settings:
+            raise UserError(
+                f"method {method.name!r}: tune has {settings_text(other)} and {settings_text(settings)}, which mean "
+                "the same; drop one"
+            )
         measured = look(run)
         trials.append(Trial(settings, run, measured))
 
