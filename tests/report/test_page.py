@@ -9,6 +9,7 @@ import pytest
 
 from finished_study import HOSTILE, Page
 from maskft_common import layout
+from maskft_lab.analysis.runs import TrainedRun
 from maskft_lab.cli.main import main
 from maskft_lab.report import page as page_module
 from maskft_lab.report.catalogue import FIGURES
@@ -34,6 +35,14 @@ def assert_loads_nothing(page):
     assert not tags & {"link", "iframe", "object", "embed", "base", "form"}
     policy = next(a["content"] for _, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'")
+
+
+def test_the_end_of_a_training_has_its_method_under_any_name(tmp_path):
+    """``last`` of a recipe: its own tests call it complete, the packaged ones continued."""
+    runs = [TrainedRun("mask-s0-1", "mask", "mask", 0, "tiny", start="full-s0-1")]
+    results = [{"name": "mask (complete)", "study": {"name": "mask"}}, {"name": "other", "study": {}}]
+    methods = Evidence(tmp_path, "tiny-study", "tiny", runs, results).methods
+    assert methods == {"mask": ("mask", False), "mask (complete)": ("mask", False)}
 
 
 def test_sections_in_the_order_of_a_readers_questions(parsed):

@@ -64,7 +64,10 @@ class Evidence:
 
     @property
     def methods(self) -> dict[str, tuple[str, bool]]:
-        """Name of a run -> its method, and whether others start from it (or it is full fine-tuning of the base)."""
+        """Name of a run -> its method, and whether others start from it (or it is full fine-tuning of the base).
+
+        Also by the names of its models in tables: a recipe may give the end of a training any name (``last``).
+        """
         # Ids of runs that other runs start from, then their names.
         starts = {run.start for run in self.runs}
         parents = set()
@@ -79,6 +82,10 @@ class Evidence:
         for run in self.runs:
             is_start = run.name in parents
             methods[run.name] = (run.method, is_start)
+        for result in self.results:
+            run_name = result["study"].get("name")
+            if run_name in methods:
+                methods.setdefault(result["name"], methods[run_name])
         return methods
 
     @property
