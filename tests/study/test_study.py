@@ -30,10 +30,12 @@ from maskft_lab.study import launchers
 from maskft_lab.study import study as making
 from maskft_lab.study.accounts import build_record, is_control
 from maskft_lab.study.check import checked_plan
+from maskft_lab.study.evaluate import _measured
 from maskft_lab.study.folder import Study
 from maskft_lab.study.launchers import launcher_of
 from maskft_lab.study.launchers import slurm as slurm_launcher
 from maskft_lab.study.load_recipe import load_recipe, parse_recipe
+from maskft_lab.study.plan import build_plan
 from maskft_lab.study.process import PYTHON, _can_run_here, last_line, run_command
 from maskft_lab.study.run_record import read_run_record, write_run_record
 from maskft_lab.study.study import failure_of, make, run_study
@@ -298,6 +300,45 @@ def test_a_job_of_slurm_is_requeued_as_often_as_its_time_is_over(two_masks, tmp_
         submit(plan.runs[:1])
     (job,) = tmp_path.glob(f"{layout.SLURM}/*/*_submitted.pkl")
     assert submitit.core.utils.DelayedSubmission.load(job)._timeout_countdown >= 1000
+
+
+def test_more_runs_than_slurm_takes_in_an_array_are_several_arrays(two_masks, tmp_path, monkeypatch):
+    pytest.importorskip("submitit", reason="needs the extra slurm")
+    arrays = tmp_path / "arrays"
+    submitted = f"echo Submitted batch job 7 | tee -a {arrays}\n"
+    for name in ("sbatch", "scancel", "squeue", "srun"):
+        (tmp_path / name).write_text("#!/bin/sh\n" + submitted * (name == "sbatch"))
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "tee").symlink_to(shutil.which("tee"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(launchers, "_MAX_ARRAY", 2)
+    plan = checked_plan(load_recipe(two_masks))
+    with slurm_launcher(Study(tmp_path, plan.recipe), failure_of) as submit:
+        jobs = submit(plan.runs[:1] * 5)
+    assert len(jobs) == 5 and len(arrays.read_text().splitlines()) == 3
+
+
+def test_a_data_file_that_changes_while_the_study_runs_is_not_trained_on(base, data, tmp_path):
+    """A run, and a result, are named by the file that was there at the start."""
+    rows, test = tmp_path / "rows.jsonl", tmp_path / "test.jsonl"
+    for copy in (rows, test):
+        shutil.copy(data, copy)
+    content = recipe(base, rows, {"full": FULL})
+    content["evaluation"]["heldout"]["dataset_name"] = str(test)
+    plan = checked_plan(parse_recipe(content, tmp_path, "study.yaml"))
+    [run] = plan.runs
+    study = Study(tmp_path / "out", plan.recipe)
+    study.result_file(run, "best")
+    for copy in (rows, test):
+        copy.write_text("\n".join(reversed(data.read_text().splitlines())))
+
+    def call(*_):
+        raise AssertionError("no command is run")
+
+    with pytest.raises(UserError, match="a data file of 'full, seed 0' has changed since the study was started"):
+        making.train(study, run, call)
+    with pytest.raises(UserError, match="a file of the evaluation has changed since the study was started"):
+        _measured(study, run, "best", call)
 
 
 def test_what_is_no_mistake_of_the_user_is_told_with_its_name(two_masks, tmp_path, monkeypatch, capsys):

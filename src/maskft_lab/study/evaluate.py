@@ -13,13 +13,14 @@ from maskft.data.arguments import mixture_text
 from maskft.training.method_arguments import MASK_METHODS, PEFT, method_label
 from maskft_common import layout
 from maskft_common.environment import environment
+from maskft_common.errors import UserError
 
 from ..evaluation.evaluation_arguments import AND, HELDOUT
 from ..results.schema import BEFORE, Result, read_result, write_result
 from .accounts import study_block, training_block
 from .damage import is_whole_result
 from .folder import Study
-from .identity import short_digest
+from .identity import evaluation_identity, short_digest
 from .path import path_sets, point_name, points
 from .process import PYTHON, Call, command_words
 from .recipe import PRETRAINED
@@ -130,7 +131,19 @@ def _measured(
     role: str,
     call: Call,
 ) -> Result:
-    """Evaluate on the tasks of the study and on the sets of earlier abilities; one result with all tasks."""
+    """Evaluate on the tasks of the study and on the sets of earlier abilities; one result with all tasks.
+
+    Raises:
+        UserError: If a file of the evaluation has changed, or the evaluation fails.
+    """
+    # The result is named by the rows that were there when the study was started, maybe days ago.
+    present = evaluation_identity(study.recipe.evaluation, study.recipe.before)
+    if _without_folders(present) != _without_folders(study.evaluation):
+        raise UserError(
+            "a file of the evaluation has changed since the study was started; put it back, or start the study again, "
+            "which then evaluates all models on the new one"
+        )
+
     # Answers that other versions of the packages gave before an interruption are not mixed with today's.
     packages = environment()["packages"]
     versions = short_digest(packages)
@@ -157,6 +170,18 @@ def _measured(
             suffix = "" if task == HELDOUT else f" {task}"
             result["tasks"][f"{BEFORE}{name}{suffix}"] = found
     return result
+
+
+def _without_folders(evaluation: dict) -> dict:
+    """The identity of an evaluation without that of folders of tasks: other programs may write into these."""
+    kept = {}
+    for key, value in evaluation.items():
+        if key == "before":
+            # Name of a set -> its own identity.
+            kept[key] = {name: _without_folders(of_set) for name, of_set in value.items()}
+        elif key != "include_path":
+            kept[key] = value
+    return kept
 
 
 def _measure(

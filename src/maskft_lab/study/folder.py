@@ -57,7 +57,10 @@ class Study:
 
     def without_lock(self) -> Study:
         """The same for another machine, where a descriptor means nothing."""
-        return Study(self.folder, self.recipe)
+        other = Study(self.folder, self.recipe)
+        # Results have one name on all machines, also if a file of the evaluation is changed while the study runs.
+        other.evaluation = self.evaluation
+        return other
 
     # Runs
 
@@ -158,14 +161,14 @@ class Study:
         name = evaluation_id(
             run,
             role,
-            self._evaluation,
+            self.evaluation,
             self.recipe.name,
         )
         result_folder = self.folder / layout.RESULTS / name
         return result_folder / layout.RESULT
 
     @cached_property
-    def _evaluation(self) -> dict:
+    def evaluation(self) -> dict:
         """Identity of the evaluation, part of each result's name; cached, because it looks at every data file."""
         return evaluation_identity(self.recipe.evaluation, self.recipe.before)
 

@@ -32,6 +32,12 @@ def options_identity(options: dict) -> dict:
     return data_identity(plain_options)
 
 
+def data_digest(options: dict) -> str:
+    """Digest of a run's options with their data files by content, by which a changed file is noticed."""
+    identity = options_identity(options)
+    return short_digest(identity)
+
+
 def evaluation_identity(evaluation: dict, before: dict[str, dict] | None = None) -> dict:
     """Options of ``maskft evaluate``, with data and benchmarks by their content.
 

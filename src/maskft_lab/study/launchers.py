@@ -33,6 +33,7 @@ from .study_run import StudyRun
 _ASK_S = 2.0  # between two questions to SLURM's queue
 _NO_ANSWER_S = 60.0  # after which a queue that does not answer is an error
 _GONE_S = 15.0  # after which a job that left the queue without a result is lost; shared file systems are late
+_MAX_ARRAY = 1000  # jobs of an array: SLURM's own default (MaxArraySize) allows one more, and refuses larger arrays
 _MAX_TIMEOUTS = 1000  # times that a job whose time is over is requeued; submitit's default is 3
 TIME_MIN = 24 * 60  # minutes a SLURM job may take before it is requeued
 
@@ -224,14 +225,15 @@ def slurm(
         queue.clear()  # jobs of a killed study would write into the same folders
 
     def submit(runs: list[StudyRun]) -> list[Any]:
+        jobs: list[Any] = []
         try:
-            # Jobs get their numbers then, so nothing may ask for them inside.
-            # A batch is one job array, submitted when the context ends.
-            with executor.batch():
-                jobs = []
-                for run in runs:
-                    job = executor.submit(_SlurmJob(work), study, run)
-                    jobs.append(job)
+            for start in range(0, len(runs), _MAX_ARRAY):
+                # Jobs get their numbers then, so nothing may ask for them inside.
+                # A batch is one job array, submitted when the context ends.
+                with executor.batch():
+                    for run in runs[start : start + _MAX_ARRAY]:
+                        job = executor.submit(_SlurmJob(work), study, run)
+                        jobs.append(job)
         except submitit.core.utils.FailedJobError as error:
             message = " ".join(str(error).split())
             raise UserError(f"SLURM refused the jobs: {message}") from None

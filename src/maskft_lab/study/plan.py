@@ -19,7 +19,7 @@ from maskft.models import model_identity
 from maskft.training.options import option_defaults
 from maskft_common.errors import UserError
 
-from .identity import options_identity, plain, short_digest, written_out
+from .identity import data_digest, options_identity, plain, short_digest, written_out
 from .path import WHOLE_TRAINING, with_chosen_point
 from .recipe import (
     CURRENT_RATE,
@@ -272,6 +272,7 @@ class _Planner:
             tried=tried,
             tuned=tuned,
             point=point,
+            data=data_digest(options),
         )
         self.runs.append(run)
         return run

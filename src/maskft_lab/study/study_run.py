@@ -50,6 +50,7 @@ class StudyRun:
         tried: Settings that tuning tries with this run, which is then not evaluated.
         tuned: How its settings were chosen.
         point: The point of its path that is kept; None: the best checkpoint by held-out loss.
+        data: Digest of its data files, and of others that its options name, when the plan was made.
     """
 
     method: Method
@@ -67,6 +68,7 @@ class StudyRun:
     tried: dict[str, Any] | None = None
     tuned: Tuned | None = None
     point: Point | None = None
+    data: str | None = None
 
     @property
     def hash(self) -> str:

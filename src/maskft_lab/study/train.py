@@ -17,6 +17,7 @@ from maskft_common.errors import NOT_UPDATED, UserError
 from .accounts import build_record
 from .damage import is_whole_result, written_files
 from .folder import Study, step_of
+from .identity import data_digest
 from .path import PATH, has_path, path_values
 from .process import PYTHON, Call, command_words
 from .recipe import CURRENT_RATE, PRETRAINED, Recipe
@@ -25,6 +26,7 @@ from .study_run import BEST, LAST, Heldout, StudyRun
 
 # save_total_limit of a run with a path, which may need any of its checkpoints.
 _ALL_CHECKPOINTS = 1_000_000
+_START_AGAIN = "put it back, or start the study again, which then trains on the new one"
 
 
 # Finished runs
@@ -109,7 +111,15 @@ def train(
     run: StudyRun,
     call: Call,
 ) -> None:
-    """Train a run, or resume its training, and write its record."""
+    """Train a run, or resume its training, and write its record.
+
+    Raises:
+        UserError: If its data has changed, or the training fails.
+    """
+    # The run is named by the data that was there when the study was started, maybe days ago.
+    if run.data is not None and data_digest(run.options) != run.data:
+        raise UserError(f"a data file of {run.title!r} has changed since the study was started; {_START_AGAIN}")
+
     folder = study.run_folder(run)
     record = _trained(study, run, call)
     # The record is the mark of a finished run, so it is written after the files whose checksums it holds.
