@@ -514,6 +514,24 @@ def test_a_run_that_fails_stops_what_needs_it_and_nothing_else(base, data, tmp_p
     assert json.loads(file.read_text())["model"]["method"] == "pretrained"
 
 
+def test_the_recipe_beside_a_table_is_the_one_that_made_it(base, data, tmp_path, monkeypatch):
+    """Also if a run failed, and if the file was edited while the study ran."""
+    file, folder = write(tmp_path, recipe(base, data, {"full": FULL})), tmp_path / "out"
+    copy = folder / layout.STUDY_RECIPE.format("small")
+    folder.mkdir()
+    copy.write_text("of an earlier call")
+    text = file.read_text()
+
+    def make_all(study, *_):
+        file.write_text("edited for the next call")
+        plan = build_plan(study.recipe)
+        return plan, {plan.runs[0]: "memory ran out"}
+
+    monkeypatch.setattr("maskft_lab.study.study._make_all", make_all)
+    assert main(["study", str(file), "--output_dir", str(folder)]) == 2
+    assert (folder / layout.STUDY_TABLE.format("small")).is_file() and copy.read_text() == text
+
+
 @pytest.mark.parametrize("mistake", ["columns", "too many rows"])
 def test_a_mistake_in_the_data_of_the_last_run_stops_before_the_first(mistake, base, data, tmp_path, capsys):
     """The second data set, which only the mask trains on, is read before full fine-tuning starts."""

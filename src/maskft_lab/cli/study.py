@@ -6,7 +6,6 @@ import argparse
 import shlex
 from pathlib import Path
 
-from maskft_common import layout
 from maskft_common.errors import UserError
 
 from . import early
@@ -88,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Check the recipe, expand it, then list or run it."""
-    from maskft_common.files import read_text, write_text
+    from maskft_common.files import read_text
     from maskft_common.yaml_file import read_yaml
 
     if args.recipe and args.config:
@@ -97,6 +96,8 @@ def run(args: argparse.Namespace) -> None:
     if file is None:
         raise UserError("the recipe is missing: maskft study RECIPE.yaml")
     content = read_yaml(file)
+    # Now, because the file may be edited while the study runs.
+    text = read_text(Path(file))
     # A dry run may come before its model is there.
     if not args.dry_run:
         model = args.model
@@ -143,10 +144,7 @@ def run(args: argparse.Namespace) -> None:
 
     # Reads tasks and data: a dry run may come before they are there.
     check_before_running(plan)
-    run_study(plan, folder, launcher)
-    # The page of the study shows it: whoever gets the folder has the recipe too.
-    text = read_text(Path(file))
-    write_text(folder / layout.STUDY_RECIPE.format(recipe.name), text)
+    run_study(plan, folder, launcher, recipe_text=text)
 
     page = folder / "report.html"
     words = ["maskft", "report", str(folder), "--study_name", recipe.name, "-o", str(page)]

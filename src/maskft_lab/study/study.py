@@ -14,6 +14,7 @@ from rich.console import Console
 
 from maskft_common import layout, locks
 from maskft_common.errors import UserError
+from maskft_common.files import write_text
 
 from .board import Board
 from .damage import is_whole_result
@@ -41,6 +42,7 @@ def run_study(
     folder: Path,
     launcher: Launcher,
     is_brief: bool = False,
+    recipe_text: str | None = None,
 ) -> None:
     """Make every unfinished run, then print and write the table.
 
@@ -51,6 +53,7 @@ def run_study(
         folder: The study's folder; finished runs in it are not repeated.
         launcher: Where the runs are made.
         is_brief: In a log, show no line for each run.
+        recipe_text: The recipe's file as the plan was made from it, for a copy beside the table; None: no copy.
 
     Raises:
         UserError: If a run failed; the runs that do not depend on it are made first.
@@ -68,6 +71,11 @@ def run_study(
 
         # The table is printed and written also if a run failed: the other results are there.
         text = summarise(study, plan.ready.runs, plan.tunings)
+        # With the table, so that both are of one recipe: the page of the study shows the copy, and whoever gets the
+        # folder has it too.
+        if recipe_text is not None:
+            copy = folder / layout.STUDY_RECIPE.format(plan.recipe.name)
+            write_text(copy, recipe_text)
         console.print(
             text,
             end="",
