@@ -67,6 +67,15 @@ def test_parse_number_takes_the_whole_text():
         ("a  b", "a b", "exact", True),
         ("Yes", "yes", "exact", False),
         ("ab", "a b", "exact", False),
+        ("<think>\n\n</think>\n\nyes", "yes", "exact", True),
+        ("yes or no?\n</think>\n\nyes", "yes", "exact", True),  # opened at the end of the prompt
+        ("\n<think>\nyes\n</think>\n\nno", "yes", "exact", False),
+        ("<think>\nyes, because", "yes", "exact", False),
+        ("yes\n\nuser: why? <think>\n</think>", "yes", "exact", False),
+        ("<think>\n7 + 5 is 12\n</think>\n\nnone", "12", "number", False),
+        ("<think>7</think> #### 12", "12", "number", True),
+        ("caf\u00e9", "cafe\u0301", "exact", True),
+        ("\ufb01t", "fit", "exact", False),
     ],
 )
 def test_check_answer(output, reference, answer_type, right):

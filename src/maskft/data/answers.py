@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from decimal import Decimal
 
 # GSM8K: the final answer follows it.
@@ -17,6 +18,11 @@ _NUMBER = re.compile(
     r"(?:(?<![0-9./])(?P<over>[0-9]+)/(?P<under>0*[1-9][0-9]*)(?![0-9/]|\.[0-9])"
     r"|(?P<decimal>(?:[0-9]+(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+)(?:[eE][-+]?[0-9]{1,3}(?![0-9]))?))"
 )
+
+# Around what a reasoning model writes before its answer. Qwen 3's chat template writes an empty thought there, which a
+# trained model repeats.
+_THOUGHT_START = "<think>"
+_THOUGHT_END = "</think>"
 
 
 def extract_number(text: str) -> Decimal | None:
@@ -65,11 +71,14 @@ def check_answer(
         output: Generated text.
         reference: The right answer.
         answer_type: ``number``: both are compared as numbers, see ``extract_number``. ``exact``: the texts are equal
-            apart from white space.
+            apart from white space and from how Unicode composes their characters. A thought before the answer,
+            ``<think> ... </think>``, is no part of it.
 
     Raises:
         ValueError: If ``answer_type`` is something else.
     """
+    output = _without_thought(output)
+    reference = _without_thought(reference)
     if answer_type == "number":
         # Decimals: 3.50 equals 3.5. An output without a number is wrong, even if the reference has none either.
         number = extract_number(output)
@@ -77,8 +86,21 @@ def check_answer(
             return False
         return number == extract_number(reference)
     if answer_type == "exact":
-        return output.split() == reference.split()
+        return _words(output) == _words(reference)
     raise ValueError(f"answer_type is {answer_type!r}; it must be 'number' or 'exact'")
+
+
+def _without_thought(text: str) -> str:
+    """The text after the thought at its beginning, if it has one that is closed."""
+    thought, end, answer = text.partition(_THOUGHT_END)
+    # Some templates open the thought at the end of the prompt. One that opens later is of a turn after the answer.
+    thought = thought.lstrip().removeprefix(_THOUGHT_START)
+    return answer if end and _THOUGHT_START not in thought else text
+
+
+def _words(text: str) -> list[str]:
+    """The words of a text, in Unicode's composed form: tokenizers such as Qwen's know no other."""
+    return unicodedata.normalize("NFC", text).split()
 
 
 def _plain(text: str) -> str:
