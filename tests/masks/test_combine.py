@@ -142,8 +142,17 @@ def test_one_adapter_is_not_enough(adapters, tmp_path):
 
 
 def test_other_bases(adapters, tmp_path):
-    edit(adapters[1], base_model_name_or_path="another")
+    for fingerprint in (None, "0" * 64):
+        edit(adapters[1], base_model_name_or_path="another", base_fingerprint=fingerprint)
+        fails("'another'; combine masks of one base model", adapters[:2], tmp_path)
+    edit(adapters[0], base_fingerprint=None)
     fails("'another'; combine masks of one base model", adapters[:2], tmp_path)
+
+
+def test_one_base_under_two_names(adapters, tmp_path):
+    edit(adapters[1], base_model_name_or_path="/on/another/machine/base")
+    combine_adapters(adapters[:2], "union", tmp_path / "both")
+    assert verify(tmp_path / "both", str(tmp_path / "base"))[-1].endswith("base fingerprint match")
 
 
 def test_other_weights_of_the_base(adapters, tmp_path):

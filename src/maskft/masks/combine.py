@@ -151,11 +151,15 @@ def _check_only_masks(adapter: str | Path, config: AdapterConfig) -> None:
 
 
 def _common_base(adapters: Sequence[str | Path], configs: Sequence[AdapterConfig]) -> str | None:
-    """The base that all adapters name; raises if they name several. That its weights are equal is checked later."""
+    """The base that all adapters name, the first of its names; raises for names of several models."""
     first = configs[0].base_model_name_or_path
+    fingerprint = configs[0].base_fingerprint
     for adapter, config in zip(adapters, configs, strict=True):
         base = config.base_model_name_or_path
-        if base != first:
+        # One model may have two names, such as its folders on two machines. Equal fingerprints are of the same weights
+        # of the same modules.
+        is_one_model = fingerprint is not None and config.base_fingerprint == fingerprint
+        if base != first and not is_one_model:
             raise UserError(
                 f"adapter {str(adapters[0])!r} is over {first!r} and {str(adapter)!r} over {base!r}; combine masks of "
                 "one base model"
