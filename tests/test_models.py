@@ -10,7 +10,7 @@ import pytest
 
 import tiny
 from maskft import models
-from maskft.models import load_config, load_model, load_tokenizer
+from maskft.models import check_tokenizer_fits, load_config, load_model, load_tokenizer
 from maskft_common.errors import UserError
 from tiny_tokenizer import tiny_tokenizer
 
@@ -231,3 +231,21 @@ def test_a_pipe_in_the_folder_of_a_model_is_not_waited_for(name, folder):
         load(str(folder))
     except UserError as error:
         assert "\n" not in str(error)
+
+
+def test_a_special_token_without_an_embedding_is_not_missed():
+    """Gemma 3 1B has no row for the image token of its family's tokenizer."""
+    tokenizer = tiny_tokenizer()
+    model = tiny.tiny_llama(vocab_size=len(tokenizer))
+    check_tokenizer_fits(model, tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
+    check_tokenizer_fits(model, tokenizer)
+    with pytest.raises(UserError, match="embedding 20 rows; use this model's tokenizer"):
+        check_tokenizer_fits(tiny.tiny_llama(vocab_size=20), tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})  # comes into every batch
+    with pytest.raises(UserError, match="use this model's tokenizer"):
+        check_tokenizer_fits(model, tokenizer)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["word"])
+    with pytest.raises(UserError, match="use this model's tokenizer"):
+        check_tokenizer_fits(model, tokenizer)

@@ -297,14 +297,29 @@ def _read_template(file: str) -> str:
 
 
 def check_tokenizer_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise for a tokenizer that can produce ids outside the model's embedding."""
+    """Raise for a tokenizer whose text could have ids outside the model's embedding."""
     # Fewer tokens than rows are usual: many embeddings are rounded up to a multiple of 64.
     num_tokens = len(tokenizer)
     rows = model.get_input_embeddings().weight.shape[0]
-    if num_tokens > rows:
-        raise UserError(
-            f"the tokenizer has {num_tokens} tokens, the model's embedding {rows} rows; use this model's tokenizer"
-        )
+    if num_tokens <= rows:
+        return
+
+    # A few special tokens more are of another model of the family, and in no text: Gemma 3 1B has no row for the image
+    # token of its tokenizer. Those that are put into rows of data need one.
+    needed = {
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+        tokenizer.unk_token_id,
+    }
+    added = tokenizer.added_tokens_decoder  # id -> token
+    for token_id in tokenizer.get_vocab().values():
+        token = added.get(token_id)
+        is_special = token is not None and token.special
+        if token_id >= rows and (token_id in needed or not is_special):
+            raise UserError(
+                f"the tokenizer has {num_tokens} tokens, the model's embedding {rows} rows; use this model's tokenizer"
+            )
 
 
 def without_adapter(model):
