@@ -118,22 +118,24 @@ class Server:
         for row, waiting in enumerate(batch):
             # All rows were generated up to the largest max_tokens of the batch, or until all had ended.
             tokens = output[row, width:].tolist()[: waiting.request.max_tokens]
+            # The padding is on the left.
             num_prompt = int(inputs["attention_mask"][row].sum())
-            answers.append(self.completion(waiting, tokens, num_prompt))
+            prompt = output[row, width - num_prompt : width].tolist()
+            answers.append(self.completion(waiting, prompt, tokens))
         return answers
 
     def completion(
         self,
         waiting: Waiting,
+        prompt: list[int],
         tokens: list[int],
-        num_prompt: int,
     ) -> JSONResponse:
         """The answer to a request, as OpenAI's interface has it.
 
         Args:
             waiting: The request.
+            prompt: Tokens of its prompt.
             tokens: New tokens; after one that ends the answer only padding follows.
-            num_prompt: Tokens of its prompt.
         """
         finish_reason = "length"
         for index, token in enumerate(tokens):
@@ -142,16 +144,19 @@ class Server:
                 finish_reason = "stop"
                 break
 
+        # Decoded after the prompt: by themselves, the tokens of a SentencePiece tokenizer lose the space before them.
+        before = self.tokenizer.decode(prompt, clean_up_tokenization_spaces=False)
+        text = self.tokenizer.decode(prompt + tokens, clean_up_tokenization_spaces=False)
         choice = {
             "index": 0,
             "logprobs": None,
-            "text": self.tokenizer.decode(tokens),
+            "text": text[len(before) :],
             "finish_reason": finish_reason,
         }
         usage = {
-            "prompt_tokens": num_prompt,
+            "prompt_tokens": len(prompt),
             "completion_tokens": len(tokens),
-            "total_tokens": num_prompt + len(tokens),
+            "total_tokens": len(prompt) + len(tokens),
         }
         body = {
             "id": f"cmpl-{id(waiting)}",

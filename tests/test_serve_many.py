@@ -14,6 +14,9 @@ import pytest
 import torch
 import uvicorn
 from peft import PeftModel, get_peft_model
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from maskft import MaskConfig
 from maskft.models import load_model, load_tokenizer
@@ -95,6 +98,19 @@ def test_requests_that_do_not_fit_together_are_answered_alone(example, model, ba
     texts = [json.loads(answer.body)["choices"][0]["text"] for answer in server.generate(batch)]
     assert texts == [alone(model, tokenizer, *request) for request in asked]
     assert watched.batches == [["sums"], ["intents"]]
+
+
+def test_an_answer_keeps_the_space_before_it(example, model):
+    """Llama 2's tokenizer drops the space at the beginning of a text: a client would read "isParis"."""
+    backend = Tokenizer(WordLevel({"<unk>": 0, "</s>": 1, "\u2581is": 2, "\u2581Paris": 3}, unk_token="<unk>"))
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    assert tokenizer.decode([3]) == "Paris"
+    server = example.Server(model, tokenizer)
+    asked = example.Waiting(example.CompletionRequest(model="base", prompt="is"), "__base__", None)
+    answer = json.loads(server.completion(asked, [2], [3, 1, 1]).body)
+    assert answer["choices"][0] == {"index": 0, "logprobs": None, "text": " Paris", "finish_reason": "stop"}
+    assert answer["usage"] == {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
 
 
 def alone(model, tokenizer, adapter, prompt, max_tokens):
@@ -179,8 +195,11 @@ def test_an_answer_ends_at_any_end_token_of_the_model(example, model, base, monk
 
     words = tokenizer("12")["input_ids"]
     padding = [tokenizer.pad_token_id] * 2
-    response = server.completion(waiting, [*words, other_end, *padding], num_prompt=4)
+    prompt = tokenizer(PROMPT)["input_ids"]
+    response = server.completion(waiting, prompt, [*words, other_end, *padding])
     body = json.loads(response.body)
     assert body["choices"][0]["text"] == tokenizer.decode(words)
     assert body["choices"][0]["finish_reason"] == "stop"
-    assert body["usage"] == {"prompt_tokens": 4, "completion_tokens": len(words), "total_tokens": 4 + len(words)}
+    num_prompt = len(prompt)
+    total = num_prompt + len(words)
+    assert body["usage"] == {"prompt_tokens": num_prompt, "completion_tokens": len(words), "total_tokens": total}
