@@ -4,6 +4,7 @@ import pytest
 
 from maskft_common.errors import UserError
 from maskft_common.layout import ADAPTER_CONFIG
+from maskft_lab.cli.evaluate import main
 from maskft_lab.evaluation.command_line import make_parser, read
 
 
@@ -35,3 +36,8 @@ def test_models_that_are_given_twice(folders):
     for words in (("x", "y"), ("x", "--model_name_or_path", "y")):
         with pytest.raises(UserError, match="one model is evaluated at a time"):
             options(*words)
+
+
+def test_missing_data_is_reported_before_the_model_is_loaded(tmp_path):
+    with pytest.raises(UserError, match="dataset_name is missing; name the data to measure on, or other --tasks"):
+        main(["--model_name_or_path", "no-one/no-model", "--output_dir", str(tmp_path / "out")])

@@ -157,6 +157,9 @@ def _prepared(options: EvaluationArguments, data: DataArguments, is_alone: bool)
     measures_rows = HELDOUT in options.task_names
     if measures_rows:
         task_names.add(HELDOUT)
+        # The rows are read after the model, which takes minutes to load.
+        if not data.dataset_name and not data.eval_dataset_name:
+            raise UserError("dataset_name is missing; name the data to measure on, or other --tasks than heldout")
     test_set = name_of_test_set(data, options.eval_split_size)
 
     settings = settings_of(options)
