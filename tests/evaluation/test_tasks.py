@@ -131,6 +131,13 @@ def test_same_answers_as_lm_evals_backend(batch_size):
     assert ours == theirs and len(set(ours)) > 10
 
 
+def test_the_day_of_the_run_is_in_no_prompt():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ date_string or 'today' }}"  # as Llama 3.2's
+    lm = BatchedLM(tiny.tiny_llama(vocab_size=len(tokenizer)), tokenizer)
+    assert lm.apply_chat_template([{"role": "user", "content": "2 + 2?"}]) == "26 Jul 2024"
+
+
 def test_prompts_that_were_cut_are_counted(local_tasks, tmp_path):
     net = tiny.tiny_llama(vocab_size=len(TOKENIZER), max_position_embeddings=10)
     task = load_tasks(["long"], include_path=local_tasks)["long"]  # prompts of 5, 6 and 7 tokens, answers of up to 4

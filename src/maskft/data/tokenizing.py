@@ -19,6 +19,10 @@ logger = logging.getLogger(__name__)
 # Rendering a conversation takes milliseconds. A template is a program, and nested loops need not end.
 _TEMPLATE_SECONDS = 10.0
 
+# The default of Llama 3.2's template, which would write the day of the run: other tokens than yesterday, and no cache,
+# checkpoint or result fits.
+TEMPLATE_DATE = "26 Jul 2024"
+
 # Label of a token without loss, as in torch's cross_entropy.
 IGNORED = -100
 
@@ -381,8 +385,6 @@ def _render(
             "the data holds messages but the tokenizer has no chat template; use an instruct model's tokenizer, "
             "set chat_template_path, or give plain prompt and completion"
         )
-    # Llama 3.2's template would write the day of the run: other tokens than yesterday, and no cache or checkpoint fits.
-    date = "26 Jul 2024"  # the template's default
     opening = _shortened(messages[0]["content"])
     problem = f"the chat template takes more than {_TEMPLATE_SECONDS:g} s for {opening!r}"
     with time_limit(_TEMPLATE_SECONDS, problem):
@@ -391,7 +393,7 @@ def _render(
                 messages,
                 tokenize=False,
                 add_generation_prompt=generation,
-                date_string=date,
+                date_string=TEMPLATE_DATE,
             )
         except UserError:
             # The time limit's.

@@ -8,6 +8,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
+from maskft.data.tokenizing import TEMPLATE_DATE
 from maskft_common.errors import UserError
 from maskft_common.progress_bar import Progress
 
@@ -46,6 +47,8 @@ class BatchedLM(HFLM):
             tokenizer=tokenizer,
             batch_size=batch_size or "auto",
             mixed_precision_dtype=torch.bfloat16 if bf16 else None,
+            # As in training: results of two days would have other prompts, which are not compared.
+            chat_template_args={"date_string": TEMPLATE_DATE},
         )
         self.rows = batch_size
 
