@@ -1,5 +1,7 @@
 """Losses and answers of held-out rows: kept one by one, and bounded in memory."""
 
+import json
+
 import pytest
 
 import tiny
@@ -8,7 +10,7 @@ from maskft.loss import nll_per_item
 from maskft_common.errors import UserError
 from maskft_lab.evaluation import heldout as evaluate
 from maskft_lab.evaluation.evaluation_arguments import EvaluationArguments
-from maskft_lab.evaluation.heldout import evaluate_kl, evaluate_rows, name_of_test_set
+from maskft_lab.evaluation.heldout import evaluate_kl, evaluate_rows, heldout_rows, name_of_test_set
 from maskft_lab.evaluation.journal import Journal
 from maskft_lab.evaluation.load_models import Loaded
 from maskft_lab.generation import greedy
@@ -96,10 +98,27 @@ def test_a_run_that_ended_early_is_resumed(kind, net, tmp_path, monkeypatch):
     assert record["metrics"]["nll"]["value"] == pytest.approx(whole["metrics"]["nll"]["value"], abs=1e-5)
 
 
+def test_held_out_data_is_evaluated_without_training_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("train", "test"):
+        rows = [{"prompt": f"{name} {n}", "completion": "x"} for n in range(4)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def rows_of(**words):
+        return heldout_rows(DataArguments(**words), None, TOKENIZER)
+
+    alone = rows_of(eval_dataset_name="test.jsonl:3")
+    assert alone == rows_of(dataset_name="train.jsonl", eval_dataset_name="test.jsonl:3") and len(alone) == 3
+    assert len(rows_of(eval_dataset_name="test.jsonl", max_eval_samples=2)) == 2
+    with pytest.raises(UserError, match="dataset_name is missing"):
+        rows_of()
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
         ({"dataset_name": "test.jsonl"}, "test.jsonl"),
+        ({"eval_dataset_name": "test.jsonl"}, "test.jsonl"),
         ({"dataset_name": "train.jsonl", "eval_dataset_name": "test.jsonl"}, "test.jsonl"),
         ({"dataset_name": "train.jsonl", "dataset_eval_split": "test"}, None),
         ({"dataset_name": "gsm8k"}, None),

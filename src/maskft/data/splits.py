@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from datasets import Dataset
 
@@ -79,13 +79,10 @@ def load_splits(
         UserError: If data cannot be read, the arguments contradict each other, or no training row is left.
     """
     check_sizes(args)
+    if not args.dataset_name:
+        raise UserError("dataset_name is missing; give a data file or a hub name")
     heldout_name = _heldout_name(args)
-    common = {
-        "as_chat": args.as_chat,
-        "tokenizer": tokenizer,
-        "text_field": text_field,
-        "data_dir": args.data_dir,
-    }
+    common = _common(args, tokenizer, text_field)
     # Read whole, and drawn from below: rows are held out before a mixture takes its amounts.
     reader = Reader(
         split=args.dataset_train_split,
@@ -97,19 +94,7 @@ def load_splits(
     num_read = sum(taken.values())
 
     if heldout_name:
-        # dataset_config is of the training data; held-out data may be another split of the same sets.
-        heldout_sets = set(_names(heldout_name))
-        is_of_same_sets = heldout_sets <= set(_names(args.dataset_name))
-        config = args.dataset_config if is_of_same_sets else None
-        # Another seed than that of the training rows, so that the two draws are independent.
-        heldout_seed = Random(f"heldout-{seed}").randrange(2**31)
-        heldout = load_examples(
-            heldout_name,
-            args.dataset_eval_split,
-            config=config,
-            seed=heldout_seed,
-            **common,
-        )
+        heldout = _read_heldout(args, heldout_name, seed, common)
         drawn = [each.draw(seed) for each in sets]
         train = mix(drawn, seed)
         num_read += len(heldout)
@@ -131,11 +116,70 @@ def load_splits(
     return Splits(train, heldout, report)
 
 
+def load_heldout(
+    args: DataArguments,
+    seed: int,
+    tokenizer=None,
+    text_field: str = "text",
+) -> Dataset:
+    """Read ``eval_dataset_name`` alone: the rows that `load_splits` holds out beside training data.
+
+    Args:
+        args: The data part of the recipe, in which ``dataset_name`` may be missing.
+        seed: Of the rows that a mixture takes.
+        tokenizer: See `load_splits`.
+        text_field: Name of the column that holds plain text.
+
+    Raises:
+        UserError: If data cannot be read, or the arguments contradict each other.
+    """
+    check_sizes(args)
+    heldout_name = _heldout_name(args)
+    if heldout_name is None:
+        raise UserError("eval_dataset_name is missing; give a data file or a hub name")
+    common = _common(args, tokenizer, text_field)
+    heldout = _read_heldout(args, heldout_name, seed, common)
+    return _first_rows(heldout, args.max_eval_samples)
+
+
+def _common(
+    args: DataArguments,
+    tokenizer,
+    text_field: str,
+) -> dict[str, Any]:
+    """The fields of `Reader` that are the same for training data and held-out data."""
+    return {
+        "as_chat": args.as_chat,
+        "tokenizer": tokenizer,
+        "text_field": text_field,
+        "data_dir": args.data_dir,
+    }
+
+
+def _read_heldout(
+    args: DataArguments,
+    name: str,
+    seed: int,
+    common: dict[str, Any],
+) -> Dataset:
+    """The rows of held-out data that has a name of its own."""
+    # dataset_config is of the training data, if there is any; held-out data may be another split of the same sets.
+    training_sets = set(_names(args.dataset_name))
+    is_of_same_sets = set(_names(name)) <= training_sets
+    config = args.dataset_config if is_of_same_sets or not training_sets else None
+    # Another seed than that of the training rows, so that the two draws are independent.
+    heldout_seed = Random(f"heldout-{seed}").randrange(2**31)
+    return load_examples(
+        name,
+        args.dataset_eval_split,
+        config=config,
+        seed=heldout_seed,
+        **common,
+    )
+
+
 def _heldout_name(args: DataArguments) -> str | None:
     """Return the set of the held-out data; None: a part of the training data is held out."""
-    if not args.dataset_name:
-        raise UserError("dataset_name is missing; give a data file or a hub name")
-
     name = mixture_text(args.eval_dataset_name)
     if not name and args.dataset_eval_split:
         # Another split of the training sets, whole: the amounts of a mixture are for training.

@@ -17,7 +17,7 @@ from torch.func import functional_call
 from maskft.data.answers import check_answer
 from maskft.data.arguments import DataArguments, check_sizes
 from maskft.data.mixtures import load_examples
-from maskft.data.splits import load_splits
+from maskft.data.splits import load_heldout, load_splits
 from maskft.data.tokenizing import prompt_ids, prompt_of, tokenize_example
 from maskft.loss import RowLoss, length_sorted_batches, nll_per_item, pad
 from maskft_common.errors import UserError
@@ -57,6 +57,8 @@ def heldout_rows(
     """
     check_sizes(data)
     name = data.dataset_name or ""
+    if data.eval_dataset_name and not name:
+        return list(load_heldout(data, data.split_seed, tokenizer, text_field))
 
     # As training reads them. Without any name load_splits() raises.
     is_split = eval_split_size is not None or data.eval_dataset_name or data.dataset_eval_split
