@@ -16,6 +16,7 @@ from maskft.data.mixtures import load_examples
 from maskft.data.splits import load_splits
 from maskft.data.tokenizing import (
     IGNORED,
+    end_of_turn,
     format_sample,
     prompt_ids,
     supervised_token_count,
@@ -448,6 +449,18 @@ def test_turns_of_a_template_that_writes_the_last_one_differently():
     assert supervised_stretches(tokenized) == ["4, in short<|im_end|>\n", last]
 
 
+def test_the_token_that_ends_a_turn():
+    tokenizer = tiny_tokenizer()
+    im_end = tokenizer.eos_token_id
+    tokenizer.eos_token = "<pad>"  # as of a base model, whose texts end otherwise
+    assert end_of_turn([USER], tokenizer) == im_end
+    tokenizer.chat_template = LAST_TURN_DIFFERS
+    assert end_of_turn([USER, ASSISTANT, USER], tokenizer) == im_end
+    for mark in ("", "the", "<|unknown|>"):
+        tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} " + mark + "\n{% endfor %}"
+        assert end_of_turn([USER], tokenizer) is None
+
+
 def test_template_that_rewrites_earlier_turns():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] if loop.last else '...' }}{% endfor %}"
@@ -542,6 +555,8 @@ def test_tokenizer_without_what_the_data_needs(write):
         tokenize_example({"text": "a"}, endless)
     with pytest.raises(UserError, match="plain text has no prompt"):
         prompt_ids({"text": "a"}, TOKENIZER)
+    with pytest.raises(UserError, match=r"begins '4' has no prompt to generate from: its last assistant turn comes"):
+        prompt_ids({"messages": [ASSISTANT, USER]}, TOKENIZER)
 
 
 def test_template_that_refuses_the_messages():

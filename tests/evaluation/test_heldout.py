@@ -168,6 +168,32 @@ def test_no_rows_are_one_line(net, tmp_path):
         evaluate_kl(loaded, [], LOSSES, Journal(tmp_path / "answers.jsonl", {}))
 
 
+def test_the_answer_to_a_chat_ends_with_its_turn(net, monkeypatch):
+    """The tokenizer of a base model ends a text otherwise, and the model would go on to the user's next turn."""
+    tokenizer = tiny_tokenizer()
+    im_end = tokenizer.eos_token_id
+    tokenizer.eos_token = "<pad>"
+    bounds = []
+    monkeypatch.setattr(evaluate, "generated", lambda *args: bounds.append(args[3]) or ["4"])
+    chat = {"prompt": [{"role": "user", "content": "2+2"}], "completion": [{"role": "assistant", "content": "4"}]}
+    for example in (chat, {"messages": chat["prompt"] + chat["completion"]}, {"prompt": "2+2=", "completion": "4"}):
+        evaluate_rows(net, tokenizer, [{"id": "1", "answer": "4", **example}], answers_of(3))
+    assert [each.end_tokens for each in bounds] == [[im_end], [im_end], []]
+
+
+def test_an_empty_prompt_is_refused_before_the_losses(net, tmp_path):
+    """The answer would be to padding, and the KL a mean over no tokens."""
+    rows = [*ROWS, ROWS[0] | {"id": "empty", "prompt": ""}]
+    loaded = Loaded(net, TOKENIZER, {}, "x", dict(net.named_parameters()))
+    journal = Journal(tmp_path / "answers.jsonl", {})
+    with pytest.raises(UserError, match=r"1 of 7 prompts are empty, .*; leave these rows out"):
+        evaluate_rows(net, TOKENIZER, rows, answers_of(3), journal)
+    with pytest.raises(UserError, match="1 of 7 prompts are empty"):
+        evaluate_kl(loaded, rows, LOSSES, journal)
+    assert not journal.values
+    assert len(evaluate_rows(net, TOKENIZER, rows, LOSSES)["items"]) == 7, "a loss needs no prompt"
+
+
 def test_rows_beyond_the_context_are_refused_before_the_losses(net, tmp_path):
     rows = [*ROWS, {"id": "long", "prompt": "1+" * 150, "completion": "150"}]
     journal = Journal(tmp_path / "answers.jsonl", {})

@@ -70,6 +70,31 @@ def test_stop_strings_end_each_row_by_itself():
     assert greedy_generate(net, TOKENIZER, questions, Bounds(30, 4, stop_strings=stops)) == expected
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_stop_string_that_begins_in_the_prompt_ends_no_answer(name):
+    """A prompt that ends with a line break, an answer that begins with "#", and the stop string of both."""
+    net, questions = tiny.MODELS[name](), prompts()
+    questions = [[token % 90 + 3 for token in ids] for ids in questions]
+    free = greedy_generate(net, TOKENIZER, questions, Bounds(12, 4))
+    across = [TOKENIZER.decode(ids[-1:]) + text[:1] for ids, text in zip(questions, free, strict=True)]
+    within = free[0][3:6]
+    found = greedy_generate(net, TOKENIZER, questions, Bounds(12, 4, stop_strings=[*across, within]))
+    for text, before in zip(found, free, strict=True):
+        assert text == min((before.split(stop)[0] for stop in [*across, within]), key=len)
+    assert found[0] and found[0] != free[0]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_an_answer_ends_at_an_end_token(name):
+    """Those of a chat template: neither the model nor the tokenizer need know them, nor are they special tokens."""
+    net, questions = tiny.MODELS[name](), [[token % 90 + 3 for token in ids] for ids in prompts()]
+    free = greedy_generate(net, TOKENIZER, questions, Bounds(12, 4))
+    letter = free[0][5]
+    [end] = TOKENIZER(letter)["input_ids"]
+    found = greedy_generate(net, TOKENIZER, questions, Bounds(12, 4, end_tokens=[end]))
+    assert found == [text.split(letter)[0] for text in free] and found[0] != free[0]
+
+
 def test_finished_rows_leave_and_others_take_their_places(monkeypatch):
     net, questions = model(), prompts() + prompts(seed=1)
     stop = reference(net, questions[0], 30)[8:10]

@@ -96,7 +96,7 @@ def prompt_of(example: Row) -> str | list[dict]:
     """Return the prompt, all before the last assistant turn: a text, or messages.
 
     Raises:
-        UserError: If the example is plain text.
+        UserError: If the example is plain text, or a conversation that begins with its last assistant turn.
     """
     if "messages" in example:
         # The last assistant turn, or the end of a conversation that has none.
@@ -105,6 +105,11 @@ def prompt_of(example: Row) -> str | list[dict]:
         for index, message in enumerate(messages):
             if message["role"] == "assistant":
                 last_turn = index
+        if last_turn == 0:
+            raise UserError(
+                f"the conversation that begins {_shortened(messages[0]['content'])!r} has no prompt to generate from: "
+                "its last assistant turn comes first; leave it out"
+            )
         return messages[:last_turn]
     if "prompt" in example:
         return example["prompt"]
@@ -123,6 +128,26 @@ def prompt_ids(example: Row, tokenizer) -> list[int]:
     if ids[-1:] == [tokenizer.eos_token_id]:
         return ids[:-1]
     return ids
+
+
+def end_of_turn(prompt: list[Message], tokenizer) -> int | None:
+    """Return the token with which the chat template ends an assistant turn after ``prompt``, None without one.
+
+    A base model may end its texts with another one: those of Qwen 2.5 and 3 end with ``<|endoftext|>``, and turns in
+    their template with ``<|im_end|>``.
+    """
+    answer = "42"
+    text = _render([*prompt, {"role": "assistant", "content": answer}], tokenizer)
+    _, _, after = text.rpartition(answer)
+    # Phi 3's template writes an end of text on the next line, so the first of them counts.
+    marks = after.split()
+    if not marks:
+        return None
+    # Only a token that was added for such a purpose: "###" is a word that an answer may hold.
+    for token_id, token in tokenizer.added_tokens_decoder.items():
+        if token.content == marks[0]:
+            return token_id
+    return None
 
 
 def tokenize_dataset(

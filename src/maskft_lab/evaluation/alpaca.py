@@ -22,7 +22,7 @@ from ..generation.greedy import Bounds
 from ..results.schema import data_sha256, metric_from_items
 from .benchmarks import asking_hub
 from .evaluation_arguments import ALPACA_EVAL, EvaluationArguments
-from .heldout import task_record
+from .heldout import end_tokens, task_record
 from .journal import Journal, generated
 from .load_models import Loaded
 
@@ -122,14 +122,13 @@ def evaluate_alpaca(
     model = loaded.model
     tokenizer = loaded.tokenizer
     instructions = [row["instruction"] for row in references]
-    prompts: list[list[int]] = []
-    for instruction in instructions:
-        # Always as a chat: AlpacaEval's instructions are messages of users.
-        message = {"role": "user", "content": instruction}
-        prompts.append(prompt_ids({"prompt": [message]}, tokenizer))
+    # Always as a chat: AlpacaEval's instructions are messages of users.
+    chats = [{"prompt": [{"role": "user", "content": instruction}]} for instruction in instructions]
+    prompts = [prompt_ids(chat, tokenizer) for chat in chats]
     bounds = Bounds(
         options.alpaca_max_new_tokens,
         options.batch_size,
+        end_tokens=end_tokens(chats[0], tokenizer),
         option="alpaca_max_new_tokens",
     )
     answers = generated(model, tokenizer, prompts, bounds, f"{ALPACA_EVAL}: outputs", journal)

@@ -18,13 +18,13 @@ from maskft.data.answers import check_answer
 from maskft.data.arguments import DataArguments, check_sizes
 from maskft.data.mixtures import load_examples
 from maskft.data.splits import load_heldout, load_splits
-from maskft.data.tokenizing import prompt_ids, prompt_of, tokenize_example
+from maskft.data.tokenizing import end_of_turn, prompt_ids, prompt_of, tokenize_example
 from maskft.loss import RowLoss, length_sorted_batches, nll_per_item, pad
 from maskft_common.errors import UserError
 from maskft_common.files import digest
 from maskft_common.layout import DATA_FILE_ENDINGS
 
-from ..generation.greedy import Bounds, check_context, memory_bound_rows
+from ..generation.greedy import Bounds, check_context, check_not_empty, memory_bound_rows
 from ..results.schema import build_task, cluster_ids, data_sha256, items_fingerprint, metric_from_items
 from .evaluation_arguments import EvaluationArguments
 from .journal import Journal, generated, resumed
@@ -138,6 +138,7 @@ def evaluate_rows(
     prompts: list[list[int]] = []
     if has_answers:
         prompts = [prompt_ids(row, tokenizer) for row in rows]
+        check_not_empty(prompts)
         longest = max(map(len, prompts))
         check_context(model, longest, options.max_new_tokens)
 
@@ -158,7 +159,11 @@ def evaluate_rows(
 
     # Accuracy
     if has_answers:
-        bounds = Bounds(options.max_new_tokens, options.batch_size)
+        bounds = Bounds(
+            options.max_new_tokens,
+            options.batch_size,
+            end_tokens=end_tokens(rows[0], tokenizer),
+        )
         outputs = generated(model, tokenizer, prompts, bounds, "answers", journal)
         for item, row, output in zip(items, rows, outputs, strict=True):
             is_correct = check_answer(output, row["answer"], row.get("answer_type") or "exact")
@@ -196,6 +201,15 @@ def evaluate_rows(
     if notes:
         record["note"] = "; ".join(notes)
     return record
+
+
+def end_tokens(row: dict, tokenizer) -> list[int]:
+    """Tokens that end an answer, beside the tokenizer's and the model's own."""
+    prompt = prompt_of(row)
+    if isinstance(prompt, str):
+        return []
+    token_id = end_of_turn(prompt, tokenizer)
+    return [] if token_id is None else [token_id]
 
 
 def _check_rows(rows: Sequence[dict]) -> None:
@@ -272,6 +286,8 @@ def evaluate_kl(
     model = loaded.model
     tokenizer = loaded.tokenizer
     prompts = [prompt_ids(row, tokenizer)[: options.max_length] for row in rows]
+    # A mean over no tokens is not a number, and the metric would have no value.
+    check_not_empty(prompts)
     longest = max(map(len, prompts))
     check_context(model, longest)
 

@@ -13,7 +13,12 @@ from typing import NamedTuple
 import psutil
 import torch
 from torch import Tensor
-from transformers import NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
+from transformers import (
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from maskft.loss import length_sorted_batches, pad
@@ -76,12 +81,14 @@ class Bounds:
         max_new_tokens: Upper bound on generated tokens, > 0.
         batch_size: Prompts at one time; None: as many as fit into half of the free memory, at most 64.
         stop_strings: Generation of an item ends at the first of these.
+        end_tokens: Generation of an item also ends at these tokens, beside the tokenizer's and the model's own.
         option: The user's name of ``max_new_tokens``, for messages.
     """
 
     max_new_tokens: int = 256
     batch_size: int | None = 16
     stop_strings: Sequence[str] = ()
+    end_tokens: Sequence[int] = ()
     option: str = "max_new_tokens"
 
 
@@ -109,12 +116,13 @@ def greedy_generate(
         The generated texts in the order of ``prompts``, without special tokens, cut before the first stop string.
 
     Raises:
-        UserError: If a prompt and its answer may be longer than the model's context.
+        UserError: If a prompt is empty, or it and its answer may be longer than the model's context.
     """
     model.eval()
     if not prompts:
         return []
 
+    check_not_empty(prompts)
     longest = max(len(prompt) for prompt in prompts)
     max_new_tokens = bounds.max_new_tokens
     check_context(model, longest, max_new_tokens, bounds.option)
@@ -138,6 +146,17 @@ def greedy_generate(
     else:
         _generate_in_batches(job, batch_size)
     return job.out
+
+
+def check_not_empty(prompts: Sequence[Sequence[int]]) -> None:
+    """Raise for prompts without a token: a model predicts the next token after at least one."""
+    num_empty = sum(not prompt for prompt in prompts)
+    if num_empty:
+        # Padding would take the prompt's place, and the answer would be to that.
+        raise UserError(
+            f"{num_empty} of {len(prompts)} prompts are empty, and this tokenizer begins no text with a token of its "
+            "own: there is nothing to answer; leave these rows out"
+        )
 
 
 def check_context(
@@ -280,7 +299,7 @@ class _Job:
         if not isinstance(eos_ids, list):
             eos_ids = [eos_ids]
         # A chat model may end its turn with another token than the tokenizer's end of text.
-        self.eos_ids = {tokenizer.eos_token_id, *eos_ids}
+        self.eos_ids = {tokenizer.eos_token_id, *eos_ids, *bounds.end_tokens}
         self.eos_ids.discard(None)
 
         # Whether an answer has reached a stop string is checked at every token. Decoding all of the answer each time
@@ -323,9 +342,12 @@ class _Job:
             return True
         if len(tokens) >= self.bounds.max_new_tokens:
             return True
+        return self.has_stop_string(tokens)
+
+    def has_stop_string(self, tokens: list[int]) -> bool:
+        """Whether the last tokens of an answer hold a stop string."""
         if not self.stop_strings:
             return False
-
         # With special tokens: lm-eval has the text of one, such as <|im_end|>, among its stop strings.
         last_tokens = tokens[-self.lookback :]
         tail = self.tokenizer.decode(last_tokens, skip_special_tokens=False)
@@ -337,6 +359,9 @@ class _Job:
         tokens: list[int],
     ) -> None:
         """Decode the answer of one prompt, cut it before the first stop string, and keep it."""
+        # One of these need not be a special token, which decoding drops.
+        ends = [place for place, token in enumerate(tokens) if token in self.bounds.end_tokens]
+        tokens = tokens[: min(ends, default=None)]
         # All of it at once: tokens decoded one by one would lose spaces and characters of several tokens.
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
         ends = [text.find(stop) for stop in self.stop_strings]
@@ -347,6 +372,33 @@ class _Job:
         self.out[index] = text
         if self.on_answer:
             self.on_answer(index, text)
+
+
+class _StopStrings(StoppingCriteria):
+    """Ends rows of ``model.generate`` at a stop string in their answers.
+
+    transformers' own criterion looks at the prompt too: a stop string of a line break and "#" would end an answer that
+    begins with "#" after a prompt that ends with a line break.
+
+    Args:
+        job: Knows the stop strings.
+        prompt_length: Tokens of each prompt with its padding.
+    """
+
+    def __init__(self, job: _Job, prompt_length: int):
+        self.job = job
+        self.prompt_length = prompt_length
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        scores,
+        **kwargs,
+    ) -> Tensor:
+        answers_BT = input_ids[:, self.prompt_length :]
+        last_tokens_BT = answers_BT[:, -self.job.lookback :]
+        is_over = [self.job.has_stop_string(tokens) for tokens in last_tokens_BT.tolist()]
+        return torch.tensor(is_over, device=input_ids.device)
 
 
 class _Row(NamedTuple):
@@ -484,6 +536,10 @@ def _generate_in_batches(job: _Job, batch_size: int) -> None:
             job.model.device,
             side="left",  # the answer follows the prompt's last token
         )
+        prompt_length = ids_BT.shape[1]
+        criteria = StoppingCriteriaList()
+        if job.stop_strings:
+            criteria.append(_StopStrings(job, prompt_length))
         generated_BT = job.model.generate(
             input_ids=ids_BT,
             attention_mask=mask_BT,
@@ -495,11 +551,10 @@ def _generate_in_batches(job: _Job, batch_size: int) -> None:
             top_k=None,
             pad_token_id=job.pad_id,
             eos_token_id=sorted(job.eos_ids),
-            stop_strings=job.stop_strings or None,
-            tokenizer=job.tokenizer if job.stop_strings else None,
+            stop_strings=None,  # the job's have a criterion of their own
+            stopping_criteria=criteria,
         )
         # A row that ended before the others has padding behind its answer; it is a special token, decoding drops it.
-        prompt_length = ids_BT.shape[1]
         answers_BT = generated_BT[:, prompt_length:]
         answers = answers_BT.tolist()
         for index, tokens in zip(indices, answers, strict=True):
