@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 import tiny
 from maskft_common.errors import UserError
@@ -62,6 +62,14 @@ def test_an_adapter_without_revision_is_over_the_main_one(base, tmp_path):
     assert base_and_revision(None, [c, "none"]) == (str(base), "v1")
     with pytest.raises(UserError, match="belong to different revisions"):
         base_and_revision(None, [a, c])
+
+
+def test_an_adapter_of_virtual_tokens_is_refused(base, tmp_path):
+    """PEFT puts them before each text: the loss would be that of other tokens."""
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, base_model_name_or_path=str(base))
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"puts virtual tokens before each text .*: name adapters that change weights"):
+        base_and_revision(None, [str(tmp_path)])
 
 
 @pytest.mark.parametrize(

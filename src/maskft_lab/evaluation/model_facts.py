@@ -107,9 +107,17 @@ def base_and_revision(name: str | None, adapters: Sequence[str]) -> tuple[str, s
         adapters: Folders, or ``none``.
 
     Raises:
-        UserError: If a folder holds no adapter, or the adapters belong to different models or revisions.
+        UserError: If a folder holds no adapter or one that cannot be measured, or the adapters belong to different
+            models or revisions.
     """
     configs = {adapter: _peft_config(adapter) for adapter in adapters if adapter != NO_ADAPTER}
+    for adapter, config in configs.items():
+        # They put tokens of their own before each text, so that the logits of a loss are those of other tokens.
+        if config.is_prompt_learning:
+            raise UserError(
+                f"adapter {adapter!r} puts virtual tokens before each text (a prompt or prefix): name adapters that "
+                "change weights, such as masks and LoRA"
+            )
 
     # Adapter -> the base that it names, found from the adapter's folder if it is a relative path.
     bases: dict[str, str | None] = {}
