@@ -12,7 +12,7 @@ from maskft_common.errors import UserError
 from maskft_lab.evaluation import load_models as load
 from maskft_lab.evaluation.evaluate import labelled_files
 from maskft_lab.evaluation.evaluation_arguments import EvaluationArguments
-from maskft_lab.evaluation.model_facts import base_and_revision
+from maskft_lab.evaluation.model_facts import base_and_revision, portable_name
 
 
 def _edit(file, **values):
@@ -79,6 +79,14 @@ def test_labels(model, expected, tmp_path, monkeypatch):
     (tmp_path / "outer" / "inner" / "inner").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "outer" / "inner")
     assert labelled_files("out", [model], []) == [(expected, Path("out/result.json"))]
+
+
+def test_the_current_folder_has_a_name_in_a_result(tmp_path, monkeypatch):
+    (tmp_path / "outer" / "inner").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "outer" / "inner")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = [portable_name(name) for name in (".", "..", "../inner/", "~/outer", "org/model")]
+    assert names == ["inner", "outer", "inner", "outer", "org/model"]
 
 
 @pytest.mark.parametrize("name", ["../../x", "..", "a/b", "a\x1b[2J", "\u3164"])  # the last is drawn as nothing

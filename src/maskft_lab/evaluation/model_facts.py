@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from maskft.masks.mask_set import read_config
 from maskft.masks.merge import one_line
 from maskft.models import base_of, check_model_source
 from maskft_common.errors import UserError
-from maskft_common.files import digest, digest_tensors, read_json
+from maskft_common.files import digest, digest_tensors, expand_user, read_json
 from maskft_common.layout import ADAPTER_CONFIG, TRAINING, holds_adapter, no_adapter
 
 from .evaluation_arguments import NO_ADAPTER
@@ -195,8 +196,8 @@ def facts_of(source: str) -> dict:
 
 def portable_name(name: str) -> str:
     """Name for a result file, which is shared: the last component of a folder, a hub model in full."""
-    path = Path(name)
+    path = expand_user(name)
     if path.exists():
-        # The rest of the path is of this machine.
-        return path.name
+        # The rest of the path is of this machine. Absolute first, which gives `.` and `..` a name.
+        return os.path.basename(os.path.abspath(path))
     return name
