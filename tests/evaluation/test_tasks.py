@@ -261,6 +261,14 @@ def test_sentence_tables_are_asked_for_when_they_are_needed(tmp_path, monkeypatc
     assert load_tasks(["ifeval"], tmp_path, limit=1)
 
 
+def test_two_items_of_one_id_are_refused_before_they_are_answered(tmp_path):
+    rows = [IFEVAL[0], IFEVAL[1], IFEVAL[1] | {"prompt": "Use the word banana twice."}]
+    (tmp_path / "ifeval.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match="2 items of ifeval have the key 1005; give each its own"):
+        load_tasks(["ifeval"], tmp_path)
+    assert load_tasks(["ifeval"], tmp_path, limit=2), "the third is not asked"
+
+
 def test_other_tasks_that_run_code_are_refused(local_tasks):
     assert set(load_tasks(["one"], include_path=local_tasks)) == {"one"}
     with pytest.raises(UserError, match="task code would run model-written code outside the sandbox; use humaneval"):

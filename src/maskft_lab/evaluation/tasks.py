@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import math
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from itertools import islice
@@ -117,7 +118,9 @@ def load_tasks(
         if limit:
             num_docs = min(limit, num_docs)
         # All items go to lm-eval, which applies the limit itself; data that only later ones need may be missing.
-        BENCHMARKS[name].prepare(docs.select(range(num_docs)), data_dir)
+        asked = docs.select(range(num_docs))
+        _check_ids(name, asked)
+        BENCHMARKS[name].prepare(asked, data_dir)
         tasks[name] = _build(name, docs, allow_unconfined)
 
     # As lm_eval.simple_evaluate does, which is not called here.
@@ -125,6 +128,17 @@ def load_tasks(
         if task.get_config("num_fewshot") is None:
             task.set_config("num_fewshot", 0)
     return tasks
+
+
+def _check_ids(name: str, docs) -> None:
+    """Refuse items of one id, of which no result can be made: it pairs items by their ids."""
+    id_field = BENCHMARKS[name].id_field
+    if not id_field:
+        return
+    counts = Counter(docs[id_field])
+    for item_id, count in counts.items():
+        if count > 1:
+            raise UserError(f"{count} items of {name} have the {id_field} {item_id!r}; give each its own")
 
 
 def wants_chat_template(name: str, choice: bool | None) -> bool:
