@@ -16,6 +16,7 @@ import benchmark_files
 import tiny
 from benchmark_files import GSM8K, HUMANEVAL, IFEVAL, MATH, ScriptedLM
 from maskft_common.errors import UserError
+from maskft_lab.evaluation import tasks as evaluated
 from maskft_lab.evaluation.journal import Journal, Resuming
 from maskft_lab.evaluation.tasks import check_chat_template, check_names, load_tasks, run_task
 from maskft_lab.generation import greedy
@@ -224,6 +225,17 @@ def test_other_tasks_of_lm_eval(tmp_path):
     assert acc["value"] == sum(item["acc"] for item in records[0]["choice"]["items"]) / 5 and acc["unit"] == "fraction"
     assert perplexity["value"] > 1 and not perplexity["higher_is_better"]
     assert all("word_perplexity" not in item for item in records[0]["text"]["items"])
+
+
+def test_an_output_that_is_not_finite_is_null():
+    """As in float16, where a model overflows: the file of all results would be refused for one item."""
+    sample = {"doc": {}, "doc_id": 0, "target": 1, "prompt_hash": "p", "target_hash": "t"}
+    for resps, output in (
+        ([[(float("-inf"), False)], [(-1.5, True)]], [[None, False], [-1.5, True]]),
+        ([[float("nan")]], None),
+        ([["text"]], "text"),
+    ):
+        assert evaluated._new_item(sample | {"resps": resps}, evaluated._OTHERS)["output"] == output
 
 
 # Mistakes

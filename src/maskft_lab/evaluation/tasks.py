@@ -439,7 +439,7 @@ def _new_item(sample: Mapping, benchmark: Benchmark) -> dict:
     if not benchmark.program:
         item["answer"] = sample["target"]
     # A text, or for a task with choices a list.
-    item["output"] = responses[0] if len(responses) == 1 else responses
+    item["output"] = _plain(responses[0] if len(responses) == 1 else responses)
     if isinstance(doc, Mapping) and doc.get("cluster_id") is not None:
         item["cluster_id"] = str(doc["cluster_id"])
     if benchmark.program:
@@ -518,6 +518,15 @@ def _metric_name(key: str, benchmark: Benchmark) -> str:
     if filter_name == "none":
         return metric
     return key
+
+
+def _plain(value: Any) -> Any:
+    """An output for JSON: log-likelihoods are not finite where a model overflows, as in float16."""
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, float | np.number):
+        return _number(value)
+    return value
 
 
 def _number(value) -> float | int | None:
