@@ -11,10 +11,12 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
+from peft import LoraConfig, get_peft_model
 
 import benchmark_files
 import tiny
 from benchmark_files import GSM8K, HUMANEVAL, IFEVAL, MATH, ScriptedLM
+from maskft.models import load_model
 from maskft_common.errors import UserError
 from maskft_lab.evaluation import tasks as evaluated
 from maskft_lab.evaluation.journal import Journal, Resuming
@@ -130,6 +132,22 @@ def test_same_answers_as_lm_evals_backend(batch_size):
     theirs = HFLM(pretrained=net, tokenizer=TOKENIZER, batch_size=1).generate_until(requests, disable_tqdm=True)
     ours = BatchedLM(net, TOKENIZER, batch_size=batch_size).generate_until(requests)
     assert ours == theirs and len(set(ours)) > 10
+
+
+def test_a_head_apart_from_the_embedding_is_kept(tmp_path):
+    """Of a checkpoint whose configuration says that they are tied, as a merged adapter of both leaves it."""
+    net = tiny.tiny_llama(vocab_size=len(TOKENIZER), tie_word_embeddings=True)
+    net.lm_head.weight = torch.nn.Parameter(2 * net.lm_head.weight)
+    net.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path))
+    BatchedLM(loaded, TOKENIZER)
+    assert torch.equal(loaded.lm_head.weight, 2 * loaded.model.embed_tokens.weight)
+    loaded.tie_weights()  # the model's own again
+    assert torch.equal(loaded.lm_head.weight, loaded.model.embed_tokens.weight)
+
+    net = tiny.tiny_llama(vocab_size=len(TOKENIZER), tie_word_embeddings=True)
+    adapted = get_peft_model(net, LoraConfig(task_type="CAUSAL_LM", modules_to_save=["lm_head"]))
+    BatchedLM(adapted, TOKENIZER)
 
 
 def test_the_day_of_the_run_is_in_no_prompt():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from unittest import mock
 
 import torch
 from lm_eval.models.huggingface import HFLM
@@ -42,14 +43,17 @@ class BatchedLM(HFLM):
         batch_size: int | None = None,
         bf16: bool = False,
     ):
-        super().__init__(
-            model,
-            tokenizer=tokenizer,
-            batch_size=batch_size or "auto",
-            mixed_precision_dtype=torch.bfloat16 if bf16 else None,
-            # As in training: results of two days would have other prompts, which are not compared.
-            chat_template_args={"date_string": TEMPLATE_DATE},
-        )
+        # lm-eval would tie the weights once more, by the configuration: a head that was trained apart from the
+        # embedding and saved beside it would be lost, and one in an adapter is an error.
+        with mock.patch.object(model, "tie_weights", lambda: None):
+            super().__init__(
+                model,
+                tokenizer=tokenizer,
+                batch_size=batch_size or "auto",
+                mixed_precision_dtype=torch.bfloat16 if bf16 else None,
+                # As in training: results of two days would have other prompts, which are not compared.
+                chat_template_args={"date_string": TEMPLATE_DATE},
+            )
         self.rows = batch_size
 
     def generate_until(
