@@ -149,6 +149,14 @@ def test_other_bases(adapters, tmp_path):
     fails("'another'; combine masks of one base model", adapters[:2], tmp_path)
 
 
+def test_other_revisions_of_the_base(adapters, tmp_path):
+    """Of adapters with other modules no fingerprints can be compared: their names are all there is."""
+    edit(adapters[2], revision="v1")
+    fails(r"over '.*base' \(revision 'v1'\); combine masks of one base model", adapters[1:], tmp_path)
+    edit(adapters[1], revision="v1")
+    combine_adapters(adapters[1:], "union", tmp_path / "both")
+
+
 def test_one_base_under_two_names(adapters, tmp_path):
     edit(adapters[1], base_model_name_or_path="/on/another/machine/base")
     combine_adapters(adapters[:2], "union", tmp_path / "both")

@@ -152,19 +152,27 @@ def _check_only_masks(adapter: str | Path, config: AdapterConfig) -> None:
 
 def _common_base(adapters: Sequence[str | Path], configs: Sequence[AdapterConfig]) -> str | None:
     """The base that all adapters name, the first of its names; raises for names of several models."""
-    first = configs[0].base_model_name_or_path
-    fingerprint = configs[0].base_fingerprint
+    first = configs[0]
     for adapter, config in zip(adapters, configs, strict=True):
-        base = config.base_model_name_or_path
         # One model may have two names, such as its folders on two machines. Equal fingerprints are of the same weights
         # of the same modules.
-        is_one_model = fingerprint is not None and config.base_fingerprint == fingerprint
-        if base != first and not is_one_model:
+        is_recorded = first.base_fingerprint is not None
+        is_one_model = is_recorded and config.base_fingerprint == first.base_fingerprint
+        if _base_text(config) != _base_text(first) and not is_one_model:
             raise UserError(
-                f"adapter {str(adapters[0])!r} is over {first!r} and {str(adapter)!r} over {base!r}; combine masks of "
-                "one base model"
+                f"adapter {str(adapters[0])!r} is over {_base_text(first)} and {str(adapter)!r} over "
+                f"{_base_text(config)}; combine masks of one base model"
             )
-    return first
+    return first.base_model_name_or_path
+
+
+def _base_text(config: AdapterConfig) -> str:
+    """Name of an adapter's base with its revision on the hub."""
+    name = repr(config.base_model_name_or_path)
+    # None is the main one.
+    if config.revision in (None, "main"):
+        return name
+    return f"{name} (revision {config.revision!r})"
 
 
 def _base_fingerprint(
