@@ -150,8 +150,8 @@ def plain(text: str) -> str:
 
 
 def row_name(name: str) -> str:
-    """A name for a row of bars, broken into at most two lines."""
-    lines = textwrap.wrap(name, 24, max_lines=2, placeholder="…")
+    """A name for a row of bars, broken into at most three lines."""
+    lines = textwrap.wrap(name, 24, max_lines=3, placeholder="…")
     return plain("\n".join(lines))
 
 
