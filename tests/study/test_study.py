@@ -787,6 +787,20 @@ def test_a_board_shows_one_bar_on_a_terminal_and_lines_in_a_log(is_terminal, bas
         ]
 
 
+def test_no_time_is_estimated_from_the_base_alone(base, data, tmp_path):
+    """Nothing is trained for it, so at its speed the trained runs would take days."""
+    methods = {"base": {"method": "pretrained"}, "full": FULL, "mask": MASK}
+    plan = checked_plan(parse_recipe(recipe(base, data, methods)))
+    first, full, mask = plan.runs
+    console = Console(file=io.StringIO(), width=80)
+    costs = {first: 1.0, full: 100.0, mask: 100.0}
+    with boards.Board(plan.runs, [], lambda run: tmp_path, console, costs=costs) as board:
+        board.finished(first, "finished")
+        assert "left" not in console.file.getvalue()
+        board.finished(full, "finished")
+        assert console.file.getvalue().rstrip().endswith("0 s left")
+
+
 def test_a_mistake_in_its_benchmarks_stops_a_study_before_the_first_run(base, data, tmp_path, capsys):
     """Their names are checked by the same call, tests/evaluation/test_tasks.py; lm-eval's index of them takes 7 s."""
     content, message = recipe(base, data, {"full": FULL}), "include_path 'nowhere' is not a folder"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from statistics import fmean
 
 from rich.console import Console
 
@@ -55,6 +56,9 @@ class Board:
             if run not in ended_before:
                 self._cost_left += self._costs[run]
         self._cost_done = 0.0
+        # A first run that only evaluates the base costs next to nothing and still takes its time: by its speed, the
+        # others would take days.
+        self._cost_of_estimate = fmean(self._costs.values()) if self._costs else 0.0
         self._began_at = time.monotonic()
 
         # When each running run was started, oldest first.
@@ -153,8 +157,9 @@ class Board:
         )
 
     def _time_left(self) -> str:
-        """Time left at the speed so far, by the cost of the runs that are finished; "" before the first."""
-        if self._cost_done <= 0 or self._cost_left <= 0:
+        """Time left at the speed so far, by the cost of the finished runs; "" until they cost as much as a mean run."""
+        is_too_early = self._cost_done <= 0 or self._cost_done < self._cost_of_estimate
+        if is_too_early or self._cost_left <= 0:
             return ""
         elapsed = time.monotonic() - self._began_at
         # Wall-clock time in relation to cost, so that runs side by side are counted in.
