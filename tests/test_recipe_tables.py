@@ -4,6 +4,7 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -29,6 +30,24 @@ def copied(tmp_path):
 def test_exact_in_four_bits(script):
     folder = RESULTS / "smollm2-exact-in-four-bits"
     assert script("exact_in_four_bits").table(folder) == (folder / "table.md").read_text()
+
+
+def test_four_bits_of_the_evidence(script):
+    """The page's accuracies are those of the committed answers."""
+    recipe = script("exact_in_four_bits")
+    page = (ROOT / "docs/evidence.md").read_text()
+    _, table = page.split("| trained over | method | 77 intents | sums |")
+    rows = [line.strip("|").split("|") for line in table.split("\n\n")[0].splitlines()[2:]]
+    assert len(rows) == 6
+    for cells in rows:
+        over, method, *shown, _ = (cell.replace("*", "").strip() for cell in cells)
+        method = {"full fine-tuning": "full"}.get(method, method)
+        stored = "base's grid" if over == "Q4_0" else "fresh scales"
+        for task, cell in zip(("intents", "sums"), shown, strict=True):
+            files = sorted((RESULTS / "smollm2-exact-in-four-bits").glob(f"{task}-Q4_0-seed[0-9].json"))
+            runs = [json.loads(file.read_text()) for file in files]
+            means = [fmean(recipe._accuracies(runs, method, over, how)) for how in ("as trained", stored)]
+            assert cell == f"{means[0]:.1f} → {means[1]:.1f}", (task, method, over)
 
 
 class FixedTest:
