@@ -27,7 +27,7 @@ from maskft_lab.results.comparison import NOT_DISTINGUISHABLE, Difference, Score
 from maskft_lab.results.schema import BEFORE, Result, read_result
 from maskft_lab.results.scores import scores
 from maskft_lab.results.tables import markdown_cell
-from maskft_lab.results.words import MAX_DIGITS, score_text
+from maskft_lab.results.words import rounded, score_text
 
 
 def main(
@@ -166,13 +166,8 @@ def _difference(row: Difference | None) -> str:
     else:
         scale = 1
         digits = 3
-    numbers = [scale * number for number in (row.difference, row.unadjusted_low, row.unadjusted_high)]
-    # More decimals where a number that is not zero would be written as zero.
-    smallest = min((abs(number) for number in numbers if number), default=1.0)
-    while smallest < 0.5 * 10**-digits and digits < MAX_DIGITS:
-        digits += 1
-    value, low, high = [round(number, digits) + 0.0 for number in numbers]
-
+    numbers, digits = rounded((row.difference, row.unadjusted_low, row.unadjusted_high), scale, digits)
+    value, low, high = numbers
     text = f"{value:+.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
     if row.verdict == NOT_DISTINGUISHABLE:
         return text

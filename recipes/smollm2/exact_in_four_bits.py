@@ -388,6 +388,11 @@ def trained(
 # One task and seed
 
 
+def key_of(row: dict) -> tuple[str, str, str]:
+    """What a row of a result file is of: method, base that it was trained over, way of storing."""
+    return row["method"], row["trained_over"], row["stored"]
+
+
 class Results:
     """The rows of one result file, which is written again after each row.
 
@@ -413,7 +418,7 @@ class Results:
     def has(self, method: str, over: str, stored: str) -> bool:
         """Whether a model was measured before."""
         for row in self.rows:
-            if (row["method"], row["trained_over"], row["stored"]) == (method, over, stored):
+            if key_of(row) == (method, over, stored):
                 return True
         return False
 
@@ -422,7 +427,7 @@ class Results:
         pattern = f"{self.head['task']}-*-seed{self.head['seed']}.json"
         for file in sorted(self.file.parent.glob(pattern)):
             for row in json.loads(file.read_text())["rows"]:
-                key = (row["method"], row["trained_over"], row["stored"])
+                key = key_of(row)
                 if key[1:] == ("float", "as trained") and not self.has(*key):
                     self.rows.append(row)
 
@@ -672,12 +677,7 @@ def _overview(groups: dict[tuple, list[dict]]) -> list[str]:
 def _accuracies(runs: list[dict], method: str, over: str, stored: str) -> list[float]:
     """Accuracy of a model in %, of each seed that has it."""
     key = (method, over, stored)
-    return [
-        100 * row["accuracy"]
-        for run in runs
-        for row in run["rows"]
-        if (row["method"], row["trained_over"], row["stored"]) == key
-    ]
+    return [100 * row["accuracy"] for run in runs for row in run["rows"] if key_of(row) == key]
 
 
 def _table_of(runs: list[dict]) -> list[str]:
@@ -689,7 +689,7 @@ def _table_of(runs: list[dict]) -> list[str]:
     found: dict[tuple[str, str, str], list[dict]] = {}
     for run in runs:
         for row in run["rows"]:
-            key = (row["method"], row["trained_over"], row["stored"])
+            key = key_of(row)
             found.setdefault(key, []).append(row)
 
     # Bonferroni: together, all intervals of a table cover their differences with 95 %.
@@ -710,7 +710,7 @@ def _table_of(runs: list[dict]) -> list[str]:
     ]
     for (method, over, stored), rows in found.items():
         is_stored = stored != "as trained"
-        accuracy = np.mean([row["accuracy"] for row in rows])
+        accuracy = _mean_accuracy(rows)
         loss = np.mean([row["loss"] for row in rows])
 
         # Against the same models before they were stored, if all seeds have both.
@@ -757,7 +757,7 @@ def _against_the_mask(
     # The better of its ways of storing, by the mean on the test rows: generous to the rivals.
     best: dict[tuple[str, str], list[dict]] = {}
     for (method, over, stored), rows in found.items():
-        is_exact = rows is exact or (method, over) == ("deletion mask", type_name)
+        is_exact = (method, over) == ("deletion mask", type_name)
         if stored == "as trained" or is_exact or len(rows) != len(exact):
             continue
         before = best.get((method, over))

@@ -97,7 +97,7 @@ def _with_interval(
 ) -> str:
     """Return a difference and bounds, with enough decimals that only a zero is written as zero."""
     # One number of decimals for all three numbers.
-    numbers, digits = _rounded((row.difference, *bounds), row.unit)
+    numbers, digits = rounded((row.difference, *bounds), *scale_and_digits(row.unit))
     value, low, high = numbers
     text = f"{value:+.{digits}f}"
     if unit:
@@ -158,14 +158,17 @@ def numbers_text(numbers: Sequence[float], unit: str) -> str:
     """Return differences with their signs, such as those of several seeds; only a zero is written as zero."""
     # Items that cancel each other may leave some 1e-18, which no decimal would show.
     shown = [number if abs(number) >= 10**-MAX_DIGITS else 0.0 for number in numbers]
-    rounded, digits = _rounded(shown, unit)
-    texts = [f"{number:+.{digits}f}" for number in rounded]
+    shown, digits = rounded(shown, *scale_and_digits(unit))
+    texts = [f"{number:+.{digits}f}" for number in shown]
     return ", ".join(texts)
 
 
-def _rounded(numbers: Sequence[float], unit: str) -> tuple[list[float], int]:
-    """Return numbers as they are printed, in percent for shares, and how many decimals all of them need."""
-    scale, digits = scale_and_digits(unit)
+def rounded(
+    numbers: Sequence[float],
+    scale: float,
+    digits: int,
+) -> tuple[list[float], int]:
+    """Return numbers times a scale as they are printed, and how many decimals all of them need, at least ``digits``."""
     scaled = [scale * number for number in numbers]
 
     # More decimals while the smallest number that is not zero would be rounded to zero.

@@ -158,8 +158,7 @@ class Board:
 
     def _time_left(self) -> str:
         """Time left at the speed so far, by the cost of the finished runs; "" until they cost as much as a mean run."""
-        is_too_early = self._cost_done <= 0 or self._cost_done < self._cost_of_estimate
-        if is_too_early or self._cost_left <= 0:
+        if self._cost_done < self._cost_of_estimate or self._cost_left <= 0:
             return ""
         elapsed = time.monotonic() - self._began_at
         # Wall-clock time in relation to cost, so that runs side by side are counted in.
