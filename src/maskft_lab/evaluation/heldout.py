@@ -35,6 +35,8 @@ TASK_VERSION = 1
 MAX_QUESTION = 500
 # Larger batches are not faster, and the loss needs logits of all tokens of a row.
 MAX_LOSS_BATCH_SIZE = 16
+# Five float32 tensors: log-probabilities before and after, the probabilities, the difference and the product.
+KL_BYTES_PER_LOGIT = 5 * 4
 # Kinds of requests in the journal.
 _LOSS = "heldout_loss"
 _KL = "kl"
@@ -293,7 +295,7 @@ def evaluate_kl(
 
     def compute(missing: list[int], keep: Callable) -> None:
         lengths = [len(prompts[index]) for index in missing]
-        batch_size = _rows_at_once(model, lengths, options.batch_size)
+        batch_size = options.batch_size or _rows_at_once(model, lengths, KL_BYTES_PER_LOGIT)
         for places in length_sorted_batches(lengths, batch_size):
             batch = [prompts[missing[place]] for place in places]
             ids_BT, mask_BT = pad(batch, tokenizer.pad_token_id or 0, model.device)
@@ -371,7 +373,8 @@ def _losses(
         nll_per_item(
             model,
             missing,
-            batch_size=_rows_at_once(model, lengths, batch_size),
+            # Their float32 and float64 copies are of one row at a time.
+            batch_size=batch_size or _rows_at_once(model, lengths, model.dtype.itemsize),
             # Without a padding token any token: padded positions have no loss, and no other token sees them.
             pad_token_id=tokenizer.pad_token_id or 0,
             on_loss=keep,
@@ -381,13 +384,20 @@ def _losses(
     return resumed(_LOSS, requests, compute, "held-out loss", journal)
 
 
-def _rows_at_once(model, lengths: Sequence[int], batch_size: int | None) -> int:
-    """The batch size of the user, else one by memory."""
-    if batch_size:
-        return batch_size
+def _rows_at_once(
+    model,
+    lengths: Sequence[int],
+    bytes_per_logit: int,
+) -> int:
+    """A batch size that fits into memory.
+
+    Where bfloat16 is involved, rows in batches of another size have another loss, by some 1e-4 nats. Counting no more
+    memory than is needed leaves `MAX_LOSS_BATCH_SIZE` almost everywhere, and so the same number.
+    """
     # The first batch is that of the longest rows, so a size that fits it fits all.
     longest = max(lengths)
-    return min(memory_bound_rows(model, longest), MAX_LOSS_BATCH_SIZE)
+    num_rows = memory_bound_rows(model, longest, bytes_per_logit=bytes_per_logit)
+    return min(num_rows, MAX_LOSS_BATCH_SIZE)
 
 
 def chat_template_hash(tokenizer) -> str | None:

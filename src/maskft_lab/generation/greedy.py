@@ -218,16 +218,18 @@ def memory_bound_rows(
     model,
     num_tokens: int,
     max_new_tokens: int = 0,
+    bytes_per_logit: int = 12,
 ) -> int:
     """Return how many rows fit into half of the free memory, 1 to `MAX_BATCH_SIZE`.
 
     A row needs its keys and values, the activations of one layer, and logits: those of its last token in generation;
-    for a loss (``max_new_tokens`` is 0) those of all tokens, in float32 and float64.
+    for a loss (``max_new_tokens`` is 0) those of all tokens.
 
     Args:
         model: A causal language model.
         num_tokens: Tokens of the longest row.
         max_new_tokens: Upper bound on generated tokens.
+        bytes_per_logit: Logits of a batch and all their copies; by default in float32, with one in float64.
     """
     config = model.config.get_text_config()
     itemsize = model.dtype.itemsize
@@ -247,10 +249,9 @@ def memory_bound_rows(
     # About 16 tensors of the hidden size in one layer: those of attention, and of an MLP four times as wide.
     activation_bytes = 16 * config.hidden_size * itemsize * num_tokens
 
-    # Logits in float32, and a copy of them in float64: 12 bytes each.
     num_positions = 1 if max_new_tokens else num_tokens + 1
     num_logits = num_positions * config.vocab_size
-    logit_bytes = 12 * num_logits
+    logit_bytes = bytes_per_logit * num_logits
 
     # Twice the cache: when that of a batch grows, it is copied.
     row_bytes = 2 * cache_bytes + activation_bytes + logit_bytes
