@@ -176,12 +176,13 @@ def test_rows_by_memory(monkeypatch):
     net = tiny.tiny_llama()
     assert generation.free_memory_bytes(torch.device("cpu")) > 1e6
 
-    def rows(free, *lengths):
+    def rows(free, *lengths, **logits):
         monkeypatch.setattr(generation, "free_memory_bytes", lambda device: free)
-        return memory_bound_rows(net, *lengths)
+        return memory_bound_rows(net, *lengths, **logits)
 
     assert 1 <= rows(2e6, 100, 50) < rows(8e6, 100, 50) < 64
     assert rows(8e6, 150) < rows(8e6, 149, 1), "the loss needs the logits of all tokens"
+    assert rows(2e7, 150, bytes_per_logit=4) > rows(2e7, 150) > rows(2e7, 150, bytes_per_logit=20)
     assert rows(2, 100, 50) == 1 and rows(2e12, 1, 1) == 64
     net.config = transformers.MambaConfig()  # has no heads
     assert 1 <= rows(2e9, 100, 50) < rows(2e12, 1, 1)
