@@ -369,6 +369,10 @@ CASES = [
     (change("data/sums/eval_split_size", "a"), "run 'full, seed 0': .*eval_split_size.* invalid float value: 'a'"),
     (change("methods/mask/num_candidates", 3), "num_candidates goes with --method random_mask, not with mask"),
     (change("train/eval_steps", math.inf), "eval_steps is inf; it must be a number of steps, or below 1 a fraction"),
+    (
+        lambda content: content["train"].update(eval_steps=1.0, save_steps=1.0),
+        "eval_steps is 1.0, which is one step and not the whole run; write 1, or",
+    ),
     (change("launch", {"accelerate_config": "fsdp3"}), "fsdp3 is neither a file nor"),
     (change("train/chat_template_path", "none.jinja"), "chat_template_path 'none.jinja' does not exist"),
     (change("methods/L1 mask/mask_layers_to_transform", [0]), r"has mask_layers_to_transform \[0\], and the mask it"),

@@ -108,6 +108,7 @@ def run_options(
     if method.last:
         options["keep_last"] = True
 
+    _check_steps(method, options)
     # null in a recipe takes an option of `train` back.
     given = {}
     for key, value in options.items():
@@ -135,6 +136,18 @@ def run_options(
     if match is None:
         return options
     return _as_matched(options, own, method, match)
+
+
+def _check_steps(method: Method, options: Options) -> None:
+    """Check that no number of steps is 1.0: beside 0.5, half of a run, it looks like the whole, and is one step."""
+    for name in ("eval_steps", "save_steps", "logging_steps", "warmup_steps"):
+        value = options.get(name)
+        # YAML keeps 1.0 apart from 1.
+        if isinstance(value, float) and value == 1:
+            raise UserError(
+                f"method {method.name!r}: {name} is 1.0, which is one step and not the whole run; write 1, or the number "
+                "of all steps"
+            )
 
 
 def _check_allowed(
