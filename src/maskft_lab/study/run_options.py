@@ -145,8 +145,8 @@ def _check_steps(method: Method, options: Options) -> None:
         # YAML keeps 1.0 apart from 1.
         if isinstance(value, float) and value == 1:
             raise UserError(
-                f"method {method.name!r}: {name} is 1.0, which is one step and not the whole run; write 1, or the number "
-                "of all steps"
+                f"method {method.name!r}: {name} is 1.0, which is one step and not the whole run; "
+                "write 1, or the number of all steps"
             )
 
 
