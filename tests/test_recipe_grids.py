@@ -1,5 +1,7 @@
 """Grids of recipes/smollm2/grids.py: against the format's own reader, and each value against all levels, in a loop."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -153,3 +155,14 @@ def test_a_file_of_another_model(recipe, stored):
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] += 1.0
     with pytest.raises(SystemExit, match=r"ffn_up\.weight are not those of"):
         recipe.grids_of_file(model, file)
+
+
+def test_a_part_of_a_change(recipe, stored):
+    base, _ = stored
+    model = copy.deepcopy(base)
+    head = model.lm_head.weight.data
+    head += 1.0
+    recipe.take_back(model, base, 0.25)
+    torch.testing.assert_close(head, base.lm_head.weight + 0.25)
+    for name, parameter in model.model.named_parameters():
+        assert torch.equal(parameter, base.model.get_parameter(name)), name

@@ -19,8 +19,9 @@ was trained over has, or, for stored models, more than the stored base has. Abou
 instructions for a task and a seed, 7 GB of memory.
 
 With ``--gguf`` the base is a published file whose tensors have different types, and the models are those that a study
-trained over it: for each method and seed the one that the study shows. There is no float base then. Fresh scales of a
-K type are those of Q8_0, because gguf's Python package writes no K types: more bits than the file has.
+trained over it: for each method and seed the one that the study shows, at the part of its change that held-out rows
+chose; a mask at its whole change, because a part of a removed weight is not zero. There is no float base then. Fresh
+scales of a K type are those of Q8_0, because gguf's Python package writes no K types: more bits than the file has.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from maskft.loss import length_sorted_batches, mean_nll, nll_per_item, pad
 from maskft.masks.mask_set import MaskSet
 from maskft.masks.merge import load_masked
 from maskft.models import load_model, load_tokenizer
+from maskft.weights import lerp
 from maskft_common.files import write_text
 from maskft_common.layout import EMBEDDED_MODEL, RUNS, SUMMARY, TRAINING, holds_adapter
 from maskft_lab.cli.main import main as maskft
@@ -80,6 +82,9 @@ METHODS: dict[str, Options] = {
     },
     "full": {"method": "full"},
 }
+
+# Of a study over a file. The layers of the mask without a mask are the nearest rival.
+STUDY_METHODS = (*METHODS, "full of gate_proj")
 
 # Rate and weight of KL that held-out rows chose over the float base.
 RATES: dict[str, dict[str, Options]] = {
@@ -385,6 +390,13 @@ def trained(
     return model
 
 
+def take_back(model, base_model, part: float) -> None:
+    """Keep a part of the change of all weights: W0 + part * (W - W0), as a study's path does."""
+    base_weights = dict(base_model.named_parameters())
+    for name, parameter in model.named_parameters():
+        lerp(base_weights[name].data, parameter.data, part, out=parameter.data)
+
+
 # One task and seed
 
 
@@ -514,6 +526,7 @@ def run_study(args) -> None:
     summary = json.loads(summary_file.read_text())
     (models,) = summary["models"].values()
     shown = [run for run in models["runs"] if run["role"] == "best"]
+    points = {tuned["method"]: tuned["point"] for tuned in models["tuning"]}
 
     (task,) = args.tasks
     type_name = args.gguf.stem.rpartition("-")[2].upper()  # q4_k_m, by the custom of such files
@@ -525,18 +538,20 @@ def run_study(args) -> None:
         results = results_of(args, task, type_name, seed, num_linear, test)
         if not results.has("none", type_name, "as trained"):
             results.add("none", type_name, "as trained", base_model, 0)
-        for method in METHODS:
+        for method in STUDY_METHODS:
             # The study's names say more, such as "full with KL to base".
-            folders = [
-                args.study / RUNS / run["run"]
-                for run in shown
-                if run["name"].startswith(f"{method} with ") and run["seed"] == seed
-            ]
-            if len(folders) != 1:
-                sys.exit(f"{summary_file} has {len(folders)} models of {method}, seed {seed}; one is needed")
+            runs = [run for run in shown if run["name"].startswith(f"{method} with ") and run["seed"] == seed]
+            if len(runs) != 1:
+                sys.exit(f"{summary_file} has {len(runs)} models of {method}, seed {seed}; one is needed")
+            point = points[runs[0]["name"]]
+            if point["checkpoint"] != 1:
+                sys.exit(f"{summary_file} shows {method} before the end of its training; only the end is measured here")
+            # A part of a removed weight is not zero, so a mask is measured at its whole change.
+            part = 1.0 if method == "deletion mask" else point["scale"]
             stores = ["as trained", "base's grid", "fresh scales"]
             missing = [stored for stored in stores if not results.has(method, type_name, stored)]
-            measure_stored(results, method, type_name, missing, args.gguf, folders[0], grids)
+            folder = args.study / RUNS / runs[0]["run"]
+            measure_stored(results, method, type_name, missing, args.gguf, folder, grids, part)
 
 
 def num_linear_weights(model) -> int:
@@ -572,6 +587,7 @@ def measure_stored(
     base: Path,
     folder: Path,
     grids: dict[str, Grid],
+    part: float = 1.0,
 ) -> None:
     """Measure a trained model, stored in several ways.
 
@@ -583,11 +599,14 @@ def measure_stored(
         base: Folder or file of that base.
         folder: The trained model.
         grids: Of the base that it is stored in.
+        part: Of its change that is kept, in (0, 1].
     """
     for stored in stores:
         # Loaded each time, because storing changes the weights.
         is_stored = stored != "as trained"
-        model = trained(base, folder, method, is_merged=is_stored)
+        model = trained(base, folder, method, is_merged=is_stored or part < 1)
+        if part < 1:
+            take_back(model, load_model(str(base), "float32"), part)
         num_differ = store(model, stored, grids) if is_stored else None
         results.add(method, over, stored, model, num_differ)
         del model
