@@ -27,6 +27,16 @@ def test_the_spread_of_chance_is_that_of_random_masks():
     assert shares_by_head(masks, 4, 2)["0"]["chance"] == pytest.approx(float(np.std(found)), rel=0.1)
 
 
+def test_layer_10_comes_after_layer_2():
+    """The order of the rows of Fig. 13; an adapter's file is in the order of text."""
+    mask = random_mask((8, 6), 0.4, 1)
+    masks = MaskSet()
+    for layer in ("0", "10", "2"):
+        for kind in ("q_proj", "k_proj", "v_proj"):
+            masks[f"model.layers.{layer}.self_attn.{kind}"] = mask
+    assert list(shares_by_head(masks, 4, 4)) == ["0", "2", "10"]
+
+
 def test_heads_with_shared_keys_against_a_loop():
     """Four query heads of width 2, two key heads: query heads 0 and 1 use key head 0."""
     q, k = random_mask((8, 6), 0.4, 1), random_mask((4, 6), 0.4, 2)

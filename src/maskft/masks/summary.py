@@ -67,7 +67,7 @@ def as_json(summary: AdapterSummary) -> dict[str, Any]:
 def module_rows(coded: Mapping[str, Tensor]) -> list[dict[str, Any]]:
     """One row per module: module, shape, numel, num_removed, sparsity, sha256, num_bytes; layer 10 after layer 9."""
     rows = []
-    for name in sorted(coded, key=_in_layer_order):
+    for name in sorted(coded, key=in_layer_order):
         info = mask_info(coded[name], name)
         num_rows, num_columns = info["shape"]
         # Never 0: mask_info raises for an empty mask.
@@ -122,7 +122,7 @@ def summary_lines(summary: AdapterSummary, all_modules: bool = False) -> list[st
     return [*table, "", *facts]
 
 
-def _in_layer_order(name: str) -> list[tuple[int, str]]:
+def in_layer_order(name: str) -> list[tuple[int, str]]:
     """Sort key of a module's name: indices are compared as numbers, other parts as text."""
     key = []
     # A pair for each part, because Python cannot compare a number with a string. -1: names come before indices.

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from maskft.masks.mask_set import MaskSet, read_config
+from maskft.masks.summary import in_layer_order
 from maskft.models import load_config
 from maskft_common.errors import UserError
 
@@ -74,13 +75,16 @@ def shares_by_head(
 ) -> dict[str, dict[str, Any]]:
     """Layer -> ``shares`` removed per query head and their ``chance``, of layers whose Q, K and V are all masked.
 
+    Layers are in the order of the model, which is that of the rows of Fig. 13.
     A share is the mean over Q, K and V: a cell of Fig. 13, a point of Fig. 14. ``chance`` is its standard deviation if
     the removed places of each matrix were drawn at random.
     """
     # Layer -> shares of each of its matrices, and the variance of each by chance.
     shares: dict[str, list[list[float]]] = {}
     variances: dict[str, list[float]] = {}
-    for name, mask in masks.items():
+    # An adapter's file has layer 10 before layer 2.
+    for name in sorted(masks, key=in_layer_order):
+        mask = masks[name]
         *parts, kind = name.split(".")
         if kind not in _PROJECTIONS:
             continue
