@@ -279,3 +279,19 @@ def test_far_out_a_few_units_are_not_surer_than_a_t_test():
         assert (p < 0.05) == (not low <= 0 <= high) or abs(p - 0.05) < 0.01
         found.append(p_of_t_test)
     assert sum(p < 0.005 for p in found) > 5
+
+
+@pytest.mark.parametrize("num_seeds", [2, 5])
+def test_far_out_several_seeds_are_not_surer_than_a_t_test_of_their_few_units(num_seeds):
+    """Seeds that agree tell nothing about other units, of which there are as few as with one seed."""
+    rng = np.random.default_rng(0)
+    num_far_out = 0
+    for _ in range(40):
+        # Seeds differ by next to nothing, as in the average over them.
+        diffs = rng.normal(0.9, 1, 10) + rng.normal(0, 0.01, (num_seeds, 10))
+        p_of_t_test = stats.ttest_1samp(diffs.mean(axis=0), 0).pvalue
+        p = Bootstrap(as_block(diffs), num_resamples=2000).p_value()
+        if p_of_t_test < 0.05:
+            assert p >= p_of_t_test * (1 - 1e-9)
+        num_far_out += p_of_t_test < 0.005
+    assert num_far_out > 5

@@ -280,25 +280,24 @@ class Bootstrap:
 
         It is twice the smaller share of resamples at or beyond zero, and never below ``2 ** (1 - k)`` for k units
         that differ, the smallest two-sided p that a sign test on k of them can give: no bootstrap may be surer than
-        that. Nor is it below that of a t-test: over the seeds' differences or, with one seed, over the units', there
-        only as far as p is below ``1 - confidence``. The stretch fits the resamples to one confidence, and Holm's
-        correction looks further out.
+        that. Nor is it below that of a t-test over the units, as far as p is below ``1 - confidence``, or over the
+        seeds' differences: the stretch fits the resamples to one confidence, and Holm's correction looks further out.
         """
         # The floor of a sign test. Units count as they enter the difference, averaged over the seeds.
         diffs_N = mean_over_seeds(self.block.diffs_SN)
         num_differing = np.count_nonzero(diffs_N)
         smallest_p = float(2.0 ** (1 - num_differing))
+
+        # The stretch is fitted to ``confidence``. Further out, where Holm's correction looks, p would be too small:
+        # 0.0014 in the place of 0.005 with ten clusters. Up to ``confidence`` the resamples decide, so that the
+        # interval and p agree.
+        p_of_units = self._t_test_of_units(diffs_N)
+        smallest_p = max(smallest_p, min(p_of_units, 1 - confidence))
         if self.num_seeds > 1:
             # Valid for few seeds if their differences are normal, which a few seeds cannot show, and conservative where
             # they agree more closely than their items allow.
-            p_of_t_test = 2 * self._t_tail(abs(self.difference))
-            smallest_p = max(smallest_p, p_of_t_test)
-        else:
-            # The stretch is fitted to ``confidence``. Further out, where Holm's correction looks, p would be too small:
-            # 0.0014 in the place of 0.005 with ten clusters. Up to ``confidence`` the resamples decide, so that the
-            # interval and p agree.
-            p_of_t_test = min(self._t_test_of_units(), 1 - confidence)
-            smallest_p = max(smallest_p, p_of_t_test)
+            p_of_seeds = 2 * self._t_tail(abs(self.difference))
+            smallest_p = max(smallest_p, p_of_seeds)
 
         # Inverts the interval: the smallest alpha at which it excludes 0.
         resampled_R = self.resamples(confidence)
@@ -310,9 +309,8 @@ class Bootstrap:
         p_value = 2 * (num_beyond + 1) / (self.num_resamples + 1)
         return float(min(1.0, max(p_value, smallest_p)))
 
-    def _t_test_of_units(self) -> float:
-        """Two-sided p of a t-test over the units of one seed."""
-        (diffs_N,) = self.block.diffs_SN
+    def _t_test_of_units(self, diffs_N: NDArray[np.float64]) -> float:
+        """Two-sided p of a t-test over the units, each with its difference averaged over the seeds."""
         mean, stderr = weighted_mean(diffs_N, self.block.weights_N)
         if stderr == 0:
             # All units differ by the same: the floor of the sign test decides.
