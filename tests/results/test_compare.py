@@ -20,7 +20,7 @@ from maskft_lab.results.render import cross_domain_table, render, render_scores
 from maskft_lab.results.schema import build_result, build_task, items_fingerprint, metric_from_items, write_result
 from maskft_lab.results.scores import scores as scores_of
 from maskft_lab.results.tables import Table, draw
-from maskft_lab.results.words import difference_text, sentence
+from maskft_lab.results.words import difference_text, p_text, sentence
 
 RESAMPLES = 500
 
@@ -576,6 +576,25 @@ def test_rounding_never_contradicts_the_verdict():
     row = only(fast([make("a", nll=values, num_tokens=tokens), make("b", nll=values - 2e-6, num_tokens=tokens)]))
     assert row.verdict == "better"
     assert "-0.000002 nats/token [-0.000002, -0.000002]" in sentence(row)
+
+
+@pytest.mark.parametrize(
+    ("p_value", "level", "text"),
+    [
+        (0.0496, 0.05, "0.0496"),
+        (0.0504, 0.05, "0.0504"),
+        (0.04999, 1 - 0.95, "0.04999"),
+        (1 - 0.95, 1 - 0.95, "0.05"),  # which allows a claim: at most 0.05
+        (0.0514, 0.05, "0.051"),
+        (0.0166, 0.05 / 3, "0.0166"),  # of three looks; 0.017 would be above the level
+        (0.0168, 0.05 / 3, "0.017"),
+        (0.0004, 0.05, "< 0.001"),
+        (0.0004, 0.0005, "0.0004"),
+        (1.0, 0.05, "1"),
+    ],
+)
+def test_a_printed_p_is_on_its_side_of_the_level(p_value, level, text):
+    assert p_text(p_value, level) == text
 
 
 def test_answers_that_are_all_alike_are_said_to_be():

@@ -119,7 +119,7 @@ def _difference_cells(row: Difference) -> tuple[str, ...]:
         f"{row.metric} ({unit_text(row.unit)})",
         num_values,
         difference_text(row),
-        p_text(row.p_adjusted),
+        p_text(row.p_adjusted, 1 - row.confidence),
         f"{row.won} / {row.lost} / {row.tied}",
         row.verdict,
     )

@@ -5,11 +5,12 @@ Tables, pages, verdicts and the report all take their words from here, so one di
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from .comparison import NOT_DISTINGUISHABLE, Difference, Score
 
-MAX_DIGITS = 8  # decimals that a bound close to zero may take
+MAX_DIGITS = 8  # decimals that a bound close to zero may take, or digits of a p-value close to its level
 
 Ends = tuple[float, float]
 
@@ -34,9 +35,11 @@ def sentence(row: Difference) -> str:
     difference = difference_text(row, unit) + _unadjusted_text(row)
 
     # The verdict follows from the adjusted p; the plain one is what a single comparison would have had.
-    p_value = f"{row.test} p {p_text(row.p_value)}"
+    level = 1 - row.confidence
+    p_value = f"{row.test} p {p_text(row.p_value, level)}"
     if row.num_comparisons > 1:
-        p_value += f" ({p_text(row.p_adjusted)} after Holm over {row.num_comparisons} comparisons)"
+        adjusted = p_text(row.p_adjusted, level)
+        p_value += f" ({adjusted} after Holm over {row.num_comparisons} comparisons)"
 
     # Two seeds can hardly show anything, and where nothing is shown a reader may take it for equality.
     said = row.verdict
@@ -198,6 +201,30 @@ def points_or_unit(unit: str) -> str:
     return "points" if unit == "fraction" else unit
 
 
-def p_text(p_value: float) -> str:
-    """Return a p-value with two digits; nobody needs more below 0.001."""
-    return "< 0.001" if p_value < 0.001 else f"{p_value:.2g}"
+def p_text(p_value: float, level: float) -> str:
+    """Return a p-value with two digits, or as many as show on which side of the level it is.
+
+    With two digits 0.0496 and 0.0504 would both be 0.05, and only one of them allows a claim at that level.
+
+    Args:
+        p_value: In [0, 1].
+        level: A claim needs a p-value of at most this, in (0, 1).
+    """
+    # Nobody needs more below 0.001, as long as the level is not there, too.
+    if p_value < 0.001 <= level:
+        return "< 0.001"
+
+    side = _side(p_value, level)
+    for digits in range(2, MAX_DIGITS):
+        text = f"{p_value:.{digits}g}"
+        if _side(float(text), level) == side:
+            return text
+    return f"{p_value:.{MAX_DIGITS}g}"
+
+
+def _side(p_value: float, level: float) -> int:
+    """Return 1 above the level, -1 below, 0 at it."""
+    # Not ==: as floats, 1 - 0.95 is not 0.05.
+    if math.isclose(p_value, level):
+        return 0
+    return 1 if p_value > level else -1
