@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-# "we set ... masking ratio [to] 10%" (Sec. 3.2); the start and the ranking by magnitude are the published code's.
+# "we set the masking ratio to 10%" (Sec. 3.2); the start and the ranking by magnitude are the published code's.
 _PUBLISHED = {
     "selection": "topk",
     "rank_by": "abs",

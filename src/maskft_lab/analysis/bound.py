@@ -1,9 +1,9 @@
 """The paper's generalisation bound (Eqs. 6-15, Table 7): code lengths, complexity terms, and the mask's file size.
 
 The paper compares U(h) = training loss + Phi(C(h)) of full fine-tuning and of the mask. Its argument has limits: Eq. 6
-holds for losses in [0, 1], not for nats per token, and needs C in nats (bits x ln 2); with fewer rows than weights Phi
-alone exceeds the loss of guessing (``is_vacuous``); and d[H(p) - b p] is the same for every mask of one sparsity, also
-of a random one.
+holds for losses in [0, 1], not for nats per token, and needs C in nats (bits x ln 2); with many more weights than rows
+Phi alone exceeds the loss of guessing (``is_vacuous``); and d[H(p) - b p] is the same for every mask of one sparsity,
+also of a random one.
 """
 
 from __future__ import annotations
