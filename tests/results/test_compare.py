@@ -179,6 +179,19 @@ def test_seeds_of_one_name_are_one_method():
     assert only(fast(results, "mask")).difference == pytest.approx(0.2)
 
 
+def test_seeds_over_several_base_models_are_noted():
+    """A mean over models of two sizes is of no method; one model may have two names, so that it is no error."""
+    bases = ["org/small", "org/large"]
+    results = []
+    for seed, base in enumerate(bases):
+        results.append(make("full", seed, accuracy=scores(50)))
+        results.append(make("mask", seed, accuracy=scores(60)) | {"training": {"base": base}})
+    note = "the seeds of mask are over several base models ('org/small', 'org/large'): is it one model?"
+    assert note in fast(results).notes
+    results[3]["training"]["base"] = bases[0]
+    assert note not in fast(results).notes
+
+
 def test_equal_seeds_are_paired():
     base = np.linspace(1, 2, 50)
     tokens = np.ones(50, int)
@@ -408,6 +421,9 @@ def test_bad_requests():
     named = [make("mask", 1, "mask", accuracy=scores(50)), make("mask", 2, "lora", accuracy=scores(50))]
     refuse([full, *named], "results named 'mask' are of different methods .'mask', 'lora'.")
     seeds = [make("mask", seed, accuracy=scores(50)) for seed in (0, 1)]
+    seeds[1]["model"]["scale"] = 0.5
+    refuse([full, *seeds], "results named 'mask' have different parts of a change .scale None, 0.5.")
+    seeds[0]["model"]["scale"] = 0.5
     refuse([*seeds, *(make("full", seed, accuracy=scores(50)) for seed in (2, 3))], "seeds 2, 3 and 'mask' 0, 1")
     refuse([make(name, accuracy=[1]) for name in "ab"], "1 item, too few")
     refuse([make("a", accuracy=scores(5)), make("b", brevity=np.ones(100))], "no method shares a task and metric")

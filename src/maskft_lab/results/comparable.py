@@ -65,6 +65,13 @@ def group_by_name(results: Sequence[Result]) -> Groups:
                 f"results named {name!r} are of different methods ({quoted(methods)}), not seeds of one: "
                 "give them different names"
             )
+        # A mask, and a half of its change.
+        scales = [result["model"].get("scale") for result in group]
+        if any(scale != scales[0] for scale in scales):
+            raise UserError(
+                f"results named {name!r} have different parts of a change (scale {quoted(scales)}), and are not seeds "
+                "of one method: give them different names"
+            )
 
         # Seeds are paired by their place in this order. A single result may have no seed.
         group.sort(key=lambda result: result["model"]["seed"] or 0)
@@ -168,8 +175,15 @@ def seed_notes(
     paired: Mapping[str, Paired],
     groups: Groups,
 ) -> list[str]:
-    """Note where only a part of the seeds can be paired, and where one result of unknown origin is paired with many."""
+    """Note seeds over several base models or without a pair, and one result of unknown origin beside many."""
     notes: list[str] = []
+    for name, group in groups.items():
+        # Not an error: one base model may have two names, its folder and that of the hub.
+        all_bases = [result.get("training", {}).get("base") for result in group]
+        bases = dict.fromkeys(base for base in all_bases if base is not None)
+        if len(bases) > 1:
+            notes.append(f"the seeds of {name} are over several base models ({quoted(bases)}): is it one model?")
+
     for name, (of_method, of_baseline) in paired.items():
         baseline = of_baseline[0]["name"]
         num_given = len(groups[name]) + len(groups[baseline])
