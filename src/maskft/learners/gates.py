@@ -20,7 +20,7 @@ from ..tuner.selection import (
 if TYPE_CHECKING:
     from ..tuner.config import MaskConfig
 
-# Temperature and limits of the stretched gate: "gamma = -0.1, zeta = 1.1, beta = 2/3" (arXiv 1712.01312, Sec. 4).
+# Temperature and limits of the stretched gate, as in all experiments of https://arxiv.org/abs/1712.01312 (Sec. 4).
 BETA = 2 / 3
 GAMMA = -0.1
 ZETA = 1.1
