@@ -66,7 +66,7 @@ def group_by_name(results: Sequence[Result]) -> Groups:
                 "give them different names"
             )
         # A mask, and a half of its change.
-        scales = [result["model"].get("scale") for result in group]
+        scales = [result["model"].get("scale", 1.0) for result in group]
         if any(scale != scales[0] for scale in scales):
             raise UserError(
                 f"results named {name!r} have different parts of a change (scale {quoted(scales)}), and are not seeds "
