@@ -17,6 +17,7 @@ from maskft_common.errors import UserError, printable
 from maskft_common.files import (
     append_to,
     check_own_files,
+    from_anywhere,
     read_json,
     read_text,
     size,
@@ -294,6 +295,16 @@ def test_a_link_is_not_written_through(tmp_path):
         append_to(tmp_path / "answers.jsonl")
     write_text(tmp_path / "answers.jsonl", "new")
     assert (tmp_path / "mine").read_text() == "kept" and (tmp_path / "answers.jsonl").read_text() == "new"
+
+
+def test_a_link_to_a_gguf_file_keeps_its_name(tmp_path, monkeypatch):
+    """As in the hub's cache and over Ollama's blobs: by the name of its target it would not be known as GGUF."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "sha256-1f").write_text("model")
+    (tmp_path / "model.GGUF").symlink_to(tmp_path / "blobs" / "sha256-1f")
+    monkeypatch.chdir(tmp_path)
+    assert from_anywhere("model.GGUF") == str(tmp_path / "model.GGUF")
+    assert from_anywhere("blobs/../model.GGUF") == str(tmp_path / "model.GGUF")
 
 
 @pytest.mark.parametrize("place", ["log.txt", "runs/full-s0/log.txt", "results/full/result.json"])

@@ -49,11 +49,14 @@ def from_anywhere(name: str) -> str:
     path = Path(name)
     # A model is a folder, or a GGUF file. A name on the hub is neither, unless a folder here has the same name, which
     # transformers takes too.
-    is_gguf_file = name.endswith(".gguf") and path.is_file()
-    is_path = path.is_dir() or is_gguf_file
-    if not is_path:
-        return name
-    return str(path.resolve())
+    if path.is_dir():
+        return str(path.resolve())
+    is_gguf_file = name.lower().endswith(".gguf") and path.is_file()
+    if is_gguf_file:
+        # The file may be a link, such as the hub's cache has, to a name that does not end in .gguf: it keeps its own.
+        folder = path.parent.resolve()
+        return str(folder / path.name)
+    return name
 
 
 # Files of strangers
