@@ -225,6 +225,39 @@ def test_a_file_without_a_number_of_layers_is_refused(base, count):
         find_tensors(dataclasses.replace(head, metadata=metadata), {"model.layers.0.mlp.up_proj": (96, 64)})
 
 
+def test_an_architecture_that_an_older_gguf_does_not_know(base, monkeypatch):
+    monkeypatch.setattr(gguf, "MODEL_ARCH_NAMES", {})
+    with pytest.raises(UserError, match=r"holds a 'llama' model, which the installed gguf does not know; update gguf"):
+        find_tensors(read_head(base), {"model.layers.0.mlp.up_proj": (96, 64)})
+
+
+def with_info(base, path, tensor, dims=None, offset=None):
+    """A copy of a file whose table says something else of a matrix."""
+    content = bytearray(base.read_bytes())
+    at = bytes(content).index(tensor.encode()) + len(tensor) + 4
+    if dims is not None:
+        struct.pack_into("<QQ", content, at, *dims)
+    if offset is not None:
+        struct.pack_into("<Q", content, at + 16 + 4, offset)
+    path.write_bytes(content)
+    return path
+
+
+def test_rows_that_are_no_whole_number_of_blocks_are_damage(tmp_path, base):
+    path = with_info(base, tmp_path / "other.gguf", "blk.0.ffn_up.weight", dims=(48, 96))
+    with pytest.raises(
+        UserError, match=r"damaged: .*blk.0.ffn_up.weight has rows of 48 weights, and Q8_0 blocks of 32"
+    ):
+        read_head(path)
+
+
+def test_tensors_over_the_same_bytes_are_damage(tmp_path, base):
+    """The second one would be written behind its place, and all that follow."""
+    path = with_info(base, tmp_path / "other.gguf", "blk.0.ffn_up.weight", offset=0)
+    with pytest.raises(UserError, match=r"is damaged: .* starts at byte [\d,]+, before the tensor in front of it ends"):
+        read_head(path)
+
+
 def test_two_modules_over_one_tensor_are_refused(base):
     """Its bytes would be written twice."""
     shapes = {"model.layers.0.mlp.up_proj": (96, 64), "transformer.h.0.mlp.c_fc": (96, 64)}

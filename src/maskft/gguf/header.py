@@ -155,7 +155,7 @@ def read_head(path: str | Path) -> GgufHead:
         path: The file.
 
     Raises:
-        UserError: If the file does not exist, is not a GGUF file, is one of several parts, or is cut.
+        UserError: If the file does not exist, is not a GGUF file, is one of several parts, or is cut or damaged.
     """
     path = Path(path)
     if not path.exists():
@@ -209,6 +209,7 @@ def _walk(path: Path, data: mmap.mmap) -> GgufHead:
         # In the file the innermost dimension comes first.
         shape = cursor.take(f"{num_dims}Q")[::-1]
         kind, offset = cursor.take("IQ")
+        _check_rows(name, shape, kind)
         found.append((name, shape, kind, offset))
     infos = (infos_start, cursor.at)
 
@@ -240,6 +241,16 @@ def _walk(path: Path, data: mmap.mmap) -> GgufHead:
     )
 
 
+def _check_rows(name: str, shape: tuple[int, ...], kind: int) -> None:
+    """Raise ValueError for rows that are no whole number of blocks, which llama.cpp refuses too."""
+    form = FORMATS.get(kind)
+    if form is None or not shape:
+        return
+    num_columns = shape[-1]
+    if num_columns % form.block_size != 0:
+        raise ValueError(f"{name} has rows of {num_columns} weights, and {form.name} blocks of {form.block_size}")
+
+
 def _num_bytes(shape: tuple[int, ...], kind: int) -> int | None:
     """Bytes of a tensor; None if its type has no format here."""
     form = FORMATS.get(kind)
@@ -251,7 +262,7 @@ def _num_bytes(shape: tuple[int, ...], kind: int) -> int | None:
 
 
 def _check_whole(head: GgufHead) -> None:
-    """Raise for one part of a split model, and for a file that ends before its last tensor."""
+    """Raise for one part of a split model, for tensors over the same bytes, and for a file that is cut."""
     # Written by llama-gguf-split into every part.
     num_parts = head.metadata.get("split.count", 0)
     if isinstance(num_parts, int) and num_parts > 1:
@@ -259,7 +270,14 @@ def _check_whole(head: GgufHead) -> None:
             f"{str(head.path)!r} is one of {num_parts} parts of a model; join them first: "
             "llama-gguf-split --merge FIRST_PART WHOLE"
         )
-    for name, place in head.tensors.items():
+    # In the order of their places. Two tensors over the same bytes could not be written one after the other.
+    end = head.data_start
+    for name, place in sorted(head.tensors.items(), key=lambda item: item[1].start):
+        if place.start < end:
+            raise UserError(
+                f"{str(head.path)!r} is damaged: {name} starts at byte {place.start:,}, before the tensor in front of "
+                f"it ends at {end:,}; download it again"
+            )
         # Of an unknown type only the start is checked.
         num_bytes = place.num_bytes or 0
         end = place.start + num_bytes

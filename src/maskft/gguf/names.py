@@ -87,6 +87,10 @@ def _tensor_names(head: GgufHead, modules: Iterable[str]) -> dict[str, str]:
         )
     # gguf's table of names depends on the architecture, by its number there, and on the number of layers.
     numbers = {name: number for number, name in MODEL_ARCH_NAMES.items()}
+    if architecture not in numbers:
+        raise UserError(
+            f"{str(head.path)!r} holds a {architecture!r} model, which the installed gguf does not know; update gguf"
+        )
     num_blocks = head.metadata.get(f"{architecture}.block_count")
     if not isinstance(num_blocks, int) or not 0 < num_blocks <= _MAX_BLOCKS:
         raise UserError(
