@@ -1,6 +1,7 @@
 """Union, intersection and vote of saved masks: as files, and as PEFT's list of active adapters."""
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from peft import PeftModel, get_peft_model
 
 import tiny
 from maskft import MaskConfig
+from maskft.masks import combine
+from maskft.masks.codec import decode_mask, encode_mask
 from maskft.masks.combine import combine_adapters, combine_masks
 from maskft.masks.mask_set import MaskSet
 from maskft.masks.verify import verify
@@ -28,18 +31,39 @@ def removed_by(masks, module="up"):
     return (~masks[module][0]).nonzero().squeeze(1).tolist()
 
 
+def combined(sets, combination):
+    """The combination of masks that are not coded."""
+    coded_sets = [{name: encode_mask(mask) for name, mask in masks.items()} for masks in sets]
+    return {name: decode_mask(data) for name, data in combine_masks(coded_sets, combination).items()}
+
+
 def test_each_combination_by_hand():
-    sets = [MaskSet({"up": removed(0, 1, 2)}), MaskSet({"up": removed(1, 2, 3)}), MaskSet({"up": removed(2, 4)})]
-    assert removed_by(combine_masks(sets, "union")) == [0, 1, 2, 3, 4]
-    assert removed_by(combine_masks(sets, "intersection")) == [2]
-    assert removed_by(combine_masks(sets, "vote")) == [1, 2]
-    assert removed_by(combine_masks(sets[:2], "vote")) == [1, 2]  # more than half of two is both
+    sets = [{"up": removed(0, 1, 2)}, {"up": removed(1, 2, 3)}, {"up": removed(2, 4)}]
+    assert removed_by(combined(sets, "union")) == [0, 1, 2, 3, 4]
+    assert removed_by(combined(sets, "intersection")) == [2]
+    assert removed_by(combined(sets, "vote")) == [1, 2]
+    assert removed_by(combined(sets[:2], "vote")) == [1, 2]  # more than half of two is both
 
 
 def test_a_module_that_only_some_masks_have():
-    sets = [MaskSet({"up": removed(0, 1)}), MaskSet({"up": removed(1), "down": removed(3)})]
-    assert removed_by(combine_masks(sets, "union"), "down") == [3]
-    assert combine_masks(sets, "intersection").keys() == {"up"}
+    sets = [{"up": removed(0, 1)}, {"up": removed(1), "down": removed(3)}]
+    assert removed_by(combined(sets, "union"), "down") == [3]
+    assert combined(sets, "intersection").keys() == {"up"}
+
+
+def test_masks_of_one_module_at_a_time_are_in_memory(monkeypatch):
+    """Decoded, those of a 7B model take 7 GB each."""
+    decoded = []
+
+    def decode(data, name):
+        mask = decode_mask(data, name)
+        decoded.append((name, weakref.ref(mask)))
+        assert {module for module, mask in decoded if mask() is not None} == {name}
+        return mask
+
+    monkeypatch.setattr(combine, "decode_mask", decode)
+    combined([{"up": removed(1), "down": removed(2)}, {"up": removed(3), "down": removed(4)}], "union")
+    assert len(decoded) == 4
 
 
 @pytest.fixture
@@ -86,7 +110,7 @@ def test_the_command_writes_a_verified_adapter_with_its_card(adapters, combinati
     out = tmp_path / "out"
     command = ["masks", combination, *map(str, adapters[:2]), "--output", str(out)]
     assert main(command) == 0
-    expected = combine_masks([MaskSet.from_adapter(folder) for folder in adapters[:2]], combination)
+    expected = MaskSet(combined([MaskSet.from_adapter(folder) for folder in adapters[:2]], combination))
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1
     assert f"the {combination} of 2 masks removes {expected.num_removed:,} of {expected.numel:,} weights" in printed

@@ -198,6 +198,18 @@ def mask_info(coded: Tensor, name: str = "mask") -> dict[str, Any]:
     }
 
 
+def total_counts(coded: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Number of weights that coded masks (by module name) cover, and number of those that they remove."""
+    numel = 0
+    num_removed = 0
+    for name, data in coded.items():
+        info = mask_info(data, name)
+        rows, columns = info["shape"]
+        numel += rows * columns
+        num_removed += info["num_removed"]
+    return numel, num_removed
+
+
 def _bytes(coded: Tensor, name: str) -> bytes:
     """The bytes of a coded mask; raises if the tensor cannot be one."""
     if coded.dtype != torch.uint8 or coded.dim() != 1:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from maskft_common import files, layout
 from maskft_common.errors import UserError, printable
 
 from ..tuner.config import MaskConfig
-from .codec import PREFIX, encode_mask
+from .codec import PREFIX, decode_mask, encode_mask, mask_info, total_counts
 from .fingerprints import mask_fingerprint
-from .mask_set import AdapterConfig, MaskSet, read_config
+from .mask_set import AdapterConfig, read_coded, read_config
 
 # Name -> how many of n masks have to remove a place for the combination to remove it.
 COMBINATIONS: dict[str, Callable[[int], int]] = {
@@ -25,42 +26,50 @@ COMBINATIONS: dict[str, Callable[[int], int]] = {
 }
 
 
-def combine_masks(mask_sets: Sequence[MaskSet], combination: str) -> MaskSet:
+def combine_masks(coded_sets: Sequence[Mapping[str, Tensor]], combination: str) -> dict[str, Tensor]:
     """Combine masks place by place; a module that a mask does not have is one of which it removes nothing.
 
+    Masks come and go coded, and are decoded for one module at a time: those of a large model, at a byte a weight, would
+    not fit into memory together.
+
     Args:
-        mask_sets: Masks of one base model, two or more.
+        coded_sets: For each of two or more masks of one base model, module name -> coded mask, see ``codec``.
         combination: ``union`` removes a place that any mask removes, ``intersection`` one that all remove, ``vote``
             one that more than half of them remove.
+
+    Returns:
+        Module name -> coded mask.
 
     Raises:
         UserError: If the masks of a module differ in shape, or nothing is left to remove.
     """
     num_of = COMBINATIONS[combination]
-    num_needed = num_of(len(mask_sets))
+    num_needed = num_of(len(coded_sets))
     # A dictionary as a set that keeps the order of the masks.
     modules: dict[str, None] = {}
-    for masks in mask_sets:
-        modules.update(dict.fromkeys(masks))
+    for coded in coded_sets:
+        modules.update(dict.fromkeys(coded))
 
-    combined = MaskSet()
+    combined = {}
     for module in modules:
-        found = [masks[module] for masks in mask_sets if module in masks]
-        has_one_shape = all(mask.shape == found[0].shape for mask in found)
+        found = [coded[module] for coded in coded_sets if module in coded]
+        infos = [mask_info(data, module) for data in found]
+        has_one_shape = all(info["shape"] == infos[0]["shape"] for info in infos)
         if not has_one_shape:
-            shapes = " and ".join(str(tuple(mask.shape)) for mask in found)
+            shapes = " and ".join(str(info["shape"]) for info in infos)
             raise UserError(f"the masks of {module} have shapes {shapes}; combine masks of one base model")
 
         # With fewer masks than needed nothing is removed, and the module is left out.
         if len(found) < num_needed:
             continue
         # Shape (num_masks, O, I). A mask that does not have the module counts as one that keeps all of it.
-        removed = torch.stack([~mask for mask in found])
+        removed = torch.stack([~decode_mask(data, module) for data in found])
         num_removing = removed.sum(dim=0)
-        combined[module] = num_removing < num_needed
+        combined[module] = encode_mask(num_removing < num_needed)
 
-    if combined.num_removed == 0:
-        raise UserError(f"the {combination} of these {len(mask_sets)} masks removes nothing; try union")
+    _, num_removed = total_counts(combined)
+    if num_removed == 0:
+        raise UserError(f"the {combination} of these {len(coded_sets)} masks removes nothing; try union")
     return combined
 
 
@@ -94,13 +103,10 @@ def combine_adapters(
     for adapter, config in zip(adapters, configs, strict=True):
         _check_only_masks(adapter, config)
     base = _common_base(adapters, configs)
-    mask_sets = [MaskSet.from_adapter(adapter) for adapter in adapters]
-    combined = combine_masks(mask_sets, combination)
+    coded_sets = [read_coded(adapter) for adapter in adapters]
+    combined = combine_masks(coded_sets, combination)
 
     # The configuration of an adapter with these masks, as if it had been trained.
-    coded = {}
-    for module, mask in combined.items():
-        coded[module] = encode_mask(mask)
     new_config = MaskConfig(
         # Whole names: patterns that were right for one adapter could match modules which the combination leaves alone.
         target_modules=sorted(combined),
@@ -111,8 +117,8 @@ def combine_adapters(
         task_type=configs[0].task_type,
         # There are no scores to train.
         inference_mode=True,
-        mask_sha256=mask_fingerprint(coded),
-        base_fingerprint=_base_fingerprint(adapters, configs, mask_sets, combined),
+        mask_sha256=mask_fingerprint(combined),
+        base_fingerprint=_base_fingerprint(adapters, configs, coded_sets, combined),
         base_quantisation=_base_quantisation(configs),
         recipe=_recipe(adapters, configs, combination),
     )
@@ -120,7 +126,7 @@ def combine_adapters(
     # The files that PEFT would write, without a model: the tensors first, as saving the configuration reads them.
     with files.whole_folder(output_dir) as partial:
         tensors = {}
-        for module, code in coded.items():
+        for module, code in combined.items():
             tensors[f"{PREFIX}{module}.mask_coded"] = code
         file = partial / layout.ADAPTER_WEIGHTS
         save_file(tensors, file, metadata={"format": "pt"})
@@ -129,10 +135,14 @@ def combine_adapters(
 
     # Without a fingerprint, loading cannot tell whether the base is the right one: the summary says so.
     unchecked = "" if new_config.base_fingerprint else "; the base's fingerprint is not recorded"
-    counts = "; ".join(f"{masks.num_removed:,}" for masks in mask_sets)
+    alone = []
+    for coded in coded_sets:
+        _, num_removed = total_counts(coded)
+        alone.append(f"{num_removed:,}")
+    numel, num_removed = total_counts(combined)
     return (
-        f"{output_dir}: the {combination} of {len(adapters)} masks removes {combined.num_removed:,} of "
-        f"{combined.numel:,} weights in {len(combined)} modules ({counts} alone){unchecked}"
+        f"{output_dir}: the {combination} of {len(adapters)} masks removes {num_removed:,} of {numel:,} weights in "
+        f"{len(combined)} modules ({'; '.join(alone)} alone){unchecked}"
     )
 
 
@@ -178,8 +188,8 @@ def _base_text(config: AdapterConfig) -> str:
 def _base_fingerprint(
     adapters: Sequence[str | Path],
     configs: Sequence[AdapterConfig],
-    mask_sets: Sequence[MaskSet],
-    combined: MaskSet,
+    coded_sets: Sequence[Mapping[str, Tensor]],
+    combined: Mapping[str, Tensor],
 ) -> str | None:
     """Fingerprint of the base for the combination, from an adapter of the same modules; None: no adapter has these.
 
@@ -190,9 +200,9 @@ def _base_fingerprint(
     """
     # Masked modules -> the first adapter that masks them, and its fingerprint.
     found: dict[frozenset[str], tuple[str | Path, str | None]] = {}
-    for adapter, config, masks in zip(adapters, configs, mask_sets, strict=True):
+    for adapter, config, coded in zip(adapters, configs, coded_sets, strict=True):
         # A set, because a fingerprint is over the modules by name, whatever their order in the file is.
-        modules = frozenset(masks)
+        modules = frozenset(coded)
         other, fingerprint = found.setdefault(modules, (adapter, config.base_fingerprint))
         if config.base_fingerprint != fingerprint:
             raise UserError(

@@ -39,7 +39,7 @@ from ..gguf.zero_codes import (
     type_name,
     write_zeros,
 )
-from .codec import decode_mask, mask_info
+from .codec import decode_mask, mask_info, total_counts
 from .fingerprints import weights_fingerprint
 from .mask_set import AdapterConfig, read_coded, read_config
 
@@ -315,18 +315,13 @@ class _Masks:
     @property
     def numel(self) -> int:
         """Number of weights that the masks cover."""
-        numel = 0
-        for data in self.coded.values():
-            rows, columns = mask_info(data)["shape"]
-            numel += rows * columns
+        numel, _ = total_counts(self.coded)
         return numel
 
     @property
     def num_removed(self) -> int:
         """Number of weights that the masks remove."""
-        num_removed = 0
-        for data in self.coded.values():
-            num_removed += mask_info(data)["num_removed"]
+        _, num_removed = total_counts(self.coded)
         return num_removed
 
     @property
