@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import resource
 import signal
 import struct
@@ -13,6 +14,7 @@ import gguf
 from gguf import GGMLQuantizationType as Type
 from maskft.gguf.header import read_head
 from maskft.gguf.names import dequantised, find_tensors
+from maskft.masks import gguf as masks_in_gguf
 from maskft.masks.fingerprints import weights_fingerprint
 from maskft.masks.gguf import merge_into_gguf, undo_in_gguf, verify_gguf
 from maskft_common import layout
@@ -160,6 +162,26 @@ def test_a_base_is_not_patched_twice(tmp_path, base, adapter):
     merge_into_gguf(adapter, base, tmp_path / "task.gguf")
     with pytest.raises(UserError, match=r"already holds a mask .* --undo"):
         merge_into_gguf(adapter, tmp_path / "task.gguf", tmp_path / "twice.gguf")
+
+
+def test_a_key_of_ours_without_a_mask_could_not_be_restored(tmp_path, model, adapter):
+    path = write_gguf(tmp_path / "other.gguf", model, kinds=KINDS, added={"maskft.note": 7})
+    with pytest.raises(UserError, match=r"has the key 'maskft.note' .* --remove-metadata maskft.note"):
+        merge_into_gguf(adapter, path, tmp_path / "task.gguf")
+
+
+def test_more_codes_than_llama_cpp_reads_are_refused(tmp_path, base, adapter, monkeypatch):
+    monkeypatch.setattr(masks_in_gguf, "_MAX_TEXT", 1000)
+    with pytest.raises(UserError, match=r"of which llama.cpp reads 1,000: merge into a file of fewer bits"):
+        merge_into_gguf(adapter, base, tmp_path / "task.gguf")
+    assert not (tmp_path / "task.gguf").exists()
+
+
+def test_a_base_that_is_missing_is_an_error_before_minutes_of_reading(tmp_path, base, adapter, monkeypatch):
+    merge_into_gguf(adapter, base, tmp_path / "task.gguf")
+    monkeypatch.setattr(masks_in_gguf, "read_coded", None)
+    with pytest.raises(UserError, match=r"none.gguf' does not exist"):
+        verify_gguf(adapter, tmp_path / "task.gguf", tmp_path / "none.gguf")
 
 
 def test_a_file_without_a_mask_has_none_to_undo(tmp_path, base, adapter):
@@ -347,6 +369,15 @@ def test_a_full_disk_leaves_nothing(tmp_path, base, adapter):
         signal.signal(signal.SIGXFSZ, handler)
     assert [path.name for path in tmp_path.iterdir()] == ["mask"]
     assert base.read_bytes() == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_to_is_refused_before_minutes_of_reading(tmp_path, base, adapter, monkeypatch):
+    monkeypatch.setattr(masks_in_gguf, "read_head", None)
+    folder = tmp_path / "mine"
+    folder.mkdir(mode=0o500)
+    with pytest.raises(UserError, match=r"mine' cannot be written to; name another folder"):
+        merge_into_gguf(adapter, base, folder / "task.gguf")
 
 
 def test_outputs_are_new_files(tmp_path, base, adapter):

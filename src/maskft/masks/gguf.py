@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
@@ -52,6 +53,8 @@ _COUNT = "maskft.num_removed"
 _CODES = "maskft.removed_codes"
 _VERSION = "maskft.version"
 
+# llama.cpp reads no text of more bytes: GGUF_MAX_STRING_LENGTH of its gguf.cpp.
+_MAX_TEXT = 2**30
 # Bytes of unchanged data that are copied at a time.
 _PIECE_BYTES = 2**24
 # Whole rows of about so many at a time.
@@ -86,6 +89,13 @@ def merge_into_gguf(
             f"{str(gguf)!r} already holds a mask ({str(head.metadata[_MASK])[:12]}); merge into its base, or take it "
             "out first with --undo"
         )
+    # --undo would leave such a key out, and not give back this file.
+    ours = [key for key in head.metadata if key.startswith(PREFIX)]
+    if ours:
+        raise UserError(
+            f"{str(gguf)!r} has the key {ours[0]!r} without a mask; take it out first: gguf-new-metadata "
+            f"--remove-metadata {ours[0]}"
+        )
     masks = _Masks.of_adapter(adapter, head)
     known = _check_base(masks, head, accept_other_base)
     # --undo writes the head from its parts, and has to give back the base byte for byte.
@@ -96,14 +106,11 @@ def merge_into_gguf(
 
     # From here on the file is read three times: for the codes, which are part of the head and so come before the data;
     # for the sha256 of the base, which is in the head as well; and for the data.
-    codes = b"".join(masks.removed_codes())
-    packed = zlib.compress(codes)
-    codes_as_text = base64.b64encode(packed).decode("ascii")
     added = {
         _MASK: masks.config.mask_sha256,
         _BASE: digest_now(head.path),
         _COUNT: masks.num_removed,
-        _CODES: codes_as_text,
+        _CODES: _encode_codes(masks),
         _VERSION: __version__,
     }
     with _new_file(output) as file:
@@ -167,6 +174,9 @@ def verify_gguf(
         UserError: At the first check that fails.
     """
     head = read_head(gguf)
+    if base is not None:
+        # For its errors, before minutes of reading: the file is missing, or is not a GGUF file.
+        read_head(base)
     masks = _masks_in(adapter, head)
     version = head.metadata.get(_VERSION)
     passed = [f"holds the mask {masks.config.mask_sha256[:12]}, merged by maskft {version}"]
@@ -182,9 +192,7 @@ def verify_gguf(
     passed.append(f"with their codes restored the file is its base: sha256 {sha256}")
 
     if base is not None:
-        # Its head is read for the errors: the file is missing, or is not a GGUF file.
-        base_head = read_head(base)
-        if digest_now(base_head.path) != sha256:
+        if digest_now(Path(base)) != sha256:
             raise UserError(f"{str(base)!r} is not the base of {str(gguf)!r}: its sha256 is not {sha256}")
         passed.append(f"that is {base}")
     return passed
@@ -205,6 +213,19 @@ def _masks_in(adapter: str | Path, head: GgufHead) -> _Masks:
     # Their number follows from the mask, which has just been found to be the one in the file.
     masks.codes = _decode_codes(head, masks.num_code_bytes)
     return masks
+
+
+def _encode_codes(masks: _Masks) -> str:
+    """The codes of the removed weights as a text for the metadata; raises if llama.cpp could not read it."""
+    codes = b"".join(masks.removed_codes())
+    packed = zlib.compress(codes)
+    text = base64.b64encode(packed).decode("ascii")
+    if len(text) > _MAX_TEXT:
+        raise UserError(
+            f"the codes of {masks.num_removed:,} removed weights take {len(text):,} bytes of metadata, of which "
+            f"llama.cpp reads {_MAX_TEXT:,}: merge into a file of fewer bits, or use a mask that removes fewer weights"
+        )
+    return text
 
 
 def _decode_codes(head: GgufHead, num_bytes: int) -> bytes:
@@ -459,6 +480,8 @@ def _check_output(output: Path) -> None:
         raise UserError(f"output {str(output)!r} exists; name a new file")
     if not output.parent.is_dir():
         raise UserError(f"output {str(output)!r}: the folder {str(output.parent)!r} does not exist")
+    if not os.access(output.parent, os.W_OK | os.X_OK):
+        raise UserError(f"output {str(output)!r}: {str(output.parent)!r} cannot be written to; name another folder")
 
 
 @contextmanager
