@@ -21,6 +21,7 @@ from maskft_common import layout
 from maskft_common.errors import UserError
 from maskft_lab.cli.main import main
 
+from ..killing import Fork
 from ..tiny import save_masks, tiny_llama
 from ..tiny_gguf import permuted, read_gguf, tensor_name, write_gguf
 
@@ -369,6 +370,18 @@ def test_a_full_disk_leaves_nothing(tmp_path, base, adapter):
         signal.signal(signal.SIGXFSZ, handler)
     assert [path.name for path in tmp_path.iterdir()] == ["mask"]
     assert base.read_bytes() == before
+
+
+def test_sigterm_leaves_nothing(tmp_path, base, adapter):
+    """Schedulers and ``docker stop`` end a command with it."""
+
+    def stop_at_the_data():
+        masks_in_gguf._copy = lambda *args: os.kill(os.getpid(), signal.SIGTERM)
+
+    words = ["merge", str(adapter), "--gguf", str(base), "--output", str(tmp_path / "task.gguf")]
+    assert Fork(words, tmp_path / "err", stop_at_the_data).wait() == 128 + signal.SIGTERM
+    assert (tmp_path / "err").read_text() == "maskft: stopped by SIGTERM\n"
+    assert {path.name for path in tmp_path.iterdir()} == {"mask", "err"}
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

@@ -37,8 +37,10 @@ COMMANDS = {
 
 RESUME = "--resume_from_checkpoint"
 
-# Commands that keep finished work and find it when they are repeated. Training finishes its step first (StopRequest).
+# Commands that keep finished work and find it when they are repeated.
 _RESUMED_BY_REPEATING = ("demo", "study", "evaluate")
+# Training finishes its step first (StopRequest).
+_WITH_OWN_HANDLER = ("train",)
 # Seconds that a process of a distributed run leaves to the main process to report the same error first.
 _PATIENCE_S = 5
 
@@ -93,10 +95,11 @@ def _run(argv: list[str]) -> int:
         return 2
 
     module = importlib.import_module(f".{name}", __package__)
-    # Schedulers send SIGTERM at a job's time limit; it then ends as with Ctrl-C, and says how to resume.
+    # Schedulers send SIGTERM at a job's time limit; it then ends as with Ctrl-C: half-written files are removed, and it
+    # says how to resume.
     is_resumable = name in _RESUMED_BY_REPEATING
     handler_before = None
-    if is_resumable:
+    if name not in _WITH_OWN_HANDLER:
         handler_before = _end_at_sigterm()
 
     try:
