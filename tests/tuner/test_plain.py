@@ -395,6 +395,19 @@ def test_fp8_layers_are_refused_or_left_out_with_a_warning():
     assert len(current_masks(model)) == 6
 
 
+def test_layers_of_packed_codes_without_a_weight_are_refused_or_left_out_with_a_warning():
+    """As compressed-tensors leaves the layers of checkpoints for vLLM."""
+    base = tiny_llama(num_layers=1)
+    layer = base.model.layers[0].mlp.up_proj
+    del layer.weight
+    layer.weight_packed = nn.Parameter(torch.zeros(48, 4, dtype=torch.int32), requires_grad=False)
+    with pytest.raises(UserError, match=r"up_proj cannot be masked: it is quantised, or .* \(Linear\)"):
+        get_peft_model(base, MaskConfig(target_modules=["up_proj"]))
+    with pytest.warns(UserWarning, match="quantised, or of an unknown kind, are left out: Linear; the mask covers"):
+        model = get_peft_model(base, MaskConfig())
+    assert len(current_masks(model)) == 6
+
+
 @pytest.mark.skipif(IS_OLD_TORCH, reason="2.7 does not compile the plain model; 2.8 to 2.12 not tried")
 def test_a_mask_with_noise_is_one_graph_and_follows_mode_and_progress():
     torch._dynamo.reset()

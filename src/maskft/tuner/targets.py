@@ -301,7 +301,10 @@ def _why_not_plain(module: nn.Module) -> str | None:
 def _is_foreign(module: nn.Module) -> bool:
     """Whether a linear layer is neither torch's nor transformers', or does not hold floats."""
     package, _, _ = type(module).__module__.partition(".")
-    weight: Any = module.weight
+    weight: Any = getattr(module, "weight", None)
+    # compressed-tensors leaves torch's class, and packed codes under another name.
+    if weight is None:
+        return True
     # Floats of one byte, as in transformers' FP8 layers, are codes that mean nothing without their scale.
     is_float = weight.is_floating_point() and weight.element_size() > 1
     return package not in ("torch", "transformers") or not is_float
