@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from gguf import GGMLQuantizationType as Type
+from maskft.masks.mask_set import read_config
 from maskft.masks.merge import load_masked
 from maskft.models import load_config, load_model, load_tokenizer, model_identity
 from maskft_common.errors import UserError
@@ -94,6 +95,19 @@ def test_a_type_without_zero_is_refused_before_training(folder, tmp_path, capsys
 def test_layers_of_that_type_may_be_left_out(folder, tmp_path):
     words = ("--gguf_file", "without-zero.gguf", "--mask_layers_to_transform", "0")
     assert train(folder, tmp_path / "mask", *words) == 0
+
+
+def test_a_file_of_another_name_is_known_as_gguf_by_a_link(folder, tmp_path, capsys):
+    """Ollama's blobs and those of the hub's cache are named by their sha256."""
+    blob = folder / "sha256-1f"
+    blob.write_bytes((folder / "base.gguf").read_bytes())
+    assert train(folder, tmp_path / "mask", "--gguf_file", blob.name) == 2
+    assert "gguf_file 'sha256-1f' does not end in .gguf: rename it, or name a link" in capsys.readouterr().err
+    link = folder / "linked.gguf"
+    link.symlink_to(blob)
+    assert train(folder, tmp_path / "mask", "--gguf_file", link.name) == 0
+    assert read_config(tmp_path / "mask").base_model_name_or_path == str(link)
+    assert load_masked(tmp_path / "mask")[2] == str(link)
 
 
 @pytest.mark.parametrize(("name", "message"), [("none.gguf", "does not exist"), ("sums.gguf", "is not a GGUF file")])

