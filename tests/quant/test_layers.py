@@ -299,6 +299,19 @@ def test_torchao_with_quantised_activations_is_refused():
         masked(lambda: torchao_linear(Int8DynamicActivationInt8WeightConfig()))
 
 
+@pytest.mark.quantised
+def test_torchao_with_scaled_inputs_is_refused():
+    """As AWQ and SmoothQuant leave a weight: its layer multiplies the input, which a masked layer would not."""
+
+    def scaled():
+        layer = torchao_int8()
+        layer.weight.act_pre_scale = torch.full((NUM_IN,), 2.0)
+        return layer
+
+    with pytest.raises(UserError, match=r"Int8Tensor also scales its inputs, .*; quantise without AWQ"):
+        masked(scaled)
+
+
 @pytest.mark.parametrize("make", LAYERS)
 def test_removed_weights_cannot_take_another_models_values(make):
     """A merge would write the code of zero in their place."""

@@ -421,6 +421,10 @@ def _why_not_torchao(weight: Any) -> str | None:
     if quantises_activations:
         return f"torchao's {kind} also quantises activations, which do not train; use a weight-only configuration"
 
+    # AWQ and SmoothQuant divide the weight by it, and multiply the input with it again.
+    if getattr(weight, "act_pre_scale", None) is not None:
+        return f"torchao's {kind} also scales its inputs, which a masked layer would not; quantise without AWQ"
+
     # One byte for each weight, in its place.
     data = getattr(weight, "qdata", None)
     is_of_bytes = data is not None and data.dtype in (torch.int8, torch.uint8)
