@@ -93,6 +93,22 @@ def test_an_evaluation_between_steps_leaves_gradients_as_they_are(folder, kind):
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
+@pytest.mark.quantised
+@pytest.mark.parametrize("bits", [4, 8])
+def test_merging_into_a_checkpoint_of_codes_is_refused(folder, bits, capsys):
+    how = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_quant_type="nf4")
+    base = AutoModelForCausalLM.from_pretrained(folder / "model", quantization_config=how)
+    base.save_pretrained(folder / "codes")
+    tiny_tokenizer().save_pretrained(folder / "codes")
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "codes")
+    get_peft_model(loaded, MaskConfig(task_type="CAUSAL_LM")).save_pretrained(folder / "mask")
+    capsys.readouterr()
+    assert main(["merge", str(folder / "mask"), "--output_dir", str(folder / "merged")]) == 2
+    kind = "nf4" if bits == 4 else "int8"
+    assert f"/codes' is stored as bitsandbytes {kind}, and merge writes floats" in capsys.readouterr().err
+    assert not (folder / "merged").exists()
+
+
 def test_methods_that_write_floats_are_refused(folder, capsys):
     assert train(folder, "--method", "full", "--load_in_4bit", "true") == 2
     assert "method full needs weights that are floats" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from ..models import base_of, load_model, load_tokenizer
 from ..tuner import MaskedLinear, adapter_layers, current_masks
 from ..weights import lerp
 from .codec import PREFIX
+from .fingerprints import quantisation_of
 from .mask_set import MaskSet, read_config, weights_file
 
 # The name that PeftModel.from_pretrained gives.
@@ -107,15 +108,22 @@ def merge(
         A line that says how many weights were set, and where.
 
     Raises:
-        UserError: If the output is not empty, the adapter does not fit, or the written checkpoint differs; it is then
-            deleted.
+        UserError: If the output is not empty, the adapter does not fit, the base is stored as codes, or the written
+            checkpoint differs; it is then deleted.
     """
     output_dir = files.new_folder(output_dir, "output_dir")
     if not 0 < scale <= 1:
         raise UserError(f"scale is {scale}; it is the part of the change, in (0, 1]")
 
     config = read_config(adapter)
-    model, tokenizer, _ = load_masked(adapter, base, dtype)
+    model, tokenizer, name = load_masked(adapter, base, dtype)
+    # transformers cannot save such a model once it was loaded, and the checks below are for floats.
+    stored_as = quantisation_of(adapter_layers(model).values())
+    if stored_as is not None:
+        raise UserError(
+            f"base {name!r} is stored as {stored_as}, and merge writes floats: name the model that it was made from "
+            "with --base, or merge in Python, with model.merge_and_unload()"
+        )
     # By the names that the merged model has, without PEFT's prefix.
     layers = {}
     for full_name, layer in adapter_layers(model).items():
