@@ -254,6 +254,14 @@ def test_an_architecture_that_an_older_gguf_does_not_know(base, monkeypatch):
         find_tensors(read_head(base), {"model.layers.0.mlp.up_proj": (96, 64)})
 
 
+def test_layers_of_a_vision_language_model_are_those_of_its_decoder(base):
+    """Gemma 3 is converted to a file of the decoder and a second one (mmproj) of the rest."""
+    name = "model.language_model.layers.0.mlp.up_proj"
+    assert find_tensors(read_head(base), {name: (96, 64)}) == {name: "blk.0.ffn_up.weight"}
+    with pytest.raises(UserError, match=r"vision_tower.encoder.layers.0.mlp.fc1 has no place in a llama of 2 layers"):
+        find_tensors(read_head(base), {"model.vision_tower.encoder.layers.0.mlp.fc1": (96, 64)})
+
+
 def with_info(base, path, tensor, dims=None, offset=None):
     """A copy of a file whose table says something else of a matrix."""
     content = bytearray(base.read_bytes())

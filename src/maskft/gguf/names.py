@@ -102,8 +102,10 @@ def _tensor_names(head: GgufHead, modules: Iterable[str]) -> dict[str, str]:
     names = {}
     modules_of: dict[str, str] = {}
     for module in modules:
-        # gguf maps names of modules; their tensors end in ".weight".
-        name = known.get_name(module)
+        # gguf maps names of modules; their tensors end in ".weight". Of a vision-language model it knows the decoder's
+        # without a part that transformers gives them.
+        of_decoder = module.replace("language_model.", "")
+        name = known.get_name(of_decoder)
         if name is None:
             raise UserError(
                 f"{str(head.path)!r} is a file of another model: {module} has no place in a {architecture} of "
