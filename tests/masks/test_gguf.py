@@ -1,6 +1,8 @@
 """A mask in a GGUF file: exact, undone bit for bit, checked, and refused in one line."""
 
 import dataclasses
+import errno
+import io
 import json
 import os
 import resource
@@ -378,6 +380,19 @@ def test_a_full_disk_leaves_nothing(tmp_path, base, adapter):
         signal.signal(signal.SIGXFSZ, handler)
     assert [path.name for path in tmp_path.iterdir()] == ["mask"]
     assert base.read_bytes() == before
+
+
+def test_a_base_whose_disk_fails_is_not_said_to_be_the_output(tmp_path, base, adapter, monkeypatch):
+    class Failing(io.BytesIO):
+        name = "base.gguf"
+
+        def read(self, *args):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    copy = masks_in_gguf._copy
+    monkeypatch.setattr(masks_in_gguf, "_copy", lambda file, start, end: copy(Failing(), start, end))
+    with pytest.raises(UserError, match=r"'base.gguf' cannot be read \(Input/output error\); copy it again"):
+        merge_into_gguf(adapter, base, tmp_path / "task.gguf")
 
 
 def test_sigterm_leaves_nothing(tmp_path, base, adapter):

@@ -458,9 +458,13 @@ def _copy(file: BinaryIO, start: int, end: int) -> Iterator[bytes]:
 
 
 def _read(file: BinaryIO, start: int, num_bytes: int) -> bytes:
-    """Exactly this many bytes; raises if the file ends before."""
-    file.seek(start)
-    content = file.read(num_bytes)
+    """Exactly this many bytes; raises if the file ends before, or its disk fails."""
+    try:
+        file.seek(start)
+        content = file.read(num_bytes)
+    except OSError as error:
+        # Here, because around the writing of a file it would pass for an error of that one.
+        raise UserError(f"{file.name!r} cannot be read ({error.strerror}); copy it again") from error
     # read_head has compared the size of the file with the places of its tensors.
     if len(content) != num_bytes:
         raise UserError(f"{file.name!r} became shorter while it was read; start again")
