@@ -1,5 +1,7 @@
 """``maskft verify`` against a base."""
 
+import json
+
 import pytest
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
@@ -9,7 +11,23 @@ from maskft import MaskConfig
 from maskft.masks import fingerprints
 from maskft.masks.verify import verify
 from maskft_common.errors import UserError
+from maskft_common.layout import ADAPTER_CONFIG
 from tiny_tokenizer import tiny_tokenizer
+
+
+def test_a_base_that_is_stored_otherwise_is_not_said_to_match(base, tmp_path):
+    """Loading the mask of a four-bit model over floats warns, and is no error."""
+    folder = tmp_path / "adapter"
+    config = MaskConfig(task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(folder)
+    file = folder / ADAPTER_CONFIG
+    values = {"base_quantisation": "bitsandbytes nf4", "base_fingerprint": "0" * 64}
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    with pytest.warns(
+        UserWarning, match="trained over weights stored as bitsandbytes nf4, and these are stored as floats"
+    ):
+        passed = verify(folder, str(base))
+    assert passed[-1] == f"fits {base}: names, shapes match; its weights: stored as floats, trained as bitsandbytes nf4"
 
 
 @pytest.mark.parametrize("verify_base", [True, False])

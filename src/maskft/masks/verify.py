@@ -12,7 +12,7 @@ from ..tuner import adapter_layers
 from ..tuner.selection import current_sparsity
 from ..tuner.targets import listed
 from .codec import decode_mask
-from .fingerprints import check_base
+from .fingerprints import check_base, quantisation_of
 from .mask_set import AdapterConfig, read_coded, read_config
 from .merge import load_masked
 from .summary import module_rows
@@ -57,14 +57,21 @@ def verify(adapter: str | Path, base: str | None = None) -> list[str]:
 def _check_fit(adapter: str | Path, base: str, config: AdapterConfig) -> list[str]:
     """Check an adapter against a base model, by loading both; returns one line per check that passed."""
     model, _, _ = load_masked(adapter, base)
+    layers = adapter_layers(model).values()
     if not config.verify_base:  # with verify_base loading has checked it
-        check_base(adapter_layers(model).values(), config)
+        check_base(layers, config)
 
-    # Loading compares names and shapes in any case, the weights only where their fingerprint is recorded. Both lines
-    # say which.
+    # Loading compares names and shapes in any case, the weights only where their fingerprint is recorded, and if they
+    # are stored in another way it only warns. Each line says which.
+    stored_as = quantisation_of(layers) or "floats"
+    trained_over = config.base_quantisation or "floats"
     passed = []
     if config.base_fingerprint is None:
         passed.append(f"fits {base}: names, shapes match; its weights: not checked, none recorded")
+    elif stored_as != trained_over:
+        passed.append(
+            f"fits {base}: names, shapes match; its weights: stored as {stored_as}, trained as {trained_over}"
+        )
     else:
         passed.append(f"fits {base}: names, shapes and base fingerprint match")
 
