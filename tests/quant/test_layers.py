@@ -259,6 +259,24 @@ def test_saved_masks_load_over_the_same_codes(make, tmp_path):
     assert torch.equal(masked_layer(loaded).get_mask("default"), layer.get_mask("default"))
 
 
+@pytest.mark.quantised
+def test_the_dtype_of_dequantised_weights_decides_whether_they_are_checked(tmp_path):
+    """Not the one that codes are stored in: float16 rounds otherwise than fingerprints do."""
+    import bitsandbytes
+
+    def linear():
+        layer = bitsandbytes.nn.Linear4bit(NUM_IN, NUM_OUT, quant_type="nf4", quant_storage=storage)
+        return layer.to(weights).to("cpu")
+
+    for weights, storage in ((torch.float32, torch.float16), (torch.float16, torch.uint8)):
+        model = masked(linear)
+        assert masked_layer(model).get_base_dtype() == weights
+        folder = tmp_path / str(storage)
+        model.save_pretrained(folder)
+        is_recorded = MaskConfig.from_pretrained(folder).base_fingerprint is not None
+        assert is_recorded == (weights == torch.float32)
+
+
 @needs_gguf_layers
 def test_another_quantisation_warns_with_the_difference(tmp_path):
     masked(lambda: gguf_linear(Type.Q4_0)).save_pretrained(tmp_path)

@@ -113,8 +113,9 @@ class MaskFiles(AdapterFiles):
         config.format_version = FORMAT_VERSION
         config.is_new = False
         config.mask_sha256 = mask_fingerprint(coded)
-        # float16 rounds in another way than bfloat16, so that its fingerprint would match no other dtype's.
-        is_half = any(layer.weight.dtype == torch.float16 for layer in layers.values())
+        # float16 rounds in another way than bfloat16, so that its fingerprint would match no other dtype's. What counts
+        # is the dequantised weight: layer.weight of a quantised layer has the dtype that codes are stored in.
+        is_half = any(layer.get_base_dtype() == torch.float16 for layer in layers.values())
         if is_half:
             config.base_fingerprint = None
         else:

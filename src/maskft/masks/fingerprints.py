@@ -39,7 +39,8 @@ def check_base(layers: Iterable[MaskedLinear], config: Any) -> None:
         return
 
     found = base_fingerprint(layers)
-    dtypes = {layer.weight.dtype for layer in layers}
+    # Of dequantised weights, not of the tensors that their codes are stored in.
+    dtypes = {layer.get_base_dtype() for layer in layers}
     if is_the_base(found, dtypes, config):
         return
 
