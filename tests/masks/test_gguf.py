@@ -334,6 +334,16 @@ def test_a_cut_file_is_refused(tmp_path, base, adapter, share):
         merge_into_gguf(adapter, path, tmp_path / "task.gguf")
 
 
+@pytest.mark.parametrize("shown", [1, 3 << 24], ids=["version 1", "version 3 in the other byte order"])
+def test_another_version_or_byte_order_says_how_to_convert(tmp_path, base, shown):
+    content = bytearray(base.read_bytes())
+    content[4:8] = struct.pack("<I", shown)
+    path = tmp_path / "other.gguf"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"is GGUF version {shown}; .* with gguf-convert-endian"):
+        read_head(path)
+
+
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"not a model", b"GGUF" + b"\xff" * 64])
 def test_what_is_not_gguf_is_refused(tmp_path, adapter, content):
     path = tmp_path / "other.gguf"

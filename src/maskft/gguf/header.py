@@ -188,7 +188,10 @@ def _walk(path: Path, data: mmap.mmap) -> GgufHead:
     _, version, num_tensors, num_keys = cursor.take("4sIQQ")
     if version not in _VERSIONS:
         # Of a file in the other byte order the number is huge.
-        raise UserError(f"{str(path)!r} is GGUF version {version}; this maskft reads little-endian versions 2 and 3")
+        raise UserError(
+            f"{str(path)!r} is GGUF version {version}; this maskft reads little-endian versions 2 and 3: convert the "
+            "model again, or a file of the other byte order with gguf-convert-endian"
+        )
 
     # Metadata: a name, the type of the value, the value.
     metadata: dict[str, Any] = {}
