@@ -93,15 +93,31 @@ def test_an_evaluation_between_steps_leaves_gradients_as_they_are(folder, kind):
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
-@pytest.mark.quantised
-@pytest.mark.parametrize("bits", [4, 8])
-def test_merging_into_a_checkpoint_of_codes_is_refused(folder, bits, capsys):
+def save_codes_and_mask(folder, bits):
+    """A checkpoint that is stored in four or eight bits, and a mask over it."""
     how = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_quant_type="nf4")
     base = AutoModelForCausalLM.from_pretrained(folder / "model", quantization_config=how)
     base.save_pretrained(folder / "codes")
     tiny_tokenizer().save_pretrained(folder / "codes")
     loaded = AutoModelForCausalLM.from_pretrained(folder / "codes")
     get_peft_model(loaded, MaskConfig(task_type="CAUSAL_LM")).save_pretrained(folder / "mask")
+
+
+@pytest.mark.quantised
+@pytest.mark.parametrize("bits", [4, 8])
+def test_base_and_mask_are_evaluated_over_a_checkpoint_of_codes(folder, bits):
+    """On CPUs with AVX-512 and bfloat16, bitsandbytes rounds four-bit scales when the base alone answers."""
+    save_codes_and_mask(folder, bits)
+    words = ["--model_name_or_path", str(folder / "codes"), "--adapter", "none", str(folder / "mask")]
+    data = ["--dataset_name", str(folder / "sums.jsonl"), "--eval_split_size", "8", "--as_chat", "false"]
+    assert main(["evaluate", *words, *data, "--name", "base", "mask", "--output_dir", str(folder / "results")]) == 0
+    assert {path.name for path in (folder / "results").iterdir()} >= {"base", "mask"}
+
+
+@pytest.mark.quantised
+@pytest.mark.parametrize("bits", [4, 8])
+def test_merging_into_a_checkpoint_of_codes_is_refused(folder, bits, capsys):
+    save_codes_and_mask(folder, bits)
     capsys.readouterr()
     assert main(["merge", str(folder / "mask"), "--output_dir", str(folder / "merged")]) == 2
     kind = "nf4" if bits == 4 else "int8"

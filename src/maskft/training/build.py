@@ -36,7 +36,7 @@ from ..models import (
 )
 from ..tuner import MaskConfig, adapter_layers, start_scores
 from ..tuner.config import DATA_STARTS
-from ..tuner.quantized import keep_gradients
+from ..tuner.quantized import keep_codes
 from ..tuner.targets import resolve_targets
 from .arguments import TrainingArguments
 from .checks import check_quantised
@@ -142,7 +142,7 @@ def build_model(
 
     if method.method == PEFT:
         # The tuner does it for masks. Over four-bit layers on a CPU, an evaluation would cost the adapter its gradient.
-        keep_gradients(model)
+        keep_codes(model)
         config = adapter_config(method.peft_config or {})
         try:
             return with_adapter(model, config, source)

@@ -20,7 +20,7 @@ from .adapter_files import adapter_files
 from .config import REMOVED_VALUES, MaskConfig
 from .layer import MaskedLinear
 from .mixed_batch import adapter_names_for_layers
-from .quantized import keep_gradients
+from .quantized import keep_codes
 from .scores import ranked_scores
 from .targets import is_target, resolve_targets
 
@@ -101,7 +101,7 @@ class MaskModel(BaseTuner):
         _check_not_on_disk(model)
         resolve_targets(peft_config, model)
         if not peft_config.inference_mode:
-            keep_gradients(model)
+            keep_codes(model)
 
         # Of all layers at once: they come from another model, which is loaded here and freed again.
         values_of = REMOVED_VALUES[peft_config.removed_value]

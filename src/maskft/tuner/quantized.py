@@ -64,13 +64,14 @@ def find_quantized_weight(base_layer: nn.Module) -> QuantizedWeight | None:
     return None
 
 
-def keep_gradients(model: nn.Module) -> None:
-    """Keep the four-bit layers of bitsandbytes differentiable on a CPU; call it before a model trains.
+def keep_codes(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking its four-bit layers on a CPU; call it before a model's first forward pass.
 
-    Their first forward pass in eval mode repacks the codes for an AVX-512 kernel, and training then goes on with that
-    kernel, which has no backward pass: the gradient of all layers below is lost, and torch only warns (seen with
+    Their first forward pass in eval mode repacks the codes for an AVX-512 kernel, and rounds the scales to bfloat16: a
+    mask that is put over the model afterwards finds another base than it was trained over. Training then goes on with
+    that kernel, which has no backward pass: the gradient of all layers below is lost, and torch only warns (seen with
     bitsandbytes 0.50). An evaluation before or between training steps is such a pass. Without the repacking, evaluation
-    is slower, and its scales are not rounded to bfloat16.
+    is slower.
     """
     module: Any  # torch types its attributes as Tensor | Module
     for module in model.modules():

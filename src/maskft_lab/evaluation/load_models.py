@@ -17,6 +17,7 @@ from maskft.masks.mask_set import MaskSet
 from maskft.masks.merge import adapter_tokenizer, one_line
 from maskft.models import check_model_source, check_tokenizer_fits, load_model, load_tokenizer
 from maskft.training.method_arguments import MASK_METHODS
+from maskft.tuner.quantized import keep_codes
 from maskft.weights import lerp
 from maskft_common.errors import UserError, first_line
 from maskft_common.files import digest_tensors
@@ -162,6 +163,8 @@ class _Base:
         self.revision = options.model_revision or revision or "main"
         self.template = options.chat_template_path
         self.model = load_model(name, options.dtype, revision=self.revision).eval()
+        # It may answer alone before a mask is put over it.
+        keep_codes(self.model)
         # Before any adapter is put over the model, which would add weights and rename layers.
         self.fingerprint = model_fingerprint(self.model)
         # Read once, before an adapter could change it.
