@@ -33,7 +33,11 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 
+import gguf
 import tiny
+from gguf import GGMLQuantizationType as Type
+from maskft.gguf.header import read_head
+from maskft.masks.gguf import merge_into_gguf, undo_in_gguf, verify_gguf
 from maskft.masks.mask_set import MaskSet, read_config
 from maskft.masks.merge import one_line
 from maskft.masks.verify import verify
@@ -247,7 +251,58 @@ class Adapters(Target):
             PeftModel.from_pretrained(tiny.tiny_llama(num_layers=1), str(self.folder))
 
 
-TARGETS = {"results": Results, "adapters": Adapters}
+class Gguf(Target):
+    """GGUF files: a mask is merged into one, checked in one, and taken out."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        kinds = {"ffn_gate": Type.Q4_0, "ffn_up": Type.Q8_0, "attn_q": Type.Q4_0, "ffn_down": Type.F16}
+        base = folder / "base.gguf"
+        writer = gguf.GGUFWriter(base, "llama")
+        writer.add_custom_alignment(32)
+        writer.add_block_count(1)
+        writer.add_head_count(4)
+        writer.add_token_list(["a", "bc", "d"])
+        writer.add_token_scores([0.5, 1.5, 2.5])
+        for name, kind in kinds.items():
+            weights = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).numpy()
+            writer.add_tensor(f"blk.0.{name}.weight", gguf.quantize(weights, kind), raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+        self.mask = folder / "mask"
+        generator = torch.Generator().manual_seed(1)
+        names = ("mlp.gate_proj", "mlp.up_proj", "self_attn.q_proj")
+        masks = {f"model.layers.0.{name}": torch.rand(64, 64, generator=generator) > 0.1 for name in names}
+        tiny.save_masks(masks, self.mask)
+        merge_into_gguf(self.mask, base, folder / "task.gguf")
+        # Of weights any byte is as good as another: heads are changed.
+        self.heads, self.weights = [], []
+        for file in (base, folder / "task.gguf"):
+            content, start = file.read_bytes(), read_head(file).data_start
+            self.heads.append(content[:start])
+            self.weights.append(content[start:])
+
+    def read(self, which, how, bytes_how) -> bool | None:
+        if not bytes_how:  # only changes of parsed JSON
+            return None
+        content = edited(self.heads[which % 2], bytes_how) + self.weights[which % 2]
+        file, out, again = (self.folder / name for name in ("changed.gguf", "out.gguf", "again.gguf"))
+        file.write_bytes(content)
+        for path in (out, again):
+            path.unlink(missing_ok=True)
+        is_intact = accepts(lambda: verify_gguf(self.mask, file))
+        is_base = accepts(lambda: merge_into_gguf(self.mask, file, out))
+        if is_base:
+            undo_in_gguf(self.mask, out, again)
+            assert again.read_bytes() == content, "another base after --undo"
+        assert not list(self.folder.glob(".*")), "a half-written file"
+        return is_intact or is_base
+
+
+TARGETS = {"results": Results, "adapters": Adapters, "gguf": Gguf}
 
 
 def examine(target: Target, max_examples: int, number: int | None = None) -> Counter:

@@ -5,7 +5,7 @@ import pytest
 from fuzzing import TARGETS, examine
 
 
-@pytest.mark.parametrize(("name", "num"), [("results", 150), ("adapters", 80)])
+@pytest.mark.parametrize(("name", "num"), [("results", 150), ("adapters", 80), ("gguf", 150)])
 def test_a_changed_file_is_read_or_refused_in_one_line(name, num, tmp_path):
     counts = examine(TARGETS[name](tmp_path / name), num)
     assert counts["read"] and counts["refused"]  # or the changes would show nothing
