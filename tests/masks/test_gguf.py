@@ -216,13 +216,23 @@ def test_a_type_that_is_unknown_matters_only_where_it_is_masked(tmp_path, base, 
                 merge_into_gguf(tmp_path / name, path, tmp_path / "task2.gguf")
 
 
-def test_other_weights_are_refused_or_accepted_with_a_warning(tmp_path, adapter):
+def test_other_weights_are_refused_or_accepted_and_named(tmp_path, adapter):
     path = write_gguf(tmp_path / "other.gguf", tiny_model(), Type.Q8_0)
     with pytest.raises(UserError, match=r"trained over other weights \(tiny.*Q8_0.*--accept_other_base"):
         merge_into_gguf(adapter, path, tmp_path / "task.gguf")
-    with pytest.warns(UserWarning, match=r"trained over other weights"):
-        merge_into_gguf(adapter, path, tmp_path / "task.gguf", accept_other_base=True)
+    _, line = merge_into_gguf(adapter, path, tmp_path / "task.gguf", accept_other_base=True)
+    assert line.startswith("the mask was trained over other weights (tiny, fingerprint ")
+    assert line.endswith("; measure the result before you serve it")
     verify_gguf(adapter, tmp_path / "task.gguf", path)
+
+
+def test_the_name_of_a_strangers_base_does_not_steer_the_terminal(tmp_path, base, masks, capsys):
+    folder = tmp_path / "mask"
+    save_masks(masks, folder, base_fingerprint="0" * 64, base_model_name_or_path="a\x1b[31mb\nc")
+    words = ["merge", str(folder), "--gguf", str(base), "--output", str(tmp_path / "task.gguf")]
+    assert main([*words, "--accept_other_base"]) == 0
+    error = capsys.readouterr().err
+    assert r"other weights (a\x1b[31mb\nc, fingerprint" in error and error.count("\n") == 2
 
 
 def test_a_file_of_another_model_is_refused(tmp_path, adapter):

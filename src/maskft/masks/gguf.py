@@ -13,7 +13,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
-import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -73,7 +72,7 @@ def merge_into_gguf(
         adapter: Adapter folder.
         gguf: The base, never changed.
         output: The new file.
-        accept_other_base: Also write the mask into other weights than it was trained over; warns of the difference.
+        accept_other_base: Also write the mask into other weights than it was trained over; a line says which.
 
     Returns:
         Lines that report it.
@@ -279,8 +278,7 @@ def _check_base(masks: _Masks, head: GgufHead, accept_other_base: bool) -> str:
             f"{difference}; train over this file (maskft train --gguf_file), or, if it is the same model in another "
             "precision, add --accept_other_base and measure the result"
         )
-    warnings.warn(f"{difference}; measure the result before you serve it")
-    return "the file holds other weights than the mask was trained over; measure the result"
+    return f"{difference}; measure the result before you serve it"
 
 
 @dataclass

@@ -6,7 +6,7 @@ import argparse
 import sys
 import warnings
 
-from maskft_common.errors import UserError
+from maskft_common.errors import UserError, printable
 
 from .arguments import adapter_of, add_adapter, add_base
 
@@ -110,4 +110,5 @@ def _merge_gguf(adapter: str, args: argparse.Namespace) -> None:
     else:
         lines = merge_into_gguf(adapter, args.gguf, args.output, args.accept_other_base)
     for line in lines:
-        print(line, file=sys.stderr)
+        # The name of the mask's base is of a stranger's file, whose control characters must not reach the terminal.
+        print(printable(line), file=sys.stderr)
