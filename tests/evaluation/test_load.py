@@ -81,6 +81,14 @@ def test_labels(model, expected, tmp_path, monkeypatch):
     assert labelled_files("out", [model], []) == [(expected, Path("out/result.json"))]
 
 
+def test_a_link_is_labelled_by_its_own_name(tmp_path, monkeypatch):
+    """A file in the hub's cache is one, to a name that is a checksum."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "1f2e").write_text("model")
+    (tmp_path / "model.gguf").symlink_to("1f2e")
+    assert labelled_files("out", ["model.gguf"], []) == [("model.gguf", Path("out/result.json"))]
+
+
 def test_the_current_folder_has_a_name_in_a_result(tmp_path, monkeypatch):
     (tmp_path / "outer" / "inner").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "outer" / "inner")

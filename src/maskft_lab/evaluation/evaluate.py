@@ -213,8 +213,8 @@ def _default_label(source: str) -> str:
     """The last part of a model's folder or hub name."""
     path = Path(source)
     if path.exists():
-        # Gives `.` and `..` a name.
-        path = path.resolve()
+        # Gives `.` and `..` a name. Links are not followed: that of a file in the hub's cache leads to a checksum.
+        path = Path(os.path.abspath(path))
     return printable(path.name)
 
 
