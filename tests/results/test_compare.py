@@ -422,7 +422,7 @@ def test_bad_requests():
     refuse([full, *named], "results named 'mask' are of different methods .'mask', 'lora'.")
     seeds = [make("mask", seed, accuracy=scores(50)) for seed in (0, 1)]
     seeds[1]["model"]["scale"] = 0.5
-    refuse([full, *seeds], "results named 'mask' have different parts of a change .scale None, 0.5.")
+    refuse([full, *seeds], "results named 'mask' have different parts of a change .scale 1.0, 0.5.")
     seeds[0]["model"]["scale"] = 0.5
     refuse([*seeds, *(make("full", seed, accuracy=scores(50)) for seed in (2, 3))], "seeds 2, 3 and 'mask' 0, 1")
     refuse([make(name, accuracy=[1]) for name in "ab"], "1 item, too few")
