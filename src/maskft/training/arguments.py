@@ -16,7 +16,7 @@ from trl import ModelConfig, SFTConfig
 
 from maskft_common.errors import UserError
 
-from ..data.arguments import DataArguments, option
+from ..data.arguments import DataArguments, mixture_text, option
 from ..tuner.config import DATA_STARTS
 from .method_arguments import MaskArguments, MethodArguments, default_start, removes_a_share
 
@@ -97,6 +97,8 @@ class TrainingArguments(SFTConfig):
             raise UserError("DeepSpeed is not supported; use --accelerate_config fsdp2 for sharded training")
         self._check_numbers()
         self._choose_precision()
+        # As DataArguments does with the other data.
+        self.kl_dataset_name = mixture_text(self.kl_dataset_name)
 
         # eval_strategy is text, or an enum whose value is text.
         strategy = getattr(self.eval_strategy, "value", self.eval_strategy)

@@ -6,7 +6,7 @@ import argparse
 import copy
 import dataclasses
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from accelerate.commands.launch import launch_command_parser
@@ -18,7 +18,7 @@ from maskft_common.command_line import DEFAULT, has_default, with_default
 from maskft_common.errors import UserError, did_you_mean
 from maskft_common.yaml_file import read_yaml
 
-from ..data.arguments import DATA_NAMES, DataArguments
+from ..data.arguments import DATA_NAMES, KL_DATA, DataArguments
 from ..models import is_gguf
 from .arguments import TrainConfig, TrainingArguments
 from .launch import launch_options, words_of_recipe
@@ -182,7 +182,7 @@ def _check_known(
 
 
 # Types that YAML allows for options that are strings on the command line.
-_OF_TEXT: dict[str, Any] = dict.fromkeys(DATA_NAMES, dict | list | str)
+_OF_TEXT: dict[str, Any] = dict.fromkeys((*DATA_NAMES, KL_DATA), dict | list | str)
 _OF_TEXT["peft_config"] = dict | str
 
 
@@ -195,7 +195,7 @@ def _check_values(
     if not isinstance(given, dict):
         return
     # Only of our own options it is known that text is all they take.
-    own = {"model_name_or_path"}
+    own = {"model_name_or_path", KL_DATA}
     for group in (MethodArguments, DataArguments, MaskArguments):
         own.update(spec.name for spec in dataclasses.fields(group))
 
@@ -228,22 +228,29 @@ def _wanted(
         if action.dest == "method":
             _check_method_name(value)
         return f"one of {', '.join(choices)}"
-    if action.type in (int, float) and not _is_number(value, action.type):
-        return "a whole number" if action.type is int else "a number"
-    if action.type is str and is_own:
+    kind = type_name(action)
+    if kind in ("int", "float") and not _is_number(value, action.type):
+        return "a whole number" if kind == "int" else "a number"
+    if kind == "str" and is_own:
         allowed = _OF_TEXT.get(action.dest, str)
         if not isinstance(value, allowed):
             return "text"
     return None
 
 
-def _is_number(value: Any, kind: type) -> bool:
+def type_name(action: argparse.Action) -> str:
+    """Name of the type of an option's values, such as ``float``; empty without one."""
+    # By name: TRL wraps the type of an option that may be None into a function of the same name.
+    return getattr(action.type, "__name__", "")
+
+
+def _is_number(value: Any, convert: Callable[[str], Any]) -> bool:
     # In Python a bool is an int, too.
     if isinstance(value, bool | dict | list):
         return False
     # A number in quotes is one: argparse converts defaults that are text.
     try:
-        kind(str(value))
+        convert(str(value))
     except ValueError:
         return False
     return True

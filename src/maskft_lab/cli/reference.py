@@ -245,9 +245,11 @@ def _name_of_type(kind: Any) -> str:
         # bool, our `true_or_false`, and the functions by which transformers parses a bool.
         if "bool" in repr(each) or "true" in repr(each):
             return "true, false"
-    if float in kinds:
+    # By name: TRL wraps the type of an option that may be None into a function of the same name.
+    names = [getattr(each, "__name__", "") for each in kinds]
+    if "float" in names:
         return "number"
-    if int in kinds:
+    if "int" in names:
         return "integer"
     return "text"
 
