@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 import tiny
@@ -18,6 +18,7 @@ from maskft.training.kl import Base, KLOnTask, KLOnText, KLSum, kl_per_row
 from maskft.training.kl_budget import AIM, KLBudget
 from maskft.training.near_base import KLReport, NearBase
 from maskft.training.record import read_record
+from maskft_common.errors import UserError
 from maskft_common.layout import ADAPTER_WEIGHTS, TRAINING
 
 LORA = json.dumps({"peft_type": "LORA", "r": 4, "target_modules": "all-linear"})
@@ -120,6 +121,45 @@ def test_kl_per_row_is_that_of_a_loop():
     found = kl_per_row(model, base, rows, batch_size=2)
     assert [value for value, _ in found] == pytest.approx(expected, rel=1e-4) and min(expected) > 1e-3
     assert [count for _, count in found] == [3, 2]
+
+
+@pytest.mark.parametrize(
+    ("make", "settings"),
+    [
+        (tiny.tiny_llama, {"target_modules": "all-linear"}),
+        (tiny.tiny_llama, {"target_modules": "all-linear", "init_lora_weights": "pissa"}),
+        (tiny.tiny_llama, {"target_modules": "all-linear", "init_lora_weights": "olora"}),
+        (tiny.tiny_gpt2, {"target_modules": ["c_attn"], "fan_in_fan_out": True, "bias": "all"}),
+    ],
+)
+@torch.no_grad()
+def test_the_base_is_the_model_before_training_whatever_an_adapter_changes(make, settings):
+    """PiSSA and OLoRA take a part of the weights away, and biases are trained where they are."""
+    model, ids = make(), tiny.token_ids()
+    expected = model(input_ids=ids).logits
+    adapted = get_peft_model(model, LoraConfig(r=4, **settings))
+    base = Base(adapted)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn_like(parameter))
+    with base.of(adapted) as unchanged:
+        assert torch.allclose(unchanged(input_ids=ids).logits, expected, atol=1e-4)
+    assert not torch.allclose(adapted(input_ids=ids).logits, expected, atol=1e-2)
+
+
+def test_logits_that_are_not_the_heads_are_noticed_where_the_embedding_of_padding_is_zero():
+    model = tiny.tiny_llama()
+    assert not model.get_input_embeddings().weight[0].any()
+    forward = model.forward
+
+    def scaled(*args, **kwargs):
+        outputs = forward(*args, **kwargs)
+        outputs.logits = 2 * outputs.logits
+        return outputs
+
+    model.forward = scaled
+    with pytest.raises(UserError, match="the logits of a llama model are not its head's output"):
+        KLOnTask(model, Base(model))
 
 
 def test_rows_of_a_batch_follow_from_its_number():

@@ -14,10 +14,12 @@ from maskft.training.kl import Base, KLOnTask
 from maskft.training.method_arguments import method_label
 from maskft.training.peft_config import adapter_config
 from maskft.training.record import read_record
+from maskft.training.verdict import read_heldout
 from maskft_lab.cli.main import main
 
 ADAPTERS = {
     "LoRA": {"peft_type": "LORA", "r": 2, "target_modules": "all-linear"},
+    "PiSSA": {"peft_type": "LORA", "r": 2, "init_lora_weights": "pissa", "target_modules": "all-linear"},
     "DoRA": {"peft_type": "LORA", "r": 2, "use_dora": True, "target_modules": ["gate_proj"]},
     "IA3": {
         "peft_type": "IA3",
@@ -46,6 +48,8 @@ def test_an_adapter_trains_and_is_saved_loaded_evaluated_and_merged(name, call, 
     assert losses[-1] < losses[0]
     words = ["--adapter", tmp_path / "out", "--dataset_name", data, "--eval_split_size", 16, "--no_generate"]
     assert main(["evaluate", *map(str, words), "--output_dir", str(tmp_path / "eval")]) == 0
+    # PiSSA moves a part of the base's weights into the adapter, so that what is left without it is no parent.
+    assert (read_heldout(tmp_path / "out").parent_nll is None) == (name == "PiSSA")
     measured = json.loads((tmp_path / "eval" / "result.json").read_text())["tasks"]["heldout"]["metrics"]["nll"][
         "value"
     ]

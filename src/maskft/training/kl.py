@@ -22,7 +22,11 @@ from maskft_common.errors import UserError
 from ..data.tokenizing import IGNORED
 from ..loss import RowLoss, length_sorted_batches, pad
 from ..models import attention_by
+from .peft_config import keeps_base
 from .row_attention import OF_ALL_PAIRS, PREFIX
+
+# Tokens on which the head is compared with the model's own logits.
+_CHECKED_TOKENS = 4
 
 
 class KLSum(NamedTuple):
@@ -38,7 +42,7 @@ class KLSum(NamedTuple):
 
 
 class Base:
-    """The model before training: the model without its adapter, or a frozen copy of a model without one.
+    """The model before training: the model without its adapter, or a frozen copy where training changes the base.
 
     Args:
         model: The model to train, before its first step.
@@ -46,8 +50,7 @@ class Base:
 
     def __init__(self, model: nn.Module):
         self._copy = None
-        has_adapter = hasattr(model, "peft_config")
-        if not has_adapter:
+        if not keeps_base(model):
             frozen = copy.deepcopy(model)
             frozen.requires_grad_(False)
             self._copy = frozen.eval()
@@ -154,9 +157,10 @@ class KLOnTask:
 
     @torch.no_grad()
     def _check_logits(self) -> None:
-        """Compare :func:`head_logits` with the model's own logits of one token."""
+        """Compare :func:`head_logits` with the model's own logits of some tokens."""
         device = next(self._model.parameters()).device
-        ids_BT = torch.zeros(1, 1, dtype=torch.long, device=device)
+        # Several, because the embedding of one may be all zeros, as that of padding is: its logits can be zero too.
+        ids_BT = torch.arange(_CHECKED_TOKENS, device=device)[None]
         self._is_supervised_BT = torch.ones_like(ids_BT, dtype=torch.bool)
         with _attention_on(device, self._model):
             expected_BTV = self._model(input_ids=ids_BT, use_cache=False).logits

@@ -8,6 +8,7 @@ from typing import Any
 from peft import PeftConfig
 from peft.config import PromptLearningConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from torch import nn
 
 from maskft_common.errors import UserError, did_you_mean, first_line
 
@@ -22,6 +23,8 @@ _NOT_BY_STEPS = {
 }
 # Initialisations that PEFT computes from data before training.
 _CALIBRATED = ("eva", "corda", "lora_ga", "loftq")
+# Beginnings of initialisations that move a part of each weight of the base into the adapter.
+_SPLIT = ("pissa", "olora")
 
 
 def adapter_config(content: Mapping[str, Any]) -> PeftConfig:
@@ -63,3 +66,15 @@ def adapter_config(content: Mapping[str, Any]) -> PeftConfig:
         return kind(**given)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"peft_config: {first_line(error)}") from error
+
+
+def keeps_base(model: nn.Module) -> bool:
+    """Whether a model without its adapter stays the model before training; False for a model without an adapter."""
+    configs = getattr(model, "peft_config", {})
+    for config in configs.values():
+        start = str(getattr(config, "init_lora_weights", "")).lower()
+        # The base's own biases are trained, and PEFT leaves them as they are when it switches an adapter off.
+        trains_biases = getattr(config, "bias", "none") != "none"
+        if trains_biases or start.startswith(_SPLIT):
+            return False
+    return len(configs) > 0

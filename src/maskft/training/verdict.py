@@ -24,6 +24,7 @@ from ..loss import RowLoss
 from ..tuner import MaskConfig
 from .arguments import TrainConfig
 from .method_arguments import ADAPTER
+from .peft_config import keeps_base
 
 # For a paired interval.
 MIN_ROWS = 2
@@ -42,7 +43,7 @@ class HeldoutLosses(FileModel):
         ids: Ids of the rows, in the order of the lists below.
         num_tokens: Supervised tokens of each row.
         nll: Loss of each row under the best checkpoint, in nats per token; of a mask even if it was not kept.
-        parent_nll: Loss without the adapter; None for full fine-tuning, which changes its parent.
+        parent_nll: Loss without the adapter; None for full fine-tuning and adapters that change their parent.
         clusters: ``cluster_id`` of each row: rows of one cluster (questions on one passage) depend on each other; None
             if rows have none.
     """
@@ -134,9 +135,10 @@ def never_worse(
     if config.training.eval_strategy == "no":
         return None, None
 
-    # None for full fine-tuning, whose parent is gone.
+    # None for full fine-tuning.
     adapter = getattr(model, "peft_config", {}).get(ADAPTER)
-    if adapter is not None and parent is None:
+    # Else the parent is gone.
+    if parent is None and keeps_base(model):
         with model.disable_adapter():
             parent = measure(data.heldout)
     found = measure(data.heldout)
