@@ -17,6 +17,8 @@ LEARNER_OPTIONS = frozenset(
 )
 _RAMP = "mask_sparsity_ramp"
 
+# The term of the loss that keeps a model near its base.
+KL_OPTIONS = frozenset("kl_to_base kl_budget kl_dataset_name kl_batch_size".split())
 # How weights or scores are trained. Rows, their length, the dtype and the batch size of held-out rows are not among
 # them: methods that are not trained are measured on the same held-out rows.
 _TRAINING_OPTIONS = frozenset(
@@ -24,7 +26,6 @@ _TRAINING_OPTIONS = frozenset(
     "global_batch_size lr_scheduler_type lr_scheduler_kwargs warmup_steps weight_decay max_grad_norm optim optim_args "
     "adam_beta1 adam_beta2 adam_epsilon label_smoothing_factor neftune_noise_alpha loss_type "
     "gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing packing padding_free "
-    "kl_to_base kl_budget kl_dataset_name kl_batch_size "
     "eval_strategy eval_steps eval_on_start save_strategy save_steps save_total_limit load_best_model_at_end "
     "logging_strategy logging_steps logging_first_step keep_last".split()
 )
@@ -50,7 +51,7 @@ def unused_options(
     unused: set[str] = set()
     # A mask that is drawn or ranked once.
     if not is_trained:
-        unused |= _TRAINING_OPTIONS | LEARNER_OPTIONS | {_RAMP}
+        unused |= _TRAINING_OPTIONS | KL_OPTIONS | LEARNER_OPTIONS | {_RAMP}
     # The counts are those of the other mask.
     if is_matched:
         unused.add("mask_sparsity")

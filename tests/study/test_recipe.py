@@ -93,6 +93,12 @@ def test_a_start_that_is_not_named_names_a_run_where_scores_are_cut_at_zero(cont
     assert of(mask_selection="gumbel", mask_init_value=0) == of(mask_selection="gumbel", mask_init_value=0.0)
 
 
+def test_a_kl_term_of_all_methods_is_one_of_those_that_have_a_loss(content):
+    content["train"] |= {"kl_budget": 0.1, "kl_dataset_name": content["data"]["sums"]["dataset_name"]}
+    budgets = {run.method.name: run.options.get("kl_budget") for run in plan_of(content).runs}
+    assert budgets == {"full": 0.1, "mask": 0.1, "L1 mask": None}
+
+
 def test_weights_after_a_mask_are_made_from_its_start_and_from_it(content):
     content["methods"] |= {
         "sparse": {"method": "full", "from": "full", "keep_mask": "mask"},
@@ -357,6 +363,9 @@ CASES = [
     (change("methods/mask/learning_rat", 1), r"unknown key 'learning_rat' \(did you mean 'learning_rate'\?\)"),
     (change("methods/mask/learning_rate", "fast"), r"run 'mask, seed 0': .*learning_rate.*'fast'"),
     (change("methods/mask/mask_sparsity", 1.5), r"run 'mask, seed 0': sparsity is 1.5"),
+    (change("methods/mask/kl_to_base", -1), r"run 'mask, seed 0': kl_to_base is -1.0"),
+    (change("methods/mask/kl_budget", 0), r"run 'mask, seed 0': kl_budget is 0.0; it must be above 0"),
+    (change("methods/L1 mask/kl_budget", 0.1), r"run 'L1 mask, seed 0': .*method l1_mask is not trained"),
     (change("methods/mask/output_dir", "x"), "sets output_dir, which the study decides .*; remove it from the method"),
     (change("data/sums/output_dir", "x"), "sets output_dir, which the study decides"),
     (change("train/max_steps", "8"), "max_steps is '8', a text; write the number without quotes"),

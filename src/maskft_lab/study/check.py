@@ -14,7 +14,7 @@ from transformers.trainer_utils import SaveStrategy
 from maskft.data.arguments import DataArguments, check_sizes
 from maskft.data.mixtures import hub_ids
 from maskft.data.splits import load_splits, prompt_digest
-from maskft.training.checks import check_method, check_size
+from maskft.training.checks import check_kl_budget, check_kl_to_base, check_method, check_size
 from maskft.training.launch import config_processes
 from maskft.training.method_arguments import FIXED_MASK_METHODS, INTERPOLATE, MASK_METHODS, mask_config
 from maskft_common.errors import UserError, did_you_mean
@@ -94,6 +94,8 @@ def _check_run(run: StudyRun, recipe: Recipe) -> None:
         parsed = parsed_run(run)
         check_method(parsed.method)
         check_sizes(parsed.data)
+        check_kl_to_base(parsed.training, parsed.method.method)
+        check_kl_budget(parsed.training, parsed.method.method)
         if recipe.path:
             _check_checkpoints(recipe.path.checkpoints, parsed.training)
         if run.method.method in MASK_METHODS:

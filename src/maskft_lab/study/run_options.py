@@ -15,7 +15,7 @@ from maskft.training.method_arguments import (
 )
 from maskft.training.options import option_defaults, parse_words
 from maskft_common.errors import UserError, did_you_mean
-from maskft_common.method_options import LEARNER_OPTIONS
+from maskft_common.method_options import KL_OPTIONS, LEARNER_OPTIONS
 
 from .identity import plain, written_out
 from .process import command_words
@@ -91,12 +91,14 @@ def run_options(
     data = recipe.data[data_name].options
     _check_allowed(recipe, method, own | data)
 
-    # Those of `train` for masks apply to masks alone.
+    # Those of `train` for masks apply to masks alone, and those of the loss to methods that have one.
     is_mask = method.method in MASK_METHODS
     options = {}
     for key, value in recipe.train.items():
-        if is_mask or not key.startswith("mask_"):
-            options[key] = value
+        is_for_others = key.startswith("mask_") and not is_mask
+        if is_for_others or (key in KL_OPTIONS and not method.is_trained):
+            continue
+        options[key] = value
 
     # Those of the data, and the seeds.
     options |= data
