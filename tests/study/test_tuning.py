@@ -17,9 +17,11 @@ from maskft_common.errors import UserError
 from maskft_lab.cli.main import main
 from maskft_lab.report.methods import series_looks
 from maskft_lab.study.check import check_before_running, checked_plan
+from maskft_lab.study.folder import Study
 from maskft_lab.study.load_recipe import load_recipe, parse_recipe
 from maskft_lab.study.plan import build_plan
 from maskft_lab.study.study_run import Heldout
+from maskft_lab.study.train import heldout
 from small_study import replace_commands
 
 RATES = [1e-3, 1e-2]
@@ -96,6 +98,19 @@ def test_a_failed_run_loses(content):
     assert "same" not in str(plan_of(content, looks({(1e-3,): math.inf, (1e-2,): math.inf})).tunings[0])
     content["methods"]["full"]["tune"] = {"bf16": [True, False]}
     assert "was tried" not in str(plan_of(content, looks({(True,): 1.0, (False,): 2.0})).tunings[0])
+
+
+def test_a_run_within_its_budget_wins_over_one_with_a_lower_loss(content):
+    """As among the checkpoints of a run: of those beyond it the nearest, and any before a run that diverged."""
+
+    def winner(*measured):
+        found = dict(zip(RATES, measured, strict=True))
+        plan = plan_of(content, lambda run: found[run.tried["learning_rate"]] if run.tried else Heldout(0.0))
+        return plan.tunings[0].winner.settings["learning_rate"]
+
+    within, beyond = Heldout(2.0), Heldout(1.0, over_budget=0.3)
+    assert winner(within, beyond) == winner(Heldout(2.0, over_budget=0.1), beyond) == RATES[0]
+    assert winner(Heldout(math.inf), beyond) == RATES[1]
 
 
 @pytest.mark.parametrize(("why", "status"), [("NaN: stopped before the update was applied", 0), ("no room", 2)])
@@ -399,18 +414,22 @@ def test_a_budget_for_forgetting_is_tuned(content, tmp_path, in_process):
     (tmp_path / "data").mkdir()
     text = tmp_path / "data" / "text.jsonl"
     text.write_text("\n".join(json.dumps({"text": f"one and {n}"}) for n in range(9)))
-    of_budget = {"kl_dataset_name": "text.jsonl", "kl_batch_size": 2, "tune": {"kl_budget": [0.05, 0.1]}}
+    of_budget = {"kl_dataset_name": "text.jsonl", "kl_batch_size": 2, "tune": {"kl_budget": [1e-6, 10.0]}}
     content |= {"seeds": [0], "methods": {"mask": {"method": "mask", "max_steps": 2, **of_budget}}}
     file = tmp_path / "study.yaml"
     file.write_text(yaml.safe_dump(content))
     words = ["study", str(file), "--data_dir", str(text.parent), "--output_dir", str(folder)]
     assert main(words) == 0
     records = [json.loads(path.read_text()) for path in folder.glob(f"{layout.RUNS}/*/{layout.RUN}")]
-    assert sorted(record["settings"]["kl_budget"] for record in records) == [0.05, 0.1]
+    assert sorted(record["settings"]["kl_budget"] for record in records) == [1e-6, 10.0]
     assert {record["settings"]["kl_dataset_name"] for record in records} == {"text.jsonl"}
     summary = json.loads((folder / layout.SUMMARY.format("small")).read_text())
     (tuning,) = summary["models"]["base0"]["tuning"]
-    assert tuning["winner"]["kl_budget"] in (0.05, 0.1) and tuning["num_settings"] == 2
+    assert tuning["winner"]["kl_budget"] == 10.0 and tuning["num_settings"] == 2
+
+    recipe = load_recipe(file, text.parent)
+    found = {run.options["kl_budget"]: heldout(Study(folder, recipe), run) for run in checked_plan(recipe).runs}
+    assert found[1e-6].over_budget > 0 and found[10.0].over_budget == 0
 
     def ids():
         return {run.id for run in checked_plan(load_recipe(file, text.parent)).runs}

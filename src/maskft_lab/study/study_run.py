@@ -171,10 +171,13 @@ class Heldout:
     Attributes:
         loss: Loss of the best checkpoint, in nats per token; infinite if the run diverged.
         points: Measurements along the run's path; empty without a path.
+        over_budget: Nats per token by which the KL of that checkpoint exceeds ``kl_budget``; 0 within the budget, and
+            without one.
     """
 
     loss: float
     points: Mapping[Point, PointValues] = field(default_factory=dict)
+    over_budget: float = 0.0
 
 
 # Held-out loss of a run; None while it is not finished. A function, so that a plan can be made without any files.

@@ -50,7 +50,12 @@ def heldout(study: Study, run: StudyRun) -> Heldout | None:
     if loss is None:
         # Diverged, or trained without an evaluation: tuning prefers every run that has a loss.
         loss = math.inf
-    return Heldout(loss, points_measured)
+    over_budget = 0.0
+    # Only a run that was trained with a budget has measured it.
+    if run.options.get("kl_budget") is not None and not has_diverged:
+        kl = training_summary(study.run_folder(run))["kl"]
+        over_budget = max(0.0, kl["reached"] - kl["budget"])
+    return Heldout(loss, points_measured, over_budget)
 
 
 def is_done(study: Study, run: StudyRun) -> bool:

@@ -1,4 +1,4 @@
-"""Tuning a method of a study: the settings that are tried, and the one with the lowest held-out loss.
+"""Tuning a method of a study: the settings that are tried, and the one with the lowest held-out loss in its budget.
 
 The rows are those held out from the training data, never those that a study reports on.
 """
@@ -6,6 +6,7 @@ The rows are those held out from the training data, never those that a study rep
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ def tune(
     run_of: Callable[[Options], StudyRun],
     look: Look,
 ) -> Tuned:
-    """Try every combination of the values; the lowest held-out loss wins.
+    """Try every combination of the values; the lowest held-out loss wins, among runs within their ``kl_budget``.
 
     Args:
         method: The method, with its ``tune``.
@@ -67,14 +68,17 @@ def tune(
     # A single unfinished trial could still be the best.
     is_settled = all(trial.heldout is not None for trial in trials)
     if is_settled:
-        winner = min(trials, key=_heldout_loss)  # of equal ones the first
+        winner = min(trials, key=_rank)  # of equal ones the first
     else:
         winner = trials[0]  # a guess, with which the runs below can be listed
     return Tuned(trials, winner, is_settled)
 
 
-def _heldout_loss(trial: Trial) -> float:
-    return trial.heldout.loss
+def _rank(trial: Trial) -> tuple[bool, float, float]:
+    """Sort key, the best first: as among the checkpoints of a run, the budget comes before the loss."""
+    found = trial.heldout
+    has_diverged = math.isinf(found.loss)
+    return has_diverged, found.over_budget, found.loss
 
 
 def _combinations(method: Method, parent: Options) -> list[Options]:
