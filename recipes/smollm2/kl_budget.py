@@ -134,9 +134,6 @@ def run(args, task: str, seed: int) -> None:
             if "kl" in entry:
                 course.append([entry["step"], entry["kl"], entry["kl_multiplier"]])
         kl = summary.get("kl")
-        if kl is not None:
-            # The name alone: a published result does not tell the folders of the machine.
-            kl["rows"] = Path(kl["rows"]).name
 
         model = four_bits.trained(EMBEDDED_MODEL, folder, method, is_merged=False)
         row = {

@@ -34,6 +34,14 @@ def is_there(name: str) -> bool:
         return False
 
 
+def without_folder(name: str) -> str:
+    """The last part of a path that exists, since records are shared and folders of a machine are not; else the name."""
+    if not is_there(name):
+        return name
+    # Absolute, because "." has no last part.
+    return Path(name).absolute().name
+
+
 def expand_user(name: str | Path) -> Path:
     """The path of this name, ``~`` and ``~USER`` replaced.
 

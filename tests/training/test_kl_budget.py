@@ -223,7 +223,7 @@ def test_a_run_ends_at_the_budget(method, rows, call, text, tmp_path):
     assert status == 0, err
     kl = read_record(tmp_path / "out").summary.kl
     history = read_record(tmp_path / "out").summary.history
-    assert kl.budget == budget and kl.rows == ("task" if rows == "task" else str(text)) and kl.num_tokens > 0
+    assert kl.budget == budget and kl.rows == ("task" if rows == "task" else text.name) and kl.num_tokens > 0
     assert 0 < kl.reached <= budget and kl.is_met
     # One of the tiny model's rows has a dozen tokens, so the measurement on others differs from the aim.
     assert 0.5 * budget < kl.at_end < 1.3 * budget
@@ -243,6 +243,30 @@ def test_a_budget_that_is_not_met_keeps_the_nearest_and_says_so(call, tmp_path):
     assert "the budget is not met: the nearest checkpoint is kept; raise kl_budget" in err
     measured = [row["eval_kl"] for row in read_record(tmp_path / "out").summary.history if "eval_kl" in row]
     assert kl.reached == min(measured)
+
+
+@pytest.mark.parametrize("options", [{"eval_strategy": "no"}, {"load_best_model_at_end": False}])
+def test_where_no_checkpoint_is_chosen_the_last_step_is_measured_and_kept(options, call, tmp_path):
+    status, err = call(kl_budget=1e-6, method="full", learning_rate=0.003, max_steps=3, **options)
+    assert status == 0, err
+    kl = read_record(tmp_path / "out").summary.kl
+    assert not kl.is_met and kl.step is None and kl.reached == kl.at_end
+    assert "the budget is not met: the model of the last step is kept; raise kl_budget" in err
+
+
+def test_a_mask_that_is_not_kept_has_no_line_about_its_kl(call, tmp_path):
+    """The adapter that is saved removes nothing."""
+    status, err = call(kl_budget=0.01, mask_init_scores="normal", mask_sparsity=0.5)
+    assert status == 0 and "an adapter that removes nothing" in err
+    assert "KL(base || model)" not in err and read_record(tmp_path / "out").summary.kl.reached > 0
+
+
+@pytest.mark.parametrize(
+    ("reached", "shown"), [(0.0921, "0.0921"), (0.100003, "0.100003"), (0.099998, "0.099998"), (0.0, "0.0000")]
+)
+def test_it_is_seen_on_which_side_of_the_budget_a_kl_is(reached, shown):
+    report = KLReport(budget=0.1, reached=reached, at_end=reached, multiplier=2.0, rows="task", num_tokens=9, step=3)
+    assert f"{shown} nats per token on 9 held-out tokens, budget 0.1, " in str(report)
 
 
 def test_a_start_that_nothing_within_the_budget_beats_is_said():
@@ -331,6 +355,22 @@ def test_measured_kl_is_that_of_the_saved_model(call, base, text, tmp_path):
 
 
 # Input
+
+
+def test_rows_that_cannot_be_used_are_noticed_before_the_model_is_loaded(call, text, monkeypatch):
+    monkeypatch.setattr("maskft.training.train.load_base", lambda *args: pytest.fail("loaded"))
+    text.write_text('{"text": "1+1=2"}')
+    status, err = call(kl_budget=0.1, kl_dataset_name=text)
+    assert status == 2 and "at least 2 are needed" in err
+
+
+def test_a_recipe_may_name_rows_as_a_mixture(call, text, tmp_path):
+    """As it may with the other data."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"kl_dataset_name:\n  {text}: 12\n")
+    status, err = call(kl_to_base=0.1, config=recipe)
+    assert status == 0, err
+    assert read_record(tmp_path / "out").summary.kl.rows == f"{text}:12"
 
 
 @pytest.mark.parametrize(

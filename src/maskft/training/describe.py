@@ -131,10 +131,10 @@ def report(
         console.print(f"held-out loss {start:.4f} without a mask, best {best:.4f} with it (step {step})")
         _report_verdict(summary, verdict, config, console)
 
-    if summary.kl is not None:
-        console.print(str(summary.kl), soft_wrap=True, markup=False, highlight=False)
-    # Not for an adapter that removes nothing: its evaluation is that of the base.
+    # Not for an adapter that removes nothing: it is the base.
     if verdict is None or verdict.is_better or verdict.kept:
+        if summary.kl is not None:
+            console.print(str(summary.kl), soft_wrap=True, markup=False, highlight=False)
         option = "--adapter" if layout.holds_adapter(folder) else "--model_name_or_path"
         # A command to paste: quoted for a shell, and not wrapped.
         quoted = shlex.quote(str(folder))

@@ -12,7 +12,7 @@ from pydantic import ConfigDict
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from maskft_common import processes
+from maskft_common import files, processes
 from maskft_common.errors import UserError
 from maskft_common.schema import FileModel
 
@@ -23,6 +23,7 @@ from ..loss import mean_nll, shared_rows, widest_float
 from .arguments import TrainConfig
 from .kl import Base, KLOnTask, KLOnText, kl_per_row
 from .kl_budget import KLBudget
+from .verdict import decimals
 
 # Share of the rows that the user names on which KL is measured; no batch contains them.
 _HELDOUT_SHARE = 0.25
@@ -47,12 +48,12 @@ class KLReport(FileModel):
 
     Attributes:
         budget: ``kl_budget``; None with ``kl_to_base``.
-        reached: KL of the kept checkpoint on held-out rows.
+        reached: KL of the kept checkpoint on held-out rows; of a mask even if it was not saved.
         at_end: KL at the last measurement.
         multiplier: Coefficient of KL in the loss after the last step.
-        rows: ``task``, or the name of the rows.
+        rows: ``task``, or the name of the rows; of a file without its folder.
         num_tokens: Number of tokens in the mean ``reached``.
-        step: Step of the kept checkpoint; None if no checkpoint was measured.
+        step: Step of the kept checkpoint; None if no checkpoint was chosen, and the model of the last step is kept.
     """
 
     model_config = ConfigDict(allow_inf_nan=True)
@@ -71,23 +72,29 @@ class KLReport(FileModel):
         return self.budget is None or self.reached <= self.budget
 
     def __str__(self) -> str:
-        text = f"KL(base || model) {self.reached:.4f} nats per token on {self.num_tokens:,} held-out tokens"
+        # Enough decimals to see on which side of the budget a KL is.
+        limit = self.budget or 0.0
+        digits = decimals(self.reached, self.reached - limit, self.at_end - limit)
+        text = f"KL(base || model) {self.reached:.{digits}f} nats per token on {self.num_tokens:,} held-out tokens"
         if self.rows != "task":
             text += f" of {self.rows}"
         if self.budget is None:
             return text
 
         text += f", budget {self.budget:g}, multiplier at the end {self.multiplier:.3g}"
+        at_end = f"{self.at_end:.{digits}f}"
         remedy = "raise kl_budget, lower learning_rate, or evaluate more often (eval_steps)"
         if not self.is_met:
-            return f"{text}; the budget is not met: the nearest checkpoint is kept; {remedy}"
+            kept = "the nearest checkpoint is kept"
+            if self.step is None:
+                kept = "the model of the last step is kept"
+                remedy = "raise kl_budget, lower learning_rate, or let evaluations choose a checkpoint (eval_strategy)"
+            return f"{text}; the budget is not met: {kept}; {remedy}"
         # The model before its first step, whose KL is 0 or that of the starting mask.
         if self.step == 0:
-            return (
-                f"{text}; no later checkpoint is better and within the budget (at the end {self.at_end:.4f}); {remedy}"
-            )
+            return f"{text}; no later checkpoint is better and within the budget (at the end {at_end}); {remedy}"
         if self.at_end > self.budget:
-            return f"{text}; it is of step {self.step}: at the end KL is {self.at_end:.4f}, above the budget; {remedy}"
+            return f"{text}; it is of step {self.step}: at the end KL is {at_end}, above the budget; {remedy}"
         return text
 
 
@@ -183,7 +190,7 @@ class NearBase(TrainerCallback):
             self._heldout = data.heldout.select_columns(["input_ids", "labels"])
             self._term = KLOnTask(model, self._base)
         else:
-            self._name = str(training.kl_dataset_name)
+            self._name = files.without_folder(str(training.kl_dataset_name))
             self._heldout = kl_rows.heldout
             self._term = KLOnText(
                 self._base,
@@ -331,7 +338,7 @@ class NearBase(TrainerCallback):
         Args:
             reached: KL of the kept checkpoint.
             at_end: KL of the last measurement.
-            best_step: Step of the kept checkpoint.
+            best_step: Step of the kept checkpoint; None if none was chosen.
         """
         budget = None
         if self.budget is not None:

@@ -253,27 +253,27 @@ def summarise(trainer: MaskTrainer, method: str) -> TrainingSummary:
 
 
 def _kl_report(trainer: MaskTrainer, best_step: int | None) -> KLReport | None:
-    """KL of the kept checkpoint and at the last measurement; if the checkpoint was not measured, it is measured now."""
+    """KL of the kept model and at the last measurement; if the kept model was not measured, it is measured now."""
     if trainer.near_base is None:
         return None
-    # Step -> KL, the newest last.
+    # Step -> KL.
     measured = {}
     for row in trainer.state.log_history:
         if "eval_kl" in row:
             measured[row["step"]] = row["eval_kl"]
-    # Without held-out rows to measure (eval_strategy no) there are only the rows of KL, and the model of the last step.
-    if best_step not in measured:
-        kl = trainer.measure_kl()
-        return trainer.near_base.report(kl, kl, None)
-    last_kl = next(reversed(measured.values()))
-    return trainer.near_base.report(measured[best_step], last_kl, best_step)
+
+    # Where no checkpoint was chosen, the model of the last step is kept.
+    state = trainer.state
+    is_chosen = trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None
+    chosen_step = best_step if is_chosen else None
+    kept_step = state.global_step if chosen_step is None else chosen_step
+    if kept_step not in measured:
+        measured[kept_step] = trainer.measure_kl()
+    last_kl = measured[max(measured)]
+    return trainer.near_base.report(measured[kept_step], last_kl, chosen_step)
 
 
 def _plain(value: Any) -> Any:
-    """An enum as its value, and a path as its last part: recipes are shared, folders of a machine are not."""
+    """An enum as its value, and a path as its last part."""
     value = getattr(value, "value", value)
-    is_path = isinstance(value, str) and files.is_there(value)
-    if is_path:
-        # Absolute, because "." has no last part.
-        return Path(value).absolute().name
-    return value
+    return files.without_folder(value) if isinstance(value, str) else value

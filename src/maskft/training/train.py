@@ -91,8 +91,9 @@ def run(
     training = config.training
     tokenizer = load_tokenizer_of(config.model, training)
     data = load_data(config.data, training, tokenizer, console)
-    model = load_base(config.model, tokenizer, method.method)
+    # Before the model, which may take minutes to load.
     kl_rows = load_kl_rows(config, tokenizer)
+    model = load_base(config.model, tokenizer, method.method)
     check_context(model, data.train, data.heldout)
     if kl_rows is not None:
         check_context(model, kl_rows.train, kl_rows.heldout)

@@ -86,7 +86,7 @@ class Verdict(FileModel):
         else:
             comparison = "not distinguishable from"
 
-        digits = _digits(self.difference, self.ci_low, self.ci_high)
+        digits = decimals(self.difference, self.ci_low, self.ci_high)
         low = f"{self.ci_low:+.{digits}f}"
         high = f"{self.ci_high:+.{digits}f}"
         difference = f"{self.difference:+.{digits}f} nats/token"
@@ -94,7 +94,7 @@ class Verdict(FileModel):
         return f"the mask is {comparison} no mask: {difference}, 95 % [{low}, {high}], {on_rows}"
 
 
-def _digits(*numbers: float | None) -> int:
+def decimals(*numbers: float | None) -> int:
     """Four decimals, or more if a number would round to zero: "[-0.0001, -0.0000] better" contradicts itself."""
     digits = 4
     # Zero itself has no digits to show, and None is not shown.
