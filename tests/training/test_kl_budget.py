@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import AttentionInterface, AutoModelForCausalLM
 
@@ -159,6 +160,12 @@ def test_logits_that_are_not_the_heads_are_noticed_where_the_embedding_of_paddin
 
     model.forward = scaled
     with pytest.raises(UserError, match="the logits of a llama model are not its head's output"):
+        KLOnTask(model, Base(model))
+
+
+def test_a_decoder_that_is_not_one_is_noticed():
+    model = tiny.decoder(transformers.ModernBertDecoderConfig, transformers.ModernBertDecoderForCausalLM)
+    with pytest.raises(UserError, match="the logits of a modernbert-decoder model are not its head's output"):
         KLOnTask(model, Base(model))
 
 
