@@ -67,12 +67,12 @@ class TrainingArguments(SFTConfig):
     kl_to_base: float = option(
         0.0,
         "Coefficient, >= 0, of a KL(base || model) penalty on the completion tokens, in nats per token. The base is "
-        "the model without its adapter; with full, a frozen copy.",
+        "the model before training: without its adapter or, with full, a frozen copy.",
     )
     kl_budget: float | None = option(
         None,
-        "KL(base || model) to end at, in nats per token, above 0, instead of the coefficient kl_to_base: training "
-        "adapts the coefficient, and only checkpoints within the budget are kept.",
+        "Limit of KL(base || model), in nats per token, above 0, instead of the coefficient kl_to_base: training "
+        "adapts the coefficient, and keeps the best checkpoint within the limit or, without one, the nearest.",
     )
     kl_dataset_name: str | None = option(
         None,

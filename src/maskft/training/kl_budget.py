@@ -1,4 +1,4 @@
-"""A budget of KL(base || model): the multiplier of the KL term is adapted at every step so that KL ends at it."""
+"""A budget of KL(base || model): the multiplier of the KL term is adapted at every step to hold KL below it."""
 
 from __future__ import annotations
 
