@@ -52,6 +52,17 @@ def test_a_resumed_run_knows_the_best_measured_before():
     assert "(best 3.2500)" in shown(Console(file=io.StringIO(), width=80), resumed_at=5)
 
 
+def test_with_a_budget_the_kl_is_shown_and_the_lowest_loss_is_not_called_the_best():
+    """It may be of a checkpoint beyond the budget."""
+    console = Console(file=io.StringIO(), width=80)
+    state = TrainerState(max_steps=9, global_step=5, log_history=[{"eval_loss": 1.0, "eval_kl": 0.5, "step": 3}])
+    args, progress = (None, state, TrainerControl()), TrainingProgress(console, has_budget=True)
+    progress.on_train_begin(*args)
+    progress.on_log(*args, logs={"eval_loss": 2.0, "eval_kl": 0.0625})
+    progress.close()
+    assert "held-out 2.0000, KL 0.0625" in console.file.getvalue() and "best" not in console.file.getvalue()
+
+
 def test_trackio_gets_loss_heldout_loss_removed_share_and_flips(call, tmp_path, monkeypatch):
     import trackio
     from trackio.sqlite_storage import SQLiteStorage

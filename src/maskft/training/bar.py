@@ -13,10 +13,16 @@ class TrainingProgress(TrainerCallback):
     """Steps, time left, held-out loss so far and the last training loss.
 
     A log gets a line at every held-out measurement and, between them, about every half a minute.
+
+    Args:
+        console: Where to show it.
+        has_budget: Whether checkpoints have to be within a budget of KL, so that the lowest loss need not be the best.
     """
 
-    def __init__(self, console: Console):
+    def __init__(self, console: Console, has_budget: bool = False):
+        self._has_budget = has_budget
         self.heldout: list[float] = []
+        self._kl: float | None = None
         self._loss: float | None = None
         self._progress = Progress(console)
         # Replaced when training begins: the number of steps is not known before.
@@ -27,7 +33,7 @@ class TrainingProgress(TrainerCallback):
         self.heldout = []
         for row in state.log_history:
             if "eval_loss" in row:
-                self.heldout.append(float(row["eval_loss"]))
+                self._see(row)
 
         self._progress.start()
         self._task = self._progress.add_task(
@@ -53,7 +59,7 @@ class TrainingProgress(TrainerCallback):
             self._loss = float(logs["loss"])
         is_measured = "eval_loss" in logs
         if is_measured:
-            self.heldout.append(float(logs["eval_loss"]))
+            self._see(logs)
         # News gets a line in a log at once, other changes from time to time.
         self._progress.move(
             self._task,
@@ -66,14 +72,20 @@ class TrainingProgress(TrainerCallback):
         """Remove the bar from the terminal; called after errors too."""
         self._progress.stop()
 
+    def _see(self, measured: dict[str, float]) -> None:
+        self.heldout.append(float(measured["eval_loss"]))
+        self._kl = measured.get("eval_kl")
+
     def _losses(self) -> str:
         parts = []
         if self.heldout:
             last = self.heldout[-1]
             best = min(self.heldout)
             text = f"held-out {last:.4f}"
+            if self._has_budget and self._kl is not None:
+                text += f", KL {self._kl:.4f}"
             # Without it, the last one is the best.
-            if best < last:
+            elif best < last:
                 text += f" (best {best:.4f})"
             parts.append(text)
         if self._loss is not None:

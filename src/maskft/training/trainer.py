@@ -133,7 +133,8 @@ class MaskTrainer(SFTTrainer):
         # Those of the Trainer, such as DefaultFlowCallback, run before them.
         method = config.method
         self.guard = StepGuard(self)
-        self.progress = TrainingProgress(console)
+        has_budget = config.training.kl_budget is not None
+        self.progress = TrainingProgress(console, has_budget)
 
         self.stay_zero = None
         if method.keep_mask:
