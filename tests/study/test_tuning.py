@@ -408,6 +408,23 @@ def test_earlier_abilities_are_measured_beside_the_gain(content, tmp_path, in_pr
     assert len(json.loads(record.read_text())["summary"]["history"]) == 10  # fractions of the way
 
 
+def test_rows_of_a_kl_term_are_checked_before_anything_is_trained(content, tmp_path, monkeypatch):
+    """Also those of a method that waits for its parent."""
+
+    def call(words, log):
+        if main(words[3:]) != 0:
+            raise UserError("the command failed")
+
+    replace_commands(monkeypatch, call)
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "one row"}')
+    content["methods"]["mask"] |= {"kl_budget": 0.1, "kl_dataset_name": str(text)}
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(content))
+    assert main(["study", str(file), "--output_dir", str(tmp_path / "study")]) == 2
+    assert not list((tmp_path / "study").glob(f"{layout.RUNS}/*/{layout.RUN}"))
+
+
 def test_a_budget_for_forgetting_is_tuned(content, tmp_path, in_process):
     """Its rows are named by their content, and found in the folder of the data."""
     folder = tmp_path / "study"

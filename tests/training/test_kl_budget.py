@@ -371,13 +371,14 @@ def test_rows_that_cannot_be_used_are_noticed_before_the_model_is_loaded(call, t
     assert status == 2 and "at least 2 are needed" in err
 
 
-def test_a_recipe_may_name_rows_as_a_mixture(call, text, tmp_path):
-    """As it may with the other data."""
+def test_a_recipe_may_name_rows_as_a_mixture(call, data, text, tmp_path):
+    """As it may with the other data. The record is shared, and names no folder of the machine."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"kl_dataset_name:\n  {text}: 12\n")
-    status, err = call(kl_to_base=0.1, config=recipe)
+    status, err = call(kl_to_base=0.1, config=recipe, dataset_name=f"{data}:40")
     assert status == 0, err
-    assert read_record(tmp_path / "out").summary.kl.rows == f"{text}:12"
+    record = read_record(tmp_path / "out")
+    assert record.summary.kl.rows == f"{text.name}:12" and record.recipe["dataset_name"] == f"{data.name}:40"
 
 
 @pytest.mark.parametrize(

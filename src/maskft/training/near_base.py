@@ -16,7 +16,7 @@ from maskft_common import files, processes
 from maskft_common.errors import UserError
 from maskft_common.schema import FileModel
 
-from ..data.mixtures import load_examples
+from ..data.mixtures import load_examples, rename_sets
 from ..data.prepared import Prepared
 from ..data.tokenizing import supervised_token_count, tokenize_dataset
 from ..loss import mean_nll, shared_rows, widest_float
@@ -190,7 +190,7 @@ class NearBase(TrainerCallback):
             self._heldout = data.heldout.select_columns(["input_ids", "labels"])
             self._term = KLOnTask(model, self._base)
         else:
-            self._name = files.without_folder(str(training.kl_dataset_name))
+            self._name = rename_sets(str(training.kl_dataset_name), files.without_folder)
             self._heldout = kl_rows.heldout
             self._term = KLOnText(
                 self._base,

@@ -14,7 +14,8 @@ from maskft_common.files import read_json
 from maskft_common.method_options import unused_options
 from maskft_common.schema import FileModel, read_model
 
-from ..data.mixtures import hub_ids
+from ..data.arguments import DATA_NAMES
+from ..data.mixtures import hub_ids, rename_sets
 from ..data.prepared import Prepared
 from ..loss import mean_nll
 from ..tuner import adapter_layers
@@ -145,6 +146,10 @@ def make_record(
             recipe["verdict"] += "; so this adapter removes nothing"
 
     plain_recipe = {name: _plain(value) for name, value in recipe.items()}
+    # A mixture names several files.
+    for name in DATA_NAMES:
+        if name in plain_recipe:
+            plain_recipe[name] = rename_sets(plain_recipe[name], files.without_folder)
     return TrainingRecord(
         summary=summary,
         recipe=plain_recipe,

@@ -64,6 +64,8 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainingSummar
     if config.data.prepare_only:
         tokenizer = load_tokenizer_of(config.model, config.training)
         load_data(config.data, config.training, tokenizer, console)
+        # These are not kept: they are few. A mistake in them is found now.
+        load_kl_rows(config, tokenizer)
         return None
 
     # Locked for the whole run: two runs would overwrite each other's checkpoints.

@@ -8,7 +8,7 @@ from typing import Any
 from maskft.data.arguments import DATA_NAMES, KL_DATA, TEMPLATE
 from maskft.data.mixtures import rename_sets
 from maskft.training.method_arguments import INTERPOLATE, PEFT, selection_of
-from maskft_common.files import is_there
+from maskft_common.files import without_folder
 
 from ..results.schema import DOMAINS
 from .recipe import PRETRAINED, Method, Recipe
@@ -80,7 +80,7 @@ def build_record(
         method=run.method.method,
         name=run.name,
         seed=run.seed,
-        model=_without_folder(run.model),
+        model=without_folder(run.model),
         data=recipe.data_name(run.method),
         start=start,
         match=match,
@@ -140,15 +140,8 @@ def _without_folders(options: dict[str, Any]) -> dict[str, Any]:
     for key in (*DATA_NAMES, KL_DATA):
         mixture = shown.get(key)
         if isinstance(mixture, str):
-            shown[key] = rename_sets(mixture, _without_folder)
+            shown[key] = rename_sets(mixture, without_folder)
     return shown
-
-
-def _without_folder(name: str) -> str:
-    """Name of an existing file or folder without its path; names of the hub, which have slashes too, are kept."""
-    if is_there(name):
-        return Path(name).name
-    return name
 
 
 # Blocks of a result

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import fields
 
-from maskft.data.arguments import TEMPLATE, DataArguments
+from maskft.data.arguments import KL_DATA, TEMPLATE, DataArguments
 from maskft_common import layout
 
 from .folder import Study
@@ -47,7 +47,7 @@ def prepare_data(
     # Runs with equal values of these options train on the same tokens: one of them prepares the data of all.
     deciding = {field.name for field in fields(DataArguments)}
     deciding.update(_TOKENISATION)
-    deciding.update((TEMPLATE, REVISION))
+    deciding.update((TEMPLATE, REVISION, KL_DATA))
 
     prepared: list[dict] = []
     for run in runs:
@@ -73,5 +73,8 @@ def prepare_data(
             # Not one of the deciding options: it changes the speed of reading, and not the rows.
             "dataset_num_proc": run.options.get("dataset_num_proc"),
         }
+        if KL_DATA in options:
+            # Rows of a KL term are refused without one.
+            command["kl_to_base"] = 1.0
         words = [*PYTHON, "train", *command_words(command)]
         run_command(words, study.folder / layout.LOG, tick, study.lock_fd)
