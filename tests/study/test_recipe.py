@@ -364,7 +364,7 @@ CASES = [
     (change("methods/mask/learning_rate", "fast"), r"run 'mask, seed 0': .*learning_rate.*'fast'"),
     (change("methods/mask/mask_sparsity", 1.5), r"run 'mask, seed 0': sparsity is 1.5"),
     (change("methods/mask/kl_to_base", -1), r"run 'mask, seed 0': kl_to_base is -1.0"),
-    (change("methods/mask/kl_budget", 0), r"run 'mask, seed 0': kl_budget is 0.0; it must be above 0"),
+    (change("methods/mask/kl_budget", 0), r"run 'mask, seed 0': kl_budget is 0.0; it must be a finite number above 0"),
     (change("methods/L1 mask/kl_budget", 0.1), r"run 'L1 mask, seed 0': .*method l1_mask is not trained"),
     (change("methods/mask/output_dir", "x"), "sets output_dir, which the study decides .*; remove it from the method"),
     (change("data/sums/output_dir", "x"), "sets output_dir, which the study decides"),

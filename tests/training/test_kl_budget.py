@@ -16,7 +16,7 @@ import tiny
 from maskft import MaskConfig
 from maskft.loss import mean_nll
 from maskft.training.kl import Base, KLOnTask, KLOnText, KLSum, kl_per_row
-from maskft.training.kl_budget import AIM, KLBudget
+from maskft.training.kl_budget import AIM, KLBudget, excess
 from maskft.training.near_base import KLReport, NearBase
 from maskft.training.record import read_record
 from maskft_common.errors import UserError
@@ -85,6 +85,11 @@ def test_a_budget_that_does_not_bind_takes_the_term_away():
     for _ in range(48):
         budget.update(0.01)
     assert budget.multiplier < 1e-3
+
+
+def test_the_excess_over_a_budget():
+    assert excess(0.3, None) == excess(0.1, 0.1) == excess(0.0, 0.1) == 0
+    assert excess(0.3, 0.1) == pytest.approx(0.2) and excess(math.nan, 0.1) == math.inf
 
 
 def test_a_resumed_multiplier_goes_the_same_way_bit_for_bit():
@@ -384,7 +389,7 @@ def test_a_recipe_may_name_rows_as_a_mixture(call, data, text, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kl_budget": 0}, "kl_budget is 0.0; it must be above 0 nats per token"),
+        ({"kl_budget": 0}, "kl_budget is 0.0; it must be a finite number above 0, in nats per token"),
         ({"kl_budget": -0.1}, "kl_budget is -0.1"),
         ({"kl_budget": "nan"}, "kl_budget is nan"),
         ({"kl_budget": "inf"}, "kl_budget is inf"),

@@ -153,7 +153,7 @@ def _check_devices_and_metric(config: TrainConfig) -> None:
 def check_kl_to_base(training: TrainingArguments, method: str) -> None:
     """Raise for a coefficient that is out of range, or of a method that is not trained."""
     if not 0 <= training.kl_to_base < math.inf:
-        raise UserError(f"kl_to_base is {training.kl_to_base}; it must be 0 or more")
+        raise UserError(f"kl_to_base is {training.kl_to_base}; it must be a finite number, 0 or more")
     if training.kl_to_base and method in UNTRAINED_METHODS:
         raise UserError(f"kl_to_base is a term of the loss, and method {method} is not trained; remove the option")
 
@@ -163,7 +163,7 @@ def check_kl_budget(training: TrainingArguments, method: str) -> None:
     budget = training.kl_budget
     if budget is not None:
         if not 0 < budget < math.inf:
-            raise UserError(f"kl_budget is {budget}; it must be above 0 nats per token")
+            raise UserError(f"kl_budget is {budget}; it must be a finite number above 0, in nats per token")
         if training.kl_to_base:
             raise UserError(
                 f"kl_budget {budget} and kl_to_base {training.kl_to_base} are both given: a budget adapts the "

@@ -90,6 +90,18 @@ class KLBudget:
         return math.exp(self._integral + _PROPORTIONAL * error)
 
 
+def excess(kl: float, budget: float | None) -> float:
+    """Nats per token by which a KL exceeds a budget; 0 within it, or without a budget.
+
+    Of two models the one with the smaller excess is better; if they are equal, as within the budget, the loss decides.
+    """
+    if budget is None:
+        return 0.0
+    if math.isnan(kl):
+        return math.inf
+    return max(0.0, kl - budget)
+
+
 def _clamp(
     value: float,
     low: float,

@@ -22,7 +22,7 @@ from ..data.tokenizing import supervised_token_count, tokenize_dataset
 from ..loss import mean_nll, shared_rows, widest_float
 from .arguments import TrainConfig
 from .kl import Base, KLOnTask, KLOnText, kl_per_row
-from .kl_budget import KLBudget
+from .kl_budget import KLBudget, excess
 from .verdict import decimals
 
 # Share of the rows that the user names on which KL is measured; no batch contains them.
@@ -69,7 +69,7 @@ class KLReport(FileModel):
     @property
     def is_met(self) -> bool:
         """Whether the kept checkpoint is within the budget."""
-        return self.budget is None or self.reached <= self.budget
+        return excess(self.reached, self.budget) == 0
 
     def __str__(self) -> str:
         # Enough decimals to see on which side of the budget a KL is.
@@ -311,21 +311,10 @@ class NearBase(TrainerCallback):
         losses = shared_rows(self._heldout, kl_of)
         return mean_nll(losses)
 
-    def prefers(self, kl: float, best_kl: float | None) -> bool | None:
-        """Whether a checkpoint is better than the best one so far by its KL; None if the loss decides.
-
-        Args:
-            kl: KL of the checkpoint.
-            best_kl: KL of the best one; None if there is none yet.
-        """
-        if self.budget is None or best_kl is None:
-            return None
-        limit = self.budget.budget
-        if kl <= limit:
-            # Of two within the budget the loss decides; the first one within it is better in any case.
-            return None if best_kl <= limit else True
-        # This one exceeds the budget, or is not a number: the smaller KL is better.
-        return kl < best_kl
+    def excess(self, kl: float) -> float:
+        """Nats per token by which a measured KL exceeds the budget; see :func:`kl_budget.excess`."""
+        limit = None if self.budget is None else self.budget.budget
+        return excess(kl, limit)
 
     def report(
         self,

@@ -292,12 +292,14 @@ class MaskTrainer(SFTTrainer):
         is_saved = self.control.should_save or self.args.save_strategy == "best"
         if not is_saved:
             return False
-        if self.near_base is not None:
-            # None: both are within the budget, or there is none, and the loss decides.
-            prefers = self.near_base.prefers(metrics["eval_kl"], self.kl_of_best())
-            if prefers is False:
+        # The budget of KL comes before the loss.
+        kl_of_best = self.kl_of_best()
+        if self.near_base is not None and kl_of_best is not None:
+            excess = self.near_base.excess(metrics["eval_kl"])
+            excess_of_best = self.near_base.excess(kl_of_best)
+            if excess > excess_of_best:
                 return False
-            if prefers:
+            if excess < excess_of_best:
                 # transformers compares losses, and without a best one any loss is better.
                 self.state.best_metric = None
         return super()._determine_best_metric(metrics, trial)

@@ -10,6 +10,7 @@ import math
 import shutil
 from pathlib import Path
 
+from maskft.training.kl_budget import excess
 from maskft.training.method_arguments import INTERPOLATE, UNTRAINED_METHODS
 from maskft_common import files, layout
 from maskft_common.errors import NOT_UPDATED, UserError
@@ -54,7 +55,7 @@ def heldout(study: Study, run: StudyRun) -> Heldout | None:
     # Only a run that was trained with a budget has measured it.
     if run.options.get("kl_budget") is not None and not has_diverged:
         kl = training_summary(study.run_folder(run))["kl"]
-        over_budget = max(0.0, kl["reached"] - kl["budget"])
+        over_budget = excess(kl["reached"], kl["budget"])
     return Heldout(loss, points_measured, over_budget)
 
 
