@@ -541,7 +541,10 @@ def run_study(args) -> None:
         for method in STUDY_METHODS:
             # The study's names say more, such as "full with KL to base".
             runs = [run for run in shown if run["name"].startswith(f"{method} with ") and run["seed"] == seed]
-            if len(runs) != 1:
+            if not runs:
+                print(f"{summary_file} has no {method}, seed {seed}")
+                continue
+            if len(runs) > 1:
                 sys.exit(f"{summary_file} has {len(runs)} models of {method}, seed {seed}; one is needed")
             point = points[runs[0]["name"]]
             if point["checkpoint"] != 1:
