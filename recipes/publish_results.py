@@ -32,6 +32,7 @@ from maskft_common import layout
 from maskft_common.errors import UserError
 from maskft_common.files import write_bytes
 from maskft_lab.results.compare import compare
+from maskft_lab.results.comparison import Settings
 from maskft_lab.results.render import render
 from maskft_lab.results.schema import check_result
 from maskft_lab.study.plan import slug
@@ -297,7 +298,11 @@ def main(
 
     files = published(study, name, target)
     if against:
-        files[target / "against_mask.md"] = _against(files, against).encode()
+        summary = json.loads(files[target / "summary.json"])
+        (models,) = summary["models"].values()
+        # The same claim as the study's table: about these trained models, or about any seeds.
+        settings = Settings(fixed_seeds=models["comparison"]["fixed_seeds"])
+        files[target / "against_mask.md"] = _against(files, against, settings).encode()
     _check_target(files, target)
     target.mkdir(parents=True, exist_ok=True)
     for file, content in files.items():
@@ -305,7 +310,11 @@ def main(
         print(f"{file.name}: {len(content):,} bytes")
 
 
-def _against(files: dict[Path, bytes], baseline: str) -> str:
+def _against(
+    files: dict[Path, bytes],
+    baseline: str,
+    settings: Settings,
+) -> str:
     """The comparison of the published results with another model as the baseline, as Markdown."""
     # In the order of their files, as `maskft compare` reads a folder.
     results = []
@@ -313,7 +322,7 @@ def _against(files: dict[Path, bytes], baseline: str) -> str:
         if file.suffix == ".gz":
             result = json.loads(gzip.decompress(files[file]))
             results.append(check_result(result, file))
-    return render(compare(results, baseline), "markdown")
+    return render(compare(results, baseline, settings=settings), "markdown")
 
 
 if __name__ == "__main__":
