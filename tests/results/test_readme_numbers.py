@@ -11,6 +11,7 @@ from maskft_lab.results.reading import read_all
 ROOT = Path(__file__).parents[2]
 LONG = "smollm2-curve-banking77-long-seeds"
 SHORT = "smollm2-curve-banking77-kl-seeds"
+SECOND_MODEL = "qwen25-05b-intents-rivals"
 # How a row of a table begins -> name of the method in the studies; the longer one of two that fit goes first.
 METHODS = {
     "deletion mask": "deletion mask with KL to base",
@@ -19,13 +20,14 @@ METHODS = {
     "full fine-tuning": "full with KL to base",
     "LoRA r 16": "LoRA r 16 with KL to base",
 }
-# The study of short training has no methods of the gate projections alone.
-NUM_ROWS = {LONG: 4, SHORT: 3}
+# The study of short training has no methods of the gate projections alone, that of the second model has no full
+# fine-tuning of all layers.
+NUM_ROWS = {LONG: 4, SHORT: 3, SECOND_MODEL: 3}
 PROBES = ("before: instructions", "before: wikipedia")
 UNITS = {"kB": 1e3, "MB": 1e6}
 
 
-@pytest.fixture(scope="module", params=[LONG, SHORT])
+@pytest.fixture(scope="module", params=list(NUM_ROWS))
 def study(request):
     return request.param
 
