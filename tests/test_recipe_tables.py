@@ -27,8 +27,9 @@ def copied(tmp_path):
     return copy
 
 
-def test_exact_in_four_bits(script):
-    folder = RESULTS / "smollm2-exact-in-four-bits"
+@pytest.mark.parametrize("name", ["smollm2", "qwen25-05b"])
+def test_exact_in_four_bits(name, script):
+    folder = RESULTS / f"{name}-exact-in-four-bits"
     assert script("exact_in_four_bits").table(folder) == (folder / "table.md").read_text()
 
 
@@ -48,6 +49,25 @@ def test_four_bits_of_the_evidence(script):
             runs = [json.loads(file.read_text()) for file in files]
             means = [fmean(recipe._accuracies(runs, method, over, how)) for how in ("as trained", stored)]
             assert cell == f"{means[0]:.1f} → {means[1]:.1f}", (task, method, over)
+
+
+def test_a_published_file_in_the_evidence(script):
+    recipe = script("exact_in_four_bits")
+    page = (ROOT / "docs/evidence.md").read_text()
+    _, table = page.split("| method | as trained | on the file's scales |")
+    (file,) = (RESULTS / "qwen25-05b-exact-in-four-bits").glob("*.json")
+    run = json.loads(file.read_text())
+    found = {recipe.key_of(row): row for row in run["rows"]}
+    exact = found["deletion mask", "Q4_K_M", "base's grid"]
+    names = ("deletion mask", "LoRA r 16", "full of gate_proj")
+    lines = table.split("\n\n")[0].splitlines()[2:]
+    for name, line in zip(names, lines, strict=True):
+        _, *shown, ahead = (cell.replace("*", "").strip() for cell in line.strip("|").split("|"))
+        rows = [found[name, "Q4_K_M", how] for how in ("as trained", "base's grid", "fresh scales")]
+        assert shown == [f"{100 * row['accuracy']:.1f}" for row in rows], name
+        if ahead:
+            # Two rivals are compared with the mask, so each interval is one of two.
+            assert ahead == recipe.difference([exact], [rows[-1]], 1 - 0.05 / 2)
 
 
 class FixedTest:

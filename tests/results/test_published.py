@@ -29,6 +29,7 @@ GOLDEN = json.loads((Path(__file__).parent / "golden_verdicts.json").read_text(e
 NO_STUDIES = {
     "benchmarks",
     "board-smollm2",
+    "qwen25-05b-exact-in-four-bits",
     "qwen25-05b-intents",
     "smollm2-exact-in-four-bits",
     "smollm2-kl-budget",
