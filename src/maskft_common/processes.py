@@ -31,6 +31,17 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def leave_group() -> None:
+    """Leave the group of processes at the end of a run, if there is one.
+
+    torch asks for it: threads of a group that is still there when the interpreter ends can end the process with an error.
+    """
+    import torch.distributed
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def uses_fsdp() -> bool:
     """Whether this run shards the model with FSDP."""
     # accelerate's own variable, from its configuration or from `accelerate launch --use_fsdp`.

@@ -46,12 +46,16 @@ def main(argv: Sequence[str]) -> None:
         return
 
     from maskft.training.train import train
+    from maskft_common import processes
 
     from ..estimate.out_of_memory import explained
 
     # Memory that runs out is one line with advice, not a traceback.
     with explained():
         train(config)
+    # A process that a launcher started ends here; another one may train again.
+    if is_launched():
+        processes.leave_group()
 
 
 def parse(argv: Sequence[str]) -> TrainConfig:
