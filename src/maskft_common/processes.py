@@ -34,7 +34,8 @@ def is_main() -> bool:
 def leave_group() -> None:
     """Leave the group of processes at the end of a run, if there is one.
 
-    torch asks for it: threads of a group that is still there when the interpreter ends can end the process with an error.
+    torch asks for it: a group that is still there when the interpreter ends has threads, which can end the process with
+    an error.
     """
     import torch.distributed
 
