@@ -171,13 +171,8 @@ def check_claims(coded: Mapping[str, Tensor]) -> None:
     Raises:
         UserError: If they claim too many, or one has no valid header.
     """
-    numel = 0
-    num_bytes = 0
-    for name, data in coded.items():
-        info = mask_info(data, name)
-        rows, columns = info["shape"]
-        numel += rows * columns
-        num_bytes += info["num_bytes"]
+    numel, _ = total_counts(coded)
+    num_bytes = sum(data.numel() for data in coded.values())
     if numel > _FREE_NUMEL_OF_ADAPTER + _NUMEL_PER_BYTE * num_bytes:
         raise UserError(
             f"the adapter claims {numel:,} weights in {num_bytes:,} bytes, more than any model has; fetch it again"
