@@ -109,6 +109,17 @@ def test_the_first_page_leads_to_every_guide():
     assert len(GUIDES) >= 4 and all(f"](guides/{guide.name})" in index for guide in GUIDES)
 
 
+def test_every_column_of_a_table_has_a_name():
+    # A screen reader says a column's name before a cell; the browser's test of the whole site is slower.
+    pages = sorted((ROOT / "docs").rglob("*.md"))
+    # A table's header is the line above its line of dashes.
+    headers = re.compile(r"^(\|.*\|) *\n\|[ :|-]+\|$", re.MULTILINE)
+    found = [(page.name, header) for page in pages for header in headers.findall(page.read_text())]
+    assert len(found) > 20
+    nameless = [each for each in found if "" in [cell.strip() for cell in each[1].split("|")[1:-1]]]
+    assert nameless == []
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """The site, built with --strict: a broken link is an error."""

@@ -183,8 +183,7 @@ def _training(config: Any, recipe: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield "## How it was made"
     yield ""
-    # A Markdown table needs a header, which is empty here.
-    yield "| | |"
+    yield "| setting | value |"
     yield "| --- | --- |"
     for name, value in facts.items():
         yield f"| {_cell(name)} | {_cell(str(value))} |"
