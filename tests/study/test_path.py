@@ -1,6 +1,7 @@
 """Paths: every trained method measured between the base model and the end of training."""
 
 import json
+import math
 import re
 
 import pytest
@@ -14,12 +15,13 @@ from maskft_lab.evaluation import command_line as evaluate
 from maskft_lab.study.check import checked_plan
 from maskft_lab.study.evaluate import _model_options, evaluation_words
 from maskft_lab.study.folder import Study
-from maskft_lab.study.load_recipe import parse_recipe
-from maskft_lab.study.path import choose, path_sets, points_of
+from maskft_lab.study.load_recipe import load_recipe, parse_recipe
+from maskft_lab.study.path import choose, path_sets, points_of, with_chosen_point
 from maskft_lab.study.plan import build_plan
 from maskft_lab.study.recipe import Choice
 from maskft_lab.study.run_options import parsed_run
-from maskft_lab.study.study_run import Heldout, PathPoint, Trial
+from maskft_lab.study.study_run import Heldout, PathPoint, Trial, Tuned
+from maskft_lab.study.train import heldout
 from small_study import recipe, replace_commands, write
 
 LORA = {"method": "peft", "peft_config": {"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}}
@@ -251,6 +253,65 @@ def test_a_path_is_measured_on_the_rows_that_training_holds_out(options, content
         _, how = path_sets(plan.recipe, run, tmp_path)["heldout"]
         args = evaluate.make_parser().parse_args(["--output_dir", "any", *evaluation_words(how)])
         assert [row["prompt"] for row in evaluate.check_inputs(args)] == list(rows), run.title
+
+
+def test_a_budget_comes_before_the_rule(content, tmp_path):
+    """A point is held to it by the KL of its checkpoint; the table says what was reached."""
+    content["path"] |= {"choose": {"accuracy_at_least": 0.01}, "scales": [0.5]}
+    # No step can keep the first.
+    budgets = {"mask": [1.0e-6, 10.0], "LoRA": [1.0e-6]}
+    content["methods"] = {name: content["methods"][name] for name in ("base", "mask", "LoRA")}
+    for name, values in budgets.items():
+        content["methods"][name]["tune"] = {"kl_budget": values}
+    file, out = write(tmp_path, content), tmp_path / "study"
+    assert main(["study", str(file), "--output_dir", str(out)]) == 0
+
+    study = Study(out, load_recipe(file))
+    trials = [run for run in checked_plan(study.recipe).runs if run.tried]
+    of_budget = {(run.name, run.options["kl_budget"]): heldout(study, run).points_over_budget for run in trials}
+    assert len(of_budget) == 3
+    for (_, budget), excess in of_budget.items():
+        assert len(excess) == 3
+        assert all(value == 0 if budget == 10.0 else 0 < value < 1 for value in excess.values())
+    # A part of the change counts as the whole.
+    assert of_budget["LoRA", 1.0e-6][1.0, 0.5] == of_budget["LoRA", 1.0e-6][1.0, 1.0]
+
+    summary = json.loads((out / layout.SUMMARY.format("small")).read_text())["models"]["base0"]
+    of_mask, of_lora = summary["tuning"]
+    assert of_mask["winner"] == {"kl_budget": 10.0}
+    table = (out / layout.STUDY_TABLE.format("small")).read_text()
+    assert "| KL of budget |" in table
+    for tuned, budget, ending in ((of_mask, "10", ""), (of_lora, "1e-06", ", missed")):
+        # The KL of a part is not measured.
+        is_whole = tuned["point"]["scale"] == 1
+        cell = rf"0\.\d+ of {budget}{ending}" if is_whole else f"not measured, of {budget}"
+        assert re.search(rf"\| {cell} \|", table), table
+
+
+def test_a_rival_beyond_its_budget_sets_no_bar():
+    """Its gain would be the best, of which each method has to reach a share."""
+    early, whole = (0.5, 1.0), (1.0, 1.0)
+    base = {"heldout": {"nll": 3.0}, "text": {"nll": 1.0}}
+
+    def tuned(early_gain, whole_gain, whole_excess):
+        gains = {early: early_gain, whole: whole_gain}
+        # The whole training forgets more.
+        texts = {early: 1.1, whole: 1.5}
+        values = {point: {"heldout": {"nll": 3.0 - gains[point]}, "text": {"nll": texts[point]}} for point in gains}
+        heldout = Heldout(1.0, values, points_over_budget={early: 0.0, whole: whole_excess})
+        trial = Trial({}, None, heldout)
+        return Tuned([trial], trial, is_settled=True)
+
+    def chosen(own, *rivals):
+        return with_chosen_point(own, rivals, base, Choice(accuracy_at_least=0.95)).point
+
+    own = tuned(0.97, 1.0, 0.0)
+    assert chosen(own) == early
+    assert chosen(own, tuned(0.1, 2.0, 0.0)) == whole, "neither reaches 95 % of the rival's: the most gain"
+    assert chosen(own, tuned(0.1, 2.0, 0.2)) == early
+    # The most gain of its own is beyond too.
+    assert chosen(tuned(0.5, 1.0, 0.2)) == early
+    assert chosen(tuned(0.5, 1.0, math.inf)) == early
 
 
 def looks(gains):

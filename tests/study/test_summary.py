@@ -4,7 +4,7 @@ import pytest
 
 from maskft_lab.results.compare import compare
 from maskft_lab.results.schema import build_result, build_task, metric_from_items
-from maskft_lab.study.summary import _accounts_table, without_missing_values, without_repeats
+from maskft_lab.study.summary import _accounts_table, _kl_of_budget, without_missing_values, without_repeats
 
 
 def result(name, role, best_step, num_steps=8):
@@ -55,3 +55,21 @@ def test_a_model_without_a_loss_stops_no_comparison_of_the_others():
     assert compared == {("mask", "nll"), ("mask", "accuracy"), ("peft", "accuracy")}
     assert results[2]["tasks"]["heldout"]["metrics"]["nll"]["value"] is None, "the results stay"
     assert without_missing_values(results[:2]) == (results[:2], [])
+
+
+@pytest.mark.parametrize(
+    "reached, shown",
+    [
+        (0.0471, "0.0471 of 0.05"),
+        (0.05, "0.0500 of 0.05"),
+        (0.050002, "0.050002 of 0.05, missed"),  # enough decimals to see it
+        (0.0612, "0.0612 of 0.05, missed"),
+        (None, "not measured, of 0.05"),
+    ],
+)
+def test_a_kl_stands_beside_its_budget(reached, shown):
+    assert _kl_of_budget({"reached": reached, "budget": 0.05}) == shown
+
+
+def test_a_run_without_a_budget_has_no_kl():
+    assert _kl_of_budget(None) == "–"

@@ -12,7 +12,7 @@ from maskft_common.files import without_folder
 
 from ..results.schema import DOMAINS
 from .recipe import PRETRAINED, Method, Recipe
-from .run_record import RunRecord
+from .run_record import BudgetedKL, RunRecord
 from .study_run import BEST, LAST, StudyRun
 
 _MIXED = "mixed"  # name of the data of all domains
@@ -96,7 +96,17 @@ def build_record(
         total_tokens=total_tokens,
         train_time_s=training["train_time_s"] if training else None,
         peak_memory_bytes=training["peak_memory_bytes"] if training else None,
+        kl=_budgeted_kl(training),
     )
+
+
+def _budgeted_kl(training: dict[str, Any] | None) -> BudgetedKL | None:
+    """KL of the kept checkpoint beside its budget; None for a run without a budget."""
+    # Runs of older versions have no such entry.
+    report = training.get("kl") if training else None
+    if report is None or report["budget"] is None:
+        return None
+    return BudgetedKL(reached=report["reached"], budget=report["budget"])
 
 
 def _counts(training: dict[str, Any]) -> tuple[float | None, dict[str, float], dict[str, int]]:
@@ -213,6 +223,9 @@ def study_block(
         block[key] = getattr(record, key)
     for key in ("epochs", "tokens", "total_epochs", "total_tokens"):
         block[key] = getattr(record, key)[role]
+    # Of the best checkpoint alone: the record has no KL of the last. Results without a budget have no such key.
+    if record.kl is not None and role == BEST:
+        block["kl"] = record.kl.model_dump()
     return block
 
 

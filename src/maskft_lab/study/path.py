@@ -169,7 +169,8 @@ def points_of(trials: Iterable[Trial], base: PointValues) -> list[PathPoint]:
                 continue
             gain = _gain(values, base)
             forgetting = _forgetting(values, base)
-            found.append(PathPoint(trial, point, gain, forgetting, values))
+            over_budget = trial.heldout.points_over_budget.get(point, 0.0)
+            found.append(PathPoint(trial, point, gain, forgetting, values, over_budget))
     return found
 
 
@@ -264,13 +265,15 @@ def with_chosen_point(
         return tuned  # all of its runs diverged
 
     # The best gain of any method.
-    gains = [point.gain for point in own]
+    candidates = _nearest_to_budget(own)
+    gains = [point.gain for point in candidates]
     for rival in rivals:
         rival_points = points_of(rival.trials, base)
-        gains += [point.gain for point in rival_points]
+        rival_candidates = _nearest_to_budget(rival_points)
+        gains += [point.gain for point in rival_candidates]
     best_gain = max(gains)
 
-    best = choose(own, best_gain, rule)
+    best = choose(candidates, best_gain, rule)
     return replace(
         tuned,
         winner=best.trial,
@@ -278,6 +281,17 @@ def with_chosen_point(
         points=own,
         base=base,
     )
+
+
+def _nearest_to_budget(points: Sequence[PathPoint]) -> list[PathPoint]:
+    """The points of a method that exceed their ``kl_budget`` least: those within it, where there are any.
+
+    As among the checkpoints of a run, the budget comes before what else a point is chosen by.
+    """
+    if not points:
+        return []
+    least_excess = min(point.over_budget for point in points)
+    return [point for point in points if point.over_budget == least_excess]
 
 
 # Curves for a figure

@@ -11,6 +11,19 @@ from maskft_common.files import read_json, write_text
 from maskft_common.schema import FileModel, read_model
 
 
+class BudgetedKL(FileModel):
+    """What became of a ``kl_budget``.
+
+    Attributes:
+        reached: KL(base || model) of the checkpoint, nats per token; None if it was not measured, as that of a part of
+            the change.
+        budget: ``kl_budget``, nats per token.
+    """
+
+    reached: float | None
+    budget: float
+
+
 class RunRecord(FileModel):
     """Identity, settings and accounts of one finished run; dictionaries have a value per role, ``best`` and ``last``.
 
@@ -33,6 +46,7 @@ class RunRecord(FileModel):
         total_epochs: With those of the run it starts from.
         total_tokens: With those of the run it starts from.
         peak_memory_bytes: Of one process.
+        kl: KL(base || model) of the best checkpoint and the ``kl_budget`` it was trained with; None without a budget.
         files: Name in the run's folder -> sha256.
     """
 
@@ -59,6 +73,8 @@ class RunRecord(FileModel):
     total_tokens: dict[str, int]
     train_time_s: float | None
     peak_memory_bytes: int | None
+    # With a default: older records lack it.
+    kl: BudgetedKL | None = None
     # With a default: the oldest published records lack it.
     files: dict[str, str] = {}
 

@@ -173,11 +173,14 @@ class Heldout:
         points: Measurements along the run's path; empty without a path.
         over_budget: Nats per token by which the KL of that checkpoint exceeds ``kl_budget``; 0 within the budget, and
             without one.
+        points_over_budget: The same of the checkpoints that the points are of; infinite if its KL was not measured.
+            Empty without a budget.
     """
 
     loss: float
     points: Mapping[Point, PointValues] = field(default_factory=dict)
     over_budget: float = 0.0
+    points_over_budget: Mapping[Point, float] = field(default_factory=dict)
 
 
 # Held-out loss of a run; None while it is not finished. A function, so that a plan can be made without any files.
@@ -203,6 +206,8 @@ class PathPoint:
         gain: Accuracy, or for rows without answers the base's loss minus its loss, in nats per token.
         forgetting: Mean rise of the loss on the sets of earlier abilities over the base's, in nats per token.
         values: All measurements.
+        over_budget: Nats per token by which the KL of its checkpoint exceeds ``kl_budget``; 0 without a budget. A part
+            of a change counts as the whole does: its own KL is not measured.
     """
 
     trial: Trial
@@ -210,6 +215,7 @@ class PathPoint:
     gain: float
     forgetting: float
     values: PointValues
+    over_budget: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able record."""

@@ -8,6 +8,8 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+from maskft.training.kl_budget import excess
+from maskft.training.verdict import decimals
 from maskft_common import layout
 from maskft_common.errors import UserError
 from maskft_common.files import read_json, write_text
@@ -322,11 +324,13 @@ def _kept_step(study: dict[str, Any]) -> int:
 def _accounts_table(results: list[Result], num_tried: dict[str, int]) -> str:
     """Epochs and tokens of each model, its own and with those of its start (paper, Tables 8 and 9).
 
-    ``tuned`` is the number of settings among which held-out rows chose. ``kB`` is the size of the stored change: a mask
-    entropy-coded, all other numbers in bfloat16.
+    ``tuned`` is the number of settings among which held-out rows chose. ``KL of budget`` is KL(base || model) of the
+    kept checkpoint on held-out rows, in nats per token, beside the ``kl_budget`` it was trained with. ``kB`` is the
+    size of the stored change: a mask entropy-coded, all other numbers in bfloat16.
     """
     # A column without a value in any row is left out.
     has_tuning = any(num_tried.values())
+    has_budgets = any("kl" in result["study"] for result in results)
     has_sizes = any(result["model"].get("num_bytes") for result in results)
     columns = [
         "model",
@@ -339,6 +343,8 @@ def _accounts_table(results: list[Result], num_tried: dict[str, int]) -> str:
     ]
     if has_tuning:
         columns.append("tuned")
+    if has_budgets:
+        columns.append("KL of budget")
     if has_sizes:
         columns.append("kB")
 
@@ -363,6 +369,8 @@ def _accounts_table(results: list[Result], num_tried: dict[str, int]) -> str:
             number = num_tried.get(result["name"])
             shown_number = str(number) if number else "–"
             row.append(shown_number)
+        if has_budgets:
+            row.append(_kl_of_budget(study.get("kl")))
         if has_sizes:
             num_bytes = model.get("num_bytes")
             size = f"{num_bytes / 1000:,.0f}" if num_bytes else "–"
@@ -371,3 +379,17 @@ def _accounts_table(results: list[Result], num_tried: dict[str, int]) -> str:
 
     table = Table(tuple(columns), rows)
     return draw(table, "markdown").rstrip("\n")
+
+
+def _kl_of_budget(kl: dict[str, Any] | None) -> str:
+    """A cell such as ``0.0471 of 0.05``."""
+    if kl is None:
+        return "–"
+    budget = kl["budget"]
+    reached = kl["reached"]
+    if reached is None:  # of a part of the change
+        return f"not measured, of {budget:g}"
+    # Enough decimals to see on which side of the budget it is.
+    digits = decimals(reached, reached - budget)
+    text = f"{reached:.{digits}f} of {budget:g}"
+    return f"{text}, missed" if excess(reached, budget) else text

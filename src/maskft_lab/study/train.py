@@ -23,7 +23,7 @@ from .path import PATH, has_path, path_values
 from .process import PYTHON, Call, command_words
 from .recipe import CURRENT_RATE, PRETRAINED, Recipe
 from .run_record import RunRecord, write_run_record
-from .study_run import BEST, LAST, Heldout, StudyRun
+from .study_run import BEST, LAST, Heldout, Point, StudyRun
 
 # save_total_limit of a run with a path, which may need any of its checkpoints.
 _ALL_CHECKPOINTS = 1_000_000
@@ -52,11 +52,39 @@ def heldout(study: Study, run: StudyRun) -> Heldout | None:
         # Diverged, or trained without an evaluation: tuning prefers every run that has a loss.
         loss = math.inf
     over_budget = 0.0
+    points_over_budget = {}
     # Only a run that was trained with a budget has measured it.
     if run.options.get("kl_budget") is not None and not has_diverged:
-        kl = training_summary(study.run_folder(run))["kl"]
+        training = training_summary(study.run_folder(run))
+        kl = training["kl"]
         over_budget = excess(kl["reached"], kl["budget"])
-    return Heldout(loss, points_measured, over_budget)
+        for point in points_measured:
+            kl_there = _kl_at(study, run, training, point)
+            points_over_budget[point] = excess(kl_there, kl["budget"])
+    return Heldout(
+        loss,
+        points_measured,
+        over_budget,
+        points_over_budget,
+    )
+
+
+def _kl_at(
+    study: Study,
+    run: StudyRun,
+    training: dict,
+    point: Point,
+) -> float:
+    """KL(base || model) of the checkpoint that a point is of, nats per token; NaN if it was not measured."""
+    share, _ = point
+    step = step_of(study.checkpoint(run, share))
+    for row in training["history"]:
+        if row["step"] == step and "eval_kl" in row:
+            return row["eval_kl"]
+    # Without evaluations during training it is measured at the end.
+    if step == training["num_steps"]:
+        return training["kl"]["at_end"]
+    return math.nan
 
 
 def is_done(study: Study, run: StudyRun) -> bool:
@@ -76,10 +104,14 @@ def record_at_point(study: Study, run: StudyRun) -> RunRecord:
 
     # The record counts epochs, tokens and learning rate at `best_step`. Replacing that step by the point's is enough.
     training = training_summary(study.run_folder(run))
-    share, _ = run.point
+    share, scale = run.point
     checkpoint = study.checkpoint(run, share)
     # Not round(share * num_steps), which may be one step off, see `Study.checkpoint`.
     training["best_step"] = step_of(checkpoint)
+    if training.get("kl") is not None:
+        # Of a part of the change it was not measured.
+        reached = _kl_at(study, run, training, run.point) if scale == 1 else math.nan
+        training["kl"]["reached"] = reached if math.isfinite(reached) else None
 
     before = record_before(study, run)
     return build_record(
