@@ -47,7 +47,7 @@ from maskft.masks.mask_set import MaskSet
 from maskft.masks.merge import load_masked
 from maskft.models import load_model, load_tokenizer
 from maskft.weights import lerp
-from maskft_common.files import write_text
+from maskft_common.files import whole_folder, write_text
 from maskft_common.layout import EMBEDDED_MODEL, RUNS, SUMMARY, TRAINING, holds_adapter
 from maskft_lab.cli.main import main as maskft
 from maskft_lab.evaluation.heldout import heldout_rows
@@ -332,8 +332,10 @@ def make_bases(folder: Path, type_name: str) -> dict[str, Path]:
             grid = grid_of(type_name)
             for weight in linear_weights(model).values():
                 weight.copy_(grid.fresh(weight))
-        load_tokenizer(EMBEDDED_MODEL).save_pretrained(path)
-        model.save_pretrained(path)
+        # Whole or not at all: the next call takes what is there.
+        with whole_folder(path) as new:
+            load_tokenizer(EMBEDDED_MODEL).save_pretrained(new)
+            model.save_pretrained(new)
     return bases
 
 

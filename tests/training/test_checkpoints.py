@@ -367,6 +367,36 @@ def test_a_second_signal_ends_at_once():
 # The disk
 
 
+@pytest.mark.parametrize("save_only_model", [False, True])
+@pytest.mark.parametrize("method", ["mask", "full", "peft"])
+def test_a_disk_without_room_for_a_checkpoint_is_told_before_the_first_step(
+    method, save_only_model, train, tmp_path, monkeypatch
+):
+    """What is asked for is what the files with weights and moments take, to within a quarter."""
+    options = {"method": method, "save_only_model": save_only_model, "eval_on_start": False}
+    if method == "peft":
+        options["peft_config"] = '{"peft_type": "LORA", "r": 8, "target_modules": "all-linear"}'
+    assert train("roomy", **options)[0] == 0
+    roomy = tmp_path / "roomy"
+    written = 0
+    for file in (*roomy.glob("checkpoint-4/*"), *roomy.iterdir()):
+        if file.name == "optimizer.pt" or file.suffix == ".safetensors":
+            written += file.stat().st_size
+
+    def disk_with(free):
+        usage = shutil.disk_usage(tmp_path)._replace(free=free)
+        return lambda folder: usage
+
+    # Not counted: the saved mask, and headers, which are long in a file of many small matrices.
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", disk_with(round(0.75 * written)))
+    status, err = train("full-disk", **options)
+    assert status == 2 and "Traceback" not in err
+    assert "a checkpoint and the trained weights take" in err and "are free for output_dir" in err
+    assert not list((tmp_path / "full-disk").glob("checkpoint-*"))
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", disk_with(written))
+    assert train("full-disk", **options, resume_from_checkpoint="auto")[0] == 0
+
+
 def test_a_file_that_is_larger_than_a_process_may_write(train, out, finished):
     """The checkpoint that was begun is gone, those before are whole, and the run resumes when the limit is raised."""
     shutil.rmtree(out / "checkpoint-4")

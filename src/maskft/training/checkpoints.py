@@ -14,6 +14,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.training_args import OptimizerNames
 from trl import SFTConfig, SFTTrainer
 
 from maskft_common import files, layout, locks, processes
@@ -270,6 +271,44 @@ def best_beside(checkpoint: Path) -> Path | None:
         return None
     # The folder of both may have been moved since.
     return checkpoint.parent / Path(name).name
+
+
+def check_room(model, args: SFTConfig) -> None:
+    """Raise if the disk has no room for a checkpoint and the trained weights, before a run of hours fails at them.
+
+    The need is a lower bound: one checkpoint, although two are there while the older one is deleted.
+
+    Args:
+        model: The model with its trainable parameters, not sharded yet.
+        args: The arguments of training.
+
+    Raises:
+        UserError: With the bytes needed and those free.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained_bytes = sum(parameter.nbytes for parameter in trained)
+    # A model without an adapter is saved whole; parameters() has tied weights once.
+    is_adapter = hasattr(model, "peft_config")
+    saved_bytes = trained_bytes if is_adapter else sum(parameter.nbytes for parameter in model.parameters())
+
+    needed = 0
+    if args.save_strategy != "no":
+        needed += saved_bytes
+        # The two moments of AdamW, in the dtype of the weights. Other optimizers may have fewer, or smaller ones.
+        is_adamw = args.optim in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
+        if is_adamw and not args.save_only_model:
+            needed += 2 * trained_bytes
+    # The trained weights. A mask's file is small beside its scores, which checkpoints have.
+    is_mask = is_adapter and isinstance(model.peft_config.get(ADAPTER), MaskConfig)
+    if not is_mask:
+        needed += saved_bytes
+
+    free = shutil.disk_usage(args.output_dir).free
+    if free < needed:
+        raise UserError(
+            f"a checkpoint and the trained weights take {files.size(needed)}, and {files.size(free)} are free for "
+            f"output_dir {str(args.output_dir)!r}: make room, or name a folder on another disk"
+        )
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from .build import (
     load_tokenizer_of,
     start_on_data,
 )
-from .checkpoints import held_output, save_final, step_of
+from .checkpoints import check_room, held_output, save_final, step_of
 from .checks import check_config, check_context, check_processes
 from .describe import describe, report
 from .fixed_masks import make_fixed_mask
@@ -123,6 +123,9 @@ def run(
             config.mask,
             training.seed,
         )
+        # A resumed run has checkpoints, which it replaces.
+        if resume_from is None:
+            processes.decided_by_main(lambda: check_room(model, training))
         # A resumed run loads its scores from the checkpoint.
         if method.method == "mask" and resume_from is None:
             start_on_data(
