@@ -37,18 +37,22 @@ def test_four_bits_of_the_evidence(script):
     """The page's accuracies are those of the committed answers."""
     recipe = script("exact_in_four_bits")
     page = (ROOT / "docs/evidence.md").read_text()
-    _, table = page.split("| trained over | method | 77 intents | sums |")
-    rows = [line.strip("|").split("|") for line in table.split("\n\n")[0].splitlines()[2:]]
+    head, table = page.split("| values rounded |\n", 1)
+    # Columns such as "intents, Q4_0".
+    columns = [cell.strip().split(", ") for cell in head.splitlines()[-1].split("|")[3:]]
+    assert len(columns) == 4
+    rows = [line.strip("|").split("|") for line in table.split("\n\n")[0].splitlines()[1:]]
     assert len(rows) == 6
     for cells in rows:
         over, method, *shown, _ = (cell.replace("*", "").strip() for cell in cells)
         method = {"full fine-tuning": "full"}.get(method, method)
-        stored = "base's grid" if over == "Q4_0" else "fresh scales"
-        for task, cell in zip(("intents", "sums"), shown, strict=True):
-            files = sorted((RESULTS / "smollm2-exact-in-four-bits").glob(f"{task}-Q4_0-seed[0-9].json"))
+        stored = "base's grid" if over == "the type" else "fresh scales"
+        for (task, type_name), cell in zip(columns, shown, strict=True):
+            files = sorted((RESULTS / "smollm2-exact-in-four-bits").glob(f"{task}-{type_name}-seed[0-9].json"))
             runs = [json.loads(file.read_text()) for file in files]
-            means = [fmean(recipe._accuracies(runs, method, over, how)) for how in ("as trained", stored)]
-            assert cell == f"{means[0]:.1f} → {means[1]:.1f}", (task, method, over)
+            base = type_name if over == "the type" else over
+            means = [fmean(recipe._accuracies(runs, method, base, how)) for how in ("as trained", stored)]
+            assert cell == f"{means[0]:.1f} → {means[1]:.1f}", (task, type_name, method, over)
 
 
 def test_a_published_file_in_the_evidence(script):
