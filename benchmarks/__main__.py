@@ -22,6 +22,7 @@ NAMES = (
     "mixed_batch",
     "attention",
     "padding",
+    "kl_term",
 )
 
 

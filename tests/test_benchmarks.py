@@ -29,7 +29,7 @@ def run(tmp_path, *names, expected=None):
 
 
 def test_ratios_of_both_sides_are_written(tmp_path):
-    rows, printed = run(tmp_path, "refresh", "file", "step", "published", "attention", "padding")
+    rows, printed = run(tmp_path, "refresh", "file", "step", "published", "attention", "padding", "kl_term")
     for row in rows:
         assert row["value"] > 0 and row["what"] in printed
         if "ratio_of_each_round" in row:
@@ -38,6 +38,9 @@ def test_ratios_of_both_sides_are_written(tmp_path):
     free = [row["what"] for row in rows if row["benchmark"] == "padding"]
     assert sum(what.endswith("without padding / padded") for what in free) == 7
     assert sum(what.endswith("attention within rows / among all tokens, masked") for what in free) == 2
+    with_kl = [row["what"] for row in rows if row["benchmark"] == "kl_term"]
+    assert sum(what.endswith("KL on their answers / no KL") for what in with_kl) == 3
+    assert sum(what.endswith("KL on 4 texts of 64 tokens / no KL") for what in with_kl) == 3
     assert sides == {
         "tiny, deletion mask, 2 rows of 8: eager / sdpa",
         "tiny: mask / floor",
