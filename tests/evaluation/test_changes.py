@@ -12,7 +12,7 @@ from maskft import MaskConfig
 from maskft.masks.mask_set import MaskSet
 from maskft_lab.cli.main import main
 from maskft_lab.evaluation.evaluation_arguments import EvaluationArguments
-from maskft_lab.evaluation.load_models import load_changes
+from maskft_lab.evaluation.load_models import load_changes, load_each
 from maskft_lab.results.schema import read_result
 
 IDS = torch.arange(5, 25)[None]
@@ -71,6 +71,16 @@ def test_a_part_of_an_adapter_is_what_peft_rescales(base, lora, full):
     assert found[0][2]["num_bytes"] == 2 * 3 * 8 * ((32 + 32) + (48 + 32))
     assert found[3][2]["num_bytes"] == 2 * sum(p.numel() for p in plain.parameters())
     assert found[2][2].get("adapter") is None
+
+
+@pytest.mark.parametrize("kind", ["lora", "adapter"])
+def test_an_adapter_has_one_size_however_it_is_evaluated(kind, base, request):
+    folder = str(request.getfixturevalue(kind))
+    whole = EvaluationArguments(model_name_or_path=str(base), adapter=[folder], output_dir="any")
+    part = EvaluationArguments(model_name_or_path=str(base), change=[folder], scale=[0.5], output_dir="any")
+    (of_whole,) = [loaded.facts["num_bytes"] for loaded in load_each(whole)]
+    (of_part,) = [loaded.facts["num_bytes"] for loaded in load_changes(part)]
+    assert of_whole == of_part > 0
 
 
 def test_only_changed_weights_have_to_be_stored(base, tmp_path):

@@ -119,6 +119,7 @@ def test_a_built_result_says_when_and_by_what(result):
         "adapter": None,
         "mask_fingerprint": None,
         "adapter_sha256": None,
+        "num_bytes": None,
         "config_sha256": None,
         "method": None,
         "seed": 3,

@@ -88,6 +88,7 @@ def load_each(options: EvaluationArguments) -> Iterator[Loaded]:
         facts = {
             "adapter": portable_name(adapter),
             "adapter_sha256": sha256,
+            "num_bytes": _adapter_bytes(adapter),
             **facts_of(adapter),
         }
         identity = f"{base.fingerprint}+{sha256}"
@@ -271,18 +272,24 @@ def _stored_bytes(change: str, model, before: Mapping[str, torch.Tensor]) -> int
         model: The model with all of the change.
         before: The base's parameters.
     """
-    if not holds_adapter(change):
-        # Parameters that training left alone are the base's: full fine-tuning may be of some layers only.
-        changed = [
-            parameter for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])
-        ]
-        return sum(_BYTES_OF_BFLOAT16 * parameter.numel() for parameter in changed)
+    if holds_adapter(change):
+        return _adapter_bytes(change)
+    # Parameters that training left alone are the base's: full fine-tuning may be of some layers only.
+    changed = [parameter for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])]
+    return sum(_BYTES_OF_BFLOAT16 * parameter.numel() for parameter in changed)
 
-    tensors = load_file(Path(change) / ADAPTER_WEIGHTS)
-    if facts_of(change)["method"] in MASK_METHODS:
+
+def _adapter_bytes(adapter: str) -> int:
+    """Bytes that have to be stored for an adapter: masks coded, all other numbers in bfloat16.
+
+    Args:
+        adapter: Its folder.
+    """
+    tensors = load_file(Path(adapter) / ADAPTER_WEIGHTS)
+    if facts_of(adapter)["method"] in MASK_METHODS:
         # Without scores, which only further training needs; modules trained beside the mask count.
         tensors = {name: tensor for name, tensor in tensors.items() if not is_of_mask(name)}
-        for name, mask in MaskSet.from_adapter(change).items():
+        for name, mask in MaskSet.from_adapter(adapter).items():
             tensors[name] = encode_mask(mask)
 
     num_bytes = 0

@@ -54,6 +54,7 @@ class ModelRecord(TypedDict):
     method: str | None
     seed: int | None
     adapter_sha256: NotRequired[str | None]
+    num_bytes: NotRequired[int | None]  # of the adapter or change: masks coded, all other numbers in bfloat16
     config_sha256: NotRequired[str | None]
 
 
