@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 # The controller aims below the budget, so that the measured KL stays within it.
@@ -88,6 +89,11 @@ class KLBudget:
 
     def _multiplier_at(self, error: float) -> float:
         return math.exp(self._integral + _PROPORTIONAL * error)
+
+
+def kl_by_step(history: Iterable[Mapping[str, Any]]) -> dict[int, float]:
+    """Step -> measured KL(base || model), nats per token, of a run's log."""
+    return {row["step"]: row["eval_kl"] for row in history if "eval_kl" in row}
 
 
 def excess(kl: float, budget: float | None) -> float:

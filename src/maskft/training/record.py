@@ -21,6 +21,7 @@ from ..loss import mean_nll
 from ..tuner import adapter_layers
 from .arguments import TrainConfig
 from .checkpoints import step_of
+from .kl_budget import kl_by_step
 from .manifest import FREE
 from .method_arguments import ADAPTER, MASK_METHODS, UNTRAINED_METHODS
 from .near_base import KLReport
@@ -261,11 +262,7 @@ def _kl_report(trainer: MaskTrainer, best_step: int | None) -> KLReport | None:
     """KL of the kept model and at the last measurement; if the kept model was not measured, it is measured now."""
     if trainer.near_base is None:
         return None
-    # Step -> KL.
-    measured = {}
-    for row in trainer.state.log_history:
-        if "eval_kl" in row:
-            measured[row["step"]] = row["eval_kl"]
+    measured = kl_by_step(trainer.state.log_history)
 
     # Where no checkpoint was chosen, the model of the last step is kept.
     state = trainer.state

@@ -38,6 +38,7 @@ from .checkpoints import (
     trainable_state,
     written_whole,
 )
+from .kl_budget import kl_by_step
 from .launch import let_cpu_shard
 from .manifest import check_course, course_of, seal
 from .masked_start import RemovedStayZero
@@ -309,11 +310,8 @@ class MaskTrainer(SFTTrainer):
         best = self.state.best_model_checkpoint
         if best is None:
             return None
-        step = step_of(Path(best))
-        for row in self.state.log_history:
-            if row["step"] == step and "eval_kl" in row:
-                return row["eval_kl"]
-        return None
+        measured = kl_by_step(self.state.log_history)
+        return measured.get(step_of(Path(best)))
 
     def resume_counts(self) -> None:
         """Restore the counters of the log: TRL counts tokens from 0, transformers sums the loss since its last line."""

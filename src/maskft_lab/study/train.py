@@ -10,7 +10,7 @@ import math
 import shutil
 from pathlib import Path
 
-from maskft.training.kl_budget import excess
+from maskft.training.kl_budget import excess, kl_by_step
 from maskft.training.method_arguments import INTERPOLATE, UNTRAINED_METHODS
 from maskft_common import files, layout
 from maskft_common.errors import NOT_UPDATED, UserError
@@ -78,9 +78,9 @@ def _kl_at(
     """KL(base || model) of the checkpoint that a point is of, nats per token; NaN if it was not measured."""
     share, _ = point
     step = step_of(study.checkpoint(run, share))
-    for row in training["history"]:
-        if row["step"] == step and "eval_kl" in row:
-            return row["eval_kl"]
+    measured = kl_by_step(training["history"])
+    if step in measured:
+        return measured[step]
     # Without evaluations during training it is measured at the end.
     if step == training["num_steps"]:
         return training["kl"]["at_end"]
