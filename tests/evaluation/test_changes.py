@@ -9,6 +9,7 @@ from peft.helpers import rescale_adapter_scale
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskft import MaskConfig
+from maskft.masks.codec import encode_mask
 from maskft.masks.mask_set import MaskSet
 from maskft_lab.cli.main import main
 from maskft_lab.evaluation.evaluation_arguments import EvaluationArguments
@@ -81,6 +82,18 @@ def test_an_adapter_has_one_size_however_it_is_evaluated(kind, base, request):
     (of_whole,) = [loaded.facts["num_bytes"] for loaded in load_each(whole)]
     (of_part,) = [loaded.facts["num_bytes"] for loaded in load_changes(part)]
     assert of_whole == of_part > 0
+
+
+@pytest.mark.parametrize("save_scores", [False, True])
+def test_the_size_of_a_mask_is_that_of_its_code(save_scores, base, tmp_path):
+    """Scores, which only further training needs, and their dtype do not count."""
+    config = MaskConfig(sparsity=0.3, target_modules=["gate_proj"], save_scores=save_scores)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    model.save_pretrained(tmp_path / "mask")
+    coded = sum(encode_mask(mask).numel() for mask in MaskSet.from_adapter(tmp_path / "mask").values())
+    options = EvaluationArguments(model_name_or_path=str(base), adapter=[str(tmp_path / "mask")], output_dir="any")
+    (num_bytes,) = [loaded.facts["num_bytes"] for loaded in load_each(options)]
+    assert num_bytes == coded
 
 
 def test_only_changed_weights_have_to_be_stored(base, tmp_path):

@@ -12,11 +12,8 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from maskft.masks.codec import encode_mask, is_of_mask
-from maskft.masks.mask_set import MaskSet
 from maskft.masks.merge import adapter_tokenizer, one_line
 from maskft.models import check_model_source, check_tokenizer_fits, load_model, load_tokenizer
-from maskft.training.method_arguments import MASK_METHODS
 from maskft.tuner.quantized import keep_codes
 from maskft.weights import lerp
 from maskft_common.errors import UserError, first_line
@@ -286,14 +283,12 @@ def _adapter_bytes(adapter: str) -> int:
         adapter: Its folder.
     """
     tensors = load_file(Path(adapter) / ADAPTER_WEIGHTS)
-    if facts_of(adapter)["method"] in MASK_METHODS:
-        # Without scores, which only further training needs; modules trained beside the mask count.
-        tensors = {name: tensor for name, tensor in tensors.items() if not is_of_mask(name)}
-        for name, mask in MaskSet.from_adapter(adapter).items():
-            tensors[name] = encode_mask(mask)
-
     num_bytes = 0
-    for tensor in tensors.values():
+    for name, tensor in tensors.items():
+        # Where the file has a mask as coded, only further training needs its scores.
+        name_of_code = name.replace(".mask_scores", ".mask_coded")
+        if name_of_code != name and name_of_code in tensors:
+            continue
         # Adapters are saved in the dtype of their training. In one dtype for all, sizes of methods can be compared.
         if tensor.is_floating_point():
             num_bytes += _BYTES_OF_BFLOAT16 * tensor.numel()
