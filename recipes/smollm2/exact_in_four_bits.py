@@ -528,7 +528,9 @@ def run_study(args) -> None:
     summary = json.loads(summary_file.read_text())
     (models,) = summary["models"].values()
     shown = [run for run in models["runs"] if run["role"] == "best"]
-    points = {tuned["method"]: tuned["point"] for tuned in models["tuning"]}
+    # A study without a path measured the whole change at the end of training.
+    end = {"checkpoint": 1.0, "scale": 1.0}
+    points = {tuned["method"]: tuned.get("point", end) for tuned in models["tuning"]}
 
     (task,) = args.tasks
     type_name = args.gguf.stem.rpartition("-")[2].upper()  # q4_k_m, by the custom of such files
