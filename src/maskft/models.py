@@ -457,11 +457,25 @@ def is_gguf(name_or_path: str) -> bool:
 
 
 def gguf_parts(name_or_path: str) -> tuple[str, str]:
-    """Folder and name of a GGUF file, or name on the hub and that of the file there; as transformers takes them."""
-    path = os.path.expanduser(name_or_path)
-    folder, _, file = path.rpartition("/")
-    # A file in the current folder is named without one.
-    return folder or ".", file
+    """Folder and path of a GGUF file, or name on the hub and that of the file there; as transformers takes them.
+
+    Raises:
+        UserError: For a file on the hub, if the working directory has one of the same name.
+    """
+    path = gguf_file(name_or_path)
+    # transformers looks for the name of the file in the working directory before it looks into the folder, and would
+    # read the weights of another model there. An absolute path is that file, whatever the folder.
+    if path is not None:
+        absolute = path.absolute()
+        return str(absolute.parent), str(absolute)
+
+    repository, _, file = name_or_path.rpartition("/")
+    if is_there(file):
+        raise UserError(
+            f"{file!r} in the working directory would be read in place of {name_or_path!r} on the hub; name that file "
+            f"(./{file}), or work in another directory"
+        )
+    return repository, file
 
 
 def gguf_file(name_or_path: str) -> Path | None:

@@ -60,6 +60,20 @@ def test_the_file_is_the_model(folder):
     assert model_identity(str(folder / "base.gguf")) != model_identity(str(folder / "without-zero.gguf"))
 
 
+def test_a_file_of_the_same_name_in_the_working_directory_is_not_read(folder, tmp_path, monkeypatch):
+    """transformers takes the weights from there, and the configuration and the tokenizer from the folder."""
+    other = tiny_llama(2, 288, seed=5, hidden_size=64, intermediate_size=96, head_dim=16, num_key_value_heads=2)
+    write_gguf(tmp_path / "base.gguf", other)
+    (tmp_path / "here").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    weight = load_model("here/base.gguf").get_submodule("model.layers.1.mlp.gate_proj").weight
+    assert torch.equal(weight, read_gguf(folder / "base.gguf")["blk.1.ffn_gate.weight"])
+    assert load_tokenizer("here/base.gguf").chat_template == CHATML
+    assert load_config("here/base.gguf").num_hidden_layers == 2
+    with pytest.raises(UserError, match=r"'base.gguf' in the working directory .* name that file \(./base.gguf\)"):
+        load_model("somebody/model-GGUF/base.gguf")
+
+
 def test_such_a_model_can_be_saved(folder, tmp_path):
     model = load_model(str(folder / "base.gguf"))
     model.save_pretrained(tmp_path)
