@@ -49,7 +49,7 @@ def permuted(weight, num_heads):
     return torch.stack(rows)
 
 
-def write_gguf(path, model, kind=Type.Q4_0, kinds=None, architecture="llama", added=None):
+def write_gguf(path, model, kind=Type.Q4_0, kinds=None, architecture="llama", added=None, factors=None):
     """Write a model of Llama's shape.
 
     Args:
@@ -59,6 +59,7 @@ def write_gguf(path, model, kind=Type.Q4_0, kinds=None, architecture="llama", ad
         kinds: Name of a tensor -> its type, where it is another.
         architecture: What the file calls it.
         added: More keys of whole numbers.
+        factors: Numbers that divide the frequencies of rotary positions.
     """
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
@@ -87,6 +88,8 @@ def write_gguf(path, model, kind=Type.Q4_0, kinds=None, architecture="llama", ad
         is_linear = weight.dim() == 2 and module != "embed_tokens"
         found = (kinds or {}).get(tensor, kind if is_linear else Type.F32)
         writer.add_tensor(tensor, gguf.quantize(weight.numpy(), found), raw_dtype=found)
+    if factors is not None:
+        writer.add_tensor("rope_freqs.weight", np.array(factors, dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
