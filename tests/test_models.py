@@ -68,7 +68,26 @@ def test_what_looks_like_a_path_is_never_asked_of_the_hub(name, tmp_path, monkey
         load_tokenizer(name)
 
 
-@pytest.mark.parametrize("name", ["~nobody-of-this-name/base", "x" * 300])
+@pytest.mark.parametrize("name", ["runs/gguf/maks.gguf", "runs/mask.gguf/mask.gguf", "maks.gguf", "~nobody/a/b.gguf"])
+@pytest.mark.parametrize("load", [load_model, load_config, load_tokenizer])
+def test_what_looks_like_the_path_of_a_gguf_file_is_never_asked_of_the_hub(name, load, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "gguf").mkdir(parents=True)
+    (tmp_path / "runs" / "mask.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match=r"gguf' does not exist"):
+        load(name)
+
+
+def test_a_gguf_file_is_found_from_a_folder_above_the_adapter(tmp_path, monkeypatch):
+    """As a folder is: a script that trains in Python records the name that it was given."""
+    (tmp_path / "models").mkdir()
+    file = tmp_path / "models" / "base.gguf"
+    file.write_bytes(b"GGUF")
+    monkeypatch.chdir(tmp_path / "models")
+    assert models.base_of(tmp_path / "runs" / "mask", "models/base.gguf") == str(file)
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/base", "x" * 300, f"{'x' * 300}.gguf"])
 def test_a_base_that_cannot_be_a_path_keeps_its_name(name, tmp_path):
     assert models.base_of(tmp_path, name) == name
 

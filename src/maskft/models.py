@@ -371,7 +371,8 @@ def base_of(adapter: str | Path, name: str) -> str:
     # Adapters that maskft saves name absolute paths; those that a program wrote by itself may not.
     for folder in Path(adapter).resolve().parents:
         candidate = folder / name
-        config_file = candidate / "config.json"
+        # A GGUF file is a model by itself, a folder is one by its configuration.
+        config_file = candidate if is_gguf(name) else candidate / "config.json"
         if is_there(str(config_file)):
             return str(candidate)
     return name
@@ -484,10 +485,13 @@ def gguf_file(name_or_path: str) -> Path | None:
     """Path of a GGUF file on this machine; None where the name can only be one on the hub, OWNER/NAME/FILE.gguf."""
     path = expand_user(name_or_path)
     is_written_as_path = name_or_path.startswith((".", "/", "~"))
-    can_be_of_hub = name_or_path.count("/") == 2 and not is_written_as_path
-    if can_be_of_hub and not path.exists():
-        return None
-    return path
+    if name_or_path.count("/") != 2 or is_written_as_path:
+        return path
+    # In a folder here, such as runs/gguf/my-modle.gguf: a misspelt path must not become a download.
+    owner, _, _ = name_or_path.partition("/")
+    if Path(owner).is_dir():
+        return path
+    return None
 
 
 def _load_gguf(name_or_path: str, dtype: str, **kwargs) -> PreTrainedModel:
