@@ -7,13 +7,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from gguf import GGMLQuantizationType as Type
+from maskft.masks.gguf import merge_into_gguf
 from maskft.masks.mask_set import read_config
 from maskft.masks.merge import load_masked
 from maskft.models import load_config, load_model, load_tokenizer, model_identity
 from maskft_common.errors import UserError
 from maskft_lab.cli.main import main
 
-from ..tiny import tiny_llama, token_ids
+from ..tiny import save_masks, tiny_llama, token_ids
 from ..tiny_gguf import read_gguf, tensor_name, write_gguf
 from ..tiny_tokenizer import CHATML
 
@@ -96,6 +97,15 @@ def test_a_mask_trained_over_the_file_merges_into_it_exactly(folder, tmp_path):
     assert all(torch.equal(weights[name], weight) for name, weight in merged.named_parameters())
     name = "model.layers.0.self_attn.q_proj.weight"
     assert int((weights[name] == 0).sum()) > int((read_gguf(folder / "base.gguf")[tensor_name(name)] == 0).sum())
+
+
+def test_a_file_with_a_mask_is_refused_before_training(folder, tmp_path, capsys):
+    """No second one could be merged into it."""
+    save_masks({"model.layers.0.mlp.gate_proj": torch.ones(96, 64) > 0}, tmp_path / "first")
+    merge_into_gguf(tmp_path / "first", folder / "base.gguf", folder / "task.gguf")
+    assert train(folder, tmp_path / "mask", "--gguf_file", "task.gguf") == 2
+    assert "task.gguf' already holds a mask" in capsys.readouterr().err
+    assert not (tmp_path / "mask" / "adapter_config.json").exists()
 
 
 def test_a_type_without_zero_is_refused_before_training(folder, tmp_path, capsys):

@@ -83,25 +83,9 @@ def merge_into_gguf(
     output = Path(output)
     _check_output(output)
     head = read_head(gguf)
-    if _MASK in head.metadata:
-        raise UserError(
-            f"{str(gguf)!r} already holds a mask ({str(head.metadata[_MASK])[:12]}); merge into its base, or take it "
-            "out first with --undo"
-        )
-    # --undo would leave such a key out, and not give back this file.
-    ours = [key for key in head.metadata if key.startswith(PREFIX)]
-    if ours:
-        raise UserError(
-            f"{str(gguf)!r} has the key {ours[0]!r} without a mask; take it out first: gguf-new-metadata "
-            f"--remove-metadata {ours[0]}"
-        )
+    check_takes_mask(head)
     masks = _Masks.of_adapter(adapter, head)
     known = _check_base(masks, head, accept_other_base)
-    # --undo writes the head from its parts, and has to give back the base byte for byte.
-    if head_bytes(head) != _first_bytes(head.path, head.data_start):
-        raise UserError(
-            f"{str(gguf)!r} has bytes in its head that --undo could not restore; write it again with llama-quantize"
-        )
 
     # From here on the file is read three times: for the codes, which are part of the head and so come before the data;
     # for the sha256 of the base, which is in the head as well; and for the data.
@@ -121,6 +105,32 @@ def merge_into_gguf(
         f"({masks.type_names}) set to zero; every other value and every scale is the base's",
         known,
     ]
+
+
+def check_takes_mask(head: GgufHead) -> None:
+    """Raise for a file that cannot take a mask and give back its bytes later, whatever the mask.
+
+    Raises:
+        UserError: If it holds a mask already, a key of ours, or a head that cannot be written again.
+    """
+    if _MASK in head.metadata:
+        raise UserError(
+            f"{str(head.path)!r} already holds a mask ({str(head.metadata[_MASK])[:12]}); use its base, or take it out "
+            "first: maskft merge MASK --gguf FILE --undo"
+        )
+    # --undo would leave such a key out, and not give back this file.
+    ours = [key for key in head.metadata if key.startswith(PREFIX)]
+    if ours:
+        raise UserError(
+            f"{str(head.path)!r} has the key {ours[0]!r} without a mask; take it out first: gguf-new-metadata "
+            f"--remove-metadata {ours[0]}"
+        )
+    # --undo writes the head from its parts, and has to give back the base byte for byte.
+    if head_bytes(head) != _first_bytes(head.path, head.data_start):
+        raise UserError(
+            f"{str(head.path)!r} has bytes in its head that --undo could not restore; write it again with "
+            "llama-quantize"
+        )
 
 
 def undo_in_gguf(

@@ -25,6 +25,7 @@ from ..gguf.header import read_head
 from ..gguf.names import find_tensors
 from ..loss import HeldoutLoss
 from ..masks.codec import PREFIX
+from ..masks.gguf import check_takes_mask
 from ..masks.merge import ONE_LINE
 from ..models import (
     check_model_source,
@@ -150,15 +151,16 @@ def build_model(
             raise UserError(f"peft_config: PEFT does not take it for this model: {first_line(error)}") from error
 
     masked = with_adapter(model, mask_config(mask), source)
-    check_zero_levels(masked, source.model_name_or_path)
+    check_gguf_takes_mask(masked, source.model_name_or_path)
     return masked
 
 
-def check_zero_levels(model: PeftModel, name_or_path: str) -> None:
+def check_gguf_takes_mask(model: PeftModel, name_or_path: str) -> None:
     """Check, before training over a GGUF file, that the mask can be written into it.
 
     Raises:
-        UserError: For the first masked layer whose tensor has no code for zero, or is not in the file.
+        UserError: If the file holds a mask already, or for the first masked layer whose tensor has no code for zero
+            or is not in the file.
     """
     if not is_gguf(name_or_path):
         return
@@ -172,8 +174,10 @@ def check_zero_levels(model: PeftModel, name_or_path: str) -> None:
     for name, layer in adapter_layers(model, ADAPTER).items():
         base_name = name.removeprefix(PREFIX)
         shapes[base_name] = tuple(layer.weight.shape)
+    head = read_head(file)
+    check_takes_mask(head)
     # It raises for a tensor that is missing or cannot hold a zero.
-    find_tensors(read_head(file), shapes)
+    find_tensors(head, shapes)
 
 
 def with_adapter(
