@@ -30,7 +30,7 @@ from maskft_common.layout import EMBEDDED_MODEL, holds_adapter
 
 from .embedded import embedded_config, embedded_file, read_embedded
 from .gguf.header import read_head
-from .gguf.positions import lost_scaling
+from .gguf.left_out import left_out
 
 # Else transformers asks on the terminal whether to run a model's own code.
 _NO_CODE = {"trust_remote_code": False}
@@ -520,21 +520,23 @@ def _load_gguf(name_or_path: str, dtype: str, **kwargs) -> PreTrainedModel:
     # None: a file on the hub, whose place in the cache only transformers knows.
     path = gguf_file(name_or_path)
     if path is not None:
-        _warn_of_positions(path, model.config)
+        _warn_of_left_out(path, model)
     model.config._name_or_path = name_or_path
     # PEFT writes this one into adapters.
     model.name_or_path = name_or_path
     return model
 
 
-def _warn_of_positions(path: Path, config: PretrainedConfig) -> None:
-    lost = lost_scaling(read_head(path), config)
-    if lost is not None:
-        warnings.warn(
-            f"{str(path)!r} changes rotary positions ({lost}), which transformers leaves out: the model here differs "
-            "from the one that llama.cpp serves, more in longer texts; train over the model that the file was made "
-            "from and merge with --accept_other_base, or measure results in llama.cpp"
-        )
+def _warn_of_left_out(path: Path, model: PreTrainedModel) -> None:
+    found = left_out(read_head(path), model)
+    if not found:
+        return
+    more = "" if len(found) == 1 else f" and {len(found) - 1} more"
+    warnings.warn(
+        f"transformers leaves out {found[0]}{more} of {str(path)!r}: the model here differs from the one that "
+        "llama.cpp serves; train over the model that the file was made from and merge with --accept_other_base, or "
+        "measure results in llama.cpp"
+    )
 
 
 def _load_embedded(dtype: torch.dtype, **kwargs) -> PreTrainedModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from maskft_common.errors import UserError, install_hint
 
 from .header import GgufHead, TensorPlace
 from .zero_codes import why_no_zero
+
+if TYPE_CHECKING:
+    from gguf import TensorNameMap
 
 # llama.cpp's converter permutes the rows of queries and keys of these (see to_file_order); the rest lies as in
 # transformers.
@@ -72,8 +76,12 @@ def find_tensors(head: GgufHead, modules: Mapping[str, tuple[int, int]]) -> dict
     return names
 
 
-def _tensor_names(head: GgufHead, modules: Iterable[str]) -> dict[str, str]:
-    """Names of the tensors of modules, by the tables of llama.cpp's Python package; not looked up in the file."""
+def _name_map(head: GgufHead) -> TensorNameMap:
+    """llama.cpp's table of names for the architecture and the number of layers of a file.
+
+    Raises:
+        UserError: If the file is of no known architecture, is damaged, or gguf is not installed.
+    """
     try:
         from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
     except ImportError as error:
@@ -96,7 +104,12 @@ def _tensor_names(head: GgufHead, modules: Iterable[str]) -> dict[str, str]:
         raise UserError(
             f"{str(head.path)!r} is damaged: {architecture}.block_count is {num_blocks}, and must be a number of layers"
         )
-    known = get_tensor_name_map(numbers[architecture], num_blocks)
+    return get_tensor_name_map(numbers[architecture], num_blocks)
+
+
+def _tensor_names(head: GgufHead, modules: Iterable[str]) -> dict[str, str]:
+    """Names of the tensors of modules, by the tables of llama.cpp's Python package; not looked up in the file."""
+    known = _name_map(head)
 
     # Two modules in one tensor (fused projections) cannot be masked apart.
     names = {}
@@ -107,6 +120,8 @@ def _tensor_names(head: GgufHead, modules: Iterable[str]) -> dict[str, str]:
         of_decoder = module.replace("language_model.", "")
         name = known.get_name(of_decoder)
         if name is None:
+            architecture = head.metadata["general.architecture"]
+            num_blocks = head.metadata[f"{architecture}.block_count"]
             raise UserError(
                 f"{str(head.path)!r} is a file of another model: {module} has no place in a {architecture} of "
                 f"{num_blocks} layers"
@@ -116,6 +131,27 @@ def _tensor_names(head: GgufHead, modules: Iterable[str]) -> dict[str, str]:
             raise UserError(f"{modules_of[tensor]} and {module} are one tensor, {tensor}, of {str(head.path)!r}")
         modules_of[tensor] = module
         names[module] = tensor
+    return names
+
+
+def names_of_tensors(head: GgufHead, parameters: Iterable[str]) -> dict[str, str]:
+    """Names of the tensors that hold parameters of a model, where llama.cpp has one; not looked up in the file.
+
+    Args:
+        head: Head of the file.
+        parameters: Names as in transformers, such as ``model.layers.3.self_attn.q_proj.bias``.
+
+    Returns:
+        Name of a parameter -> name of its tensor.
+    """
+    known = _name_map(head)
+    names = {}
+    for parameter in parameters:
+        # gguf maps names of modules; a tensor has the same last part.
+        module, _, kind = parameter.rpartition(".")
+        name = known.get_name(module)
+        if name is not None:
+            names[parameter] = f"{name}.{kind}"
     return names
 
 

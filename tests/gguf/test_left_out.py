@@ -1,13 +1,14 @@
-"""Rotary positions that transformers computes in another way than llama.cpp."""
+"""What a GGUF file holds and transformers leaves out."""
 
 import dataclasses
 import warnings
+from types import SimpleNamespace
 
 import pytest
-from transformers import LlamaConfig, Phi3Config
+from transformers import Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, Phi3Config
 
 from maskft.gguf.header import read_head
-from maskft.gguf.positions import lost_scaling
+from maskft.gguf.left_out import left_out
 from maskft.models import load_model
 
 from ..tiny import tiny_llama
@@ -24,7 +25,7 @@ def model():
 
 def test_a_model_whose_frequencies_are_divided_is_loaded_with_a_warning(tmp_path, model):
     path = write_gguf(tmp_path / "base.gguf", model, factors=FACTORS)
-    with pytest.warns(UserWarning, match=r"base.gguf' changes rotary positions \(rope_freqs.weight\).* in llama.cpp"):
+    with pytest.warns(UserWarning, match=r"leaves out rope_freqs.weight of .*base.gguf': .* in llama.cpp"):
         loaded = load_model(str(path))
     # The reason: the frequencies are those of the model without the factors.
     assert loaded.model.rotary_emb.inv_freq.tolist() == model.model.rotary_emb.inv_freq.tolist()
@@ -55,20 +56,48 @@ def test_without_scaling_there_is_no_warning(tmp_path, model):
 def test_keys_that_change_positions(tmp_path, model, keys, lost):
     head = read_head(write_gguf(tmp_path / "base.gguf", model))
     metadata = head.metadata | {f"llama.rope.{key}": value for key, value in keys.items()}
-    assert lost_scaling(dataclasses.replace(head, metadata=metadata), model.config) == lost
+    expected = [] if lost is None else [lost]
+    assert left_out(dataclasses.replace(head, metadata=metadata), model) == expected
 
 
-def test_a_model_that_scales_them_itself_has_lost_nothing(tmp_path, model):
+def with_config(model, config):
+    """A model of these weights with another configuration."""
+    return SimpleNamespace(config=config, state_dict=model.state_dict)
+
+
+def test_a_model_that_scales_positions_itself_has_lost_nothing(tmp_path, model):
     head = read_head(write_gguf(tmp_path / "base.gguf", model, factors=FACTORS))
     scaled = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 32.0}
-    assert lost_scaling(head, LlamaConfig(head_dim=16, rope_parameters=scaled)) is None
+    assert left_out(head, with_config(model, LlamaConfig(head_dim=16, rope_parameters=scaled))) == []
 
 
 def test_the_rotated_part_of_a_head_may_be_in_the_configuration(tmp_path, model):
     head = read_head(write_gguf(tmp_path / "base.gguf", model))
-    metadata = head.metadata | {"general.architecture": "phi3", "phi3.rope.dimension_count": 12}
+    metadata = head.metadata | {"llama.rope.dimension_count": 12}
     head = dataclasses.replace(head, metadata=metadata)
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "pad_token_id": None}
+    assert left_out(head, with_config(model, Phi3Config(**sizes))) == ["llama.rope.dimension_count 12"]
     parameters = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
-    sizes = {"hidden_size": 64, "num_attention_heads": 4}
-    assert lost_scaling(head, Phi3Config(**sizes, rope_parameters=parameters)) is None
-    assert lost_scaling(head, Phi3Config(**sizes)) == "phi3.rope.dimension_count 12"
+    assert left_out(head, with_config(model, Phi3Config(**sizes, rope_parameters=parameters))) == []
+
+
+def test_parameters_of_layers_are_looked_at(tmp_path, model):
+    head = read_head(write_gguf(tmp_path / "base.gguf", model, factors=FACTORS))
+    config = Gemma3TextConfig(head_dim=16)
+    assert left_out(head, with_config(model, config)) == ["rope_freqs.weight"]
+    config.rope_parameters["full_attention"] = {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}
+    assert left_out(head, with_config(model, config)) == []
+
+
+def test_biases_that_the_architecture_usually_has_not(tmp_path, model):
+    config = LlamaConfig(**{**model.config.to_dict(), "attention_bias": True})
+    with_biases = LlamaForCausalLM(config)
+    path = write_gguf(tmp_path / "base.gguf", with_biases)
+    assert left_out(read_head(path), with_biases) == []
+    with pytest.warns(UserWarning, match=r"leaves out blk.0.attn_q.bias and 7 more of .*base.gguf'"):
+        load_model(str(path))
+
+
+def test_of_an_unknown_architecture_nothing_is_said(tmp_path, model):
+    head = read_head(write_gguf(tmp_path / "base.gguf", model, architecture="minicpm", factors=FACTORS))
+    assert left_out(head, model) == []

@@ -1,13 +1,14 @@
-"""Rotary positions of a GGUF file that transformers computes in another way than llama.cpp."""
+"""What a GGUF file holds and transformers leaves out of the model that it makes from it, without a word."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from .header import GgufHead
-from .names import ARCHITECTURES, dequantised
+from .names import ARCHITECTURES, dequantised, names_of_tensors
 
-# Tensors that divide the frequencies, one number each: the first is of Llama 3.1 and later, the others of Phi 3.
+# Tensors that divide the frequencies of rotary positions, one number each: the first is of Llama 3.1 and later, the
+# others of Phi 3.
 _FACTORS = (
     "rope_freqs.weight",
     "rope_factors_short.weight",
@@ -15,40 +16,52 @@ _FACTORS = (
 )
 
 
-def lost_scaling(head: GgufHead, config: Any) -> str | None:
-    """What in the file changes rotary positions and did not reach the model, for a message; None: nothing.
+def left_out(head: GgufHead, model: Any) -> list[str]:
+    """Tensors and keys of a file that change its outputs and did not reach the model, for a message.
 
-    transformers 5.24 reads the base of the frequencies (``rope.freq_base``) of the architectures that masks are merged
-    into, and none of the following.
+    transformers 5.24 makes a model of a few keys: of rotary positions it reads the base of the frequencies
+    (``rope.freq_base``) alone, and of a file with biases where the architecture usually has none it drops them.
 
     Args:
         head: Head of the file.
-        config: Configuration of the model that transformers loaded from it.
+        model: The model that transformers loaded from it.
+
+    Returns:
+        Empty also for an architecture that masks are not merged into.
     """
     architecture = head.metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
-        return None
+        return []
+    # How transformers finds them as well: by the name that gguf gives to each parameter of the model.
+    read = set(names_of_tensors(head, model.state_dict()).values())
+    tensors = [tensor for tensor in head.tensors if tensor not in read and tensor not in _FACTORS]
+    return tensors + _positions(head, architecture, model.config)
+
+
+def _positions(head: GgufHead, architecture: str, config: Any) -> list[str]:
+    """What changes rotary positions in the file and not in the model."""
+    found = []
+    prefix = f"{architecture}.rope"
     kinds, num_rotated = _rotation(config)
     # Another version of transformers may read the scaling: then the model has a kind of its own.
     if kinds == {"default"}:
         for tensor in _FACTORS:
             if tensor in head.tensors and bool((dequantised(head, tensor) != 1).any()):
-                return tensor
+                found.append(tensor)
         # Without its kind llama.cpp takes the factor as linear; 0 stands for none.
-        prefix = f"{architecture}.rope"
         kind = head.metadata.get(f"{prefix}.scaling.type", "linear")
         for key in (f"{prefix}.scaling.factor", f"{prefix}.scale_linear"):
             factor = head.metadata.get(key, 1)
             is_number = isinstance(factor, int | float)
             if kind != "none" and is_number and factor not in (0, 1):
-                return f"{key} {factor:g}"
+                found.append(f"{key} {factor:g}")
 
     # A part of each head, as in Phi 4 mini.
-    key = f"{architecture}.rope.dimension_count"
+    key = f"{prefix}.dimension_count"
     in_file = head.metadata.get(key, num_rotated)
     if in_file != num_rotated:
-        return f"{key} {in_file}"
-    return None
+        found.append(f"{key} {in_file}")
+    return found
 
 
 def _rotation(config: Any) -> tuple[set[str], int]:
