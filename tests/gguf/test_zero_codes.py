@@ -115,9 +115,17 @@ def test_types_without_a_zero_level_are_refused_with_the_way_out():
     for kind in (Type.Q4_1, Type.Q5_1, Type.Q2_K, Type.Q5_K, Type.IQ4_NL, Type.IQ4_XS):
         assert f"is {kind.name}," in why_no_zero("blk.0.ffn_up.weight", int(kind))
     assert why_no_zero("blk.0.ffn_up.weight", int(Type.Q6_K)) is None
-    assert "ggml type 99" in why_no_zero("blk.0.ffn_up.weight", 99)
+    # Of a type that is newer than this maskft, nothing is known.
+    assert why_no_zero("blk.0.ffn_up.weight", 99).startswith("blk.0.ffn_up.weight is ggml type 99, whose codes maskft")
     # MXFP4: it has a zero, which the message does not deny.
     assert why_no_zero("blk.0.ffn_up.weight", 39).startswith("blk.0.ffn_up.weight is MXFP4, whose codes maskft cannot")
+
+
+def test_the_way_out_of_the_head_leaves_attention_as_it_is():
+    """llama-quantize takes the name of --tensor-type as a pattern: "output" is in attn_output, too."""
+    reason = why_no_zero("output.weight", int(Type.Q4_K))
+    assert "`llama-quantize --output-tensor-type q5_0`" in reason
+    assert "--tensor-type attn_output=q5_0" in why_no_zero("blk.0.attn_output.weight", int(Type.Q4_K))
 
 
 @pytest.mark.parametrize("kind", [Type.Q4_1, Type.Q5_1, Type.IQ4_NL], ids=lambda kind: kind.name)

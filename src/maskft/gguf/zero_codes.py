@@ -248,7 +248,8 @@ def type_name(kind: int) -> str:
 def why_not_writable(kind: int) -> str:
     """Name of a ggml type that is not in ``FORMATS``, and the reason why it is not, for messages."""
     name = type_name(kind)
-    if name in _UNKNOWN_LAYOUT:
+    # A type that is newer than this table may have a zero, too.
+    if name in _UNKNOWN_LAYOUT or kind not in TYPE_NAMES:
         return f"{name}, whose codes maskft cannot write"
     return f"{name}, which has no code for zero"
 
@@ -398,9 +399,13 @@ def why_no_zero(tensor: str, kind: int) -> str | None:
     """
     if kind in FORMATS:
         return None
-    # llama-quantize takes the part of the name that all layers share: ffn_gate.
+    # llama-quantize takes the part of the name that all layers share: ffn_gate. It looks for it anywhere in a name, so
+    # that "output" would be attn_output as well; for that tensor it has an option.
     _, _, part = tensor.removesuffix(".weight").rpartition(".")
+    option = f"--tensor-type {part}=q5_0"
+    if part == "output":
+        option = "--output-tensor-type q5_0"
     return (
         f"{tensor} is {why_not_writable(kind)}; quantise the model with "
-        f"`llama-quantize --tensor-type {part}=q5_0` (supported: {', '.join(NAMES_WITH_ZERO)})"
+        f"`llama-quantize {option}` (supported: {', '.join(NAMES_WITH_ZERO)})"
     )
