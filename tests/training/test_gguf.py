@@ -108,6 +108,14 @@ def test_a_file_with_a_mask_is_refused_before_training(folder, tmp_path, capsys)
     assert not (tmp_path / "mask" / "adapter_config.json").exists()
 
 
+@pytest.mark.parametrize("option", ["--load_in_4bit", "--load_in_8bit"])
+def test_quantising_a_file_once_more_is_refused(folder, tmp_path, capsys, option):
+    assert train(folder, tmp_path / "mask", "--gguf_file", "base.gguf", option, "true") == 2
+    error = capsys.readouterr().err
+    assert "base.gguf' is a GGUF file, whose weights are quantised already: leave them out" in error
+    assert error.count("\n") == 1
+
+
 def test_a_type_without_zero_is_refused_before_training(folder, tmp_path, capsys):
     assert train(folder, tmp_path / "mask", "--gguf_file", "without-zero.gguf") == 2
     error = capsys.readouterr().err

@@ -10,6 +10,7 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 from maskft_common import processes
 from maskft_common.errors import UserError, first_line
 
+from ..models import is_gguf
 from ..tuner.config import MaskConfig
 from .arguments import TrainConfig, TrainingArguments
 from .launch import check_mask_sharding
@@ -84,6 +85,12 @@ def check_config(config: TrainConfig) -> None:
     # Again when the model is loaded, which may be quantised in its files.
     if config.model.load_in_4bit or config.model.load_in_8bit:
         check_quantised(method)
+        # transformers refuses it later, in words about its own parameters.
+        if is_gguf(config.model.model_name_or_path):
+            raise UserError(
+                f"load_in_4bit and load_in_8bit quantise floats, and {config.model.model_name_or_path!r} is a GGUF "
+                "file, whose weights are quantised already: leave them out"
+            )
     if training.trust_remote_code:
         raise UserError("trust_remote_code: code in the folder of a model is not run; name a model that needs none")
     if mask is not None and training.fp16 and mask.price:
