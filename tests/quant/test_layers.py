@@ -318,6 +318,14 @@ def test_torchao_with_quantised_activations_is_refused():
 
 
 @pytest.mark.quantised
+def test_torchao_with_floats_of_eight_bits_is_refused():
+    from torchao.quantization import Float8WeightOnlyConfig
+
+    with pytest.raises(UserError, match=r"Float8Tensor holds floats, .*; use Int8WeightOnlyConfig"):
+        masked(lambda: torchao_linear(Float8WeightOnlyConfig()))
+
+
+@pytest.mark.quantised
 def test_torchao_with_scaled_inputs_is_refused():
     """As AWQ and SmoothQuant leave a weight: its layer multiplies the input, which a masked layer would not."""
 

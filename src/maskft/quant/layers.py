@@ -427,6 +427,8 @@ def _why_not_torchao(weight: Any) -> str | None:
 
     # One byte for each weight, in its place.
     data = getattr(weight, "qdata", None)
+    if data is not None and data.is_floating_point():
+        return f"torchao's {kind} holds floats, whose codes maskft cannot write; use Int8WeightOnlyConfig"
     is_of_bytes = data is not None and data.dtype in (torch.int8, torch.uint8)
     is_matrix = is_of_bytes and data.dim() == 2
     is_in_place = is_matrix and data.shape == weight.shape
