@@ -8,6 +8,8 @@ import gguf
 from gguf import GGMLQuantizationType as Type
 from maskft.gguf.zero_codes import (
     FORMATS,
+    TYPE_NAMES,
+    block_of,
     codes_from_bytes,
     codes_to_bytes,
     read_codes,
@@ -51,6 +53,17 @@ def test_sizes_are_those_of_gguf(kind):
     form = FORMATS[kind]
     assert form.name == Type(kind).name
     assert (form.block_size, form.block_bytes) == gguf.GGML_QUANT_SIZES[Type(kind)]
+
+
+def test_sizes_of_the_other_types_are_those_of_gguf():
+    """They say where a tensor ends, of every type with a name here."""
+    known = {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()}
+    for kind in TYPE_NAMES:
+        # An older gguf has fewer types.
+        if kind in known:
+            assert block_of(kind) == known[kind], TYPE_NAMES[kind]
+        assert block_of(kind) is not None
+    assert block_of(99) is None
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=ids)

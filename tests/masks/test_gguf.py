@@ -344,6 +344,18 @@ def test_a_cut_file_is_refused(tmp_path, base, adapter, share):
         merge_into_gguf(adapter, path, tmp_path / "task.gguf")
 
 
+def test_a_file_that_is_cut_in_a_tensor_without_zero_is_refused(tmp_path, model, adapter):
+    """The last tensor of a file in Q4_K_M is often one in Q4_K."""
+    last = "output.weight"
+    path = write_gguf(tmp_path / "other.gguf", model, kinds={**KINDS, last: Type.Q4_1})
+    places = read_head(path).tensors
+    assert max(places, key=lambda name: places[name].start) == last
+    # More than the padding at the end.
+    path.write_bytes(path.read_bytes()[:-64])
+    with pytest.raises(UserError, match=r"is cut: output.weight ends at byte"):
+        merge_into_gguf(adapter, path, tmp_path / "task.gguf")
+
+
 @pytest.mark.parametrize("shown", [1, 3 << 24], ids=["version 1", "version 3 in the other byte order"])
 def test_another_version_or_byte_order_says_how_to_convert(tmp_path, base, shown):
     content = bytearray(base.read_bytes())

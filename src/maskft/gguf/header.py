@@ -15,7 +15,7 @@ from typing import Any
 
 from maskft_common.errors import UserError
 
-from .zero_codes import FORMATS
+from .zero_codes import block_of, type_name
 
 MAGIC = b"GGUF"
 # Version 1 had counts and lengths of 32 bits.
@@ -246,22 +246,24 @@ def _walk(path: Path, data: mmap.mmap) -> GgufHead:
 
 def _check_rows(name: str, shape: tuple[int, ...], kind: int) -> None:
     """Raise ValueError for rows that are no whole number of blocks, which llama.cpp refuses too."""
-    form = FORMATS.get(kind)
-    if form is None or not shape:
+    block = block_of(kind)
+    if block is None or not shape:
         return
+    block_size, _ = block
     num_columns = shape[-1]
-    if num_columns % form.block_size != 0:
-        raise ValueError(f"{name} has rows of {num_columns} weights, and {form.name} blocks of {form.block_size}")
+    if num_columns % block_size != 0:
+        raise ValueError(f"{name} has rows of {num_columns} weights, and {type_name(kind)} blocks of {block_size}")
 
 
 def _num_bytes(shape: tuple[int, ...], kind: int) -> int | None:
-    """Bytes of a tensor; None if its type has no format here."""
-    form = FORMATS.get(kind)
-    if form is None:
+    """Bytes of a tensor; None if its type is not known here."""
+    block = block_of(kind)
+    if block is None:
         return None
+    block_size, block_bytes = block
     # A row is a whole number of blocks.
-    num_blocks = math.prod(shape) // form.block_size
-    return num_blocks * form.block_bytes
+    num_blocks = math.prod(shape) // block_size
+    return num_blocks * block_bytes
 
 
 def _check_whole(head: GgufHead) -> None:

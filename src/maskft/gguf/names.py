@@ -224,7 +224,7 @@ def dequantised(head: GgufHead, tensor: str) -> Tensor:
 
     place: TensorPlace = head.tensors[tensor]
     quantization = GGMLQuantizationType(place.kind)
-    # Not place.num_bytes, which is not known of types without a zero level.
+    # Not place.num_bytes, which is not known of types that are newer than our table.
     block_size, block_bytes = GGML_QUANT_SIZES[quantization]
     num_blocks = math.prod(place.shape) // block_size
     num_bytes = num_blocks * block_bytes

@@ -224,6 +224,34 @@ def _formats() -> dict[int, Format]:
 # that lacks zero (IQ4_NL).
 FORMATS = _formats()
 NAMES_WITH_ZERO = tuple(FORMATS[kind].name for kind in sorted(FORMATS))
+# Weights in a block and its bytes, of the types that are not in FORMATS: to know where a tensor ends.
+_OTHER_BLOCKS = {
+    "Q4_1": (32, 20),
+    "Q5_1": (32, 24),
+    "Q8_1": (32, 40),
+    "Q2_K": (256, 84),
+    "Q4_K": (256, 144),
+    "Q5_K": (256, 176),
+    "Q8_K": (256, 292),
+    "IQ2_XXS": (256, 66),
+    "IQ2_XS": (256, 74),
+    "IQ3_XXS": (256, 98),
+    "IQ1_S": (256, 50),
+    "IQ4_NL": (32, 18),
+    "IQ3_S": (256, 110),
+    "IQ2_S": (256, 82),
+    "IQ4_XS": (256, 136),
+    "I8": (1, 1),
+    "I16": (1, 2),
+    "I32": (1, 4),
+    "I64": (1, 8),
+    "F64": (1, 8),
+    "IQ1_M": (256, 56),
+    "TQ1_0": (256, 54),
+    "TQ2_0": (256, 66),
+    "MXFP4": (32, 17),
+    "NVFP4": (64, 36),
+}
 # Types that have a zero level, but whose layout is not described here: they are rare as weights.
 _UNKNOWN_LAYOUT = {
     "Q8_1",
@@ -243,6 +271,14 @@ _UNKNOWN_LAYOUT = {
 def type_name(kind: int) -> str:
     """Name of a ggml type."""
     return TYPE_NAMES.get(kind, f"ggml type {kind}")
+
+
+def block_of(kind: int) -> tuple[int, int] | None:
+    """Number of weights in a block of a ggml type, and of its bytes; None for a type that is not known here."""
+    form = FORMATS.get(kind)
+    if form is not None:
+        return form.block_size, form.block_bytes
+    return _OTHER_BLOCKS.get(type_name(kind))
 
 
 def why_not_writable(kind: int) -> str:
