@@ -25,6 +25,7 @@ from trl import ModelConfig
 
 import tiny
 from maskft import MaskConfig, current_masks, set_mask_progress
+from maskft.masks import adapter
 from maskft.masks.codec import encode_mask, weights_sha256
 from maskft.masks.mask_set import MaskSet
 from maskft.masks.verify import verify
@@ -184,6 +185,32 @@ def test_safe_merge_refuses_what_is_not_finite():
     model.base_model.model[0].base_layer.weight.data.fill_(float("inf"))
     with pytest.raises(ValueError, match="not finite"):
         model.merge_adapter(safe_merge=True)
+
+
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_a_layer_that_cannot_be_merged_leaves_all_layers_as_they_were(merge):
+    model = get_peft_model(tiny.tiny_llama(), MaskConfig(target_modules=["up_proj"])).eval()
+    last = list(adapter_layers(model).values())[-1]
+    with torch.no_grad():
+        last.base_layer.weight.view(-1)[:1000] = float("inf")
+    with pytest.raises(ValueError, match=r"^model\.layers\.2\.mlp\.up_proj has weights that are not finite"):
+        getattr(model, merge)(safe_merge=True)
+    assert not any(layer.merged for layer in adapter_layers(model).values())
+    with torch.no_grad():
+        last.mask_scores["default"].view(-1)[0] = float("nan")
+    with pytest.raises(UserError, match="scores contain NaN"):
+        getattr(model, merge)()
+    assert [layer.merged for layer in adapter_layers(model).values()] == [False] * 3
+
+
+def test_a_mask_that_was_loaded_is_decoded_once_to_be_merged(saved, monkeypatch):
+    model = PeftModel.from_pretrained(tiny.tiny_llama(), saved[0])
+    layers = list(adapter_layers(model).values())
+    decoded = []
+    decode = adapter.decode_mask
+    monkeypatch.setattr(adapter, "decode_mask", lambda *args: decoded.append(args) or decode(*args))
+    model.merge_adapter()
+    assert len(decoded) == len(layers)
 
 
 def test_two_adapters_switch_delete_and_intersect(make, tmp_path):
@@ -389,6 +416,12 @@ def test_a_misspelt_adapter_is_not_left_out_in_silence():
     with pytest.raises(UserError, match=r"^the model has no adapter named 'sum' \(did you mean 'sums'\?\); it has: d"):
         model.base_model.set_adapter(["default", "sum"])
     assert model.active_adapters == ["default"]
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(UserError, match=r"^the model has no adapter named 'sum' \(did you mean 'sums'\?\); it has"):
+            merge(adapter_names=["default", "sum"])
+        with pytest.raises(TypeError, match="should be a list of strings, got 'sums'"):
+            merge(adapter_names="sums")
+    assert [layer.merged for layer in adapter_layers(model).values()] == [False] * 7
 
 
 def test_the_folder_of_an_initial_adapter_is_left_alone(tmp_path):

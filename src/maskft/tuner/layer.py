@@ -309,34 +309,16 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
             adapter_names: Adapters to merge; default: the active ones.
 
         Raises:
-            UserError: If the weight is sharded, another tuner's layer is over this one, or a mask that gives removed
-                weights a value would be merged together with others.
+            UserError: If the weight is sharded, another tuner's layer is over this one, an adapter has no mask here, or
+                a mask that gives removed weights a value would be merged together with others.
             ValueError: With ``safe_merge``, if the masked weight is not finite.
         """
-        if hasattr(self.weight, "full_tensor"):  # a DTensor
-            raise UserError(
-                f"{self.module_name} is sharded by FSDP and cannot be merged; save the adapter and run maskft merge"
-            )
-        self.check_not_wrapped()
-
-        # Not all adapters mask all layers; PEFT names those of the whole model.
-        wanted = check_adapters_to_merge(self, adapter_names)
-        names = [name for name in wanted if name in self.mask_configs]
-        # With values in place of zeros the result would depend on the order of merging.
-        together = {*names, *self.merged_adapters}
-        has_values = any(name in self.removed_values for name in together)
-        if names and len(together) > 1 and has_values:
-            raise UserError(
-                "a mask whose removed_value is base is merged alone; unmerge the others, or name one adapter"
-            )
-
-        for name in names:
+        # PEFT's warnings about adapters that are merged already.
+        check_adapters_to_merge(self, adapter_names)
+        for name in self.check_merge(safe_merge, adapter_names):
             mask = self.get_mask(name)
             # With the masks that were merged before.
             weight = self.get_base_weight()
-            merged = blend(weight, mask, self.removed_value(name))
-            if safe_merge and not torch.isfinite(merged).all():
-                raise ValueError(f"{self.module_name} has weights that are not finite after merging {name!r}")
 
             # Kept for unmerge. PEFT's way, a delta that is added and subtracted again, would not restore an infinite
             # weight, nor a weight that two masks remove.
@@ -348,11 +330,48 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
             else:
                 codes = None
                 # In place: `weight` shares the memory of the base layer's parameter.
+                merged = blend(weight, mask, self.removed_value(name))
                 weight.copy_(merged)
             self._merge_stash[name] = (removed, values, codes)
             self.merged_adapters.append(name)
             # Writing codes does not raise the version of a weight, which caches compare.
             self.masker.forget()
+
+    def check_merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> list[str]:
+        """Names of the adapters that :meth:`merge` would merge; raises what it would raise, and writes nothing.
+
+        A model calls it for all layers before it merges the first one, so that an error leaves it as it was.
+        """
+        if hasattr(self.weight, "full_tensor"):  # a DTensor
+            raise UserError(
+                f"{self.module_name} is sharded by FSDP and cannot be merged; save the adapter and run maskft merge"
+            )
+        self.check_not_wrapped()
+
+        # Not all adapters mask all layers; PEFT names those of the whole model.
+        wanted = self.active_adapters if adapter_names is None else adapter_names
+        names = [name for name in wanted if name in self.mask_configs and name not in self.merged_adapters]
+        # With values in place of zeros the result would depend on the order of merging.
+        together = {*names, *self.merged_adapters}
+        has_values = any(name in self.removed_values for name in together)
+        if names and len(together) > 1 and has_values:
+            raise UserError(
+                "a mask whose removed_value is base is merged alone; unmerge the others, or name one adapter"
+            )
+
+        for name in names:
+            # A mask that was loaded was checked then, and decoding it takes time.
+            is_loaded = name in self.saved_masks and name not in self.mask_scores
+            if not is_loaded:
+                self.get_mask(name)
+        if safe_merge:
+            merged = self.get_base_weight()
+            for name in names:
+                mask = self.get_mask(name)
+                merged = blend(merged, mask, self.removed_value(name))
+                if not torch.isfinite(merged).all():
+                    raise ValueError(f"{self.module_name} has weights that are not finite after merging {name!r}")
+        return names
 
     def unmerge(self) -> None:
         """Undo ``merge``, bit for bit."""

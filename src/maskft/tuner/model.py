@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, onload_layer
 from torch import Tensor, nn
 
 from maskft_common.errors import UserError, did_you_mean
@@ -172,11 +172,7 @@ class MaskModel(BaseTuner):
             UserError: If there is no adapter of a name; PEFT's layers would leave it out in silence.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
-        for name in names:
-            if name not in self.peft_config:
-                hint = did_you_mean(name, self.peft_config)
-                known = ", ".join(self.peft_config)
-                raise UserError(f"the model has no adapter named {name!r}{hint}; it has: {known}")
+        self._check_names(names)
         super().set_adapter(adapter_name, inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -205,18 +201,56 @@ class MaskModel(BaseTuner):
             parent = self.model.get_submodule(parent_name)
             module.place = (weakref.ref(parent), attribute)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        # PEFT unloads the outermost layer only, and a mask below another adapter would be lost. Checked for all layers
-        # before the first one is unloaded.
-        masked = adapter_layers(self.model, adapter_name=None)
-        for layer in masked.values():
-            layer.check_not_wrapped()
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters into the base weights; ``unmerge_adapter`` undoes it.
 
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        Args:
+            adapter_names: Adapters to merge; default: the active ones.
+            safe_merge: Raise if a masked weight is not finite.
+
+        Raises:
+            UserError: If there is no adapter of a name, or a layer cannot be merged; nothing is merged then.
+            ValueError: With ``safe_merge``, if a masked weight is not finite; nothing is merged then.
+        """
+        self._check_merge(safe_merge, adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            self._check_merge(safe_merge, adapter_names)
+        else:
+            # PEFT unloads the outermost layer only, and a mask below another adapter would be lost.
+            for layer in adapter_layers(self.model, adapter_name=None).values():
+                layer.check_not_wrapped()
+
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         # The plain model is left, on which nothing of the add-ons may stay.
         for undo in self._undo_hooks or []:
             undo()
         return model
+
+    def _check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
+        """Check all layers before the first one is merged or unloaded, so that an error leaves the model as it was."""
+        # PEFT's layers leave out a name that they do not have. A text instead of a list is left to them: they raise.
+        if adapter_names is not None and not isinstance(adapter_names, str):
+            self._check_names(adapter_names)
+        for layer in adapter_layers(self.model, adapter_name=None).values():
+            with onload_layer(layer):
+                layer.check_merge(safe_merge, adapter_names)
+
+    def _check_names(self, adapter_names: Iterable[str]) -> None:
+        """Raise for a name that no adapter has."""
+        for name in adapter_names:
+            if name not in self.peft_config:
+                hint = did_you_mean(name, self.peft_config)
+                known = ", ".join(self.peft_config)
+                raise UserError(f"the model has no adapter named {name!r}{hint}; it has: {known}")
 
     @classmethod
     def _get_adapter_state_dict(
