@@ -7,6 +7,7 @@ import pickle
 import re
 import warnings
 
+import numpy as np
 import pytest
 
 from maskft import MaskConfig
@@ -71,6 +72,26 @@ def test_names_of_layers_become_what_peft_reads():
         MaskConfig(layers_to_transform=set())
 
 
+def test_numbers_and_lists_of_other_libraries_become_what_json_has(tmp_path):
+    config = MaskConfig(
+        target_modules=np.array(["v_proj", "q_proj"]),
+        layers_to_transform=list(np.arange(2)),
+        sparsity=np.float32(0.25),
+        mask_seed=np.int64(3),
+    )
+    config.save_pretrained(str(tmp_path))
+    loaded = MaskConfig.from_pretrained(tmp_path)
+    assert (loaded.target_modules, loaded.layers_to_transform) == (["q_proj", "v_proj"], [0, 1])
+    assert (loaded.sparsity, loaded.mask_seed) == (0.25, 3)
+    assert MaskConfig(layers_to_transform=np.array([2, 1])).layers_to_transform == [1, 2]
+    assert type(MaskConfig(layers_to_transform=np.int64(1)).layers_to_transform) is int
+
+
+def test_a_list_of_a_preset_is_the_configurations_own():
+    MaskConfig(preset="deletion_tuning").target_modules.append("up_proj")
+    assert MaskConfig(preset="deletion_tuning").target_modules == ["gate_proj"]
+
+
 def test_a_configuration_is_saved_by_itself(tmp_path):
     MaskConfig(sparsity=0.3).save_pretrained(str(tmp_path), auto_mapping_dict={"base_model_class": "Own"})
     saved = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
@@ -101,6 +122,11 @@ LEARNERS = "topk, threshold, logit, gumbel, hard_concrete"
             "preset is 'papr' (did you mean 'paper'?); choose one of: paper, recommended, deletion_tuning",
         ),
         (
+            {"preset": ["paper"]},
+            "preset is ['paper'] (did you mean 'paper'?); choose one of: paper, recommended, deletion_tuning",
+        ),
+        ({"format_version": "2"}, "format_version is '2'; it must be a whole number"),
+        (
             {"format_version": 99},
             "the adapter has format version 99, this maskft reads up to 2; use a newer one",
         ),
@@ -114,6 +140,7 @@ LEARNERS = "topk, threshold, logit, gumbel, hard_concrete"
             for name in ("temperature", "temperature_end", "init_value")
         ),
         ({"price": None}, "price is None; it must be a number"),
+        ({"progress": "1"}, "progress is '1'; it must be a number"),
         ({"init_std": 0.0}, "init_std is 0.0; it is a standard deviation and must be > 0"),
         ({"init_std": math.inf}, "init_std is inf; it is a standard deviation and must be > 0"),
         ({"init_std": math.nan}, "init_std is nan; it is a standard deviation and must be > 0"),
@@ -130,6 +157,15 @@ LEARNERS = "topk, threshold, logit, gumbel, hard_concrete"
         ({**GUMBEL, "temperature_end": 0.0}, "temperature_end is 0.0; it must be above 0"),
         ({"mask_seed": -1}, "mask_seed is -1; it must be >= 0"),
         # Layers
+        *(
+            ({name: value}, f"{name} is {value}; give a list of names")
+            for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern")
+            for value in (5, [1], [None])
+        ),
+        *(
+            ({"layers_to_transform": value}, f"layers_to_transform is {value!r}; give indices of layers, from 0")
+            for value in ("1", ["1"], 1.0, [None])
+        ),
         (
             {"target_modules": "("},
             "target_modules '(' is not a regular expression: missing ), unterminated subpattern at position 0",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import numbers
+import operator
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -37,6 +40,12 @@ REMOVED_VALUES: dict[str, RemovedValues] = {"zero": lambda config, model: {}}
 
 # Values of `init_scores` that need training rows.
 DATA_STARTS = ("wanda",)
+
+# Fields whose values are numbers, and those that may be None besides; `sparsity` has a check of its own.
+_NUMBERS = ("init_std", "sparsity_ramp", "price", "mask_seed", "threshold", "sharpness", "temperature")
+_NUMBERS_OR_NONE = ("init_value", "sharpness_end", "temperature_end", "progress")
+# Fields whose values are names of modules, in a list, or a text: for the first two a regular expression.
+_NAMES = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern")
 
 
 class MaskPeftType(str, Enum):  # noqa: UP042 - PEFT's own PeftType is (str, Enum), and code compares the two
@@ -237,6 +246,8 @@ class MaskConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = MaskPeftType.MASK
         # First, because a newer version may give the other fields values that the checks below do not know.
+        if not isinstance(self.format_version, int):
+            raise UserError(f"format_version is {self.format_version!r}; it must be a whole number")
         if self.format_version > ADAPTER_FORMAT_VERSION:
             raise UserError(
                 f"the adapter has format version {self.format_version}, this maskft reads up to "
@@ -244,8 +255,8 @@ class MaskConfig(PeftConfig):
             )
         # The preset before the checks, so that its values are checked together with those given beside it. Then the
         # simple checks before the combined ones, which read numbers and look up learners by name.
-        self._apply_preset()
         self._normalize()
+        self._apply_preset()
         self._check_choices()
         self._check_numbers()
         self._check_layers()
@@ -322,8 +333,8 @@ class MaskConfig(PeftConfig):
         # A saved configuration has the values that it was trained with, also if the preset has changed since.
         if self.preset is None or self._is_saved:
             return
-        if self.preset not in PRESETS:
-            hint = did_you_mean(self.preset, PRESETS)
+        if not isinstance(self.preset, str) or self.preset not in PRESETS:
+            hint = did_you_mean(str(self.preset), PRESETS)
             raise UserError(f"preset is {self.preset!r}{hint}; choose one of: {', '.join(PRESETS)}")
         preset = PRESETS[self.preset]
 
@@ -348,20 +359,54 @@ class MaskConfig(PeftConfig):
 
         for name, value in preset.items():
             if name not in given and name not in unread:
-                setattr(self, name, value)
+                # A copy, because the lists of a configuration may be changed: PEFT and its users extend them.
+                setattr(self, name, copy.copy(value))
 
     def _normalize(self) -> None:
-        """Give fields the types that PEFT reads and JSON has."""
-        # Lists, which PEFT extends for classifiers. Sorted, because sets of strings have another order in each process.
-        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+        """Give fields the types that PEFT reads and JSON has.
+
+        Raises:
+            UserError: If a field that chooses layers has a value of another type.
+        """
+        # numpy's numbers, which JSON cannot write; its float64 is a float.
+        for name in ("sparsity", *_NUMBERS, *_NUMBERS_OR_NONE):
+            value: Any = getattr(self, name)
+            is_real = isinstance(value, numbers.Real)
+            if is_real and not isinstance(value, int | float):
+                setattr(self, name, value.item())
+
+        for name in _NAMES:
             value = getattr(self, name)
-            if isinstance(value, tuple | set):
-                setattr(self, name, sorted(value))
+            if value is None or isinstance(value, str):
+                continue
+            entries = list(value) if isinstance(value, Iterable) else [value]
+            if not all(isinstance(entry, str) for entry in entries):
+                raise UserError(f"{name} is {value!r}; give a list of names")
+            # Lists, which PEFT extends for classifiers. Others are sorted: sets of strings have another order in each
+            # process.
+            if not isinstance(value, list):
+                setattr(self, name, sorted(entries))
         # PEFT would take the letters of a string for names.
         if isinstance(self.modules_to_save, str):
             self.modules_to_save = [self.modules_to_save]
-        if isinstance(self.layers_to_transform, range | tuple | set):
-            self.layers_to_transform = sorted(self.layers_to_transform)
+        self._normalize_indices()
+
+    def _normalize_indices(self) -> None:
+        """Make ``layers_to_transform`` an int, or a list of ints, out of a range, a set or an array of numpy."""
+        layers: Any = self.layers_to_transform
+        if layers is None:
+            return
+        is_one = not isinstance(layers, Iterable)
+        try:
+            indices = [operator.index(index) for index in ([layers] if is_one else layers)]
+        except TypeError:
+            raise UserError(f"layers_to_transform is {layers!r}; give indices of layers, from 0") from None
+        if is_one:
+            self.layers_to_transform = indices[0]
+        elif isinstance(layers, list):
+            self.layers_to_transform = indices
+        else:
+            self.layers_to_transform = sorted(indices)
 
     def _check_choices(self) -> None:
         """Raise for a value that is not among the choices of its field."""
@@ -383,23 +428,9 @@ class MaskConfig(PeftConfig):
     def _check_numbers(self) -> None:
         """Raise for values that are not numbers, or are outside of their range."""
         # Types first: PEFT builds configurations from JSON, where a number may have been written as a string.
-        names = (
-            "init_std",
-            "sparsity_ramp",
-            "price",
-            "mask_seed",
-            "threshold",
-            "sharpness",
-            "temperature",
-        )
-        may_be_none = (
-            "init_value",
-            "sharpness_end",
-            "temperature_end",
-        )
-        for name in (*names, *may_be_none):
+        for name in (*_NUMBERS, *_NUMBERS_OR_NONE):
             value = getattr(self, name)
-            if value is None and name in may_be_none:
+            if value is None and name in _NUMBERS_OR_NONE:
                 continue
             if not isinstance(value, int | float):
                 raise UserError(f"{name} is {value!r}; it must be a number")
