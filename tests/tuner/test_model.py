@@ -567,6 +567,39 @@ def test_targets_that_cannot_be(settings, message):
     assert same_weights(model, tiny.tiny_llama())
 
 
+@pytest.mark.parametrize(
+    "targets, saved, task_type, named",
+    [
+        (["q_proj", "lm_head"], ["lm_head"], None, "'lm_head' .*: lm_head;"),
+        (["gate_proj"], ["mlp"], None, "'gate_proj' .*: mlp;"),
+        (r".*\.gate_proj", ["mlp"], None, r"'\.\*\\\\\.gate_proj' .*: mlp;"),
+        (["q_proj", "score"], None, "SEQ_CLS", "'score' .*: classifier, score;"),
+        (None, ["layers"], None, "'down_proj' .*: layers;"),
+    ],
+)
+def test_a_target_that_is_trained_in_full_is_not_left_unmasked_in_silence(targets, saved, task_type, named):
+    if task_type is None:
+        model = tiny.tiny_llama()
+    else:
+        settings = {"num_labels": 3, "vocab_size": 96, "pad_token_id": 0}
+        model = tiny.decoder(transformers.LlamaConfig, transformers.LlamaForSequenceClassification, **settings)
+    config = MaskConfig(target_modules=targets, modules_to_save=saved, task_type=task_type)
+    with pytest.raises(UserError, match=f"^target_modules {named} leave it out of one of the two$"):
+        get_peft_model(model, config)
+
+
+def test_by_default_what_is_trained_in_full_is_no_target(tmp_path):
+    config = MaskConfig(modules_to_save=["q_proj", "layers.1.mlp"])
+    model = get_peft_model(tiny.tiny_llama(), config).eval()
+    names = ["down_proj", "gate_proj", "k_proj", "o_proj", "up_proj", "v_proj"]
+    assert model.peft_config["default"].target_modules == names
+    assert len(adapter_layers(model)) == 3 * 6 - 3
+    # A file that names them all, as files did before, is loaded.
+    model.peft_config["default"].target_modules = [*names, "q_proj"]
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path)), logits(model))
+
+
 def test_a_tied_head_is_refused():
     model = tiny.tiny_llama(tie_word_embeddings=True)
     with pytest.raises(UserError, match="lm_head cannot be masked: its weight is tied to the input embeddings"):

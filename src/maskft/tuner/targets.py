@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Iterable, Mapping
@@ -54,6 +55,7 @@ def resolve_targets(config: MaskConfig, model: nn.Module) -> None:
         _warn_of_experts(model)
         _leave_out_quantised(config, model)
         _leave_out_adapters(config, model)
+        _leave_out_saved(config, model)
     check_targets(config, model)
 
 
@@ -100,7 +102,8 @@ def check_targets(config: MaskConfig, model: nn.Module) -> None:
 
     matched = [name for name in modules if is_target(config, name)]
     targets = {name: modules[name] for name in matched}
-    # If nothing matched, of the first three only a misspelt entry of modules_to_save raises.
+    _check_not_saved(config, modules)
+    # If nothing matched, of the next three only a misspelt entry of modules_to_save raises.
     _check_maskable(matched, modules, model)
     _check_not_shared(targets, model)
     _check_every_entry_matches(config, modules, has_targets=bool(matched))
@@ -155,6 +158,11 @@ def _is_linear(module: nn.Module) -> bool:
 def _last(name: str) -> str:
     """The last component of a module's name: ``q_proj`` of ``model.layers.0.self_attn.q_proj``."""
     return name.rpartition(".")[2]
+
+
+def _is_named(name: str, entry: str) -> bool:
+    """Whether an entry of a list names a module, as PEFT matches it: in full, or by the end of its name."""
+    return name == entry or name.endswith(f".{entry}")
 
 
 def _exclude_other_layers(config: MaskConfig, model: nn.Module) -> None:
@@ -245,6 +253,37 @@ def _leave_out_adapters(config: MaskConfig, model: nn.Module) -> None:
             f"linear layers with an adapter of another kind are left out: {listed(names)}; to mask them, merge that "
             "adapter first"
         )
+
+
+def _leave_out_saved(config: MaskConfig, model: nn.Module) -> None:
+    """Leave out names of which every layer is in ``modules_to_save``: they are trained in full beside the mask."""
+    names = [name for name, _ in model.named_modules() if name]
+    saved = _saved_targets(config, names)
+    left = [entry for entry in config.target_modules or () if entry not in saved]
+    if left:  # else `_check_not_saved` raises
+        config.target_modules = left
+
+
+def _saved_targets(config: MaskConfig, names: Iterable[str]) -> list[str]:
+    """Entries of ``target_modules`` that ``modules_to_save`` covers; a regular expression is one entry."""
+    if not config.modules_to_save:
+        return []
+    # PEFT matches no target inside of these modules, and trains and saves them in full.
+    without = copy.copy(config)
+    without.modules_to_save = None
+    asked = [name for name in names if is_target(without, name)]
+    masked = [name for name in asked if is_target(config, name)]
+
+    entries = config.target_modules or []
+    if isinstance(entries, str):
+        return [entries] if asked and not masked else []
+    saved = []
+    for entry in entries:
+        is_asked = any(_is_named(name, entry) for name in asked)
+        is_masked = any(_is_named(name, entry) for name in masked)
+        if is_asked and not is_masked:
+            saved.append(entry)
+    return saved
 
 
 # Why a module cannot be masked
@@ -391,6 +430,18 @@ def _check_not_tied(
             )
 
 
+def _check_not_saved(config: MaskConfig, modules: Iterable[str]) -> None:
+    """Raise for a target that ``modules_to_save`` covers; PEFT leaves it out in silence."""
+    # Adapters that were saved before there was this check are still loaded.
+    if config.mask_sha256 is not None:
+        return
+    for entry in _saved_targets(config, modules):
+        raise UserError(
+            f"target_modules {entry!r} would be masked nowhere, because modules_to_save (to which PEFT adds the heads "
+            f"of classifiers) trains it in full: {listed(config.modules_to_save or ())}; leave it out of one of the two"
+        )
+
+
 def _check_maskable(
     matched: list[str],
     modules: Mapping[str, nn.Module],
@@ -463,7 +514,7 @@ def _check_every_entry_matches(
             entries.append(("modules_to_save", entry))
 
     for option, entry in entries:
-        is_matched = any(name == entry or name.endswith(f".{entry}") for name in names)
+        is_matched = any(_is_named(name, entry) for name in names)
         if not is_matched:
             leaves = {_last(name) for name in names}
             hint = did_you_mean(entry, leaves)
