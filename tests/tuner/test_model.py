@@ -424,6 +424,30 @@ def test_a_misspelt_adapter_is_not_left_out_in_silence():
     assert [layer.merged for layer in adapter_layers(model).values()] == [False] * 7
 
 
+@pytest.mark.parametrize("name", ["v1.2", "", "values", "train", "training"])
+def test_a_name_that_torch_cannot_have_is_refused_and_the_model_works_on(name):
+    message = f"^adapter name {name!r} cannot be the name of a parameter in torch .*: choose another$"
+    with pytest.raises(UserError, match=message):
+        get_peft_model(tiny.tiny_llama(), MaskConfig(), adapter_name=name)
+    model = get_peft_model(tiny.tiny_llama(), MaskConfig(layers_to_transform=[1])).eval()
+    before = logits(model)
+    with pytest.raises(UserError, match=message):
+        model.add_adapter(name, MaskConfig(layers_to_transform=[1]))
+    assert torch.equal(logits(model), before)
+
+
+def test_a_mask_for_inference_may_have_any_name(saved, tmp_path):
+    model = PeftModel.from_pretrained(tiny.tiny_llama(), saved[0], adapter_name="v1.2")
+    assert torch.equal(logits(model), saved[1])
+    whole = get_peft_model(tiny.tiny_llama(), MaskConfig(modules_to_save=["lm_head"]))
+    whole.save_pretrained(tmp_path / "whole")
+    with pytest.raises(UserError, match=r"^adapter name 'v1\.3' cannot be the name of a parameter in torch"):
+        model.load_adapter(tmp_path / "whole", "v1.3")
+    model.load_adapter(saved[0], "v1.3")
+    model.delete_adapter("v1.2")
+    assert torch.equal(logits(model), saved[1])
+
+
 def test_the_folder_of_an_initial_adapter_is_left_alone(tmp_path):
     """PEFT writes the configuration of the trained adapter into it before it says that it cannot convert."""
     model = get_peft_model(tiny.tiny_llama(), MaskConfig(layers_to_transform=[1]))

@@ -71,6 +71,7 @@ class MaskModel(BaseTuner):
         # progress and checksums are written into it.
         names = [name for name, config in self.peft_config.items() if config is peft_config]
         adapter_name = names[-1]  # PEFT has just added it under this name, which it does not pass on
+        _check_name(adapter_name, peft_config)
         is_second_here = len(names) > 1
         # `is_new` is an attribute of the class until it is set below. In vars(), it shows that a model has this object.
         was_used = "is_new" in vars(peft_config) and not peft_config.inference_mode
@@ -288,6 +289,26 @@ class MaskModel(BaseTuner):
         remap = partial(super()._remap_adapter_state_dict_for_load, model, config, adapter_name)
         files = adapter_files()
         return files.decode(model, config, adapter_name, state_dict, remap)
+
+
+def _check_name(adapter_name: str, config: MaskConfig) -> None:
+    """Raise for a name that torch's dictionaries cannot have as a key.
+
+    They raise, too, but when the key is half added: the layer could no longer be used, with any adapter.
+    """
+    # A mask that was loaded for inference is in a plain dictionary, which takes all names.
+    has_scores = not config.inference_mode or adapter_files().loads_scores
+    if not has_scores and not config.modules_to_save:
+        return
+
+    # Of scores, and of PEFT's copies of modules_to_save.
+    dictionaries = (nn.ParameterDict(), nn.ModuleDict())
+    is_attribute = any(hasattr(dictionary, adapter_name) for dictionary in dictionaries)
+    if is_attribute or "." in adapter_name or not adapter_name:
+        raise UserError(
+            f"adapter name {adapter_name!r} cannot be the name of a parameter in torch (it is empty, has a dot, or is "
+            "an attribute of torch's modules): choose another"
+        )
 
 
 def _check_not_on_disk(model: nn.Module) -> None:
