@@ -469,6 +469,30 @@ def test_a_masked_head_is_saved_as_a_mask_alone(tmp_path):
     assert torch.equal(logits(PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path)), logits(model))
 
 
+@pytest.mark.parametrize("place", ["model", "blocks before", "blocks after"])
+def test_a_file_of_a_compiled_model_is_one_of_the_plain_model(place, tmp_path):
+    """torch.compile(module) puts ``_orig_mod`` into the names of modules. Compiled, but not run: only names matter."""
+    base = tiny.tiny_llama()
+    blocks = nn.ModuleList(torch.compile(block, backend="eager") for block in base.model.layers)
+    if place == "blocks before":
+        base.model.layers = blocks
+    config = MaskConfig(save_scores=True, layers_to_transform=[0, 1])
+    model = get_peft_model(torch.compile(base, backend="eager") if place == "model" else base, config)
+    if place == "blocks after":
+        base.model.layers = blocks
+    model.save_pretrained(tmp_path)
+    masks = current_masks(model)
+    assert set(MaskSet.from_adapter(tmp_path)) == set(masks) and "model.layers.0.mlp.up_proj" in masks
+    plain = get_peft_model(tiny.tiny_llama(), MaskConfig(layers_to_transform=[0, 1]))
+    loaded = PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path, is_trainable=True)
+    for other in (plain, loaded):
+        assert all(torch.equal(mask, masks[name]) for name, mask in current_masks(other).items())
+    # And the other way round, onto the compiled model.
+    plain.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "other")
+    assert all(torch.equal(mask, masks[name]) for name, mask in current_masks(model, "other").items())
+
+
 def test_a_threshold_that_is_changed_is_used():
     model = get_peft_model(tiny.tiny_llama(), MaskConfig(selection="threshold", rank_by="signed")).eval()
     before = logits(model)

@@ -23,7 +23,7 @@ from maskft_common.layout import ADAPTER_WEIGHTS
 from ..tuner.adapter_files import AdapterFiles, StateDict
 from ..tuner.config import MaskConfig
 from ..tuner.layer import MaskedLinear
-from ..tuner.model import adapter_layers, unwrapped_name
+from ..tuner.model import adapter_layers, unwrapped_name, without_compiled
 from ..tuner.targets import listed
 from .adapter_file import add_tensors, weights_beside_masks
 from .card import write_card
@@ -86,7 +86,9 @@ class MaskFiles(AdapterFiles):
         for name, mask in masks.items():
             code = encode_mask(mask)
             coded[unwrapped_name(name)] = code
-            out[f"{name}.mask_coded.{adapter_name}"] = code
+            # A file of a compiled model is one of the plain model.
+            name_in_file = without_compiled(name)
+            out[f"{name_in_file}.mask_coded.{adapter_name}"] = code
 
             # The weights of a masked output head, which PEFT would save in full beside the mask.
             for kind in ("weight", "bias"):
@@ -95,12 +97,12 @@ class MaskFiles(AdapterFiles):
             # A mask that was loaded for inference has no scores.
             scores_here = layers[name].mask_scores
             if adapter_name in scores_here:
-                key = f"{name}.mask_scores.{adapter_name}"
-                scores = state_dict.get(key, scores_here[adapter_name])
+                key = f"mask_scores.{adapter_name}"
+                scores = state_dict.get(f"{name}.{key}", scores_here[adapter_name])
                 if config.save_scores:
-                    out[key] = scores
+                    out[f"{name_in_file}.{key}"] = scores
                 else:
-                    scores_of_save[f"{name}.mask_scores"] = scores
+                    scores_of_save[f"{name_in_file}.mask_scores"] = scores
 
         # Modules that are saved whole, by their names in the file. PEFT adds them after this call.
         own = f".modules_to_save.{adapter_name}."

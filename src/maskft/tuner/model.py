@@ -30,6 +30,8 @@ MODEL_HOOKS: list[Callable[[nn.Module], Callable[[], None]]] = []
 
 # Before the names of modules in a PeftModel.
 _PREFIX = "base_model.model."
+# torch.compile(module) puts this before the names of what is inside.
+_COMPILED = "_orig_mod."
 # TRL's name of the frozen adapter that preference training compares with.
 _REFERENCE = "ref"
 
@@ -339,8 +341,14 @@ def adapter_layers(model: nn.Module, adapter_name: str | None = "default") -> di
 
 
 def unwrapped_name(name: str) -> str:
-    """Name of a module in the unwrapped model; other wrappers may have put a name before PEFT's."""
+    """Name of a module in the plain model: other wrappers have put names before PEFT's, and torch.compile between."""
+    name = without_compiled(name)
     return name.rpartition(_PREFIX)[2]
+
+
+def without_compiled(name: str) -> str:
+    """Name of a module as if no part of the model was compiled by ``torch.compile``."""
+    return name.replace(_COMPILED, "")
 
 
 def current_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
