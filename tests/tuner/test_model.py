@@ -511,8 +511,28 @@ def test_an_adapter_that_does_not_load_leaves_nothing_behind(saved, tmp_path):
 
 def test_what_another_adapter_saves_whole_is_not_masked():
     model = get_peft_model(tiny.tiny_llama(), MaskConfig(target_modules=["q_proj"], modules_to_save=["mlp.down_proj"]))
-    model.add_adapter("second", MaskConfig())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.add_adapter("second", MaskConfig())
     assert not any("down_proj" in name for name in current_masks(model, "second"))
+    one = MaskConfig(target_modules=["q_proj"], modules_to_save=["layers.1.mlp.down_proj"])
+    model = get_peft_model(tiny.tiny_llama(), one)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.add_adapter("second", MaskConfig())
+    assert sum("down_proj" in name for name in current_masks(model, "second")) == 2
+
+
+@pytest.mark.parametrize("saved_whole", ["lm_head", "mlp"])
+def test_what_another_adapter_masks_is_not_saved_whole(saved_whole, tmp_path):
+    """PEFT would copy the masks with it, and then could save neither adapter."""
+    model = get_peft_model(tiny.tiny_llama(), MaskConfig(target_modules=["gate_proj", "lm_head"])).eval()
+    before = logits(model)
+    with pytest.raises(UserError, match=f"^modules_to_save names '{saved_whole}', in which another adapter masks "):
+        model.add_adapter("second", MaskConfig(target_modules=["q_proj"], modules_to_save=[saved_whole]))
+    assert not adapter_layers(model, "second") and torch.equal(logits(model), before)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path)), before)
 
 
 @pytest.mark.parametrize("options", [{"selection": "gumbel"}, {"selection": "logit", "price": 1.0}])

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
@@ -99,6 +100,7 @@ def check_targets(config: MaskConfig, model: nn.Module) -> None:
     # In the order of their causes: a wrong index or name also leads to "no layer matches".
     _check_layer_indices(config, modules)
     _check_not_tied(config, modules, model)
+    _check_not_masked(config, modules)
 
     matched = [name for name in modules if is_target(config, name)]
     targets = {name: modules[name] for name in matched}
@@ -216,7 +218,10 @@ def _leave_out_quantised(config: MaskConfig, model: nn.Module) -> None:
         is_inner = not _INNER_MODULES.isdisjoint(name.split("."))
         # By their sizes, as layers of a quantisation library that is not known here have no common class.
         is_linear = hasattr(module, "in_features") and hasattr(module, "out_features")
-        if is_inner or not is_linear or isinstance(module, BaseTunerLayer):
+        if is_inner or not is_linear:
+            continue
+        # PEFT's own have the sizes of the layers inside.
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             continue
 
         # Quantised in a way that masks do not support, or by a library that is not known.
@@ -256,8 +261,16 @@ def _leave_out_adapters(config: MaskConfig, model: nn.Module) -> None:
 
 
 def _leave_out_saved(config: MaskConfig, model: nn.Module) -> None:
-    """Leave out names of which every layer is in ``modules_to_save``: they are trained in full beside the mask."""
-    names = [name for name, _ in model.named_modules() if name]
+    """Leave out layers that another adapter saves whole, and names of which this one saves every layer whole."""
+    names = []
+    of_others = []
+    for name, module in model.named_modules():
+        if name:
+            names.append(name)
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            of_others.append(name)
+    _exclude(config, of_others)
+
     saved = _saved_targets(config, names)
     left = [entry for entry in config.target_modules or () if entry not in saved]
     if left:  # else `_check_not_saved` raises
@@ -428,6 +441,23 @@ def _check_not_tied(
                 f"modules_to_save names {entry!r}, whose weight is shared by {listed(tied)}; a copy of it could not be "
                 "merged: leave it out"
             )
+
+
+def _check_not_masked(config: MaskConfig, modules: Mapping[str, nn.Module]) -> None:
+    """Raise if modules_to_save names a module in which layers are masked already.
+
+    PEFT would copy them with the masks of the other adapters, and could save none of these adapters afterwards.
+    """
+    masked = [name for name, module in modules.items() if hasattr(module, "mask_scores")]
+    for entry in config.modules_to_save or []:
+        # By the end of the name, as above.
+        saved = [name for name in modules if name.endswith(entry)]
+        for name in masked:
+            if any(f"{name}.".startswith(f"{module}.") for module in saved):
+                raise UserError(
+                    f"modules_to_save names {entry!r}, in which another adapter masks {name}: leave it out, or start "
+                    "from the model without that adapter"
+                )
 
 
 def _check_not_saved(config: MaskConfig, modules: Iterable[str]) -> None:
