@@ -23,6 +23,7 @@ from peft import (
 from torch import nn
 from trl import ModelConfig
 
+import maskft
 import tiny
 from maskft import MaskConfig, current_masks, set_mask_progress
 from maskft.masks import adapter
@@ -887,6 +888,19 @@ def test_an_adapter_without_its_checksum_is_not_loaded(tmp_path):
         load(tmp_path)
     with pytest.raises(UserError, match="neither masks nor modules_to_save"):
         PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path, is_trainable=True)
+
+
+def test_an_adapter_without_its_checksum_leaves_nothing_behind(saved, tmp_path):
+    """Its configuration would stay for the next file of that name, which then nothing would check."""
+    model = PeftModel.from_pretrained(tiny.tiny_llama(), saved[0])
+    with maskft.masks.disabled():
+        get_peft_model(tiny.tiny_llama(), MaskConfig()).save_pretrained(tmp_path / "scores")
+    get_peft_model(tiny.tiny_llama(seed=9), MaskConfig()).save_pretrained(tmp_path / "of another base")
+    with pytest.raises(UserError, match="has no mask_sha256"):
+        model.load_adapter(tmp_path / "scores", "b")
+    assert list(model.peft_config) == ["default"] and not adapter_layers(model, "b")
+    with pytest.raises(UserError, match="was trained on other base weights"):
+        model.load_adapter(tmp_path / "of another base", "b")
 
 
 def test_masks_of_another_adapter(saved, tmp_path):

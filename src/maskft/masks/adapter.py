@@ -146,20 +146,24 @@ class MaskFiles(AdapterFiles):
         # It will be trained further, and the recipe and verdict are those of the mask before.
         if was_new and not config.inference_mode:
             config.recipe = None
-        if was_new and config.inference_mode and config.mask_sha256 is None:
-            raise UserError(
-                "adapter_config.json has no mask_sha256, so nothing in the adapter's file can be checked; save the "
-                "adapter again, or fetch it from where it was saved (if it was saved as scores: maskft.masks.disable())"
-            )
 
         is_of_config = was_new and config.mask_sha256 is not None
+        is_for_inference = was_new and config.inference_mode
         try:
+            if is_for_inference and not is_of_config:
+                raise UserError(
+                    "adapter_config.json has no mask_sha256, so nothing in the adapter's file can be checked; save the "
+                    "adapter again, or fetch it from where it was saved (if it was saved as scores: "
+                    "maskft.masks.disable())"
+                )
             return _load_masks(model, config, adapter_name, state_dict, is_of_config)
         except UserError:
-            # Leave nothing of the adapter, so that another file may be loaded under its name. If it is the only
-            # adapter, the caller is from_pretrained, which then returns no model at all.
+            # Leave nothing of the adapter, so that another file may be loaded under its name, with the configuration of
+            # that file. If it is the only adapter, the caller is from_pretrained, which then returns no model at all.
+            # One that was added to be trained stays.
             whole: Any = model
-            if is_of_config and len(whole.peft_config) > 1:
+            is_being_loaded = is_of_config or is_for_inference
+            if is_being_loaded and len(whole.peft_config) > 1:
                 whole.delete_adapter(adapter_name)
             raise
 
