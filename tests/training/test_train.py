@@ -742,10 +742,11 @@ def test_a_fixed_mask_of_a_base_that_is_not_finite_is_not_made(value, method, ar
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
-def test_too_few_steps_for_a_score_to_reach_zero_are_said(arguments, tmp_path, capsys):
-    """The mask of the start removes nothing, so naming its checkpoint would be no help."""
+@pytest.mark.parametrize("keep_worse", [False, True])
+def test_too_few_steps_for_a_score_to_reach_zero_are_said(keep_worse, arguments, tmp_path, capsys):
+    """The mask of the start removes nothing, so naming its checkpoint would be no help; a study keeps such a mask."""
     options = {"mask_preset": "deletion_tuning", "learning_rate": 1e-6, "max_steps": 2, "mask_init_value": 0.1}
-    options["keep_worse"] = False
+    options["keep_worse"] = keep_worse
     status, err = run(arguments(**options), capsys)
     words = " ".join(err.split())
     assert status == 0 and "The mask is in" not in words, err

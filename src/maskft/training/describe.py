@@ -152,30 +152,32 @@ def _report_verdict(
     folder = config.training.output_dir
     if verdict is None:
         console.print(f"saved to {folder}; too few held-out rows to compare the mask with no mask")
-    elif verdict.is_better:
+        return
+    if verdict.is_better:
         console.print(
             f"{verdict}. The same rows chose the checkpoint: use maskft evaluate and compare on new ones. "
             f"Saved in {folder}"
         )
-    elif verdict.kept:
-        console.print(f"{verdict}. Saved in {folder} anyway")
-    else:
-        console.print(f"{verdict}. Saved in {folder}: an adapter that removes nothing.")
-        # checkpoint-0 is saved before the first step.
-        if summary.best_step == 0:
-            console.print("No checkpoint beat the starting mask.")
-            hint = too_few_steps(summary, config)
-            if hint is not None:
-                console.print(hint, soft_wrap=True, highlight=False)
-            return
+        return
+    how = " anyway" if verdict.kept else ": an adapter that removes nothing."
+    console.print(f"{verdict}. Saved in {folder}{how}")
 
-        # Nothing can be resumed from a checkpoint of the model alone.
-        checkpoint = Path(folder) / f"checkpoint-{summary.best_step}"
-        if checkpoint.is_dir() and not config.training.save_only_model:
-            console.print(
-                f"The mask is in {checkpoint}. To save it anyway, repeat the command with "
-                "--resume_from_checkpoint true --keep_worse true: nothing is trained again"
-            )
+    # checkpoint-0 is saved before the first step.
+    if summary.best_step == 0:
+        console.print("No checkpoint beat the starting mask.")
+        # Also with keep_worse, as in a study: the mask that was kept may remove nothing.
+        hint = too_few_steps(summary, config)
+        if hint is not None:
+            console.print(hint, soft_wrap=True, highlight=False)
+        return
+
+    # Nothing can be resumed from a checkpoint of the model alone.
+    checkpoint = Path(folder) / f"checkpoint-{summary.best_step}"
+    if not verdict.kept and checkpoint.is_dir() and not config.training.save_only_model:
+        console.print(
+            f"The mask is in {checkpoint}. To save it anyway, repeat the command with "
+            "--resume_from_checkpoint true --keep_worse true: nothing is trained again"
+        )
 
 
 def too_few_steps(summary: TrainingSummary, config: TrainConfig) -> str | None:
