@@ -742,6 +742,12 @@ def test_a_fixed_mask_of_a_base_that_is_not_finite_is_not_made(value, method, ar
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
+def test_a_second_data_set_after_a_space_is_one_line(arguments, capsys):
+    """Rows of several sets are a mixture, which is one word; "unknown option b.jsonl" did not say so."""
+    status, err = run([*arguments(), "b.jsonl"], capsys)
+    assert status == 2 and "several data sets are separated by commas (a.jsonl,b.jsonl)" in err
+
+
 @pytest.mark.parametrize("keep_worse", [False, True])
 def test_too_few_steps_for_a_score_to_reach_zero_are_said(keep_worse, arguments, tmp_path, capsys):
     """The mask of the start removes nothing, so naming its checkpoint would be no help; a study keeps such a mask."""

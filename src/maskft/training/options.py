@@ -177,6 +177,11 @@ def _check_known(
         name = flag.lstrip("-")
         # Later words without a dash may be values of options of accelerate launch.
         is_flag = word.startswith("-") or position == 0
+        if is_flag and not word.startswith("-"):
+            raise UserError(
+                f"{word!r} is neither an option nor the value of one: names of options begin with two dashes, and "
+                "several data sets are separated by commas (a.jsonl,b.jsonl)"
+            )
         if is_flag and name not in known:
             raise UserError(f"unknown option {flag}{did_you_mean(name, known)}; see maskft train --help")
 
