@@ -283,7 +283,11 @@ def test_it_is_seen_on_which_side_of_the_budget_a_kl_is(reached, shown):
 
 def test_a_start_that_nothing_within_the_budget_beats_is_said():
     report = KLReport(budget=0.1, reached=0.0, at_end=0.4, multiplier=2.0, rows="task", num_tokens=9, step=0)
-    assert "no later checkpoint is better and within the budget (at the end 0.4000)" in str(report)
+    assert "no later checkpoint is better and within the budget (at the end 0.4000); raise kl_budget" in str(report)
+    # The budget was no obstacle: a higher one would not help.
+    within = str(report.model_copy(update={"at_end": 0.0}))
+    assert "(at the end 0.0000); the end is within it, so the loss did not fall: take more steps" in within
+    assert "raise kl_budget" not in within
 
 
 def test_an_early_checkpoint_that_is_kept_for_the_budget_is_said():

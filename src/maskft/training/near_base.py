@@ -92,6 +92,9 @@ class KLReport(FileModel):
             return f"{text}; the budget is not met: {kept}; {remedy}"
         # The model before its first step, whose KL is 0 or that of the starting mask.
         if self.step == 0:
+            if excess(self.at_end, self.budget) == 0:
+                # The budget was no obstacle, at least at the end.
+                remedy = "the end is within it, so the loss did not fall: take more steps, or another learning_rate"
             return f"{text}; no later checkpoint is better and within the budget (at the end {at_end}); {remedy}"
         if self.at_end > self.budget:
             return f"{text}; it is of step {self.step}: at the end KL is {at_end}, above the budget; {remedy}"
