@@ -14,7 +14,7 @@ from maskft_lab.cli.main import main
 from maskft_lab.evaluation import command_line as evaluate
 from maskft_lab.study.check import checked_plan
 from maskft_lab.study.evaluate import _model_options, evaluation_words
-from maskft_lab.study.folder import Study
+from maskft_lab.study.folder import Study, step_at
 from maskft_lab.study.load_recipe import load_recipe, parse_recipe
 from maskft_lab.study.path import choose, path_sets, points_of, with_chosen_point
 from maskft_lab.study.plan import build_plan
@@ -195,6 +195,28 @@ def test_checkpoints_that_rounding_moves(content):
     message = "has 0.5, which must be a multiple of save_steps: of 9 steps, 3 is the nearest that is saved"
     with pytest.raises(UserError, match=re.escape(message)):
         planned(content)
+
+
+def test_where_rounding_moves_a_checkpoint_the_nearest_is_measured(content, tmp_path):
+    """Of 6 steps, known only with the rows, a quarter is saved every second: none at 3, which failed after training."""
+    content["methods"] = {name: content["methods"][name] for name in ("base", "LoRA")}
+    shares = {"max_steps": None, "num_train_epochs": 1, "per_device_train_batch_size": 8}
+    content["methods"]["LoRA"] |= shares | {"save_steps": 0.25, "eval_steps": 0.25}
+    content["path"] = {"checkpoints": [0.5, 1.0], "before": {"text": content["path"]["before"]["text"]}}
+    out = tmp_path / "study"
+    assert main(["study", str(write(tmp_path, content)), "--output_dir", str(out)]) == 0
+    (folder,) = (out / layout.RUNS).glob("lora-*")
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-6"]
+
+
+@pytest.mark.parametrize(
+    ("share", "num_steps", "interval", "step"),
+    [(0.5, 33, 0.25, 18), (0.5, 102, 0.1, 55), (0.1, 102, 0.1, 11), (1.0, 33, 0.25, 33), (0.5, 11, 0.1, 6)],
+)
+def test_the_step_at_a_share(share, num_steps, interval, step):
+    assert step_at(share, num_steps, interval) == step
+    # In steps, and at the end of epochs, the share itself.
+    assert step_at(share, num_steps, 3) == share * num_steps
 
 
 def test_checkpoints_of_other_strategies(content):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 from pathlib import Path
 
+from maskft.training.arguments import TrainingArguments
 from maskft_common import layout
 from maskft_common.errors import UserError
 
@@ -129,15 +131,17 @@ class Study:
     def checkpoint(self, run: StudyRun, share: float) -> Path:
         """Checkpoint of a finished run after a share of its steps, in (0, 1]; needs a run with steps.
 
-        Its step may differ from the share of the steps by less than one, because transformers rounds the interval
-        between checkpoints up.
+        It is the nearest of those that were saved, see :func:`step_at`.
 
         Raises:
             UserError: If no checkpoint was saved at that step.
         """
         num_steps = self.record(run).num_steps
         folder = self.run_folder(run)
-        return _checkpoint_at(folder, share * num_steps)
+        interval = run.options.get("save_steps", TrainingArguments.save_steps)
+        if run.options.get("save_strategy") == "epoch":
+            interval = 0  # not used
+        return _checkpoint_at(folder, step_at(share, num_steps, interval))
 
     def checkpoints(self, run: StudyRun) -> dict[float, Path]:
         """Share of training -> checkpoint of every point of a finished run's path."""
@@ -254,6 +258,30 @@ def step_of(checkpoint: Path) -> int:
     """The step in the name of a checkpoint's folder."""
     # Not imported from maskft.training.checkpoints, which brings TRL's trainer: seconds for one line.
     return int(checkpoint.name.rpartition("-")[2])
+
+
+def step_at(
+    share: float,
+    num_steps: int,
+    interval: float,
+) -> float:
+    """Step of the checkpoint after a share of training.
+
+    With a share as interval it is the nearest that is saved: transformers rounds the interval up to whole steps, so of
+    33 steps, a quarter is 9, and 18 the nearest to a half. Without, a share of the steps, which may fall between two.
+
+    Args:
+        share: Of training, in (0, 1], a multiple of an interval below 1.
+        num_steps: All steps.
+        interval: ``save_steps``: a number of steps or, below 1, a share of them; 0 if it is not used.
+    """
+    step = share * num_steps
+    if not 0 < interval < 1:
+        return step
+    whole_interval = math.ceil(interval * num_steps)
+    # The last step is saved too.
+    saved = [*range(whole_interval, num_steps, whole_interval), num_steps]
+    return min(saved, key=lambda saved_step: abs(saved_step - step))
 
 
 def _hash_of(run_folder: Path) -> str:
