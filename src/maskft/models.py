@@ -124,10 +124,10 @@ def _one_line(problem: str) -> Iterator[None]:
         raise UserError(f"{problem}: {reason}") from error
 
 
-def _check_configuration(name_or_path: str, revision: str | None = None) -> None:
+def _check_configuration(name_or_path: str, **kwargs) -> None:
     # As plain values: from_pretrained would build a configuration from them before they could be checked.
     path = os.path.expanduser(name_or_path)
-    values, _ = PretrainedConfig.get_config_dict(path, revision=revision)
+    values, _ = PretrainedConfig.get_config_dict(path, **kwargs)
     _check_values(values, name_or_path)
 
 
@@ -160,7 +160,7 @@ def load_config(name_or_path: str, **kwargs) -> PretrainedConfig:
 
     Args:
         name_or_path: As for :func:`load_model`, or a ``.json`` file with a configuration.
-        **kwargs: Passed on to ``AutoConfig.from_pretrained`` (``revision``).
+        **kwargs: Passed on to ``AutoConfig.from_pretrained`` (``revision``, ``local_files_only``).
 
     Raises:
         UserError: If there is no such model, or its configuration cannot be read.
@@ -179,7 +179,7 @@ def load_config(name_or_path: str, **kwargs) -> PretrainedConfig:
                 **_NO_CODE,
                 **kwargs,
             )
-        _check_configuration(name_or_path, kwargs.get("revision"))
+        _check_configuration(name_or_path, **kwargs)
         return AutoConfig.from_pretrained(
             os.path.expanduser(name_or_path),
             **_NO_CODE,

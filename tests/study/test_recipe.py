@@ -4,16 +4,19 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoModelForCausalLM
 
 import tiny
 from maskft.training.options import parse_words
 from maskft_common.errors import UserError
-from maskft_common.files import digest_file
+from maskft_common.files import digest_file, size
 from maskft_lab.cli.main import main
+from maskft_lab.study import disk as study_disk
 from maskft_lab.study.check import checked_plan
 from maskft_lab.study.dry_run import cost_of
 from maskft_lab.study.folder import Study, evaluation_id
@@ -479,6 +482,66 @@ def test_dry_run_lists_runs_and_writes_nothing(content, tmp_path, capsys):
     assert "training left: 180 tokens, " in said()
 
 
+def _disk_of(content, folder, capsys, *words):
+    file = folder / "study.yaml"
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    assert main(["study", str(file), "--dry_run", "--output_dir", str(folder / "out"), *words]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_dry_run_says_how_much_disk_the_runs_take_at_one_time(content, base, tmp_path, capsys, monkeypatch):
+    """Weights of full fine-tuning (best and last) and masks stay, and three checkpoints of a run are there at once."""
+    weights = sum(parameter.nbytes for parameter in AutoModelForCausalLM.from_pretrained(base).parameters())
+    # Four attention matrices of 32 x 32 (two of half the heads) and three of 32 x 48, in one layer of three.
+    num_scores = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48
+    kept = 2 * weights + 2 * (4 * num_scores // 32)
+    full = 3 * (3 * weights)
+    mask = 3 * (3 * 4 * num_scores)
+
+    def said(in_training, *words, **changes):
+        out = _disk_of(content | changes, tmp_path, capsys, *words)
+        return f"Disk: at most {size(kept + in_training)} at one time, {size(kept)} of them stay; " in out
+
+    assert said(full)
+    assert said(full + mask, "--num_at_once", "2")
+    # Models without weights are made once for each kind, not for each of the settings that are tried.
+    made = []
+    monkeypatch.setattr(study_disk, "sizes_of", lambda run: made.append(run) or (0, 0, 0))
+    content["methods"]["full"]["tune"] = {"learning_rate": [1e-4, 1e-3, 1e-2]}
+    _disk_of(content, tmp_path, capsys)
+    assert len(made) == 3
+
+
+def test_checkpoints_along_a_path_stay_on_the_disk(content, base, tmp_path, capsys):
+    weights = sum(parameter.nbytes for parameter in AutoModelForCausalLM.from_pretrained(base).parameters())
+    content["methods"] = {"base": {"method": "pretrained"}, "full": {"method": "full"}}
+    content["train"] |= {"save_steps": 0.25, "eval_steps": 0.25, "save_only_model": True}
+    content["path"] = {"checkpoints": [0.5, 1.0], "scales": [0.5, 1.0]}
+    out = _disk_of(content, tmp_path, capsys)
+    # The model and two of the checkpoints; the others are those of the start, two quarters and one more.
+    assert f"Disk: at most {size(7 * weights)} at one time, {size(3 * weights)} of them stay; " in out
+
+
+def test_a_dry_run_warns_of_a_disk_that_may_become_full(content, tmp_path, capsys, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    assert "Warning" not in _disk_of(content, tmp_path, capsys)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: usage._replace(free=1000))
+    *_, disk, warning = _disk_of(content, tmp_path, capsys).splitlines()
+    assert f"1 kB are free for '{tmp_path / 'out'}'." in disk
+    assert warning.startswith("Warning: the disk may become full: make room, or name a folder on another disk")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"model": "someone/a-model-of-the-hub"}, {"train": {"save_total_limit": 0, "save_strategy": "epoch"}}],
+)
+def test_a_dry_run_says_nothing_of_a_disk_need_that_it_does_not_know(change, content, tmp_path, capsys):
+    """A model that is not on this machine is not downloaded for it."""
+    if "train" in change:
+        change["train"] |= {"eval_strategy": "epoch", "max_steps": 100}
+    assert "Disk" not in _disk_of(content | change, tmp_path, capsys)
+
+
 def test_a_dry_run_tells_grid_variants_apart_and_why_it_has_no_time(content, tmp_path, capsys):
     content |= {"grid": {"mask.mask_sparsity": [0.05, 0.1]}, "tokens_per_s": 2.0}
     file = tmp_path / "study.yaml"
@@ -504,7 +567,7 @@ def test_a_dry_run_parses_runs_that_differ_in_their_seed_once(content, tmp_path,
     file.write_text(yaml.safe_dump(content | {"seeds": list(range(100))}, sort_keys=False))
     assert main(["study", str(file), "--dry_run"]) == 0
     assert "300 runs: 300 of yours" in capsys.readouterr().out
-    assert len(parsed) == 3 + 2, "a check of each method, a cost of each that trains"
+    assert len(parsed) == 3 + 3, "a check of each method, and its cost"
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,9 @@ from transformers import AutoModelForCausalLM
 from killing import Forked, stop_forked_when, wait_for
 from maskft.masks.mask_set import MaskSet
 from maskft.training import checkpoints
+from maskft.training.arguments import TrainingArguments
 from maskft.training.manifest import FREE, damage, read_manifest, seal
+from maskft.training.method_arguments import MethodArguments
 from maskft.training.options import option_defaults
 from maskft.training.record import read_record
 from maskft.training.stopping import StopRequest
@@ -395,6 +397,49 @@ def test_a_disk_without_room_for_a_checkpoint_is_told_before_the_first_step(
     assert not list((tmp_path / "full-disk").glob("checkpoint-*"))
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", disk_with(written))
     assert train("full-disk", **options, resume_from_checkpoint="auto")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "num_steps", "most"),
+    [
+        # The best, the newest, and the one that was the newest until it was written.
+        ({}, None, 3),
+        ({"save_total_limit": 1}, None, 3),
+        ({"save_total_limit": 5}, None, 6),
+        # Before the first step, at each tenth of the run, and at its end.
+        ({"save_total_limit": 50}, None, 12),
+        ({"save_total_limit": None, "save_steps": 0.25}, None, 6),
+        ({"save_total_limit": None, "save_steps": 40}, None, None),
+        ({"save_total_limit": None, "save_steps": 40}, 100, 5),
+        ({"save_total_limit": None, "save_steps": 40, "max_steps": 80}, None, 4),
+        ({"save_total_limit": None, "save_strategy": "epoch", "eval_strategy": "epoch"}, None, 5),
+        ({"save_strategy": "no", "load_best_model_at_end": False}, 100, 0),
+    ],
+)
+def test_the_number_of_checkpoints_at_one_time(options, num_steps, most):
+    options["eval_steps"] = options.get("save_steps", 0.1)
+    arguments = TrainingArguments(**options, num_train_epochs=3, bf16=False, report_to="none")
+    assert checkpoints.most_checkpoints(arguments, num_steps) == most
+
+
+def test_what_a_run_writes_follows_from_the_sizes_of_its_model():
+    arguments = TrainingArguments(bf16=False, report_to="none")
+
+    def of(method, weights=1000, trained=320, scores=0, **settings):
+        settings = MethodArguments(method=method, **settings)
+        needs = checkpoints.disk_needs(weights, trained, scores, settings, arguments)
+        return needs.checkpoint, needs.model
+
+    # With two moments of each trained parameter; scores of 32 bits are saved as bits.
+    assert of("full", trained=1000) == (3000, 1000)
+    assert of("full") == (1640, 1000)
+    assert of("mask", scores=320) == (960, 10)
+    assert of("mask", scores=288) == (960, 41)
+    assert of("peft") == (960, 320)
+    assert of("full", trained=1000, keep_last=True) == (3000, 2000)
+    assert of("peft", start_mask="mask") == (960, 1000)
+    assert of("l1_mask", scores=320) == (0, 10)
+    assert of("interpolate", trained=0) == (0, 1000)
 
 
 def test_a_file_that_is_larger_than_a_process_may_write(train, out, finished):

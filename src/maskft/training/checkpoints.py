@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from maskft_common.errors import UserError, first_line, printable
 from ..fsdp import refresh_masks
 from ..tuner import MaskConfig
 from .manifest import damage
-from .method_arguments import ADAPTER, UNTRAINED_METHODS
+from .method_arguments import ADAPTER, INTERPOLATE, PEFT, UNTRAINED_METHODS, MethodArguments
 
 # Seconds to wait for the lock of the folder: data workers outlive a killed run by some seconds.
 LOCK_WAIT_S = 10
@@ -273,36 +275,125 @@ def best_beside(checkpoint: Path) -> Path | None:
     return checkpoint.parent / Path(name).name
 
 
-def check_room(model, args: SFTConfig) -> None:
+@dataclass(frozen=True)
+class DiskNeeds:
+    """What a run writes, in bytes. Small files (tokenizer, logs) are not counted.
+
+    Attributes:
+        checkpoint: One checkpoint; 0 if there are none.
+        model: The trained weights, adapter or mask at the end, and with ``keep_last`` those of the last step.
+    """
+
+    checkpoint: int
+    model: int
+
+
+def disk_needs(
+    weight_bytes: int,
+    trained_bytes: int,
+    score_bytes: int,
+    method: MethodArguments,
+    args: SFTConfig,
+) -> DiskNeeds:
+    """What a run writes to disk, from the sizes of its model.
+
+    Args:
+        weight_bytes: All weights of the model, tied ones once.
+        trained_bytes: The trained parameters, with scores.
+        score_bytes: The scores of a mask, in float32; of a mask that is not trained, those it would have.
+        method: The method and its settings.
+        args: The arguments of training.
+    """
+    # Of a model without an adapter, all weights are saved.
+    is_whole = method.method in ("full", INTERPOLATE)
+    # An adapter over pruned weights is merged at the end, and its checkpoints hold the adapter.
+    is_merged = method.method == PEFT and method.start_mask is not None
+    if is_whole or is_merged:
+        model_bytes = weight_bytes
+    else:
+        # A saved mask has a bit for each score of 32, or less.
+        model_bytes = trained_bytes - score_bytes + score_bytes // 32
+    if method.keep_last:
+        model_bytes *= 2
+    if method.method in UNTRAINED_METHODS or args.save_strategy == "no":
+        return DiskNeeds(0, model_bytes)
+
+    checkpoint_bytes = weight_bytes if is_whole else trained_bytes
+    # The two moments of AdamW, in the dtype of the weights. Other optimizers may have fewer, or smaller ones.
+    is_adamw = args.optim in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
+    if is_adamw and not args.save_only_model:
+        checkpoint_bytes += 2 * trained_bytes
+    return DiskNeeds(checkpoint_bytes, model_bytes)
+
+
+def most_checkpoints(args: SFTConfig, num_steps: int | None = None) -> int | None:
+    """Number of checkpoints that a run has at one time, at most; None if it keeps all of an unknown number.
+
+    Args:
+        args: The arguments of training.
+        num_steps: Optimizer steps of the run; None if that is not known, as without its rows.
+    """
+    if args.save_strategy == "no":
+        return 0
+    num_saved = _num_saved(args, num_steps)
+    limit = args.save_total_limit
+    if limit is None or limit <= 0:
+        return num_saved
+    # The newest and the best are kept whatever the limit is, and the oldest is deleted once the newest is written.
+    most = max(limit, 2) + 1
+    if num_saved is None:
+        return most
+    return min(most, num_saved)
+
+
+def _num_saved(args: SFTConfig, num_steps: int | None) -> int | None:
+    """Number of checkpoints that a run writes, at most, with those before its first and after its last step."""
+    if args.max_steps > 0:
+        num_steps = args.max_steps
+    elif args.save_strategy == "epoch":
+        return math.ceil(args.num_train_epochs) + 2
+
+    interval = args.save_steps
+    if args.save_strategy == "best":
+        # After an evaluation.
+        interval = args.eval_steps
+    elif args.save_strategy == "epoch":
+        # Of how many steps an epoch is, the rows decide.
+        interval = None
+    if interval and interval < 1:
+        # A share of the run, which transformers rounds up to whole steps.
+        return math.ceil(1 / interval) + 2
+    if not interval or num_steps is None:
+        return None
+    return math.ceil(num_steps / interval) + 2
+
+
+def check_room(model, method: MethodArguments, args: SFTConfig) -> None:
     """Raise if the disk has no room for a checkpoint and the trained weights, before a run of hours fails at them.
 
     The need is a lower bound: one checkpoint, although two are there while the older one is deleted.
 
     Args:
         model: The model with its trainable parameters, not sharded yet.
+        method: The method and its settings.
         args: The arguments of training.
 
     Raises:
         UserError: With the bytes needed and those free.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    trained_bytes = sum(parameter.nbytes for parameter in trained)
-    # A model without an adapter is saved whole; parameters() has tied weights once.
-    is_adapter = hasattr(model, "peft_config")
-    saved_bytes = trained_bytes if is_adapter else sum(parameter.nbytes for parameter in model.parameters())
+    weight_bytes = 0
+    trained_bytes = 0
+    score_bytes = 0
+    # named_parameters() has tied weights once.
+    for name, parameter in model.named_parameters():
+        weight_bytes += parameter.nbytes
+        if parameter.requires_grad:
+            trained_bytes += parameter.nbytes
+            if "mask_scores" in name:
+                score_bytes += parameter.nbytes
 
-    needed = 0
-    if args.save_strategy != "no":
-        needed += saved_bytes
-        # The two moments of AdamW, in the dtype of the weights. Other optimizers may have fewer, or smaller ones.
-        is_adamw = args.optim in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
-        if is_adamw and not args.save_only_model:
-            needed += 2 * trained_bytes
-    # The trained weights. A mask's file is small beside its scores, which checkpoints have.
-    is_mask = is_adapter and isinstance(model.peft_config.get(ADAPTER), MaskConfig)
-    if not is_mask:
-        needed += saved_bytes
-
+    needs = disk_needs(weight_bytes, trained_bytes, score_bytes, method, args)
+    needed = needs.checkpoint + needs.model
     free = shutil.disk_usage(args.output_dir).free
     if free < needed:
         raise UserError(

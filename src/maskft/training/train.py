@@ -125,7 +125,7 @@ def run(
         )
         # A resumed run has checkpoints, which it replaces.
         if resume_from is None:
-            processes.decided_by_main(lambda: check_room(model, training))
+            processes.decided_by_main(lambda: check_room(model, method, training))
         # A resumed run loads its scores from the checkpoint.
         if method.method == "mask" and resume_from is None:
             start_on_data(

@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry_run",
         action="store_true",
-        help="list runs, what each is made from, tokens and time; run nothing",
+        help="list runs, what each is made from, tokens, time and disk; run nothing",
     )
     parser.add_argument(
         "--launcher",
@@ -137,7 +137,9 @@ def run(args: argparse.Namespace) -> None:
         from ..study.dry_run import print_dry_run
 
         # Methods as the file has them: those of the recipe include the controls.
-        print_dry_run(plan, folder, content["methods"], why_no_time)
+        # A cluster has room for any number of runs.
+        num_at_once = args.num_at_once if args.launcher == "local" else None
+        print_dry_run(plan, folder, content["methods"], why_no_time, num_at_once)
         return
 
     from ..study.study import run_study

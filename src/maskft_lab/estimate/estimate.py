@@ -219,7 +219,9 @@ class RunMemory:
             self.weight_bytes = sum(tensor.nbytes for tensor in tensors)
             names = [name for name, _ in model.named_modules()]
             layers = layer_indices(names)
-            self.model, self.masked = self._prepared(model)
+            # TRL's trainer computes the loss with this head, which never holds the logits of all tokens.
+            add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+            self.model, self.masked = with_trained_parameters(model, run, self.compute_dtype)
 
         # The bytes for more rows follow from those for one and two, see `_activation_bytes`.
         num_tokens = run.training.max_length
@@ -245,43 +247,6 @@ class RunMemory:
         # The backward pass ends at the lowest trained layer.
         lowest_layer = min(layer_indices(trained), default=0)
         self.num_backward_layers = len(layers) - lowest_layer
-
-    def _prepared(self, model: PreTrainedModel) -> tuple[nn.Module, dict[str, nn.Module]]:
-        """Make trainable the parameters that the method trains, as ``build_model`` does; returns masked modules too."""
-        # TRL's trainer computes the loss with this head, which never holds the logits of all tokens.
-        add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
-        if self.mask is None:
-            run = self.run
-            trained_model = build_model(
-                model,
-                run.method,
-                run.model,
-                run.mask,
-                run.training.seed,
-            )
-            return trained_model, {}
-
-        # The modules that PEFT would wrap.
-        model.requires_grad_(False)
-        resolve_targets(self.mask, model)
-        masked = {}
-        for name, module in model.named_modules():
-            if name and check_target_module_exists(self.mask, name):
-                masked[name] = module
-
-        # A masked layer trains its effective weights here, see the top of the file.
-        is_learned = self.method == "mask"
-        for module in masked.values():
-            # On the meta device, as the module's own weight: nothing is allocated.
-            weight = torch.empty_like(module.weight, dtype=self.compute_dtype)
-            module.weight = nn.Parameter(weight, requires_grad=is_learned)
-
-        # Modules that train in full beside the mask.
-        saved_in_full = tuple(self.run.mask.mask_modules_to_save or ())
-        for name, module in model.named_modules():
-            if saved_in_full and name.endswith(saved_in_full):  # as PEFT matches them
-                module.requires_grad_(True)
-        return model, masked
 
     def _kept(self, trained: dict[str, nn.Parameter]) -> dict[str, int]:
         """Bytes of everything that exists throughout training, beside the weights."""
@@ -435,6 +400,56 @@ class RunMemory:
         # Layers are alike; the tensors of embedding and head are spread over them.
         bytes_in_layer = saved // num_layers
         return num_layers * bytes_of_input + bytes_in_layer
+
+
+def with_trained_parameters(
+    model: PreTrainedModel,
+    run: TrainConfig,
+    mask_dtype: torch.dtype,
+) -> tuple[nn.Module, dict[str, nn.Module]]:
+    """Make trainable the parameters that the method trains, as ``build_model`` does.
+
+    A masked layer trains its effective weights here, see the top of the file.
+
+    Args:
+        model: The base model without data, under ``torch.device("meta")``.
+        run: The run.
+        mask_dtype: Of effective weights.
+
+    Returns:
+        The model, and the masked modules by name.
+    """
+    if run.method.method not in MASK_METHODS:
+        trained_model = build_model(
+            model,
+            run.method,
+            run.model,
+            run.mask,
+            run.training.seed,
+        )
+        return trained_model, {}
+
+    # The modules that PEFT would wrap.
+    mask = mask_config(run.mask)
+    model.requires_grad_(False)
+    resolve_targets(mask, model)
+    masked = {}
+    for name, module in model.named_modules():
+        if name and check_target_module_exists(mask, name):
+            masked[name] = module
+
+    is_learned = run.method.method == "mask"
+    for module in masked.values():
+        # On the meta device, as the module's own weight: nothing is allocated.
+        weight = torch.empty_like(module.weight, dtype=mask_dtype)
+        module.weight = nn.Parameter(weight, requires_grad=is_learned)
+
+    # Modules that train in full beside the mask.
+    saved_in_full = tuple(run.mask.mask_modules_to_save or ())
+    for name, module in model.named_modules():
+        if saved_in_full and name.endswith(saved_in_full):  # as PEFT matches them
+            module.requires_grad_(True)
+    return model, masked
 
 
 def _num_weights(parameters: Iterable[nn.Parameter]) -> int:

@@ -1,9 +1,10 @@
-"""``maskft study --dry_run``: the runs, what each is made from, tokens and time."""
+"""``maskft study --dry_run``: the runs, what each is made from, tokens, time and disk."""
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -11,12 +12,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from maskft.training.arguments import TrainConfig
+from maskft_common.files import size
 from maskft_common.progress_bar import time_text
 
+from .disk import DiskOfRuns, RunDisk, most_at_one_time
 from .folder import Study
 from .plan import Plan, build_plan
-from .recipe import Recipe
-from .run_options import options_but_seeds, tokens_of
+from .recipe import PRETRAINED, Recipe
+from .run_options import options_but_seeds, parsed_run, tokens_of
 from .study_run import StudyRun, settings_text
 from .train import heldout, is_done
 
@@ -31,6 +35,7 @@ def print_dry_run(
     folder: Path,
     own: Collection[str],
     why_no_time: str | None = None,
+    num_at_once: int | None = 1,
 ) -> None:
     """Print what would run, from what, and the cost; writes nothing.
 
@@ -39,6 +44,7 @@ def print_dry_run(
         folder: Of the study.
         own: Methods in the recipe's file; the others are controls.
         why_no_time: Why there is no time although the recipe has a speed.
+        num_at_once: Runs that train at one time; None: all may, as on a cluster.
     """
     # Expand the recipe again, now that the losses of finished runs may choose settings.
     # Without the lock: a dry run only reads, also beside a study that is running.
@@ -52,20 +58,27 @@ def print_dry_run(
         columns.insert(0, "stage")
     table = Table(*columns, title=plan.recipe.name)
 
-    # A row for each run. `left` has the cost of the runs that are not trained yet.
+    # A row for each run. `left` has the cost of the runs that are not trained yet, and `disk` what they write.
     costs: dict[str, Cost] = {}
     left: dict[str, Cost] = {}  # by id: the run that tried the winner's settings is the winner
+    disk_of = DiskOfRuns(plan.recipe)
+    disks: dict[str, RunDisk | None] = {}
+    disk: dict[str, RunDisk | None] = {}
     for run in plan.runs:
         # Parsing a run's options takes a while, and runs that differ in their seeds alone cost the same.
         key = options_but_seeds(run)
         if key not in costs:
-            costs[key] = cost_of(plan.recipe, run)
+            # Of the base model itself there are no options.
+            config = None if run.method.method == PRETRAINED else parsed_run(run)
+            costs[key] = cost_of(plan.recipe, run, config)
+            disks[key] = disk_of(run, config)
         tokens, seconds = costs[key]
 
         state = _state(study, run)
         # A trained run costs nothing more here: evaluation is not estimated.
         if state == _TO_DO:
             left[run.id] = (tokens, seconds)
+            disk[run.id] = disks[key]
         else:
             left[run.id] = (0, 0)
         # Its settings, and so its folder, may still change.
@@ -92,7 +105,8 @@ def print_dry_run(
     console.print(table, markup=False)
     totals = _totals(plan, left, own, why_no_time)
     about_stages = _about_stages(plan)
-    console.print(totals + about_stages, highlight=False, soft_wrap=True)
+    about_disk = _about_disk(disk.values(), folder, num_at_once)
+    console.print(totals + about_stages + about_disk, highlight=False, soft_wrap=True)
 
 
 def _state(study: Study, run: StudyRun) -> str:
@@ -170,6 +184,35 @@ def _about_stages(plan: Plan) -> str:
     return text
 
 
+def _about_disk(
+    runs: Iterable[RunDisk | None],
+    folder: Path,
+    num_at_once: int | None,
+) -> str:
+    """What the runs that are not trained yet write at most at one time; "" where that is not known for each."""
+    known = [run for run in runs if run is not None]
+    if len(known) < len(list(runs)) or not known:
+        return ""
+    most = most_at_one_time(known, num_at_once)
+    needed = most.kept + most.in_training
+
+    # The folder is not there yet.
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    text = (
+        f"\nDisk: at most {size(needed)} at one time, {size(most.kept)} of them stay; {size(free)} are free for "
+        f"{str(folder)!r}."
+    )
+    if free < needed:
+        text += (
+            "\nWarning: the disk may become full: make room, or name a folder on another disk (--output_dir); "
+            "train: {save_only_model: true} leaves the optimizer out of checkpoints."
+        )
+    return text
+
+
 def _words(tokens: float | None, seconds: float | None) -> tuple[str, str]:
     """Tokens and time as text; a question mark for an unknown one."""
     tokens_text = "?" if tokens is None else f"{tokens:.3g}"
@@ -177,12 +220,21 @@ def _words(tokens: float | None, seconds: float | None) -> tuple[str, str]:
     return tokens_text, time
 
 
-def cost_of(recipe: Recipe, run: StudyRun) -> Cost:
+def cost_of(
+    recipe: Recipe,
+    run: StudyRun,
+    config: TrainConfig | None = None,
+) -> Cost:
     """Tokens that a run trains on, without padding, and seconds; None where the recipe does not say.
 
     Every method is assumed to be as slow as full fine-tuning.
+
+    Args:
+        recipe: The recipe.
+        run: The run.
+        config: Its configuration, where it is parsed already.
     """
-    tokens = tokens_of(recipe, run)
+    tokens = tokens_of(recipe, run, config)
     if tokens == 0:  # nothing is trained, at any speed
         return 0, 0.0
     # The recipe says the speed of the intended hardware; this machine may be another.

@@ -255,8 +255,18 @@ def options_but_seeds(run: StudyRun) -> str:
     return repr((run.method.name, options))
 
 
-def tokens_of(recipe: Recipe, run: StudyRun) -> int | None:
-    """Tokens that a run trains on, without padding; None where the recipe does not say."""
+def tokens_of(
+    recipe: Recipe,
+    run: StudyRun,
+    config: TrainConfig | None = None,
+) -> int | None:
+    """Tokens that a run trains on, without padding; None where the recipe does not say.
+
+    Args:
+        recipe: The recipe.
+        run: The run.
+        config: Its configuration, where it is parsed already.
+    """
     if not run.method.is_trained:
         return 0
 
@@ -264,13 +274,41 @@ def tokens_of(recipe: Recipe, run: StudyRun) -> int | None:
     data = recipe.data[data_name]
     if data.tokens_per_row is None:
         return None
-    config = parsed_run(run)
+    if config is None:
+        config = parsed_run(run)
     num_rows = _num_rows(recipe, config, data.num_rows)
     if num_rows is None:
         return None
     max_length = config.training.max_length or math.inf  # longer rows are cut
     tokens_per_row = min(data.tokens_per_row, max_length)
     return round(num_rows * tokens_per_row)
+
+
+def num_steps_of(
+    recipe: Recipe,
+    run: StudyRun,
+    config: TrainConfig,
+) -> int | None:
+    """Optimizer steps of a run, at most; None where the recipe does not say."""
+    training = config.training
+    if training.max_steps > 0:
+        return training.max_steps
+    data = recipe.data[recipe.data_name(run.method)]
+    num_rows = _num_rows(recipe, config, data.num_rows)
+    if num_rows is None:
+        return None
+    # The last step of an epoch has what is left of the rows.
+    num_epochs = math.ceil(training.num_train_epochs)
+    return math.ceil(num_rows / _batch_size(recipe, config)) + num_epochs
+
+
+def _batch_size(recipe: Recipe, config: TrainConfig) -> int:
+    """Rows of an optimizer step, over all processes."""
+    training = config.training
+    num_processes = recipe.launch.num_processes or 1
+    per_process = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    # global_batch_size counts all processes.
+    return training.global_batch_size or per_process * num_processes
 
 
 def _num_rows(
@@ -282,11 +320,7 @@ def _num_rows(
     # max_steps decides the length where it is given.
     training = config.training
     if training.max_steps > 0:
-        num_processes = recipe.launch.num_processes or 1
-        per_process = training.per_device_train_batch_size * training.gradient_accumulation_steps
-        # global_batch_size counts all processes.
-        batch_size = training.global_batch_size or per_process * num_processes
-        return training.max_steps * batch_size
+        return training.max_steps * _batch_size(recipe, config)
 
     limit = config.data.max_train_samples
     if num_rows is None:

@@ -1,0 +1,60 @@
+"""Sizes of what a run writes to disk, from the configuration of its model alone.
+
+``disk_needs`` in ``maskft.training.checkpoints`` makes checkpoints and saved models of them.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from maskft.models import load_config
+from maskft.training.arguments import TrainConfig
+from maskft.training.method_arguments import INTERPOLATE, UNTRAINED_METHODS
+from maskft_common.errors import UserError
+
+from .empty_model import model_without_data
+from .estimate import FLOAT32_BYTES, with_trained_parameters
+
+# Bytes of all weights, of the trained parameters with scores in float32, and of these scores.
+Sizes = tuple[int, int, int]
+
+
+def sizes_of(run: TrainConfig) -> Sizes | None:
+    """Sizes of a run's model; None if its configuration is not on this machine, or makes no model that trains."""
+    try:
+        return _sizes(run)
+    except UserError:
+        # The run itself says what is wrong.
+        return None
+
+
+def _sizes(run: TrainConfig) -> Sizes:
+    source = run.model
+    config = load_config(
+        source.model_name_or_path,
+        revision=source.model_revision,
+        local_files_only=True,
+    )
+    # None: as the configuration says.
+    dtype = None
+    if source.dtype != "auto":
+        dtype = getattr(torch, source.dtype)
+
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = model_without_data(config, dtype, source.attn_implementation)
+        weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+        if run.method.method == INTERPOLATE:
+            return weight_bytes, 0, 0
+        model, masked = with_trained_parameters(model, run, torch.float32)
+
+    # In the place of scores are the effective weights, in float32 as well. Those of fixed masks are not trained.
+    scores = [module.weight for module in masked.values()]
+    score_bytes = FLOAT32_BYTES * sum(score.numel() for score in scores)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained_bytes = sum(parameter.nbytes for parameter in trained)
+    if run.method.method in UNTRAINED_METHODS:
+        trained_bytes = score_bytes
+    return weight_bytes, trained_bytes, score_bytes
