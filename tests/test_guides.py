@@ -120,6 +120,18 @@ def test_every_column_of_a_table_has_a_name():
     assert nameless == []
 
 
+def test_no_row_of_a_table_is_cut_off_from_its_header():
+    """An empty line ends a table: the rows below it are shown as text with bars."""
+    # The first row of a block of rows is a header, so a line of dashes follows it.
+    blocks = re.compile(r"(?:^\|.*\n)+", re.MULTILINE)
+    pages = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+    for page in pages:
+        text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+        for block in blocks.findall(text):
+            first, second, *_ = [*block.splitlines(), ""]
+            assert re.fullmatch(r"\|[ :|-]+\|", second), (page.name, first)
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """The site, built with --strict: a broken link is an error."""
