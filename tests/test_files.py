@@ -47,6 +47,8 @@ class Recipe(FileModel):
     ("content", "message"),
     [
         ({}, "r.yaml: name is missing"),
+        ({"nam": "x"}, r"r.yaml: unknown key 'nam' \(did you mean 'name'\?\)"),
+        ({"methods": {"a": {"rat": 1}}}, "r.yaml: name is missing"),
         ({"name": "x", "method": {}}, r"r.yaml: unknown key 'method' \(did you mean 'methods'\?\); there are name"),
         ({"name": "x", "methods": {"a": {"rate": 1, "layer": [0]}}}, r"unknown key 'methods.a.layer' .*'layers'"),
         ({"name": "x", "methods": {"a": {"rate": -1.0}}}, "methods.a.rate is -1.0: input should be greater than 0"),

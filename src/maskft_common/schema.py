@@ -61,7 +61,14 @@ def read_model(
 def first_problem(error: ValidationError, kind: Any) -> str:
     """Return the first mistake in content that does not fit ``kind``: the place, the value, and the remedy."""
     # One mistake is enough for one line. For a union pydantic reports the failure of each branch, in their order.
-    problem = error.errors(include_url=False)[0]
+    problems = error.errors(include_url=False)
+    problem = problems[0]
+    if problem["type"] == "missing":
+        # An unknown key beside it is most likely this one, misspelt.
+        for other in problems:
+            if other["type"] == "extra_forbidden" and other["loc"][:-1] == problem["loc"][:-1]:
+                problem = other
+                break
     parts = [str(part) for part in problem["loc"] if not _is_choice_of_union(part)]
     # Keys come from the file, and may hold control characters.
     place = printable(".".join(parts))
