@@ -22,7 +22,7 @@ from maskft_lab.study.load_recipe import load_recipe, parse_recipe
 from maskft_lab.study.plan import build_plan
 from maskft_lab.study.study_run import Heldout
 from maskft_lab.study.train import heldout
-from small_study import replace_commands
+from small_study import replace_commands, write
 
 RATES = [1e-3, 1e-2]
 
@@ -181,6 +181,32 @@ def test_no_method_chooses_on_test_rows(content, chooses):
         UserError, match=r"data file nowhere\.jsonl does not exist"
     ):  # files, of which none is a test split
         check_before_running(plan_of(content))
+
+
+def test_rows_that_are_trained_and_reported_on_are_said(content, in_process, tmp_path, capsys):
+    """A test file that is the training file, whole or in part, gave a table of memorised answers without a word."""
+    assert check_before_running(plan_of(content)) == []
+    test_rows = Path(content["evaluation"]["heldout"]["dataset_name"])
+    trained = Path(content["data"]["sums"]["dataset_name"]).read_text().splitlines()
+    del content["methods"]["full"]["tune"]
+    content["methods"] = {"full": content["methods"]["full"] | {"learning_rate": 1e-3}}
+    test_rows.write_text("\n".join([*test_rows.read_text().splitlines(), *trained]))
+    content["evaluation"]["before"] = {"others": {"dataset_name": str(tmp_path / "others.jsonl")}}
+    (tmp_path / "others.jsonl").write_text(json.dumps({"text": "nothing of sums"}))
+    note = (
+        "Note: 48 of the 73 prompts of evaluation are training rows of 'sums' too: scores on them say nothing of new "
+        "rows; take them out of one of the two."
+    )
+    assert check_before_running(plan_of(content)) == [note]  # held-out rows choose a checkpoint and are not trained on
+    out = tmp_path / "out"
+    assert main(["study", str(write(tmp_path, content)), "--output_dir", str(out)]) == 0
+    assert note in capsys.readouterr().out
+    assert f"- {note}\n" in (out / layout.STUDY_TABLE.format("small")).read_text()
+
+    # Rows that cannot be read are the preparation's to report, and those of the hub may be nowhere but prepared.
+    for name in ("nowhere.jsonl", "someone/rows"):
+        content["data"]["sums"]["dataset_name"] = name
+        assert check_before_running(plan_of(content)) == []
 
 
 def odd(**method):

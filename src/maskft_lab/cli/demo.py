@@ -178,13 +178,13 @@ def _run_study(args: argparse.Namespace) -> None:
         intro = _INTRO_OF_SUMS.format(model=Path(args.model).name)
     print(intro, flush=True)
 
-    check_before_running(plan)
+    notes = check_before_running(plan)
     num_at_once = 1
     if not args.model:
         # Two small trainings with a thread each are faster than one with two.
         num_at_once = min(_MAX_AT_ONCE, num_cores())
     launcher = launcher_of("local", num_at_once)
-    run_study(plan, folder, launcher, is_brief=True)
+    run_study(plan, folder, launcher, is_brief=True, notes=notes)
 
     if len(recipe.seeds) == 1:
         print("One seed: intervals are about these models; with another the verdict may differ.")

@@ -145,8 +145,8 @@ def run(args: argparse.Namespace) -> None:
     from ..study.study import run_study
 
     # Reads tasks and data: a dry run may come before they are there.
-    check_before_running(plan)
-    run_study(plan, folder, launcher, recipe_text=text)
+    notes = check_before_running(plan)
+    run_study(plan, folder, launcher, recipe_text=text, notes=notes)
 
     page = folder / "report.html"
     words = ["maskft", "report", str(folder), "--study_name", recipe.name, "-o", str(page)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -13,7 +13,8 @@ from transformers.trainer_utils import SaveStrategy
 
 from maskft.data.arguments import DataArguments, check_sizes
 from maskft.data.mixtures import hub_ids
-from maskft.data.splits import load_splits, prompt_digest
+from maskft.data.splits import Splits, load_splits, prompt_digest
+from maskft.training.arguments import TrainConfig
 from maskft.training.checks import check_kl_budget, check_kl_to_base, check_method, check_size
 from maskft.training.launch import config_processes
 from maskft.training.method_arguments import FIXED_MASK_METHODS, INTERPOLATE, MASK_METHODS, mask_config
@@ -24,7 +25,7 @@ from .evaluate import evaluation_words
 from .identity import options_identity, short_digest
 from .path import has_path, heldout_options
 from .plan import Plan, build_plan
-from .recipe import Method, Options, Recipe
+from .recipe import PRETRAINED, Method, Options, Recipe
 from .run_options import SEEDS, parsed_run
 from .study_run import StudyRun
 
@@ -190,8 +191,12 @@ def _check_path_rows(plan: Plan) -> None:
 # Checks that read the data
 
 
-def check_before_running(plan: Plan) -> None:
-    """Check tasks and data, and that nothing is chosen on rows that are reported on."""
+def check_before_running(plan: Plan) -> list[str]:
+    """Check tasks and data, and that nothing is chosen on rows that are reported on.
+
+    Returns:
+        Notes for the reader of the table: of rows that are trained and reported on.
+    """
     sets = _evaluation_args(plan.recipe)
     rows = {}  # section -> its rows
     try:
@@ -200,50 +205,111 @@ def check_before_running(plan: Plan) -> None:
     except UserError as error:
         raise UserError(f"evaluation: {error}") from None
 
-    # Prompts that the study reports on; rows of a path only choose.
-    reported: set[str] = set()
+    # Section -> the prompts that the study reports on; rows of a path only choose.
+    prompts: dict[str, set[str]] = {}
     for where, rows_there in rows.items():
         if not where.startswith(_OF_PATH):
-            reported.update(prompt_digest(row) for row in rows_there)
+            prompts[where] = {prompt_digest(row) for row in rows_there}
+    reported = set().union(*prompts.values())
 
-    # Tuning, and then the choice of points, which looks at the rows of earlier abilities too.
-    _check_tuned_rows(plan, reported)
+    # Training and tuning, and then the choice of points, which looks at the rows of earlier abilities too.
+    notes = _check_training_rows(plan, prompts, reported)
     path = plan.recipe.path
     if path is None or path.choose is None:
-        return
+        return notes
     for where, rows_there in rows.items():
         has_loss = not sets[where].kl  # sets with kl have no loss to choose by
         if where.startswith(_OF_PATH) and has_loss:
             _check_not_reported(rows_there, reported, f"{where} would choose points on")
+    return notes
 
 
-def _check_tuned_rows(plan: Plan, reported: set[str]) -> None:
-    """Refuse to tune or choose on prompts that the study reports on, or on a test split."""
+def _check_training_rows(
+    plan: Plan,
+    prompts: Mapping[str, set[str]],
+    reported: set[str],
+) -> list[str]:
+    """Refuse to tune or choose on prompts that the study reports on, or on a test split; note those it trains on.
+
+    Args:
+        plan: The runs.
+        prompts: Section of the recipe -> the prompts that it reports on.
+        reported: All of these.
+    """
     data_options = {field.name for field in fields(DataArguments)}
-    seen: set[str] = set()
+    read: dict[str, Splits | UserError] = {}  # most runs have the same rows, and reading them takes a while
+    checked = set()
+    notes: list[str] = []
     for run in plan.runs:
-        verb = how_chosen(run.method, run.options)
-        if verb is None:
+        if run.method.method == PRETRAINED:
             continue
-
-        # Most runs hold out the same rows, and reading them takes a while.
         of_data = []
         for name, value in run.options.items():
             if name in data_options:
                 of_data.append((name, value))
         # Names are unique, so sorting compares no values, which may be of different types.
         key = repr(sorted(of_data))
-        if key in seen:
+        verb = how_chosen(run.method, run.options)
+        if (key, verb is None) in checked:
             continue
-        seen.add(key)
+        checked.add((key, verb is None))
 
         parsed = parsed_run(run)
         data = parsed.data
         would = f"method {run.method.name!r} would be {verb} on"
-        _check_no_test_split(data, would)
-        text_field = parsed.training.dataset_text_field
-        splits = load_splits(data, data.split_seed, None, text_field)
-        _check_not_reported(splits.heldout, reported, would)
+        if verb is not None:
+            _check_no_test_split(data, would)
+        # Of runs that choose nothing, files alone are read: a hub data set may be prepared, and nowhere else.
+        elif hub_ids(data.dataset_name or "") or hub_ids(data.eval_dataset_name or ""):
+            continue
+
+        if key not in read:
+            read[key] = _splits(parsed)
+        splits = read[key]
+        if isinstance(splits, UserError):
+            if verb is not None:
+                raise splits
+            continue  # the preparation of the data says it
+        if verb is not None:
+            _check_not_reported(splits.heldout, reported, would)
+        if run.method.is_trained:
+            name = plan.recipe.data_name(run.method)
+            notes += _notes_on_trained_rows(splits.train, prompts, name)
+    return list(dict.fromkeys(notes))
+
+
+def _splits(parsed: TrainConfig) -> Splits | UserError:
+    """Rows of a run, or why they cannot be read."""
+    data = parsed.data
+    text_field = parsed.training.dataset_text_field
+    try:
+        return load_splits(data, data.split_seed, None, text_field)
+    except UserError as error:
+        return error
+
+
+def _notes_on_trained_rows(
+    rows: Iterable[dict],
+    prompts: Mapping[str, set[str]],
+    name: str,
+) -> list[str]:
+    """A note for each section that reports on prompts of training rows.
+
+    Args:
+        rows: The training rows.
+        prompts: Section of the recipe -> the prompts that it reports on.
+        name: Of the training set.
+    """
+    trained = {prompt_digest(row) for row in rows}
+    notes = []
+    for where, prompts_there in prompts.items():
+        num_trained = len(prompts_there & trained)
+        if num_trained:
+            notes.append(
+                f"Note: {num_trained:,} of the {len(prompts_there):,} prompts of {where} are training rows of {name!r} "
+                "too: scores on them say nothing of new rows; take them out of one of the two."
+            )
+    return notes
 
 
 def _check_no_test_split(data: DataArguments, would: str) -> None:

@@ -43,6 +43,7 @@ def run_study(
     launcher: Launcher,
     is_brief: bool = False,
     recipe_text: str | None = None,
+    notes: Sequence[str] = (),
 ) -> None:
     """Make every unfinished run, then print and write the table.
 
@@ -54,11 +55,14 @@ def run_study(
         launcher: Where the runs are made.
         is_brief: In a log, show no line for each run.
         recipe_text: The recipe's file as the plan was made from it, for a copy beside the table; None: no copy.
+        notes: For the reader of the table.
 
     Raises:
         UserError: If a run failed; the runs that do not depend on it are made first.
     """
     console = Console()
+    for note in notes:
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
     # Commands run elsewhere and need the absolute path; messages show the folder as the user wrote it.
     shown_folder = folder
     folder = folder.absolute()
@@ -70,7 +74,7 @@ def run_study(
         plan, failed = _make_all(study, launcher, console, is_brief)
 
         # The table is printed and written also if a run failed: the other results are there.
-        text = summarise(study, plan.ready.runs, plan.tunings)
+        text = summarise(study, plan.ready.runs, plan.tunings, notes)
         # With the table, so that both are of one recipe: the page of the study shows the copy, and whoever gets the
         # folder has it too.
         if recipe_text is not None:

@@ -46,6 +46,7 @@ def summarise(
     study: Study,
     runs: Sequence[StudyRun],
     tunings: Sequence[Tuned],
+    notes_on_rows: Sequence[str] = (),
 ) -> str:
     """Compare all results of a study with its baseline, write summary and table; return one page: table and verdict.
 
@@ -53,6 +54,7 @@ def summarise(
         study: Where the results are.
         runs: Its runs; those without a result yet are left out.
         tunings: The settings that were tried.
+        notes_on_rows: Notes on the rows of the study, for the table.
     """
     recipe = study.recipe
     _delete_old_curves(study)
@@ -76,6 +78,7 @@ def summarise(
         models[model] = record
 
         # The notes, and the accounts of all models.
+        notes += notes_on_rows
         notes += [f"Tuned: {tuned}." for tuned in tunings]
         notes += _notes_on_forgetting(recipe, results)
         num_tried = _settings_tried(runs)
