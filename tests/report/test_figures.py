@@ -1,6 +1,7 @@
 """Figures: drawn from the arrays' own numbers, written in every format, the same each time."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from maskft_lab.report import catalogue
 from maskft_lab.report.catalogue import FIGURES, draw_figures, select_figures
 from maskft_lab.report.charts import COLOURS, DARK, FORMATS, Chart, Panel, draw_panel, to_svg
 from maskft_lab.report.evidence import NotComputed, gather
+from maskft_lab.report.fig_forest import forest_chart
 from maskft_lab.report.fig_masks import _by_sparsity
 from maskft_lab.report.methods import entries_of
+from maskft_lab.results.comparison import NOT_DISTINGUISHABLE
 from maskft_lab.results.tables import Table
 from maskft_lab.results.words import difference_text
 
@@ -122,6 +125,40 @@ def test_the_forest_plot_shows_every_difference_with_its_interval(evidence, char
     assert names[: len(rows)] == [row.method for row in sorted(rows, key=lambda row: -row.difference)]
     table = charts["forest"].table.rows
     assert [row[-2:] for row in table] == [(difference_text(r), r.verdict) for r in evidence.comparison.differences]
+
+
+def _forest_of(evidence, changes):
+    """The axes of the first panel, with the first differences of its metric replaced."""
+    comparison = evidence.comparison
+    rows = [row for row in comparison.differences if row.metric == "accuracy"]
+    changed = [replace(row, **change) for row, change in zip(rows, changes, strict=False)]
+    others = [row for row in comparison.differences if row.metric != "accuracy"]
+    comparison = replace(comparison, differences=[*changed, *others], verdicts=[])
+    chart = forest_chart(replace(evidence, comparison=comparison))
+    (panel,) = (panel for panel in chart.panels if panel.title.startswith("accuracy"))
+    return axes_of(panel)
+
+
+def test_where_nothing_is_distinguishable_most_intervals_are_shown_whole(evidence):
+    """They were all cut off at twice the span of the values, so none could be read."""
+    wide = {"ci_low": -0.07, "ci_high": 0.05, "verdict": NOT_DISTINGUISHABLE}
+    widest = {"ci_low": -0.9, "ci_high": 0.9, "verdict": NOT_DISTINGUISHABLE}
+    axes = _forest_of(
+        evidence, [{"difference": -0.01} | wide, {"difference": 0.0} | wide, {"difference": 0.01} | widest]
+    )
+    left, right = axes.get_xlim()
+    assert -12 < left < -7 and 5 < right < 12  # points; an interval far beyond the others does not squash them
+    arrows = [line for line in axes.lines if line.get_marker() in "<>"]
+    assert len(arrows) == 2
+
+
+def test_two_models_that_agree_on_every_item_have_no_interval_in_the_picture(evidence):
+    """As in the table, which says so in words."""
+    alike = {"difference": 0.0, "ci_low": -0.05, "ci_high": 0.05, "verdict": NOT_DISTINGUISHABLE}
+    (row, *_) = (row for row in evidence.comparison.differences if row.metric == "accuracy")
+    alike["num_identical"] = row.num_items
+    axes = _forest_of(evidence, [alike])
+    assert not [line for line in axes.lines if tuple(line.get_xdata()) == (-5, 5)]
 
 
 def test_the_forest_plot_has_the_mask_minus_its_strongest_control():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from statistics import median_low
 from typing import NamedTuple
 
 from matplotlib.axes import Axes
@@ -14,7 +15,7 @@ from ..results.comparison import NOT_DISTINGUISHABLE, Comparison, Difference, Pl
 from ..results.schema import BEFORE
 from ..results.tables import Table
 from ..results.verdict import brief_metric
-from ..results.words import difference_text, points_or_unit, task_text
+from ..results.words import difference_text, is_alike, points_or_unit, task_text
 from .charts import COLOURS, GROUND, ROW_HEIGHT, Chart, Panel, plain, row_name
 from .evidence import Evidence, NotComputed
 from .methods import look, number
@@ -33,7 +34,8 @@ class Line(NamedTuple):
     name: str
     method: str  # decides its colour
     value: float
-    ends: tuple[float, float] | None  # None: the interval would be the whole range, as that of two seeds
+    # None: the interval would be the whole range, as that of two seeds, or the two models agree on every item.
+    ends: tuple[float, float] | None
     is_claimed: bool  # else pale
 
 
@@ -133,7 +135,7 @@ def _line(row: Difference, name: str) -> Line:
 
     # An interval where the text of the table has one, so that picture and table agree.
     ends: tuple[float, float] | None = None
-    if "no interval" not in difference_text(row):
+    if not is_alike(row) and "no interval" not in difference_text(row):
         ends = (scale * row.ci_low, scale * row.ci_high)
     return Line(
         name=name,
@@ -215,11 +217,16 @@ def _draw(
     every = [*lines, *below]
     values = near([line.value for line in every])
     ends = []
+    reaches = []
     for line in every:
         # Intervals of values that are off scale would decide the limits again.
-        if line.value in values:
-            ends += line.ends or ()
-    x_limits = limits(values, ends, INTERVAL_SHARE)
+        if line.value in values and line.ends:
+            ends += line.ends
+            low, high = line.ends
+            reaches.append(max(line.value - low, high - line.value))
+    # Where values are nearer to each other than their intervals are long, half of the intervals are shown whole.
+    usual_reach = median_low(reaches) if reaches else 0.0
+    x_limits = limits(values, ends, INTERVAL_SHARE, usual_reach)
     axes.set_xlim(x_limits)
     # The line of no difference.
     axes.axvline(

@@ -38,6 +38,7 @@ def limits(
     values: Sequence[float],
     ends: Sequence[float] = (),
     share: float = 0.25,
+    at_least: float = 0.0,
 ) -> Ends:
     """Ends of an axis with room for zero, all values, and intervals.
 
@@ -45,6 +46,7 @@ def limits(
         values: Shown values.
         ends: Ends of their intervals.
         share: Part of the span of the values that intervals may add at most on each side.
+        at_least: What intervals may add there if the span is small.
     """
     # Zero is always shown: it is the model that the others are compared with.
     low = min(0.0, *values)
@@ -56,10 +58,11 @@ def limits(
     # As far as intervals reach, but not farther than their share: intervals over few seeds would fill the whole axis.
     lowest_end = min([low, *ends])
     highest_end = max([high, *ends])
-    wide_low = max(low - share * span, lowest_end)
-    wide_high = min(high + share * span, highest_end)
+    most = max(share * span, at_least)
+    wide_low = max(low - most, lowest_end)
+    wide_high = min(high + most, highest_end)
     # A marker at the very end would be cut in half.
-    room = ROOM * span
+    room = ROOM * max(span, at_least)
     return wide_low - room, wide_high + room
 
 
