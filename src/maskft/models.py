@@ -393,7 +393,13 @@ def check_model_source(name_or_path: str) -> None:
     if not folder.exists():
         raise UserError(f"model folder {name_or_path!r} does not exist")
     if not (folder / "config.json").is_file():
-        hint = "; it is an adapter: pass it as --adapter" if holds_adapter(folder) else ""
+        hint = ""
+        if holds_adapter(folder):
+            # Every command that takes a model asks here, and only evaluate takes an adapter as well.
+            hint = (
+                "; it is an adapter: name its base, or a model made by maskft merge (maskft evaluate takes it as "
+                "--adapter)"
+            )
         raise UserError(f"{name_or_path!r} is not a model folder: it has no config.json{hint}")
     check_own_files(folder, [_TEMPLATES])
     if not isinstance(read_json(folder / "config.json"), dict):

@@ -28,7 +28,7 @@ from maskft.training.trainer import MaskTrainer
 from maskft.tuner.config import MaskConfig
 from maskft.tuner.presets import PRESETS
 from maskft_common.errors import NotFiniteError
-from maskft_common.layout import ADAPTER_WEIGHTS, HELDOUT, LAST, TRAINING
+from maskft_common.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, HELDOUT, LAST, TRAINING
 from maskft_common.memory import peak_memory_bytes
 from maskft_lab.cli.main import main
 from maskft_lab.cli.train import parse
@@ -499,6 +499,10 @@ def test_a_folder_that_is_not_a_model(arguments, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     status, err = run(arguments(model_name_or_path=tmp_path / "empty"), capsys)
     assert status == 2 and "is not a model folder: it has no config.json" in err
+    # An adapter, which the command has no option for.
+    (tmp_path / "empty" / ADAPTER_CONFIG).write_text("{}")
+    status, err = run(arguments(model_name_or_path=tmp_path / "empty"), capsys)
+    assert status == 2 and "it is an adapter: name its base, or a model made by maskft merge" in err
 
 
 def test_an_output_folder_that_holds_another_run(arguments, tmp_path, capsys):
