@@ -141,6 +141,11 @@ def test_other_rows_of_a_reserved_prompt_are_not_trained_on(tmp_path):
         ),
         (
             "small",
+            {"eval_dataset_name": "other", "eval_split_size": 0.2},
+            "eval_split_size is 0.2, and eval_dataset_name 'other' names other held-out rows: remove one of the two",
+        ),
+        (
+            "small",
             {"eval_split_size": 40},
             "eval_split_size 40 holds out 40 of the 40 rows of small, which leaves none to train on; make it smaller",
         ),

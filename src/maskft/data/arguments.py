@@ -35,7 +35,7 @@ def mixture_text(value):
 
 
 def check_sizes(args: DataArguments) -> None:
-    """Raise :class:`UserError` for impossible numbers of rows."""
+    """Raise :class:`UserError` for impossible numbers of rows, and for held-out rows that are named twice."""
     # None: all rows.
     for name in ("max_train_samples", "max_eval_samples"):
         value = getattr(args, name)
@@ -51,6 +51,13 @@ def check_sizes(args: DataArguments) -> None:
             f"eval_split_size is {size:g}; held-out rows choose the best checkpoint: give a whole number of rows, at "
             "least 1, or a fraction between 0 and 1"
         )
+    # It would be ignored. The default may be meant or not.
+    for name in ("eval_dataset_name", "dataset_eval_split"):
+        value = getattr(args, name)
+        if value and size != DataArguments.eval_split_size:
+            raise UserError(
+                f"eval_split_size is {size:g}, and {name} {value!r} names other held-out rows: remove one of the two"
+            )
 
 
 def option(
