@@ -80,9 +80,15 @@ def test_a_new_folder_is_taken(resume, folder):
 
 
 def test_a_folder_with_a_run_is_not_begun_again(folder):
-    (folder / "config.json").touch()
+    checkpoint(folder, 4)
     message = f"output_dir {str(folder)!r} holds another run; name another folder, or resume it: "
     refused(message + "--resume_from_checkpoint true", folder)
+
+
+def test_to_resume_is_no_advice_for_files_that_are_not_from_a_run(folder):
+    (folder / "train.jsonl").touch()
+    message = f"output_dir {str(folder)!r} holds files that are not from a run (train.jsonl); name another folder"
+    refused(message, folder)
 
 
 @pytest.mark.parametrize("resume", ["true", "True", "1", "auto"])

@@ -505,11 +505,11 @@ def test_a_folder_that_is_not_a_model(arguments, tmp_path, capsys):
     assert status == 2 and "it is an adapter: name its base, or a model made by maskft merge" in err
 
 
-def test_an_output_folder_that_holds_another_run(arguments, tmp_path, capsys):
+def test_an_output_folder_that_holds_other_files(arguments, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious.txt").write_text("keep")
     status, err = run(arguments(), capsys)
-    assert status == 2 and "holds another run; name another folder" in err
+    assert status == 2 and "holds files that are not from a run (precious.txt); name another folder" in err
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["precious.txt"]
 
 

@@ -101,14 +101,15 @@ def prepare_output_dir(
 
     # YAML gives true as a bool.
     resume = str(args.resume_from_checkpoint or "").lower()
+    if resume not in ("", "auto", "true", "1"):
+        raise UserError(f"resume_from_checkpoint is {args.resume_from_checkpoint!r}; write true, or auto")
+    # First, because a folder that is not this run's cannot be resumed either.
+    _check_owner(folder, there, method, is_ours)
     if not resume and there:
         raise UserError(
             f"output_dir {str(folder)!r} holds another run; name another folder, or resume it: "
             "--resume_from_checkpoint true"
         )
-    if resume not in ("", "auto", "true", "1"):
-        raise UserError(f"resume_from_checkpoint is {args.resume_from_checkpoint!r}; write true, or auto")
-    _check_owner(folder, there, method, is_ours)
 
     # None in a new folder, and for methods that are not trained: these have no checkpoints, and take seconds.
     last = _last_whole_checkpoint(folder, console)
