@@ -15,6 +15,7 @@ from maskft.data.splits import load_splits
 from maskft_common import layout
 from maskft_common.errors import UserError
 from maskft_lab.cli.main import main
+from maskft_lab.report.evidence import gather
 from maskft_lab.report.methods import series_looks
 from maskft_lab.study.check import check_before_running, checked_plan
 from maskft_lab.study.folder import Study
@@ -202,6 +203,7 @@ def test_rows_that_are_trained_and_reported_on_are_said(content, in_process, tmp
     assert main(["study", str(write(tmp_path, content)), "--output_dir", str(out)]) == 0
     assert note in capsys.readouterr().out
     assert f"- {note}\n" in (out / layout.STUDY_TABLE.format("small")).read_text()
+    assert note in gather(out).notes
 
     # Rows that cannot be read are the preparation's to report, and those of the hub may be nowhere but prepared.
     for name in ("nowhere.jsonl", "someone/rows"):

@@ -232,6 +232,7 @@ def gather(
     elif len(compared_names) > 1:
         evidence.notes = ["the study has written no comparison yet: finish it with maskft study"]
 
+    evidence.notes += summary.get("notes_on_rows", [])
     for tuned in summary.get("tuning", []):
         if tuned.get("winner"):
             evidence.notes.append(_tuned_text(tuned))

@@ -54,7 +54,7 @@ def summarise(
         study: Where the results are.
         runs: Its runs; those without a result yet are left out.
         tunings: The settings that were tried.
-        notes_on_rows: Notes on the rows of the study, for the table.
+        notes_on_rows: Notes on the rows of the study, for the table and the page.
     """
     recipe = study.recipe
     _delete_old_curves(study)
@@ -75,6 +75,8 @@ def summarise(
         _write_curves(study, record.pop("curves", {}))
         if tunings:
             record["tuning"] = [tuned.to_dict() for tuned in tunings]
+        if notes_on_rows:  # for the study's page
+            record["notes_on_rows"] = list(notes_on_rows)
         models[model] = record
 
         # The notes, and the accounts of all models.
