@@ -56,6 +56,23 @@ def test_the_report_in_words():
     )
 
 
+@pytest.mark.parametrize("as_chat", [True, False])
+def test_empty_answers_are_counted(as_chat, tmp_path):
+    """A blank cell of a CSV file taught to say nothing, without a word; null in JSON is an error."""
+    heldout = tmp_path / "heldout.jsonl"
+    for columns in (("prompt", "completion"), ("question", "answer")):
+        lines = [f"{n}+1=,{cell}" for n, cell in enumerate(["7", "", "  ", "8", '""'])]
+        (tmp_path / "sums.csv").write_text("\n".join([",".join(columns), *lines]))
+        heldout.write_text(json.dumps(dict.fromkeys(columns, "other")))
+        args = DataArguments(dataset_name=str(tmp_path / "sums.csv"), eval_dataset_name=str(heldout), as_chat=as_chat)
+        report = load_splits(args, 0, tiny_tokenizer()).report
+        assert (report.train, report.empty) == (5, 3)
+        assert str(report).endswith("; 3 to train on have an empty answer, and teach to say nothing")
+    (tmp_path / "text.jsonl").write_text('{"text": "a"}\n{"text": "b"}')
+    args = DataArguments(dataset_name=str(tmp_path / "text.jsonl"), eval_split_size=1)
+    assert load_splits(args, 0, tiny_tokenizer()).report.empty == 0
+
+
 def test_a_prompt_is_its_words_before_the_first_answer():
     def expected(text):
         return hashlib.sha256(text.encode()).hexdigest()

@@ -17,6 +17,8 @@ from .formats import Row
 from .mixtures import Reader, ReadSet, load_examples, mix, parse_mixture
 from .sources import is_hub_name
 
+_BATCH_ROWS = 10_000
+
 
 @dataclass(frozen=True)
 class SplitReport:
@@ -28,6 +30,7 @@ class SplitReport:
         train: Rows to train on.
         heldout: Rows held out.
         taken: Rows taken of each set of the training data, those held out included.
+        empty: Training rows whose answer has no words, such as a blank cell of a CSV file.
     """
 
     read: int
@@ -35,6 +38,7 @@ class SplitReport:
     train: int
     heldout: int
     taken: dict[str, int]
+    empty: int = 0
 
     def __str__(self) -> str:
         mixture = ""
@@ -47,6 +51,8 @@ class SplitReport:
         text = f"read {self.read:,} rows{mixture}: {self.train:,} to train on, {self.heldout:,} held out"
         if self.dropped_overlap:
             text += f"; {self.dropped_overlap:,} left out of training because their prompt is held out"
+        if self.empty:
+            text += f"; {self.empty:,} to train on have an empty answer, and teach to say nothing"
         return text
 
 
@@ -112,6 +118,7 @@ def load_splits(
         train=len(train),
         heldout=len(heldout),
         taken=taken,
+        empty=_num_without_answer(train),
     )
     return Splits(train, heldout, report)
 
@@ -299,6 +306,25 @@ def _shares(count: int, sizes: Sequence[int]) -> list[int]:
         shares[index] += 1
     # So with a count below the number of sets, more rows are held out than were asked for.
     return [max(1, share) for share in shares]
+
+
+def _num_without_answer(rows: Dataset) -> int:
+    """Number of rows whose completion has no words.
+
+    A conversation without an answer has no label, which the tokenising sees.
+    """
+    if "completion" not in rows.column_names:
+        return 0
+    count = 0
+    # Some thousand rows at a time: the column itself would decode one at a time.
+    for batch in rows.select_columns(["completion"]).iter(_BATCH_ROWS):
+        for completion in batch["completion"]:
+            texts = [completion]
+            if not isinstance(completion, str):
+                texts = [message["content"] for message in completion]
+            if not any(text.strip() for text in texts):
+                count += 1
+    return count
 
 
 def prompt_digest(example: Row) -> str:
