@@ -313,6 +313,9 @@ CUT_GZIP = gzip.compress(GOOD_LINE.encode() * 99, mtime=0)[:40]  # without the t
         ("a.csv", "prompt,completion\na,b,c\n", r"a\.csv cannot be read: .*Expected 2 columns, got 3"),
         ("a.csv", 'prompt,completion\n"a,b\n', r"a\.csv cannot be read: .*"),
         ("a.csv", "", r"a\.csv cannot be read: Empty CSV file"),
+        ("a.csv", "prompt;completion\na;b\n", r"one column, 'prompt;completion': separate columns by commas"),
+        ("a.csv", "prompt\tcompletion\na\tb\n", r"one column, 'prompt\\tcompletion': separate columns by commas"),
+        ("a.csv", "prompt,completion\né,b\n".encode("latin-1"), r"not UTF-8 text, in column 'prompt'; save it in"),
     ],
 )
 def test_file_mistakes_are_one_line(tmp_path, name, content, message):

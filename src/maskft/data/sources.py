@@ -63,7 +63,9 @@ def read_file(path: Path) -> Iterator[tuple[str, Row]]:
         else:
             yield from _json_rows(path)
     except UnicodeDecodeError as error:
-        raise UserError(f"data file {path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+        raise UserError(
+            f"data file {path} is not UTF-8 text: {error.reason} at byte {error.start}; save it in that encoding"
+        ) from None
     except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
         # gzip's errors are among these.
         raise UserError(f"data file {path} cannot be read: {first_line(error)}") from None
@@ -80,6 +82,14 @@ def _csv_rows(path: Path) -> list[Row]:
     # Read twice: types are declared by the names of columns, which are not known before.
     parsing = csv.ParseOptions(newlines_in_values=True)
     guessed = csv.read_csv(path, parse_options=parsing)
+    # Spreadsheets of many countries write semicolons, which would be parts of one name.
+    names = guessed.column_names
+    if len(names) == 1 and any(separator in names[0] for separator in ";\t|"):
+        raise UserError(f"data file {path} has one column, {names[0]!r}: separate columns by commas")
+    # pyarrow gives bytes where a text is not UTF-8, and converting them has another error.
+    for name, column in zip(names, guessed.columns, strict=True):
+        if pyarrow.types.is_binary(column.type):
+            raise UserError(f"data file {path} is not UTF-8 text, in column {name!r}; save it in that encoding")
     types = dict.fromkeys(guessed.column_names, pyarrow.string())
     table = csv.read_csv(
         path,
