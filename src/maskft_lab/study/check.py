@@ -210,7 +210,9 @@ def check_before_running(plan: Plan) -> list[str]:
     for where, rows_there in rows.items():
         if not where.startswith(_OF_PATH):
             prompts[where] = {prompt_digest(row) for row in rows_there}
-    reported = set().union(*prompts.values())
+    reported: set[str] = set()
+    for prompts_there in prompts.values():
+        reported |= prompts_there
 
     # Training and tuning, and then the choice of points, which looks at the rows of earlier abilities too.
     notes = _check_training_rows(plan, prompts, reported)
@@ -238,7 +240,7 @@ def _check_training_rows(
     """
     data_options = {field.name for field in fields(DataArguments)}
     read: dict[str, Splits | UserError] = {}  # most runs have the same rows, and reading them takes a while
-    checked = set()
+    checked: set[tuple[str, bool]] = set()
     notes: list[str] = []
     for run in plan.runs:
         if run.method.method == PRETRAINED:

