@@ -205,9 +205,15 @@ def test_rows_that_are_trained_and_reported_on_are_said(content, in_process, tmp
     assert f"- {note}\n" in (out / layout.STUDY_TABLE.format("small")).read_text()
     assert note in gather(out).notes
 
+    # Rows of the KL term are trained on as well: forgetting on them is what the term forbids.
+    content["train"] |= {"kl_to_base": 0.1, "kl_dataset_name": str(tmp_path / "others.jsonl")}
+    _, note = check_before_running(plan_of(content))
+    assert note.startswith("Note: 1 of the 1 prompts of evaluation.before.others are rows of kl_dataset_name too: sc")
+
     # Rows that cannot be read are the preparation's to report, and those of the hub may be nowhere but prepared.
     for name in ("nowhere.jsonl", "someone/rows"):
         content["data"]["sums"]["dataset_name"] = name
+        content["train"]["kl_dataset_name"] = name
         assert check_before_running(plan_of(content)) == []
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from transformers.trainer_utils import SaveStrategy
 
-from maskft.data.arguments import DataArguments, check_sizes
-from maskft.data.mixtures import hub_ids
+from maskft.data.arguments import KL_DATA, DataArguments, check_sizes
+from maskft.data.mixtures import hub_ids, load_examples
 from maskft.data.splits import Splits, load_splits, prompt_digest
 from maskft.training.arguments import TrainConfig
 from maskft.training.checks import check_kl_budget, check_kl_to_base, check_method, check_size
@@ -276,8 +276,39 @@ def _check_training_rows(
             _check_not_reported(splits.heldout, reported, would)
         if run.method.is_trained:
             name = plan.recipe.data_name(run.method)
-            notes += _notes_on_trained_rows(splits.train, prompts, name)
+            notes += _notes_on_trained_rows(splits.train, prompts, f"training rows of {name!r}")
+    notes += _notes_on_kl_rows(plan, prompts)
     return list(dict.fromkeys(notes))
+
+
+def _notes_on_kl_rows(plan: Plan, prompts: Mapping[str, set[str]]) -> list[str]:
+    """A note for each section that reports on rows of ``kl_dataset_name``, near which the model is held to its base.
+
+    Args:
+        plan: The runs.
+        prompts: Section of the recipe -> the prompts that it reports on.
+    """
+    read: set[str] = set()
+    notes: list[str] = []
+    for run in plan.runs:
+        mixture = run.options.get(KL_DATA)
+        if not isinstance(mixture, str) or mixture in read or hub_ids(mixture):
+            continue
+        read.add(mixture)
+        parsed = parsed_run(run)
+        try:
+            rows = load_examples(
+                mixture,
+                as_chat=parsed.data.as_chat,
+                tokenizer=None,
+                text_field=parsed.training.dataset_text_field,
+                data_dir=parsed.data.data_dir,
+                seed=parsed.data.split_seed,
+            )
+        except UserError:
+            continue  # the preparation of the data says it
+        notes += _notes_on_trained_rows(rows, prompts, f"rows of {KL_DATA}")
+    return notes
 
 
 def _splits(parsed: TrainConfig) -> Splits | UserError:
@@ -293,14 +324,14 @@ def _splits(parsed: TrainConfig) -> Splits | UserError:
 def _notes_on_trained_rows(
     rows: Iterable[dict],
     prompts: Mapping[str, set[str]],
-    name: str,
+    what: str,
 ) -> list[str]:
     """A note for each section that reports on prompts of training rows.
 
     Args:
         rows: The training rows.
         prompts: Section of the recipe -> the prompts that it reports on.
-        name: Of the training set.
+        what: What the rows are, for the note.
     """
     trained = {prompt_digest(row) for row in rows}
     notes = []
@@ -308,7 +339,7 @@ def _notes_on_trained_rows(
         num_trained = len(prompts_there & trained)
         if num_trained:
             notes.append(
-                f"Note: {num_trained:,} of the {len(prompts_there):,} prompts of {where} are training rows of {name!r} "
+                f"Note: {num_trained:,} of the {len(prompts_there):,} prompts of {where} are {what} "
                 "too: scores on them say nothing of new rows; take them out of one of the two."
             )
     return notes
