@@ -16,7 +16,7 @@ from maskft_lab.cli import compare as command
 from maskft_lab.results import FORMATS, families
 from maskft_lab.results.compare import compare
 from maskft_lab.results.comparison import Settings
-from maskft_lab.results.render import cross_domain_table, render, render_scores
+from maskft_lab.results.render import _cut_names, cross_domain_table, render, render_scores
 from maskft_lab.results.schema import build_result, build_task, items_fingerprint, metric_from_items, write_result
 from maskft_lab.results.scores import scores as scores_of
 from maskft_lab.results.tables import Table, draw
@@ -507,6 +507,25 @@ def test_terminal(comparison, monkeypatch):
     assert "+10.0 [" in text
     assert text.count("[red] mask_1 & 5% ") == 2  # a table and a sentence: no markup
     assert "[red] mask_1 & 5% vs full|best, accuracy on sums: +10.0 points" in text
+
+
+def test_rows_of_a_page_are_told_apart_by_the_values_of_a_grid():
+    """Two rows were called "mask after [sparsit…", and the value that tells them apart was cut off."""
+    names = [f"mask after full fine-tuning [sparsity={share}]" for share in (0.05, 0.2)]
+    results = [make("full", is_right=scores(50)), *(make(name, is_right=scores(60)) for name in names)]
+    text = render(fast(results), "terminal")
+    assert "=0.05] " in text and "=0.2] " in text and text.count("…") == 2
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_names_are_cut_where_they_stay_different():
+    cut = _cut_names({"short", "one long name", "another name, one", "another name, two"}, 10)
+    assert cut == {
+        "short": "short",
+        "one long name": "one long …",
+        "another name, one": "anoth… one",
+        "another name, two": "anoth… two",
+    }
 
 
 def test_a_table_wider_than_the_terminal_continues_below(monkeypatch):

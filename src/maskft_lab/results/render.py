@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -328,11 +329,13 @@ def _page_table(comparison: Comparison, places: Sequence[Place]) -> Table:
         width -= 2 + longest
     width = max(MIN_NAME, width)
 
+    # A heading spans all columns, and was cut to the page already.
+    names = {name for name, *cells in table if any(cells)}
+    shown_names = _cut_names(names, width)
     rows: list[tuple[str, ...]] = []
     for name, *cells in table:
-        # A heading spans all columns, and was cut to the page already.
         is_heading = not any(cells)
-        shown = name if is_heading else _cut(name, width)
+        shown = name if is_heading else shown_names[name]
         rows.append((shown, *cells))
     return Table(columns, rows)
 
@@ -368,6 +371,21 @@ def _cut(text: str, width: int) -> str:
         return text
     # The ellipsis takes one column itself.
     return text[: width - 1] + "…"
+
+
+def _cut_names(names: Collection[str], width: int) -> dict[str, str]:
+    """Names as they are shown: cut at the end, or in the middle where the end tells two of them apart."""
+    cut = {name: _cut(name, width) for name in names}
+    num_shown = Counter(cut.values())
+    for name, shown in cut.items():
+        # Values of a grid are at the end, as in "mask [sparsity=0.05]".
+        has_values = name.endswith("]")
+        if shown != name and (has_values or num_shown[shown] > 1):
+            # The ellipsis takes one column.
+            num_last = (width - 1) // 2
+            num_first = width - 1 - num_last
+            cut[name] = f"{name[:num_first]}…{name[-num_last:]}"
+    return cut
 
 
 def _note(note: str) -> str:
