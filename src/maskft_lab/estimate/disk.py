@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from functools import lru_cache
 
 import torch
+from transformers import PretrainedConfig
 
 from maskft.models import load_config
 from maskft.training.arguments import TrainConfig
@@ -30,13 +33,18 @@ def sizes_of(run: TrainConfig) -> Sizes | None:
         return None
 
 
+@lru_cache(maxsize=1)
+def _local_config(name_or_path: str, revision: str | None) -> PretrainedConfig:
+    """Configuration of a model on this machine; read once for all runs of a study.
+
+    transformers reads the whole vocabulary of a GGUF file to make it, which takes seconds.
+    """
+    return load_config(name_or_path, revision=revision, local_files_only=True)
+
+
 def _sizes(run: TrainConfig) -> Sizes:
     source = run.model
-    config = load_config(
-        source.model_name_or_path,
-        revision=source.model_revision,
-        local_files_only=True,
-    )
+    config = copy.deepcopy(_local_config(source.model_name_or_path, source.model_revision))
     # None: as the configuration says.
     dtype = None
     if source.dtype != "auto":
