@@ -801,7 +801,11 @@ def _against_the_mask(
         "",
     ]
     for (method, over), rows in best.items():
-        lines.append(f"- {method} over {over}: {difference(exact, rows, confidence)}")
+        line = f"- {method} over {over}: {difference(exact, rows, confidence)}"
+        if len(rows) >= 3:
+            # Three seeds say little about others, and may agree.
+            line += f"; about these models {difference(exact, rows, confidence, fixed_seeds=True)}"
+        lines.append(line)
     return lines
 
 
@@ -813,13 +817,21 @@ def difference(
     before: list[dict],
     after: list[dict],
     confidence: float,
+    fixed_seeds: bool = False,
 ) -> str:
-    """Accuracy after - before in points, with its interval; both in the order of the seeds."""
+    """Accuracy after - before in points, with its interval; both in the order of the seeds.
+
+    Args:
+        before: Rows of one model, one of each seed.
+        after: Rows of the other.
+        confidence: Probability that the interval contains the difference.
+        fixed_seeds: The interval is about these models, over test rows alone.
+    """
     # Paired by test row: S seeds, N rows.
     before_SN = np.array([row["right"] for row in before])
     after_SN = np.array([row["right"] for row in after])
     diffs_SN = 100 * (after_SN - before_SN)
-    if len(diffs_SN) < 3:
+    if fixed_seeds or len(diffs_SN) < 3:
         # One or two seeds say nothing about others: the interval is about these models, over test rows.
         diffs_SN = diffs_SN.mean(axis=0, keepdims=True)
     bootstrap = Bootstrap(as_block(diffs_SN))
