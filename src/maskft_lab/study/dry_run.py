@@ -59,12 +59,12 @@ def print_dry_run(
         columns.insert(0, "stage")
     table = Table(*columns, title=plan.recipe.name)
 
-    # A row for each run. `left` has the cost of the runs that are not trained yet, and `disk` what they write.
+    # A row for each run. `left` has the cost of the runs that are not trained yet, `disk_left` what they write.
     costs: dict[str, Cost] = {}
     left: dict[str, Cost] = {}  # by id: the run that tried the winner's settings is the winner
     disk_of = DiskOfRuns(plan.recipe)
     disks: dict[str, RunDisk | None] = {}
-    disk: dict[str, RunDisk | None] = {}
+    disk_left: dict[str, RunDisk | None] = {}
     for run in plan.runs:
         # Parsing a run's options takes a while, and runs that differ in their seeds alone cost the same.
         key = options_but_seeds(run)
@@ -79,7 +79,7 @@ def print_dry_run(
         # A trained run costs nothing more here: evaluation is not estimated.
         if state == _TO_DO:
             left[run.id] = (tokens, seconds)
-            disk[run.id] = disks[key]
+            disk_left[run.id] = disks[key]
         else:
             left[run.id] = (0, 0)
         # Its settings, and so its folder, may still change.
@@ -106,9 +106,9 @@ def print_dry_run(
     console.print(table, markup=False)
     totals = _totals(plan, left, own, why_no_time)
     about_stages = _about_stages(plan)
-    if disk:
-        disk[layout.BASE] = disk_of.unpacked_base(folder)
-    about_disk = _about_disk(disk.values(), folder, num_at_once)
+    if disk_left:
+        disk_left[layout.BASE] = disk_of.unpacked_base(folder)
+    about_disk = _about_disk(disk_left.values(), folder, num_at_once)
     console.print(totals + about_stages + about_disk, highlight=False, soft_wrap=True)
 
 
