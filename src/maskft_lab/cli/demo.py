@@ -164,7 +164,7 @@ def _run_study(args: argparse.Namespace) -> None:
     from maskft_common.progress_bar import time_text
     from maskft_common.quiet import silence
 
-    from ..study.check import check_before_running, checked_plan
+    from ..study.check import checked_plan
     from ..study.launchers import launcher_of
     from ..study.load_recipe import parse_recipe
     from ..study.study import run_study
@@ -178,13 +178,12 @@ def _run_study(args: argparse.Namespace) -> None:
         intro = _INTRO_OF_SUMS.format(model=Path(args.model).name)
     print(intro, flush=True)
 
-    notes = check_before_running(plan)
     num_at_once = 1
     if not args.model:
         # Two small trainings with a thread each are faster than one with two.
         num_at_once = min(_MAX_AT_ONCE, num_cores())
     launcher = launcher_of("local", num_at_once)
-    run_study(plan, folder, launcher, is_brief=True, notes=notes)
+    run_study(plan, folder, launcher, is_brief=True)
 
     if len(recipe.seeds) == 1:
         print("One seed: intervals are about these models; with another the verdict may differ.")

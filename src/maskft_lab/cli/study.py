@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> None:
     # From here on torch is imported.
     from maskft_common.quiet import silence
 
-    from ..study.check import check_before_running, checked_plan
+    from ..study.check import checked_plan
     from ..study.launchers import launcher_of
     from ..study.load_recipe import load_recipe
 
@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> None:
         # The recipe's speed would give a wrong time for a model of another size.
         why_no_time = "no time: tokens_per_s of the recipe is of its own model, not of --model"
         recipe = recipe.model_copy(update={"model": args.model, "tokens_per_s": None})
-    # Options and names of runs; rows and tasks are checked by `check_before_running` below.
+    # Options and names of runs; rows and tasks are checked by `run_study` below.
     plan = checked_plan(recipe)
     folder = Path("runs") / recipe.name
     if args.output_dir:
@@ -145,8 +145,7 @@ def run(args: argparse.Namespace) -> None:
     from ..study.study import run_study
 
     # Reads tasks and data: a dry run may come before they are there.
-    notes = check_before_running(plan)
-    run_study(plan, folder, launcher, recipe_text=text, notes=notes)
+    run_study(plan, folder, launcher, recipe_text=text)
 
     page = folder / "report.html"
     words = ["maskft", "report", str(folder), "--study_name", recipe.name, "-o", str(page)]

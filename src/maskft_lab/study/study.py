@@ -17,6 +17,7 @@ from maskft_common.errors import UserError
 from maskft_common.files import write_text
 
 from .board import Board
+from .check import check_before_running
 from .damage import is_whole_result
 from .evaluate import evaluate, measure_path
 from .folder import Study
@@ -43,9 +44,8 @@ def run_study(
     launcher: Launcher,
     is_brief: bool = False,
     recipe_text: str | None = None,
-    notes: Sequence[str] = (),
 ) -> None:
-    """Make every unfinished run, then print and write the table.
+    """Check tasks and data, make every unfinished run, then print and write the table.
 
     Runs whose settings are known come first. Their held-out losses choose the settings of the next stage, and so on.
 
@@ -55,12 +55,14 @@ def run_study(
         launcher: Where the runs are made.
         is_brief: In a log, show no line for each run.
         recipe_text: The recipe's file as the plan was made from it, for a copy beside the table; None: no copy.
-        notes: For the reader of the table.
 
     Raises:
-        UserError: If a run failed; the runs that do not depend on it are made first.
+        UserError: If tasks or data do not fit, before anything is written; or if a run failed, after those that do
+            not depend on it.
     """
     console = Console()
+    # Notes for the reader of the table.
+    notes = check_before_running(plan)
     for note in notes:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
     # Commands run elsewhere and need the absolute path; messages show the folder as the user wrote it.
