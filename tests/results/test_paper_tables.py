@@ -123,6 +123,17 @@ def test_mixed_and_cross_domain_rows_and_base_models():
     assert rows_of(results, "6")[0]["LLaMA3.1-8B", "Pre-Trained Model"][0].endswith(" / 10.0")
 
 
+@pytest.mark.parametrize(("file", "cell"), [("gsm8k_test.jsonl.gz", " / 45.0"), ("my_gsm8k.jsonl", " / –")])
+def test_rows_of_a_file_named_after_a_benchmark_measure_it(file, cell):
+    given = result("full", {"heldout": {"accuracy": 9}}, "full")
+    given["tasks"]["heldout"]["data_file"] = file
+    assert rows_of([given], "1")[0]["Specific Domain", "Best FFT"][0].endswith(cell)
+    # The benchmark itself goes first.
+    both = result("full", {"gsm8k": {"accuracy": 5}, "heldout": {"accuracy": 9}}, "full")
+    both["tasks"]["heldout"]["data_file"] = file
+    assert rows_of([both], "1")[0]["Specific Domain", "Best FFT"][0].endswith(" / 25.0")
+
+
 def test_a_cell_is_of_one_study():
     """Recipes of a model share a folder, and the same model may stand in it twice: the first study counts."""
     math = {"base": LLAMA2, "domain": "math"}

@@ -21,6 +21,7 @@ from .schema import Result
 from .tables import Table, draw, latex_text, markdown_text, wrap
 
 NO_RESULT = "–"
+_HELDOUT = "heldout"  # the task of a result that is rows of the user's own file
 _BACKBONES = {"llama27b": "LLaMA2-7B", "llama318b": "LLaMA3.1-8B"}  # in a base model's name -> the paper's name
 
 
@@ -194,7 +195,10 @@ def _value(
     result: Result,
     asked: Mapping[str, Any],
 ) -> float | None:
-    """Return the score of the column's first metric that the first of its tasks has; None if it has none."""
+    """Return the score of the column's first metric that the first of its tasks has; None if it has none.
+
+    Without any of its tasks, the accuracy on held-out rows whose file has the column's name.
+    """
     for task in asked["tasks"]:
         if task not in result["tasks"]:
             continue
@@ -205,6 +209,12 @@ def _value(
             if metric in metrics:
                 return metrics[metric]["value"]
         return None
+
+    # Held-out rows that are the benchmark's own test items, by the name of their file: gsm8k_test.jsonl.gz.
+    rows = result["tasks"].get(_HELDOUT, {})
+    stem, _, _ = rows.get("data_file", "").partition(".")
+    if stem == asked.get("rows") and "accuracy" in rows["metrics"]:
+        return rows["metrics"]["accuracy"]["value"]
     return None
 
 
