@@ -26,7 +26,7 @@ NUM_ROWS = {LONG: 4, SHORT: 3, SHORT_GATES: 2, SECOND_MODEL: 4}
 # Where the sizes are, if not in the study itself: the studies that chose its rates.
 SIZES = {SHORT_GATES: "smollm2-curve-banking77-kl-gates", SECOND_MODEL: "qwen25-05b-intents-rivals"}
 # The page that has the table, if not docs/evidence.md.
-PAGES = {SHORT_GATES: "docs/evidence_appendix.md"}
+PAGES = {SHORT: "docs/evidence_appendix.md", SHORT_GATES: "docs/evidence_appendix.md"}
 PROBES = ("before: instructions", "before: wikipedia")
 UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
 
