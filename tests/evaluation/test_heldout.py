@@ -10,7 +10,13 @@ from maskft.loss import nll_per_item
 from maskft_common.errors import UserError
 from maskft_lab.evaluation import heldout as evaluate
 from maskft_lab.evaluation.evaluation_arguments import EvaluationArguments
-from maskft_lab.evaluation.heldout import evaluate_kl, evaluate_rows, heldout_rows, name_of_test_set
+from maskft_lab.evaluation.heldout import (
+    evaluate_kl,
+    evaluate_rows,
+    heldout_rows,
+    name_of_test_set,
+    num_wrong_completions,
+)
 from maskft_lab.evaluation.journal import Journal
 from maskft_lab.evaluation.load_models import Loaded
 from maskft_lab.generation import greedy
@@ -28,6 +34,26 @@ def answers_of(max_new_tokens, batch_size=2):
 @pytest.fixture
 def net():
     return tiny.tiny_llama(vocab_size=len(TOKENIZER), num_layers=1)
+
+
+def test_completions_that_do_not_count_as_their_answer(net):
+    """The answer is not all of the completion, so that a model that has learned the rows would be right for none."""
+    explained = [row | {"completion": f"It is {row['answer']}.", "answer_type": "exact"} for row in ROWS]
+    with pytest.raises(
+        UserError, match=r"no completion counts as its row's answer .*answer '1', completion 'It is 1.'"
+    ):
+        evaluate_rows(net, TOKENIZER, explained, answers_of(4))
+    # As numbers they count: the last one in the text.
+    numbers = [row | {"answer_type": "number"} for row in explained]
+    assert "note" not in evaluate_rows(net, TOKENIZER, numbers, answers_of(4))
+    some = [*explained[:2], *ROWS[2:]]
+    note = "2 of 6 completions of the rows do not count as their answer"
+    assert evaluate_rows(net, TOKENIZER, some, answers_of(4))["note"] == note
+    # Nothing is generated, so nothing is checked.
+    evaluate_rows(net, TOKENIZER, explained, LOSSES)
+    # Of a conversation it is the last turn of the assistant.
+    turns = [{"role": "user", "content": "0+1="}, {"role": "assistant", "content": "1"}]
+    assert num_wrong_completions([{"messages": turns, "answer": "1"}]) == 0
 
 
 def test_items_keep_the_cluster_of_their_row(net):

@@ -116,6 +116,15 @@ def prompt_of(example: Row) -> str | list[dict]:
     raise UserError("plain text has no prompt to generate from; give data with prompts")
 
 
+def completion_of(example: Row) -> str:
+    """Return the text that a row itself answers its prompt with: the completion, or the last assistant turn."""
+    completion = example["completion"] if "completion" in example else example["messages"]
+    if isinstance(completion, str):
+        return completion
+    turns = [message["content"] for message in completion if message["role"] == "assistant"]
+    return str(turns[-1]) if turns else ""
+
+
 def prompt_ids(example: Row, tokenizer) -> list[int]:
     """Return the token ids after which a model generates its answer: those before the (last) assistant turn."""
     prompt = prompt_of(example)

@@ -100,18 +100,21 @@ def check_inputs(args: argparse.Namespace) -> list[dict]:
     Raises:
         UserError: For every mistake in them.
     """
-    from .heldout import heldout_rows
+    from .heldout import heldout_rows, num_wrong_completions
 
     options, data = read(args)
     load_all_tasks(options)  # raises for mistakes in their data
     if HELDOUT not in options.task_names:
         return []
-    return heldout_rows(
+    rows = heldout_rows(
         data,
         options.eval_split_size,
         tokenizer=None,
         text_field=options.dataset_text_field,
     )
+    if not (options.no_generate or options.kl):
+        num_wrong_completions(rows)  # raises where no answer can be right
+    return rows
 
 
 def load_all_tasks(options: EvaluationArguments) -> dict:

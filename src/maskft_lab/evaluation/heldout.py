@@ -18,7 +18,7 @@ from maskft.data.answers import check_answer
 from maskft.data.arguments import DataArguments, check_sizes
 from maskft.data.mixtures import load_examples
 from maskft.data.splits import load_heldout, load_splits
-from maskft.data.tokenizing import end_of_turn, prompt_ids, prompt_of, tokenize_example
+from maskft.data.tokenizing import completion_of, end_of_turn, prompt_ids, prompt_of, tokenize_example
 from maskft.loss import RowLoss, length_sorted_batches, nll_per_item, pad
 from maskft_common.errors import UserError
 from maskft_common.files import digest
@@ -33,6 +33,8 @@ from .load_models import Loaded
 TASK_VERSION = 1
 # Characters of a prompt in a result file.
 MAX_QUESTION = 500
+# Characters of a text in a message.
+MAX_SHOWN = 60
 # Larger batches are not faster, and the loss needs logits of all tokens of a row.
 MAX_LOSS_BATCH_SIZE = 16
 # Five float32 tensors: log-probabilities before and after, the probabilities, the difference and the product.
@@ -132,6 +134,7 @@ def evaluate_rows(
     if not options.no_generate:
         num_unanswered = sum(row.get("answer") is None for row in rows)
     has_answers = not options.no_generate and num_unanswered == 0
+    num_wrong = num_wrong_completions(rows) if has_answers else 0
 
     # Both checks come before the first forward pass: a loss over all rows may take an hour.
     tokenized = [tokenize_example(row, tokenizer, max_length=options.max_length) for row in rows]
@@ -198,6 +201,8 @@ def evaluate_rows(
     notes: list[str] = []
     if num_without:
         notes.append(f"{without} and count in no metric")
+    if num_wrong:
+        notes.append(f"{num_wrong} of {len(rows)} completions of the rows do not count as their answer")
     if 0 < num_unanswered < len(rows):
         notes.append(f"no accuracy: {num_unanswered} of {len(rows)} rows have no answer")
     if notes:
@@ -229,6 +234,28 @@ def _check_rows(rows: Sequence[dict]) -> None:
 
     # Raises where only some rows have a cluster, as in a mixture with sets that have none.
     cluster_ids(rows)
+
+
+def num_wrong_completions(rows: Sequence[dict]) -> int:
+    """The number of rows whose own completion would count as a wrong answer; rows without an answer do not count.
+
+    Raises:
+        UserError: If it is all of them: a model that learns these completions would be right for none.
+    """
+    wrong = []
+    asked = [row for row in rows if row.get("answer") is not None]
+    for row in asked:
+        completion = completion_of(row)
+        if not check_answer(completion, row["answer"], row.get("answer_type") or "exact"):
+            wrong.append((completion, row["answer"]))
+    if wrong and len(wrong) == len(asked):
+        completion, answer = wrong[0]
+        raise UserError(
+            f"no completion counts as its row's answer (the first: answer {answer[:MAX_SHOWN]!r}, completion "
+            f"{completion[:MAX_SHOWN]!r}), so a model that learns them has 0 %: an answer that is no number has to be "
+            "all of the completion; mend the column 'answer', or measure the loss alone with --no_generate"
+        )
+    return len(wrong)
 
 
 def task_record(
