@@ -39,9 +39,7 @@ def net():
 def test_completions_that_do_not_count_as_their_answer(net):
     """The answer is not all of the completion, so that a model that has learned the rows would be right for none."""
     explained = [row | {"completion": f"It is {row['answer']}.", "answer_type": "exact"} for row in ROWS]
-    with pytest.raises(
-        UserError, match=r"no completion counts as its row's answer .*answer '1', completion 'It is 1.'"
-    ):
+    with pytest.raises(UserError, match=r"no completion counts .*answer '1', completion 'It is 1\.'"):
         evaluate_rows(net, TOKENIZER, explained, answers_of(4))
     # As numbers they count: the last one in the text.
     numbers = [row | {"answer_type": "number"} for row in explained]

@@ -211,7 +211,9 @@ def _value(
         return None
 
     # Held-out rows that are the benchmark's own test items, by the name of their file: gsm8k_test.jsonl.gz.
-    rows = result["tasks"].get(_HELDOUT, {})
+    if _HELDOUT not in result["tasks"]:
+        return None
+    rows = result["tasks"][_HELDOUT]
     stem, _, _ = rows.get("data_file", "").partition(".")
     if stem == asked.get("rows") and "accuracy" in rows["metrics"]:
         return rows["metrics"]["accuracy"]["value"]
