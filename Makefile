@@ -51,7 +51,7 @@ test-oldest-method: $(VENV)-oldest-method/.test
 	  tests/tuner/test_config.py tests/tuner/test_layer.py tests/tuner/test_model.py tests/tuner/test_found_by_peft.py \
 	  --ignore tests/masks/test_gguf.py --ignore tests/masks/test_llama_cpp.py
 
-# Kill-and-resume cycles; random changes of files, for so many minutes each.
+# Files with random changes, for so many minutes each kind.
 MINUTES ?= 10
 fuzz: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzzing.py --minutes $(MINUTES)
