@@ -214,6 +214,9 @@ def change(path, value):
 
 
 NLL = ("tasks", "sums", "metrics", "nll")
+# A metric of the task, without items.
+WIN_RATE = ("tasks", "sums", "metrics", "win_rate")
+SUMMARY = {"value": 0.4, "stderr": None, "num_items": 2, "higher_is_better": True, "unit": "fraction"}
 
 
 @pytest.mark.parametrize(
@@ -244,6 +247,10 @@ NLL = ("tasks", "sums", "metrics", "nll")
         (change([*NLL, "num_items"], 3), "nll has num_items 3 for 2 items"),
         (change([*NLL, "value"], 2.0), "nll has value 2.0, its items give 2.5"),
         (change([*NLL, "value"], None), "nll has value None, its items give 2.5"),
+        (change([*NLL, "stderr"], -0.75), "nll has stderr -0.75: an error is not below 0"),
+        (change([*NLL, "stderr"], math.inf), "nll has stderr inf: give a number, or null"),
+        (change(WIN_RATE, SUMMARY | {"value": 46.8}), "win_rate has value 46.8, and a fraction is in .0, 1., not perc"),
+        (change(WIN_RATE, SUMMARY | {"value": math.inf}), "win_rate has value inf: give a number, or null"),
         (change(["environment"], {}), "environment.packages is missing"),
         (change(["environment", "packages"], "torch"), "environment.packages is 'torch': input should be a valid dict"),
         (change(["training"], 3), "training is 3: input should be a valid dictionary"),
@@ -265,13 +272,7 @@ def test_damaged_results_are_refused_in_one_line(result, tmp_path, damage, messa
 
 
 def test_a_metric_of_the_task_alone_is_allowed(result):
-    result["tasks"]["sums"]["metrics"]["win_rate"] = {
-        "value": 0.4,
-        "stderr": None,
-        "num_items": 2,
-        "higher_is_better": True,
-        "unit": "fraction",
-    }
+    result["tasks"]["sums"]["metrics"]["win_rate"] = SUMMARY
     assert check_result(result) is result
 
 

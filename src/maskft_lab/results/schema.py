@@ -423,11 +423,27 @@ def _check_task(task: TaskRecord) -> TaskRecord:
         # pydantic reports a ValueError with its place in the file.
         raise ValueError(str(error)) from None
 
-    # A metric without items is a summary of the task, which nothing can be checked against.
     for name, metric in task["metrics"].items():
+        # Items first, so that the message names the one that is wrong. A metric without items is a summary of the task,
+        # which nothing can be checked against.
         if has_items(items, name):
             _check_metric(name, metric, items)
+        _check_numbers(name, metric)
     return task
+
+
+def _check_numbers(name: str, metric: MetricRecord) -> None:
+    """Raise for a value or an error that no metric can have."""
+    value = metric["value"]
+    stderr = metric["stderr"]
+    # JSON has no infinity, but 1e400 is read as one.
+    for key, number in (("value", value), ("stderr", stderr)):
+        if number is not None and not is_finite(number):
+            raise ValueError(f"{name} has {key} {number}: give a number, or null")
+    if stderr is not None and stderr < 0:
+        raise ValueError(f"{name} has stderr {stderr}: an error is not below 0")
+    if metric["unit"] == "fraction" and value is not None and not 0 <= value <= 1:
+        raise ValueError(f"{name} has value {value}, and a fraction is in [0, 1], not percent")
 
 
 def _check_metric(
