@@ -604,6 +604,15 @@ def test_json_has_fractions_and_no_percent(comparison):
     assert "%" not in json.dumps(record).replace("5%", "")
 
 
+def test_zero_has_no_minus():
+    """A gain of -0.00002 was printed as -0.0000."""
+    results = [make("a", gain=np.tile([-0.00005, 0.00001], 20)), make("b", gain=np.tile([-1.5, 0.3], 20))]
+    comparison = fast(results)
+    for form in ("terminal", "markdown"):
+        text = render(comparison, form)
+        assert "-0.0000" not in text and " 0.0000 " in text
+
+
 def test_rounding_never_contradicts_the_verdict():
     # 1 of 5000 items: a bound or difference that is not zero is not shown as zero.
     values = np.linspace(1, 2, 50)
@@ -626,6 +635,7 @@ def test_rounding_never_contradicts_the_verdict():
         (0.0004, 0.05, "< 0.001"),
         (0.0004, 0.0005, "0.0004"),
         (1.0, 0.05, "1"),
+        (0.0, 0.0005, "< 0.000001"),  # 1,200 items won and none lost
     ],
 )
 def test_a_printed_p_is_on_its_side_of_the_level(p_value, level, text):

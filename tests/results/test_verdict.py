@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from maskft_common.errors import UserError
@@ -155,9 +156,8 @@ def with_losses(results, **losses):
     ("right", "others", "reason"),
     [
         (0, 4, "by nll: accuracy is 0.0 % of both"),  # six of seven models have nothing right
-        (0, 300, "by nll: accuracy is 0.0 % of both"),
         (NUM_ITEMS, 10, "by nll: accuracy is 100.0 % of both"),
-        (200, 300, "by nll: accuracy is the same on all 400 items"),
+        (200, 202, "by nll: accuracy is the same on all 400 items"),
     ],
 )
 def test_the_loss_decides_where_accuracy_cannot(right, others, reason):
@@ -174,6 +174,46 @@ def test_the_loss_decides_where_accuracy_cannot(right, others, reason):
     results = [result("full", "full", right), result("mask", "mask", right + 20 if right < 380 else right - 40)]
     assert compared(with_losses(results, mask=0.5)).verdicts[0].parent.metric == "accuracy"
     assert compared([result("full", "full", 0), result("mask", "mask", 0)]).verdicts[0].parent.metric == "accuracy"
+
+
+@pytest.mark.parametrize("right", [0, 200])
+def test_a_control_that_is_ahead_in_accuracy_is_not_hidden_by_the_loss(right):
+    """It was "the mask improves the model it starts from, and more than restart does", which has 300 of 400 right."""
+    results = [result("full", "full", right), result("mask", "mask", right)]
+    results += [result("restart", "full", 300, fingerprint="b")]
+    (verdict,) = compared(with_losses(results, mask=0.5, restart=0.2)).verdicts
+    said, _, numbers = verdict.text.partition(". mask, nll on sums: ")
+    assert said.startswith("the mask improves the model it starts from (by nll: accuracy is ")
+    assert said.endswith("); restart is ahead of the mask in accuracy")
+    behind = f"{(right - 300) / 4:.1f}"
+    assert numbers.startswith("-0.5000 nats/token [-0.5000, -0.5000] against full, better; accuracy " + behind)
+    assert numbers.endswith("against restart (equal tokens), worse.")
+    assert reworded(verdict) == verdict.text
+
+
+def test_a_control_of_fewer_seeds_is_said_to_be():
+    """Its other runs failed: what a pair of models shows was said of three seeds."""
+    results = []
+    for seed in (0, 1, 2):
+        results += [result("full", "full", 200, seed, tokens=1000, start="none"), result("mask", "mask", 300, seed)]
+    results += [result("restart", "full", 270, 0, fingerprint="b")]
+    results += [result("pre-trained", "pretrained", 20, fingerprint="p", start="none")]
+    comparison = compared(results, "pre-trained")
+    (verdict,) = comparison.verdicts
+    assert (verdict.parent.num_seeds, verdict.control.num_seeds) == (3, 1)
+    assert verdict.text.startswith("the mask improves the model it starts from, and more than restart (1 seed) does. ")
+    assert reworded(verdict) == verdict.text
+    assert "accuracy on sums (%), 400 items, 1 to 3 seeds" in render(comparison, "terminal")
+
+
+def test_a_metric_without_items_decides_nothing():
+    """As in a file from which someone removed the losses of the items."""
+    results = with_losses([result("full", "full", 0), result("mask", "mask", 0), result("lora", "lora", 4)], mask=0.5)
+    for item in results[1]["tasks"]["sums"]["items"]:
+        del item["nll"]
+    comparison = compared(results)
+    assert comparison.verdicts[0].parent.metric == "accuracy"
+    assert "nll on sums leaves out 'mask', without it" in comparison.notes
 
 
 def test_a_page_shows_the_loss_that_is_better():
@@ -246,6 +286,30 @@ def test_seeds_that_contradict_a_verdict_are_said_first():
     first = compared(results, fixed_seeds=True).verdicts[0]
     assert first.parent.verdict == "better"
     assert first.text.startswith("seeds differ in sign against full (+25.0, -2.5); the mask improves")
+
+
+def test_items_that_cancel_each_other_have_no_sign():
+    """Shares of three samples leave some 1e-18 there, and the verdict began with "seeds differ in sign"."""
+    shares = [1 / 3, 2 / 3, 1.0, 0.0, 2 / 3, 1 / 3, 1 / 3] * 8
+    # The same shares on other items: a difference of -2e-18 on this processor.
+    shuffled = np.random.default_rng(4).permutation(shares).tolist()
+    results = []
+    for seed in (0, 1):
+        full = result("full", "full", 0, seed, tokens=1000, start="none")
+        mask = result("mask", "mask", 0, seed)
+        of_mask = shuffled if seed == 0 else [0.5 + share / 2 for share in shares]
+        for each, values in ((full, shares), (mask, of_mask)):
+            task = each["tasks"]["sums"]
+            del task["items"][len(shares) :]
+            for item, value in zip(task["items"], values, strict=True):
+                item["accuracy"] = value
+            task["metrics"]["accuracy"] = metric_from_items(task["items"], "accuracy")
+        results += [full, mask]
+    comparison = compared(results, fixed_seeds=True)
+    (row,) = comparison.differences
+    assert row.verdict == "better"
+    assert row.by_seed == pytest.approx([0, (1 - sum(shares) / len(shares)) / 2])
+    assert comparison.verdicts[0].text.startswith("the mask improves the model")
 
 
 def test_a_comparison_is_read_as_it_was_written():

@@ -433,6 +433,19 @@ def having(
     return out
 
 
+def is_measured(
+    group: Sequence[Result],
+    task: str,
+    metric: str,
+) -> bool:
+    """Whether all results of a group have a metric, with a value per item."""
+    # At every seed: a mean over some of them would be paired with other seeds.
+    if having(group, task, metric) != group:
+        return False
+    of_task = [result["tasks"][task] for result in group]
+    return all(has_items(record["items"], metric) for record in of_task)
+
+
 def unit_of(
     results: Iterable[Result],
     task: str,

@@ -17,7 +17,7 @@ from .comparable import (
     check_comparable,
     check_known,
     group_by_name,
-    having,
+    is_measured,
     pair_by_seed,
     quoted,
     seed_notes,
@@ -26,7 +26,7 @@ from .comparable import (
 )
 from .comparison import Comparison, Difference, Settings
 from .differences import judge, measure
-from .schema import Result, has_items
+from .schema import Result
 from .scores import scores
 from .verdict import Row, verdicts_on_masks
 
@@ -188,7 +188,7 @@ def _pairs(
     for task, metric in product(tasks, metrics):
         measured: list[str] = []
         for name, group in groups.items():
-            if _is_measured(group, task, metric):
+            if is_measured(group, task, metric):
                 measured.append(name)
         methods: list[str] = []
         if baseline in measured:
@@ -208,19 +208,6 @@ def _pairs(
             f"evaluate {quoted(groups)} on the same task"
         )
     return pairs, notes
-
-
-def _is_measured(
-    group: Sequence[Result],
-    task: str,
-    metric: str,
-) -> bool:
-    """Whether all results of a group have a metric, with a value per item."""
-    # At every seed: a mean over some of them would be paired with other seeds.
-    if having(group, task, metric) != group:
-        return False
-    of_task = [result["tasks"][task] for result in group]
-    return all(has_items(record["items"], metric) for record in of_task)
 
 
 def _main_metrics(

@@ -25,8 +25,8 @@ from .tables import Table, draw, latex_text, markdown_text
 from .verdict import brief_metric
 from .words import (
     difference_text,
+    number_text,
     p_text,
-    scale_and_digits,
     score_text,
     sentence,
     shows_interval,
@@ -347,9 +347,12 @@ def _block(
     """Return a heading, a row per method, and the row of the baseline."""
     # The baseline's value is over the seeds that it shares with a method: here with the method that has most of them.
     most = max(rows, key=lambda row: row.num_seeds)
-    scale, digits = scale_and_digits(most.unit)
+    fewest = min(rows, key=lambda row: row.num_seeds)
     heading = f"{most.metric} on {task_text(most)} ({unit_text(most.unit)}), {most.num_items:,} items"
-    if most.num_seeds > 1:
+    if fewest.num_seeds < most.num_seeds:
+        # Some runs are missing, and a claim about a method is of its own seeds alone.
+        heading += f", {fewest.num_seeds} to {most.num_seeds} seeds"
+    elif most.num_seeds > 1:
         heading += f", {most.num_seeds} seeds"
 
     block: list[tuple[str, ...]] = []
@@ -357,11 +360,11 @@ def _block(
     block.append((shown_heading, "", "", ""))
     for row in rows:
         name = f"  {row.method}"
-        value = f"{scale * row.value:.{digits}f}"
+        value = number_text(row.value, row.unit)
         difference = difference_text(row)
         block.append((name, value, difference, row.verdict))
     baseline_name = f"  {comparison.baseline}"
-    baseline_value = f"{scale * most.baseline_value:.{digits}f}"
+    baseline_value = number_text(most.baseline_value, most.unit)
     block.append((baseline_name, baseline_value, "", "(baseline)"))
     return block
 

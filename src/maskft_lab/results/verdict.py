@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from .comparable import Groups, having, is_parent, pair_by_seed
+from .comparable import Groups, is_measured, is_parent, pair_by_seed
 from .comparison import (
     BETTER,
     MAX_RESAMPLES,
@@ -22,6 +22,7 @@ from .differences import Measured, judge, measure
 from .proportions import FEW
 from .schema import BEFORE, Result
 from .words import (
+    PRINTED_AS_ZERO,
     difference_text,
     is_alike,
     numbers_text,
@@ -57,9 +58,21 @@ _CONCLUSIONS = {
     (WORSE, None): "the mask makes the model it starts from worse",
 }
 
+# The same in two parts, for a control that is compared in another metric than the parent.
+_OF_PARENT = {
+    BETTER: "the mask improves the model it starts from",
+    NOT_DISTINGUISHABLE: "no improvement of the model it starts from is shown",
+    WORSE: "the mask makes the model it starts from worse",
+}
+_OF_CONTROL = {
+    BETTER: "{control} is behind the mask in {metric}",
+    NOT_DISTINGUISHABLE: "{control} is not distinguishable from the mask in {metric}",
+    WORSE: "{control} is ahead of the mask in {metric}",
+}
+
 # The parts of a verdict's text that `reworded` keeps.
 _DOUBTS = re.compile(r"(seeds differ in sign against .+? \([-+., \d]+\); )+")
-_REASON = re.compile(r" \(by [^:]+: (?P<reason>[^()]+)\)\. ")
+_REASON = re.compile(r" \(by [^:]+: (?P<reason>[^()]+)\)[.;] ")
 
 
 class Kin(NamedTuple):
@@ -101,7 +114,9 @@ def verdicts_on_masks(
     """Return the verdict on each learned mask whose parent is among the models.
 
     The metric is that of :func:`brief_metric`. Where it cannot tell a mask from its parent (`silence`: nothing is
-    right, everything is, or the answers are the same) the loss of the same task decides, and the verdict says so.
+    right, everything is, or the answers are the same) the loss of the same task decides, and the verdict says so. A
+    control that is ahead of such a mask in the first metric is named as that: a loss that is lower than the control's
+    would hide it.
 
     All masks against their parents are a family for Holm's correction, all masks against their controls another.
 
@@ -174,11 +189,24 @@ def verdicts_on_masks(
 
     # The strongest control is chosen by its result. Holm's correction over all controls pays for the choice.
     # A family apart from that of the parents: each of the two statements has its own error of at most alpha.
+    metrics_of_controls = dict(metrics)
+    if reasons:
+        # This look claims nothing in a mask's favour, so that it adds no chance to praise one by mistake.
+        by_first_metric = _judged(
+            groups,
+            kin.controls,
+            task,
+            dict.fromkeys(kin.parents, metric),
+            settings,
+        )
+        for (mask, _), (difference, _) in by_first_metric.items():
+            if difference.verdict == WORSE:
+                metrics_of_controls[mask] = metric
     of_controls = _judged(
         groups,
         kin.controls,
         task,
-        metrics,
+        metrics_of_controls,
         settings,
     )
 
@@ -276,8 +304,7 @@ def _loss_of(
     for row, _ in rows:
         if row.task != task or row.unit == "fraction":
             continue
-        is_measured = all(_have(groups, (mask, name), task, row.metric) for name in beside)
-        if is_measured:
+        if all(_have(groups, (mask, name), task, row.metric) for name in beside):
             return row.metric
     return None
 
@@ -392,12 +419,8 @@ def _have(
     task: str,
     metric: str,
 ) -> bool:
-    """Whether all results of a pair have a metric."""
-    for name in pair:
-        group = groups[name]
-        if having(group, task, metric) != group:
-            return False
-    return True
+    """Whether all results of a pair have a metric, with a value per item."""
+    return all(is_measured(groups[name], task, metric) for name in pair)
 
 
 def _all_paired(
@@ -492,8 +515,10 @@ def _text(
     for row, measured in against:
         by_seed = measured.by_seed
         is_claimed = row.verdict != NOT_DISTINGUISHABLE
-        # With one seed there is one difference, which has one sign.
-        if is_claimed and min(by_seed) < 0 < max(by_seed):
+        # With one seed there is one difference, which has one sign. What would be printed as zero has none: items that
+        # cancel each other leave some 1e-18.
+        differ_in_sign = min(by_seed) <= -PRINTED_AS_ZERO and max(by_seed) >= PRINTED_AS_ZERO
+        if is_claimed and differ_in_sign:
             doubts += f"seeds differ in sign against {row.baseline} ({numbers_text(by_seed, row.unit)}); "
 
     parent, *controls = [row for row, _ in against]
@@ -525,21 +550,41 @@ def _conclusion(
 ) -> str:
     """Return the conclusion, then the differences from parent and control."""
     # The conclusion, the reason where the loss decides, then the numbers.
+    because = ""
+    if reason:
+        because = f" (by {parent.metric}: {reason})"
     # A verdict without a control has None in the place of the second one.
     if control is None:
-        said = _CONCLUSIONS[parent.verdict, None]
+        said = _CONCLUSIONS[parent.verdict, None] + because
+    elif control.metric != parent.metric:
+        # The reason is about the parent's metric.
+        template = _OF_CONTROL[control.verdict]
+        of_control = template.format(control=_named(control, parent), metric=control.metric)
+        said = f"{_OF_PARENT[parent.verdict]}{because}; {of_control}"
     else:
         template = _CONCLUSIONS[parent.verdict, control.verdict]
-        said = template.format(control=control.baseline)
-    if reason:
-        said += f" (by {parent.metric}: {reason})"
+        said = template.format(control=_named(control, parent)) + because
 
     measure = f"{parent.method}, {parent.metric} on {task_text(parent)}"
     if parent.num_seeds > 1:
         measure += f", {parent.num_seeds} seeds"
 
-    unit = points_or_unit(parent.unit)
-    parts = f"{difference_text(parent, unit)} against {parent.baseline}, {parent.verdict}"
+    of_parent = difference_text(parent, points_or_unit(parent.unit))
+    parts = f"{of_parent} against {parent.baseline}, {parent.verdict}"
     if control is not None:
-        parts += f"; {difference_text(control, unit)} against {control.baseline} (equal tokens), {control.verdict}"
+        beside = difference_text(control, points_or_unit(control.unit))
+        if control.metric != parent.metric:
+            beside = f"{control.metric} {beside}"
+        parts += f"; {beside} against {control.baseline} (equal tokens), {control.verdict}"
     return f"{said}. {measure}: {parts}."
+
+
+def _named(control: Difference, parent: Difference) -> str:
+    """Return the name of a control, with its number of seeds where it is not that of the parent.
+
+    A run that failed leaves fewer, and what is said of the control is then said of these alone.
+    """
+    if control.num_seeds == parent.num_seeds:
+        return control.baseline
+    plural = "s" if control.num_seeds > 1 else ""
+    return f"{control.baseline} ({control.num_seeds} seed{plural})"

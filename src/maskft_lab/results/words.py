@@ -12,6 +12,11 @@ from .comparison import NOT_DISTINGUISHABLE, Difference, Score
 
 MAX_DIGITS = 8  # decimals that a bound close to zero may take, or digits of a p-value close to its level
 
+# Differences below this are printed as zero: items that cancel each other may leave some 1e-18.
+PRINTED_AS_ZERO = 10**-MAX_DIGITS
+# A p-value below this is said to be: an exact test of a thousand items that differ is 0 as a float.
+SMALLEST_P = 1e-6
+
 Ends = tuple[float, float]
 
 
@@ -129,7 +134,7 @@ def score_text(score: Score) -> str:
     if score.value is None:
         return "no value"
     scale, digits = scale_and_digits(score.unit)
-    value = f"{scale * score.value:.{digits}f}"
+    value = number_text(score.value, score.unit)
 
     # Both bounds are None or neither is; mypy needs both checks.
     # An interval instead of an error where the error says nothing.
@@ -152,6 +157,14 @@ def shows_interval(score: Score) -> bool:
     return score.low is not None and (score.is_at_edge or is_shown_as_zero)
 
 
+def number_text(number: float, unit: str) -> str:
+    """Return a value as tables have it, without a minus before zero."""
+    scale, digits = scale_and_digits(unit)
+    # -0.0 + 0.0 is 0.0.
+    shown = round(scale * number, digits) + 0.0
+    return f"{shown:.{digits}f}"
+
+
 def task_text(row: Difference | Score) -> str:
     """Return the name of a task in tables: for the user's own rows, the file of the test set."""
     return row.test_set or row.task
@@ -159,8 +172,7 @@ def task_text(row: Difference | Score) -> str:
 
 def numbers_text(numbers: Sequence[float], unit: str) -> str:
     """Return differences with their signs, such as those of several seeds; only a zero is written as zero."""
-    # Items that cancel each other may leave some 1e-18, which no decimal would show.
-    shown = [number if abs(number) >= 10**-MAX_DIGITS else 0.0 for number in numbers]
+    shown = [number if abs(number) >= PRINTED_AS_ZERO else 0.0 for number in numbers]
     shown, digits = rounded(shown, *scale_and_digits(unit))
     texts = [f"{number:+.{digits}f}" for number in shown]
     return ", ".join(texts)
@@ -213,6 +225,8 @@ def p_text(p_value: float, level: float) -> str:
     # Nobody needs more below 0.001, as long as the level is not there, too.
     if p_value < 0.001 <= level:
         return "< 0.001"
+    if p_value < SMALLEST_P:
+        return "< 0.000001"
 
     side = _side(p_value, level)
     for digits in range(2, MAX_DIGITS):
