@@ -38,6 +38,16 @@ def test_kept_rows_are_those_made(file, tmp_path):
         assert len(folders(kept)) == 1
 
 
+def test_held_out_rows_of_one_prompt_are_a_cluster(file):
+    """With each row twice they counted as independent, and one in six masks without an effect got a verdict."""
+    assert "cluster_id" not in prepare(arguments(file), tiny_tokenizer()).heldout.column_names
+    file.write_text(file.read_text() * 2)
+    heldout = prepare(arguments(file, eval_split_size=6), tiny_tokenizer()).heldout
+    clusters = heldout["cluster_id"][:]
+    assert sorted(clusters.count(label) for label in set(clusters)) == [2, 2, 2]
+    assert all(row["id"].removesuffix("#2") == row["cluster_id"] for row in heldout)
+
+
 def test_a_second_run_does_not_read_the_data(file, tmp_path, monkeypatch):
     prepare(arguments(file, tmp_path / "kept"), tiny_tokenizer())
     monkeypatch.setattr("maskft.data.prepared.load_splits", lambda *_: pytest.fail("read again"))

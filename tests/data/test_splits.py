@@ -6,7 +6,7 @@ import json
 import pytest
 
 from maskft.data.arguments import DataArguments
-from maskft.data.splits import SplitReport, _shares, load_splits, prompt_digest
+from maskft.data.splits import SplitReport, _shares, clusters_of, load_splits, prompt_digest
 from maskft_common.errors import UserError
 from tiny_tokenizer import tiny_tokenizer
 
@@ -88,6 +88,20 @@ def test_a_prompt_is_its_words_before_the_first_answer():
     assert prompt_digest({"prompt": messages[:3]}) == expected("one two three")
     assert prompt_digest({"prompt": " one\ntwo ", "completion": "x"}) == expected("one two")
     assert prompt_digest({"text": "once  upon"}) == expected("once upon")
+
+
+def test_rows_of_one_prompt_are_a_cluster():
+    rows = [{"id": str(n), "prompt": prompt, "completion": "x"} for n, prompt in enumerate(("a", "b", " a", "c"))]
+    assert clusters_of(rows) == ["0", "1", "0", "3"]
+    assert clusters_of(rows[:2]) == [None, None]
+    # Such as rows with an empty prompt: one cluster could not be compared at all.
+    assert clusters_of([rows[0], rows[2]]) == [None, None]
+    assert clusters_of([row | {"cluster_id": "p"} for row in rows]) == ["p"] * 4
+    assert clusters_of([{"id": "0", "text": "a"}, {"id": "1", "text": "a"}, {"id": "2", "text": "b"}]) == [
+        "0",
+        "0",
+        "2",
+    ]
 
 
 def test_a_size_of_one_is_one_row_and_less_is_a_fraction(folder):

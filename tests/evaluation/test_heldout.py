@@ -63,6 +63,18 @@ def test_items_keep_the_cluster_of_their_row(net):
     assert record["metrics"]["nll"]["stderr"] != alone["metrics"]["nll"]["stderr"]
 
 
+def test_rows_of_one_prompt_are_not_independent(net, tmp_path):
+    """Each row twice gave intervals as of twice as many rows."""
+    twice = ROWS + [row | {"id": f"{row['id']}#2"} for row in ROWS]
+    record = evaluate_rows(net, TOKENIZER, twice, answers_of(4))
+    assert [item["cluster_id"] for item in record["items"]] == ["0", "1", "2", "3", "4", "5"] * 2
+    alone = evaluate_rows(net, TOKENIZER, ROWS, answers_of(4))
+    assert record["metrics"]["nll"]["stderr"] == pytest.approx(alone["metrics"]["nll"]["stderr"])
+    loaded = Loaded(net, TOKENIZER, {}, "x", {name: 1.1 * weight for name, weight in net.named_parameters()})
+    record = evaluate_kl(loaded, twice, LOSSES, Journal(tmp_path / "twice.jsonl", {}))
+    assert [item["cluster_id"] for item in record["items"]] == ["0", "1", "2", "3", "4", "5"] * 2
+
+
 def test_kl_keeps_the_cluster_of_a_row_too(net, tmp_path):
     rows = [row | {"cluster_id": f"p{index // 2}"} for index, row in enumerate(ROWS)]
     loaded = Loaded(net, TOKENIZER, {}, "x", {name: 1.1 * weight for name, weight in net.named_parameters()})

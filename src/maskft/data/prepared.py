@@ -27,7 +27,7 @@ from .arguments import DATA_NAMES, KL_DATA, TEMPLATE, DataArguments
 from .mixtures import parse_mixture
 from .registry import TRAINING_SETS
 from .sources import local_file, split_of
-from .splits import SplitReport, load_splits
+from .splits import SplitReport, clusters_of, load_splits
 from .tokenizing import tokenize_dataset, tokenizer_rules
 
 # Options of `maskft train` and `maskft evaluate` that name a file, or a folder of files, as it is.
@@ -110,7 +110,7 @@ def prepare(
             num_proc=num_proc,
         )
         heldout = tokenize_dataset(
-            splits.heldout,
+            _with_clusters(splits.heldout),
             tokenizer,
             **tokens,
             num_proc=num_proc,
@@ -146,6 +146,16 @@ def prepare(
     # Again in every process: without a shared disk, another machine does not have the main process's folder.
     keep()
     return _read(folder)
+
+
+def _with_clusters(heldout: Dataset) -> Dataset:
+    """Return held-out rows with a ``cluster_id`` if some share a prompt: the verdict counts these as one."""
+    if "cluster_id" in heldout.column_names:
+        return heldout
+    clusters = clusters_of(heldout)
+    if clusters[0] is None:
+        return heldout
+    return heldout.add_column("cluster_id", clusters)
 
 
 def _write(folder: Path, prepared: Prepared) -> None:

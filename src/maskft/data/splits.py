@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any, NamedTuple
@@ -325,6 +325,38 @@ def _num_without_answer(rows: Dataset) -> int:
             if not any(text.strip() for text in texts):
                 count += 1
     return count
+
+
+def clusters_of(rows: Iterable[Row]) -> list[str | None]:
+    """Return the cluster of each row to be measured: its ``cluster_id``, or else the id of the first row of its prompt.
+
+    Answers to one prompt depend on each other, and equal rows are one: intervals that took them for independent would
+    be too narrow.
+
+    Args:
+        rows: Rows of ``load_examples``.
+
+    Returns:
+        A label each; all None where no two rows share a prompt.
+    """
+    given: list[str | None] = []
+    prompts: list[str] = []
+    first_ids: dict[str, str] = {}
+    of_prompts: list[str] = []
+    for row in rows:
+        given.append(row.get("cluster_id"))
+        prompt = prompt_digest(row)
+        prompts.append(prompt)
+        first_ids.setdefault(prompt, str(row["id"]))
+        of_prompts.append(first_ids[prompt])
+
+    # Also where only some rows have a label, which those who read them refuse.
+    if any(label is not None for label in given):
+        return given
+    # Rows that all have one prompt, such as an empty one, tell nothing about other prompts; they are compared as texts.
+    if len(first_ids) in (1, len(prompts)):
+        return given
+    return list(of_prompts)
 
 
 def prompt_digest(example: Row) -> str:

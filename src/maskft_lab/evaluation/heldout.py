@@ -17,7 +17,7 @@ from torch.func import functional_call
 from maskft.data.answers import check_answer
 from maskft.data.arguments import DataArguments, check_sizes
 from maskft.data.mixtures import load_examples
-from maskft.data.splits import load_heldout, load_splits
+from maskft.data.splits import clusters_of, load_heldout, load_splits
 from maskft.data.tokenizing import completion_of, end_of_turn, prompt_ids, prompt_of, tokenize_example
 from maskft.loss import RowLoss, length_sorted_batches, nll_per_item, pad
 from maskft_common.errors import UserError
@@ -151,15 +151,16 @@ def evaluate_rows(
     items: list[dict[str, Any]] = []
     # In the order of the rows, however they were batched.
     losses = _losses(model, tokenizer, tokenized, options.batch_size, journal)
-    for row, (nll, num_tokens) in zip(rows, losses, strict=True):
+    clusters = clusters_of(rows)
+    for row, cluster, (nll, num_tokens) in zip(rows, clusters, losses, strict=True):
         item = {
             "id": str(row["id"]),
             "nll": nll if math.isfinite(nll) else None,
             "num_tokens": num_tokens,
         }
         # Only where the rows have it: the schema wants it for all items or for none.
-        if row.get("cluster_id") is not None:
-            item["cluster_id"] = row["cluster_id"]
+        if cluster is not None:
+            item["cluster_id"] = cluster
         items.append(item)
 
     # Accuracy
@@ -340,14 +341,15 @@ def evaluate_kl(
     requests = [[ids] for ids in prompts]
     values = resumed(_KL, requests, compute, "KL", journal)
     items: list[dict[str, Any]] = []
-    for row, value in zip(rows, values, strict=True):
+    clusters = clusters_of(rows)
+    for row, cluster, value in zip(rows, clusters, values, strict=True):
         item = {
             "id": str(row["id"]),
             "kl": value if math.isfinite(value) else None,
         }
         # Rows of one cluster depend on each other in this metric, too.
-        if row.get("cluster_id") is not None:
-            item["cluster_id"] = row["cluster_id"]
+        if cluster is not None:
+            item["cluster_id"] = cluster
         items.append(item)
 
     # Not a unit per token: every prompt counts alike, however long it is.
