@@ -1,6 +1,7 @@
 """lm-eval's --log_samples files: written by lm-eval itself, compared item by item, refused where they do not fit."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -132,10 +133,18 @@ def test_damage_ends_in_one_line(folders):
         ("", "no samples in it"),
         (json.dumps({"doc_id": 1}) + "\n", "no samples of lm-eval 0.4.5 or later, 'filter' is missing"),
         (whole.replace('"metrics": [', '"metrics": 3, "x": ['), "not a complete samples file of lm-eval"),
+        (whole + whole, "document 0 has two samples under filter 'none', as of two logs in one"),
+        (
+            re.sub(r'"acc": [01.]+', '"acc": 1.7e308', whole),
+            "not a complete samples file of lm-eval .intermediate over",
+        ),
     ):
         file.write_text(text)
         refuse([folders[0]], match)
     file.write_text(whole)
     (summary,) = folders[0].glob("results_*.json")
+    content = json.loads(summary.read_text())
+    summary.write_text(json.dumps(content | {"config": "dummy"}))
+    refuse([folders[0]], "results_.*not a results file of lm-eval")
     summary.unlink()
     refuse([folders[0]], "results_.*cannot be read .*keep it beside its samples")

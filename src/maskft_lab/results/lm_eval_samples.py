@@ -43,6 +43,7 @@ _DAMAGE = (
     KeyError,
     AttributeError,
     IndexError,
+    OverflowError,
 )
 
 
@@ -117,8 +118,10 @@ def _summary(file: Path) -> dict[str, Any]:
         summary = parse_json(read_text(file))
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{file}: cannot be read ({first_line(error)}): keep it beside its samples") from None
-    if not isinstance(summary, dict):
-        raise UserError(f"{file}: not a results file of lm-eval")
+    # Some settings are in its block `config`, which may be missing, or null.
+    is_known = isinstance(summary, dict) and isinstance(summary.get("config") or {}, dict)
+    if not is_known:
+        raise UserError(f"{file}: not a results file of lm-eval: give the one that it wrote beside the samples")
     return summary
 
 
@@ -183,6 +186,7 @@ def _items(file: Path) -> tuple[list[Item], list[Item]]:
     """Return the items with their scores, and the questions that they were asked, by their hashes."""
     items: dict[str, Item] = {}
     questions: dict[str, Item] = {}
+    seen: set[tuple[str, str]] = set()
     for row in _rows(file):
         missing = [key for key in _NEEDED if key not in row]
         if missing:
@@ -191,6 +195,14 @@ def _items(file: Path) -> tuple[list[Item], list[Item]]:
         # The hashes that lm-eval logs replace the texts: equal questions have equal hashes.
         # A number in lm-eval's files; the schema has texts.
         identity = str(row["doc_id"])
+        name_of_filter = str(row["filter"])
+        # As of two logs in one file: the second would take the place of the first.
+        if (identity, name_of_filter) in seen:
+            raise UserError(
+                f"{file}: document {identity} has two samples under filter {name_of_filter!r}, as of two logs in one: "
+                "give each log as a file of its own"
+            )
+        seen.add((identity, name_of_filter))
         questions[identity] = {
             "id": identity,
             "prompt": [row["doc_hash"], row["prompt_hash"]],
@@ -200,8 +212,8 @@ def _items(file: Path) -> tuple[list[Item], list[Item]]:
         item = items.setdefault(identity, {"id": identity})
         for metric in row["metrics"]:
             name = metric
-            if row["filter"] != _NO_FILTER:
-                name = f"{metric},{row['filter']}"
+            if name_of_filter != _NO_FILTER:
+                name = f"{metric},{name_of_filter}"
             value = row.get(metric)
             if isinstance(value, bool):
                 value = int(value)  # right or wrong; a result has numbers
