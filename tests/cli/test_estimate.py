@@ -38,6 +38,11 @@ def test_table_and_json_with_flags_on_top(recipe, base, capsys):
     assert sum(result["memory"].values()) == result["peak_bytes"]
 
 
+def test_the_largest_batch_that_is_tried_is_told_as_that(recipe, capsys):
+    _, out, _ = call(["--config", recipe, "--device", "cpu", "--device_memory_gb", 1000], capsys)
+    assert "largest per_device_train_batch_size: 1024 or more" in out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -71,6 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _print(result: Estimate) -> None:
+    from ..estimate.estimate import MAX_MICRO_BATCH
     from ..results.tables import Table, draw
 
     print(f"{result.method} on {result.model} ({result.device})\n")
@@ -87,4 +88,6 @@ def _print(result: Estimate) -> None:
 
     print(f"parameters: {result.num_parameters:,}; trained {result.num_trainable:,}; masked {result.num_masked:,}")
     if result.largest_micro_batch is not None:
-        print(f"largest per_device_train_batch_size: {result.largest_micro_batch}")
+        # Larger ones were not tried.
+        or_more = " or more" if result.largest_micro_batch == MAX_MICRO_BATCH else ""
+        print(f"largest per_device_train_batch_size: {result.largest_micro_batch}{or_more}")
