@@ -19,7 +19,7 @@ from maskft_lab.results.comparison import Settings
 from maskft_lab.results.render import _cut_names, cross_domain_table, render, render_scores
 from maskft_lab.results.schema import build_result, build_task, items_fingerprint, metric_from_items, write_result
 from maskft_lab.results.scores import scores as scores_of
-from maskft_lab.results.tables import Table, draw
+from maskft_lab.results.tables import Table, draw, latex_text
 from maskft_lab.results.words import difference_text, p_text, sentence
 
 RESAMPLES = 500
@@ -727,6 +727,12 @@ def test_latex(comparison):
     assert r"{}[red] mask\_1 \& 5\% & 60.0" in text  # after a \\ a bracket would be its argument
     said = [line for line in text.splitlines() if "accuracy on sums: " in line]
     assert len(said) == 1 and said[0].startswith("% ")
+
+
+def test_numbers_below_zero_have_a_minus_in_latex():
+    """A hyphen in the place of a minus is shorter than the plus of the row above."""
+    assert latex_text("-1.5 [-2.0, 0.3]") == "$-$1.5 [$-$2.0, 0.3]"
+    assert latex_text("run-2 of 2026-11-27, --2") == "run-2 of 2026-11-27, --2"
 
 
 CLAIMS = re.compile(r"better|worse|not distinguishable")

@@ -35,6 +35,8 @@ _LATEX_SPECIAL = {
     "–": "--",
     "…": r"\dots{}",
 }
+# Not the hyphens of names and dates, which follow a letter or a digit.
+_LATEX_SIGN = re.compile(r"(?<![\w.-])-(?=\d)")
 
 
 class Table(NamedTuple):
@@ -92,12 +94,14 @@ def markdown_cell(text: str) -> str:
 
 
 def latex_text(text: str) -> str:
-    """Escape the characters that LaTeX reads as commands."""
+    """Escape the characters that LaTeX reads as commands, and set the sign of a number as a minus."""
     out: list[str] = []
     # One pass over the characters: replacing one after another would escape the braces of earlier replacements again.
     for character in printable(text):
         out.append(_LATEX_SPECIAL.get(character, character))
-    return "".join(out)
+    escaped = "".join(out)
+    # In text a "-" is a hyphen, shorter than the plus of the row above.
+    return _LATEX_SIGN.sub(r"$-$", escaped)
 
 
 def _cleaned(
