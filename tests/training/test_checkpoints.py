@@ -21,6 +21,7 @@ from killing import Forked, stop_forked_when, wait_for
 from maskft.masks.mask_set import MaskSet
 from maskft.training import checkpoints
 from maskft.training.arguments import TrainingArguments
+from maskft.training.callbacks import StepGuard
 from maskft.training.manifest import FREE, damage, read_manifest, seal
 from maskft.training.method_arguments import MethodArguments
 from maskft.training.options import option_defaults
@@ -332,6 +333,59 @@ def test_sigterm_saves_the_step_and_says_how_to_resume(base, data, tmp_path):
     assert command[0] == "maskft" and command[-2:] == ["--resume_from_checkpoint", "true"]
     assert main(command[1:]) == 0
     assert same_result(out, tmp_path / "whole")
+
+
+# Two epochs of three steps.
+EPOCHS = {"num_train_epochs": 2, "max_steps": None, "per_device_train_batch_size": 16}
+# The loss falls in step 1, rises in step 2, and is lower in the end.
+UNSTEADY = {"method": "full", "learning_rate": 0.3, "lr_scheduler_type": "constant", "eval_steps": 1, "max_steps": 4}
+
+
+@pytest.mark.parametrize(
+    ("options", "step"),
+    [
+        ({**EPOCHS, "eval_strategy": "epoch", "save_strategy": "epoch"}, 3),
+        ({**EPOCHS, "eval_strategy": "epoch", "save_strategy": "epoch"}, 6),
+        ({**EPOCHS, "logging_strategy": "epoch"}, 3),
+        # Without the signal step 1, the best of the first three, would not be saved.
+        ({**UNSTEADY, "save_steps": 4}, 1),
+        ({**UNSTEADY, "save_strategy": "best"}, 2),
+    ],
+)
+def test_a_signal_in_any_step_changes_nothing(options, step, train, monkeypatch, tmp_path):
+    weights = ADAPTER_WEIGHTS
+    if options.get("method") == "full":
+        weights = "model.safetensors"
+    status, err = train("whole", **options)
+    assert status == 0, err
+
+    with monkeypatch.context() as patch:
+        before = StepGuard.on_pre_optimizer_step
+
+        def with_signal(self, args, state, control, **kwargs):
+            if state.global_step + 1 == step:
+                self.stop.signal = signal.SIGTERM
+            return before(self, args, state, control, **kwargs)
+
+        patch.setattr(StepGuard, "on_pre_optimizer_step", with_signal)
+        status, err = train(**options)
+    assert status == 143 and f"stopped by SIGTERM after step {step} of " in err, err
+
+    status, err = train(**options, resume_from_checkpoint="true")
+    assert status == 0, err
+    assert same_result(tmp_path / "out", tmp_path / "whole", weights)
+    stopped, whole = (read_record(tmp_path / name).summary for name in ("out", "whole"))
+    assert stopped.best_step == whole.best_step
+
+
+def test_a_run_killed_after_an_epoch_has_the_line_of_its_log(train, tmp_path):
+    """Its checkpoint is written at the end of the epoch, with what is due then, and not after its last step."""
+    options = {**EPOCHS, "logging_strategy": "epoch", "eval_steps": 3, "save_steps": 3}
+    status, err = train("whole", **options)
+    assert status == 0, err
+    state = json.loads((tmp_path / "whole" / "checkpoint-3" / "trainer_state.json").read_text())
+    of_step_3 = [row for row in state["log_history"] if row["step"] == 3]
+    assert [("loss" in row, "eval_loss" in row) for row in of_step_3] == [(True, False), (False, True)]
 
 
 @pytest.mark.parametrize("is_resumable", [True, False])

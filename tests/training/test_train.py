@@ -103,6 +103,14 @@ def test_what_a_run_prints(arguments, capsys, tmp_path):
     assert any(row["mask_flips_per_step"] > 0 for row in logged)
 
 
+def test_a_log_line_of_an_epoch_has_the_flips_of_its_last_step(arguments, tmp_path, capsys):
+    options = {"logging_strategy": "epoch", "num_train_epochs": 2, "max_steps": None, "logging_steps": 10}
+    assert run(arguments(**options, per_device_train_batch_size=16), capsys)[0] == 0
+    logged = [row for row in summary(tmp_path / "out")["history"] if "loss" in row]
+    assert [row["step"] for row in logged] == [3, 6]
+    assert all("mask_flips_per_step" in row for row in logged)
+
+
 def test_the_saved_mask_is_the_best_one_measured(arguments, base, data, tmp_path, capsys):
     """The held-out loss of the reloaded adapter is the best loss of the run: trained mask == saved mask."""
     run(arguments(max_steps=8, learning_rate=0.02, per_device_eval_batch_size=16), capsys)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import TrainerCallback
+from transformers import IntervalStrategy, TrainerCallback
 from trl import SFTTrainer
 
 from maskft_common import processes
@@ -78,6 +78,8 @@ class StepGuard(TrainerCallback):
     Attributes:
         mask_metrics: Metrics of the last logged step.
         stop: Records a signal that asks the run to stop.
+        is_stopping: Whether the run stops once the present step is saved, because of a signal.
+        is_save_due: Whether the present step is saved because of ``save_strategy``, and not of a signal alone.
     """
 
     def __init__(self, trainer: SFTTrainer):
@@ -92,7 +94,10 @@ class StepGuard(TrainerCallback):
         self._before: list[tuple[MaskedLinear, torch.Tensor]] = []
         # Handle of the hook on the embeddings.
         self._undo = None
-        self._is_stopping = False
+        self.is_stopping = False
+        self.is_save_due = False
+        # What the last step of an epoch left to its end: to log, to evaluate, to save.
+        self._left_to_epoch_end = (False, False, False)
 
     def see_loss(self, loss: torch.Tensor) -> None:
         """Note whether the loss of a micro-batch is finite."""
@@ -140,7 +145,7 @@ class StepGuard(TrainerCallback):
         if is_asked_to_stop and can_resume:
             self._stop(state)
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+    def on_pre_optimizer_step(self, args, state, control, model=None, train_dataloader=None, **kwargs):
         """Stop before a loss or gradient that is not finite is applied, or if a process received a signal."""
         assert self._loss_is_finite is not None
         bad_loss = ~self._loss_is_finite
@@ -159,10 +164,10 @@ class StepGuard(TrainerCallback):
             raise NotFiniteError("loss is not finite")
         if verdict == 2:
             raise NotFiniteError("gradient is not finite")
-        self._is_stopping = verdict == 1
+        self.is_stopping = verdict == 1
 
         # Only before steps that are logged: a comparison of masks makes the host wait for a GPU.
-        if self._is_logged(args, state):
+        if self._is_logged(args, state, train_dataloader):
             self._before = []
             for layer in adapter_layers(model, ADAPTER).values():
                 removed = layer.masker.removed(ADAPTER)
@@ -182,13 +187,35 @@ class StepGuard(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         """Store the number of tokens in the trainer's state, which checkpoints hold; save before stopping."""
         state.num_input_tokens_seen = int(self.trainer._total_train_tokens)
-        # Beside the steps of save_steps, which DefaultFlowCallback has chosen before.
-        if self._is_stopping:
+        # A checkpoint of the last step of an epoch would not have the line of the log and the measurement that are due
+        # at the end of the epoch, and a run that is resumed from it begins the next epoch: all is done at that end.
+        is_end_of_epoch = state.epoch == int(state.epoch) or state.global_step >= state.max_steps
+        if is_end_of_epoch:
+            self._left_to_epoch_end = (control.should_log, control.should_evaluate, control.should_save)
+            control.should_log = False
+            control.should_evaluate = False
+            control.should_save = False
+        else:
+            self._save_before_stopping(control)
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        """Do what the last step left to the end of its epoch, beside what is due at that end."""
+        should_log, should_evaluate, should_save = self._left_to_epoch_end
+        self._left_to_epoch_end = (False, False, False)
+        control.should_log = control.should_log or should_log
+        control.should_evaluate = control.should_evaluate or should_evaluate
+        control.should_save = control.should_save or should_save
+        self._save_before_stopping(control)
+
+    def _save_before_stopping(self, control) -> None:
+        # Beside the steps of save_strategy, which DefaultFlowCallback has chosen before.
+        self.is_save_due = control.should_save
+        if self.is_stopping:
             control.should_save = True
 
     def on_save(self, args, state, control, **kwargs):
         """Stop once the step during which a signal came is saved."""
-        if self._is_stopping:
+        if self.is_stopping:
             self._stop(state, args.save_only_model)
 
     def _stop(self, state, is_lost=False):
@@ -248,13 +275,19 @@ class StepGuard(TrainerCallback):
         self._before = []
 
     @staticmethod
-    def _is_logged(args, state) -> bool:
+    def _is_logged(args, state, train_dataloader) -> bool:
         """Whether the Trainer logs the step that is about to be taken."""
-        # As DefaultFlowCallback decides after the step. The state has the steps that a logging_steps below 1 means.
-        every = max(int(state.logging_steps or 1), 1)
+        # As DefaultFlowCallback decides after the step.
         next_step = state.global_step + 1
         if args.logging_first_step and next_step == 1:
             return True
+        if args.logging_strategy == IntervalStrategy.NO:
+            return False
+        if args.logging_strategy == IntervalStrategy.EPOCH:
+            steps_of_epoch = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
+            return next_step % steps_of_epoch == 0 or next_step >= state.max_steps
+        # The state has the steps that a logging_steps below 1 means.
+        every = max(int(state.logging_steps or 1), 1)
         return next_step % every == 0
 
 

@@ -290,7 +290,14 @@ class MaskTrainer(SFTTrainer):
     # the end (huggingface/transformers#39560).
     def _determine_best_metric(self, metrics, trial) -> bool:
         """Whether this evaluation is the best so far, among those whose step is saved."""
-        is_saved = self.control.should_save or self.args.save_strategy == "best"
+        is_best = self._is_best(metrics, trial)
+        # With save_strategy best, transformers saves if this is true; a signal has the step saved whatever its loss is.
+        saves_anyway = self.args.save_strategy == "best" and self.guard.is_stopping
+        return is_best or saves_anyway
+
+    def _is_best(self, metrics, trial) -> bool:
+        # A step that is saved because of a signal alone does not count: an undisturbed run would not have it.
+        is_saved = self.guard.is_save_due or self.args.save_strategy == "best"
         if not is_saved:
             return False
         # The budget of KL comes before the loss.
