@@ -728,6 +728,21 @@ def test_tied_weights_are_not_missing(arguments, tmp_path, capsys, caplog):
         ({"method": "lora"}, """method is 'lora', which is an adapter of PEFT's: give --method peft --peft_config"""),
         ({"method": "dora"}, '"use_dora": true'),
         ({"eval_split_size": 0}, "eval_split_size is 0; held-out rows choose the best checkpoint"),
+        ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint is True, which maskft train does not use"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size is True, which maskft train does not use"),
+        ({"label_names": "labels"}, "label_names is ['labels'], which maskft train does not use; remove the option"),
+        ({"prediction_loss_only": True}, "prediction_loss_only is True, which maskft train does not use"),
+        ({"activation_offloading": True}, "activation_offloading moves tensors from a GPU to the CPU, which trains"),
+        (
+            {"global_batch_size": 8, "gradient_accumulation_steps": 4},
+            "global_batch_size 8 and gradient_accumulation_steps 4 contradict each other: with "
+            "per_device_train_batch_size 4 x 1 processes it takes 2; give one of them",
+        ),
+        (
+            {"dataloader_drop_last": True, "per_device_train_batch_size": 100},
+            "dataloader_drop_last drops the only batch: there are 48 training rows, and per_device_train_batch_size "
+            "100 x 1 processes = 100; leave it out, or lower",
+        ),
     ],
 )
 def test_options_without_effect_or_out_of_range_are_one_line(options, message, arguments, capsys):

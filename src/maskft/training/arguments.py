@@ -203,7 +203,7 @@ def with_accumulation(args: TrainingArguments) -> TrainingArguments:
     """A copy with the accumulation steps that ``global_batch_size``, if given, needs on these processes.
 
     Raises:
-        UserError: If it is not a multiple of the batch of one step.
+        UserError: If it is not a multiple of the batch of one step, or other accumulation steps are given.
     """
     args = copy.copy(args)
     if args.global_batch_size is None:
@@ -215,7 +215,15 @@ def with_accumulation(args: TrainingArguments) -> TrainingArguments:
             f"global_batch_size is {args.global_batch_size}, not a multiple of per_device_train_batch_size "
             f"{args.per_device_train_batch_size} x {args.world_size} processes = {per_step}"
         )
-    args.gradient_accumulation_steps = args.global_batch_size // per_step
+    num_steps = args.global_batch_size // per_step
+    # 1 is the default, so it may not have been given.
+    if args.gradient_accumulation_steps not in (1, num_steps):
+        raise UserError(
+            f"global_batch_size {args.global_batch_size} and gradient_accumulation_steps "
+            f"{args.gradient_accumulation_steps} contradict each other: with per_device_train_batch_size "
+            f"{args.per_device_train_batch_size} x {args.world_size} processes it takes {num_steps}; give one of them"
+        )
+    args.gradient_accumulation_steps = num_steps
     return args
 
 

@@ -38,7 +38,8 @@ _ONLY_WITH = {
     "num_candidates": ("random_mask",),
     "before_model": (INTERPOLATE,),
 }
-# Options of TRL that have no effect, because maskft tokenises rows and loads models; and the remedy.
+# Options of TRL that have no effect, because maskft tokenises rows, loads models, measures held-out rows and handles
+# signals, or whose effect the record of the run would not show; and the remedy.
 _UNUSED = {
     "eos_token": "set it in the tokenizer's own files",
     "truncation_mode": "remove the option: rows always keep their beginning",
@@ -48,9 +49,17 @@ _UNUSED = {
     "eval_packing": "remove the option",
     "dataset_kwargs": "remove the option",
     "eval_accumulation_steps": "remove the option",
+    "eval_do_concat_batches": "remove the option",
+    "eval_use_gather_object": "remove the option",
+    "prediction_loss_only": "remove the option",
+    "label_names": "remove the option",
     "batch_eval_metrics": "remove the option",
     "bf16_full_eval": "remove the option: held-out rows are measured in the dtype of training",
     "fp16_full_eval": "remove the option: held-out rows are measured in the dtype of training",
+    # Its handler of SIGTERM would take the place of the one that ends a run at a second signal.
+    "enable_jit_checkpoint": "remove the option: SIGTERM finishes and saves the step anyway",
+    # The Trainer would begin anew with the weights and the multiplier of KL as the steps before had left them.
+    "auto_find_batch_size": "remove the option; maskft estimate says which per_device_train_batch_size fits",
     "push_to_hub": "remove the option, and upload the finished folder with `hf upload` (docs/adapters.md)",
 }
 # An example for messages.
@@ -140,7 +149,7 @@ def _check_unused_options(config: TrainConfig) -> None:
 
 
 def _check_devices_and_metric(config: TrainConfig) -> None:
-    """Raise for several GPUs in one process, and for another metric than the held-out loss."""
+    """Raise for devices that training does not use, and for another metric than the held-out loss."""
     training = config.training
     # Fixed masks use one GPU, and preparing data none. The Trainer would use all that it sees, by DataParallel.
     is_trained = config.method.method not in UNTRAINED_METHODS and not config.data.prepare_only
@@ -148,6 +157,10 @@ def _check_devices_and_metric(config: TrainConfig) -> None:
         raise UserError(
             f"this process sees {training.n_gpu} GPUs, and trains on one: add --accelerate_config multi_gpu, "
             "or set CUDA_VISIBLE_DEVICES=0"
+        )
+    if is_trained and training.activation_offloading and training.device.type == "cpu":
+        raise UserError(
+            "activation_offloading moves tensors from a GPU to the CPU, which trains here: remove the option"
         )
     if training.metric_for_best_model != "eval_loss" or training.greater_is_better:
         raise UserError(
@@ -263,6 +276,22 @@ def check_context(model, *sets) -> None:
     context = getattr(config, "max_position_embeddings", None)
     if context and longest > context:
         raise UserError(f"the longest row has {longest} tokens, the model's context {context}: lower max_length")
+
+
+def check_batches(num_rows: int, training: TrainingArguments) -> None:
+    """Raise if no batch of training rows is left, so that a run would end after no step.
+
+    Args:
+        num_rows: Number of training rows, packed if they are.
+        training: The options of the run.
+    """
+    per_step = training.per_device_train_batch_size * training.world_size
+    if training.dataloader_drop_last and num_rows < per_step:
+        raise UserError(
+            f"dataloader_drop_last drops the only batch: there are {num_rows:,} training rows, and "
+            f"per_device_train_batch_size {training.per_device_train_batch_size} x {training.world_size} processes = "
+            f"{per_step}; leave it out, or lower per_device_train_batch_size"
+        )
 
 
 def check_processes(model, train_set, heldout_set) -> None:

@@ -25,7 +25,7 @@ from .build import (
     start_on_data,
 )
 from .checkpoints import check_room, held_output, save_final, step_of
-from .checks import check_config, check_context, check_processes
+from .checks import check_batches, check_config, check_context, check_processes
 from .describe import describe, report
 from .fixed_masks import make_fixed_mask
 from .interpolation import interpolate
@@ -212,6 +212,8 @@ def fit(
         except ValueError as error:
             # Settings that TRL, transformers or torch rejects.
             raise UserError(first_line(error)) from None
+        # Of the trainer, which may have packed them.
+        check_batches(len(trainer.train_dataset), config.training)
 
         failure = None
         try:
