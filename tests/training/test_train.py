@@ -728,6 +728,11 @@ def test_tied_weights_are_not_missing(arguments, tmp_path, capsys, caplog):
         ({"method": "lora"}, """method is 'lora', which is an adapter of PEFT's: give --method peft --peft_config"""),
         ({"method": "dora"}, '"use_dora": true'),
         ({"eval_split_size": 0}, "eval_split_size is 0; held-out rows choose the best checkpoint"),
+        ({"eval_delay": 5}, "eval_delay is 5, and the run has 4 steps: nothing that it learns would be measured"),
+        (
+            {"eval_delay": 3, "eval_strategy": "epoch", "save_strategy": "epoch", "max_steps": 13},
+            "eval_delay is 3, and the run has 2 epochs",
+        ),
         ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint is True, which maskft train does not use"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size is True, which maskft train does not use"),
         ({"label_names": "labels"}, "label_names is ['labels'], which maskft train does not use; remove the option"),

@@ -14,7 +14,7 @@ from transformers import IntervalStrategy, TrainerCallback
 from trl import SFTTrainer
 
 from maskft_common import processes
-from maskft_common.errors import NotFiniteError, Stopped
+from maskft_common.errors import NotFiniteError, Stopped, UserError
 
 from ..fsdp import is_sharded, refresh_masks
 from ..loss import RowLoss, mean_nll
@@ -123,7 +123,8 @@ class StepGuard(TrainerCallback):
         self._gradient_is_finite = torch.isfinite(norm)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        """Restore the counters of the log; add the hook on the embeddings."""
+        """Check that a step will be measured; restore the counters of the log; add the hook on the embeddings."""
+        _check_eval_delay(args, state)
         # The Trainer has reset its counters just before this event, so they are restored here.
         self.trainer.resume_counts()
         is_reentrant = is_checkpointing_reentrant(args.gradient_checkpointing_kwargs)
@@ -289,6 +290,22 @@ class StepGuard(TrainerCallback):
         # The state has the steps that a logging_steps below 1 means.
         every = max(int(state.logging_steps or 1), 1)
         return next_step % every == 0
+
+
+def _check_eval_delay(args, state) -> None:
+    """Raise if evaluations begin after the end: the start would be the best checkpoint, whatever was learned."""
+    if not args.load_best_model_at_end:
+        return
+    unit = "steps"
+    end = state.max_steps
+    if args.eval_strategy == IntervalStrategy.EPOCH:
+        unit = "epochs"
+        end = state.num_train_epochs
+    if args.eval_delay > end:
+        raise UserError(
+            f"eval_delay is {args.eval_delay:g}, and the run has {end} {unit}: nothing that it learns would be "
+            "measured, and the start would be kept; lower eval_delay, or give --load_best_model_at_end false"
+        )
 
 
 def is_checkpointing_reentrant(options: Mapping[str, Any] | None) -> bool:
