@@ -337,13 +337,13 @@ def _kin(
         if mask not in known or not is_learned:
             continue
 
-        # The model with the fingerprint of the mask's weights; without fingerprints, the baseline if it has their name.
+        # The model with the fingerprint of the mask's weights; without fingerprints, the baseline if it may be it.
         others = [name for name in names if name != mask]
         parents = [name for name in others if _all_paired(groups, mask, name, is_parent)]
         # Several models may have the weights of the parent. The baseline is the first of them, if it is one.
         if parents:
             parent = parents[0]
-        elif mask != baseline and _all_paired(groups, mask, baseline, _is_parent_by_name):
+        elif mask != baseline and _all_paired(groups, mask, baseline, _may_be_parent):
             parent = baseline
         else:
             continue
@@ -461,12 +461,11 @@ def _all_paired(
     return all(is_so(other, result) for other, result in pairs)
 
 
-def _is_parent_by_name(other: Result, mask: Result) -> bool:
-    """Whether a mask was trained over a model, by its name: one of their fingerprints is not known."""
+def _may_be_parent(other: Result, mask: Result) -> bool:
+    """Whether a mask may have been trained over a model: one of their fingerprints is not known."""
     of_other = other["model"]
     of_mask = mask["model"]
-    # A verdict says "the model it starts from", which a model of another name is not known to be.
-    if of_other["adapter"] is not None or of_other["name_or_path"] != of_mask["name_or_path"]:
+    if of_other["adapter"] is not None:
         return False
     return of_other["fingerprint"] is None or of_mask["fingerprint"] is None
 
