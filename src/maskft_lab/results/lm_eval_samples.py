@@ -119,8 +119,7 @@ def _summary(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{file}: cannot be read ({first_line(error)}): keep it beside its samples") from None
     # Some settings are in its block `config`, which may be missing, or null.
-    is_known = isinstance(summary, dict) and isinstance(summary.get("config") or {}, dict)
-    if not is_known:
+    if not isinstance(summary, dict) or not isinstance(summary.get("config") or {}, dict):
         raise UserError(f"{file}: not a results file of lm-eval: give the one that it wrote beside the samples")
     return summary
 
