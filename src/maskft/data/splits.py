@@ -340,13 +340,11 @@ def clusters_of(rows: Iterable[Row]) -> list[str | None]:
         A label each; all None where no two rows share a prompt.
     """
     given: list[str | None] = []
-    prompts: list[str] = []
     first_ids: dict[str, str] = {}
-    of_prompts: list[str] = []
+    of_prompts: list[str | None] = []
     for row in rows:
         given.append(row.get("cluster_id"))
         prompt = prompt_digest(row)
-        prompts.append(prompt)
         first_ids.setdefault(prompt, str(row["id"]))
         of_prompts.append(first_ids[prompt])
 
@@ -354,9 +352,9 @@ def clusters_of(rows: Iterable[Row]) -> list[str | None]:
     if any(label is not None for label in given):
         return given
     # Rows that all have one prompt, such as an empty one, tell nothing about other prompts; they are compared as texts.
-    if len(first_ids) in (1, len(prompts)):
+    if len(first_ids) in (1, len(given)):
         return given
-    return list(of_prompts)
+    return of_prompts
 
 
 def prompt_digest(example: Row) -> str:
