@@ -19,6 +19,7 @@ from maskft.training.kl import Base, KLOnTask, KLOnText, KLSum, kl_per_row
 from maskft.training.kl_budget import AIM, KLBudget, excess
 from maskft.training.near_base import KLReport, NearBase
 from maskft.training.record import read_record
+from maskft.training.verdict import read_heldout
 from maskft_common.errors import UserError
 from maskft_common.layout import ADAPTER_WEIGHTS, TRAINING
 
@@ -55,7 +56,7 @@ def test_the_aim_rises_in_the_first_half():
     assert other.multiplier == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
+@pytest.mark.parametrize("scale", [0.0003, 0.005, 0.08])
 def test_it_finds_the_multiplier_whatever_its_size(scale):
     """A model whose KL settles at scale / multiplier, half of the way in every step."""
     budget = KLBudget(0.1)
@@ -72,12 +73,23 @@ def test_it_keeps_up_with_a_model_that_drifts_away():
     budget = KLBudget(0.1)
     kl = 0.0
     for step in range(48):
-        target = 0.1 * math.exp(0.03 * step) / budget.multiplier
+        target = 0.01 * math.exp(0.03 * step) / budget.multiplier
         kl += (min(target, 10.0) - kl) / 8
         budget.update(kl, (step + 1) / 48)
         if step >= 24:
             assert kl <= 0.1
     assert kl >= 0.08
+
+
+def test_the_term_never_outweighs_the_task():
+    """And the multiplier falls as soon as KL does: nothing is wound up."""
+    budget = KLBudget(0.1)
+    for _ in range(48):
+        budget.update(3.0)
+        assert budget.multiplier == 1.0
+    budget.kl = 0.05
+    budget.update(0.05)
+    assert budget.multiplier < 0.5
 
 
 def test_a_budget_that_does_not_bind_takes_the_term_away():
@@ -257,9 +269,39 @@ def test_a_budget_that_is_not_met_keeps_the_nearest_and_says_so(call, tmp_path):
     assert kl.reached == min(measured)
 
 
+# A fifth of what the run reaches without a term, so that a part of the change has to be taken back.
+TIGHT = {"full": 0.003, "mask": 0.0005, "lora": 0.001}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "options", [{"eval_steps": 4}, {"eval_strategy": "no"}, {"eval_steps": 4, "load_best_model_at_end": False}]
+)
+def test_beyond_the_budget_a_part_of_the_change_is_kept(method, options, call, tmp_path):
+    budget = TIGHT[method]
+    # Autocast keeps rounded weights: a part would have the KL of the whole.
+    settings = {"max_steps": 4, "save_steps": 4, "bf16": True, **METHODS[method]}
+    status, err = call(kl_budget=budget, **settings, **options)
+    assert status == 0, err
+    summary = read_record(tmp_path / "out").summary
+    kl = summary.kl
+    assert kl.is_met and 0 < kl.part < 1 and kl.at_end > budget
+    assert f"{kl.part:.2f} of the change is kept" in err and "not met" not in err
+    # A weight moves in few steps; of a mask entries flip one by one.
+    assert kl.reached >= (0.1 if method == "mask" else 0.9) * budget
+    if "eval_steps" in options:
+        last = [row for row in summary.history if "eval_kl" in row][-1]
+        assert (last["eval_kl"], last["eval_part"], last["eval_kl_whole"]) == (kl.reached, kl.part, kl.at_end)
+        # What is saved is what was measured.
+        losses = read_heldout(tmp_path / "out")
+        rows = list(zip(losses.nll, losses.num_tokens, strict=True))
+        assert mean_nll(rows) == pytest.approx(last["eval_loss"], rel=1e-6)
+
+
 @pytest.mark.parametrize("options", [{"eval_strategy": "no"}, {"load_best_model_at_end": False}])
 def test_where_no_checkpoint_is_chosen_the_last_step_is_measured_and_kept(options, call, tmp_path):
-    status, err = call(kl_budget=1e-6, method="full", learning_rate=0.003, max_steps=3, **options)
+    options |= {"mask_init_scores": "normal", "mask_sparsity": 0.5, "keep_worse": True}
+    status, err = call(kl_budget=1e-6, max_steps=3, **options)
     assert status == 0, err
     kl = read_record(tmp_path / "out").summary.kl
     assert not kl.is_met and kl.step is None and kl.reached == kl.at_end
@@ -313,11 +355,11 @@ def test_without_evaluation_it_is_measured_at_the_end(call, tmp_path):
     assert read_record(tmp_path / "out").summary.kl.reached > 0
 
 
-@pytest.mark.parametrize("rows", ["task", "text"])
-def test_a_resumed_run_is_the_uninterrupted_one(rows, call, text, tmp_path):
-    """Weights, losses and multipliers, bit for bit."""
+@pytest.mark.parametrize(("method", "rows"), [("lora", "task"), ("lora", "text"), ("full", "text"), ("mask", "text")])
+def test_a_resumed_run_is_the_uninterrupted_one(method, rows, call, text, tmp_path):
+    """Weights, losses, multipliers and parts of the change, bit for bit."""
     options = {"max_steps": 8, "eval_steps": 2, "save_steps": 2, "logging_steps": 1, "save_total_limit": 8}
-    options |= METHODS["lora"] | {"kl_budget": 0.02}
+    options |= METHODS[method] | {"kl_budget": TIGHT[method]}
     if rows == "text":
         options |= {"kl_dataset_name": text, "gradient_accumulation_steps": 2}
     status, err = call(**options)
@@ -326,12 +368,13 @@ def test_a_resumed_run_is_the_uninterrupted_one(rows, call, text, tmp_path):
     shutil.copytree(out, resumed)
     for name in ("checkpoint-6", "checkpoint-8"):
         shutil.rmtree(resumed / name)
-    for name in (ADAPTER_WEIGHTS, TRAINING):
+    weights = "model.safetensors" if method == "full" else ADAPTER_WEIGHTS
+    for name in (weights, TRAINING):
         (resumed / name).unlink()
     status, err = call("resumed", resume_from_checkpoint="true", **options)
     assert status == 0, err
-    assert (resumed / ADAPTER_WEIGHTS).read_bytes() == (out / ADAPTER_WEIGHTS).read_bytes()
-    names = ("step", "loss", "eval_loss", "eval_kl", "kl", "kl_multiplier")
+    assert (resumed / weights).read_bytes() == (out / weights).read_bytes()
+    names = ("step", "loss", "eval_loss", "eval_kl", "eval_part", "eval_kl_whole", "kl", "kl_multiplier")
     one, other = (
         [{name: row.get(name) for name in names} for row in read_record(folder).summary.history]
         for folder in (out, resumed)

@@ -23,6 +23,7 @@ class TrainingProgress(TrainerCallback):
         self._has_budget = has_budget
         self.heldout: list[float] = []
         self._kl: float | None = None
+        self._part = 1.0
         self._loss: float | None = None
         self._progress = Progress(console)
         # Replaced when training begins: the number of steps is not known before.
@@ -75,6 +76,7 @@ class TrainingProgress(TrainerCallback):
     def _see(self, measured: dict[str, float]) -> None:
         self.heldout.append(float(measured["eval_loss"]))
         self._kl = measured.get("eval_kl")
+        self._part = measured.get("eval_part", 1.0)
 
     def _losses(self) -> str:
         parts = []
@@ -84,6 +86,8 @@ class TrainingProgress(TrainerCallback):
             text = f"held-out {last:.4f}"
             if self._has_budget and self._kl is not None:
                 text += f", KL {self._kl:.4f}"
+                if self._part < 1:
+                    text += f" at {self._part:.2f} of the change"
             # Without it, the last one is the best.
             elif best < last:
                 text += f" (best {best:.4f})"

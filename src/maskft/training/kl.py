@@ -46,22 +46,25 @@ class Base:
 
     Args:
         model: The model to train, before its first step.
+
+    Attributes:
+        frozen: The copy; None if there is none.
     """
 
     def __init__(self, model: nn.Module):
-        self._copy = None
+        self.frozen: nn.Module | None = None
         if not keeps_base(model):
             frozen = copy.deepcopy(model)
             frozen.requires_grad_(False)
-            self._copy = frozen.eval()
+            self.frozen = frozen.eval()
 
     @contextmanager
     def of(self, model: nn.Module) -> Iterator[nn.Module]:
         """The base, in evaluation mode; ``model`` is the model to train, not wrapped by accelerate."""
-        if self._copy is not None:
+        if self.frozen is not None:
             # It was copied before the Trainer moved the model to its device. Once moved, it stays there.
             device = next(model.parameters()).device
-            yield self._copy.to(device)
+            yield self.frozen.to(device)
             return
 
         # In evaluation mode, because dropout would change the base from batch to batch.

@@ -1,10 +1,10 @@
-"""A budget of KL(base || model): the multiplier of the KL term is adapted at every step to hold KL below it."""
+"""A budget of KL(base || model): the multiplier of the KL term is adapted at every step to hold KL near it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 # The controller aims below the budget, so that the measured KL stays within it.
 AIM = 0.9
@@ -23,8 +23,10 @@ _HIGHEST_ERROR = math.log(10.0)
 # nothing is learned. Near the aim the integral is fast: a mask that sharpens moves away from the base all the time, and
 # KL stays above the aim by the speed of that, divided by this gain.
 _LARGEST_INTEGRATED_ERROR = 0.2
-# Bound of the integral, in both directions, which is a logarithm: factors of 1e-4 to 1e4.
-_LARGEST_LOG = math.log(1e4)
+# Bounds of the logarithm of the multiplier and of its integral: factors of 1e-4 to 1. Beyond 1 the term outweighs the
+# task, and what is learned is lost sooner than KL falls. What is beyond the budget then is taken back, see change.py.
+_LOWEST_LOG = math.log(1e-4)
+_HIGHEST_LOG = 0.0
 
 
 class KLBudget:
@@ -70,7 +72,7 @@ class KLBudget:
             _LARGEST_INTEGRATED_ERROR,
         )
         integral = self._integral + _INTEGRAL * integrated_error
-        self._integral = _clamp(integral, -_LARGEST_LOG, _LARGEST_LOG)
+        self._integral = _clamp(integral, _LOWEST_LOG, _HIGHEST_LOG)
         self.multiplier = self._multiplier_at(error)
 
     def state(self) -> dict[str, Any]:
@@ -88,12 +90,34 @@ class KLBudget:
         self.multiplier = state["multiplier"]
 
     def _multiplier_at(self, error: float) -> float:
-        return math.exp(self._integral + _PROPORTIONAL * error)
+        return math.exp(min(self._integral + _PROPORTIONAL * error, _HIGHEST_LOG))
 
 
-def kl_by_step(history: Iterable[Mapping[str, Any]]) -> dict[int, float]:
-    """Step -> measured KL(base || model), nats per token, of a run's log."""
-    return {row["step"]: row["eval_kl"] for row in history if "eval_kl" in row}
+class MeasuredKL(NamedTuple):
+    """KL(base || model) of a checkpoint on held-out rows, nats per token.
+
+    Attributes:
+        kl: KL at the part of the change that is kept.
+        part: That part; 1 where the whole is within the budget, or there is no budget.
+        whole: KL of the whole change.
+    """
+
+    kl: float
+    part: float
+    whole: float
+
+
+def kl_by_step(history: Iterable[Mapping[str, Any]]) -> dict[int, MeasuredKL]:
+    """Step -> what was measured there, of a run's log. Logs of earlier versions have no parts."""
+    found = {}
+    for row in history:
+        if "eval_kl" not in row:
+            continue
+        kl = row["eval_kl"]
+        part = row.get("eval_part", 1.0)
+        whole = row.get("eval_kl_whole", kl)
+        found[row["step"]] = MeasuredKL(kl, part, whole)
+    return found
 
 
 def excess(kl: float, budget: float | None) -> float:

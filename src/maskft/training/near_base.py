@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +22,9 @@ from ..data.prepared import Prepared
 from ..data.tokenizing import supervised_token_count, tokenize_dataset
 from ..loss import mean_nll, shared_rows, widest_float
 from .arguments import TrainConfig
+from .change import Change, largest_part
 from .kl import Base, KLOnTask, KLOnText, kl_per_row
-from .kl_budget import KLBudget, excess
+from .kl_budget import KLBudget, MeasuredKL, excess
 from .verdict import decimals
 
 # Share of the rows that the user names on which KL is measured; no batch contains them.
@@ -49,7 +51,8 @@ class KLReport(FileModel):
     Attributes:
         budget: ``kl_budget``; None with ``kl_to_base``.
         reached: KL of the kept checkpoint on held-out rows; of a mask even if it was not saved.
-        at_end: KL at the last measurement.
+        part: Part of the training's change that was kept, in (0, 1].
+        at_end: KL of the whole change at the last measurement.
         multiplier: Coefficient of KL in the loss after the last step.
         rows: ``task``, or the name of the rows; of a file without its folder.
         num_tokens: Number of tokens in the mean ``reached``.
@@ -60,6 +63,7 @@ class KLReport(FileModel):
 
     budget: float | None
     reached: float
+    part: float = 1.0
     at_end: float
     multiplier: float
     rows: str
@@ -82,6 +86,8 @@ class KLReport(FileModel):
             return text
 
         text += f", budget {self.budget:g}, multiplier at the end {self.multiplier:.3g}"
+        if self.part < 1:
+            text += f"; {self.part:.2f} of the change is kept"
         at_end = f"{self.at_end:.{digits}f}"
         remedy = "raise kl_budget, lower learning_rate, or evaluate more often (eval_steps)"
         if not self.is_met:
@@ -96,7 +102,7 @@ class KLReport(FileModel):
                 # The budget was no obstacle, at least at the end.
                 remedy = "the end is within it, so the loss did not fall: take more steps, or another learning_rate"
             return f"{text}; no later checkpoint is better and within the budget (at the end {at_end}); {remedy}"
-        if self.at_end > self.budget:
+        if self.at_end > self.budget and self.part == 1:
             return f"{text}; it is of step {self.step}: at the end KL is {at_end}, above the budget; {remedy}"
         return text
 
@@ -183,8 +189,14 @@ class NearBase(TrainerCallback):
         self._eval_batch_size = training.per_device_eval_batch_size
         self._weight = training.kl_to_base
         self.budget = None
+        self._change: Change | None = None
+        # Nats per token by which the model before the first step exceeds the budget; None: not measured yet.
+        self._start_excess: float | None = None
         if training.kl_budget is not None:
             self.budget = KLBudget(training.kl_budget)
+            # FSDP replaces the parameters by shards.
+            if not processes.uses_fsdp():
+                self._change = Change(model, self._base.frozen)
 
         self._is_on_task = kl_rows is None
         self._term: KLOnTask | KLOnText
@@ -314,6 +326,42 @@ class NearBase(TrainerCallback):
         losses = shared_rows(self._heldout, kl_of)
         return mean_nll(losses)
 
+    @contextmanager
+    def within_budget(self, measure: Callable[[], float]) -> Iterator[MeasuredKL]:
+        """Measures KL, of a model beyond the budget at the largest part of its change that is within it.
+
+        Within the context the model is at that part; afterwards it is as trained. Every process must enter it.
+
+        Args:
+            measure: Measures KL of the model as it is. It must enter autocast itself: autocast keeps rounded weights
+                until it is left, also of weights that have changed meanwhile.
+        """
+        whole = measure()
+        if self._change is None or self.budget is None or self.excess(whole) == 0:
+            yield MeasuredKL(whole, 1.0, whole)
+            return
+
+        with self._change.taken_back() as set_part:
+
+            def kl_of(part: float) -> float:
+                set_part(part)
+                return measure()
+
+            # A mask may begin with removed weights, far from the base. Then there is no part to look for.
+            if self._start_excess is None:
+                self._start_excess = self.excess(kl_of(0.0))
+            found = None
+            if self._start_excess == 0:
+                found = largest_part(kl_of, whole, self.budget.budget)
+            part, kl = found or (1.0, whole)
+            set_part(part)
+            yield MeasuredKL(kl, part, whole)
+
+    def keep_part(self, part: float) -> None:
+        """Take back all but this part, in (0, 1], of what training has changed."""
+        if self._change is not None and part < 1:
+            self._change.keep(part)
+
     def excess(self, kl: float) -> float:
         """Nats per token by which a measured KL exceeds the budget; see :func:`kl_budget.excess`."""
         limit = None if self.budget is None else self.budget.budget
@@ -321,15 +369,15 @@ class NearBase(TrainerCallback):
 
     def report(
         self,
-        reached: float,
+        kept: MeasuredKL,
         at_end: float,
         best_step: int | None,
     ) -> KLReport:
         """The entry of the record.
 
         Args:
-            reached: KL of the kept checkpoint.
-            at_end: KL of the last measurement.
+            kept: KL of the kept checkpoint.
+            at_end: KL of the whole change at the last measurement.
             best_step: Step of the kept checkpoint; None if none was chosen.
         """
         budget = None
@@ -337,7 +385,8 @@ class NearBase(TrainerCallback):
             budget = self.budget.budget
         return KLReport(
             budget=budget,
-            reached=reached,
+            reached=kept.kl,
+            part=kept.part,
             at_end=at_end,
             multiplier=self.multiplier,
             rows=self._name,

@@ -253,26 +253,22 @@ def summarise(trainer: MaskTrainer, method: str) -> TrainingSummary:
         num_target_weights=num_target_weights,
         train_time_s=round(time.perf_counter() - trainer.started, 1),
         peak_memory_bytes=memory.peak_memory_bytes(trainer.args.device.type),
-        kl=_kl_report(trainer, best_step),
+        kl=_kl_report(trainer),
         history=history,
     )
 
 
-def _kl_report(trainer: MaskTrainer, best_step: int | None) -> KLReport | None:
-    """KL of the kept model and at the last measurement; if the kept model was not measured, it is measured now."""
+def _kl_report(trainer: MaskTrainer) -> KLReport | None:
+    """KL of the kept model and at the last measurement."""
     if trainer.near_base is None:
         return None
+    kept = trainer.kept_kl
+    assert kept is not None
     measured = kl_by_step(trainer.state.log_history)
-
-    # Where no checkpoint was chosen, the model of the last step is kept.
-    state = trainer.state
-    is_chosen = trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None
-    chosen_step = best_step if is_chosen else None
-    kept_step = state.global_step if chosen_step is None else chosen_step
-    if kept_step not in measured:
-        measured[kept_step] = trainer.measure_kl()
-    last_kl = measured[max(measured)]
-    return trainer.near_base.report(measured[kept_step], last_kl, chosen_step)
+    # The last measurement may be that of the kept model, which is not in the log.
+    measured.setdefault(trainer.kept_step, kept)
+    at_end = measured[max(measured)].whole
+    return trainer.near_base.report(kept, at_end, trainer.chosen_step)
 
 
 def _plain(value: Any) -> Any:

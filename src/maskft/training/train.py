@@ -126,8 +126,10 @@ def run(
         # A resumed run has checkpoints, which it replaces.
         if resume_from is None:
             processes.decided_by_main(lambda: check_room(model, method, training))
-        # A resumed run loads its scores from the checkpoint.
-        if method.method == "mask" and resume_from is None:
+        # A resumed run loads its scores from the checkpoint. With a budget of KL it needs those of the start as well,
+        # because it may go back towards them.
+        needs_start = resume_from is None or training.kl_budget is not None
+        if method.method == "mask" and needs_start:
             start_on_data(
                 model,
                 data.train,
@@ -229,6 +231,7 @@ def fit(
         except NotFiniteError as error:
             # The mask or model of the best checkpoint is still good; it is saved before the error is reported.
             failure = trainer.back_to_best(error)
+        trainer.keep_within_budget()
     summary = summarise(trainer, config.method.method)
     return trainer, summary, failure
 

@@ -38,7 +38,7 @@ from .checkpoints import (
     trainable_state,
     written_whole,
 )
-from .kl_budget import kl_by_step
+from .kl_budget import MeasuredKL, kl_by_step
 from .launch import let_cpu_shard
 from .manifest import check_course, course_of, seal
 from .masked_start import RemovedStayZero
@@ -90,6 +90,8 @@ class MaskTrainer(SFTTrainer):
 
         # The KL term of the loss. It hooks into the model before accelerate wraps it.
         self.near_base: NearBase | None = None
+        # KL of the kept model, from the end of training on.
+        self.kept_kl: MeasuredKL | None = None
         if config.training.kl_to_base or config.training.kl_budget is not None:
             # Padding has no label and is masked, so any token will do.
             pad_token_id = tokenizer.pad_token_id or 0
@@ -248,13 +250,47 @@ class MaskTrainer(SFTTrainer):
         measure = self.heldout_loss()
         return measure(self._heldout)
 
-    def measure_kl(self) -> float:
+    @contextmanager
+    def _within_budget(self) -> Iterator[MeasuredKL | None]:
+        """Measures KL on held-out rows, see :meth:`NearBase.within_budget`; None without a KL term."""
+        if self.near_base is None:
+            yield None
+            return
+        with self.near_base.within_budget(self._measure_kl) as measured:
+            yield measured
+
+    def _measure_kl(self) -> float:
         """Mean KL(base || model) on held-out rows, under the model as it is, in nats per token."""
         assert self.near_base is not None
         whole = self.accelerator.unwrap_model(self.model)
         # As in compute_loss: a frozen copy has no autocast of its own, and would differ from the model by rounding.
         with self.accelerator.autocast():
             return self.near_base.measure(whole)
+
+    def keep_within_budget(self) -> None:
+        """At the end of training: keep the part of the change that was measured, and say in ``kept_kl`` what it is."""
+        if self.near_base is None:
+            return
+        self.kept_kl = kl_by_step(self.state.log_history).get(self.kept_step)
+        if self.kept_kl is None:
+            with self._within_budget() as self.kept_kl:
+                pass
+        self.near_base.keep_part(self.kept_kl.part)
+
+    @property
+    def chosen_step(self) -> int | None:
+        """Step of the checkpoint that evaluations chose; None if none was chosen, and the last step is kept."""
+        best = self.state.best_model_checkpoint
+        if not self.args.load_best_model_at_end or best is None:
+            return None
+        return step_of(Path(best))
+
+    @property
+    def kept_step(self) -> int:
+        """Step of the model that is kept."""
+        if self.chosen_step is None:
+            return self.state.global_step
+        return self.chosen_step
 
     # The Trainer's evaluation loss is a mean over batches, so it depends on which rows share a batch, and on padding.
     def evaluation_loop(
@@ -264,13 +300,19 @@ class MaskTrainer(SFTTrainer):
         **kwargs,
     ) -> EvalLoopOutput:
         """Measure the held-out rows, one by one; TRL's loss would depend on which rows share a batch."""
+        # Beyond a budget of KL, what counts is the part of the change that is within it.
+        with self._within_budget() as measured:
+            loss = mean_nll(self.measure_heldout())
         # TRL's log has num_tokens of its own evaluation, which does not run.
         metrics = {
-            f"{metric_key_prefix}_loss": mean_nll(self.measure_heldout()),
+            f"{metric_key_prefix}_loss": loss,
             f"{metric_key_prefix}_num_tokens": int(self._total_train_tokens),
         }
-        if self.near_base is not None:
-            metrics[f"{metric_key_prefix}_kl"] = self.measure_kl()
+        if measured is not None:
+            metrics[f"{metric_key_prefix}_kl"] = measured.kl
+            if self.near_base.budget is not None:
+                metrics[f"{metric_key_prefix}_part"] = measured.part
+                metrics[f"{metric_key_prefix}_kl_whole"] = measured.whole
         return EvalLoopOutput(
             predictions=None,
             label_ids=None,
@@ -317,8 +359,8 @@ class MaskTrainer(SFTTrainer):
         best = self.state.best_model_checkpoint
         if best is None:
             return None
-        measured = kl_by_step(self.state.log_history)
-        return measured.get(step_of(Path(best)))
+        measured = kl_by_step(self.state.log_history).get(step_of(Path(best)))
+        return None if measured is None else measured.kl
 
     def resume_counts(self) -> None:
         """Restore the counters of the log: TRL counts tokens from 0, transformers sums the loss since its last line."""

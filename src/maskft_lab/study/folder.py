@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Set
 from functools import cached_property
 from pathlib import Path
 
 from maskft.training.arguments import TrainingArguments
-from maskft_common import layout
+from maskft_common import files, layout
 from maskft_common.errors import UserError
 
 from .damage import damage_of_result, damage_of_run
@@ -131,17 +132,41 @@ class Study:
     def checkpoint(self, run: StudyRun, share: float) -> Path:
         """Checkpoint of a finished run after a share of its steps, in (0, 1]; needs a run with steps.
 
-        It is the nearest of those that were saved, see :func:`step_at`.
+        It is the nearest of those that were saved, see :func:`step_at`. Of the checkpoint that a run with a
+        ``kl_budget`` has kept it is the run's own folder: there is the part of the change that is within the budget,
+        while checkpoints hold the whole.
 
         Raises:
             UserError: If no checkpoint was saved at that step.
         """
-        num_steps = self.record(run).num_steps
         folder = self.run_folder(run)
+        step = self.step(run, share)
+        if step == self._kept_step(run):
+            return folder
+        return folder / f"checkpoint-{step}"
+
+    def step(self, run: StudyRun, share: float) -> int:
+        """Step of the checkpoint that :meth:`checkpoint` gives; it has the same errors."""
+        num_steps = self.record(run).num_steps
         interval = run.options.get("save_steps", TrainingArguments.save_steps)
         if run.options.get("save_strategy") == "epoch":
             interval = 0  # not used
-        return _checkpoint_at(folder, step_at(share, num_steps, interval))
+        folder = self.run_folder(run)
+        saved = _saved_steps(folder)
+        # Its checkpoint is not needed and may have been deleted.
+        kept_step = self._kept_step(run)
+        if kept_step is not None:
+            saved.add(kept_step)
+        return _nearest_step(step_at(share, num_steps, interval), saved, folder.name)
+
+    def _kept_step(self, run: StudyRun) -> int | None:
+        """Step of the checkpoint that a run with a ``kl_budget`` has kept; None for other runs."""
+        if run.options.get("kl_budget") is None:
+            return None
+        training = files.read_json(self.run_folder(run) / layout.TRAINING)["summary"]
+        step = training["kl"]["step"]
+        # Without a choice the last one is kept.
+        return training["num_steps"] if step is None else step
 
     def checkpoints(self, run: StudyRun) -> dict[float, Path]:
         """Share of training -> checkpoint of every point of a finished run's path."""
@@ -254,12 +279,6 @@ def evaluation_id(
     return f"{prefix}-{role}-{hash_of_evaluation}-{hash_of_study}"
 
 
-def step_of(checkpoint: Path) -> int:
-    """The step in the name of a checkpoint's folder."""
-    # Not imported from maskft.training.checkpoints, which brings TRL's trainer: seconds for one line.
-    return int(checkpoint.name.rpartition("-")[2])
-
-
 def step_at(
     share: float,
     num_steps: int,
@@ -289,24 +308,30 @@ def _hash_of(run_folder: Path) -> str:
     return run_folder.name.rpartition("-")[2]
 
 
-def _checkpoint_at(folder: Path, step: float) -> Path:
-    """The checkpoint nearest to a step, less than one step away: a share of the steps may fall between two."""
-    # The checkpoints that are there, by their steps.
-    found = {}
+def _saved_steps(folder: Path) -> set[int]:
+    """Steps of the checkpoints in a run's folder."""
+    steps = set()
     for path in folder.glob("checkpoint-[1-9]*"):
         number = path.name.rpartition("-")[2]
         if number.isdecimal():  # not `checkpoint-12.damaged`
-            found[int(number)] = path
+            steps.add(int(number))
+    return steps
+
+
+def _nearest_step(
+    step: float,
+    saved: Set[int],
+    run_name: str,
+) -> int:
+    """The saved step nearest to a step, less than one step away: a share of the steps may fall between two."""
 
     def distance(number: int) -> float:
         return abs(number - step)
 
-    nearest = min(found, key=distance, default=None)
-    is_saved = nearest is not None and distance(nearest) < 1
-    if not is_saved:
-        steps = sorted(found)
+    nearest = min(saved, key=distance, default=None)
+    if nearest is None or distance(nearest) >= 1:
         raise UserError(
-            f"path: {folder.name} has no checkpoint at step {step:g} (it has {steps}): path.checkpoints must "
+            f"path: {run_name} has no checkpoint at step {step:g} (it has {sorted(saved)}): path.checkpoints must "
             "be multiples of save_steps; delete runs made with other path settings first"
         )
-    return found[nearest]
+    return nearest

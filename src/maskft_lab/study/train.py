@@ -17,7 +17,7 @@ from maskft_common.errors import NOT_UPDATED, UserError
 
 from .accounts import build_record
 from .damage import is_whole_result, written_files
-from .folder import Study, step_of
+from .folder import Study
 from .identity import data_digest
 from .path import PATH, has_path, path_values
 from .process import PYTHON, Call, command_words
@@ -77,14 +77,12 @@ def _kl_at(
 ) -> float:
     """KL(base || model) of the checkpoint that a point is of, nats per token; NaN if it was not measured."""
     share, _ = point
-    step = step_of(study.checkpoint(run, share))
-    measured = kl_by_step(training["history"])
-    if step in measured:
-        return measured[step]
-    # Without evaluations during training it is measured at the end.
-    if step == training["num_steps"]:
-        return training["kl"]["at_end"]
-    return math.nan
+    # The kept checkpoint is taken from the run's folder, which has the part of the change that is within the budget.
+    if study.checkpoint(run, share) == study.run_folder(run):
+        return training["kl"]["reached"]
+    # Other checkpoints hold the whole change.
+    measured = kl_by_step(training["history"]).get(study.step(run, share))
+    return math.nan if measured is None else measured.whole
 
 
 def is_done(study: Study, run: StudyRun) -> bool:
@@ -105,9 +103,8 @@ def record_at_point(study: Study, run: StudyRun) -> RunRecord:
     # The record counts epochs, tokens and learning rate at `best_step`. Replacing that step by the point's is enough.
     training = training_summary(study.run_folder(run))
     share, scale = run.point
-    checkpoint = study.checkpoint(run, share)
-    # Not round(share * num_steps), which may be one step off, see `Study.checkpoint`.
-    training["best_step"] = step_of(checkpoint)
+    # Not round(share * num_steps), which may be one step off, see `Study.step`.
+    training["best_step"] = study.step(run, share)
     if training.get("kl") is not None:
         # Of a part of the change it was not measured.
         reached = _kl_at(study, run, training, run.point) if scale == 1 else math.nan

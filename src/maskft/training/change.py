@@ -1,0 +1,159 @@
+"""Keeping a part of what training has changed: the largest one within a budget of KL(base || model)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..weights import lerp
+
+# A part is near enough to the largest one if its KL is between this share of the budget and the budget.
+_NEAR_ENOUGH = 0.9
+# The search aims in between.
+_AIM = 0.95
+# Largest number of parts that are measured. Two or three are usual.
+_MAX_TRIES = 10
+
+
+class Change:
+    """The change of a model's trainable parameters in training, of which a part may be taken back.
+
+    At the part a each trainable parameter is start + a * (trained - start). For full fine-tuning that is WiSE-FT
+    (https://arxiv.org/abs/2109.01903). An adapter is interpolated in its own parameters, so that it stays one. A mask is
+    interpolated in its scores, so that it is binary at every part. LoRA is interpolated in the matrix that starts at
+    zero, so that its change of the weights is scaled; with both, less of the task is left at the same KL.
+
+    Args:
+        model: The model to train, before its first step.
+        frozen: A copy of it that is kept anyway; None if there is none. Then the trainable parameters are copied to the
+            CPU.
+    """
+
+    def __init__(self, model: nn.Module, frozen: nn.Module | None = None):
+        # The parameters themselves, not their names: torch.compile and DDP add prefixes to names.
+        self._parameters: list[nn.Parameter] = []
+        self._start: list[Tensor] = []
+        frozen_parameters = {}
+        if frozen is not None:
+            frozen_parameters = dict(frozen.named_parameters())
+        parameters = dict(model.named_parameters())
+        for name, parameter in parameters.items():
+            if not parameter.requires_grad or _has_zero_partner(name, parameters):
+                continue
+            self._parameters.append(parameter)
+            if name in frozen_parameters:
+                self._start.append(frozen_parameters[name])
+            else:
+                self._start.append(_copy(parameter))
+
+    @contextmanager
+    def taken_back(self) -> Iterator[Callable[[float], None]]:
+        """Gives a function that sets the part, in [0, 1]. At the end the model is as trained again, bit for bit."""
+        trained = [_copy(parameter) for parameter in self._parameters]
+
+        def set_part(part: float) -> None:
+            self._set(trained, part)
+
+        try:
+            yield set_part
+        finally:
+            set_part(1.0)
+
+    def keep(self, part: float) -> None:
+        """Keep only this part, in [0, 1], of what the parameters have changed."""
+        trained = [_copy(parameter) for parameter in self._parameters]
+        self._set(trained, part)
+
+    @torch.no_grad()
+    def _set(self, trained: Sequence[Tensor], part: float) -> None:
+        for parameter, start, end in zip(self._parameters, self._start, trained, strict=True):
+            # In float32: bfloat16 would round the difference.
+            start = start.to(parameter.device).float()
+            end = end.to(parameter.device).float()
+            # Not through `data`: the version of a tensor tells a masked layer that its scores have changed.
+            parameter.copy_(lerp(start, end, part))
+
+
+def largest_part(
+    kl_of: Callable[[float], float],
+    kl_whole: float,
+    budget: float,
+) -> tuple[float, float] | None:
+    """The largest part of a change that is within a budget, approximately.
+
+    KL is taken to grow with the part. It does so for weights; of a mask, whose entries flip one by one, only roughly.
+
+    Args:
+        kl_of: Measures KL at a part, in nats per token.
+        kl_whole: KL at the whole change, above the budget.
+        budget: Nats per token.
+
+    Returns:
+        The part, in (0, 1), and its KL, between 0.9 of the budget and the budget if ten measurements suffice; None if
+        no measured part is within the budget.
+    """
+    # Parts and their KL that are known to be within the budget, and beyond it.
+    within: list[tuple[float, float]] = []
+    beyond = [(1.0, kl_whole)]
+    for _ in range(_MAX_TRIES):
+        part = _next_part(within, beyond, _AIM * budget)
+        kl = kl_of(part)
+        # A KL that is not a number counts as beyond.
+        if not kl <= budget:
+            beyond.append((part, kl))
+            continue
+        within.append((part, kl))
+        if kl >= _NEAR_ENOUGH * budget:
+            break
+    # Each try was above those within, so the last of them is the largest.
+    return within[-1] if within else None
+
+
+def _next_part(
+    within: Sequence[tuple[float, float]],
+    beyond: Sequence[tuple[float, float]],
+    aim: float,
+) -> float:
+    """A part whose KL is probably ``aim``: by a power law through the nearest known parts, or else in the middle."""
+    high_part, high_kl = beyond[-1]
+    low_part, low_kl = within[-1] if within else (0.0, 0.0)
+    middle = (low_part + high_part) / 2
+
+    # A second point for the law.
+    other_part, other_kl = low_part, low_kl
+    if not within and len(beyond) > 1:
+        other_part, other_kl = beyond[-2]
+    # Of small changes KL grows with the square.
+    power = 2.0
+    is_usable = 0 < other_kl < math.inf and other_kl != high_kl and other_part > 0
+    if is_usable:
+        power = math.log(high_kl / other_kl) / math.log(high_part / other_part)
+    # A mask may lose KL where it changes more, and a KL that is not finite follows no law.
+    if not (math.isfinite(high_kl) and power > 0):
+        return middle
+    part = high_part * (aim / high_kl) ** (1 / power)
+
+    # Not too near to either end, or the other would hardly move.
+    margin = 0.05 * (high_part - low_part)
+    if not within:
+        part = max(part, margin)
+    is_inside = low_part + margin <= part <= high_part - margin
+    return part if is_inside else middle
+
+
+def _has_zero_partner(name: str, parameters: Mapping[str, Tensor]) -> bool:
+    """Whether a parameter is one of a LoRA's two matrices, and the other one is zero."""
+    # PEFT starts B at zero, and of embeddings A.
+    partner = name.replace("lora_A", "lora_B").replace("lora_embedding_B", "lora_embedding_A")
+    if partner == name or partner not in parameters:
+        return False
+    return not parameters[partner].any()
+
+
+def _copy(parameter: Tensor) -> Tensor:
+    """A copy in the memory of the CPU."""
+    return parameter.detach().to("cpu", copy=True)
