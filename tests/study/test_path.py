@@ -21,7 +21,7 @@ from maskft_lab.study.plan import build_plan
 from maskft_lab.study.recipe import Choice
 from maskft_lab.study.run_options import parsed_run
 from maskft_lab.study.study_run import Heldout, PathPoint, Trial, Tuned
-from maskft_lab.study.train import heldout
+from maskft_lab.study.train import heldout, training_summary
 from small_study import recipe, replace_commands, write
 
 LORA = {"method": "peft", "peft_config": {"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}}
@@ -280,8 +280,8 @@ def test_a_path_is_measured_on_the_rows_that_training_holds_out(options, content
 def test_a_budget_comes_before_the_rule(content, tmp_path):
     """A point is held to it by the KL of its checkpoint; the table says what was reached."""
     content["path"] |= {"choose": {"accuracy_at_least": 0.01}, "scales": [0.5]}
-    # No step can keep the first.
-    budgets = {"mask": [1.0e-6, 10.0], "LoRA": [1.0e-6]}
+    # A mask begins with removed weights, beyond the first budget. Of LoRA a part of the change is within it.
+    budgets = {"mask": [1.0e-6, 10.0], "LoRA": [1.0e-4]}
     content["methods"] = {name: content["methods"][name] for name in ("base", "mask", "LoRA")}
     for name, values in budgets.items():
         content["methods"][name]["tune"] = {"kl_budget": values}
@@ -289,24 +289,35 @@ def test_a_budget_comes_before_the_rule(content, tmp_path):
     assert main(["study", str(file), "--output_dir", str(out)]) == 0
 
     study = Study(out, load_recipe(file))
-    trials = [run for run in checked_plan(study.recipe).runs if run.tried]
-    of_budget = {(run.name, run.options["kl_budget"]): heldout(study, run).points_over_budget for run in trials}
-    assert len(of_budget) == 3
-    for (_, budget), excess in of_budget.items():
-        assert len(excess) == 3
-        assert all(value == 0 if budget == 10.0 else 0 < value < 1 for value in excess.values())
-    # A part of the change counts as the whole.
-    assert of_budget["LoRA", 1.0e-6][1.0, 0.5] == of_budget["LoRA", 1.0e-6][1.0, 1.0]
+    trials = {}
+    for run in checked_plan(study.recipe).runs:
+        if run.tried:
+            trials[run.name, run.options["kl_budget"]] = run
+    assert len(trials) == 3
+    excess = {key: heldout(study, run).points_over_budget for key, run in trials.items()}
+    half, whole, part = (0.5, 1.0), (1.0, 1.0), (1.0, 0.5)
+    assert all(set(of_points) == {half, whole, part} for of_points in excess.values())
+    assert all(value == 0 for value in excess["mask", 10.0].values())
+    assert all(0 < value < 1 for value in excess["mask", 1.0e-6].values())
+    # LoRA keeps a part of the change of one step, which its point has. Other checkpoints hold the whole change.
+    lora = trials["LoRA", 1.0e-4]
+    kept = training_summary(study.run_folder(lora))["kl"]
+    assert kept["step"] == 2 and kept["part"] < 1
+    assert study.checkpoint(lora, 0.5) == study.run_folder(lora)
+    assert study.checkpoint(lora, 1.0) == study.run_folder(lora) / "checkpoint-4"
+    of_lora = excess["LoRA", 1.0e-4]
+    assert of_lora[half] == 0 < of_lora[whole] == of_lora[part]
 
     summary = json.loads((out / layout.SUMMARY.format("small")).read_text())["models"]["base0"]
     of_mask, of_lora = summary["tuning"]
     assert of_mask["winner"] == {"kl_budget": 10.0}
+    assert of_lora["point"] == {"checkpoint": 0.5, "scale": 1.0}
     table = (out / layout.STUDY_TABLE.format("small")).read_text()
     assert "| KL of budget |" in table
-    for tuned, budget, ending in ((of_mask, "10", ""), (of_lora, "1e-06", ", missed")):
-        # The KL of a part is not measured.
+    for tuned, budget in ((of_mask, "10"), (of_lora, "0.0001")):
+        # The KL of a scaled change is not measured.
         is_whole = tuned["point"]["scale"] == 1
-        cell = rf"0\.\d+ of {budget}{ending}" if is_whole else f"not measured, of {budget}"
+        cell = rf"0\.\d+ of {budget}" if is_whole else f"not measured, of {budget}"
         assert re.search(rf"\| {cell} \|", table), table
 
 

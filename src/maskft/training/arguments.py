@@ -72,7 +72,8 @@ class TrainingArguments(SFTConfig):
     kl_budget: float | None = option(
         None,
         "Limit of KL(base || model), in nats per token, above 0, instead of the coefficient kl_to_base: training "
-        "adapts the coefficient, and keeps the best checkpoint within the limit or, without one, the nearest.",
+        "adapts the coefficient, and what exceeds the limit is taken back: the largest part of the change within it is "
+        "kept",
     )
     kl_dataset_name: str | None = option(
         None,

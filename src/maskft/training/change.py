@@ -23,9 +23,9 @@ class Change:
     """The change of a model's trainable parameters in training, of which a part may be taken back.
 
     At the part a each trainable parameter is start + a * (trained - start). For full fine-tuning that is WiSE-FT
-    (https://arxiv.org/abs/2109.01903). An adapter is interpolated in its own parameters, so that it stays one. A mask is
-    interpolated in its scores, so that it is binary at every part. LoRA is interpolated in the matrix that starts at
-    zero, so that its change of the weights is scaled; with both, less of the task is left at the same KL.
+    (https://arxiv.org/abs/2109.01903). An adapter is interpolated in its own parameters, so that it stays one. A mask
+    is interpolated in its scores, and is binary at every part. LoRA is interpolated in the matrix that starts at zero,
+    so that its change of the weights is scaled; with both matrices, less of the task is left at the same KL.
 
     Args:
         model: The model to train, before its first step.
