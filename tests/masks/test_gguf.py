@@ -379,10 +379,11 @@ def test_what_is_not_gguf_is_refused(tmp_path, adapter, content):
     [
         ("general.alignment", struct.pack("<II", 4, 0)),
         ("general.alignment", struct.pack("<Ii", 5, -32)),
+        ("general.alignment", struct.pack("<IQ", 10, 2**62)),
         ("general.alignment", struct.pack("<IIQII", 9, 4, 2, 32, 32)),
         ("split.count", struct.pack("<IQ2s", 8, 2, b"no")),
     ],
-    ids=["zero", "negative", "array", "text"],
+    ids=["zero", "negative", "huge", "array", "text"],
 )
 def test_a_head_with_values_of_other_kinds_is_refused_in_one_line(tmp_path, adapter, key, value):
     path = tmp_path / "other.gguf"

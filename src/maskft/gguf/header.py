@@ -275,6 +275,12 @@ def _check_whole(head: GgufHead) -> None:
             f"{str(head.path)!r} is one of {num_parts} parts of a model; join them first: "
             "llama-gguf-split --merge FIRST_PART WHOLE"
         )
+    # Also without tensors: the head is padded in memory up to there, and the alignment may be any number.
+    if head.data_start > head.file_bytes:
+        raise UserError(
+            f"{str(head.path)!r} is cut: its head ends at byte {head.data_start:,}, the file at {head.file_bytes:,}; "
+            "download it again"
+        )
     # In the order of their places. Two tensors over the same bytes could not be written one after the other.
     end = head.data_start
     for name, place in sorted(head.tensors.items(), key=lambda item: item[1].start):
