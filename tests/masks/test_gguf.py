@@ -1,13 +1,18 @@
 """A mask in a GGUF file: exact, undone bit for bit, checked, and refused in one line."""
 
+import base64
 import dataclasses
 import errno
 import io
+import itertools
 import json
 import os
 import resource
 import signal
 import struct
+import tracemalloc
+import zlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -180,6 +185,20 @@ def test_more_codes_than_llama_cpp_reads_are_refused(tmp_path, base, adapter, mo
     assert not (tmp_path / "task.gguf").exists()
 
 
+def test_codes_are_deflated_piece_by_piece():
+    """Together those of a large mask take gigabytes."""
+    piece = bytes(2**20)
+    masks = SimpleNamespace(removed_codes=lambda: itertools.repeat(piece, 32), num_removed=32 * 2**20)
+    tracemalloc.start()
+    try:
+        text = masks_in_gguf._encode_codes(masks)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * 2**20
+    assert zlib.decompress(base64.b64decode(text)) == bytes(32 * 2**20)
+
+
 def test_a_base_that_is_missing_is_an_error_before_minutes_of_reading(tmp_path, base, adapter, monkeypatch):
     merge_into_gguf(adapter, base, tmp_path / "task.gguf")
     monkeypatch.setattr(masks_in_gguf, "read_coded", None)
@@ -284,6 +303,27 @@ def with_info(base, path, tensor, dims=None, offset=None):
         struct.pack_into("<Q", content, at + 16 + 4, offset)
     path.write_bytes(content)
     return path
+
+
+def test_a_tensor_takes_little_more_memory_than_its_floats(tmp_path):
+    """Its bytes, and its floats twice; each step of a format's arithmetic would be another copy."""
+    writer = gguf.GGUFWriter(tmp_path / "one.gguf", "llama")
+    weight = torch.randn(512, 1024).numpy()
+    writer.add_tensor("blk.0.ffn_up.weight", gguf.quantize(weight, Type.Q5_0), raw_dtype=Type.Q5_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    head = read_head(tmp_path / "one.gguf")
+    tracemalloc.start()
+    try:
+        found = dequantised(head, "blk.0.ffn_up.weight")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 9.5 * weight.size
+    expected = gguf.dequantize(gguf.quantize(weight, Type.Q5_0), Type.Q5_0)
+    assert torch.equal(found, torch.from_numpy(expected))
 
 
 def test_rows_that_are_no_whole_number_of_blocks_are_damage(tmp_path, base):

@@ -235,8 +235,8 @@ def dequantised(head: GgufHead, tensor: str) -> Tensor:
         count=num_bytes,
         offset=place.start,
     )
-    values = dequantize(raw, quantization).reshape(place.shape)
-    # Copied, because of plain floats dequantize returns a view.
-    copied = np.array(values, dtype=np.float32)
-    matrix = torch.from_numpy(copied)
+    # As rows, of which gguf computes some at a time: of one long row it would hold every step in memory.
+    rows = raw.reshape(*place.shape[:-1], -1)
+    values = dequantize(rows, quantization).reshape(place.shape)
+    matrix = torch.from_numpy(values)
     return from_file_order(head, tensor, matrix).contiguous()

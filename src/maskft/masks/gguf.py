@@ -5,7 +5,8 @@ which mask, sha256 of the base file, and the codes that were removed. So one fil
 give back the base bit for bit. (A second file for the codes would be lost, and the base itself may be gone: ``ollama``
 and caches of the hub rename and delete.)
 
-Files are read and written in pieces: memory holds one mask, a piece of its tensor and the removed codes.
+Files are read and written in pieces: memory holds one mask, a piece of its tensor and the removed codes. Only where the
+base is compared with the one that the mask was trained over, one tensor at a time is in memory as floats.
 """
 
 from __future__ import annotations
@@ -226,8 +227,12 @@ def _masks_in(adapter: str | Path, head: GgufHead) -> _Masks:
 
 def _encode_codes(masks: _Masks) -> str:
     """The codes of the removed weights as a text for the metadata; raises if llama.cpp could not read it."""
-    codes = b"".join(masks.removed_codes())
-    packed = zlib.compress(codes)
+    # Piece by piece: the codes of a large mask take more memory than deflated.
+    compressor = zlib.compressobj()
+    packed = bytearray()
+    for codes in masks.removed_codes():
+        packed += compressor.compress(codes)
+    packed += compressor.flush()
     text = base64.b64encode(packed).decode("ascii")
     if len(text) > _MAX_TEXT:
         raise UserError(
