@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny
 from maskft import MaskConfig
@@ -64,6 +65,26 @@ def test_masks_of_one_module_at_a_time_are_in_memory(monkeypatch):
     monkeypatch.setattr(combine, "decode_mask", decode)
     combined([{"up": removed(1), "down": removed(2)}, {"up": removed(3), "down": removed(4)}], "union")
     assert len(decoded) == 4
+
+
+class LargestTensor(TorchDispatchMode):
+    """Bytes of the largest tensor that is computed inside."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.num_bytes = max(self.num_bytes, result.nbytes)
+        return result
+
+
+def test_the_masks_of_a_module_are_counted_in_two_bytes_a_weight():
+    """Torch's own sum of masks takes eight beside all of them."""
+    sets = [{"up": encode_mask(torch.rand(64, 32) < 0.9)} for _ in range(3)]
+    with LargestTensor() as largest:
+        combine_masks(sets, "vote")
+    assert largest.num_bytes == 2 * 64 * 32
 
 
 @pytest.fixture
@@ -207,6 +228,12 @@ def test_other_shapes(tmp_path):
     tiny.save_masks({"up": removed(1)}, tmp_path / "narrow")
     tiny.save_masks({"up": removed(1).t().contiguous()}, tmp_path / "tall")
     fails(r"shapes \(1, 5\) and \(5, 1\)", [tmp_path / "narrow", tmp_path / "tall"], tmp_path)
+
+
+def test_masks_that_remove_nothing(tmp_path):
+    tiny.save_masks({"up": removed()}, tmp_path / "empty")
+    message = "the union of these 2 masks removes nothing; name masks that remove weights"
+    fails(message, [tmp_path / "empty"] * 2, tmp_path)
 
 
 def test_nothing_in_common(tmp_path):

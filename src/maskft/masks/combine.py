@@ -29,8 +29,8 @@ COMBINATIONS: dict[str, Callable[[int], int]] = {
 def combine_masks(coded_sets: Sequence[Mapping[str, Tensor]], combination: str) -> dict[str, Tensor]:
     """Combine masks place by place; a module that a mask does not have is one of which it removes nothing.
 
-    Masks come and go coded, and are decoded for one module at a time: those of a large model, at a byte a weight, would
-    not fit into memory together.
+    Masks come and go coded, and are decoded one module of one mask at a time: those of a large model, at a byte a
+    weight, would not fit into memory together.
 
     Args:
         coded_sets: For each of two or more masks of one base model, module name -> coded mask, see ``codec``.
@@ -62,14 +62,18 @@ def combine_masks(coded_sets: Sequence[Mapping[str, Tensor]], combination: str) 
         # With fewer masks than needed nothing is removed, and the module is left out.
         if len(found) < num_needed:
             continue
-        # Shape (num_masks, O, I). A mask that does not have the module counts as one that keeps all of it.
-        removed = torch.stack([~decode_mask(data, module) for data in found])
-        num_removing = removed.sum(dim=0)
+        # How many masks remove each place; one that does not have the module removes none. Added up one after another
+        # in two bytes a weight: torch's sum over a stack of masks would take eight beside the stack.
+        num_removing = torch.zeros(infos[0]["shape"], dtype=torch.int16)
+        for data in found:
+            num_removing += ~decode_mask(data, module)
         combined[module] = encode_mask(num_removing < num_needed)
 
     _, num_removed = total_counts(combined)
     if num_removed == 0:
-        raise UserError(f"the {combination} of these {len(coded_sets)} masks removes nothing; try union")
+        # A union of masks removes nothing only if none of them does.
+        remedy = "name masks that remove weights" if combination == "union" else "try union"
+        raise UserError(f"the {combination} of these {len(coded_sets)} masks removes nothing; {remedy}")
     return combined
 
 
