@@ -18,6 +18,7 @@ from maskft_common.files import (
     append_to,
     check_own_files,
     from_anywhere,
+    new_folder,
     read_json,
     read_text,
     size,
@@ -288,6 +289,20 @@ def test_a_file_that_is_not_whole_leaves_nothing(error, tmp_path):
         file.write(b"new")
     assert (tmp_path / "out").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_new_folder_is_one_that_can_be_made(tmp_path, monkeypatch):
+    """Before minutes are spent on its content."""
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"^output_dir '.*/file/a/b': '.*/file' is not a folder; name another folder$"):
+        new_folder(tmp_path / "file" / "a" / "b", "output_dir")
+    assert new_folder(tmp_path / "a" / "b", "output_dir") == tmp_path / "a" / "b"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert new_folder("~/new", "output_dir") == tmp_path / "new"
+    # The superuser may write anywhere, so that taking the permission away shows nothing.
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match=rf"^output '.*/a/b': '{tmp_path}' cannot be written to; name another folder$"):
+        new_folder(tmp_path / "a" / "b", "output")
 
 
 def test_a_link_is_not_written_through(tmp_path):

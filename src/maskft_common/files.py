@@ -256,14 +256,22 @@ def new_folder(folder: str | Path, option: str) -> Path:
         option: Name of the option that gives it, for the message.
 
     Raises:
-        UserError: If something is in the folder, or at its place.
+        UserError: If something is in the folder, or at its place, or no folder can be made there.
     """
+    folder = expand_user(folder)
     # Before links are resolved.
-    check_no_link(Path(folder))
-    folder = Path(folder).resolve()
+    check_no_link(folder)
+    folder = folder.resolve()
     is_empty_folder = folder.is_dir() and not any(folder.iterdir())
     if folder.exists() and not is_empty_folder:
         raise UserError(f"{option} {str(folder)!r} is not empty; name another folder")
+
+    # It is made at the end, below the first of its parents that is there: a mistake would cost the work before.
+    parent = next(parent for parent in folder.parents if parent.exists())
+    if not parent.is_dir():
+        raise UserError(f"{option} {str(folder)!r}: {str(parent)!r} is not a folder; name another folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{option} {str(folder)!r}: {str(parent)!r} cannot be written to; name another folder")
     return folder
 
 
