@@ -13,7 +13,7 @@ from pydantic import Field
 from safetensors.torch import save_file
 
 import tiny
-from maskft_common.errors import UserError, printable
+from maskft_common.errors import UserError, first_line, printable
 from maskft_common.files import (
     append_to,
     check_own_files,
@@ -303,6 +303,20 @@ def test_a_new_folder_is_one_that_can_be_made(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(UserError, match=rf"^output '.*/a/b': '{tmp_path}' cannot be written to; name another folder$"):
         new_folder(tmp_path / "a" / "b", "output")
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("", "ValueError"),
+        ("one\ntwo", "one"),
+        # As torch reports weights that do not fit.
+        ("Error(s) in loading:\n\n\tsize mismatch for up: 2\n\tand 3", "Error(s) in loading: size mismatch for up: 2"),
+        ("only this:", "only this:"),
+    ],
+)
+def test_the_line_of_an_error_that_is_shown(message, shown):
+    assert first_line(ValueError(message)) == shown
 
 
 def test_a_link_is_not_written_through(tmp_path):

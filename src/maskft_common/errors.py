@@ -81,8 +81,15 @@ def printable(text: str) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its type where it has none."""
-    message = str(error).strip()
-    if not message:
+    """Return the first line of an error's message, with the next if it ends in a colon; its type where it has none."""
+    lines = []
+    for line in str(error).splitlines():
+        if line.strip():
+            lines.append(line.strip())
+    if not lines:
         return type(error).__name__
-    return message.splitlines()[0]
+    first, *others = lines
+    # What torch says of weights that do not fit is "Error(s) in loading state_dict for Model:", then a line for each.
+    if first.endswith(":") and others:
+        return f"{first} {others[0]}"
+    return first
