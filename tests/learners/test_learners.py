@@ -16,6 +16,7 @@ import tiny
 from maskft import MaskConfig, MaskProgress, adapter_layers, current_masks, num_removed, set_mask_progress, start_scores
 from maskft.baselines.fixed import fixed_masks, ranks_per_output
 from maskft.learners import gates
+from maskft.learners import removed_value as removed_value_module
 from maskft.masks.mask_set import MaskSet
 from maskft.masks.merge import merge
 from maskft.masks.verify import verify
@@ -393,6 +394,16 @@ def test_bases_that_cannot_be(base, tmp_path):
         PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path / "adapter")
     settings = json.loads((tmp_path / "adapter" / ADAPTER_CONFIG).read_text())
     assert settings["removed_value_model"] == base and settings["removed_value_fingerprint"]
+
+
+def test_codes_are_not_taken_for_the_values_of_removed_weights(monkeypatch):
+    """bitsandbytes keeps one byte a weight, in the shape of the weight."""
+    other = tiny.tiny_llama(seed=3)
+    layer = other.model.layers[1].mlp.up_proj
+    layer.weight = torch.nn.Parameter(layer.weight.detach().sign().to(torch.int8), requires_grad=False)
+    monkeypatch.setattr(removed_value_module, "load_model", lambda *args: other)
+    with pytest.raises(UserError, match=r"'before' is quantised \(model.layers.1.mlp.up_proj is\), .* before it was"):
+        get_peft_model(tiny.tiny_llama(), of_base("before"))
 
 
 @pytest.mark.parametrize("selection", ["logit", "gumbel", "hard_concrete"])

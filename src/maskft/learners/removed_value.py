@@ -78,7 +78,16 @@ def _values_of(
     values = {}
     for name, weight in weights.items():
         # None where the other model has no such module, or one without a weight.
-        found = getattr(modules.get(name), "weight", None)
+        module = modules.get(name)
+        found = getattr(module, "weight", None)
+        # Codes of the same shape, such as whole numbers of eight bits, would pass for the values.
+        is_quantised = module is not None and find_quantized_weight(module) is not None
+        holds_codes = found is not None and not found.is_floating_point()
+        if is_quantised or holds_codes:
+            raise UserError(
+                f"removed_value_model {source!r} is quantised ({name} is), and removed weights take values that are "
+                "floats: name the model before it was quantised"
+            )
         if found is None or found.shape != weight.shape:
             has = "no such layer" if found is None else f"shape {tuple(found.shape)}"
             raise UserError(
