@@ -1,11 +1,13 @@
 """Masks that are not learned have the counts of learned ones."""
 
+import weakref
+
 import pytest
 import torch
 
 import reference
 from maskft import num_removed, topk_mask
-from maskft.baselines.fixed import fixed_masks
+from maskft.baselines.fixed import FIXED_MASKS, FixedMask, fixed_masks
 from maskft_common.errors import UserError
 
 
@@ -37,6 +39,21 @@ def test_a_base_with_nan_is_refused(kind):
     norms = [torch.ones(1, 3)] * 2
     with pytest.raises(UserError, match=f"weights hold NaN or inf .in matrix 2 of 2., so {kind} cannot be made"):
         fixed_masks(kind, [torch.ones(4, 3), broken], 0.5, input_norms=norms)
+
+
+def test_ranking_values_of_all_matrices_are_not_in_memory_together(monkeypatch):
+    """They take four bytes a weight, of a 7B model 28 GB."""
+    made = []
+
+    def keys(weight, statistic, generator):
+        # Those of the matrix before are replaced when these are returned.
+        assert sum(reference() is not None for reference in made) <= 1
+        found = weight.abs()
+        made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setitem(FIXED_MASKS, "own_mask", FixedMask(keys))
+    assert len(fixed_masks("own_mask", [torch.randn(3, 4) for _ in range(4)], 0.5)) == len(made) == 4
 
 
 def test_random_mask_is_uniform_and_seeded():

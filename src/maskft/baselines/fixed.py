@@ -110,30 +110,25 @@ def fixed_masks(
     elif method.of_gradients:
         statistics = gradients
 
-    # One stream of random numbers for all matrices, in their order.
-    generator = torch.Generator().manual_seed(seed)
-    keys = []
-    for weight, statistic in zip(weights, statistics, strict=True):
-        keys.append(method.keys(weight, statistic, generator))
     if counts is None:
         counts = []
         for weight in weights:
             counts.append(num_removed(weight.numel(), sparsity))
 
+    # One stream of random numbers for all matrices, in their order.
+    generator = torch.Generator().manual_seed(seed)
     masks = []
-    if method.of_inputs:
-        # Within each output, as Wanda does.
-        parts = zip(keys, counts, input_norms, strict=True)
-        for keys_of_weight, count, norms in parts:
-            # Norms of shape (1, I) go with a weight of shape (O, I).
-            output_dim = 0 if norms.shape[0] == 1 else 1
-            mask = _remove_lowest_per_output(keys_of_weight, count, output_dim)
-            masks.append(mask)
-    else:
-        # Within the whole matrix. "signed": the keys are ranked as they are, not by their absolute value.
-        for keys_of_weight, count in zip(keys, counts, strict=True):
-            mask = mask_without_lowest(keys_of_weight, count, "signed")
-            masks.append(mask)
+    # One matrix after another: the values of all together would take four bytes a weight.
+    for weight, statistic, count in zip(weights, statistics, counts, strict=True):
+        keys = method.keys(weight, statistic, generator)
+        if method.of_inputs:
+            # Within each output, as Wanda does. Norms of shape (1, I) go with a weight of shape (O, I).
+            output_dim = 0 if statistic.shape[0] == 1 else 1
+            mask = _remove_lowest_per_output(keys, count, output_dim)
+        else:
+            # Within the whole matrix. "signed": the keys are ranked as they are, not by their absolute value.
+            mask = mask_without_lowest(keys, count, "signed")
+        masks.append(mask)
     return masks
 
 
