@@ -76,7 +76,7 @@ class MaskFiles(AdapterFiles):
         """
         layers = adapter_layers(model, adapter_name)
         masks = _masks(layers, adapter_name, state_dict)
-        _check_not_empty(masks, config)
+        _check_keeps_some(masks, config)
 
         # The keys end in the name of the adapter, which PEFT takes out before it writes the file.
         out: StateDict = {}
@@ -230,7 +230,7 @@ def _masks(
     return masks
 
 
-def _check_not_empty(masks: Mapping[str, Tensor], config: MaskConfig) -> None:
+def _check_keeps_some(masks: Mapping[str, Tensor], config: MaskConfig) -> None:
     """Raise if no weight is left."""
     if any(bool(mask.any()) for mask in masks.values()):
         return
