@@ -35,11 +35,13 @@ def test_the_base_is_read_once(verify_base, base, tmp_path, monkeypatch):
     """When it is loaded, or where that is not asked for, afterwards."""
     config = MaskConfig(verify_base=verify_base, task_type="CAUSAL_LM")
     get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path / "adapter")
+    weights_alone = tmp_path / "weights"
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(weights_alone)
     calls, fingerprint = [], fingerprints.base_fingerprint
     monkeypatch.setattr(fingerprints, "base_fingerprint", lambda layers: calls.append(1) or fingerprint(layers))
-    assert "base fingerprint match" in " ".join(verify(tmp_path / "adapter", str(base)))
+    assert "base fingerprint match" in " ".join(verify(tmp_path / "adapter", str(weights_alone)))
     assert len(calls) == 1
+    # A folder of weights alone: nothing is tokenised here.
     tiny.tiny_llama(vocab_size=len(tiny_tokenizer()), seed=1).save_pretrained(tmp_path / "other")
-    tiny_tokenizer().save_pretrained(tmp_path / "other")
     with pytest.raises(UserError, match="was trained on other base weights"):
         verify(tmp_path / "adapter", str(tmp_path / "other"))

@@ -51,6 +51,13 @@ def load_masked(adapter: str | Path, base: str | None = None, dtype: str = "floa
     Raises:
         UserError: If the adapter does not fit the base, or names no base and none is given.
     """
+    model, name, revision = load_masked_model(adapter, base, dtype)
+    tokenizer = adapter_tokenizer(adapter, name, revision=revision)
+    return model, tokenizer, name
+
+
+def load_masked_model(adapter: str | Path, base: str | None = None, dtype: str = "float32"):
+    """:func:`load_masked` without the tokenizer; returns ``(model, base name, revision of the base)``."""
     config = read_config(adapter)
     # PEFT would look for a missing file on the hub, under the path of the folder.
     weights_file(adapter)
@@ -67,8 +74,7 @@ def load_masked(adapter: str | Path, base: str | None = None, dtype: str = "floa
     with one_line(adapter, f"does not fit {name!r}"):
         model = PeftModel.from_pretrained(model, str(adapter))
     model.eval()
-    tokenizer = adapter_tokenizer(adapter, name, revision=revision)
-    return model, tokenizer, name
+    return model, name, revision
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from ..tuner.targets import listed
 from .codec import decode_mask
 from .fingerprints import check_base, quantisation_of
 from .mask_set import AdapterConfig, read_coded, read_config
-from .merge import load_masked
+from .merge import load_masked_model
 from .summary import module_rows
 
 
@@ -56,7 +56,7 @@ def verify(adapter: str | Path, base: str | None = None) -> list[str]:
 
 def _check_fit(adapter: str | Path, base: str, config: AdapterConfig) -> list[str]:
     """Check an adapter against a base model, by loading both; returns one line per check that passed."""
-    model, _, _ = load_masked(adapter, base)
+    model, _, _ = load_masked_model(adapter, base)
     layers = adapter_layers(model).values()
     if not config.verify_base:  # with verify_base loading has checked it
         check_base(layers, config)
