@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from maskft_common.errors import UserError, first_line, printable
 
 from ..models import base_of, load_model, load_tokenizer
 from ..tuner import MaskedLinear, adapter_layers, current_masks
+from ..tuner.targets import listed
 from ..weights import lerp
 from .codec import PREFIX
 from .fingerprints import quantisation_of
@@ -114,15 +116,21 @@ def merge(
         A line that says how many weights were set, and where.
 
     Raises:
-        UserError: If the output is not empty, the adapter does not fit, the base is stored as codes, or the written
-            checkpoint differs; it is then deleted.
+        UserError: If the output is not empty, the adapter does not fit, the base is stored as codes, the masked model
+            computes NaN, or the written checkpoint differs; it is then deleted.
     """
     output_dir = files.new_folder(output_dir, "output_dir")
     if not 0 < scale <= 1:
         raise UserError(f"scale is {scale}; it is the part of the change, in (0, 1]")
 
     config = read_config(adapter)
-    model, tokenizer, name = load_masked(adapter, base, dtype)
+    replaced = printable(listed(config.weights_sha256 or ()))
+    if scale < 1 and config.weights_sha256:
+        raise UserError(
+            f"scale is {scale}, and the adapter also replaces weights ({replaced}), which would be written in full: "
+            "leave out --scale"
+        )
+    model, tokenizer, name = _load_to_merge(adapter, base, dtype)
     # transformers cannot save such a model once it was loaded, and the checks below are for floats.
     stored_as = quantisation_of(adapter_layers(model).values())
     if stored_as is not None:
@@ -133,8 +141,8 @@ def merge(
     # By the names that the merged model has, without PEFT's prefix.
     layers = {}
     for full_name, layer in adapter_layers(model).items():
-        name = full_name.removeprefix(PREFIX)
-        layers[name] = layer
+        module = full_name.removeprefix(PREFIX)
+        layers[module] = layer
     # A mask over a part of the change is a mask whose removed weights take values, in place of zero.
     if scale < 1:
         for layer in layers.values():
@@ -143,10 +151,16 @@ def merge(
     # Kept for the checks below, because merging removes the masks from the model.
     masks = MaskSet(current_masks(model))
     removed_values = {}
-    for name, layer in layers.items():
-        removed_values[name] = layer.removed_value(_ADAPTER)
+    for module, layer in layers.items():
+        removed_values[module] = layer.removed_value(_ADAPTER)
     probe = _probe(model)
     expected = _logits(model, probe)
+    # NaN differs from itself, so that the written checkpoint would seem to be another model.
+    if bool(expected.isnan().any()):
+        raise UserError(
+            f"the masked model computes NaN in {_dtype_name(model)}; check the weights of its base {name!r}, or name "
+            "another --dtype: in float16, numbers beyond 65,504 are infinite"
+        )
 
     # Merge, save, load afresh, compare.
     merged = model.merge_and_unload()
@@ -157,8 +171,7 @@ def merge(
         tokenizer.save_pretrained(partial)
         files.use_default_modes(partial)
         # An error in these checks removes the folder. In the dtype of the folder: another one would round the weights.
-        written_dtype = str(merged.dtype).removeprefix("torch.")
-        written = load_model(str(partial), written_dtype)
+        written = load_model(str(partial), _dtype_name(merged))
         _check_logits(written, probe, expected)
         _check_removed(written, masks, removed_values)
 
@@ -167,10 +180,28 @@ def merge(
         model_name = Path(config.removed_value_model).name
         target = f"their value in {printable(model_name)}"
     share = "" if scale == 1 else f"{scale:g} of the way to "
+    beside = f"; replaced in full: {replaced}" if config.weights_sha256 else ""
     return (
         f"{output_dir}: {masks.num_removed:,} of {masks.numel:,} weights in {len(masks)} modules set to "
-        f"{share}{target}; reloaded and bitwise equal to the masked model on a probe"
+        f"{share}{target}{beside}; reloaded and bitwise equal to the masked model on a probe"
     )
+
+
+def _load_to_merge(adapter: str | Path, base: str | None, dtype: str):
+    """:func:`load_masked`, after the base was compared with that of the training, also where float16 is asked for."""
+    if dtype != "float16":
+        return load_masked(adapter, base, dtype)
+    # Rounded to float16, any weights pass (``is_the_base``). So they are compared as they are stored: loading raises
+    # for others, and warns where that is float16.
+    load_masked_model(adapter, base, "auto")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "base weights are in float16")
+        return load_masked(adapter, base, dtype)
+
+
+def _dtype_name(model) -> str:
+    """The dtype of a model as :func:`load_model` takes it, such as ``float16``."""
+    return str(model.dtype).removeprefix("torch.")
 
 
 def _scale_change(layer: MaskedLinear, scale: float) -> None:

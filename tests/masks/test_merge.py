@@ -1,0 +1,56 @@
+"""``maskft merge`` into a checkpoint: the base is checked in any dtype, and what is written is said."""
+
+import shutil
+import warnings
+
+import pytest
+import torch
+from peft import get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import tiny
+from maskft import MaskConfig
+from maskft.masks.merge import merge
+from maskft_common.errors import UserError
+from tiny_tokenizer import tiny_tokenizer
+
+
+def save_adapter(base, folder, **settings):
+    config = MaskConfig(task_type="CAUSAL_LM", **settings)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(folder)
+    return folder
+
+
+def test_another_base_does_not_pass_in_float16(base, tmp_path):
+    """Rounded to float16 no weights have the fingerprint of the training."""
+    adapter = save_adapter(base, tmp_path / "adapter")
+    other = tmp_path / "other"
+    tiny.tiny_llama(vocab_size=len(tiny_tokenizer()), seed=1).save_pretrained(other)
+    tiny_tokenizer().save_pretrained(other)
+    with pytest.raises(UserError, match="was trained on other base weights"):
+        merge(adapter, tmp_path / "merged", str(other), "float16")
+    assert not (tmp_path / "merged").exists()
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "base weights are in float16")
+        merge(adapter, tmp_path / "merged", dtype="float16")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").dtype == torch.float16
+
+
+def test_a_model_that_computes_nan_is_not_said_to_be_written_wrongly(base, tmp_path):
+    adapter = save_adapter(base, tmp_path / "adapter")
+    broken = shutil.copytree(base, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][0] = torch.nan
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"computes NaN in float32; check the weights of its base '.*broken', or name"):
+        merge(adapter, tmp_path / "merged", str(broken))
+    assert not (tmp_path / "merged").exists()
+
+
+def test_weights_beside_the_mask_are_said_and_are_not_scaled(base, tmp_path):
+    adapter = save_adapter(base, tmp_path / "adapter", modules_to_save=["lm_head"])
+    assert "set to zero; replaced in full: lm_head.weight; reloaded" in merge(adapter, tmp_path / "merged")
+    with pytest.raises(UserError, match=r"also replaces weights \(lm_head.weight\), .*: leave out --scale"):
+        merge(adapter, tmp_path / "part", scale=0.5)
