@@ -1,6 +1,7 @@
 """Masks over quantised layers: trained over codes, merged by the code of zero, undone bit for bit."""
 
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf import quantize
 from maskft import MaskConfig, UserError, adapter_layers
 from maskft.gguf.zero_codes import write_codes
-from maskft.quant.layers import storage_of
+from maskft.quant.layers import Torchao, storage_of
 
 NUM_IN, NUM_OUT = 256, 64
 
@@ -307,6 +308,14 @@ def test_a_layer_that_waits_for_its_quantisation_is_refused(kind):
     options = {"has_fp16_weights": False} if kind == "Linear8bitLt" else {}
     with pytest.raises(UserError, match="up cannot be masked: bitsandbytes has not quantised it yet"):
         masked(lambda: getattr(bitsandbytes.nn, kind)(NUM_IN, NUM_OUT, **options))
+
+
+def test_torchao_without_zero_points():
+    """Int8Tensor has them since it can be asymmetric; torchao 0.15 is older."""
+    layer = SimpleNamespace(weight=SimpleNamespace())
+    assert Torchao(layer).zero() == 0
+    layer.weight.zero_point = None
+    assert Torchao(layer).zero() == 0
 
 
 @pytest.mark.quantised

@@ -266,11 +266,13 @@ class Torchao(Storage):
     def zero(self) -> Tensor | int:
         """See :class:`Storage`."""
         weight: Any = self.layer.weight
-        if weight.zero_point is None:  # symmetric quantisation
+        # Symmetric quantisation: there is none, or, in Int8Tensor of torchao 0.15, not even the attribute.
+        zero_point = getattr(weight, "zero_point", None)
+        if zero_point is None:
             return 0
         # One zero point for each block of (rows, columns) weights, spread over them.
         rows, columns = weight.block_size
-        of_rows = weight.zero_point.repeat_interleave(rows, 0)
+        of_rows = zero_point.repeat_interleave(rows, 0)
         return of_rows.repeat_interleave(columns, 1)
 
     def write(self, codes: Tensor) -> None:
