@@ -258,6 +258,9 @@ def new_folder(folder: str | Path, option: str) -> Path:
     Raises:
         UserError: If something is in the folder, or at its place, or no folder can be made there.
     """
+    # Else an empty name would be the working directory.
+    if not str(folder):
+        raise UserError(f"{option} is an empty name; name a new folder")
     folder = expand_user(folder)
     # Before links are resolved.
     check_no_link(folder)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 import tiny
 from maskft import MaskConfig
 from maskft.masks.merge import merge
+from maskft.masks.verify import verify
 from maskft_common.errors import UserError
 from tiny_tokenizer import tiny_tokenizer
 
@@ -36,6 +37,14 @@ def test_another_base_does_not_pass_in_float16(base, tmp_path):
         warnings.filterwarnings("error", "base weights are in float16")
         merge(adapter, tmp_path / "merged", dtype="float16")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").dtype == torch.float16
+
+
+def test_an_empty_name_is_not_the_adapters_own_base(base, tmp_path):
+    adapter = save_adapter(base, tmp_path / "adapter")
+    for use in (lambda: verify(adapter, ""), lambda: merge(adapter, tmp_path / "merged", "")):
+        with pytest.raises(UserError, match="'' is not a model folder: it has no config.json"):
+            use()
+    assert not (tmp_path / "merged").exists()
 
 
 def test_a_model_that_computes_nan_is_not_said_to_be_written_wrongly(base, tmp_path):

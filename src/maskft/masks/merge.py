@@ -63,9 +63,12 @@ def load_masked_model(adapter: str | Path, base: str | None = None, dtype: str =
     config = read_config(adapter)
     # PEFT would look for a missing file on the hub, under the path of the folder.
     weights_file(adapter)
-    name = base or base_of(adapter, config.base_model_name_or_path or "")
-    if not name:
-        raise UserError(f"the adapter {str(adapter)!r} does not name its base model; pass --base")
+    name = base
+    # An empty name is no default: it is what "$BASE" becomes in a shell where BASE is not set.
+    if name is None:
+        name = base_of(adapter, config.base_model_name_or_path or "")
+        if not name:
+            raise UserError(f"the adapter {str(adapter)!r} does not name its base model; pass --base")
 
     # The revision in the adapter is of the base that it names.
     is_named_base = base in (None, config.base_model_name_or_path)
