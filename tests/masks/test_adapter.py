@@ -1,5 +1,7 @@
 """Saved masks as an add-on: on and off, the same masks."""
 
+import weakref
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -7,6 +9,8 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from maskft import MaskConfig, current_masks, masks
+from maskft.masks import adapter
+from maskft.masks.codec import encode_mask
 from maskft_common.errors import UserError
 
 
@@ -43,6 +47,22 @@ def test_switched_off_scores_are_saved_and_give_the_same_model(tmp_path):
         assert all(torch.equal(mask, expected[name]) for name, mask in current_masks(loaded).items())
         assert torch.equal(logits(loaded), logits(model))
     assert torch.equal(logits(plain.merge_and_unload()), logits(model))
+
+
+def test_masks_are_coded_one_after_another(tmp_path, monkeypatch):
+    """Together those of a 7B model take 7 GB, beside the model and its scores."""
+    made = []
+
+    def encode(mask):
+        assert not any(reference() is not None for reference in made)
+        made.append(weakref.ref(mask))
+        return encode_mask(mask)
+
+    monkeypatch.setattr(adapter, "encode_mask", encode)
+    trained().save_pretrained(tmp_path / "scores")
+    assert len(made) == 7
+    PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path / "scores").save_pretrained(tmp_path / "masks")
+    assert len(made) == 14
 
 
 def test_files_of_one_kind_are_refused_by_the_other(tmp_path):

@@ -27,7 +27,7 @@ from ..tuner.model import adapter_layers, unwrapped_name, without_compiled
 from ..tuner.targets import listed
 from .adapter_file import add_tensors, weights_beside_masks
 from .card import write_card
-from .codec import FORMAT_VERSION, decode_mask, encode_mask, is_of_mask, weights_sha256
+from .codec import FORMAT_VERSION, decode_mask, encode_mask, is_of_mask, total_counts, weights_sha256
 from .fingerprints import base_fingerprint, check_base, mask_fingerprint, quantisation_of
 
 # The folders that transformers' Trainer writes.
@@ -75,16 +75,14 @@ class MaskFiles(AdapterFiles):
             UserError: If the masks remove every weight, or scores are NaN.
         """
         layers = adapter_layers(model, adapter_name)
-        masks = _masks(layers, adapter_name, state_dict)
-        _check_keeps_some(masks, config)
-
         # The keys end in the name of the adapter, which PEFT takes out before it writes the file.
         out: StateDict = {}
         # By the names of the unwrapped model, over which the checksum is taken.
         coded: StateDict = {}
         scores_of_save = _Scores()
-        for name, mask in masks.items():
-            code = encode_mask(mask)
+        for name, layer in layers.items():
+            # One mask after another, which take a byte a weight until they are coded.
+            code = encode_mask(_mask(layer, name, adapter_name, state_dict))
             coded[unwrapped_name(name)] = code
             # A file of a compiled model is one of the plain model.
             name_in_file = without_compiled(name)
@@ -95,14 +93,15 @@ class MaskFiles(AdapterFiles):
                 state_dict.pop(f"{name}.base_layer.{kind}", None)
 
             # A mask that was loaded for inference has no scores.
-            scores_here = layers[name].mask_scores
-            if adapter_name in scores_here:
+            if adapter_name in layer.mask_scores:
                 key = f"mask_scores.{adapter_name}"
-                scores = state_dict.get(f"{name}.{key}", scores_here[adapter_name])
+                scores = state_dict.get(f"{name}.{key}", layer.mask_scores[adapter_name])
                 if config.save_scores:
                     out[f"{name_in_file}.{key}"] = scores
                 else:
                     scores_of_save[f"{name_in_file}.mask_scores"] = scores
+
+        _check_keeps_some(coded, config)
 
         # Modules that are saved whole, by their names in the file. PEFT adds them after this call.
         own = f".modules_to_save.{adapter_name}."
@@ -213,26 +212,24 @@ class MaskFiles(AdapterFiles):
             write_card(folder, config)
 
 
-def _masks(
-    layers: Mapping[str, MaskedLinear],
+def _mask(
+    layer: MaskedLinear,
+    name: str,
     adapter_name: str,
     state_dict: Mapping[str, Tensor],
-) -> dict[str, Tensor]:
-    """Masks by module name; scores are those of ``state_dict``, which may be gathered from all ranks."""
-    masks = {}
-    for name, layer in layers.items():
-        if adapter_name in layer.mask_scores:
-            scores = state_dict.get(f"{name}.mask_scores.{adapter_name}")
-            masks[name] = layer.masker.mask(adapter_name, scores)
-        else:
-            # Loaded for inference.
-            masks[name] = layer.get_mask(adapter_name)
-    return masks
+) -> Tensor:
+    """Mask of the layer of this name; scores are those of ``state_dict``, which may be gathered from all ranks."""
+    if adapter_name not in layer.mask_scores:
+        # Loaded for inference.
+        return layer.get_mask(adapter_name)
+    scores = state_dict.get(f"{name}.mask_scores.{adapter_name}")
+    return layer.masker.mask(adapter_name, scores)
 
 
-def _check_keeps_some(masks: Mapping[str, Tensor], config: MaskConfig) -> None:
+def _check_keeps_some(coded: Mapping[str, Tensor], config: MaskConfig) -> None:
     """Raise if no weight is left."""
-    if any(bool(mask.any()) for mask in masks.values()):
+    numel, num_removed = total_counts(coded)
+    if num_removed < numel:
         return
     # The remedy is the option that decides in this learner how many weights are removed.
     if config.selection == "threshold":
@@ -241,7 +238,6 @@ def _check_keeps_some(masks: Mapping[str, Tensor], config: MaskConfig) -> None:
         why = f"sparsity is {config.sparsity}; set it lower"
     else:
         why = "every score is 0 or less; set init_value or price higher, or learning_rate lower"
-    numel = sum(mask.numel() for mask in masks.values())
     raise UserError(f"the mask removes all {numel:,} weights: {why}")
 
 
