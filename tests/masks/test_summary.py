@@ -2,6 +2,7 @@
 
 import json
 import stat
+import struct
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from maskft.masks.merge import load_masked, merge
 from maskft.masks.summary import as_json, summarize, summary_lines
 from maskft.masks.verify import verify
 from maskft_common.errors import UserError
+from maskft_common.layout import ADAPTER_WEIGHTS
 
 MASK = torch.tensor([[True, False, True, True]])
 
@@ -43,6 +45,17 @@ def test_layers_share_a_row_and_come_in_their_order(tmp_path):
     assert "on held-out rows: better" in lines and "made with: seed=3" in lines
     assert len(summary_lines(summary, all_modules=True)) == len(lines) + 4
     json.dumps(as_json(summary))
+
+
+def test_an_empty_mask_of_a_large_model_is_read_and_not_unpacked(tmp_path):
+    """Its matrices are headers alone: those of a 7B model claim 6.5 billion weights in 14 kB."""
+    names = [f"model.layers.{n}.up_proj" for n in range(60)]
+    tiny.save_masks(dict.fromkeys(names, torch.ones(1, 4, dtype=torch.bool)), tmp_path)
+    file = tmp_path / ADAPTER_WEIGHTS
+    file.write_bytes(file.read_bytes().replace(struct.pack("<II", 1, 4), struct.pack("<II", 11008, 4096)))
+    assert summarize(tmp_path).total["numel"] == 60 * 11008 * 4096
+    with pytest.raises(UserError, match="in 3,840 bytes; so many are not unpacked without its base model"):
+        MaskSet.from_adapter(tmp_path)
 
 
 @pytest.mark.parametrize(

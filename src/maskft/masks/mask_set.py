@@ -88,10 +88,18 @@ class MaskSet(dict[str, Tensor]):
 
     @classmethod
     def from_adapter(cls, folder: str | Path) -> MaskSet:
-        """Read and check every mask of an adapter folder; see :func:`read_coded` for its errors."""
+        """Read and unpack every mask of an adapter folder.
+
+        Raises:
+            UserError: Those of :func:`read_coded`; if a mask does not match its checksum, or if the masks claim more
+                weights than their bytes can hold.
+        """
+        coded = read_coded(folder)
+        # Unpacked together they could take more memory than there is.
+        check_claims(coded)
         masks = cls()
-        for name, coded in read_coded(folder).items():
-            masks[name] = decode_mask(coded, name)
+        for name, data in coded.items():
+            masks[name] = decode_mask(data, name)
         return masks
 
 
@@ -179,8 +187,7 @@ def read_coded(folder: str | Path) -> dict[str, Tensor]:
     """Read the masks of an adapter folder, not yet decoded; module name -> 1-D uint8 tensor, see ``codec``.
 
     Raises:
-        UserError: If the masks are not those of ``adapter_config.json``, by the checksums there, or claim more weights
-            than their bytes can hold.
+        UserError: If the masks are not those of ``adapter_config.json``, by the checksums there.
     """
     config = read_config(folder)
     file = weights_file(folder)
@@ -206,8 +213,6 @@ def read_coded(folder: str | Path) -> dict[str, Tensor]:
         raise UserError(
             f"the masks in {file} do not match mask_sha256 in {layout.ADAPTER_CONFIG}; they are of two adapters"
         )
-    # Before a caller decodes them: together they could claim more memory than there is.
-    check_claims(coded)
     check_weights(weights, config.weights_sha256)
     return coded
 
