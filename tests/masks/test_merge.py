@@ -1,5 +1,6 @@
 """``maskft merge`` into a checkpoint: the base is checked in any dtype, and what is written is said."""
 
+import gc
 import shutil
 import warnings
 
@@ -11,8 +12,11 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from maskft import MaskConfig
+from maskft.masks import merge as merge_module
 from maskft.masks.merge import merge
 from maskft.masks.verify import verify
+from maskft.models import load_model
+from maskft.tuner.layer import MaskedLinear
 from maskft_common.errors import UserError
 from tiny_tokenizer import tiny_tokenizer
 
@@ -42,9 +46,25 @@ def test_another_base_does_not_pass_in_float16(base, tmp_path):
 def test_an_empty_name_is_not_the_adapters_own_base(base, tmp_path):
     adapter = save_adapter(base, tmp_path / "adapter")
     for use in (lambda: verify(adapter, ""), lambda: merge(adapter, tmp_path / "merged", "")):
-        with pytest.raises(UserError, match="'' is not a model folder: it has no config.json"):
+        with pytest.raises(UserError, match=r"'' is not a model folder: it has no config\.json"):
             use()
     assert not (tmp_path / "merged").exists()
+
+
+def test_what_would_undo_the_merge_is_not_kept(base, tmp_path, monkeypatch):
+    """A byte a weight and more, beside two models in memory."""
+    adapter = save_adapter(base, tmp_path / "adapter")
+    counts = []
+
+    def load(name, *args, **kwargs):
+        counts.append(sum(type(thing) is MaskedLinear for thing in gc.get_objects()))
+        return load_model(name, *args, **kwargs)
+
+    gc.collect()
+    monkeypatch.setattr(merge_module, "load_model", load)
+    merge(adapter, tmp_path / "merged")
+    # When the base is loaded, and when the written checkpoint is; other tests may have left some.
+    assert counts == [counts[0]] * 2
 
 
 def test_a_model_that_computes_nan_is_not_said_to_be_written_wrongly(base, tmp_path):

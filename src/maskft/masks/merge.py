@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,12 +17,12 @@ from maskft_common import files
 from maskft_common.errors import UserError, first_line, printable
 
 from ..models import base_of, load_model, load_tokenizer
-from ..tuner import MaskedLinear, adapter_layers, current_masks
+from ..tuner import MaskedLinear, adapter_layers
 from ..tuner.targets import listed
 from ..weights import lerp
-from .codec import PREFIX
+from .codec import PREFIX, decode_mask, total_counts
 from .fingerprints import quantisation_of
-from .mask_set import MaskSet, read_config, weights_file
+from .mask_set import read_coded, read_config, weights_file
 
 # The name that PeftModel.from_pretrained gives.
 _ADAPTER = "default"
@@ -141,21 +142,9 @@ def merge(
             f"base {name!r} is stored as {stored_as}, and merge writes floats: name the model that it was made from "
             "with --base, or merge in Python, with model.merge_and_unload()"
         )
-    # By the names that the merged model has, without PEFT's prefix.
-    layers = {}
-    for full_name, layer in adapter_layers(model).items():
-        module = full_name.removeprefix(PREFIX)
-        layers[module] = layer
-    # A mask over a part of the change is a mask whose removed weights take values, in place of zero.
-    if scale < 1:
-        for layer in layers.values():
-            _scale_change(layer, scale)
-
-    # Kept for the checks below, because merging removes the masks from the model.
-    masks = MaskSet(current_masks(model))
-    removed_values = {}
-    for module, layer in layers.items():
-        removed_values[module] = layer.removed_value(_ADAPTER)
+    # For the checks below: merging removes masks and values from the model. Masks stay coded, an eighth of their size.
+    coded = read_coded(adapter)
+    removed_values = _removed_values(model, scale)
     probe = _probe(model)
     expected = _logits(model, probe)
     # NaN differs from itself, so that the written checkpoint would seem to be another model.
@@ -167,6 +156,9 @@ def merge(
 
     # Merge, save, load afresh, compare.
     merged = model.merge_and_unload()
+    # The masked layers keep what would undo the merge, over a byte a weight. They and their maskers name each other, so
+    # that Python frees them only when it looks for such cycles.
+    gc.collect()
     # A base that was trained further may say False, and generation would be slow.
     merged.config.use_cache = True
     with files.whole_folder(output_dir) as partial:
@@ -176,7 +168,7 @@ def merge(
         # An error in these checks removes the folder. In the dtype of the folder: another one would round the weights.
         written = load_model(str(partial), _dtype_name(merged))
         _check_logits(written, probe, expected)
-        _check_removed(written, masks, removed_values)
+        _check_removed(written, coded, removed_values)
 
     target = "zero"
     if config.removed_value_model:
@@ -184,8 +176,9 @@ def merge(
         target = f"their value in {printable(model_name)}"
     share = "" if scale == 1 else f"{scale:g} of the way to "
     beside = f"; replaced in full: {replaced}" if config.weights_sha256 else ""
+    numel, num_removed = total_counts(coded)
     return (
-        f"{output_dir}: {masks.num_removed:,} of {masks.numel:,} weights in {len(masks)} modules set to "
+        f"{output_dir}: {num_removed:,} of {numel:,} weights in {len(coded)} modules set to "
         f"{share}{target}{beside}; reloaded and bitwise equal to the masked model on a probe"
     )
 
@@ -205,6 +198,18 @@ def _load_to_merge(adapter: str | Path, base: str | None, dtype: str):
 def _dtype_name(model) -> str:
     """The dtype of a model as :func:`load_model` takes it, such as ``float16``."""
     return str(model.dtype).removeprefix("torch.")
+
+
+def _removed_values(model, scale: float) -> dict[str, torch.Tensor | None]:
+    """What removed weights become (None: zero), by the names that the merged model has; set in the model for a part."""
+    values = {}
+    for full_name, layer in adapter_layers(model).items():
+        # A mask over a part of the change is a mask whose removed weights take values, in place of zero.
+        if scale < 1:
+            _scale_change(layer, scale)
+        module = full_name.removeprefix(PREFIX)
+        values[module] = layer.removed_value(_ADAPTER)
+    return values
 
 
 def _scale_change(layer: MaskedLinear, scale: float) -> None:
@@ -264,14 +269,14 @@ def _check_logits(written, probe: torch.Tensor, expected: torch.Tensor) -> None:
 
 def _check_removed(
     written,
-    masks: MaskSet,
-    removed_values: dict[str, torch.Tensor | None],
+    coded: Mapping[str, torch.Tensor],
+    removed_values: Mapping[str, torch.Tensor | None],
 ) -> None:
     """Raise unless every removed weight of the written checkpoint is zero or has the value that it is to take."""
-    for name, mask in masks.items():
-        removed = ~mask.cpu()
+    for name, data in coded.items():
         module = written.get_submodule(name)
         weight = module.weight.detach().cpu()
+        removed = ~decode_mask(data, name, weight.shape)
         # Zero for all, or a value for each.
         values = removed_values[name]
         expected: float | torch.Tensor = 0.0
