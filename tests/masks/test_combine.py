@@ -13,7 +13,7 @@ from maskft import MaskConfig
 from maskft.masks import combine
 from maskft.masks.codec import decode_mask, encode_mask
 from maskft.masks.combine import combine_adapters, combine_masks
-from maskft.masks.mask_set import MaskSet
+from maskft.masks.mask_set import MaskSet, read_config
 from maskft.masks.verify import verify
 from maskft_common.errors import UserError
 from maskft_common.layout import ADAPTER_CONFIG, CARD
@@ -143,6 +143,13 @@ def test_the_command_writes_a_verified_adapter_with_its_card(adapters, combinati
     assert f"{combination} of 2 masks" in card
     assert "mask0" in card
     assert str(tmp_path) not in card
+
+
+def test_the_folder_one_is_in_is_a_part_with_its_name(adapters, tmp_path, monkeypatch):
+    monkeypatch.chdir(adapters[0])
+    combine_adapters([".", "../mask1"], "union", tmp_path / "new")
+    recipe = read_config(tmp_path / "new").recipe
+    assert recipe["part 1"].startswith("mask0 (mask") and recipe["part 2"].startswith("mask1 (mask")
 
 
 def test_the_fingerprint_of_the_base_is_kept_where_an_adapter_has_the_same_modules(adapters, tmp_path, capsys):

@@ -240,7 +240,8 @@ def _recipe(
     recipe = {"combination": f"{combination} of {len(adapters)} masks"}
     parts = zip(adapters, configs, strict=True)
     for number, (adapter, config) in enumerate(parts, start=1):
-        # Only the last part of the path: the card is published, and the rest is private.
-        name = printable(Path(adapter).name)
+        # Only the last part of the path: the card is published, and the rest is private. It is resolved, as "." has no
+        # last part.
+        name = printable(Path(adapter).resolve().name)
         recipe[f"part {number}"] = f"{name} (mask fingerprint {config.mask_sha256})"
     return recipe
