@@ -294,7 +294,7 @@ def test_a_file_that_is_not_whole_leaves_nothing(error, tmp_path):
 def test_a_new_folder_is_one_that_can_be_made(tmp_path, monkeypatch):
     """Before minutes are spent on its content."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="^output_dir is an empty name; name a new folder$"):
+    with pytest.raises(UserError, match=r"^output_dir is an empty name; name a new folder$"):
         new_folder("", "output_dir")
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"^output_dir '.*/file/a/b': '.*/file' is not a folder; name another folder$"):
