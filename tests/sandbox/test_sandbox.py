@@ -475,6 +475,22 @@ import contextlib, os
 with contextlib.suppress(BlockingIOError):  # an answer, too: the file is not in memory
     os.preadv(os.open(os.__file__, os.O_RDONLY), [bytearray(1)], 0, os.RWF_NOWAIT)
 """,
+    "pages of other programs": """
+import ctypes, mmap, os
+libc = ctypes.CDLL(None, use_errno=True)
+held = ctypes.create_string_buffer(2 * mmap.PAGESIZE)
+page = -(-ctypes.addressof(held) // mmap.PAGESIZE) * mmap.PAGESIZE
+if libc.mincore(ctypes.c_void_p(page), ctypes.c_size_t(mmap.PAGESIZE), ctypes.create_string_buffer(1)) != 0:
+    raise OSError(ctypes.get_errno(), "mincore")
+""",
+    # The watch of an ordinary user could no longer read how many mappings the program has.
+    "hidden from the watch": """
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+PR_SET_DUMPABLE = 4
+if libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
+    raise OSError(ctypes.get_errno(), "prctl")
+""",
     "pipes of a megabyte": """
 import fcntl, os
 F_SETPIPE_SZ = 1031
@@ -495,6 +511,13 @@ def test_attack_through_the_kernel(attack: str, monkeypatch: pytest.MonkeyPatch)
     result = run_code(code)
     assert result.status == "failed" and "[Errno 1]" in result.reason  # EPERM
     assert "BROKE OUT" in run_unconfined(code, monkeypatch).stdout, "the attack itself does not work"
+
+
+def test_no_file_flushes_a_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The kernel refuses a pipe; here the call succeeds and does nothing, as a program may call it for its own files.
+    code = "import os\nfor sync in (os.fsync, os.fdatasync):\n    sync(os.pipe()[0])\n"
+    assert run_code(code).passed
+    assert "Invalid argument" in run_unconfined(code, monkeypatch).reason
 
 
 def test_what_python_needs_of_sockets_and_pipes_stays() -> None:

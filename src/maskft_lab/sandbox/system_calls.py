@@ -67,6 +67,7 @@ REFUSED_CALLS = {
     # The page cache, which shows the files that other programs have read.
     "cachestat": (451, 451),
     "fadvise64": (221, 223),
+    "mincore": (27, 232),  # it answers the owner of a file, as an ordinary user is of installed packages
     "readahead": (187, 213),
     # Quotas, locks and disks of the whole machine: a lock on a library's file would be one for programs outside.
     "fanotify_init": (300, 262),
@@ -92,8 +93,9 @@ REFUSED_CALLS = {
 REFUSED_VALUES = {
     # F_SETLK, F_SETLKW, F_OFD_SETLK, F_OFD_SETLKW, F_SETLEASE, F_NOTIFY, F_SETPIPE_SZ
     "fcntl": ((72, 25), 1, (6, 7, 37, 38, 1024, 1026, 1031)),
-    # PR_SET_SECCOMP, PR_FUTEX_HASH
-    "prctl": ((157, 167), 0, (22, 78)),
+    # PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_FUTEX_HASH. With the first a program hides its mappings from the watch, unless
+    # root watches it.
+    "prctl": ((157, 167), 0, (4, 22, 78)),
     # SO_SNDBUF, SO_PASSCRED, SO_PASSPIDFD: with the last two the kernel gives a socket a name
     "setsockopt": ((54, 208), 2, (7, 16, 76)),
 }
@@ -104,6 +106,13 @@ RWF_NOWAIT = 8  # fails if a file is not in the page cache, which shows the file
 REFUSED_BITS = {
     "clone": ((56, 220), 0, ALL_NAMESPACES),
     "preadv2": ((327, 286), 5, RWF_NOWAIT),
+}
+
+# Calls that do nothing here and succeed: files that a program can write to are in memory, and a call for a library's
+# file would flush the cache of the disk that it is on.
+SKIPPED_CALLS = {
+    "fsync": (74, 82),
+    "fdatasync": (75, 83),
 }
 
 # clone3 hides its flags behind a pointer, which a filter cannot follow. Without it libc falls back on clone.
@@ -168,6 +177,9 @@ def seccomp_filter(machine_name: str | None = None) -> bytes:
     for numbers in REFUSED_CALLS.values():
         program.append((JUMP_IF_EQUAL, 0, 1, numbers[machine]))
         program.append((RETURN, 0, 0, FAIL | errno.EPERM))
+    for numbers in SKIPPED_CALLS.values():
+        program.append((JUMP_IF_EQUAL, 0, 1, numbers[machine]))
+        program.append((RETURN, 0, 0, FAIL | 0))
     for numbers, position, bits in REFUSED_BITS.values():
         program += _refuse_if(numbers[machine], position, [(JUMP_IF_ANY_BIT, 0, 1, bits)])
     for numbers in SOCKETS.values():
