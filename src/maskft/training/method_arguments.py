@@ -180,11 +180,12 @@ def read_peft_config(given: dict | str | None) -> dict[str, Any] | None:
         return given
 
     content = None
-    if given.lstrip().startswith("{"):
+    is_text = isinstance(given, str)  # in a recipe it may be a number or a list
+    if is_text and given.lstrip().startswith("{"):
         # Malformed JSON gets the message below.
         with suppress(ValueError):
             content = parse_json(given)
-    elif is_there(given):
+    elif is_text and is_there(given):
         content = read_json(expand_user(given))
     if not isinstance(content, dict):
         raise UserError(

@@ -51,6 +51,9 @@ _OF_THE_STUDY = frozenset(
 )
 
 
+# Options that train over other weights than those that the model's name alone stands for.
+_OF_OTHER_WEIGHTS = ("gguf_file", "load_in_4bit", "load_in_8bit")
+
 # Options that differ in every run; their range is checked when the recipe is read.
 SEEDS = ("seed", "mask_seed")
 
@@ -164,6 +167,15 @@ def _check_allowed(
         method: The method.
         own: Options of the method, its grid, its tuning and its data.
     """
+    # Evaluations, and the names of runs, know the recipe's model as it is stored and nothing else.
+    both = recipe.train | own
+    for key in _OF_OTHER_WEIGHTS:
+        if both.get(key):
+            raise UserError(
+                f"method {method.name!r} sets {key}, and evaluations load the recipe's model as it is stored; as "
+                "`model` name the GGUF file, or a checkpoint that is stored in four or eight bits"
+            )
+
     # A mask_seed in `train` would have no effect: each run's own seed replaces it. A method may fix it on purpose.
     refused = recipe.train.keys() & (_OF_THE_STUDY | {"mask_seed"})
     # The revision is that of the study's model, one for all methods.
