@@ -17,7 +17,7 @@ from maskft_lab.report.catalogue import FIGURES, draw_figures, select_figures
 from maskft_lab.report.charts import COLOURS, DARK, FORMATS, Chart, Panel, draw_panel, to_svg
 from maskft_lab.report.evidence import NotComputed, gather
 from maskft_lab.report.fig_forest import forest_chart
-from maskft_lab.report.fig_masks import _by_sparsity
+from maskft_lab.report.fig_masks import _by_sparsity, heads_chart, mean_heads_chart
 from maskft_lab.report.methods import entries_of
 from maskft_lab.results.comparison import NOT_DISTINGUISHABLE
 from maskft_lab.results.tables import Table
@@ -85,6 +85,26 @@ def test_a_figure_fits_a_paper(charts):
         for panel in chart.panels:
             width, height = draw_panel(panel, chart.legend).get_size_inches()
             assert width <= 7 and height <= 9.5, key
+
+
+def test_analyses_of_masks_that_the_study_no_longer_has_are_not_shown(study):
+    """As after a change of the recipe: the study is run again with other masks, and the analyses are the old ones."""
+    for name, setting in (("bound", "adapter"), ("curvature", "mask"), ("landscape", "models")):
+        file = study / layout.ANALYSIS / f"{name}.json"
+        record = json.loads(file.read_text())
+        old = record["settings"][setting]
+        record["settings"][setting] = [*old[:-1], "another"] if name == "landscape" else "another"
+        file.write_text(json.dumps(record))
+        with pytest.raises(NotComputed, match=f"analysis/{name}.json is of a mask that is not among this study's runs"):
+            gather(study).record(name)
+
+    file = study / layout.ANALYSIS / "masks.json"
+    record = json.loads(file.read_text())
+    record["masks"] = {f"{run}-before": found for run, found in record["masks"].items()}
+    file.write_text(json.dumps(record))
+    for draw in (heads_chart, mean_heads_chart):
+        with pytest.raises(NotComputed, match="the masks that were analysed are not among this study's runs"):
+            draw(gather(study))
 
 
 def test_heads_are_those_of_the_array_and_stand_beside_chance(finished, charts):

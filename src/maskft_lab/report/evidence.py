@@ -13,8 +13,8 @@ from maskft_common import layout
 from maskft_common.errors import UserError, did_you_mean
 from maskft_common.files import read_json, read_text
 
-from ..analysis.records import read_record
-from ..analysis.runs import MASK, PUBLISHED_SUMMARY, TrainedRun, plain_name, read_study
+from ..analysis.records import digest_folder, read_record
+from ..analysis.runs import BEST, MASK, PUBLISHED_SUMMARY, TrainedRun, plain_name, read_study
 from ..evaluation.evaluation_arguments import HELDOUT
 from ..results.compare import compare
 from ..results.comparison import Comparison, Settings
@@ -26,6 +26,13 @@ CURVES = "curve*.json"
 # Largest number of answers (results x items x metrics) of a further comparison. More take minutes, where a page takes
 # seconds.
 MAX_COMPARED = 1_000_000
+
+# Analysis of one mask -> its setting with the digest of that mask's weights, or of several models with the mask last.
+_MASK_OF = {
+    "bound": "adapter",
+    "curvature": "mask",
+    "landscape": "models",
+}
 
 
 class NotComputed(Exception):
@@ -166,12 +173,27 @@ class Evidence:
         """
         file = self.folder / layout.ANALYSIS / f"{what}.json"
         if file.is_file():
-            return read_record(file)
+            record = read_record(file)
+            self._check_mask(record, what)
+            return record
         # Two reasons, because the remedies differ: an analysis needs the models.
         is_published = not any(run.models for run in self.runs)
         if is_published:
             raise NotComputed("published results hold no models, so it is computed where the study ran")
         raise NotComputed(f"there is no {layout.ANALYSIS}/{what}.json")
+
+    def _check_mask(self, record: Mapping[str, Any], what: str) -> None:
+        """Check that an analysis is of a mask of these runs: a study that is changed and run again has others."""
+        settings = record.get("settings", {})
+        analysed = settings.get(_MASK_OF.get(what))  # the digest of a mask's weights
+        if isinstance(analysed, list):
+            analysed = analysed[-1]
+        folders = [run.models[BEST] for run in self.runs if run.method == MASK and BEST in run.models]
+        # Published results have no models to compare with, and an analysis of all masks names their runs.
+        if analysed is None or not folders:
+            return
+        if analysed not in [digest_folder(folder) for folder in folders]:
+            raise NotComputed(f"{layout.ANALYSIS}/{what}.json is of a mask that is not among this study's runs")
 
 
 def test_name(evidence: Evidence, task: str) -> str:

@@ -22,7 +22,7 @@ def heads_chart(evidence: Evidence) -> Chart:
     """Fig. 13: share removed of each head, mean over Q, K and V; a map per mask.
 
     Raises:
-        NotComputed: If the masks were not analysed, or none covers Q, K and V of a layer.
+        NotComputed: If the study's masks were not analysed, or none covers Q, K and V of a layer.
     """
     masks = _with_heads(evidence)
     maps = {name: _map_of(mask) for name, mask in masks.items()}
@@ -98,7 +98,7 @@ def mean_heads_chart(evidence: Evidence) -> Chart:
     """Fig. 14: the same, averaged over layers, with the band of chance; a panel for masks that remove as much.
 
     Raises:
-        NotComputed: If the masks were not analysed, or none covers Q, K and V of a layer.
+        NotComputed: If the study's masks were not analysed, or none covers Q, K and V of a layer.
     """
     masks = _with_heads(evidence)
     lines = {}
@@ -162,10 +162,11 @@ def mean_heads_chart(evidence: Evidence) -> Chart:
 def _with_heads(evidence: Evidence) -> dict[str, Mapping]:
     """The first learned masks in the order of the verdict, by name and seed; other masks if none is learned."""
     masks = evidence.record("masks")["masks"]  # by the id of a run
-    learned = []
-    for run in evidence.runs:
-        if run.id in masks and run.method == MASK:
-            learned.append(run)
+    # Without those of runs that the study had before its recipe was changed.
+    analysed = [run for run in evidence.runs if run.id in masks]
+    if not analysed:
+        raise NotComputed("the masks that were analysed are not among this study's runs")
+    learned = [run for run in analysed if run.method == MASK]
 
     # Masks of the verdict first, all others after them in the order of the runs.
     order = [plain_name(name) for name in evidence.masks]
@@ -179,7 +180,7 @@ def _with_heads(evidence: Evidence) -> dict[str, Mapping]:
     # A study may have fixed masks alone.
     ids = [run.id for run in learned]
     if not ids:
-        ids = list(masks)
+        ids = [run.id for run in analysed]
 
     # Seeds of one method have one name, and each has its own mask.
     names = {run.id: f"{run.name}, seed {run.seed}" for run in evidence.runs}
