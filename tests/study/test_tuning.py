@@ -442,6 +442,23 @@ def test_earlier_abilities_are_measured_beside_the_gain(content, tmp_path, in_pr
     assert len(json.loads(record.read_text())["summary"]["history"]) == 10  # fractions of the way
 
 
+def test_two_sets_with_files_of_one_name_have_two_names_in_tables(content, tmp_path, in_process):
+    content |= {"seeds": [0], "methods": {"base": {"method": "pretrained"}}}
+    before = {}
+    for name in ("English", "French"):
+        file = tmp_path / name / "test.jsonl"
+        file.parent.mkdir()
+        file.write_text("\n".join(json.dumps({"text": f"{name} {n}"}) for n in range(4)))
+        before[name] = {"dataset_name": str(file)}
+    content["evaluation"]["before"] = before
+    file, folder = tmp_path / "study.yaml", tmp_path / "study"
+    file.write_text(yaml.safe_dump(content))
+    assert main(["study", str(file), "--output_dir", str(folder)]) == 0
+    table = (folder / layout.STUDY_TABLE.format("small")).read_text()
+    head = "| test.jsonl nll (nats/token) | before: English nll (nats/token) | before: French nll (nats/token) |"
+    assert head in table  # the test set of `heldout` is a test.jsonl too
+
+
 def test_rows_of_a_kl_term_are_checked_before_anything_is_trained(content, tmp_path, monkeypatch):
     """Also those of a method that waits for its parent."""
 

@@ -164,10 +164,16 @@ def _measured(
 
     # The tasks of all sets in one result; those of a set are named `before NAME` or `before NAME TASK`.
     result = read_result(folder / layout.RESULT)
+    files = {record.get("data_file") for record in result["tasks"].values()}
     for name, folder_before in folders_before.items():
         result_before = read_result(folder_before / layout.RESULT)
         for task, found in result_before["tasks"].items():
             suffix = "" if task == HELDOUT else f" {task}"
+            # Tables name a set by its file. Where another set has a file of that name, in another folder, they name
+            # this one as the recipe does.
+            if found.get("data_file") in files:
+                found.pop("data_file", None)
+            files.add(found.get("data_file"))
             result["tasks"][f"{BEFORE}{name}{suffix}"] = found
     return result
 
