@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from maskft_lab.report.charts import COLOURS, DARK, to_svg
 from maskft_lab.report.evidence import gather
 from maskft_lab.report.fig_forest import forest_chart
 from maskft_lab.report.fig_gain import Curve, Point, chart_of, curve_of_record, curves_of, frontier
+from maskft_lab.results.gains import gains_of
 
 RESULTS = Path(__file__).parents[2] / "results"
 RECORD = json.loads((Path(__file__).parent / "curve.json").read_text())
@@ -157,7 +159,7 @@ def test_files_light_and_dark_and_the_layout_of_peft(study, tmp_path):
     records = json.loads((tmp_path / "out" / "gain_forgetting.json").read_text())
     assert len(records) == len(RECORD["points"])
     first = records[0]
-    assert first["run_info"]["experiment_name"] == "LoRA r 16/rate 1e-3 step 24"
+    assert first["run_info"]["experiment_name"] == "LoRA r 16/rate 1e-3, step 24"
     assert first["train_info"]["metrics"][-1]["forgetting"] == 0.204
     assert first["train_info"]["file_size"] == 3686400 and first["meta_info"]["dataset_info"]["task"] == "sums"
 
@@ -217,6 +219,31 @@ def test_a_study_without_paths_shows_its_methods_beside_the_pretrained_model():
         gain, kept = rows[point.method, "heldout", "accuracy"], rows[point.method, "before: instructions", "nll"]
         assert (point.gained, point.forgotten) == (100 * gain.difference, kept.difference)
     assert curve.against == "pre-trained" and curve.units == ("points", "nats")
+
+
+def test_two_probes_are_told_apart_in_titles_and_table():
+    points = [Point("a", "a", "step 1", 10.0, 0.1)]
+    chart = chart_of([Curve("sums", probe, "base", points) for probe in ("instructions", "school")])
+    assert [panel.title for panel in chart.panels] == [
+        "sums and instructions, against base",
+        "sums and school, against base",
+    ]
+    probe = chart.table.columns.index("probe")
+    assert [row[probe] for row in chart.table.rows] == ["instructions", "school"]
+    assert "path" not in chart.text, "all points are on test rows"
+
+
+def test_models_that_agree_on_every_item_have_no_interval_as_in_tables():
+    evidence = gather(RESULTS / "smollm2-sums-deletion")
+    rows = []
+    for row in evidence.comparison.differences:
+        is_gain = row.place == ("heldout", "accuracy")
+        alike = {"difference": 0.0, "num_identical": row.num_items} if is_gain else {}
+        rows.append(replace(row, **alike))
+    (curve,) = gains_of(rows)
+    for point in curve["points"]:
+        assert (point["points_gained"], point["points_gained_interval"]) == (0.0, None)
+        assert point["nats_forgotten_interval"] is not None
 
 
 def test_a_study_without_earlier_abilities_says_so():

@@ -160,7 +160,7 @@ def curves_chart(evidence: Evidence) -> Chart:
         return Chart(text, panels, table)
     text = (
         "Full fine-tuning of the base, what others start from, and what was trained; means over seeds where all seeds "
-        "were measured at the same steps, else the first. Of several masks or controls of one kind, the one with the "
+        "were measured equally often, else the first. Of several masks or controls of one kind, the one with the "
         "lowest held-out loss is drawn; the table has all. Held-out rows choose checkpoints; they are no test items."
     )
     return Chart(text, panels, table, list(entries.values()))

@@ -14,7 +14,7 @@ from ..results.tables import Table
 from .charts import Chart, Entry, Panel
 from .evidence import Evidence
 from .gain_drawing import draw_curve
-from .gain_points import Curve, Point, curve_of_record, curves_of, frontier, is_chosen
+from .gain_points import HELD_OUT, Curve, Point, curve_of_record, curves_of, frontier, is_chosen
 from .methods import number, series_looks
 from .scale import Ends
 
@@ -40,6 +40,7 @@ _COLUMNS = (
     "rows",
     "gained",
     "{interval}",
+    "probe",
     "forgotten",
     "{interval}",
     "bytes",
@@ -47,10 +48,14 @@ _COLUMNS = (
 )
 _TEXT = (
     "Up is gained, left is kept: the best corner is the upper left. The black line joins the points that no other "
-    "beats on both axes, beginning at the model before training; all others are pale, and thin lines are the path "
-    "of one run or of one checkpoint's scales, on held-out rows. Chosen points are on test rows, with {interval} "
-    "95 % intervals (of two seeds none). A point off scale is an arrow with its number, or counted."
+    "beats on both axes, beginning at the model before training. {points} with {interval} 95 % intervals (of two seeds "
+    "none). A point off scale is an arrow with its number, or counted."
 )
+_POINTS_OF_PATHS = (
+    "All others are pale, and thin lines are the path of one run or of one checkpoint's scales, on held-out rows. "
+    "Chosen points are on test rows,"
+)
+_POINTS_OF_A_COMPARISON = "Others without an interval are pale. All points are on test rows,"
 _TEXT_OF_BUDGETS = (
     " A dotted line is a budget: the KL to the base, in nats per token, that training was allowed on its own "
     "rows; points lie near it as far as the probe is like these."
@@ -82,7 +87,7 @@ def chart_of(curves: Sequence[Curve]) -> Chart:
     records = []
     for curve in curves:
         panel = Panel(
-            title=f"{curve.task}, against {curve.against}",
+            title=f"{curve.task} and {curve.probe}, against {curve.against}",
             draw=partial(draw_curve, curve=curve, looks=looks),
             is_wide=True,
             height=PANEL_HEIGHT,
@@ -95,7 +100,9 @@ def chart_of(curves: Sequence[Curve]) -> Chart:
     # One for all: the curves are of one comparison.
     kinds = {curve.kind_of_interval for curve in curves}
     interval = "unadjusted" if "unadjusted" in kinds else "simultaneous"
-    text = _TEXT.format(interval=interval)
+    has_paths = any(point.rows == HELD_OUT for curve in curves for point in curve.points)
+    points = _POINTS_OF_PATHS if has_paths else _POINTS_OF_A_COMPARISON
+    text = _TEXT.format(points=points, interval=interval)
     columns = tuple(column.format(interval=interval) for column in _COLUMNS)
 
     entries = [Entry("not beaten on both axes", "ink", "-")]
@@ -118,6 +125,7 @@ def _cells(curve: Curve, point: Point) -> tuple[str, ...]:
         point.rows,
         f"{number(point.gained)} {gained_unit}",
         _ends_text(point.gained_ends),
+        curve.probe,
         f"{number(point.forgotten)} {forgotten_unit}",
         _ends_text(point.forgotten_ends),
         number(point.num_bytes),
@@ -134,7 +142,7 @@ def _where(point: Point) -> str:
     parts.append(point.label)
     if point.budget is not None:
         parts.append(f"budget {number(point.budget)}")
-    return " ".join(part for part in parts if part)
+    return ", ".join(part for part in parts if part)
 
 
 def _ends_text(ends: Ends | None) -> str:

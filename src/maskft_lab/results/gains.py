@@ -17,7 +17,7 @@ from typing import Any
 
 from .comparison import Difference
 from .schema import BEFORE
-from .words import task_text
+from .words import is_alike, task_text
 
 
 def gains_of(differences: Sequence[Difference]) -> list[dict[str, Any]]:
@@ -99,11 +99,16 @@ def _point(
 def _scaled(
     row: Difference,
     sign: int,
-) -> tuple[float, list[float]]:
-    """Return a difference and its interval, shares in points; ``sign`` -1 turns both around."""
+) -> tuple[float, list[float] | None]:
+    """Return a difference and its interval, shares in points; ``sign`` -1 turns both around.
+
+    Two models that agree on every item have no interval, as in tables.
+    """
     # Points for shares, as in tables.
     scale = 100.0 if row.unit == "fraction" else 1.0
     scale = sign * scale
+    if is_alike(row):
+        return 0.0, None
     ends = [scale * row.ci_low, scale * row.ci_high]
     ends.sort()  # a negative sign swaps them
     return scale * row.difference, ends
