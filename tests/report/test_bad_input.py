@@ -32,6 +32,30 @@ def test_nan_in_an_array(name, study, error):
     assert not page.exists()
 
 
+@pytest.mark.parametrize("content", ["[]", "null", "{}", '{"study": "tiny-study", "models": {"tiny": {}}}', "[[1]]"])
+@pytest.mark.parametrize("name", [layout.SUMMARY.format("tiny-study"), f"{layout.RUNS}/mask-s0/{layout.RUN}"])
+def test_a_record_that_is_not_what_a_study_writes(name, content, study, error, capsys):
+    (study / name).write_text(content)
+    line = error(study, "-o", study / "page.html")
+    assert re.search(rf"{re.escape(name)} is not as maskft study writes it .*; run the study again", line)
+    assert main(["analyze", str(study)]) == 2
+    assert capsys.readouterr().err.splitlines() == [line]
+
+
+@pytest.mark.parametrize("key", ["comparison", "runs", "tuning"])
+def test_a_part_of_a_summary_that_is_not_what_a_study_writes(key, study, error):
+    file = study / layout.SUMMARY.format("tiny-study")
+    summary = json.loads(file.read_text())
+    summary["models"]["tiny"][key] = [5]
+    file.write_text(json.dumps(summary))
+    assert "is not as maskft study writes it" in error(study, "-o", study / "page.html")
+
+
+def test_a_history_that_is_none(study, error):
+    (study / layout.RUNS / "mask-s0" / layout.TRAINING).write_text('{"summary": [1]}')
+    assert "training.json is not as maskft study writes it" in error(study, "-o", study / "page.html")
+
+
 def test_an_array_that_is_not_what_analyze_writes(study, error):
     file = study / layout.ANALYSIS / "landscape.json"
     file.write_text(json.dumps({"plane": {"models": ["a", "b", "c"], "heldout": [], "x": [0.0]}}))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,28 @@ MASK = "mask"
 PUBLISHED_SUMMARY = "summary.json"
 
 ByRole = dict[str, Result]  # role (best, last) -> result
+
+
+@contextmanager
+def fields_of(place: Path) -> Iterator[None]:
+    """Read the fields of a study's file without checking each of them.
+
+    Args:
+        place: The file, or the folder that it is in, for the error.
+
+    Raises:
+        UserError: If the file was damaged or written by hand: in place of whatever error its content leads to.
+    """
+    try:
+        yield
+    except UserError:
+        # A UserError is a ValueError too. Its message says what to do already.
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{place} is not as maskft study writes it ({type(error).__name__}: {error}); run the study again: it "
+            "writes its summary anew, and names damaged runs"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -119,10 +142,12 @@ def _runs_in(
     summary_files = folder.glob(layout.SUMMARY.format("*"))
     for file in summary_files:
         summary = files.read_json(file)
-        if study_name is not None and summary["study"] != study_name:
-            continue
-        for model in summary["models"].values():
-            rows += model["runs"]
+        with fields_of(file):
+            if study_name is not None and summary["study"] != study_name:
+                continue
+            for model in summary["models"].values():
+                for row in model["runs"]:
+                    rows.append({"run": row["run"], "result": row["result"]})
 
     # Without a summary, all results of the folder count.
     results_folder = folder / layout.RESULTS
@@ -283,28 +308,33 @@ def _from_record(
     """The run of a ``run.json``, with its training history and results."""
     record = files.read_json(file)
     # Missing where nothing was trained.
-    training = _read_if_there(file.parent / layout.TRAINING)
+    training_file = file.parent / layout.TRAINING
+    training = _read_if_there(training_file)
+    with fields_of(training_file):
+        summary = dict(training.get("summary", {}))
+        data = dict(training.get("data", {}))
 
-    models: dict[str, str] = {}
-    for role, path in record["models"].items():
-        # Paths inside the study are relative to it; others are of a model elsewhere, or its name on the hub.
-        inside = study / path
-        models[role] = str(inside) if inside.exists() else path
+    with fields_of(file):
+        models: dict[str, str] = {}
+        for role, path in record["models"].items():
+            # Paths inside the study are relative to it; others are of a model elsewhere, or its name on the hub.
+            inside = study / path
+            models[role] = str(inside) if inside.exists() else path
 
-    run_id = record["run"]
-    return TrainedRun(
-        id=run_id,
-        name=record["name"],
-        method=record["method"],
-        seed=record["seed"],
-        base=record["model"],
-        start=record["start"],
-        settings=record["settings"],
-        summary=training.get("summary", {}),
-        data=training.get("data", {}),
-        models=models,
-        results=results.get(_identity(run_id), {}),
-    )
+        run_id = record["run"]
+        return TrainedRun(
+            id=run_id,
+            name=record["name"],
+            method=record["method"],
+            seed=record["seed"],
+            base=record["model"],
+            start=record["start"],
+            settings=record["settings"],
+            summary=summary,
+            data=data,
+            models=models,
+            results=results.get(_identity(run_id), {}),
+        )
 
 
 def _published(folder: Path) -> list[TrainedRun]:
@@ -312,7 +342,23 @@ def _published(folder: Path) -> list[TrainedRun]:
     candidates = sorted(folder.glob("*.json*"))  # large ones are gzipped, *.json.gz
     results = _results_of(candidates)
     training = _read_if_there(folder / layout.TRAINING)
-    published_summary = _read_if_there(folder / PUBLISHED_SUMMARY)
+    summary_file = folder / PUBLISHED_SUMMARY
+    with fields_of(summary_file):
+        return _published_runs(_read_if_there(summary_file), training, results)
+
+
+def _published_runs(
+    published_summary: dict[str, Any],
+    training: dict[str, Any],
+    results: dict[str, ByRole],
+) -> list[TrainedRun]:
+    """The runs of a published summary, in its order.
+
+    Args:
+        published_summary: Content of its file.
+        training: Id of a run -> summary of its training.
+        results: Identity of a run -> role -> result.
+    """
     models = published_summary.get("models", {})
 
     runs: dict[str, TrainedRun] = {}

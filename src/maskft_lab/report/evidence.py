@@ -14,7 +14,7 @@ from maskft_common.errors import UserError, did_you_mean
 from maskft_common.files import read_json, read_text
 
 from ..analysis.records import digest_folder, read_record
-from ..analysis.runs import BEST, MASK, PUBLISHED_SUMMARY, TrainedRun, plain_name, read_study
+from ..analysis.runs import BEST, MASK, PUBLISHED_SUMMARY, TrainedRun, fields_of, plain_name, read_study
 from ..evaluation.evaluation_arguments import HELDOUT
 from ..results.compare import compare
 from ..results.comparison import Comparison, Settings
@@ -233,7 +233,8 @@ def gather(
     has_summary = (folder / PUBLISHED_SUMMARY).is_file()
     if curves and not has_runs and not has_summary:
         # Of this study only the paths were published.
-        base = read_json(curves[0])["model"]
+        with fields_of(curves[0]):
+            base = read_json(curves[0])["model"]
         name = folder.resolve().name
         return Evidence(folder, name, base, runs=[], results=[])
 
@@ -241,24 +242,25 @@ def gather(
     # `read_study` has chosen one base model, or has raised.
     base = runs[0].base
     name, summary = _summary(folder, study_name, base)
-    results = _named_results(runs, summary)
-    evidence = Evidence(folder, name, base, runs, results)
+    with fields_of(folder):
+        results = _named_results(runs, summary)
+        evidence = Evidence(folder, name, base, runs, results)
 
-    # The comparison is read and not computed again, so that the page says what the study said.
-    # The study says why it has no comparison.
-    if "not_compared" in summary:
-        raise UserError(f"{folder}: the study's results cannot be compared: {summary['not_compared']}")
-    compared_names = {result["name"] for result in results}
-    if "comparison" in summary:
-        evidence.comparison = Comparison.from_dict(summary["comparison"])
-    elif len(compared_names) > 1:
-        evidence.notes = ["the study has written no comparison yet: finish it with maskft study"]
+        # The comparison is read and not computed again, so that the page says what the study said.
+        # The study says why it has no comparison.
+        if "not_compared" in summary:
+            raise UserError(f"{folder}: the study's results cannot be compared: {summary['not_compared']}")
+        compared_names = {result["name"] for result in results}
+        if "comparison" in summary:
+            evidence.comparison = Comparison.from_dict(summary["comparison"])
+        elif len(compared_names) > 1:
+            evidence.notes = ["the study has written no comparison yet: finish it with maskft study"]
 
-    evidence.notes += summary.get("notes_on_rows", [])
-    for tuned in summary.get("tuning", []):
-        if tuned.get("winner"):
-            evidence.notes.append(_tuned_text(tuned))
-    return evidence
+        evidence.notes += summary.get("notes_on_rows", [])
+        for tuned in summary.get("tuning", []):
+            if tuned.get("winner"):
+                evidence.notes.append(_tuned_text(tuned))
+        return evidence
 
 
 def _named_results(
@@ -303,7 +305,8 @@ def _summary(
     summaries = {}  # name of a study -> base model -> its summary
     for file in files:
         record = read_json(file)
-        summaries[record["study"]] = record["models"]
+        with fields_of(file):
+            summaries[record["study"]] = dict(record["models"])
 
     if not summaries:
         # The study has not finished yet.
