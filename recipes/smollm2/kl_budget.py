@@ -12,7 +12,7 @@ change that is within it. Measured are KL on held-out rows of that part and of t
 rows, and forgetting on two probes, dialogues and Wikipedia, which the base did not write. Training and measures are
 those of exact_in_four_bits.py.
 
-@COST@
+Two to three minutes a run on one core with bfloat16 instructions; 7 GB of memory.
 """
 
 from __future__ import annotations

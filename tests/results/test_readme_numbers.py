@@ -1,5 +1,6 @@
 """README's tables of results and the headline's in the pages of evidence, recomputed from the published files."""
 
+import json
 import re
 from pathlib import Path
 from statistics import fmean
@@ -105,3 +106,40 @@ def test_evidence(results, sizes, study):
         for cell, probe in zip(losses, PROBES, strict=True):
             assert float(cell.split()[0]) == round(forgotten(results, name, probe), 3), (name, probe)
         check_size(sizes, name, size)
+
+
+# The name of a method in the files of the budget's study.
+OF_BUDGETS = {"deletion mask": "deletion mask", "mask": "deletion mask", "LoRA": "LoRA r 16", "full": "full"}
+
+
+@pytest.mark.parametrize(
+    ("page", "columns", "num_rows"),
+    [("README.md", "| trained | kept near", 6), ("docs/evidence.md", "| method | penalty", 12)],
+)
+def test_the_tables_of_a_budget(page, columns, num_rows):
+    """Means over three seeds, from the files that the recipe writes."""
+    runs = [
+        json.loads(file.read_text()) for file in sorted((ROOT / "results/smollm2-kl-budget").glob("intents-*.json"))
+    ]
+    assert [run["seed"] for run in runs] == [0, 1, 2]
+    found = list(rows(page, columns))
+    assert len(found) == num_rows
+    for method, penalty, *cells in found:
+        name = next(name for start, name in OF_BUDGETS.items() if method.startswith(start))
+        budget = re.search(r"budget (?:of )?([\d.]+)", penalty)
+        term = float(budget[1]) if budget else "tuned weight"
+        of_term = []
+        for run in runs:
+            of_term += [row for row in run["rows"] if (row["method"], row["term"]) == (name, term)]
+        assert len(of_term) == len(runs)
+        if page != "README.md":
+            reached = cells.pop(0)
+            expected = f"{fmean(row['kl']['reached'] for row in of_term):.3f}" if budget else ""
+            assert reached == expected
+        correct, *forgotten_cells = cells
+        assert f"{100 * fmean(row['accuracy'] for row in of_term):.1f}" == correct.removesuffix(" %")
+        for probe, cell in zip(("instructions", "wikipedia"), forgotten_cells, strict=True):
+            pairs = zip(of_term, runs, strict=True)
+            value = fmean(row["probes"][probe] - run["base"]["probes"][probe] for row, run in pairs)
+            num_decimals = len(cell.partition(".")[2])
+            assert cell == f"{value:+.{num_decimals}f}"
