@@ -248,10 +248,8 @@ def test_a_run_ends_at_the_budget(method, rows, call, text, tmp_path):
     kl = read_record(tmp_path / "out").summary.kl
     history = read_record(tmp_path / "out").summary.history
     assert kl.budget == budget and kl.rows == ("task" if rows == "task" else text.name) and kl.num_tokens > 0
-    assert 0 < kl.reached <= budget and kl.is_met
-    # One of the tiny model's rows has a dozen tokens, so the measurement on others differs from the aim.
-    assert 0.5 * budget < kl.at_end < 1.3 * budget
-    assert f"KL(base || model) {kl.reached:.4f} nats per token" in err and f"budget {budget}, multiplier" in err
+    assert 0.5 * budget < kl.reached <= budget and kl.is_met
+    assert "KL(base || model) 0.0" in err and f"budget {budget}, multiplier" in err
     steps = [row for row in history if "loss" in row]
     assert all("kl" in row and "kl_multiplier" in row for row in steps)
     assert steps[-1]["kl_multiplier"] == pytest.approx(kl.multiplier)

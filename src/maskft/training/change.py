@@ -99,11 +99,19 @@ def largest_part(
     # Parts and their KL that are known to be within the budget, and beyond it.
     within: list[tuple[float, float]] = []
     beyond = [(1.0, kl_whole)]
+    was_within = None
+    num_alike = 0  # tries in a row on the same side of the budget
     for _ in range(_MAX_TRIES):
         part = _next_part(within, beyond, _AIM * budget)
+        # The law does not hold where only one end moves, by little.
+        if num_alike >= 3:
+            part = _middle(within, beyond) if within else beyond[-1][0] / 4
         kl = kl_of(part)
         # A KL that is not a number counts as beyond.
-        if not kl <= budget:
+        is_within = kl <= budget
+        num_alike = num_alike + 1 if is_within == was_within else 1
+        was_within = is_within
+        if not is_within:
             beyond.append((part, kl))
             continue
         within.append((part, kl))
@@ -121,7 +129,7 @@ def _next_part(
     """A part whose KL is probably ``aim``: by a power law through the nearest known parts, or else in the middle."""
     high_part, high_kl = beyond[-1]
     low_part, low_kl = within[-1] if within else (0.0, 0.0)
-    middle = (low_part + high_part) / 2
+    middle = _middle(within, beyond)
 
     # A second point for the law.
     other_part, other_kl = low_part, low_kl
@@ -143,6 +151,13 @@ def _next_part(
         part = max(part, margin)
     is_inside = low_part + margin <= part <= high_part - margin
     return part if is_inside else middle
+
+
+def _middle(within: Sequence[tuple[float, float]], beyond: Sequence[tuple[float, float]]) -> float:
+    """Between the largest part known to be within the budget and the smallest known to be beyond."""
+    high_part, _ = beyond[-1]
+    low_part, _ = within[-1] if within else (0.0, 0.0)
+    return (low_part + high_part) / 2
 
 
 def _has_zero_partner(name: str, parameters: Mapping[str, Tensor]) -> bool:
