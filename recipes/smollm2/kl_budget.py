@@ -374,10 +374,11 @@ def draw(runs: list[dict], folder: Path) -> None:
 
     panels = []
     for probe in PROBES:
-        panels.append(Panel(f"Forgetting of {probe}", partial(on, probe=probe)))
+        panels.append(Panel(f"{probe} (hollow: sums)", partial(on, probe=probe)))
     legend = []
     for method, (colour, marker) in SHOWN.items():
         legend.append(Entry(method, colour, "", marker))
+    legend.append(Entry("as much as KL says", "grey", "-"))
     chart = Chart("", panels, Table((), []), legend)
     for name, content in files_of(chart, "forgotten").items():
         if name.endswith(".svg"):
