@@ -13,7 +13,7 @@ NOISE = ("_abc_", "_member", "_value", "_new_member", "_unhashable", "_generate_
 # Keys and suffixes of our own that look like names; of autograd functions, whose backward torch makes.
 OURS = {
     *("_acc", "_each", "_implementation", "_is_better", "_num_tokens", "_loss", "_output", "_proj", "_stderr"),
-    *("_backward_cls", "_file", "_kl", "_model_name_or_path", "_token_id"),
+    *("_backward_cls", "_file", "_kl", "_kl_whole", "_model_name_or_path", "_part", "_token_id"),
 }
 DOCUMENTED = {"_replace", "_exit"}  # of named tuples, of os: public in spite of the underscore
 
