@@ -35,7 +35,7 @@ class Change:
 
     def __init__(self, model: nn.Module, frozen: nn.Module | None = None):
         # The parameters themselves, not their names: torch.compile and DDP add prefixes to names.
-        self._parameters: list[nn.Parameter] = []
+        self._trainable: list[nn.Parameter] = []
         self._start: list[Tensor] = []
         frozen_parameters = {}
         if frozen is not None:
@@ -44,7 +44,7 @@ class Change:
         for name, parameter in parameters.items():
             if not parameter.requires_grad or _has_zero_partner(name, parameters):
                 continue
-            self._parameters.append(parameter)
+            self._trainable.append(parameter)
             if name in frozen_parameters:
                 self._start.append(frozen_parameters[name])
             else:
@@ -53,7 +53,7 @@ class Change:
     @contextmanager
     def taken_back(self) -> Iterator[Callable[[float], None]]:
         """Gives a function that sets the part, in [0, 1]. At the end the model is as trained again, bit for bit."""
-        trained = [_copy(parameter) for parameter in self._parameters]
+        trained = [_copy(parameter) for parameter in self._trainable]
 
         def set_part(part: float) -> None:
             self._set(trained, part)
@@ -65,12 +65,12 @@ class Change:
 
     def keep(self, part: float) -> None:
         """Keep only this part, in [0, 1], of what the parameters have changed."""
-        trained = [_copy(parameter) for parameter in self._parameters]
+        trained = [_copy(parameter) for parameter in self._trainable]
         self._set(trained, part)
 
     @torch.no_grad()
     def _set(self, trained: Sequence[Tensor], part: float) -> None:
-        for parameter, start, end in zip(self._parameters, self._start, trained, strict=True):
+        for parameter, start, end in zip(self._trainable, self._start, trained, strict=True):
             # In float32: bfloat16 would round the difference.
             start = start.to(parameter.device).float()
             end = end.to(parameter.device).float()
