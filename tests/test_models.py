@@ -268,3 +268,11 @@ def test_a_special_token_without_an_embedding_is_not_missed():
     tokenizer.add_tokens(["word"])
     with pytest.raises(UserError, match="use this model's tokenizer"):
         check_tokenizer_fits(model, tokenizer)
+
+
+@pytest.mark.parametrize("name", ["runs/qwen/missing.gguf", "./missing.gguf", "runs/missing"])
+def test_a_missing_model_counts_by_its_name_whatever_else_is_in_the_folder(name, tmp_path, monkeypatch):
+    """With a folder `runs`, such as the demo makes, the plan of a recipe ended in a FileNotFoundError."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    assert models.model_identity(name) == name

@@ -432,7 +432,8 @@ def model_identity(name: str) -> str:
     """Return a hub name as it is; a local folder by its configuration, tokenizer and samples of its weights."""
     if is_gguf(name):
         file = gguf_file(name)
-        if file is not None:
+        # A plan is made before the model is there: like a missing folder, a missing file counts by its name.
+        if file is not None and file.is_file():
             return "sha256:" + digest_file(file, is_sampled=True)
     folder = expand_user(name)
     if not folder.is_dir():
