@@ -42,3 +42,24 @@ def lerp(
     torch.lerp(start, end, share, out=out)  # noqa: TID251
     # Equal entries are taken from start, with every bit.
     return torch.where(is_equal, start, out, out=out)
+
+
+@torch.no_grad()
+def write_part(
+    parameter: Tensor,
+    start: Tensor,
+    end: Tensor,
+    part: float,
+) -> None:
+    """Write ``lerp(start, end, part)`` into a parameter, computed in float32: bfloat16 would round the difference.
+
+    Args:
+        parameter: Where it goes.
+        start: Its value for a part of 0; shape of ``parameter``, on any device.
+        end: Its value for a part of 1; shape of ``parameter``, on any device.
+        part: In [0, 1].
+    """
+    start = start.to(parameter.device).float()
+    end = end.to(parameter.device).float()
+    # Not through `data`: the version of a tensor tells a masked layer that its scores have changed.
+    parameter.copy_(lerp(start, end, part))

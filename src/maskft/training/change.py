@@ -6,10 +6,9 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
-from ..weights import lerp
+from ..weights import write_part
 
 # A part is near enough to the largest one if its KL is between this share of the budget and the budget.
 _NEAR_ENOUGH = 0.9
@@ -68,14 +67,9 @@ class Change:
         trained = [_copy(parameter) for parameter in self._trainable]
         self._set(trained, part)
 
-    @torch.no_grad()
     def _set(self, trained: Sequence[Tensor], part: float) -> None:
         for parameter, start, end in zip(self._trainable, self._start, trained, strict=True):
-            # In float32: bfloat16 would round the difference.
-            start = start.to(parameter.device).float()
-            end = end.to(parameter.device).float()
-            # Not through `data`: the version of a tensor tells a masked layer that its scores have changed.
-            parameter.copy_(lerp(start, end, part))
+            write_part(parameter, start, end, part)
 
 
 def largest_part(

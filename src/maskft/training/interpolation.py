@@ -20,7 +20,7 @@ from maskft_common.memory import peak_memory_bytes
 from ..data.prepared import Prepared
 from ..loss import HeldoutLoss, mean_nll
 from ..models import load_model
-from ..weights import lerp
+from ..weights import write_part
 from .method_arguments import INTERPOLATE, SHARES
 from .record import TrainingSummary
 
@@ -98,6 +98,4 @@ def _set(
     """Write (1 - share) * before + share * after into the model, computed in float32."""
     for name, parameter in model.named_parameters():
         # The model before is on the CPU, so that a GPU need not hold three models.
-        t0 = before[name].to(parameter.device).float()
-        t1 = after[name].float()
-        parameter.copy_(lerp(t0, t1, share))
+        write_part(parameter, before[name], after[name], share)

@@ -20,7 +20,6 @@ from ..data.prepared import Prepared
 from ..loss import mean_nll
 from ..tuner import adapter_layers
 from .arguments import TrainConfig
-from .checkpoints import step_of
 from .kl_budget import kl_by_step
 from .manifest import FREE
 from .method_arguments import ADAPTER, MASK_METHODS, UNTRAINED_METHODS
@@ -221,9 +220,9 @@ def summarise(trainer: MaskTrainer, method: str) -> TrainingSummary:
         start_loss = mean_nll(trainer.reference.losses)
 
     # Without load_best_model_at_end the model of the last step is kept.
-    best_step = next(reversed(losses), None)
-    if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
-        best_step = step_of(Path(state.best_model_checkpoint))
+    best_step = trainer.chosen_step
+    if best_step is None:
+        best_step = next(reversed(losses), None)
 
     # Under FSDP2, too: the numel of a DTensor is that of the whole tensor.
     num_trainable = 0
