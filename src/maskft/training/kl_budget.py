@@ -6,10 +6,12 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-# The controller aims below the budget, so that the measured KL stays within it.
-AIM = 0.9
-# The aim rises to that during this share of training: from 0, KL would overshoot before the multiplier has grown.
-_RAMP = 0.5
+# What the running mean of KL is held near, as a multiple of the budget. With a decaying learning rate KL falls towards
+# the end, and what is still beyond the budget then is taken back (change.py). So an aim within the budget would only
+# hold training back for nothing: it ended at three quarters of a budget, or at a quarter.
+AIM = 1.5
+# The same where nothing is taken back.
+AIM_OF_WHOLE = 0.9
 # Weight of the newest step in the running mean of KL: a batch of some hundred tokens is noisy.
 _NEWEST = 0.7
 # Gains of the proportional and the integral part, per step and per unit of log(KL / aim).
@@ -38,32 +40,31 @@ class KLBudget:
     https://arxiv.org/abs/2007.03964). Both act on the logarithm, as in the adaptive controller of Ziegler et al. 2019
     (https://arxiv.org/abs/1909.08593, Sec. 2.2): the multiplier stays positive, and the unit of KL does not matter.
 
-    Attributes:
+    Args:
         budget: Nats per token, above 0.
+        is_taken_back: Whether what is beyond the budget is taken back after training. The aim may be beyond it then.
+
+    Attributes:
+        budget: Nats per token.
+        aim: Nats per token.
         kl: Running mean of KL over the steps, nats per token.
         multiplier: Coefficient of KL in the loss of the next step; comparable with ``kl_to_base``.
     """
 
-    def __init__(self, budget: float):
+    def __init__(self, budget: float, *, is_taken_back: bool = True):
         self.budget = budget
+        self.aim = (AIM if is_taken_back else AIM_OF_WHOLE) * budget
         self.kl = 0.0
         self._integral = 0.0
         self.multiplier = self._multiplier_at(0.0)
 
-    def update(self, kl: float, progress: float = 1.0) -> None:
-        """Take the KL of an optimizer step.
-
-        Args:
-            kl: Mean over the tokens of the step, nats per token.
-            progress: Share of training that is done with this step, in (0, 1].
-        """
+    def update(self, kl: float) -> None:
+        """Take the KL of an optimizer step, nats per token, a mean over its tokens."""
         # An exponential moving average.
         self.kl += _NEWEST * (kl - self.kl)
 
         # How far the mean is from the aim, as a logarithm of their ratio.
-        ramp = min(1.0, progress / _RAMP)
-        aim = AIM * self.budget * ramp
-        ratio = max(self.kl, 1e-12) / aim
+        ratio = max(self.kl, 1e-12) / self.aim
         error = _clamp(math.log(ratio), _LOWEST_ERROR, _HIGHEST_ERROR)
 
         integrated_error = _clamp(

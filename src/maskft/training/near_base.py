@@ -193,9 +193,10 @@ class NearBase(TrainerCallback):
         # Nats per token by which the model before the first step exceeds the budget; None: not measured yet.
         self._start_excess: float | None = None
         if training.kl_budget is not None:
-            self.budget = KLBudget(training.kl_budget)
             # FSDP replaces the parameters by shards.
-            if not processes.uses_fsdp():
+            is_taken_back = not processes.uses_fsdp()
+            self.budget = KLBudget(training.kl_budget, is_taken_back=is_taken_back)
+            if is_taken_back:
                 self._change = Change(model, self._base.frozen)
 
         self._is_on_task = kl_rows is None
@@ -299,8 +300,7 @@ class NearBase(TrainerCallback):
         # float16 may overflow in a step that the scaler skips; infinity would spoil the running mean for good.
         if self.budget is not None and math.isfinite(total):
             mean = total / max(count, 1)
-            progress = state.global_step / state.max_steps
-            self.budget.update(mean, progress)
+            self.budget.update(mean)
 
     def metrics(self) -> dict[str, float]:
         """For the log: the running mean of KL in training, and the coefficient of the next step."""
