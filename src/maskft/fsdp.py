@@ -142,6 +142,16 @@ def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
     return isinstance(tensor, DTensor)
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that may be sharded over processes."""
+    # It shares memory with the parameter, and may be written to in place.
+    detached = tensor.detach()
+    if is_sharded(detached):
+        own: Tensor = detached.to_local()
+        return own
+    return detached
+
+
 def rows_of(matrix: Tensor, like: DTensor) -> Tensor:
     """The rows of a whole matrix that this rank holds of ``like``."""
     # FSDP2 splits as torch.chunk does, which gives fewer chunks than ranks if there are few rows.
@@ -440,14 +450,20 @@ def refresh_masks(model: nn.Module, *_: Any) -> None:
     if all(masker.is_current() for masker in maskers):
         return
 
-    for module in model.modules():
-        # Weights that an evaluation left gathered are out of date. Not the model itself, which is in its forward.
-        if isinstance(module, FSDPModule) and module is not model:
-            module.reshard()
+    # Weights that an evaluation left gathered are out of date. Not those of the model itself, which is in its forward.
+    for child in model.children():
+        reshard(child)
     for masker in maskers:
         if not masker.is_current():
             masker.show()
     _finish_writing(layers[0].weight.device)
+
+
+def reshard(model: nn.Module) -> None:
+    """Free the weights that a forward pass under FSDP left gathered; the next one gathers them from the shards."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _sharded_layers(model: nn.Module) -> list[MaskedLinear]:

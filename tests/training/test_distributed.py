@@ -29,6 +29,7 @@ from tiny_tokenizer import tiny_tokenizer
 ROOT = Path(__file__).parents[2]
 # Absolute, in nats per token: sums over half a batch on each of two ranks round otherwise than one over the whole.
 LOSS_TOLERANCE = 1e-5
+LORA = json.dumps({"peft_type": "LORA", "r": 4, "target_modules": "all-linear"})
 LAUNCH = {"num_processes": 2, "mixed_precision": "no", "main_process_port": 0}
 # torch 2.8 shards on CPUs, and cannot save with transformers 5.10; 2.7 and 2.9 to 2.12 were not tried.
 HAS_FSDP2_ON_CPUS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
@@ -206,6 +207,39 @@ def test_a_kl_budget_in_two_processes_is_that_of_one(rows, config, arguments, te
         assert found["kl"] == pytest.approx(expected["kl"], rel=1e-3)
         assert found["kl_multiplier"] == pytest.approx(expected["kl_multiplier"], rel=1e-2)
     assert steps["one"][0]["kl_multiplier"] != steps["one"][-1]["kl_multiplier"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["multi_gpu", FSDP2])
+@pytest.mark.parametrize("method", ["full", "mask", "lora"])
+def test_what_is_beyond_a_budget_is_taken_back_in_two_processes(method, config, arguments, tmp_path):
+    settings = {
+        "full": {"method": "full", "learning_rate": 0.01},
+        "mask": {"learning_rate": 0.3, "mask_init_scores": "magnitude"},
+        "lora": {"method": "peft", "peft_config": LORA, "learning_rate": 0.05},
+    }
+    kls = {}
+    for name, options in (("one", {}), ("out", {"accelerate_config": config, **LAUNCH})):
+        words = arguments(output_dir=tmp_path / name, kl_budget=3e-4, **settings[method], **options)
+        result = call(["maskft_lab.cli.main", *words])
+        assert result.returncode == 0, result.stderr
+        kls[name] = read_record(tmp_path / name).summary.kl
+    one, two = kls["one"], kls["out"]
+    assert 0 < one.part < 1 and one.at_end > 3e-4 >= one.reached
+    assert two.part == pytest.approx(one.part, rel=1e-2) and two.reached == pytest.approx(one.reached, rel=1e-2)
+    assert two.at_end == pytest.approx(one.at_end, rel=1e-2)
+
+    # What is saved is that part.
+    if method == "mask":
+        expected, found = (MaskSet.from_adapter(tmp_path / name) for name in kls)
+        num_different = sum(int((found[name] != expected[name]).sum()) for name in expected)
+        assert num_different <= 3
+        return
+    file = "model.safetensors" if method == "full" else ADAPTER_WEIGHTS
+    expected, found = (load_file(tmp_path / name / file) for name in kls)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ import tiny
 from maskft import MaskConfig
 from maskft.loss import mean_nll
 from maskft.training.kl import Base, KLOnTask, KLOnText, KLSum, kl_per_row
-from maskft.training.kl_budget import AIM, AIM_OF_WHOLE, KLBudget, excess
+from maskft.training.kl_budget import AIM, KLBudget, excess
 from maskft.training.near_base import KLReport, NearBase
 from maskft.training.record import read_record
 from maskft.training.verdict import read_heldout
@@ -43,14 +43,6 @@ def test_the_first_steps_by_hand():
     budget.update(0.15 / 0.7)  # the running mean is 0.7 of it: just the aim
     assert budget.kl == pytest.approx(0.15) == AIM * 0.1
     assert budget.multiplier == pytest.approx(math.exp(-0.5 * 0.2))
-
-
-def test_the_aim_is_within_the_budget_where_nothing_is_taken_back():
-    budget = KLBudget(0.1, is_taken_back=False)
-    assert budget.aim == pytest.approx(AIM_OF_WHOLE * 0.1) and budget.aim < 0.1 < KLBudget(0.1).aim
-    budget.kl = 0.09
-    budget.update(0.09)
-    assert budget.multiplier == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("scale", [0.0003, 0.005, 0.08])

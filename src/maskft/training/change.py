@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from ..fsdp import is_sharded, local_part, reshard, rows_of
 from ..weights import write_part
 
 # A part is near enough to the largest one if its KL is between this share of the budget and the budget.
@@ -29,12 +30,14 @@ class Change:
     Args:
         model: The model to train, before its first step.
         frozen: A copy of it that is kept anyway; None if there is none. Then the trainable parameters are copied to the
-            CPU.
+            CPU; by each process, whole.
     """
 
     def __init__(self, model: nn.Module, frozen: nn.Module | None = None):
-        # The parameters themselves, not their names: torch.compile and DDP add prefixes to names.
-        self._trainable: list[nn.Parameter] = []
+        self._model = model
+        # Where the parameters are: their module and their name in it. Names in the model may get prefixes
+        # (torch.compile, DDP), and FSDP replaces the parameters by shards.
+        self._places: list[tuple[nn.Module, str]] = []
         self._start: list[Tensor] = []
         frozen_parameters = {}
         if frozen is not None:
@@ -43,7 +46,9 @@ class Change:
         for name, parameter in parameters.items():
             if not parameter.requires_grad or _has_zero_partner(name, parameters):
                 continue
-            self._trainable.append(parameter)
+            module_name, _, parameter_name = name.rpartition(".")
+            module = model.get_submodule(module_name)
+            self._places.append((module, parameter_name))
             if name in frozen_parameters:
                 self._start.append(frozen_parameters[name])
             else:
@@ -52,7 +57,7 @@ class Change:
     @contextmanager
     def taken_back(self) -> Iterator[Callable[[float], None]]:
         """Gives a function that sets the part, in [0, 1]. At the end the model is as trained again, bit for bit."""
-        trained = [_copy(parameter) for parameter in self._trainable]
+        trained = self._copies()
 
         def set_part(part: float) -> None:
             self._set(trained, part)
@@ -64,12 +69,22 @@ class Change:
 
     def keep(self, part: float) -> None:
         """Keep only this part, in [0, 1], of what the parameters have changed."""
-        trained = [_copy(parameter) for parameter in self._trainable]
-        self._set(trained, part)
+        self._set(self._copies(), part)
+
+    def _copies(self) -> list[Tensor]:
+        """Copies of the parameters; under FSDP of the rows that this process holds."""
+        return [_copy(local_part(parameter)) for parameter in self._parameters()]
 
     def _set(self, trained: Sequence[Tensor], part: float) -> None:
-        for parameter, start, end in zip(self._trainable, self._start, trained, strict=True):
-            write_part(parameter, start, end, part)
+        for parameter, start, end in zip(self._parameters(), self._start, trained, strict=True):
+            if is_sharded(parameter):
+                start = rows_of(start, parameter)
+            write_part(local_part(parameter), start, end, part)
+
+    def _parameters(self) -> list[Tensor]:
+        # What is written to shards would not reach weights that are gathered already.
+        reshard(self._model)
+        return [getattr(module, name) for module, name in self._places]
 
 
 def largest_part(

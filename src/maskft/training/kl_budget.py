@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 # the end, and what is still beyond the budget then is taken back (change.py). So an aim within the budget would only
 # hold training back for nothing: it ended at three quarters of a budget, or at a quarter.
 AIM = 1.5
-# The same where nothing is taken back.
-AIM_OF_WHOLE = 0.9
 # Weight of the newest step in the running mean of KL: a batch of some hundred tokens is noisy.
 _NEWEST = 0.7
 # Gains of the proportional and the integral part, per step and per unit of log(KL / aim).
@@ -40,20 +38,16 @@ class KLBudget:
     https://arxiv.org/abs/2007.03964). Both act on the logarithm, as in the adaptive controller of Ziegler et al. 2019
     (https://arxiv.org/abs/1909.08593, Sec. 2.2): the multiplier stays positive, and the unit of KL does not matter.
 
-    Args:
-        budget: Nats per token, above 0.
-        is_taken_back: Whether what is beyond the budget is taken back after training. The aim may be beyond it then.
-
     Attributes:
-        budget: Nats per token.
-        aim: Nats per token.
+        budget: Nats per token, above 0.
+        aim: What KL is held near, nats per token.
         kl: Running mean of KL over the steps, nats per token.
         multiplier: Coefficient of KL in the loss of the next step; comparable with ``kl_to_base``.
     """
 
-    def __init__(self, budget: float, *, is_taken_back: bool = True):
+    def __init__(self, budget: float):
         self.budget = budget
-        self.aim = (AIM if is_taken_back else AIM_OF_WHOLE) * budget
+        self.aim = AIM * budget
         self.kl = 0.0
         self._integral = 0.0
         self.multiplier = self._multiplier_at(0.0)

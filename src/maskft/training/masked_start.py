@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from maskft_common.errors import UserError
 
-from ..fsdp import is_sharded, rows_of
+from ..fsdp import is_sharded, local_part, rows_of
 from ..masks.fingerprints import is_the_base, weights_fingerprint
 from ..masks.mask_set import MaskSet, read_config
 from ..tuner.targets import listed
@@ -106,11 +106,3 @@ class RemovedStayZero(TrainerCallback):
         for weight, removed in self._removed:
             values = local_part(weight)
             values.masked_fill_(removed, 0.0)
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor that may be sharded over processes."""
-    # Detached tensors share memory with the parameter, and may be written to in place.
-    if is_sharded(tensor):
-        return tensor.detach().to_local()
-    return tensor.detach()

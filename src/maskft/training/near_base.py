@@ -193,11 +193,8 @@ class NearBase(TrainerCallback):
         # Nats per token by which the model before the first step exceeds the budget; None: not measured yet.
         self._start_excess: float | None = None
         if training.kl_budget is not None:
-            # FSDP replaces the parameters by shards.
-            is_taken_back = not processes.uses_fsdp()
-            self.budget = KLBudget(training.kl_budget, is_taken_back=is_taken_back)
-            if is_taken_back:
-                self._change = Change(model, self._base.frozen)
+            self.budget = KLBudget(training.kl_budget)
+            self._change = Change(model, self._base.frozen)
 
         self._is_on_task = kl_rows is None
         self._term: KLOnTask | KLOnText
