@@ -40,8 +40,8 @@ def test_the_first_steps_by_hand():
     assert budget.multiplier == 1.0
     budget.update(0.0)  # below by more than a factor of 3, which counts as one of 3
     assert budget.multiplier == pytest.approx(math.exp(-2 * math.log(3) - 0.5 * 0.2))
-    budget.update(0.15 / 0.7)  # the running mean is 0.7 of it: just the aim
-    assert budget.kl == pytest.approx(0.15) == AIM * 0.1
+    budget.update(0.11 / 0.7)  # the running mean is 0.7 of it: just the aim
+    assert budget.kl == pytest.approx(0.11) == AIM * 0.1
     assert budget.multiplier == pytest.approx(math.exp(-0.5 * 0.2))
 
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 # What the running mean of KL is held near, as a multiple of the budget. With a decaying learning rate KL falls towards
-# the end, and what is still beyond the budget then is taken back (change.py). So an aim within the budget would only
-# hold training back for nothing: it ended at three quarters of a budget, or at a quarter.
-AIM = 1.5
+# the end, so an aim within the budget would end at three quarters of it. What is beyond the budget at the end is taken
+# back (change.py), which costs LoRA much of the task: an aim of 1.5 would leave too much to take back.
+AIM = 1.1
 # Weight of the newest step in the running mean of KL: a batch of some hundred tokens is noisy.
 _NEWEST = 0.7
 # Gains of the proportional and the integral part, per step and per unit of log(KL / aim).
