@@ -300,6 +300,20 @@ def test_an_adapter_that_is_not_active_is_deleted_and_the_last_one_too():
     assert not adapter_layers(model, "b") and len(adapter_layers(model, None)) == 2
 
 
+def test_an_adapter_is_deleted_whatever_the_names_of_its_layers():
+    """PEFT passes over modules with the tuner's prefix in their names."""
+    base = nn.ModuleDict({"mask_decoder": two_linears(), "mask_head": nn.Linear(2, 2)})
+    options = {"target_modules": ["mask_decoder.0", "mask_head"], "modules_to_save": ["mask_decoder.2"]}
+    model = get_peft_model(base, MaskConfig(**options))
+    model.add_adapter("b", MaskConfig(**options, mask_seed=1))
+    model.delete_adapter("b")
+    assert not adapter_layers(model, "b")
+    assert model.active_adapters == ["default"]
+    assert model.base_model.model["mask_decoder"][2].active_adapters == ["default"]
+    model.delete_adapter("default")
+    assert not any(layer.active_masks for layer in adapter_layers(model, None).values())
+
+
 def test_names_are_those_of_state_dicts():
     wrapper = nn.Module()
     wrapper._fsdp_wrapped_module = two_layers().base_model.model  # as FSDP1 puts it between

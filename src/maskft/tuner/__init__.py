@@ -8,7 +8,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from .config import MaskConfig, MaskPeftType
 from .layer import MaskedLinear
 from .masker import MASKERS, Masker
-from .model import MaskModel, adapter_layers, current_masks, start_scores
+from .model import METHOD_PREFIX, MaskModel, adapter_layers, current_masks, start_scores
 from .schedule import MaskProgress, set_mask_progress
 from .selection import Learner, register_learner
 
@@ -17,7 +17,7 @@ from .selection import Learner, register_learner
 _name = cast(PeftType, MaskPeftType.MASK)
 PEFT_TYPE_TO_CONFIG_MAPPING[_name] = MaskConfig
 PEFT_TYPE_TO_TUNER_MAPPING[_name] = MaskModel
-PEFT_TYPE_TO_PREFIX_MAPPING[_name] = MaskModel.prefix
+PEFT_TYPE_TO_PREFIX_MAPPING[_name] = METHOD_PREFIX
 
 __all__ = [
     "MASKERS",

@@ -30,6 +30,8 @@ MODEL_HOOKS: list[Callable[[nn.Module], Callable[[], None]]] = []
 
 # Before the names of modules in a PeftModel.
 _PREFIX = "base_model.model."
+# By which PEFT and transformers know the tensors of an adapter: the name of the method and an underscore.
+METHOD_PREFIX = "mask_"
 # torch.compile(module) puts this before the names of what is inside.
 _COMPILED = "_orig_mod."
 # TRL's name of the frozen adapter that preference training compares with.
@@ -49,8 +51,9 @@ class MaskModel(BaseTuner):
         peft_config: Adapter name -> :class:`MaskConfig`.
     """
 
-    # PEFT recognises the parameters of an adapter by it: mask_scores.
-    prefix: str = "mask_"
+    # PEFT takes a module that has it in its name for a part of a masked layer, and deletes no adapter there. So it is
+    # longer than METHOD_PREFIX: models have modules like mask_decoder.
+    prefix: str = "mask_scores"
     tuner_layer_cls = MaskedLinear
     # The default is every linear layer: see targets.py.
     target_module_mapping: dict[str, list[str]] = {}
