@@ -360,6 +360,19 @@ def test_when_the_active_adapter_is_deleted_all_layers_take_the_same_other_one()
     assert set(current_masks(model)) == {"0"}
 
 
+def test_an_adapter_that_is_added_while_adapters_are_disabled_is_disabled_in_all_layers():
+    model = two_layers(target_modules=["0"])
+    x = torch.ones(3, 6)
+    model.base_model.disable_adapter_layers()
+    base = model(x)
+    model.add_adapter("b", MaskConfig(target_modules=["0", "2"], sparsity=0.4))
+    model.set_adapter("b")
+    assert torch.equal(model(x), base)
+    assert model.get_model_status().enabled is False
+    model.base_model.enable_adapter_layers()
+    assert not torch.equal(model(x), base)
+
+
 def test_a_base_with_layers_on_disk_is_refused_before_its_file_is_written(tmp_path):
     """PEFT would write the base model's own weights anew, and then fail."""
     tiny_llama(num_layers=2).save_pretrained(tmp_path / "base")

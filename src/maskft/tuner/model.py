@@ -171,6 +171,14 @@ class MaskModel(BaseTuner):
         with adapter_names_for_layers(self, adapter_names, kwargs):
             yield
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter; if adapters are disabled, they are so in the layers that are masked anew, too."""
+        layers = adapter_layers(model, adapter_name=None).values()
+        are_disabled = any(layer.disable_adapters for layer in layers)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if are_disabled:
+            self.disable_adapter_layers()
+
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activate adapters.
 
