@@ -321,6 +321,16 @@ def test_keys_of_ones_own_start_around_the_centre():
     assert model.base_model.model[0].mask_scores["default"].mean().item() == pytest.approx(0.04, abs=1e-4)
 
 
+def test_keys_that_are_refused_leave_all_scores_as_they_were():
+    layers = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+    model = get_peft_model(layers, MaskConfig(target_modules=["0", "1"]))
+    before = current_masks(model)
+    for last in ({}, {"1": torch.full((2, 3), float("nan"))}):
+        with pytest.raises(UserError, match=r"^the keys of 1 "):
+            start_scores(model, {"0": torch.arange(12.0).view(3, 4), **last})
+        assert all(torch.equal(mask, before[name]) for name, mask in current_masks(model).items())
+
+
 # Files: a removed weight takes its value before fine-tuning
 
 

@@ -401,18 +401,22 @@ def start_scores(
     if not has_scores:
         raise UserError(f"the model has no mask adapter named {adapter_name!r} whose scores are trained")
 
+    # All keys are checked before the first scores are set, so that an error leaves the adapter as it was.
+    keys_of = {}
     for full_name, layer in layers.items():
         name = unwrapped_name(full_name)
-        scores = layer.mask_scores[adapter_name]
+        shape = layer.mask_scores[adapter_name].shape
         found = keys.get(name)
-        if found is None or found.shape != scores.shape:
+        if found is None or found.shape != shape:
             has = "none" if found is None else f"shape {tuple(found.shape)}"
-            raise UserError(f"the keys of {name} must have shape {tuple(scores.shape)}; found {has}")
+            raise UserError(f"the keys of {name} must have shape {tuple(shape)}; found {has}")
         if not bool(torch.isfinite(found).all()):
             raise UserError(f"the keys of {name} are not finite, so they cannot be ranked")
+        keys_of[full_name] = found
 
+    for full_name, layer in layers.items():
         config = layer.mask_configs[adapter_name]
-        ranked = ranked_scores(config, found)
-        scores.copy_(ranked)
+        ranked = ranked_scores(config, keys_of[full_name])
+        layer.mask_scores[adapter_name].copy_(ranked)
         # A compiled graph would keep the weight of the scores before.
         layer.masker.forget()
