@@ -19,6 +19,7 @@ from peft import (
     get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
+    set_peft_model_state_dict,
 )
 from torch import nn
 from trl import ModelConfig
@@ -508,6 +509,30 @@ def test_an_adapter_that_does_not_load_leaves_nothing_behind(saved, tmp_path):
         model.load_adapter(tmp_path / "of another base", "b")
     assert list(model.peft_config) == ["default"] and not adapter_layers(model, "b")
     model.load_adapter(saved[0], "b")
+
+
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_a_base_whose_adapter_does_not_load_is_as_it_was(is_trainable, tmp_path):
+    """It would be masked by scores that nobody has trained, or could not be called at all."""
+    config = MaskConfig(target_modules=["gate_proj"], modules_to_save=["lm_head"])
+    get_peft_model(tiny.tiny_llama(seed=9), config).save_pretrained(tmp_path / "of another base")
+    base = tiny.tiny_llama()
+    hooks = len(base._forward_pre_hooks)
+    with pytest.raises(UserError, match="but not its scores" if is_trainable else "was trained on other base weights"):
+        PeftModel.from_pretrained(base, tmp_path / "of another base", is_trainable=is_trainable)
+    assert same_weights(base, tiny.tiny_llama()) and torch.equal(logits(base), logits(tiny.tiny_llama()))
+    assert len(base._forward_pre_hooks) == hooks and not hasattr(base, "peft_config")
+
+
+def test_an_injected_adapter_that_does_not_load_leaves_nothing_behind(saved):
+    model = nn.ModuleDict({"llama": tiny.tiny_llama()})
+    inject_adapter_in_model(MaskConfig(), model, "first")
+    config = MaskConfig.from_pretrained(saved[0], inference_mode=True)
+    inject_adapter_in_model(config, model, "b")
+    tensors = safetensors.torch.load_file(saved[0] / ADAPTER_WEIGHTS)
+    with pytest.raises(UserError, match=r"the adapter file has no mask for llama\.model"):
+        set_peft_model_state_dict(model, tensors, "b")
+    assert list(model.peft_config) == ["first"] and not adapter_layers(model, "b")
 
 
 def test_what_another_adapter_saves_whole_is_not_masked():

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from peft import PeftModel
+from peft.functional import delete_adapter
 from peft.utils import WEIGHTS_NAME
 from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -23,7 +25,7 @@ from maskft_common.layout import ADAPTER_WEIGHTS
 from ..tuner.adapter_files import AdapterFiles, StateDict
 from ..tuner.config import MaskConfig
 from ..tuner.layer import MaskedLinear
-from ..tuner.model import adapter_layers, unwrapped_name, without_compiled
+from ..tuner.model import MaskModel, adapter_layers, unwrapped_name, without_compiled
 from ..tuner.targets import listed
 from .adapter_file import add_tensors, weights_beside_masks
 from .card import write_card
@@ -158,12 +160,9 @@ class MaskFiles(AdapterFiles):
             return _load_masks(model, config, adapter_name, state_dict, is_of_config)
         except UserError:
             # Leave nothing of the adapter, so that another file may be loaded under its name, with the configuration of
-            # that file. If it is the only adapter, the caller is from_pretrained, which then returns no model at all.
-            # One that was added to be trained stays.
-            whole: Any = model
-            is_being_loaded = is_of_config or is_for_inference
-            if is_being_loaded and len(whole.peft_config) > 1:
-                whole.delete_adapter(adapter_name)
+            # that file. One that was added to be trained stays.
+            if is_of_config or is_for_inference:
+                _remove(model, adapter_name)
             raise
 
     def save_config(
@@ -210,6 +209,23 @@ class MaskFiles(AdapterFiles):
         if file.is_file():
             # Over PEFT's, whose lines do not load a mask.
             write_card(folder, config)
+
+
+def _remove(model: Any, adapter_name: str) -> None:
+    """Remove an adapter that does not load.
+
+    Args:
+        model: A PeftModel, or a model that the adapter was injected into.
+        adapter_name: The adapter.
+    """
+    if isinstance(model, PeftModel):
+        model.delete_adapter(adapter_name)
+        if not model.peft_config:
+            # from_pretrained, which now returns no model: the base is as it was before.
+            model.base_model.unload()
+    else:
+        delete_adapter(model, adapter_name, MaskModel.prefix, MaskedLinear)
+        del model.peft_config[adapter_name]
 
 
 def _mask(

@@ -247,6 +247,7 @@ class MaskModel(BaseTuner):
         # The plain model is left, on which nothing of the add-ons may stay.
         for undo in self._undo_hooks or []:
             undo()
+        self._undo_hooks = None
         return model
 
     def _check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
