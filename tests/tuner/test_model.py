@@ -311,6 +311,13 @@ def test_status_names_a_mask_loaded_for_inference(saved):
     assert all(layer.available_adapters == ["default"] for layer in loaded.get_layer_status())
 
 
+def test_unloading_a_merged_mask_gives_the_base_back():
+    model = get_peft_model(tiny.tiny_llama(), MaskConfig(layers_to_transform=[1]))
+    model.add_adapter("b", MaskConfig(layers_to_transform=[1, 2], mask_seed=1))
+    model.merge_adapter(["default", "b"])
+    assert same_weights(model.unload(), tiny.tiny_llama())
+
+
 def test_unloading_leaves_nothing_behind():
     plain = tiny.tiny_llama()
     before = copy.deepcopy(plain._no_split_modules), len(plain._forward_pre_hooks)

@@ -239,9 +239,14 @@ class MaskModel(BaseTuner):
         if merge:
             self._check_merge(safe_merge, adapter_names)
         else:
+            layers = adapter_layers(self.model, adapter_name=None).values()
             # PEFT unloads the outermost layer only, and a mask below another adapter would be lost.
-            for layer in adapter_layers(self.model, adapter_name=None).values():
+            for layer in layers:
                 layer.check_not_wrapped()
+            # PEFT would leave what merge_adapter has written in the weights of the base.
+            for layer in layers:
+                if layer.merged:
+                    layer.unmerge()
 
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         # The plain model is left, on which nothing of the add-ons may stay.
