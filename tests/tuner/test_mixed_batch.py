@@ -131,6 +131,23 @@ def test_several_answers_a_row():
     assert model.generate(input_ids=ids, adapter_names=["sums", "intents"], generation_config=config).shape[0] == 4
 
 
+def test_beams_of_a_generation_configuration():
+    """That of the model, as many translators and summarisers have one, or one that is passed by its position."""
+    model = with_adapters(tiny.tiny_llama())
+    ids = tiny.token_ids(batch=3, length=4)
+    names = ["sums", "__base__", "intents"]
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(ids, adapter_names=names, num_beams=2, **settings)
+    config = transformers.GenerationConfig(num_beams=2, **settings)
+    assert torch.equal(model.generate(ids, config, adapter_names=names), expected)
+
+    model.base_model.model.generation_config.num_beams = 2
+    assert torch.equal(model.generate(input_ids=ids, adapter_names=names, **settings), expected)
+    assert model.generate(input_ids=ids, adapter_names=names, num_beams=1, **settings).shape == expected.shape
+    mixed, alone_logits = both_logits(model, names, ids)
+    torch.testing.assert_close(mixed, alone_logits, rtol=0, atol=1e-5)
+
+
 def test_encoder_and_decoder_get_the_names_of_their_own_rows():
     torch.manual_seed(0)
     config = transformers.T5Config(

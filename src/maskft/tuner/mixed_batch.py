@@ -17,7 +17,7 @@ O out_features.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,6 +29,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdRef
+from transformers import GenerationConfig
 
 from maskft_common.errors import UserError, did_you_mean
 
@@ -167,15 +168,16 @@ class MixedBatchCache:
 def adapter_names_for_layers(
     model: BaseTuner,
     adapter_names: Sequence[str] | None,
-    generate_kwargs: dict[str, Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
 ) -> Iterator[None]:
     """Pass ``adapter_names`` to every masked layer while the block runs.
 
     Args:
         model: The mask tuner.
         adapter_names: One name per row of the batch, ``"__base__"`` for no mask; None: does nothing.
-        generate_kwargs: Arguments of the call; ``num_beams`` and ``num_return_sequences`` say how often
-            ``generate`` repeats each row.
+        args: Arguments of the call of the model, or of ``generate``.
+        kwargs: The same.
 
     Raises:
         UserError: If the model is in training mode, a name is not loaded, or a mask cannot be in a mixed batch.
@@ -188,23 +190,22 @@ def adapter_names_for_layers(
     _check_model(model, adapter_names)
     names = list(adapter_names)
 
-    # generate() puts the copies of a row next to each other, as repeat_interleave does.
-    num_copies = _copies_of_a_row(generate_kwargs)
-    repeated = []
-    for name in names:
-        repeated += [name] * num_copies
+    # Number of rows that a layer may get -> their names. generate() puts the copies of a row next to each other, as
+    # repeat_interleave does. The encoder runs before rows are repeated.
+    names_by_rows = {}
+    for num_copies in _possible_copies(model, args, kwargs):
+        repeated = []
+        for name in names:
+            repeated += [name] * num_copies
+        names_by_rows[len(repeated)] = repeated
 
-    encoder_modules = _encoder_modules(model) if num_copies > 1 else set()
     # A hook on each layer, because the modules between the model and its layers do not pass unknown arguments on.
+    hook = partial(_add_adapter_names, names=names, names_by_rows=names_by_rows)
     handles = []
     for module in model.modules():
         # AuxiliaryTrainingWrapper: PEFT's copies of modules_to_save, which choose one per row themselves.
-        if not isinstance(module, model.tuner_layer_cls | AuxiliaryTrainingWrapper):
-            continue
-        # An encoder runs before generate() repeats the rows, as in PEFT's LoRA.
-        names_here = names if module in encoder_modules else repeated
-        hook = partial(_add_adapter_names, adapter_names=names_here)
-        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        if isinstance(module, model.tuner_layer_cls | AuxiliaryTrainingWrapper):
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     # Also after an error: the next call may have other names, or none.
     try:
         yield
@@ -217,35 +218,28 @@ def _add_adapter_names(
     module: nn.Module,
     args: Any,
     kwargs: dict[str, Any],
-    adapter_names: list[str],
+    names: list[str],
+    names_by_rows: Mapping[int, list[str]],
 ) -> Any:
-    kwargs["adapter_names"] = adapter_names
+    rows = len(args[0]) if args else len(names)
+    # Another number of rows is an error, which names the numbers as the caller knows them.
+    kwargs["adapter_names"] = names_by_rows.get(rows, names)
     return args, kwargs
 
 
-def _copies_of_a_row(generate_kwargs: dict[str, Any]) -> int:
-    """How often ``generate`` repeats each row; 1 in a plain forward pass, which has neither option."""
-    settings = generate_kwargs.get("generation_config")
-    copies = [1]
+def _possible_copies(model: BaseTuner, args: Sequence[Any], kwargs: Mapping[str, Any]) -> set[int]:
+    """How often each row of the batch may come: once, or as often as ``generate`` repeats it.
+
+    It takes the number of beams, or of answers if that is larger, from the first of these that has it: its arguments,
+    the ``generation_config`` among them, that of the model.
+    """
+    own = getattr(model.model, "generation_config", None)
+    configs = [value for value in (*args, *kwargs.values(), own) if isinstance(value, GenerationConfig)]
+    copies = {1}
     for option in ("num_beams", "num_return_sequences"):
-        # An argument wins over the generation_config, as in transformers.
-        configured = getattr(settings, option, None)
-        value = generate_kwargs.get(option, configured)
-        if isinstance(value, int):
-            copies.append(value)
-    # transformers repeats by the larger of the two: beams that are returned are among those that are searched.
-    return max(copies)
-
-
-def _encoder_modules(model: BaseTuner) -> set[nn.Module]:
-    """All modules of the encoder; none if the model has only a decoder."""
-    inner = cast(Any, model.model)
-    config = getattr(inner, "config", None)
-    has_encoder = getattr(config, "is_encoder_decoder", False)
-    if not has_encoder:
-        return set()
-    encoder = inner.get_encoder()
-    return set(encoder.modules())
+        values = [kwargs.get(option), *(getattr(config, option) for config in configs)]
+        copies.update(value for value in values if isinstance(value, int))
+    return copies
 
 
 def _check_model(model: BaseTuner, adapter_names: Sequence[str]) -> None:

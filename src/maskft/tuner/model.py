@@ -168,7 +168,7 @@ class MaskModel(BaseTuner):
         **kwargs: Any,
     ) -> Iterator[None]:
         """Give each masked layer its rows' adapter names, for PEFT's batches of several adapters."""
-        with adapter_names_for_layers(self, adapter_names, kwargs):
+        with adapter_names_for_layers(self, adapter_names, args, kwargs):
             yield
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
