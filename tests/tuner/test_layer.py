@@ -269,6 +269,14 @@ def test_autocast_trains_and_evaluates_with_one_mask():
     assert layer.mask_scores["default"].grad.dtype == torch.float32
 
 
+def test_autocast_leaves_float64_as_it_is():
+    layer = make_layer().double()
+    x = torch.randn(5, 12, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.float64 and torch.equal(y, layer(x))
+
+
 def test_casting_the_model_does_not_move_the_mask():
     """A bfloat16 cast of the scores would create ties at the cut and another mask."""
     layer = make_layer(in_features=400, out_features=300)

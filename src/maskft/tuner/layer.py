@@ -248,8 +248,8 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
             return cast(Tensor, self.base_layer(x, *args, **kwargs))
 
         # The dtype that the base layer would compute in. Autocast casts inside F.linear, which is too late for maskers
-        # that save x for a backward pass of their own.
-        if torch.is_autocast_enabled(x.device.type):
+        # that save x for a backward pass of their own. It leaves float64 as it is.
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(x.device.type)
             x = x.to(dtype)
         elif self.quantization_backend is not None:
