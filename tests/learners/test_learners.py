@@ -224,6 +224,14 @@ def test_a_trainer_ends_with_the_mask_of_its_best_checkpoint(tmp_path):
     assert model.peft_config["default"].progress == 1.0
 
 
+def test_a_trainer_that_takes_no_step_has_no_progress(tmp_path):
+    rows = [{"input_ids": ids, "labels": ids} for ids in tiny.token_ids(8)]
+    model = get_peft_model(tiny.tiny_llama(num_layers=1), MaskConfig(sparsity_ramp=1.0))
+    args = TrainingArguments(str(tmp_path), num_train_epochs=0, use_cpu=True, report_to="none", disable_tqdm=True)
+    Trainer(model, args, train_dataset=rows, callbacks=[MaskProgress()]).train()
+    assert model.peft_config["default"].progress is None
+
+
 @pytest.mark.parametrize("price", [1.0, 0.0])
 def test_a_price_is_refused_where_a_trainer_scales_gradients(price):
     """It is added to gradients that are 65,536 times as large, and divided with them."""

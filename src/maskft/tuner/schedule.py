@@ -97,6 +97,8 @@ class MaskProgress(TrainerCallback):
 
     @staticmethod
     def _set(model: nn.Module, step: int, max_steps: int) -> None:
+        if max_steps == 0:  # as with num_train_epochs=0: nothing is trained
+            return
         # transformers takes a step more than max_steps where it resumes a run that had taken all.
         progress = min(1.0, step / max_steps)
         set_mask_progress(model, progress)
