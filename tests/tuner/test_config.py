@@ -9,6 +9,8 @@ import warnings
 
 import numpy as np
 import pytest
+from peft import get_peft_model
+from torch import nn
 
 from maskft import MaskConfig
 from maskft.tuner import MaskPeftType
@@ -70,6 +72,13 @@ def test_names_of_layers_become_what_peft_reads():
     assert MaskConfig(layers_to_transform={2, 1}).layers_to_transform == [1, 2]
     with pytest.raises(UserError, match="layers_to_transform is empty"):
         MaskConfig(layers_to_transform=set())
+
+
+def test_names_that_peft_has_shortened_are_saved_in_order(tmp_path):
+    names = [f"{block}.{name}" for block in range(5) for name in "dbca"]
+    blocks = [nn.ModuleDict({name: nn.Linear(2, 2) for name in "abcde"}) for _ in range(5)]
+    get_peft_model(nn.Sequential(*blocks), MaskConfig(target_modules=names)).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / ADAPTER_CONFIG).read_text())["target_modules"] == ["a", "b", "c", "d"]
 
 
 def test_numbers_and_lists_of_other_libraries_become_what_json_has(tmp_path):

@@ -278,6 +278,8 @@ class MaskConfig(PeftConfig):
                 "path_initial_model_for_weight_conversion is for LoRA that has changed the base weights, and masks "
                 "leave them as they are: leave it out"
             )
+        # PEFT replaces 20 names or more by a set of shorter ones, which each process would save in another order.
+        self._normalize()
         # Passed on as a function: `files` has steps before and after it.
         save = super().save_pretrained
         files = adapter_files()
