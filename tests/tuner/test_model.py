@@ -318,6 +318,15 @@ def test_unloading_a_merged_mask_gives_the_base_back():
     assert same_weights(model.unload(), tiny.tiny_llama())
 
 
+@pytest.mark.parametrize("unload", ["unload", "merge_and_unload"])
+def test_an_adapter_that_was_unloaded_is_not_saved(unload, tmp_path):
+    model = get_peft_model(tiny.tiny_llama(), MaskConfig(layers_to_transform=[1]))
+    getattr(model, unload)()
+    with pytest.raises(UserError, match=r"^adapter 'default' masks no layer of the model.* before merge_and_unload or"):
+        model.save_pretrained(tmp_path)
+    assert not (tmp_path / ADAPTER_CONFIG).exists()
+
+
 def test_unloading_leaves_nothing_behind():
     plain = tiny.tiny_llama()
     before = copy.deepcopy(plain._no_split_modules), len(plain._forward_pre_hooks)

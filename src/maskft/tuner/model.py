@@ -283,6 +283,11 @@ class MaskModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """Tensors to save: PEFT's, or coded masks in their place, see ``adapter_files.py``."""
         assert isinstance(config, MaskConfig)
+        if not adapter_layers(model, adapter_name):
+            raise UserError(
+                f"adapter {adapter_name!r} masks no layer of the model, so that there is nothing to save: save an "
+                "adapter before merge_and_unload or unload, and what they return by its own save_pretrained"
+            )
         # The scores, as PEFT selects them; it adds modules_to_save and resized embeddings later.
         of_peft = super()._get_adapter_state_dict(
             model,
