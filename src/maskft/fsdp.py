@@ -380,6 +380,10 @@ class ShardedMasker(FastMasker):
             gradient.add_(price)
         return gradient
 
+    def _has_gradient(self, name: str) -> bool:
+        # The ranks would have to agree. So only one optimizer is expected to take steps.
+        return False
+
     def adapter(self) -> str:
         """The one active adapter."""
         # One, because the rows hold one masked weight, and `original` is the weight without any mask.

@@ -153,3 +153,24 @@ def test_a_gradient_that_is_dropped_without_a_step_takes_its_price_along(name):
     with maskft.fast.disabled():
         plain = gradients()
     assert all(torch.equal(a, b) for a, b in zip(fast, plain, strict=True))
+
+
+def test_a_step_of_another_optimizer_does_not_add_the_price_again():
+    """Between two micro-batches, as where two models are trained in turns."""
+
+    def gradients():
+        model = get_peft_model(tiny.tiny_llama(num_layers=1), MaskConfig(**LOGIT)).train()
+        set_mask_progress(model, 0.5)
+        other = torch.nn.Parameter(torch.ones(1))
+        optimizer = torch.optim.SGD([other], lr=0.1)
+        for seed in range(3):
+            ids = tiny.token_ids(2, 8, seed=seed)
+            model(input_ids=ids, labels=ids).loss.backward()
+            other.sum().backward()
+            optimizer.step()
+        return [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+
+    fast = gradients()
+    with maskft.fast.disabled():
+        plain = gradients()
+    assert all(torch.equal(a, b) for a, b in zip(fast, plain, strict=True))

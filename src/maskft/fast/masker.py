@@ -455,9 +455,12 @@ class FastMasker(Masker):
         is_same_step = before is not None and before[0] == step
         if is_same_step:
             is_same_pass = before == now
+            # Without a look at the numbers, for which a GPU would have to finish.
             has_gradient = self.layer.mask_scores[name].grad is not None
             if is_same_pass or has_gradient:
                 return False
+        elif self._has_gradient(name):  # the step was that of another optimizer
+            return False
         self._priced_at[name] = now
         return True
 

@@ -165,10 +165,7 @@ class Masker:
         A layer that is used twice in one forward pass comes here twice before autograd fills ``.grad``, so the number
         of the backward pass is kept; torch.utils.checkpoint uses the same number.
         """
-        # A gradient of zeros counts as none: zero_grad(set_to_none=False) leaves it behind.
-        scores = self.layer.mask_scores[name]
-        has_gradient = scores.grad is not None and bool(scores.grad.any())
-        if has_gradient:
+        if self._has_gradient(name):
             return False
 
         backward_pass = torch._C._current_graph_task_id()
@@ -176,6 +173,11 @@ class Masker:
             return False
         self._priced_in[name] = backward_pass
         return True
+
+    def _has_gradient(self, name: str) -> bool:
+        """Whether the scores have a gradient. Of zeros it counts as none: zero_grad(set_to_none=False) leaves it."""
+        grad = self.layer.mask_scores[name].grad
+        return grad is not None and bool(grad.any())
 
 
 # The last one that accepts a layer applies its masks.
