@@ -484,3 +484,15 @@ def test_a_learner_is_one_entry(monkeypatch, tmp_path):
         MaskConfig(selection="toy", temperature=1.0)
     with pytest.raises(UserError, match=r"selection is 'toi' \(did you mean 'toy'"):
         MaskConfig(selection="toi")
+
+
+def test_a_learner_that_is_not_whole_says_so_and_leaves_the_others_alone(monkeypatch):
+    monkeypatch.setitem(selection.LEARNERS, "toy", selection.Learner(options=("sharpnes",)))
+    with pytest.raises(
+        UserError, match=r"^the learner 'toy' has the option 'sharpnes', which is no field of MaskConfig:"
+    ):
+        MaskConfig(selection="toy")
+    MaskConfig(selection="topk")
+    for incomplete in ({"options": ("price",)}, {"options": (), "kept_slope": selection.logit_kept_slope}):
+        with pytest.raises(ValueError, match="has kept_slope if and only if 'price' is among its options"):
+            selection.Learner(**incomplete)

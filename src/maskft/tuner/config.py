@@ -427,6 +427,13 @@ class MaskConfig(PeftConfig):
                 hint = did_you_mean(str(value), choices)
                 raise UserError(f"{name} is {value!r}{hint}; choose one of: {', '.join(choices)}")
 
+        for name in LEARNERS[self.selection].options:
+            if not hasattr(self, name):
+                raise UserError(
+                    f"the learner {self.selection!r} has the option {name!r}, which is no field of "
+                    f"{type(self).__name__}: name fields that there are"
+                )
+
     def _check_numbers(self) -> None:
         """Raise for values that are not numbers, or are outside of their range."""
         # Types first: PEFT builds configurations from JSON, where a number may have been written as a string.
@@ -498,7 +505,8 @@ class MaskConfig(PeftConfig):
         # Options of other learners. Compared with the defaults: an option that is given with its default is harmless.
         options_of_learner = LEARNERS[self.selection].options
         for name in learner_options():
-            if name in options_of_learner:
+            # A learner of a user may name what is no field here; `_check_choices` raises where it is taken.
+            if name in options_of_learner or not hasattr(self, name):
                 continue
             value = getattr(self, name)
             if value != _default(name):

@@ -54,6 +54,12 @@ class Learner:
     hard_slope: Callable[[MaskConfig, Tensor], Tensor | None] | None = None
     kept_slope: Callable[[MaskConfig, Tensor, Tensor | None], Tensor] | None = None
 
+    def __post_init__(self) -> None:
+        # The first backward pass would fail, or the price never be read.
+        has_slope = self.kept_slope is not None
+        if has_slope != ("price" in self.options):
+            raise ValueError("a learner has kept_slope if and only if 'price' is among its options")
+
 
 LEARNERS: dict[str, Learner] = {}
 
