@@ -147,6 +147,15 @@ def test_beams_of_a_generation_configuration():
     mixed, alone_logits = both_logits(model, names, ids)
     torch.testing.assert_close(mixed, alone_logits, rtol=0, atol=1e-5)
 
+    # As many names as beams, or beams where nothing is generated, are no names of the rows.
+    with pytest.raises(UserError, match=r"^adapter_names has 6 names and the batch 3 rows; give one name per row$"):
+        model.generate(input_ids=ids, adapter_names=names * 2, **settings)
+    adapters = {name: {"sparsity": 0.1, "task_type": "CAUSAL_LM"} for name in ("sums", "intents")}
+    of_a_task = with_adapters(tiny.tiny_llama(), adapters)
+    of_a_task.base_model.model.generation_config.num_beams = 2
+    with pytest.raises(UserError, match=r"^adapter_names has 2 names and the batch 4 rows; give one name per row$"):
+        of_a_task(input_ids=tiny.token_ids(batch=4), adapter_names=["sums", "intents"])
+
 
 def test_encoder_and_decoder_get_the_names_of_their_own_rows():
     torch.manual_seed(0)

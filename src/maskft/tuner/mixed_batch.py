@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from .layer import MaskedLinear, SavedMask
 
 BASE = "__base__"  # PEFT's name of a row without an adapter
+# Names of a model's input, which generate() repeats.
+_INPUTS = ("inputs", "input_ids", "inputs_embeds", "input_features", "input_values")
 
 
 class Places(NamedTuple):
@@ -180,7 +182,8 @@ def adapter_names_for_layers(
         kwargs: The same.
 
     Raises:
-        UserError: If the model is in training mode, a name is not loaded, or a mask cannot be in a mixed batch.
+        UserError: If the model is in training mode, a name is not loaded, a mask cannot be in a mixed batch, or the
+            batch has another number of rows.
     """
     if adapter_names is None:
         yield
@@ -189,6 +192,9 @@ def adapter_names_for_layers(
     # Before any hook is registered, so that a bad name leaves nothing behind.
     _check_model(model, adapter_names)
     names = list(adapter_names)
+    inputs = _inputs(args, kwargs)
+    if inputs is not None:
+        check_rows(inputs, names)
 
     # Number of rows that a layer may get -> their names. generate() puts the copies of a row next to each other, as
     # repeat_interleave does. The encoder runs before rows are repeated.
@@ -227,14 +233,26 @@ def _add_adapter_names(
     return args, kwargs
 
 
+def _inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The input of a call, one row for each name; None if it has none of the usual names.
+
+    In a forward pass PEFT's models of a task (PeftModelForCausalLM and the like) do not show it here.
+    """
+    inputs = [*args[:1], *(kwargs.get(name) for name in _INPUTS)]
+    return next((value for value in inputs if isinstance(value, Tensor)), None)
+
+
 def _possible_copies(model: BaseTuner, args: Sequence[Any], kwargs: Mapping[str, Any]) -> set[int]:
     """How often each row of the batch may come: once, or as often as ``generate`` repeats it.
 
     It takes the number of beams, or of answers if that is larger, from the first of these that has it: its arguments,
     the ``generation_config`` among them, that of the model.
     """
+    configs = [value for value in (*args, *kwargs.values()) if isinstance(value, GenerationConfig)]
     own = getattr(model.model, "generation_config", None)
-    configs = [value for value in (*args, *kwargs.values(), own) if isinstance(value, GenerationConfig)]
+    # Without an input it is a forward pass, which repeats nothing.
+    if own is not None and _inputs(args, kwargs) is not None:
+        configs.append(own)
     copies = {1}
     for option in ("num_beams", "num_return_sequences"):
         values = [kwargs.get(option), *(getattr(config, option) for config in configs)]
