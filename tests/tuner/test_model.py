@@ -14,6 +14,7 @@ import torch
 import transformers
 from peft import (
     AutoPeftModelForCausalLM,
+    LoraConfig,
     PeftConfig,
     PeftModel,
     get_peft_model,
@@ -538,6 +539,17 @@ def test_a_base_whose_adapter_does_not_load_is_as_it_was(is_trainable, tmp_path)
         PeftModel.from_pretrained(base, tmp_path / "of another base", is_trainable=is_trainable)
     assert same_weights(base, tiny.tiny_llama()) and torch.equal(logits(base), logits(tiny.tiny_llama()))
     assert len(base._forward_pre_hooks) == hooks and not hasattr(base, "peft_config")
+
+    lora = get_peft_model(tiny.tiny_llama(), LoraConfig(target_modules=["q_proj"]))
+    get_peft_model(copy.deepcopy(lora), MaskConfig(target_modules=["gate_proj"])).save_pretrained(
+        tmp_path / "over lora"
+    )
+    with torch.no_grad():
+        lora.base_model.model.model.layers[0].mlp.gate_proj.weight.add_(1)
+    before = logits(lora)
+    with pytest.raises(UserError, match="but not its scores" if is_trainable else "was trained on other base weights"):
+        PeftModel.from_pretrained(lora, tmp_path / "over lora", is_trainable=is_trainable)
+    assert len(lora.get_layer_status()) > 0 and torch.equal(logits(lora), before)
 
 
 def test_an_injected_adapter_that_does_not_load_leaves_nothing_behind(saved):

@@ -14,6 +14,7 @@ from typing import Any, Self
 import torch
 from peft import PeftModel
 from peft.functional import delete_adapter
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import WEIGHTS_NAME
 from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -218,10 +219,17 @@ def _remove(model: Any, adapter_name: str) -> None:
         model: A PeftModel, or a model that the adapter was injected into.
         adapter_name: The adapter.
     """
-    if isinstance(model, PeftModel):
+    tuner_layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    has_others = any(not isinstance(layer, MaskedLinear) for layer in tuner_layers)
+    if has_others and len(model.peft_config) == 1:
+        # The base has an adapter of another kind under the same name. PEFT has one configuration for both, and would
+        # delete and unload both.
+        for layer in adapter_layers(model, adapter_name).values():
+            layer.delete_adapter(adapter_name)
+    elif isinstance(model, PeftModel):
         model.delete_adapter(adapter_name)
         if not model.peft_config:
-            # from_pretrained, which now returns no model: the base is as it was before.
+            # The caller is from_pretrained, which now returns no model: the base is as it was before.
             model.base_model.unload()
     else:
         delete_adapter(model, adapter_name, MaskModel.prefix, MaskedLinear)
