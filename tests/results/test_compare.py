@@ -15,12 +15,12 @@ from maskft_common.errors import UserError
 from maskft_lab.cli import compare as command
 from maskft_lab.results import FORMATS, families
 from maskft_lab.results.compare import compare
-from maskft_lab.results.comparison import Settings
+from maskft_lab.results.comparison import Score, Settings
 from maskft_lab.results.render import _cut_names, cross_domain_table, render, render_scores
 from maskft_lab.results.schema import build_result, build_task, items_fingerprint, metric_from_items, write_result
 from maskft_lab.results.scores import scores as scores_of
 from maskft_lab.results.tables import Table, draw, latex_text
-from maskft_lab.results.words import difference_text, p_text, sentence
+from maskft_lab.results.words import difference_text, p_text, score_text, sentence
 
 RESAMPLES = 500
 
@@ -605,12 +605,34 @@ def test_json_has_fractions_and_no_percent(comparison):
 
 
 def test_zero_has_no_minus():
-    """A gain of -0.00002 was printed as -0.0000."""
-    results = [make("a", gain=np.tile([-0.00005, 0.00001], 20)), make("b", gain=np.tile([-1.5, 0.3], 20))]
+    """A gain of -0.0 was printed as -0.0000."""
+    results = [make("a", gain=np.tile([-1e-20, 0.0], 20)), make("b", gain=np.tile([-1.5, 0.3], 20))]
     comparison = fast(results)
     for form in ("terminal", "markdown"):
         text = render(comparison, form)
         assert "-0.0000" not in text and " 0.0000 " in text
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"value": 2.34567, "stderr": 0.03}, "2.3457 ± 0.0300"),
+        ({"value": 2.34567, "stderr": 0.00002}, "2.34567 ± 0.00002"),
+        # A value below its error is not distinguished from zero, with any number of decimals.
+        ({"value": -2e-7, "stderr": 0.03}, "0.0000 ± 0.0300"),
+        ({"value": 2.34567, "stderr": 0.0}, "2.3457 ± 0.0000"),
+        ({"value": 2.34567, "stderr": 1e-18}, "2.3457 ± 0.0000"),
+        ({"value": -0.00002, "stderr": None}, "-0.00002"),
+        ({"value": 0.4687, "stderr": 0.0002, "unit": "fraction"}, "46.87 ± 0.02"),
+        ({"value": 0.0, "stderr": 0.0, "unit": "fraction", "low": 0.0, "high": 0.0003}, "0.00 [0.00, 0.03]"),
+        ({"value": 1.0, "stderr": 0.0, "unit": "fraction", "low": 0.9996, "high": 1.0}, "100.00 [99.96, 100.00]"),
+        ({"value": 0.0, "stderr": 0.0, "unit": "fraction", "low": 0.0, "high": 0.019}, "0.0 [0.0, 1.9]"),
+    ],
+)
+def test_only_zero_is_written_as_zero(values, text):
+    """A standard error below 0.00005 was printed as 0.0000, and the interval of 10,000 right answers as 100 to 100."""
+    defaults = {"model": "a", "task": "sums", "metric": "m", "unit": "nats", "num_seeds": 1, "is_at_edge": True}
+    assert score_text(Score(**defaults | values)) == text
 
 
 def test_rounding_never_contradicts_the_verdict():

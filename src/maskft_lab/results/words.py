@@ -12,7 +12,7 @@ from .comparison import NOT_DISTINGUISHABLE, Difference, Score
 
 MAX_DIGITS = 8  # decimals that a bound close to zero may take, or digits of a p-value close to its level
 
-# Differences below this are printed as zero: items that cancel each other may leave some 1e-18.
+# Numbers below this are printed as zero: items that cancel each other may leave some 1e-18.
 PRINTED_AS_ZERO = 10**-MAX_DIGITS
 # A p-value below this is said to be: an exact test of a thousand items that differ is 0 as a float.
 SMALLEST_P = 1e-6
@@ -130,23 +130,29 @@ def _is_everything(row: Difference, bounds: Ends) -> bool:
 
 
 def score_text(score: Score) -> str:
-    """Return ``46.8 ± 1.4``, in percent for fractions; at an edge ``0.0 [0.0, 1.3]``, never ``± 0.0``."""
+    """Return ``46.8 ± 1.4``, in percent for fractions; at an edge ``0.0 [0.0, 1.3]``, never ``± 0.0``.
+
+    An error or a bound takes more decimals where it would be written as zero, or as the value, and is not.
+    """
     if score.value is None:
         return "no value"
-    scale, digits = scale_and_digits(score.unit)
-    value = number_text(score.value, score.unit)
 
     # Both bounds are None or neither is; mypy needs both checks.
     # An interval instead of an error where the error says nothing.
     has_interval = shows_interval(score)
     if has_interval and score.low is not None and score.high is not None:
-        low = f"{scale * score.low:.{digits}f}"
-        high = f"{scale * score.high:.{digits}f}"
+        # Of thousands of items that are all right, the bounds are close to 100 %.
+        distances = [score.value - score.low, score.high - score.value]
+        _, digits = rounded(distances, *scale_and_digits(score.unit))
+        value, low, high = (_fixed(number, score.unit, digits) for number in (score.value, score.low, score.high))
         return f"{value} [{low}, {high}]"
 
     if score.stderr is None:
-        return value
-    stderr = f"{scale * score.stderr:.{digits}f}"
+        return number_text(score.value, score.unit)
+    # The value has the decimals of its error, and no more: behind them it says nothing.
+    _, digits = rounded([score.stderr], *scale_and_digits(score.unit))
+    value = _fixed(score.value, score.unit, digits)
+    stderr = _fixed(score.stderr, score.unit, digits)
     return f"{value} ± {stderr}"
 
 
@@ -158,8 +164,14 @@ def shows_interval(score: Score) -> bool:
 
 
 def number_text(number: float, unit: str) -> str:
-    """Return a value as tables have it, without a minus before zero."""
-    scale, digits = scale_and_digits(unit)
+    """Return a value as tables have it; only a zero is written as zero, without a minus."""
+    _, digits = rounded([number], *scale_and_digits(unit))
+    return _fixed(number, unit, digits)
+
+
+def _fixed(number: float, unit: str, digits: int) -> str:
+    """Return a value with this many decimals, without a minus before zero."""
+    scale, _ = scale_and_digits(unit)
     # -0.0 + 0.0 is 0.0.
     shown = round(scale * number, digits) + 0.0
     return f"{shown:.{digits}f}"
@@ -172,8 +184,7 @@ def task_text(row: Difference | Score) -> str:
 
 def numbers_text(numbers: Sequence[float], unit: str) -> str:
     """Return differences with their signs, such as those of several seeds; only a zero is written as zero."""
-    shown = [number if abs(number) >= PRINTED_AS_ZERO else 0.0 for number in numbers]
-    shown, digits = rounded(shown, *scale_and_digits(unit))
+    shown, digits = rounded(numbers, *scale_and_digits(unit))
     texts = [f"{number:+.{digits}f}" for number in shown]
     return ", ".join(texts)
 
@@ -184,7 +195,8 @@ def rounded(
     digits: int,
 ) -> tuple[list[float], int]:
     """Return numbers times a scale as they are printed, and how many decimals all of them need, at least ``digits``."""
-    scaled = [scale * number for number in numbers]
+    shown = [number if abs(number) >= PRINTED_AS_ZERO else 0.0 for number in numbers]
+    scaled = [scale * number for number in shown]
 
     # More decimals while the smallest number that is not zero would be rounded to zero.
     sizes = [abs(number) for number in scaled if number]
