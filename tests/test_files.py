@@ -1,5 +1,6 @@
 """Typed files: a mistake is one line with its place."""
 
+import errno
 import gzip
 import os
 import re
@@ -364,3 +365,15 @@ def test_an_output_folder_that_is_a_link_leads_to_a_folder(base, data, tmp_path,
     (tmp_path / "runs").symlink_to(tmp_path / "disk")
     with held(tmp_path / "runs", "lock", 0.0, "run"):
         assert (tmp_path / "disk" / "lock").is_file()
+
+
+def test_a_full_disk_is_not_advised_to_take_another_path(tmp_path, monkeypatch):
+    """Files of a study have fixed names: nobody can give another path."""
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"run\.json: cannot be written \(No space left on device\): make room"):
+        write_text(tmp_path / "run.json", "{}")
+    assert not any(tmp_path.iterdir())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import json
@@ -228,7 +229,10 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
         with whole_file(path) as file:
             file.write(content)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}): give another path") from error
+        # Many of our files have a fixed name in a folder of a run or a study: on a full disk no other path helps.
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "make room on that disk" if is_full else "give another path"
+        raise UserError(f"{path}: cannot be written ({error.strerror}): {remedy}") from error
 
 
 @contextmanager

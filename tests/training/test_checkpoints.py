@@ -496,20 +496,29 @@ def test_what_a_run_writes_follows_from_the_sizes_of_its_model():
     assert of("interpolate", trained=0) == (0, 1000)
 
 
-def test_a_file_that_is_larger_than_a_process_may_write(train, out, finished):
+@pytest.mark.parametrize(
+    ("resume", "advice"),
+    [
+        ("true", "then resume with --resume_from_checkpoint true"),
+        # As in a study, which has no such option.
+        ("auto", "then run the same command again"),
+    ],
+)
+def test_a_file_that_is_larger_than_a_process_may_write(resume, advice, train, out, finished):
     """The checkpoint that was begun is gone, those before are whole, and the run resumes when the limit is raised."""
     shutil.rmtree(out / "checkpoint-4")
     numel = sum(mask.numel() for mask in MaskSet.from_adapter(finished).values())
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (6 * numel, before[1]))  # room for the scores, not for two moments
     try:
-        status, err = train(resume_from_checkpoint="true")
+        status, err = train(resume_from_checkpoint=resume)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert status == 2 and "Traceback" not in err
     assert re.search(r"checkpoint-4 cannot be written \(.+\): .* are free; make room", err), err
+    assert err.strip().endswith(advice)
     assert not (out / "checkpoint-4").exists() and damage(out / "checkpoint-2") is None
-    assert train(resume_from_checkpoint="true")[0] == 0
+    assert train(resume_from_checkpoint=resume)[0] == 0
     assert same_result(out, finished)
 
 

@@ -404,8 +404,12 @@ def check_room(model, method: MethodArguments, args: SFTConfig) -> None:
 
 
 @contextmanager
-def written_whole(checkpoint: Path) -> Iterator[None]:
+def written_whole(checkpoint: Path, args: SFTConfig) -> Iterator[None]:
     """Context in which a checkpoint is written; if the disk is full, the incomplete checkpoint is removed.
+
+    Args:
+        checkpoint: Its folder.
+        args: The arguments of training.
 
     Raises:
         UserError: With the number of free bytes.
@@ -419,9 +423,12 @@ def written_whole(checkpoint: Path) -> Iterator[None]:
             raise
         shutil.rmtree(checkpoint, ignore_errors=True)
         free = files.size(shutil.disk_usage(checkpoint.parent).free)
+        # The runs of a study resume by themselves, and it takes no such option.
+        is_resumed_by_repeating = str(args.resume_from_checkpoint).lower() == "auto"
+        how = "run the same command again" if is_resumed_by_repeating else "resume with --resume_from_checkpoint true"
         raise UserError(
             f"{checkpoint} cannot be written ({first_line(error)}): {free} are free; make room, or raise ulimit -f, "
-            "then resume with --resume_from_checkpoint true"
+            f"then {how}"
         ) from error
 
 

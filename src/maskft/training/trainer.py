@@ -396,7 +396,7 @@ class MaskTrainer(SFTTrainer):
             # A checkpoint of the same step is overwritten, and not complete meanwhile.
             (folder / layout.MANIFEST).unlink(missing_ok=True)
         # Weights, optimizer, schedule, random states and the Trainer's state, by the Trainer; the rest is ours.
-        with written_whole(folder):
+        with written_whole(folder, self.args):
             super()._save_checkpoint(model, trial)
             self._save_log_state(folder)
             # Every process writes some of the files.
