@@ -6,9 +6,11 @@ import logging
 import os
 import signal
 
+import pyarrow
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from maskft.data import formats
 from maskft.data.arguments import DataArguments
@@ -315,6 +317,16 @@ CUT_GZIP = gzip.compress(GOOD_LINE.encode() * 99, mtime=0)[:40]  # without the t
         ("a.csv", "", r"a\.csv cannot be read: Empty CSV file"),
         ("a.csv", "prompt;completion\na;b\n", r"one column, 'prompt;completion': separate columns by commas"),
         ("a.csv", "prompt\tcompletion\na\tb\n", r"one column, 'prompt\\tcompletion': separate columns by commas"),
+        (
+            "a.csv",
+            "prompt,completion,completion\na,b,c\n",
+            r"a\.csv has 2 columns named 'completion'; give each its own",
+        ),
+        (
+            "a.json",
+            '{\n "prompt": "a",\n "completion": "b"\n}\n',
+            r"a\.json holds one object over several lines; write a",
+        ),
         ("a.csv", "prompt,completion\né,b\n".encode("latin-1"), r"not UTF-8 text, in column 'prompt'; save it in"),
     ],
 )
@@ -324,6 +336,48 @@ def test_file_mistakes_are_one_line(tmp_path, name, content, message):
     with pytest.raises(UserError, match=message) as caught:
         splits(str(path))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (
+            pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 3, names=["prompt", "completion", "completion"]),
+            "has 2 columns named 'completion'",
+        ),
+        (
+            pyarrow.table({"text": ["a"], "when": pyarrow.array([10**7], pyarrow.int32()).cast(pyarrow.date32())}),
+            r"a value that Python has no type for \(OverflowError: .*leave out its column",
+        ),
+        (
+            pyarrow.table({"text": ["a"], "when": pyarrow.array([1], pyarrow.timestamp("us", tz="No/Where"))}),
+            r"a value that Python has no type for \(.*No/Where.*leave out its column",
+        ),
+    ],
+)
+def test_columns_of_parquet_that_are_no_rows_are_one_line(tmp_path, table, message):
+    """A row kept the last of two columns of one name; a date after 9999 ended in a traceback."""
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=message):
+        load_examples(str(tmp_path / "a.parquet"))
+
+
+def test_a_cell_longer_than_a_block_of_a_csv_file(tmp_path):
+    """pyarrow reads a megabyte at a time by itself, and no row across two of these."""
+    text = "word " * 800_000
+    (tmp_path / "a.csv").write_text(f"prompt,completion,,\na,{text},,\nb,c,,\n")
+    assert load_examples(str(tmp_path / "a.csv"))["completion"][:] == [text, "c"]
+
+
+def test_optional_columns_without_a_value(write, tmp_path):
+    """NaN was an answer and a cluster of its own, a blank cell one cluster of all such rows."""
+    row = {"prompt": "a", "completion": "b"}
+    [found] = load_examples(write([row | {"answer": float("nan"), "cluster_id": float("nan")}]))
+    assert found == load_examples(write([row]))[0]
+    (tmp_path / "a.csv").write_text("prompt,completion,cluster_id\na,b,\nc,d,p\n")
+    assert load_examples(str(tmp_path / "a.csv"))["cluster_id"][:] == [None, "p"]
+    (tmp_path / "b.csv").write_text("question,answer,answer_type\na,so #### 2,\nc,so #### 3,number\n")
+    assert load_examples(str(tmp_path / "b.csv"))["answer"][:] == ["2", "so #### 3"]
 
 
 def test_names_that_are_no_file(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -78,7 +79,8 @@ def to_examples(
             _check_like_first(example, first)
 
             cluster = row.get("cluster_id")
-            if cluster is not None:
+            # Rows without a cluster are not of one cluster.
+            if not _is_blank(cluster):
                 example["cluster_id"] = str(cluster)
             identity = _identity(row, columns, example)
         except UnicodeEncodeError as error:
@@ -245,7 +247,7 @@ def from_question_answer(
     # Without the mark, final is all of the answer.
     _, mark, final = answer.rpartition(ANSWER_MARK)
     # With a type, the whole column is the answer to check, and not a solution.
-    if row.get("answer_type") is not None:
+    if not _is_blank(row.get("answer_type")):
         reference = _reference(row)
     elif mark or answer_type_of(answer) == "number":
         checked = final.strip()
@@ -356,7 +358,7 @@ def _dialogue(
 def _reference(row: Row) -> dict:
     """Return ``answer`` and ``answer_type`` where the row has a checkable answer."""
     answer = row.get("answer")
-    if answer is None:
+    if _is_missing(answer):
         return {}
     # In Python a bool is an int, too.
     is_text_or_number = isinstance(answer, str | int | float) and not isinstance(answer, bool)
@@ -364,7 +366,9 @@ def _reference(row: Row) -> dict:
         raise UserError(f"'answer' holds {_kind(answer)}, not text or a number")
     text = str(answer)
 
-    answer_type = row.get("answer_type") or answer_type_of(text)
+    answer_type = row.get("answer_type")
+    if _is_blank(answer_type):
+        answer_type = answer_type_of(text)
     if answer_type not in ("number", "exact"):
         raise UserError(f"'answer_type' is {answer_type!r}; it must be 'number' or 'exact'")
     return {"answer": text, "answer_type": answer_type}
@@ -375,6 +379,16 @@ def answer_type_of(answer: str) -> str:
     if parse_number(answer) is None:
         return "exact"
     return "number"
+
+
+def _is_missing(value: Any) -> bool:
+    """Whether an optional column has no value in a row: null, or NaN, which pandas writes there."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _is_blank(value: Any) -> bool:
+    """Whether it has none in a CSV file either, where a missing value is a blank cell."""
+    return _is_missing(value) or value == ""
 
 
 def _text(row: Row, column: str) -> str:

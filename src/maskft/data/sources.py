@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from maskft_common.files import check_regular, expand_user, is_there, open_text,
 from maskft_common.layout import DATA_FILE_ENDINGS
 
 from .registry import TRAINING_SETS, TrainingSet
+
+# Of a CSV file as it is read at a time: a row may not be longer, and that of a whole document can be.
+_CSV_BLOCK_BYTES = 64 * 2**20
 
 # Not read, but a name that ends so is meant as a file, and not looked up on the hub.
 _OTHER_FILE_ENDINGS = (".tsv", ".txt", ".arrow", ".gz", ".zip", ".zst", ".xz", ".bz2", ".yaml", ".yml", ".md")
@@ -72,20 +76,32 @@ def read_file(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
+    file = parquet.ParquetFile(path)
+    _check_columns(file.schema_arrow.names, path)
     # A batch at a time: rows are Python objects, and all of a large file would not fit into memory.
-    for batch in parquet.ParquetFile(path).iter_batches():
-        yield from batch.to_pylist()
+    for batch in file.iter_batches():
+        try:
+            rows = batch.to_pylist()
+        except (OverflowError, LookupError) as error:
+            # A date after the year 9999, a time zone that is not known.
+            raise UserError(
+                f"data file {path} holds a value that Python has no type for ({type(error).__name__}: "
+                f"{first_line(error)}); leave out its column"
+            ) from None
+        yield from rows
 
 
 def _csv_rows(path: Path) -> list[Row]:
     """Rows with every value as text; by itself pyarrow guesses numbers and dates."""
     # Read twice: types are declared by the names of columns, which are not known before.
     parsing = csv.ParseOptions(newlines_in_values=True)
-    guessed = csv.read_csv(path, parse_options=parsing)
+    reading = csv.ReadOptions(block_size=_CSV_BLOCK_BYTES)
+    guessed = csv.read_csv(path, reading, parsing)
     # Spreadsheets of many countries write semicolons, which would be parts of one name.
     names = guessed.column_names
     if len(names) == 1 and any(separator in names[0] for separator in ";\t|"):
         raise UserError(f"data file {path} has one column, {names[0]!r}: separate columns by commas")
+    _check_columns(names, path)
     # pyarrow gives bytes where a text is not UTF-8, and converting them has another error.
     for name, column in zip(names, guessed.columns, strict=True):
         if pyarrow.types.is_binary(column.type):
@@ -93,10 +109,19 @@ def _csv_rows(path: Path) -> list[Row]:
     types = dict.fromkeys(guessed.column_names, pyarrow.string())
     table = csv.read_csv(
         path,
-        parse_options=parsing,
-        convert_options=csv.ConvertOptions(column_types=types),
+        reading,
+        parsing,
+        csv.ConvertOptions(column_types=types),
     )
     return table.to_pylist()
+
+
+def _check_columns(names: Sequence[str], path: Path) -> None:
+    """Raise for two columns of one name, of which a row would keep the last."""
+    for name, count in Counter(names).items():
+        # Spreadsheets write empty columns without a name.
+        if name and count > 1:
+            raise UserError(f"data file {path} has {count} columns named {name!r}; give each its own name")
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:
@@ -110,6 +135,10 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:
                 rows = _parse_json(text, path, first=1)
                 yield from numbered(rows)
                 return
+            if _is_one_value(text):
+                raise UserError(
+                    f"data file {path} holds one object over several lines; write a list of rows, or a row per line"
+                )
             lines = io.StringIO(text)
 
         for number, line in enumerate(lines, start=1):
@@ -118,6 +147,18 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:
             if text:
                 row = _parse_json(text, path, first=number)
                 yield f"line {number}", row
+
+
+def _is_one_value(text: str) -> bool:
+    """Whether several lines are one JSON value: the first of them would not be JSON, though the file is."""
+    if "\n" not in text.strip():
+        return False
+    try:
+        # Lines that are a value each end this after the first.
+        parse_json(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _parse_json(
