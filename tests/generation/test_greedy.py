@@ -91,8 +91,12 @@ def test_an_answer_ends_at_an_end_token(name):
     free = greedy_generate(net, TOKENIZER, questions, Bounds(12, 4))
     letter = free[0][5]
     [end] = TOKENIZER(letter)["input_ids"]
+    expected = [text.split(letter)[0] for text in free]
     found = greedy_generate(net, TOKENIZER, questions, Bounds(12, 4, end_tokens=[end]))
-    assert found == [text.split(letter)[0] for text in free] and found[0] != free[0]
+    assert found == expected and found[0] != free[0]
+    # Nor is one that the model itself names.
+    net.generation_config.eos_token_id = [EOS, end]
+    assert greedy_generate(net, TOKENIZER, questions, Bounds(12, 4)) == expected
 
 
 def test_finished_rows_leave_and_others_take_their_places(monkeypatch):

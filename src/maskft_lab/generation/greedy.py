@@ -360,8 +360,8 @@ class _Job:
         tokens: list[int],
     ) -> None:
         """Decode the answer of one prompt, cut it before the first stop string, and keep it."""
-        # One of these need not be a special token, which decoding drops.
-        ends = [place for place, token in enumerate(tokens) if token in self.bounds.end_tokens]
+        # Not all of these need be special tokens, which decoding drops: Gemma's <end_of_turn> was none.
+        ends = [place for place, token in enumerate(tokens) if token in self.eos_ids]
         tokens = tokens[: min(ends, default=None)]
         # All of it at once: tokens decoded one by one would lose spaces and characters of several tokens.
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
