@@ -43,7 +43,7 @@ def without_folder(name: str) -> str:
     return Path(name).absolute().name
 
 
-def expand_user(name: str | Path) -> Path:
+def expand_user(name: str | os.PathLike) -> Path:
     """The path of this name, ``~`` and ``~USER`` replaced.
 
     ``Path.expanduser`` raises RuntimeError for a user who does not exist, as in ``~data/rows.jsonl`` where
@@ -223,7 +223,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:
     """Write a file as ``write_text`` does."""
-    path = Path(path)
+    path = expand_user(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as file:

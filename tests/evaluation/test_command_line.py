@@ -3,6 +3,7 @@
 import pytest
 
 from maskft_common.errors import UserError
+from maskft_common.files import write_text
 from maskft_common.layout import ADAPTER_CONFIG
 from maskft_lab.cli.evaluate import main
 from maskft_lab.evaluation.command_line import make_parser, read
@@ -36,6 +37,15 @@ def test_models_that_are_given_twice(folders):
     for words in (("x", "y"), ("x", "--model_name_or_path", "y")):
         with pytest.raises(UserError, match="one model is evaluated at a time"):
             options(*words)
+
+
+def test_the_home_folder_of_an_output(monkeypatch, tmp_path):
+    """A shell leaves the ~ of --output_dir=~/results as it is, and a folder of that name was made."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args = make_parser().parse_args(["owner/name", "--output_dir=~/results"])
+    assert read(args)[0].output_dir == str(tmp_path / "results")
+    write_text("~/table.md", "a table")
+    assert (tmp_path / "table.md").read_text() == "a table"
 
 
 def test_missing_data_is_reported_before_the_model_is_loaded(tmp_path):

@@ -545,6 +545,15 @@ def test_a_dry_run_warns_of_a_disk_that_may_become_full(content, tmp_path, capsy
     assert warning.startswith("Warning: the disk may become full: make room, or name a folder on another disk")
 
 
+def test_a_study_in_the_home_folder(content, tmp_path, capsys, monkeypatch):
+    """A shell leaves the ~ of --output_dir=~/runs as it is, and a folder of that name was made."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(content))
+    assert main(["study", str(file), "--dry_run", "--output_dir=~/runs"]) == 0
+    assert f"are free for '{tmp_path / 'runs'}'." in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "change",
     [{"model": "someone/a-model-of-the-hub"}, {"train": {"save_total_limit": 0, "save_strategy": "epoch"}}],

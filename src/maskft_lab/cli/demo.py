@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from maskft_common.errors import UserError
+from maskft_common.files import expand_user
 from maskft_common.layout import EMBEDDED_MODEL
 
 _RECIPES = Path(__file__).parents[1] / "recipes"
@@ -148,7 +149,7 @@ def _content(args: argparse.Namespace) -> dict[str, Any]:
 def _run_study(args: argparse.Namespace) -> None:
     # The time that is shown at the end includes that of the imports.
     started_at = time.monotonic()
-    folder = Path(args.output_dir)
+    folder = expand_user(args.output_dir)
     # silence() would do it, but comes after the ready mask has answered.
     warnings.simplefilter("ignore", FutureWarning)
 

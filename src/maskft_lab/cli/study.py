@@ -87,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Check the recipe, expand it, then list or run it."""
-    from maskft_common.files import read_text
+    from maskft_common.files import expand_user, read_text
     from maskft_common.yaml_file import read_yaml
 
     if args.recipe and args.config:
@@ -131,7 +131,7 @@ def run(args: argparse.Namespace) -> None:
     plan = checked_plan(recipe)
     folder = Path("runs") / recipe.name
     if args.output_dir:
-        folder = Path(args.output_dir)
+        folder = expand_user(args.output_dir)
 
     if args.dry_run:
         from ..study.dry_run import print_dry_run

@@ -7,6 +7,7 @@ import argparse
 from maskft.data.arguments import DataArguments
 from maskft_common.command_line import OneLineParser, add_options, read_options
 from maskft_common.errors import UserError
+from maskft_common.files import expand_user
 from maskft_common.layout import holds_adapter
 
 from .evaluation_arguments import (
@@ -55,6 +56,8 @@ def read(args: argparse.Namespace) -> tuple[EvaluationArguments, DataArguments]:
     # Tasks
     if not options.output_dir:
         raise UserError("output_dir is missing; name a folder for the results with --output_dir")
+    # Shells leave the ~ of --output_dir=~/results as it is.
+    options.output_dir = str(expand_user(options.output_dir))
     if not options.task_names:
         raise UserError("tasks names no task; name some, such as --tasks gsm8k,heldout")
     if options.limit and options.task_names == [HELDOUT]:
