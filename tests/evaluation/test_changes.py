@@ -157,6 +157,25 @@ def test_evaluations_joined_by_a_plus_go_on_where_they_were_stopped(base, data, 
     assert [read_result(tmp_path / name / "result.json")["model"]["seed"] for name in "abc"] == [0, 1, 2]
 
 
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        ("", "model_name_or_path is missing; name a model, or adapters with --adapter"),
+        ("BASE --device nowhere", "device 'nowhere' cannot be used"),
+    ],
+)
+def test_the_models_of_the_last_evaluation_are_checked_before_the_first_is_measured(
+    models, message, base, data, tmp_path, capsys
+):
+    def words(folder, models):
+        return f"{models} --dataset_name {data} --no_generate --output_dir {tmp_path / folder}".split()
+
+    models = models.replace("BASE", str(base))
+    assert main(["evaluate", *words("a", base), "+", *words("b", models)]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
 @pytest.fixture
 def base_with_negative_zeros(base, tmp_path):
     """Every dequantised GGUF holds some; ``lerp(w, w, 0)`` makes +0.0 of them."""

@@ -252,4 +252,10 @@ def test_items_whose_prompt_fills_max_length_are_counted(net):
     rows = [*ROWS, {"id": "long", "prompt": "1+1+1+1=", "completion": "4", "answer": "4"}]
     record = evaluate_rows(net, TOKENIZER, rows, EvaluationArguments(max_length=6, max_new_tokens=2))
     assert len(record["items"]) == record["metrics"]["accuracy"]["num_items"] == 6
-    assert record["note"] == "1 of 7 items have no supervised token within --max_length and count in no metric"
+    assert record["note"] == "1 of 7 items have no supervised token within --max_length 6 and count in no metric"
+
+
+def test_rows_without_an_answer_of_their_own_are_not_advised_to_raise_max_length(net):
+    rows = [{"id": "a", "messages": [{"role": "user", "content": "1+1="}]}]
+    with pytest.raises(UserError, match="1 of 1 items have no supervised token; give rows with a completion, or"):
+        evaluate_rows(net, TOKENIZER, rows, LOSSES)

@@ -56,6 +56,7 @@ def main(argv: Sequence[str]) -> None:
 
     from ..estimate.out_of_memory import explained
     from ..evaluation.command_line import make_parser, read
+    from ..evaluation.load_models import check_models
 
     silence()
     evaluations: list[Evaluation] = []
@@ -64,8 +65,9 @@ def main(argv: Sequence[str]) -> None:
         evaluations.append(read(args))
     _check_output_dirs(evaluations)
 
-    # All benchmarks are read before the first model is loaded: a mistake in the last evaluation is reported now, not
-    # after the hours of the first. Held-out rows come later, with the tokenizer on which they depend.
+    # All models are checked and all benchmarks are read before the first model is loaded: a mistake in the last
+    # evaluation is reported now, not after the hours of the first. Held-out rows come later, with the tokenizer on
+    # which they depend.
     is_alone = len(evaluations) == 1
     groups: list[tuple[list[EvaluationArguments], list[Measure]]] = []
     # groupby joins neighbours alone: the evaluations keep their order.
@@ -73,6 +75,7 @@ def main(argv: Sequence[str]) -> None:
         options_of_group = []
         measures = []
         for options, data in group:
+            check_models(options)
             options_of_group.append(options)
             measures.append(_prepared(options, data, is_alone))
         groups.append((options_of_group, measures))

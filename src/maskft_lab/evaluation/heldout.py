@@ -178,12 +178,16 @@ def evaluate_rows(
             item["answer"] = row["answer"]
             item["output"] = output
 
-    # A prompt may fill max_length, and nothing of its completion is left.
+    # A prompt may fill max_length, and nothing of its completion is left. Or there is none.
     kept = [item for item in items if item["num_tokens"] > 0]
     num_without = len(items) - len(kept)
-    without = f"{num_without} of {len(items)} items have no supervised token within --max_length"
+    without = f"{num_without} of {len(items)} items have no supervised token"
+    remedy = "give rows with a completion, or an assistant turn after the first message"
+    if options.max_length is not None:
+        without += f" within --max_length {options.max_length}"
+        remedy = "raise it"
     if not kept:
-        raise UserError(f"{without} {options.max_length}; raise it")
+        raise UserError(f"{without}; {remedy}")
 
     # The record
     # The loss first, as the main metric of rows without answers.

@@ -52,6 +52,19 @@ class Loaded:
     before: dict[str, torch.Tensor] | None = None
 
 
+def check_models(options: EvaluationArguments) -> None:
+    """Check the models and the device of an evaluation as far as possible without loading one.
+
+    Raises:
+        UserError: For the first mistake.
+    """
+    if options.change:
+        check_model_source(options.model_name_or_path)
+    else:
+        base_and_revision(options.model_name_or_path, options.adapter or [NO_ADAPTER])
+    check_device(options.device)
+
+
 def load_each(options: EvaluationArguments) -> Iterator[Loaded]:
     """Load a base model once, and put one adapter after another over it.
 

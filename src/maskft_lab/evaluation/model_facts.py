@@ -130,10 +130,11 @@ def base_and_revision(name: str | None, adapters: Sequence[str]) -> tuple[str, s
     distinct = set(bases.values())
     if name is None and len(distinct) == 1:
         [name] = distinct
+    if name is None and not bases:
+        raise UserError("model_name_or_path is missing; name a model, or adapters with --adapter")
     if name is None:
         pairs = [f"{Path(adapter).name}: {base}" for adapter, base in bases.items()]
-        shown = ", ".join(pairs) or "there are none"
-        raise UserError(f"the adapters do not name one base model ({shown}); pass --model_name_or_path")
+        raise UserError(f"the adapters do not name one base model ({', '.join(pairs)}); pass --model_name_or_path")
     check_model_source(name)
 
     # An adapter without revision is over the main one. If the user named another base, the adapters' revisions are not
