@@ -229,6 +229,13 @@ def test_a_template_that_is_not_utf_8_is_one_line(folder, tmp_path):
         load_tokenizer(str(folder), str(template))
 
 
+def test_a_byte_order_mark_is_no_part_of_a_template(folder, tmp_path):
+    """It was the first character of every prompt."""
+    template = tmp_path / "chat.jinja"
+    template.write_text("{{ messages }}", encoding="utf-8-sig")
+    assert load_tokenizer(str(folder), str(template)).chat_template == "{{ messages }}"
+
+
 def test_a_pickle_is_not_run(folder, tmp_path):
     class Attack:
         def __reduce__(self):

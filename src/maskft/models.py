@@ -291,7 +291,8 @@ def _read_template(file: str) -> str:
             "chat_template.jinja"
         )
     try:
-        return path.read_text(encoding="utf-8")
+        # Some editors begin a file with a byte order mark, which would be the first character of every prompt.
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
             f"chat_template_path {file!r} is not UTF-8 text: {error.reason} at byte {error.start}; save it as UTF-8"
