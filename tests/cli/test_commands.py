@@ -1,6 +1,7 @@
 """Every command for real on a tiny model: evaluate, compare, merge, inspect, verify, demo, env, and help."""
 
 import gzip
+import io
 import json
 import re
 import shlex
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from importlib import resources
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -99,6 +101,15 @@ def test_a_reader_that_closes_is_no_traceback():
     run = f"{sys.executable} -m maskft_lab.cli.main"
     done = subprocess.run(f"{run} --help | true", shell=True, capture_output=True, text=True)
     assert done.stderr == ""
+
+
+def test_a_terminal_without_the_characters_of_a_table(monkeypatch):
+    """A result was written, and its ± ended the command: models behind it were not evaluated."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    file = Path(__file__).parents[2] / "results" / "smollm2-benchmarks" / "pretrained--ifeval.json"
+    assert main(["compare", str(file)]) == 0
+    assert "19.0 ? 2.8" in out.buffer.getvalue().decode("ascii")
 
 
 def test_a_missing_extra_is_no_traceback(tmp_path):

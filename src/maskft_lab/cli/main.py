@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import shlex
 import signal
@@ -65,6 +66,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status (0 done, 2 wrong input, 130 Ctrl-C, 141 no reader, 143 SIGTERM)."""
     if argv is None:
         argv = sys.argv[1:]
+    # Tables have characters that are not in ASCII or Latin-1, such as ±: where the terminal or the locale knows no
+    # others, they are question marks, and not an error after the work is done.
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")
     try:
         status = _run(list(argv))
         # Here, where a closed reader can still be handled, and not when Python exits.
