@@ -159,6 +159,8 @@ def test_held_out_data_is_evaluated_without_training_data(tmp_path, monkeypatch)
         ({"dataset_name": "train.jsonl", "dataset_eval_split": "test"}, None),
         ({"dataset_name": "gsm8k"}, None),
         ({"dataset_name": {"train.jsonl": 3, "test.jsonl": 1}}, None),
+        ({"dataset_name": "test.jsonl", "data_dir": "."}, "test.jsonl"),
+        ({"dataset_name": "train.jsonl,test.jsonl", "data_dir": "."}, None),
     ],
 )
 def test_a_test_set_is_named_by_its_file_where_it_is_one(words, expected, tmp_path, monkeypatch):

@@ -16,12 +16,12 @@ from torch.func import functional_call
 
 from maskft.data.answers import check_answer
 from maskft.data.arguments import DataArguments, check_sizes
-from maskft.data.mixtures import load_examples
+from maskft.data.mixtures import load_examples, parse_mixture
 from maskft.data.splits import clusters_of, load_heldout, load_splits
 from maskft.data.tokenizing import completion_of, end_of_turn, prompt_ids, prompt_of, tokenize_example
 from maskft.loss import RowLoss, length_sorted_batches, nll_per_item, pad
 from maskft_common.errors import UserError
-from maskft_common.files import digest
+from maskft_common.files import digest, is_there
 from maskft_common.layout import DATA_FILE_ENDINGS
 
 from ..generation.greedy import Bounds, check_context, check_not_empty, memory_bound_rows
@@ -95,11 +95,13 @@ def name_of_test_set(data: DataArguments, eval_split_size: float | None) -> str 
         name = data.dataset_name
     if not name or data.dataset_eval_split:
         return None
-    # A mixture, NAME:ROWS,NAME:ROWS, does not end like a file.
+    first, *others = parse_mixture(name)
+    if others or first.amount is not None:
+        return None
     if not name.lower().endswith(DATA_FILE_ENDINGS):
         return None
     # A file in data_dir is named relative to it.
-    if data.data_dir is None and not Path(name).is_file():
+    if data.data_dir is None and not is_there(name):
         return None
     return Path(name).name
 
