@@ -36,7 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
     data = parser.add_argument_group(
         "held-out data",
         "Evaluated rows: eval_dataset_name if given; else, with eval_split_size, the held-out part of dataset_name; "
-        "else all of dataset_name.",
+        "else all of dataset_name (of a hub data set: its split dataset_train_split).",
     )
     add_options(data, DataArguments, NOT_OF_HELDOUT_DATA)
     return parser
