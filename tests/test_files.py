@@ -367,6 +367,24 @@ def test_an_output_folder_that_is_a_link_leads_to_a_folder(base, data, tmp_path,
         assert (tmp_path / "disk" / "lock").is_file()
 
 
+def test_what_is_no_file_is_not_replaced(tmp_path, monkeypatch):
+    """As root, --output /dev/null made a file of the device."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for name in ("pipe", "link"):
+        with pytest.raises(UserError, match="is a pipe or a device, not a regular file; name a file"):
+            write_text(tmp_path / name, "text")
+    assert stat.S_ISFIFO((tmp_path / "link").stat().st_mode)
+
+    # A link, whatever it leads to: stdout may be a file. Nothing is written here, even if it is not refused.
+    def write_nothing(path):
+        raise AssertionError(path)
+
+    monkeypatch.setattr("maskft_common.files.whole_file", write_nothing)
+    with pytest.raises(UserError, match="'/dev/stdout' is "):
+        write_text("/dev/stdout", "text")
+
+
 def test_a_full_disk_is_not_advised_to_take_another_path(tmp_path, monkeypatch):
     """Files of a study have fixed names: nobody can give another path."""
 
