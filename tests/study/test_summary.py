@@ -39,6 +39,16 @@ def test_without_an_evaluation_during_training_the_last_step_is_the_best():
     assert "8 of 8" in _accounts_table([end], {})
 
 
+def test_a_size_below_a_kilobyte_is_not_written_as_none():
+    """Nor are the epochs of a few steps over many rows."""
+    run = result("mask", "best", 8) | {"model": {"seed": 0, "num_bytes": 312}}
+    run["study"] |= {"epochs": 0.0031, "tokens": 900, "total_epochs": 1.25, "total_tokens": 2e6}
+    *_, row = _accounts_table([run], {}).splitlines()
+    assert row == "| mask | 0 | 8 of 8 | 0.003 | 900 | 1.25 | 2e+06 | 0.3 |"
+    run["model"]["num_bytes"] = 2_402_000
+    assert _accounts_table([run], {}).endswith("| 2,402 |")
+
+
 def evaluated(name, losses):
     items = [{"id": f"{n}", "nll": loss, "num_tokens": 1, "accuracy": n % 2} for n, loss in enumerate(losses)]
     metrics = {metric: metric_from_items(items, metric) for metric in ("nll", "accuracy")}

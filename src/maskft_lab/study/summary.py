@@ -21,6 +21,7 @@ from ..results.render import render, render_scores
 from ..results.schema import Result, has_items, read_result
 from ..results.scores import scores
 from ..results.tables import Table, draw
+from ..results.words import rounded
 from .damage import is_whole_result
 from .folder import Study
 from .path import curves
@@ -364,9 +365,9 @@ def _accounts_table(results: list[Result], num_tried: dict[str, int]) -> str:
             result["name"],
             str(model["seed"]),
             steps,
-            f"{study['epochs']:.2f}",
+            _decimal(study["epochs"], 2),
             f"{study['tokens']:.3g}",
-            f"{study['total_epochs']:.2f}",
+            _decimal(study["total_epochs"], 2),
             f"{study['total_tokens']:.3g}",
         ]
         # The optional columns, in the order of the header.
@@ -378,12 +379,18 @@ def _accounts_table(results: list[Result], num_tried: dict[str, int]) -> str:
             row.append(_kl_of_budget(study.get("kl")))
         if has_sizes:
             num_bytes = model.get("num_bytes")
-            size = f"{num_bytes / 1000:,.0f}" if num_bytes else "–"
+            size = _decimal(num_bytes / 1000, 0) if num_bytes else "–"
             row.append(size)
         rows.append(tuple(row))
 
     table = Table(tuple(columns), rows)
     return draw(table, "markdown").rstrip("\n")
+
+
+def _decimal(number: float, digits: int) -> str:
+    """A number with this many decimals, or with more where it would be written as zero and is not."""
+    [shown], digits = rounded([number], 1.0, digits)
+    return f"{shown:,.{digits}f}"
 
 
 def _kl_of_budget(kl: dict[str, Any] | None) -> str:
