@@ -145,6 +145,7 @@ def test_verdicts_are_kept_until_the_result_is_written(command, judge, tmp_path,
         (["--reference_outputs", "nowhere.json"], None, "data file nowhere.json does not exist"),
         ([], "[]", "AlpacaEval's files are JSON lists of objects with instruction and output"),
         ([], '[{"instruction": "a"}]', "AlpacaEval's files are JSON lists of objects"),
+        ([], r'[{"instruction": "\ud83d", "output": "b"}]', "references.json: row 1: '\\ud83d' is half a surrogate"),
     ],
 )
 def test_mistakes_are_one_line_and_write_nothing(words, content, message, command, tmp_path):

@@ -26,6 +26,13 @@ def test_another_format_names_file_row_and_fields(row, tmp_path):
         load_docs("gsm8k", tmp_path)
 
 
+def test_half_a_surrogate_pair_in_an_item_is_one_line(tmp_path):
+    lines = [json.dumps(benchmark_files.GSM8K[0]), json.dumps({"question": "\ud83d", "answer": "#### 1"})]
+    (tmp_path / "gsm8k_test.jsonl").write_text("\n".join(lines))
+    with pytest.raises(UserError, match=r"gsm8k_test.jsonl: line 2: '\\ud83d' is half a surrogate pair; remove it"):
+        load_docs("gsm8k", tmp_path)
+
+
 def test_no_file_several_files_no_rows(tmp_path):
     for folder in (tmp_path, tmp_path / "none"):
         with pytest.raises(UserError, match="holds no test file of gsm8k"):

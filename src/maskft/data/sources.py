@@ -178,6 +178,23 @@ def _parse_json(
         raise UserError(f"data file {path} cannot be read at line {first}: {error}") from None
 
 
+def check_unicode(row: Row, place: str) -> None:
+    """Raise for a text with half a surrogate pair, which JSON can spell, and no tokenizer or file takes.
+
+    Args:
+        row: The row, or those of its columns that are used.
+        place: Its file and place, for the message.
+
+    Raises:
+        UserError: If there is one.
+    """
+    try:
+        json.dumps(row, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start : error.end]
+        raise UserError(f"{place}: {half!r} is half a surrogate pair; remove it") from None
+
+
 def numbered(rows: Iterable[Row]) -> Iterator[tuple[str, Row]]:
     """Yield each row with its place, counted from 1: ``row 1``."""
     for number, row in enumerate(rows, start=1):

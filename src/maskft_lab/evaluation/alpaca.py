@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from maskft.data.sources import read_file
+from maskft.data.sources import check_unicode, read_file
 from maskft.data.tokenizing import prompt_ids
 from maskft_common import files, layout
 from maskft_common.errors import UserError, first_line, install_hint
@@ -59,8 +59,11 @@ def load_alpaca(options: EvaluationArguments) -> list[Mapping[str, Any]]:
         path = _published_file()
     else:
         path = files.expand_user(options.reference_outputs)
+    references = []
     # Each row comes with its place in the file, for messages.
-    references = [row for _, row in read_file(path)]
+    for place, row in read_file(path):
+        check_unicode(row, f"{path}: {place}")
+        references.append(row)
     if not references or not all(_is_output(row) for row in references):
         raise UserError(f"{path}: AlpacaEval's files are JSON lists of objects with instruction and output")
 

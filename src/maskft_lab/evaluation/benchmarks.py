@@ -16,7 +16,7 @@ from unittest import mock
 
 import datasets
 
-from maskft.data.sources import read_file
+from maskft.data.sources import check_unicode, read_file
 from maskft_common.errors import UserError, first_line, install_hint
 from maskft_common.files import expand_user
 
@@ -246,7 +246,9 @@ def load_docs(task: str, data_dir: str | Path | None) -> datasets.Dataset:
             wanted = ", ".join(pairs)
             raise UserError(f"{file}: {place} is not an item of {task}, which has {wanted}; is it the published file?")
         # Without other columns, whose types may differ from row to row: a Dataset takes one type per column.
-        rows.append({name: row[name] for name in fields})
+        item = {name: row[name] for name in fields}
+        check_unicode(item, f"{file}: {place}")
+        rows.append(item)
     if not rows:
         raise UserError(f"{file} has no rows")
     return datasets.Dataset.from_list(rows)
