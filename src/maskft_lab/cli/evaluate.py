@@ -75,9 +75,9 @@ def main(argv: Sequence[str]) -> None:
         options_of_group = []
         measures = []
         for options, data in group:
-            check_models(options)
             options_of_group.append(options)
             measures.append(_prepared(options, data, is_alone))
+            check_models(options)
         groups.append((options_of_group, measures))
 
     advice = "answers so far are kept: run the same command with a smaller --batch_size, or anew with --dtype bfloat16"
