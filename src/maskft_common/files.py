@@ -224,11 +224,11 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:
     """Write a file as ``write_text`` does."""
     path = expand_user(path)
-    # As root, the rename would put a file in the place of a device: /dev/null, or the link /dev/stdout.
-    check_regular(path)
-    if path.is_symlink() and path.absolute().is_relative_to("/dev"):
-        raise UserError(f"{str(path)!r} is no file of its own; name a file")
     try:
+        # As root, the rename would put a file in the place of a device: /dev/null, or the link /dev/stdout.
+        check_regular(path)
+        if path.is_symlink() and path.absolute().is_relative_to("/dev"):
+            raise UserError(f"{str(path)!r} is no file of its own; name a file")
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as file:
             file.write(content)
