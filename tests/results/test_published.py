@@ -33,7 +33,9 @@ NO_STUDIES = {
     "qwen25-05b-intents",
     "smollm2-exact-in-four-bits",
     "smollm2-kl-budget",
+    "smollm2-kl-budget-aim15",
     "smollm2-kl-budget-nearest",
+    "smollm2-kl-budget-ramp",
     "smollm2-skills",
 }
 STUDIES = sorted({folder.name for folder in RESULTS.iterdir()} - NO_STUDIES)
