@@ -73,15 +73,15 @@ class Change:
 
     def _copies(self) -> list[Tensor]:
         """Copies of the parameters; under FSDP of the rows that this process holds."""
-        return [_copy(local_part(parameter)) for parameter in self._parameters()]
+        return [_copy(local_part(parameter)) for parameter in self._current_parameters()]
 
     def _set(self, trained: Sequence[Tensor], part: float) -> None:
-        for parameter, start, end in zip(self._parameters(), self._start, trained, strict=True):
+        for parameter, start, end in zip(self._current_parameters(), self._start, trained, strict=True):
             if is_sharded(parameter):
                 start = rows_of(start, parameter)
             write_part(local_part(parameter), start, end, part)
 
-    def _parameters(self) -> list[Tensor]:
+    def _current_parameters(self) -> list[Tensor]:
         # What is written to shards would not reach weights that are gathered already.
         reshard(self._model)
         return [getattr(module, name) for module, name in self._places]
