@@ -84,8 +84,7 @@ def to_examples(
                 example["cluster_id"] = str(cluster)
             identity = _identity(row, columns, example)
         except UnicodeEncodeError as error:
-            half = error.object[error.start : error.end]
-            raise UserError(f"{name}: {place}: {half!r} is half a surrogate pair; remove it") from None
+            raise UserError(f"{name}: {place}: {half_pair(error)}") from None
         except UserError as error:
             # Readers know neither the set nor the place.
             raise UserError(f"{name}: {place}: {error}") from None
@@ -379,6 +378,12 @@ def answer_type_of(answer: str) -> str:
     if parse_number(answer) is None:
         return "exact"
     return "number"
+
+
+def half_pair(error: UnicodeEncodeError) -> str:
+    """What is wrong with a text that has half a surrogate pair, and what to do."""
+    half = error.object[error.start : error.end]
+    return f"{half!r} is half a surrogate pair; remove it"
 
 
 def _is_missing(value: Any) -> bool:

@@ -20,6 +20,7 @@ from maskft_common.errors import UserError, did_you_mean, first_line
 from maskft_common.files import check_regular, expand_user, is_there, open_text, parse_json
 from maskft_common.layout import DATA_FILE_ENDINGS
 
+from .formats import half_pair
 from .registry import TRAINING_SETS, TrainingSet
 
 # Of a CSV file as it is read at a time: a row may not be longer, and that of a whole document can be.
@@ -191,8 +192,7 @@ def check_unicode(row: Row, place: str) -> None:
     try:
         json.dumps(row, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError as error:
-        half = error.object[error.start : error.end]
-        raise UserError(f"{place}: {half!r} is half a surrogate pair; remove it") from None
+        raise UserError(f"{place}: {half_pair(error)}") from None
 
 
 def numbered(rows: Iterable[Row]) -> Iterator[tuple[str, Row]]:

@@ -334,6 +334,7 @@ class NearBase(TrainerCallback):
                 until it is left, also of weights that have changed meanwhile.
         """
         whole = measure()
+        # Without a budget both are None, else neither is; mypy needs both checks.
         if self._change is None or self.budget is None or self.excess(whole) == 0:
             yield MeasuredKL(whole, 1.0, whole)
             return
