@@ -286,6 +286,25 @@ def new_folder(folder: str | Path, option: str) -> Path:
     return folder
 
 
+def check_output_dir(folder: Path) -> None:
+    """Check before the work that an output folder can be written to; it need not exist yet.
+
+    Raises:
+        UserError: If it, or what it would be made in, is a file or cannot be written to, or if we would write through a
+            link (:func:`check_no_link`).
+    """
+    check_no_link(folder)
+    path = folder.absolute()
+    first_there = next(place for place in (path, *path.parents) if place.exists())
+    if not first_there.is_dir():
+        problem = "it is a file"
+    elif not os.access(first_there, os.W_OK | os.X_OK):
+        problem = "there is no permission for it"
+    else:
+        return
+    raise UserError(f"output_dir {str(folder)!r} cannot be written below {first_there}: {problem}; name another")
+
+
 def check_no_link(folder: Path) -> None:
     """Raise for an output folder that is a dangling link, or holds a link to a file: we would write to its target."""
     if folder.is_symlink() and not folder.is_dir():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .errors import UserError
-from .files import check_no_link
+from .files import check_output_dir
 
 
 class Hold(NamedTuple):
@@ -43,9 +43,7 @@ def held(
     Raises:
         UserError: If it is a file, or someone else holds it.
     """
-    check_no_link(folder)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output_dir {str(folder)!r} is a file; name a folder")
+    check_output_dir(folder)
     # The innermost first, so that each is empty when it is removed at the end.
     places = [folder, *folder.parents]
     made = [place for place in places if not place.exists()]

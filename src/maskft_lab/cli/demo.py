@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from maskft_common.errors import UserError
-from maskft_common.files import expand_user
+from maskft_common.files import check_output_dir, expand_user
 from maskft_common.layout import EMBEDDED_MODEL
 
 _RECIPES = Path(__file__).parents[1] / "recipes"
@@ -150,6 +150,8 @@ def _run_study(args: argparse.Namespace) -> None:
     # The time that is shown at the end includes that of the imports.
     started_at = time.monotonic()
     folder = expand_user(args.output_dir)
+    # Also checked by the study, but that comes after the ready mask has answered.
+    check_output_dir(folder)
     # silence() would do it, but comes after the ready mask has answered.
     warnings.simplefilter("ignore", FutureWarning)
 

@@ -181,7 +181,7 @@ def labelled_files(
             raise UserError(f"{label!r} is not a valid --name; use printable characters")
 
     root = Path(output_dir)
-    _check_writable(root)
+    files.check_output_dir(root)
     # The result of a single model is directly in the folder that the user named.
     if len(sources) == 1:
         return [(labels[0], root / layout.RESULT)]
@@ -216,21 +216,6 @@ def _default_label(source: str) -> str:
         # Gives `.` and `..` a name. Links are not followed: that of a file in the hub's cache leads to a checksum.
         path = Path(os.path.abspath(path))
     return printable(path.name)
-
-
-def _check_writable(folder: Path) -> None:
-    """Refuse a folder that cannot be written to, hours before a result is."""
-    files.check_no_link(folder)
-    # It need not exist yet: it is made in the first folder above it that exists.
-    path = folder.absolute()
-    first_there = next(place for place in (path, *path.parents) if place.exists())
-    if not first_there.is_dir():
-        problem = "it is a file"
-    elif not os.access(first_there, os.W_OK | os.X_OK):
-        problem = "there is no permission for it"
-    else:
-        return
-    raise UserError(f"output_dir {str(folder)!r} cannot be written below {first_there}: {problem}; name another")
 
 
 def finished_result(

@@ -78,7 +78,7 @@ class EvaluationArguments:
     # Tasks
     tasks: str = _option(
         "separated by commas: gsm8k, minerva_math, humaneval, humaneval_plus, ifeval, alpaca_eval, heldout, or any "
-        "other task of lm-eval; all but heldout need the extra `eval`",
+        "other task of lm-eval; all but heldout and alpaca_eval need the extra `eval`",
         HELDOUT,
     )
     data_dir: str | None = _option(
