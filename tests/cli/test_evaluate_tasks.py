@@ -22,6 +22,7 @@ from maskft_lab.evaluation import evaluate as run
 from maskft_lab.evaluation import load_models as load
 from maskft_lab.evaluation.evaluate import evaluate_loaded
 from maskft_lab.evaluation.evaluation_arguments import EvaluationArguments
+from maskft_lab.generation.lm_eval_model import BatchedLM
 from tiny_tokenizer import tiny_tokenizer
 
 
@@ -58,6 +59,12 @@ def files(tmp_path_factory):
     return benchmark_files.write(tmp_path_factory.mktemp("data") / "files")
 
 
+@pytest.fixture
+def short_answers(monkeypatch):
+    """Bound the answers to gsm8k: lm-eval's default, 256 tokens, would take most of the time of a test."""
+    monkeypatch.setattr(BatchedLM, "max_gen_toks", 16)
+
+
 def call(words, capsys):
     capsys.readouterr()
     status = main([str(word) for word in words])
@@ -73,6 +80,7 @@ def outputs(folder, task="gsm8k"):
     return [item["output"] for item in result_of(folder)["tasks"][task]["items"]]
 
 
+@pytest.mark.usefixtures("short_answers")
 def test_benchmarks_and_heldout_in_one_result(chat_base, files, data, tmp_path, capsys):
     words = ["evaluate", "--model_name_or_path", chat_base, "--tasks", "gsm8k,heldout", "--data_dir", files]
     words += ["--limit", 2, "--dataset_name", data, "--max_eval_samples", 3, "--max_new_tokens", 4]
@@ -89,12 +97,12 @@ def test_benchmarks_and_heldout_in_one_result(chat_base, files, data, tmp_path, 
     assert [path.name for path in (tmp_path / "out").iterdir()] == [RESULT], "the journal is gone"
 
 
+@pytest.mark.usefixtures("short_answers")
 def test_several_adapters_load_the_base_once(chat_base, adapters, files, tmp_path, capsys, monkeypatch):
     loads = []
     load_model = load.load_model
     monkeypatch.setattr(load, "load_model", lambda *args, **how: (loads.append(args), load_model(*args, **how))[1])
     common = ["evaluate", "--model_name_or_path", chat_base, "--tasks", "gsm8k", "--data_dir", files, "--limit", 1]
-    common += ["--max_new_tokens", 8]  # the default of gsm8k, 256, takes most of the time of this test
     many = [adapters["mask1"], adapters["mask2"], "none", adapters["lora"]]
     status, _, err = call([*common, "--output_dir", tmp_path / "all", "--adapter", *many], capsys)
     assert status == 0, err
@@ -113,6 +121,7 @@ def test_several_adapters_load_the_base_once(chat_base, adapters, files, tmp_pat
     assert status == 0 and out.count("already done") == 3 and outputs(tmp_path / "all" / "mask2") == found["mask2"]
 
 
+@pytest.mark.usefixtures("short_answers")
 def test_training_seeds_share_a_name(chat_base, adapters, files, tmp_path, capsys):
     for seed, name in enumerate(("mask1", "mask2")):
         config = json.loads((adapters[name] / ADAPTER_CONFIG).read_text())
@@ -120,7 +129,7 @@ def test_training_seeds_share_a_name(chat_base, adapters, files, tmp_path, capsy
         (tmp_path / name / ADAPTER_CONFIG).write_text(json.dumps(config | {"recipe": {"method": "mask", "seed": seed}}))
     words = ["evaluate", "--model_name_or_path", chat_base, "--tasks", "gsm8k", "--data_dir", files, "--limit", 2]
     words += ["--adapter", "none", tmp_path / "mask1", tmp_path / "mask2", "--name", "base", "mask", "mask"]
-    words += ["--seed", 7, "--max_new_tokens", 4]
+    words += ["--seed", 7]
     status, _, err = call([*words, "--output_dir", tmp_path / "out"], capsys)
     assert status == 0, err
     seeds = {path.name: result_of(path)["model"]["seed"] for path in (tmp_path / "out").iterdir()}
@@ -134,7 +143,6 @@ def test_a_finished_result_of_another_chat_template_is_refused(chat_base, files,
     template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     words = ["evaluate", "--model_name_or_path", chat_base, "--tasks", "ifeval", "--data_dir", files, "--limit", 1]
     words += ["--adapter", "none", "none", "--name", "a", "b", "--chat_template_path", template]
-    words += ["--max_new_tokens", 4]
     words += ["--output_dir", tmp_path / "out"]
     assert call(words, capsys)[0] == 0
     template.write_text(template.read_text() + "!")
@@ -152,6 +160,7 @@ def test_a_tokenizer_of_another_model_is_refused(chat_base, files, tmp_path, cap
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("short_answers")
 def test_finished_results_are_of_the_same_weights_and_data(chat_base, adapters, data, tmp_path, capsys):
     lora, files = tmp_path / "lora", benchmark_files.write(tmp_path / "files")
     shutil.copytree(adapters["lora"], lora)
