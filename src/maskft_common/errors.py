@@ -9,6 +9,17 @@ from collections.abc import Iterable
 
 # In the last line of a training that met a NotFiniteError.
 NOT_UPDATED = "stopped before the update was applied"
+# Names that options have in other commands and libraries, too far from ours to be taken for misspelt -> the option.
+_ELSEWHERE = {
+    "model": "model_name_or_path",
+    "base": "model_name_or_path",
+    "data": "dataset_name",
+    "dataset": "dataset_name",
+    "epochs": "num_train_epochs",
+    "lr": "learning_rate",
+    "batch_size": "per_device_train_batch_size",
+    "resume": "resume_from_checkpoint",
+}
 # To be formatted with "." or ".[EXTRA]".
 HOW_TO_INSTALL = "in maskft's repository: pip install -e '{}'"
 
@@ -37,6 +48,11 @@ class Stopped(Exception):
 def did_you_mean(name: str, options: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` for the closest of ``options``, or an empty string when none is close."""
     others = [option for option in options if option != name]
+    # Some parsers list options with their dashes.
+    meant = _ELSEWHERE.get(name.lstrip("-"))
+    for option in others:
+        if meant is not None and option.lstrip("-") == meant:
+            return f" (did you mean {option!r}?)"
     close = difflib.get_close_matches(name, others, n=1, cutoff=0.6)
     if not close:
         return ""
