@@ -379,6 +379,20 @@ def base_of(adapter: str | Path, name: str) -> str:
     return name
 
 
+def check_named_base(adapter: str | Path, name: str, option: str) -> None:
+    """Raise if the base model that an adapter names, and not the user, is a folder or file that is not here.
+
+    Args:
+        adapter: Adapter folder.
+        name: The base model, from :func:`base_of`.
+        option: Option by which the user can name another one, for the message.
+    """
+    if is_local_folder(name) and not is_there(name):
+        raise UserError(
+            f"adapter {str(adapter)!r} names the base model {name!r}, which is not here; name its folder with {option}"
+        )
+
+
 def check_model_source(name_or_path: str) -> None:
     """Raise for a local folder that is not a model, before anything is loaded."""
     if is_gguf(name_or_path):

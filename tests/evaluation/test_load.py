@@ -64,6 +64,14 @@ def test_an_adapter_without_revision_is_over_the_main_one(base, tmp_path):
         base_and_revision(None, [a, c])
 
 
+def test_a_base_that_is_not_here_is_said_to_be_the_adapters(tmp_path):
+    """As after a folder has moved: the name is not one that the user gave."""
+    LoraConfig(base_model_name_or_path="/elsewhere/base").save_pretrained(tmp_path / "a")
+    message = "names the base model '/elsewhere/base', which is not here; name its folder with --model_name_or_path"
+    with pytest.raises(UserError, match=message):
+        base_and_revision(None, [str(tmp_path / "a")])
+
+
 def test_an_adapter_of_virtual_tokens_is_refused(base, tmp_path):
     """PEFT puts them before each text: the loss would be that of other tokens."""
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, base_model_name_or_path=str(base))

@@ -43,6 +43,18 @@ def test_another_base_does_not_pass_in_float16(base, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").dtype == torch.float16
 
 
+def test_a_base_that_is_not_here_is_said_to_be_the_adapters(base, tmp_path):
+    """As after a folder has moved: the name is not one that the user gave."""
+    moved = tmp_path / "moved"
+    shutil.copytree(base, tmp_path / "base")
+    adapter = save_adapter(tmp_path / "base", tmp_path / "adapter")
+    (tmp_path / "base").rename(moved)
+    message = r"adapter '.*adapter' names the base model '.*base', which is not here; name its folder with --base"
+    with pytest.raises(UserError, match=message):
+        merge(adapter, tmp_path / "merged")
+    merge(adapter, tmp_path / "merged", str(moved))
+
+
 def test_an_empty_name_is_not_the_adapters_own_base(base, tmp_path):
     adapter = save_adapter(base, tmp_path / "adapter")
     for use in (lambda: verify(adapter, ""), lambda: merge(adapter, tmp_path / "merged", "")):

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from maskft_common import files
 from maskft_common.errors import UserError, first_line, printable
 
-from ..models import base_of, load_model, load_tokenizer
+from ..models import base_of, check_named_base, load_model, load_tokenizer
 from ..tuner import MaskedLinear, adapter_layers
 from ..tuner.targets import listed
 from ..weights import lerp
@@ -70,6 +70,7 @@ def load_masked_model(adapter: str | Path, base: str | None = None, dtype: str =
         name = base_of(adapter, config.base_model_name_or_path or "")
         if not name:
             raise UserError(f"the adapter {str(adapter)!r} does not name its base model; pass --base")
+        check_named_base(adapter, name, "--base")
 
     # The revision in the adapter is of the base that it names.
     is_named_base = base in (None, config.base_model_name_or_path)

@@ -13,7 +13,7 @@ from peft import PeftConfig
 from maskft.data.tokenizing import tokenizer_rules
 from maskft.masks.mask_set import read_config
 from maskft.masks.merge import one_line
-from maskft.models import base_of, check_model_source
+from maskft.models import base_of, check_model_source, check_named_base
 from maskft_common.errors import UserError
 from maskft_common.files import digest, digest_tensors, expand_user, read_json
 from maskft_common.layout import ADAPTER_CONFIG, TRAINING, holds_adapter, no_adapter
@@ -130,6 +130,8 @@ def base_and_revision(name: str | None, adapters: Sequence[str]) -> tuple[str, s
     distinct = set(bases.values())
     if name is None and len(distinct) == 1:
         [name] = distinct
+        if name is not None:
+            check_named_base(next(iter(bases)), name, "--model_name_or_path")
     if name is None and not bases:
         raise UserError("model_name_or_path is missing; name a model, or adapters with --adapter")
     if name is None:
