@@ -721,6 +721,10 @@ def test_tied_weights_are_not_missing(arguments, tmp_path, capsys, caplog):
             "mask_sparsity 0.1 has no effect with mask_preset deletion_tuning (mask_selection logit)",
         ),
         (
+            {"mask_preset": "deletion_tuning", "mask_sparsity": 0.3},
+            "mask_sparsity 0.3 has no effect with mask_preset deletion_tuning (mask_selection logit)",
+        ),
+        (
             {"mask_selection": "threshold", "mask_threshold": 0.01, "mask_sparsity": 0.1},
             "mask_sparsity 0.1 has no effect with mask_selection threshold, which removes",
         ),

@@ -12,6 +12,7 @@ from maskft_common.errors import UserError, first_line
 
 from ..models import is_gguf
 from ..tuner.config import MaskConfig
+from ..tuner.selection import LEARNERS
 from .arguments import TrainConfig, TrainingArguments
 from .launch import check_mask_sharding
 from .method_arguments import (
@@ -22,6 +23,7 @@ from .method_arguments import (
     UNTRAINED_METHODS,
     MethodArguments,
     mask_config,
+    selection_of,
 )
 from .peft_config import adapter_config
 
@@ -76,11 +78,11 @@ def check_config(config: TrainConfig) -> None:
     training = config.training
     check_method(config.method)
 
+    _check_mask_options(config)
     # Building the mask's configuration checks its settings.
     mask = None
     if method in MASK_METHODS:
         mask = mask_config(config.mask)
-    _check_mask_options(config, mask)
     _check_unused_options(config)
 
     check_kl_to_base(training, method)
@@ -110,21 +112,23 @@ def check_config(config: TrainConfig) -> None:
         raise UserError("prepare_only needs a folder for the rows; name it as prepared_data_dir")
 
 
-def _check_mask_options(config: TrainConfig, mask: MaskConfig | None) -> None:
+def _check_mask_options(config: TrainConfig) -> None:
     """Raise for settings of masks that have no effect, because of the method or of the selection."""
-    if mask is None:
-        method = config.method.method
+    method = config.method.method
+    if method not in MASK_METHODS:
         for spec in fields(config.mask):
             if getattr(config.mask, spec.name) != spec.default:
                 raise UserError(f"{spec.name} is an option of masks and has no effect on method {method}; remove it")
         return
 
+    # Also the default of 0.1, which MaskConfig takes for not given. An unknown selection is reported by MaskConfig.
     sparsity = config.mask.mask_sparsity
-    if sparsity is not None and mask.selection != "topk":
-        cause = f"mask_selection {mask.selection}"
+    selection = selection_of(vars(config.mask))
+    if sparsity is not None and selection in LEARNERS and "sparsity" not in LEARNERS[selection].options:
+        cause = f"mask_selection {selection}"
         # A preset sets the selection, which was then not given.
-        if mask.preset:
-            cause = f"mask_preset {mask.preset} ({cause})"
+        if config.mask.mask_selection is None:
+            cause = f"mask_preset {config.mask.mask_preset} ({cause})"
         raise UserError(
             f"mask_sparsity {sparsity} has no effect with {cause}, which removes weights by the value of their "
             "scores; leave it out, or give --mask_selection topk"
