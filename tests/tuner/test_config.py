@@ -112,6 +112,7 @@ def test_a_configuration_is_saved_by_itself(tmp_path):
 LOGIT = {"selection": "logit", "init_value": 1.0}
 GUMBEL = {"selection": "gumbel", "init_value": 1.0}
 LEARNERS = "topk, threshold, logit, gumbel, hard_concrete"
+OWN = " (a learner of your own: register it in this process, see docs/learners.md)"
 
 
 @pytest.mark.parametrize(
@@ -120,8 +121,8 @@ LEARNERS = "topk, threshold, logit, gumbel, hard_concrete"
         # What it is not
         ({"sparsity": 1.0}, "sparsity is 1.0; .*"),
         ({"sparsity": -0.1}, "sparsity is -0.1; .*"),
-        ({"selection": "topkk"}, f"selection is 'topkk' (did you mean 'topk'?); choose one of: {LEARNERS}"),
-        ({"selection": "x", "preset": "paper"}, f"selection is 'x'; choose one of: {LEARNERS}"),
+        ({"selection": "topkk"}, f"selection is 'topkk' (did you mean 'topk'?); choose one of: {LEARNERS}{OWN}"),
+        ({"selection": "x", "preset": "paper"}, f"selection is 'x'; choose one of: {LEARNERS}{OWN}"),
         ({"removed_value": "bases"}, "removed_value is 'bases' (did you mean 'base'?); choose one of: zero, base"),
         ({"rank_by": "absolute"}, "rank_by is 'absolute'; choose one of: abs, signed"),
         ({"gradient": "soft"}, "gradient is 'soft'; choose one of: straight_through, sigmoid"),

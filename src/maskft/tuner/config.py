@@ -425,7 +425,10 @@ class MaskConfig(PeftConfig):
             value = getattr(self, name)
             if value not in choices:
                 hint = did_you_mean(str(value), choices)
-                raise UserError(f"{name} is {value!r}{hint}; choose one of: {', '.join(choices)}")
+                more = ""
+                if name == "selection":
+                    more = " (a learner of your own: register it in this process, see docs/learners.md)"
+                raise UserError(f"{name} is {value!r}{hint}; choose one of: {', '.join(choices)}{more}")
 
         for name in LEARNERS[self.selection].options:
             if not hasattr(self, name):
