@@ -264,6 +264,7 @@ def test_a_killed_evaluation_is_resumed(chat_base, files, tmp_path, capsys, monk
         (["--apply_chat_template", "maybe"], "'maybe' is neither true nor false"),
         (["--data_dir", "EMPTY"], "holds no test file of gsm8k"),
         (["--tasks", "heldout", "--dataset_name", "FILE", "--prepare_only", "true"], "unknown option --prepare_only"),
+        (["--num_fewshot", "5"], "maskft evaluate has no option --num_fewshot: each task has its own number; a YAML"),
         (["--tasks=heldout", "--dataset_name", "FILE", "--max_train_samples=5"], "unknown option --max_train_samples"),
     ],
 )

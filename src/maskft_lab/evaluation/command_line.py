@@ -23,6 +23,8 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser of ``maskft evaluate``."""
     parser = OneLineParser(
         "maskft evaluate",
+        # lm-eval has the option.
+        hints={"--num_fewshot": "each task has its own number; a YAML task of yours sets another (--include_path)"},
         description="Measure held-out loss and accuracy, item by item.",
     )
     parser.add_argument(
