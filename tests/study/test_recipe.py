@@ -403,6 +403,8 @@ CASES = [
         "methods.full is True",
     ),
     (change("grid", {"mas.mask_sparsity": [0.1]}), r"the method is 'mas' \(did you mean 'mask'\?\)"),
+    (change("evaluation/helout", {}), r"evaluation has an unknown option 'helout' \(did you mean 'heldout'\?\)"),
+    (change("evaluation/test", {}), r"unknown option 'test'; it may have: heldout, before, options of maskft evaluate"),
     (change("evaluation/heldout/max_eval_sample", 3), r"unknown option 'max_eval_sample' \(did you mean"),
     (change("baseline", "ful"), r"baseline is 'ful'.*; there are full \(best\), full \(continued\), mask"),
 ]

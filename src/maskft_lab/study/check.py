@@ -42,6 +42,8 @@ _OF_THE_STUDY = {
     "overwrite",
     "help",
 }
+# Keys of `evaluation` that are no options; the recipe has them apart.
+_OWN_KEYS = ("heldout", "before")
 # Options without which the parser of `maskft evaluate` would complain.
 _PLACE_HOLDERS = ["--output_dir", "any", "--model_name_or_path", "any", "--change", "none"]
 _OF_PATH = "path.before."  # begins the name of a section
@@ -425,8 +427,10 @@ def _evaluation_args(recipe: Recipe) -> dict[str, Namespace]:
             allowed.discard("tasks")  # points are measured on rows
         for option in options:
             if option not in allowed:
-                hint = did_you_mean(option, allowed)
-                raise UserError(f"{where} has an unknown option {option!r}{hint}")
+                keys = _OWN_KEYS if where == "evaluation" else ()
+                hint = did_you_mean(option, [*keys, *allowed])
+                kinds = ", ".join([*keys, "options of maskft evaluate"])
+                raise UserError(f"{where} has an unknown option {option!r}{hint}; it may have: {kinds}")
 
         # The values.
         try:
