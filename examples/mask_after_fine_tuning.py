@@ -5,15 +5,17 @@ python examples/mask_after_fine_tuning.py [MODEL_FOLDER]
 
 from __future__ import annotations
 
-import sys
+import argparse
 import tempfile
 
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 import maskft
 import tiny
+from maskft.models import load_model, load_tokenizer
+from maskft_common.command_line import run_script
 
 
 def settings(folder: str, **options) -> SFTConfig:
@@ -34,11 +36,15 @@ def settings(folder: str, **options) -> SFTConfig:
     )
 
 
-def main(model_folder: str | None = None) -> None:
+def main() -> None:
     """Run the chain in a temporary folder."""
-    if model_folder:
-        model = AutoModelForCausalLM.from_pretrained(model_folder)
-        tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model_folder", nargs="?", help="model to fine-tune (default: a tiny random one)")
+    args = parser.parse_args()
+    if args.model_folder:
+        # In float32, whatever its files have: full fine-tuning in bfloat16 rounds small steps away.
+        model = load_model(args.model_folder)
+        tokenizer = load_tokenizer(args.model_folder)
     else:
         model = tiny.language_model()
         tokenizer = tiny.tokenizer()
@@ -88,4 +94,4 @@ def main(model_folder: str | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    run_script(main)

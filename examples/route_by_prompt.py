@@ -21,6 +21,8 @@ from torch import Tensor
 
 from maskft.data.sources import read_file
 from maskft.models import load_model, load_tokenizer
+from maskft_common.command_line import positive, run_script
+from maskft_common.errors import UserError
 
 BATCH_SIZE = 16
 
@@ -77,9 +79,15 @@ class Router:
 
 
 def read_prompts(file: str, limit: int) -> list[str]:
-    """The first prompts of a file."""
-    rows = islice(read_file(Path(file)), limit)
-    return [row["prompt"] for _, row in rows]
+    """The first prompts of a file; at least one."""
+    prompts = []
+    for place, row in islice(read_file(Path(file)), limit):
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+            raise UserError(f"{file}, {place}: no text in a column 'prompt'")
+        prompts.append(row["prompt"])
+    if not prompts:
+        raise UserError(f"{file} has no rows; some dozens are enough")
+    return prompts
 
 
 def name_and_file(text: str) -> tuple[str, str]:
@@ -98,19 +106,29 @@ def main() -> None:
     parser.add_argument(
         "--test", nargs="+", default=[], type=name_and_file, metavar="NAME=FILE", help="prompts to route"
     )
-    parser.add_argument("--limit", type=int, default=64, help="prompts of a file that are read (default: 64)")
+    parser.add_argument("--limit", type=positive, default=64, help="prompts of a file that are read (default: 64)")
     args = parser.parse_args()
+
+    # All files before the model, which takes longer to load.
+    prompts = {}
+    for name, file in args.train:
+        if name in prompts:
+            raise UserError(f"two files of the task {name}: name one, or give the other another name")
+        prompts[name] = read_prompts(file, args.limit)
+    tests = [(name, read_prompts(file, args.limit)) for name, file in args.test]
+    for name, _ in tests:
+        if name not in prompts:
+            raise UserError(f"--test {name}: no such task; there are {', '.join(prompts)}")
 
     # The base alone, without any mask: a mask would have to be chosen before the prompt is read.
     model = load_model(args.base).eval()
     tokenizer = load_tokenizer(args.base)
-    prompts = {name: read_prompts(file, args.limit) for name, file in args.train}
     router = Router(model, tokenizer, prompts)
 
     num_right = 0
     num_routed = 0
-    for name, file in args.test:
-        routed = router.route(read_prompts(file, args.limit))
+    for name, test_prompts in tests:
+        routed = router.route(test_prompts)
         num_right_here = routed.count(name)
         num_right += num_right_here
         num_routed += len(routed)
@@ -120,4 +138,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

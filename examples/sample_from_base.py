@@ -11,12 +11,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 import torch
 from rich.progress import track
+from transformers import GenerationConfig
 
 from maskft.models import load_model, load_tokenizer
+from maskft_common.command_line import positive, run_script
+from maskft_common.errors import UserError
+from maskft_common.files import write_text
 
 BATCH_SIZE = 32
 
@@ -26,12 +31,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", help="base model, a folder or a hub name")
     parser.add_argument("file", type=Path, help="file to write, JSON lines")
-    parser.add_argument("--num_rows", type=int, default=256, help="rows to write (default: 256)")
-    parser.add_argument("--num_tokens", type=int, default=64, help="longest row, in tokens (default: 64)")
+    parser.add_argument("--num_rows", type=positive, default=256, help="rows to write (default: 256)")
+    parser.add_argument("--num_tokens", type=positive, default=64, help="longest row, in tokens (default: 64)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
     args = parser.parse_args()
+    # All of this before the model samples for minutes.
     if args.file.exists():
-        raise SystemExit(f"{args.file} already exists: delete it or choose another name")
+        raise UserError(f"{args.file} already exists: delete it or choose another name")
+    if args.num_tokens < 2:
+        raise UserError("--num_tokens 1: give at least 2, because the first token of a row is not sampled")
+    folder = args.file.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder} cannot be written to: choose another folder for {args.file.name}")
 
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.base)
@@ -42,6 +54,12 @@ def main() -> None:
     first_token = tokenizer.bos_token_id
     if first_token is None:
         first_token = tokenizer.eos_token_id
+    if first_token is None:
+        raise UserError(f"the tokenizer of {args.base} has no BOS and no EOS token, after which a row could begin")
+
+    # Only the tokens that end a text are left of generation_config.json. Filters, a temperature or a penalty for
+    # repetition, as many instruct models have, would change the distribution, which the rows are to represent.
+    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
 
     texts = []
     for start in track(range(0, args.num_rows, BATCH_SIZE), description="sampling"):
@@ -52,10 +70,7 @@ def main() -> None:
             attention_mask=torch.ones_like(prompt_B1),
             do_sample=True,
             temperature=1.0,
-            # Switch off the filters that a generation_config.json may set: they would cut the tail of the
-            # distribution, which the rows are to represent.
-            top_k=0,
-            top_p=1.0,
+            top_k=0,  # transformers' own default is 50
             max_new_tokens=args.num_tokens - 1,  # the first token counts as well
             pad_token_id=tokenizer.pad_token_id,
         )
@@ -64,9 +79,9 @@ def main() -> None:
     # Leave out rows that ended at once: they have no token on which a KL divergence could be measured.
     texts = [text for text in texts if text.strip()]
     lines = [json.dumps({"text": text}) + "\n" for text in texts]
-    args.file.write_text("".join(lines), encoding="utf-8")
+    write_text(args.file, "".join(lines))
     print(f"{len(texts)} rows: {args.file}")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

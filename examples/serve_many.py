@@ -27,6 +27,9 @@ from starlette.routing import Route
 
 import maskft  # noqa: F401 - registers masks with PEFT, which could not load the adapters without it
 from maskft.models import load_model, load_tokenizer
+from maskft_common.command_line import run_script
+from maskft_common.errors import UserError
+from maskft_common.layout import holds_adapter, no_adapter
 
 MAX_BATCH_SIZE = 16
 
@@ -231,11 +234,19 @@ def main() -> None:
         metavar="NAME=DIR",
         help="adapter folders and the names to serve them by",
     )
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--port", type=int, default=8000, help="port at 127.0.0.1 (default: %(default)s)")
     args = parser.parse_args()
 
+    # Before the base is loaded, which takes longer.
+    folders: dict[str, str] = {}
+    for name, folder in args.masks:
+        if name in folders:
+            raise UserError(f"two masks have the name {name}: give one of them another")
+        if not holds_adapter(folder):
+            raise no_adapter(folder)
+        folders[name] = folder
+
     # PEFT wraps the base with the first adapter, and adds the others to it. The base is in memory once.
-    folders = dict(args.masks)
     first = next(iter(folders))
     model = PeftModel.from_pretrained(load_model(args.base), folders.pop(first), adapter_name=first)
     for name, folder in folders.items():
@@ -246,4 +257,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

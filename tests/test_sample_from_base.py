@@ -6,6 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import GenerationConfig
+
+from maskft.models import load_model
+from maskft_common.errors import UserError
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "sample_from_base.py"
 
@@ -17,7 +21,13 @@ def sample(base, monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
 
-    def call(file, *options):
+    def call(file, *options, **generation):
+        def load(name):
+            model = load_model(name)
+            model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id, **generation)
+            return model
+
+        monkeypatch.setattr(module, "load_model", load)
         monkeypatch.setattr(sys, "argv", ["sample", str(base), str(file), *options])
         module.main()
         return [json.loads(line) for line in file.read_text().splitlines()]
@@ -36,9 +46,17 @@ def test_the_rows_are_texts_of_the_seed(sample, tmp_path):
     assert rows != sample(tmp_path / "c.jsonl", *options, "--seed", "1")
 
 
+def test_the_rows_follow_the_base_s_own_distribution(sample, tmp_path):
+    """Whatever its generation_config.json has: instruct models have filters, and often a penalty for repetition."""
+    options = ("--num_rows", "8", "--num_tokens", "24")
+    rows = sample(tmp_path / "new" / "a.jsonl", *options)
+    settings = {"repetition_penalty": 20.0, "min_p": 0.9, "no_repeat_ngram_size": 1, "temperature": 0.1}
+    assert sample(tmp_path / "b.jsonl", *options, do_sample=True, **settings) == rows
+
+
 def test_a_file_is_not_written_over(sample, tmp_path):
     file = tmp_path / "mine.jsonl"
     file.write_text("mine")
-    with pytest.raises(SystemExit, match="already exists"):
+    with pytest.raises(UserError, match="already exists"):
         sample(file)
     assert file.read_text() == "mine"

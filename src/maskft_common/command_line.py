@@ -1,15 +1,16 @@
-"""Parsers of commands: mistakes are one line, and options come from the fields of a dataclass."""
+"""Parsers of commands: mistakes are one line, in scripts too, and options come from the fields of a dataclass."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import re
-from collections.abc import Container, Sequence
+import sys
+from collections.abc import Callable, Container, Sequence
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from .errors import UserError, did_you_mean
+from .errors import UserError, did_you_mean, install_hint, printable
 
 Arguments = TypeVar("Arguments")
 
@@ -148,3 +149,37 @@ def true_or_false(text: str) -> bool:
     if lower not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return lower == "true"
+
+
+def positive(text: str) -> int:
+    """The type of a number of rows, rounds or threads: a whole number of at least 1."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return number
+
+
+def run_script(main: Callable[[], None], extra: str | None = None) -> None:
+    """Run the ``main`` of a script; a user's mistake ends it with one line and status 2, as it ends a command.
+
+    Args:
+        main: The script.
+        extra: maskft's extra that has the packages which the script imports in its functions.
+    """
+    try:
+        main()
+    except BrokenPipeError:
+        # Of `script | head`: nobody reads the line.
+        raise
+    except (UserError, OSError, ModuleNotFoundError) as error:
+        message = str(error)
+        if isinstance(error, ModuleNotFoundError):
+            message = f"{error.name} is not installed"
+            if extra is not None:
+                message += f"; {install_hint(extra)}"
+        line = " ".join(message.split())
+        print(f"error: {printable(line)}", file=sys.stderr)
+        sys.exit(2)
