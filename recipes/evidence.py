@@ -17,10 +17,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import sys
 from pathlib import Path
 
 from maskft_common import layout
+from maskft_common.command_line import run_script
 from maskft_common.errors import UserError
 from maskft_lab.results.compare import compare
 from maskft_lab.results.comparison import NOT_DISTINGUISHABLE, Difference, Score, Settings
@@ -45,7 +45,9 @@ def main(
 
     # The first task is the test; tasks with the prefix BEFORE measure what was forgotten.
     tasks = results[0]["tasks"]
-    task = next(name for name in tasks if not name.startswith(BEFORE))
+    task = next((name for name in tasks if not name.startswith(BEFORE)), None)
+    if task is None:
+        raise UserError(f"the results have no task but probes ({', '.join(tasks)}): name a study that evaluates one")
     metrics = list(tasks[task]["metrics"])
     before = []  # task and metric
     for name in tasks:
@@ -135,6 +137,8 @@ def _read(folder: Path) -> list[Result]:
     results = []
     for file in found:
         result = read_result(file)
+        if "study" not in result:
+            raise UserError(f"{file} is of no study: results of maskft evaluate are compared by maskft compare")
         # The file keeps the name that an earlier recipe gave the model.
         name = names.get(file.parent.name, result["name"])
         results.append(result | {"name": name})
@@ -190,13 +194,15 @@ def _bytes(folders: list[Path], results: list[Result]) -> str:
     return f"{mean:,.0f}"
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Print the table of the folders on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path, help="folders of studies, or of published results")
     parser.add_argument("--controls", nargs="+", required=True, help="models that the others are compared with")
     parser.add_argument("--fixed_seeds", action="store_true", help="claims about these models alone, over items")
     given = parser.parse_args()
-    try:
-        print(main(given.folders, given.controls, given.fixed_seeds))
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    print(main(given.folders, given.controls, given.fixed_seeds))
+
+
+if __name__ == "__main__":
+    run_script(command)

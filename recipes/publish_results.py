@@ -24,11 +24,11 @@ import glob
 import gzip
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 from maskft_common import layout
+from maskft_common.command_line import run_script
 from maskft_common.errors import UserError
 from maskft_common.files import write_bytes
 from maskft_lab.results.compare import compare
@@ -325,14 +325,16 @@ def _against(
     return render(compare(results, baseline, settings=settings), "markdown")
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Publish the study on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", type=Path, help="folder of a finished study")
     parser.add_argument("target", type=Path, help="folder of published results")
     parser.add_argument("--study_name", help="the study, where the folder holds several")
     parser.add_argument("--against", metavar="NAME", help="also compare all with this model")
     given = parser.parse_args()
-    try:
-        main(given.study, given.target, given.study_name, given.against)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    main(given.study, given.target, given.study_name, given.against)
+
+
+if __name__ == "__main__":
+    run_script(command)

@@ -19,7 +19,9 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from maskft_common.command_line import run_script
 from maskft_common.errors import UserError
+from maskft_common.files import write_text
 from maskft_lab.report.evidence import gather
 from maskft_lab.results.compare import compare
 from maskft_lab.results.comparison import Comparison, Settings
@@ -39,6 +41,8 @@ def refreshed(folder: Path) -> dict[Path, str]:
         UserError: If there is no comparison, or a verdict would change.
     """
     summary_file = folder / "summary.json"
+    if not summary_file.is_file():
+        raise UserError("no summary.json: name a folder of published results")
     summary = json.loads(summary_file.read_text(encoding="utf-8"))
     (record,) = summary["models"].values()
     if "comparison" not in record:
@@ -140,11 +144,12 @@ def main(folders: list[Path], is_written: bool) -> None:
                     if not line.startswith(("---", "+++", "@@")):
                         print(line)
             if is_written:
-                file.write_text(text, encoding="utf-8")
+                write_text(file, text)
         sys.stdout.flush()  # a folder may take a minute
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Refresh the folders on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="*", type=Path, help="folders of published results (default: all)")
     parser.add_argument("--write", action="store_true", help="also write the files")
@@ -154,3 +159,7 @@ if __name__ == "__main__":
         summaries = sorted((ROOT / "results").glob("*/summary.json"))
         folders = [file.parent for file in summaries]
     main(folders, given.write)
+
+
+if __name__ == "__main__":
+    run_script(command)

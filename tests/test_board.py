@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 
 import tiny
 from maskft import MaskConfig
+from maskft_common.errors import UserError
 from tiny_tokenizer import tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -46,7 +47,7 @@ def test_inputs_have_the_text_and_the_rows_of_peft_s_comparison(tmp_path, capsys
         "answer_type": "number",
     }
     (tmp_path / "in" / "finewiki.jsonl").unlink()
-    with pytest.raises(SystemExit, match=r"0 files in .* have 'finewiki' in their name"):
+    with pytest.raises(UserError, match=r"0 files in .* have 'finewiki' in their name"):
         inputs.main(tmp_path / "in", tmp_path / "out")
 
 
@@ -77,6 +78,27 @@ def test_forgetting_is_the_mean_loss_of_all_tokens_but_the_first(config, monkeyp
         before = mean()
     assert module.forgetting(model, tokenizer, texts) == pytest.approx(after - before, abs=1e-6)
     assert abs(after - before) > 1e-4
+
+
+def test_rows_and_steps_of_a_run(monkeypatch):
+    """Rows of all micro-batches of a step; evaluations after a number of steps, or a share of all."""
+    board = script("board")
+    file = sorted((ROOT / "results" / "smollm2-curve-sums").glob("full*.json.gz"))[0]
+    result = board.read_result(file)
+    trained = json.loads((file.parent / "training.json").read_text())[result["study"]["run"]]
+    settings = result["study"]["settings"]
+    num_steps = trained["num_steps"]
+
+    def rows_and_steps(**changed):
+        settings.update(changed)
+        record = board.experiment(result, trained, 0.0)
+        train_config = record["run_info"]["train_config"]
+        return record["train_info"]["metrics"][-1]["train samples"], train_config["eval_steps"]
+
+    num_rows = settings["per_device_train_batch_size"]
+    assert rows_and_steps(eval_steps=0.5) == (num_steps * num_rows, num_steps // 2)
+    assert rows_and_steps(eval_steps=8, gradient_accumulation_steps=2) == (2 * num_steps * num_rows, 8)
+    assert rows_and_steps(global_batch_size=96) == (96 * num_steps, 8)
 
 
 def test_the_board_of_smollm2_is_what_its_results_say(tmp_path):

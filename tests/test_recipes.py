@@ -20,6 +20,7 @@ from maskft.training.method_arguments import MASK_METHODS, mask_config
 from maskft.training.options import option_defaults
 from maskft.tuner.config import MaskConfig
 from maskft.tuner.targets import check_targets, maskable_names
+from maskft_common.errors import UserError
 from maskft_lab.cli.main import main
 from maskft_lab.cli.train import parse
 from maskft_lab.study.check import checked_plan
@@ -259,5 +260,5 @@ def test_inputs_of_the_studies_of_text(tmp_path, capsys, monkeypatch):
     tokenizer = load_tokenizer(str(tmp_path / "model"))
     assert len(tokenizer("2776")["input_ids"]) == 4 and tokenizer.decode(tokenizer("f(x)é")["input_ids"]) == "f(x)é"
     (sources / "gsm8k_test.jsonl.gz").unlink()
-    with pytest.raises(SystemExit, match=r"0 files in .* have 'gsm8k_test' in their name"):
+    with pytest.raises(UserError, match=r"0 files in .* have 'gsm8k_test' in their name"):
         inputs.main(sources, tmp_path)

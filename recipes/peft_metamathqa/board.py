@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from maskft_common import files
+from maskft_common.command_line import run_script
+from maskft_common.errors import UserError
 from maskft_lab.results.schema import BEFORE, Result, read_result
 
 # train_config of PEFT's runner -> option of maskft train, where they have the same meaning.
@@ -41,11 +43,15 @@ def main(out: Path, sources: list[Path], before: str) -> str:
     for source in sources:
         for file in sorted(source.glob("*.json.gz")):
             result = read_result(file)
+            if "study" not in result:
+                raise UserError(f"{file} is of no study; name a folder of a study's published results")
             results[_name(result)] = result
         trained |= files.read_json(source / "training.json")
 
     # Any of the pre-trained results: it is the same model in all folders.
-    base = next(result for result in results.values() if result["model"]["method"] == "pretrained")
+    base = next((result for result in results.values() if result["model"]["method"] == "pretrained"), None)
+    if base is None:
+        raise UserError(f"no result of the model before training in {', '.join(map(str, sources))}")
     loss_before = _nll(base, before)
     lines = [
         "| method | seed | accuracy | forgetting | parameters trained | file (bytes) | training (s) | peak (GB) |",
@@ -97,6 +103,9 @@ def experiment(
     packages = environment["packages"]
     history = trained["history"]
     num_steps = trained["num_steps"]
+    rows_per_step = settings.get("global_batch_size")
+    if rows_per_step is None:
+        rows_per_step = settings["per_device_train_batch_size"] * settings.get("gradient_accumulation_steps", 1)
 
     # PEFT's processing.py expects whole numbers of bytes.
     memory = [row["peak_memory_bytes"] for row in history if "peak_memory_bytes" in row]
@@ -108,19 +117,21 @@ def experiment(
         "step": num_steps,
         "test accuracy": result["tasks"]["heldout"]["metrics"]["accuracy"]["value"],
         "train loss": losses[-1]["train loss"],
-        "train samples": num_steps * settings["per_device_train_batch_size"],
+        "train samples": num_steps * rows_per_step,
         "train total tokens": trained["num_train_tokens"],
         "forgetting": forgetting,
     }
 
     # PEFT's names for the same options, and fixed values for those that maskft train does not have. `eval_steps` of
-    # maskft train is a share of all steps.
-    eval_steps = round(settings.get("eval_steps", 0.1) * num_steps)
+    # maskft train is a number of steps, or below 1 a share of all.
+    eval_steps = settings.get("eval_steps", 0.1)
+    if eval_steps < 1:
+        eval_steps = round(eval_steps * num_steps)
     train_config = {name: settings.get(option) for name, option in _OPTIONS.items()}
     train_config |= {
         "model_id": result["study"]["model"],
         "dtype": result["settings"]["dtype"],
-        "eval_steps": max(1, eval_steps),
+        "eval_steps": max(1, int(eval_steps)),
         "compile": False,
         "query_template": "{query}",
         "grad_norm_clip": 1.0,
@@ -184,21 +195,29 @@ def _peft_config(settings: dict[str, Any], method: str) -> dict[str, Any] | None
 
 
 def _name(result: Result) -> str:
-    """The name of an experiment in PEFT's comparison: its method, and the run without its seed."""
+    """The name of an experiment in PEFT's comparison: its method, and the run, which ends with its hash, without it."""
     kind = result["model"]["method"].replace("full", "full-finetuning")
     run, _, _ = result["study"]["run"].rpartition("-")
     return f"{kind}/{run}"
 
 
 def _nll(result: Result, before: str) -> float:
-    probe = result["tasks"][f"{BEFORE}{before}"]
+    probe = result["tasks"].get(f"{BEFORE}{before}")
+    if probe is None:
+        probes = [name.removeprefix(BEFORE) for name in result["tasks"] if name.startswith(BEFORE)]
+        raise UserError(f"{result['name']} has no probe {before!r}; there are: {', '.join(probes) or 'none'}")
     return probe["metrics"]["nll"]["value"]
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Write the board of the folders on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="gets results/*.json and table.md")
     parser.add_argument("sources", type=Path, nargs="+", help="folders of results")
     parser.add_argument("--before", required=True, help="probe whose loss measures forgetting, e.g. wikipedia")
     args = parser.parse_args()
     print(main(args.out, args.sources, args.before), end="")
+
+
+if __name__ == "__main__":
+    run_script(command)

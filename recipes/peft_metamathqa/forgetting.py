@@ -10,17 +10,20 @@ Losses are in float32, where PEFT rounds each token's loss to the model's dtype.
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import sys
 from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import maskft  # noqa: F401 - registers masks with PEFT, which could not load them without it
+from maskft.data.sources import read_file
 from maskft.loss import mean_nll, nll_per_item
+from maskft.models import load_model, load_tokenizer
+from maskft_common.command_line import run_script
+from maskft_common.errors import UserError
+from maskft_common.layout import holds_adapter
 
 MAX_TOKENS = 768
 BATCH_SIZE = 4
@@ -31,6 +34,8 @@ def forgetting(model: PeftModel, tokenizer, texts: list[str]) -> float:
     rows = []
     for text in texts:
         ids = tokenizer(text)["input_ids"][:MAX_TOKENS]
+        if not ids:
+            continue  # an empty text
         labels = [-100, *ids[1:]]  # nothing predicts the first token
         rows.append({"input_ids": ids, "labels": labels})
 
@@ -43,24 +48,27 @@ def forgetting(model: PeftModel, tokenizer, texts: list[str]) -> float:
 def main() -> None:
     """Load each adapter over its base and print a line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("texts", type=Path, help="gzipped JSON lines with a column text")
-    parser.add_argument("adapters", nargs="+", type=Path)
+    parser.add_argument("texts", type=Path, help="JSON lines, maybe gzipped, with a column text")
+    parser.add_argument("adapters", nargs="+", type=Path, help="adapter folders; folders of whole models are left out")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with gzip.open(args.texts, "rt") as lines:
-        texts = [json.loads(line)["text"] for line in lines]
+    texts = []
+    for place, row in read_file(args.texts):
+        if "text" not in row:
+            raise UserError(f"{args.texts}, {place}: no column 'text'")
+        texts.append(row["text"])
 
     for folder in args.adapters:
         # The shell's pattern also matches full fine-tunings.
-        if not (folder / "adapter_config.json").is_file():
+        if not holds_adapter(folder):
             print(f"{folder}: no adapter", file=sys.stderr)
             continue
         base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto").to(device)
+        model = load_model(base, "auto").to(device)
         model = PeftModel.from_pretrained(model, str(folder))
-        value = forgetting(model, AutoTokenizer.from_pretrained(base), texts)
+        value = forgetting(model, load_tokenizer(base), texts)
         print(json.dumps({"adapter": str(folder), "forgetting": value}))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -18,6 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
+from maskft.data.sources import read_file
+from maskft_common.command_line import run_script
+from maskft_common.errors import UserError
+from maskft_common.files import write_bytes
+
 TEMPLATE = "Question: {query} Think step by step.\nAnswer:"
 MOST_CHARACTERS = 1300  # of query and response; longer rows are left out
 NUM_VALID = 50
@@ -76,23 +81,24 @@ def read(sources: Path, word: str) -> list[dict]:
         if word in file.name.lower() and file.name.endswith((".jsonl", ".jsonl.gz")):
             found.append(file)
     if len(found) != 1:
-        sys.exit(f"error: {len(found)} files in {sources} have {word!r} in their name; there must be one")
-
-    open_file = gzip.open if found[0].suffix == ".gz" else open
-    with open_file(found[0], "rt", encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+        raise UserError(f"{len(found)} files in {sources} have {word!r} in their name; there must be one")
+    return [row for _, row in read_file(found[0])]
 
 
 def write(file: Path, rows: list[dict]) -> None:
     """Write rows as gzipped JSON lines."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row) + "\n" for row in rows)
     # Without a time in the header of gzip, the same rows give the same bytes.
-    file.write_bytes(gzip.compress(text.encode(), mtime=0))
+    write_bytes(file, gzip.compress(text.encode(), mtime=0))
     print(f"{file}: {len(rows):,} rows")
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Write the inputs from and into the folders on the command line."""
     if len(sys.argv) != 3:
         sys.exit("usage: python recipes/peft_metamathqa/make_inputs.py SOURCES FOLDER")
     main(Path(sys.argv[1]), Path(sys.argv[2]))
+
+
+if __name__ == "__main__":
+    run_script(command)

@@ -14,16 +14,24 @@ import json
 import time
 from itertools import islice
 from pathlib import Path
-
-import xllamacpp
+from typing import TYPE_CHECKING
 
 from maskft.data.sources import read_file
+from maskft_common.command_line import positive, run_script
+from maskft_common.errors import UserError
+from maskft_common.files import write_text
+
+if TYPE_CHECKING:
+    import xllamacpp
 
 MAX_NEW_TOKENS = 12
 
 
 def serve(file: Path, num_threads: int) -> xllamacpp.Server:
     """A llama.cpp server of one slot in this process."""
+    # Here, so that --help and a wrong path need no extra.
+    import xllamacpp
+
     params = xllamacpp.CommonParams()
     params.model.path = str(file)
     params.n_ctx = 512  # prompt and answer are far shorter
@@ -49,17 +57,22 @@ def answer(server: xllamacpp.Server, prompt: str) -> str:
 def main() -> None:
     """Ask all rows and print how many are right."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("gguf", type=Path)
+    parser.add_argument("gguf", type=Path, help="GGUF file")
     parser.add_argument("rows", type=Path, help="JSON lines, maybe gzipped")
-    parser.add_argument("--num_rows", type=int, default=200)
-    parser.add_argument("--num_threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, help="write every answer here")
+    parser.add_argument("--num_rows", type=positive, default=200, help="first rows to ask (default: %(default)s)")
+    parser.add_argument("--num_threads", type=positive, default=1, help="of llama.cpp (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="JSON file to write every answer to")
     args = parser.parse_args()
+    if not args.gguf.is_file():
+        raise UserError(f"{args.gguf} is no file; name a GGUF file")
 
-    # `read_file` yields the place of each row as well, for messages.
     rows = []
-    for _, row in islice(read_file(args.rows), args.num_rows):
+    for place, row in islice(read_file(args.rows), args.num_rows):
+        if not {"prompt", "answer"} <= row.keys():
+            raise UserError(f"{args.rows}, {place}: no columns 'prompt' and 'answer'")
         rows.append(row)
+    if not rows:
+        raise UserError(f"{args.rows} has no rows")
     server = serve(args.gguf, args.num_threads)
     started = time.perf_counter()
     answers = [answer(server, row["prompt"]) for row in rows]
@@ -79,8 +92,8 @@ def main() -> None:
             "right": right,
             "accuracy": accuracy,
         }
-        args.output.write_text(json.dumps(content) + "\n")
+        write_text(args.output, json.dumps(content) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, extra="gguf")

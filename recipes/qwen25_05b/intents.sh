@@ -15,5 +15,8 @@ maskft train --method mask --model_name_or_path "$1" --gguf_file "$gguf" --dtype
   --per_device_train_batch_size 16 --per_device_eval_batch_size 50 --eval_steps 0.25 --save_steps 0.25 \
   --logging_steps 8 --save_only_model true --report_to none --resume_from_checkpoint auto --output_dir "$3"
 
-maskft merge "$3" --gguf "$1/$gguf" --output "$3/intents-q4_k_m.gguf"
+# A second call continues: a training that is finished is not repeated, and merging writes over no file.
+if [ ! -e "$3/intents-q4_k_m.gguf" ]; then
+  maskft merge "$3" --gguf "$1/$gguf" --output "$3/intents-q4_k_m.gguf"
+fi
 maskft verify "$3" --gguf "$3/intents-q4_k_m.gguf"

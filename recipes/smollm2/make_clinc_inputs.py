@@ -8,12 +8,15 @@ its rows that have none of the 150 intents are left out. The probes come from ma
 
 from __future__ import annotations
 
-import json
 import random
 import sys
 from pathlib import Path
 
 from make_curve_inputs import NUM_PROMPTS, SEED, write_task
+
+from maskft_common.command_line import run_script
+from maskft_common.errors import UserError
+from maskft_common.files import read_json
 
 NUM_TRAIN = 1_200  # of which the study holds some out
 NUM_TEST = 600
@@ -22,7 +25,9 @@ NUM_TEST = 600
 def main(source: Path, folder: Path) -> None:
     """Write training rows, test rows and the prompts on which KL to the base is measured."""
     # The splits `oos_*` hold the questions without an intent. `val` is not used.
-    published = json.loads(source.read_text())
+    published = read_json(source)
+    if not {"train", "test"} <= published.keys():
+        raise UserError(f"{source} has no splits train and test; name data_full.json of CLINC150")
     train = [as_row(text, intent) for text, intent in published["train"]]
     test = [as_row(text, intent) for text, intent in published["test"]]
     rng = random.Random(SEED)
@@ -46,7 +51,12 @@ def as_row(text: str, intent: str) -> dict:
     }
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Write the rows of the file on the command line into its folder."""
     if len(sys.argv) != 3:
         sys.exit("usage: python recipes/smollm2/make_clinc_inputs.py data_full.json DIR")
     main(Path(sys.argv[1]), Path(sys.argv[2]))
+
+
+if __name__ == "__main__":
+    run_script(command)

@@ -17,10 +17,16 @@ rows than those that are reported; so have the prompts on which the KL divergenc
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import random
 import sys
 from pathlib import Path
+
+from maskft.data.sources import read_file
+from maskft_common.command_line import run_script
+from maskft_common.errors import UserError
+from maskft_common.files import write_bytes
 
 SEED = 0
 LENGTHS = range(160, 700)  # characters of an instruction with its answer, as JSON
@@ -124,24 +130,28 @@ def read(sources: Path, word: str) -> list[dict]:
     files = sorted(sources.rglob("*.jsonl.gz"))
     found = [file for file in files if word in file.name]
     if len(found) != 1:
-        sys.exit(f"error: {len(found)} files in {sources} have {word!r} in their name; there must be one")
-    with gzip.open(found[0], "rt") as lines:
-        return [json.loads(line) for line in lines]
+        raise UserError(f"{len(found)} files in {sources} have {word!r} in their name; there must be one")
+    return [row for _, row in read_file(found[0])]
 
 
 def write(file: Path, rows: list[dict]) -> None:
     """Write rows as gzipped JSON lines."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     # Without a name and a time in the header of gzip, the same rows give the same bytes.
-    with open(file, "wb") as raw:
-        with gzip.GzipFile(fileobj=raw, mode="wb", filename="", mtime=0) as out:
-            for row in rows:
-                line = json.dumps(row) + "\n"
-                out.write(line.encode())
+    packed = io.BytesIO()
+    with gzip.GzipFile(fileobj=packed, mode="wb", filename="", mtime=0) as out:
+        for row in rows:
+            line = json.dumps(row) + "\n"
+            out.write(line.encode())
+    write_bytes(file, packed.getvalue())
     print(f"{len(rows):,} rows: {file}")
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Write the inputs from and into the folders on the command line."""
     if len(sys.argv) != 3:
         sys.exit("usage: python recipes/smollm2/make_curve_inputs.py SOURCES DIR")
     main(Path(sys.argv[1]), Path(sys.argv[2]))
+
+
+if __name__ == "__main__":
+    run_script(command)

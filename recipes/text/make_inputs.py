@@ -14,6 +14,7 @@ SOURCES is a folder (with folders) of ``.jsonl`` or ``.json`` files, gzipped or 
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import random
 import re
@@ -23,6 +24,11 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from maskft.data.sources import read_file
+from maskft_common.command_line import run_script
+from maskft_common.errors import UserError
+from maskft_common.files import write_bytes
 
 SEED = 0
 NUM_DOLLY = 2_000
@@ -104,18 +110,14 @@ def read(sources: Path, word: str) -> list[Pair]:
         if is_rows and word in file.name.lower():
             found.append(file)
     if len(found) != 1:
-        sys.exit(f"error: {len(found)} files in {sources} have {word!r} in their name; there must be one")
-
-    content = found[0].read_bytes()
-    if found[0].suffix == ".gz":
-        content = gzip.decompress(content)
-    text = content.decode()
-    # A list of all rows, or a row on each line.
-    if text.startswith("["):
-        rows = json.loads(text)
-    else:
-        rows = [json.loads(line) for line in text.splitlines() if line]
-    return [pair_of(row) for row in rows]
+        raise UserError(f"{len(found)} files in {sources} have {word!r} in their name; there must be one")
+    pairs = []
+    for place, row in read_file(found[0]):
+        try:
+            pairs.append(pair_of(row))
+        except StopIteration:
+            raise UserError(f"{found[0]}, {place}: no question and answer; columns: {', '.join(row)}") from None
+    return pairs
 
 
 def pair_of(row: dict) -> Pair:
@@ -207,15 +209,21 @@ def exercises(pairs: list[Pair], tokenizer: PreTrainedTokenizerFast) -> list[dic
 def write(file: Path, rows: list[dict]) -> None:
     """Write rows as gzipped JSON lines."""
     # Without a name and a time in the header of gzip, the same rows give the same bytes.
-    with open(file, "wb") as raw:
-        with gzip.GzipFile(fileobj=raw, mode="wb", filename="", mtime=0) as out:
-            for row in rows:
-                line = json.dumps(row) + "\n"
-                out.write(line.encode())
+    packed = io.BytesIO()
+    with gzip.GzipFile(fileobj=packed, mode="wb", filename="", mtime=0) as out:
+        for row in rows:
+            line = json.dumps(row) + "\n"
+            out.write(line.encode())
+    write_bytes(file, packed.getvalue())
     print(f"{len(rows):,} rows: {file}")
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Write the inputs from and into the folders on the command line."""
     if len(sys.argv) != 3:
         sys.exit("usage: python recipes/text/make_inputs.py SOURCES DIR (DIR gets the model and the data)")
     main(Path(sys.argv[1]), Path(sys.argv[2]))
+
+
+if __name__ == "__main__":
+    run_script(command)
