@@ -8,6 +8,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import gguf
+from maskft_common.errors import UserError
 from recipe_scripts import script_of
 
 from .tiny_gguf import write_gguf
@@ -153,7 +154,7 @@ def test_a_file_is_on_its_own_grids(recipe, stored):
 def test_a_file_of_another_model(recipe, stored):
     model, file = stored
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] += 1.0
-    with pytest.raises(SystemExit, match=r"ffn_up\.weight are not those of"):
+    with pytest.raises(UserError, match=r"ffn_up\.weight are not those of"):
         recipe.grids_of_file(model, file)
 
 

@@ -188,3 +188,22 @@ def test_kl_budget(script, copied):
     assert (folder / "table.md").read_text() == table
     committed = (RESULTS / "smollm2-kl-budget" / "forgotten.svg").read_text()
     assert (folder / "forgotten.svg").read_text().count("<use ") == committed.count("<use ")
+
+
+@pytest.mark.parametrize("name", ["smollm2-kl-budget", "smollm2-skills"])
+def test_a_table_is_written_whole(name, script, copied, monkeypatch):
+    """A person's lines are above it: a call that is killed while it writes must not lose them."""
+    folder = copied(name)
+    table = (folder / "table.md").read_text()
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        if name == "smollm2-skills":
+            results = [json.loads(file.read_text()) for file in sorted(folder.glob("seed*.json"))]
+            script("skills_that_add_up").write(results, folder)
+        else:
+            script("kl_budget").write(folder)
+    assert (folder / "table.md").read_text() == table

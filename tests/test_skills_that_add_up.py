@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from maskft import MaskConfig
+from maskft_common.errors import UserError
 from recipe_scripts import script_of
 
 PROBES = ("instructions", "wikipedia")
@@ -79,6 +80,51 @@ def test_skills_that_add_up(script, data, base, tmp_path, monkeypatch, capsys):
     script.main()
     assert [file.stat().st_mtime_ns for file in files] == written
     assert json.loads((tmp_path / "out" / "result.json").read_text())["methods"] == result["methods"]
+
+
+def test_adapters_of_other_settings_are_not_combined(script, second_mask, data, base, tmp_path, monkeypatch):
+    """Also after a call that was killed in a training, when nothing was measured yet."""
+    out = tmp_path / "out"
+    words = ["skills", str(data), str(out), "--model", str(base), "--tasks", "sums", "products", "--num_heldout", "4"]
+    monkeypatch.setattr(sys, "argv", [*words, "--steps", "2"])
+
+    class Killed(Exception):
+        pass
+
+    def killed(*args):
+        raise Killed
+
+    monkeypatch.setattr(script, "measure_combinations", killed)
+    trained = script.train
+    monkeypatch.setattr(script, "train", killed)
+    with pytest.raises(Killed):
+        script.main()
+    monkeypatch.setattr(script, "train", trained)
+    with pytest.raises(Killed):
+        script.main()
+
+    monkeypatch.setattr(sys, "argv", [*words, "--steps", "3"])
+    with pytest.raises(UserError, match="has other settings"):
+        script.main()
+    of_two = ["--first", "sums", "--second", "products"]
+    monkeypatch.setattr(sys, "argv", [*words, "--steps", "3", *of_two])
+    with pytest.raises(UserError, match="were trained with --steps 2, not 3"):
+        second_mask.main()
+    monkeypatch.setattr(sys, "argv", [*words, "--steps", "2", "--first", "sums", "--second", "powers"])
+    with pytest.raises(UserError, match=r"mask-powers-s0 is missing: run skills_that_add_up\.py first"):
+        second_mask.main()
+
+
+def test_no_rows_are_left_to_train_on(script, data, base, tmp_path, monkeypatch, capsys):
+    words = ["skills", str(data), str(tmp_path / "out"), "--model", str(base), "--tasks", "sums"]
+    monkeypatch.setattr(sys, "argv", [*words, "--num_heldout", "36"])
+    with pytest.raises(UserError, match="no rows of sums to train, of 36 in its training file, 36 held out"):
+        script.main()
+    # With none held out, the slice of the last none would be all rows.
+    monkeypatch.setattr(sys, "argv", [*words, "--num_heldout", "0"])
+    with pytest.raises(SystemExit):
+        script.main()
+    assert "'0' is not a whole number of at least 1" in capsys.readouterr().err
 
 
 def result_of(alone, combined):

@@ -47,6 +47,8 @@ from maskft.masks.mask_set import MaskSet
 from maskft.masks.merge import load_masked
 from maskft.models import load_model, load_tokenizer
 from maskft.weights import lerp
+from maskft_common.command_line import run_script
+from maskft_common.errors import UserError
 from maskft_common.files import whole_folder, write_text
 from maskft_common.layout import EMBEDDED_MODEL, RUNS, SUMMARY, TRAINING, holds_adapter
 from maskft_lab.cli.main import main as maskft
@@ -205,12 +207,12 @@ def grids_of_file(model, file: Path) -> dict[str, Grid]:
     for name, weight in linear_weights(model).items():
         tensor = tensors[names.get_name(name, try_suffixes=(".weight",))]
         if tensor.tensor_type.name not in BLOCK_TYPES:
-            sys.exit(f"{file}: {tensor.name} is {tensor.tensor_type.name}; supported: {', '.join(BLOCK_TYPES)}")
+            raise UserError(f"{file}: {tensor.name} is {tensor.tensor_type.name}; supported: {', '.join(BLOCK_TYPES)}")
         values = grid_of(tensor.tensor_type.name)
         grid = Grid(values, values.scales_in(tensor.data))
         # Finds scales that were read at the wrong place, and rows in another order.
         if not torch.equal(values.nearest(weight, grid.scales), weight):
-            sys.exit(f"{file}: the values of {tensor.name} are not those of {name}")
+            raise UserError(f"{file}: the values of {tensor.name} are not those of {name}")
         grids[name] = grid
     return grids
 
@@ -485,8 +487,9 @@ def run(args, task: str, seed: int) -> None:
     """Train and measure all methods; writes one JSON file."""
     type_name = args.type
     args.results.mkdir(parents=True, exist_ok=True)  # now: after a training it would be late to fail
-    bases = make_bases(args.work, type_name)
+    # Before the bases, which take minutes and a gigabyte of disk.
     test = load_test(args.data_dir, task)
+    bases = make_bases(args.work, type_name)
 
     base_model = load_model(str(bases[type_name]), "float32")
     grids = grids_of_type(base_model, type_name)
@@ -528,9 +531,9 @@ def run_study(args) -> None:
     summary = json.loads(summary_file.read_text())
     (models,) = summary["models"].values()
     shown = [run for run in models["runs"] if run["role"] == "best"]
-    # A study without a path measured the whole change at the end of training.
+    # A study without a path, or without tuning, measured the whole change at the end of training.
     end = {"checkpoint": 1.0, "scale": 1.0}
-    points = {tuned["method"]: tuned.get("point", end) for tuned in models["tuning"]}
+    points = {tuned["method"]: tuned.get("point", end) for tuned in models.get("tuning", [])}
 
     (task,) = args.tasks
     type_name = args.gguf.stem.rpartition("-")[2].upper()  # q4_k_m, by the custom of such files
@@ -549,10 +552,12 @@ def run_study(args) -> None:
                 print(f"{summary_file} has no {method}, seed {seed}")
                 continue
             if len(runs) > 1:
-                sys.exit(f"{summary_file} has {len(runs)} models of {method}, seed {seed}; one is needed")
-            point = points[runs[0]["name"]]
+                raise UserError(f"{summary_file} has {len(runs)} models of {method}, seed {seed}; one is needed")
+            point = points.get(runs[0]["name"], end)
             if point["checkpoint"] != 1:
-                sys.exit(f"{summary_file} shows {method} before the end of its training; only the end is measured here")
+                raise UserError(
+                    f"{summary_file} shows {method} before the end of its training; only the end is measured here"
+                )
             # A part of a removed weight is not zero, so a mask is measured at its whole change.
             part = 1.0 if method == "deletion mask" else point["scale"]
             stores = ["as trained", "base's grid", "fresh scales"]
@@ -622,8 +627,8 @@ def measure_stored(
 def run_ready(args) -> None:
     """Measure the mask of intents that maskft brings: as trained over float weights, and stored in blocks."""
     type_name = args.type
-    bases = make_bases(args.work, type_name)
     test = load_test(args.data_dir, "intents")
+    bases = make_bases(args.work, type_name)
 
     masks = MaskSet.from_adapter(READY)
     model = load_model(str(bases["float"]), "float32")
@@ -663,6 +668,8 @@ def table(results: Path) -> str:
         is_ready = run["seed"] == "ready"
         key = (run["task"], run["type"], is_ready)
         groups.setdefault(key, []).append(run)
+    if not groups:
+        raise UserError(f"{results} has no results (TASK-TYPE-seedN.json)")
 
     lines = _overview(groups)
     for runs in groups.values():
@@ -856,22 +863,38 @@ def _forgotten(
 def main() -> None:
     """Run, or print the table of finished runs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data_dir", nargs="?", type=Path)
+    parser.add_argument("data_dir", nargs="?", type=Path, help="folder of the inputs")
     parser.add_argument("work", nargs="?", type=Path, help="where trained models go")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--tasks", nargs="+", default=["intents"], choices=list(TASKS))
-    parser.add_argument("--type", default="Q4_0", choices=TYPES, help="format that holds the base")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of training (default: 0)")
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        default=["intents"],
+        choices=list(TASKS),
+        help="what is learned (default: intents)",
+    )
+    parser.add_argument(
+        "--type",
+        default="Q4_0",
+        choices=TYPES,
+        help="format that holds the base (default: %(default)s)",
+    )
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="the base is this file, of Qwen2; needs --study")
     parser.add_argument("--study", type=Path, metavar="FOLDER", help="of a study over --gguf; trains nothing")
     parser.add_argument("--study_name", help="of the recipe that the study ran")
-    parser.add_argument("--results", type=Path, default=Path("results/smollm2-exact-in-four-bits"))
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=Path("results/smollm2-exact-in-four-bits"),
+        help="folder of a JSON file for each task, type and seed (default: %(default)s)",
+    )
     parser.add_argument("--ready", action="store_true", help="only the mask that maskft brings; trains nothing")
     parser.add_argument("--table", type=Path, metavar="FOLDER", help="write and print the table of a folder's results")
     args = parser.parse_args()
     # The table of finished runs needs neither inputs nor trained models.
     if args.table is not None:
         text = table(args.table)
-        (args.table / "table.md").write_text(text)
+        write_text(args.table / "table.md", text)
         print(text)
         return
     if args.gguf is not None:
@@ -890,4 +913,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, extra="quant")

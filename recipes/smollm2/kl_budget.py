@@ -29,7 +29,9 @@ import numpy as np
 from exact_in_four_bits import METHODS, PROBES, RATES, TASKS, TRAIN
 
 from maskft.models import load_model
-from maskft_common.files import write_text
+from maskft_common.command_line import run_script
+from maskft_common.errors import UserError
+from maskft_common.files import write_bytes, write_text
 from maskft_common.layout import EMBEDDED_MODEL, TRAINING
 from maskft_lab.report.charts import COLOURS, Chart, Entry, Panel, files_of
 from maskft_lab.results.tables import Table
@@ -56,23 +58,40 @@ SHOWN = {
 def main() -> None:
     """Run, or print table and picture of finished runs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data_dir", nargs="?", type=Path)
+    parser.add_argument("data_dir", nargs="?", type=Path, help="folder of the inputs")
     parser.add_argument("own_text", nargs="?", type=Path, help="rows that the base wrote")
     parser.add_argument("work", nargs="?", type=Path, help="where trained models go")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        default=list(TASKS),
+        choices=list(TASKS),
+        help="what is learned (default: all)",
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=list(METHODS),
+        choices=list(METHODS),
+        help="how it is learned (default: all)",
+    )
     parser.add_argument(
         "--terms",
         type=term_of,
         nargs="+",
         default=list(TERMS),
         metavar="TERM",
-        help=f"budgets in nats per token, {TUNED!r} or {NO_TERM!r}; default: {' '.join(str(term) for term in TERMS)}",
+        help=f"budgets in nats per token, {TUNED!r} or {NO_TERM!r} (default: {' '.join(map(str, TERMS))})",
     )
     parser.add_argument("--rate", help="learning rate of all methods here, instead of the one tuned without a budget")
     parser.add_argument("--max_steps", help="optimizer steps of all runs here, instead of 48 (sums: 64)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--results", type=Path, default=Path("results/smollm2-kl-budget"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of training (default: 0)")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=Path("results/smollm2-kl-budget"),
+        help="folder of a JSON file for each task and seed (default: %(default)s)",
+    )
     parser.add_argument("--table", type=Path, metavar="FOLDER", help="write table and picture of a folder's results")
     args = parser.parse_args()
     if args.table is not None:
@@ -196,6 +215,8 @@ def write(folder: Path) -> None:
     runs = []
     for file in sorted(folder.glob("*-seed*.json")):
         runs.append(json.loads(file.read_text()))
+    if not runs:
+        raise UserError(f"{folder} has no results (TASK-seedN.json)")
     tables = []
     for task in TASKS:
         of_task = [run for run in runs if run["task"] == task]
@@ -208,7 +229,7 @@ def write(folder: Path) -> None:
         # The lines that a person wrote above the first table stay.
         head, *_ = file.read_text().split("\n## ", 1)
     text = head + "\n" + "\n".join(tables)
-    file.write_text(text)
+    write_text(file, text)
     draw(runs, folder)
     print(text)
 
@@ -382,8 +403,8 @@ def draw(runs: list[dict], folder: Path) -> None:
     chart = Chart("", panels, Table((), []), legend)
     for name, content in files_of(chart, "forgotten").items():
         if name.endswith(".svg"):
-            (folder / name).write_bytes(content)
+            write_bytes(folder / name, content)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

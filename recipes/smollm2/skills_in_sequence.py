@@ -37,7 +37,10 @@ from safetensors import safe_open
 from skills_that_add_up import Measure, Task
 
 from maskft.models import load_tokenizer
+from maskft_common.command_line import run_script
+from maskft_common.errors import UserError
 from maskft_common.files import write_text
+from maskft_common.layout import ADAPTER_WEIGHTS
 
 REPLAY_SHARE = 0.06
 O_LORA = "o-lora"
@@ -50,11 +53,20 @@ ORTHOGONALITY = 0.5
 def main() -> None:
     """Train the methods that are missing, measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--methods", nargs="+", choices=SEQUENTIAL, default=list(SEQUENTIAL))
+    parser.add_argument("data", type=Path, help="folder of the tasks' rows and of the probes")
+    parser.add_argument("out", type=Path, help="folder that skills_that_add_up.py has written")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=SEQUENTIAL,
+        default=list(SEQUENTIAL),
+        help="what is trained on task after task (default: all)",
+    )
     skills.add_options(parser)
     args = parser.parse_args()
+    if len(args.tasks) < 2:
+        raise UserError(f"--tasks {' '.join(args.tasks)}: a sequence has at least two")
+    skills.check_adapters(args)
     torch.manual_seed(args.seed)
 
     tokenizer = load_tokenizer(args.model)
@@ -83,7 +95,7 @@ def main() -> None:
             print(f"{name}: done", flush=True)
 
     text = table(result)
-    (args.out / "sequence.md").write_text(text)
+    write_text(args.out / "sequence.md", text)
     print(text)
 
 
@@ -274,7 +286,7 @@ def with_replay(
 
 def file_bytes(method: str, task: Task, args) -> int:
     """Size of the saved adapter of a task; LoRA's as if it was float32."""
-    file = skills.adapter_folder(task, method, args) / "adapter_model.safetensors"
+    file = skills.adapter_folder(task, method, args) / ADAPTER_WEIGHTS
     if method == "mask":
         return file.stat().st_size
     num_bytes = 0
@@ -343,4 +355,4 @@ def table(result: dict) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

