@@ -14,12 +14,14 @@ import sys
 import time
 from pathlib import Path
 
-import lm_eval.tasks
 from rich.console import Console
 
+from maskft.data.sources import read_file
+from maskft_common.command_line import positive, run_script
 from maskft_common.environment import environment
+from maskft_common.errors import UserError
 from maskft_common.files import write_text
-from maskft_lab.evaluation.benchmarks import BENCHMARKS, find_file
+from maskft_lab.evaluation.benchmarks import BENCHMARKS, Benchmark, find_file
 
 _OFFLINE = {
     "HF_HUB_OFFLINE": "1",
@@ -47,10 +49,17 @@ def main() -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="model folder or hub name")
     parser.add_argument("--data_dir", required=True, metavar="DIR", help="folder with the benchmarks' files")
     parser.add_argument("--tasks", default="gsm8k,humaneval,ifeval", help="of maskft (default: %(default)s)")
-    parser.add_argument("--limit", type=int, default=50, help="first items of each task (default: %(default)s)")
-    parser.add_argument("--batch_size", type=int, default=50, help="items at one time (default: %(default)s)")
-    parser.add_argument("--output", default="runs/against_lm_eval", metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--limit", type=positive, default=50, help="first items of each task (default: %(default)s)")
+    parser.add_argument("--batch_size", type=positive, default=50, help="items at one time (default: %(default)s)")
+    parser.add_argument("--output", default="runs/against_lm_eval", metavar="DIR", help="(default: %(default)s)")
     args = parser.parse_args()
+
+    # All tasks before the first of them runs for minutes.
+    tasks = args.tasks.split(",")
+    for task in tasks:
+        if task not in BENCHMARKS:
+            raise UserError(f"--tasks: no benchmark {task!r}; there are {', '.join(BENCHMARKS)}")
+        find_file(task, Path(args.data_dir))
 
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,7 +70,7 @@ def main() -> None:
         "batch_size": args.batch_size,
     }
     rows = []
-    for task in args.tasks.split(","):
+    for task in tasks:
         ours, our_seconds = run_maskft(task, args, folder)
         theirs, their_seconds = run_lm_eval(task, args, folder)
         row = compare(task, ours, theirs, our_seconds, their_seconds)
@@ -108,6 +117,9 @@ def run_lm_eval(
     folder: Path,
 ) -> tuple[dict[str, dict], float]:
     """lm-eval's samples by id, one for all filters, and the seconds of the command."""
+    # Here, so that --help needs no extra.
+    import lm_eval.tasks
+
     # lm-eval's task, except for its data, which comes from the file that maskft reads.
     tasks_folder = folder / "lm_eval_tasks"
     tasks_folder.mkdir(exist_ok=True)
@@ -149,9 +161,14 @@ def run_lm_eval(
 
     # Each call writes a file with its time in the name.
     samples = max(out.rglob("samples_*.jsonl"), key=lambda path: path.stat().st_mtime)
+    return items_of(samples, benchmark), seconds
+
+
+def items_of(samples: Path, benchmark: Benchmark) -> dict[str, dict]:
+    """The items of a file of lm-eval's samples, by id."""
     items = {}
-    for line in samples.read_text().splitlines():
-        sample = json.loads(line)
+    # Not by splitlines, which also splits at characters that a model may write within a line, such as U+2028.
+    for _, sample in read_file(samples):
         if benchmark.id_field:
             identity = str(sample["doc"][benchmark.id_field])
         else:
@@ -168,7 +185,7 @@ def run_lm_eval(
             name = benchmark.metrics.get(f"{metric},{sample['filter']}")
             if name is not None and isinstance(sample[metric], (bool, int, float)):
                 items[identity]["scores"][name] = float(sample[metric])
-    return items, seconds
+    return items
 
 
 def compare(
@@ -225,9 +242,9 @@ def timed(command: list[str], log: Path, **environ: str) -> float:
             env=environment_of_command,
         )
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed: {log} has its output")
+        raise UserError(f"{' '.join(command)} failed: {log} has its output")
     return time.perf_counter() - started
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, extra="eval")

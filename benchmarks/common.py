@@ -16,6 +16,7 @@ from maskft import MaskConfig, set_mask_progress
 from maskft.training.arguments import multiplies_bfloat16
 from maskft_common import files
 from maskft_common.environment import environment
+from maskft_common.errors import UserError
 
 from .as_published import SortingMaskedLinear
 
@@ -79,6 +80,16 @@ def set_threads(count: int) -> None:
     torch.set_num_threads(count)
 
 
+def check_device(device: str) -> None:
+    """Raise for a GPU that is not there.
+
+    Raises:
+        UserError: If torch sees none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("torch sees no CUDA device; leave out --device cuda")
+
+
 class Report:
     """Collects rows; prints each as it comes, and writes all so far into ``file``.
 
@@ -102,10 +113,13 @@ class Report:
             "threads": torch.get_num_threads(),
             "rounds": self.rounds,
             "device": self.device_name(),
+            # Of training steps; what else is measured says its own dtype.
+            "weights_of_steps": str(torch.float32),
+            "seed": 0,
             **settings,
         }
         is_autocast = autocast(self.device)._enabled
-        self.settings["autocast"] = str(torch.bfloat16) if is_autocast else None
+        self.settings["autocast_of_steps"] = str(torch.bfloat16) if is_autocast else None
 
     def device_name(self) -> str:
         """Name of the card, or cpu."""

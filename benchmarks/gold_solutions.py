@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from maskft.data.sources import read_file
+from maskft_common.command_line import run_script
 from maskft_lab.evaluation.benchmarks import code_with_tests, find_file
 from maskft_lab.sandbox.sandbox import run_many
 
@@ -65,4 +66,4 @@ def _loop() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -47,9 +47,11 @@ _SIDES = ("frozen", "mask", "floor", "lora", "deletion", "full", "mask, again")
 def main(words: list[str]) -> None:
     """Run one part, or all; or list them."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks gpu", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--part", type=int, choices=PARTS, help="default: all, one after the other")
+    parser.add_argument("--part", type=int, choices=PARTS, help="the part to run (default: all, one after the other)")
     parser.add_argument("--list", action="store_true", help="the parts, their time, what they need and what is missing")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="default: %(default)s")
+    parser.add_argument(
+        "--device", default="cuda", choices=("cuda", "cpu"), help="where the parts run (default: %(default)s)"
+    )
     parser.add_argument("--tiny", action="store_true", help="tiny shapes and few rounds; the only way on a CPU")
     parser.add_argument("--output_dir", default="runs/gpu", metavar="DIR", help="of part-N.json (default: %(default)s)")
     args = parser.parse_args(words)
@@ -73,11 +75,20 @@ def main(words: list[str]) -> None:
     os.environ["HF_DATASETS_OFFLINE"] = "1"
     if args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    else:
-        import torch
 
-        if not torch.cuda.is_available():
-            parser.error("torch sees no CUDA device; rehearse with --device cpu --tiny")
+    from maskft_common.command_line import run_script
+
+    run_script(partial(_run, args))
+
+
+def _run(args: argparse.Namespace) -> None:
+    """Run one part, or all."""
+    import torch
+
+    from maskft_common.errors import UserError
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("torch sees no CUDA device; rehearse with --device cpu --tiny")
 
     numbers = [args.part] if args.part else PARTS
     failed = [number for number in numbers if not _run_part(number, args)]
@@ -123,6 +134,8 @@ def _normalized(name: str) -> str:
 
 def _run_part(number: int, args: argparse.Namespace) -> bool:
     """Run a part, and return whether it ended without an error; the rows that it wrote before one stay."""
+    import torch
+
     from .common import Report
 
     file = Path(args.output_dir) / f"part-{number}.json"
@@ -133,6 +146,7 @@ def _run_part(number: int, args: argparse.Namespace) -> bool:
         file,
         part=number,
         tiny=args.tiny,
+        weights_of_steps=str(torch.bfloat16),
     )
     report.write()
     started = time.monotonic()
@@ -164,6 +178,8 @@ def tests(report) -> None:
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
         command += ["-m", marker, f"--junitxml={results}", *files]
         done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True)
+        if not Path(results).is_file():
+            raise RuntimeError(f"pytest did not run: {(done.stdout + done.stderr)[-1000:]}")
         cases = ElementTree.parse(results).findall(".//testcase")
 
     failed = []
@@ -295,7 +311,7 @@ def _step(
     step()  # in addition to the warm-up of `alternate`: a compiled model is compiled here
     (times,) = alternate([step], report.rounds, report.device)
     num_trained = sum(parameter.numel() for parameter in step.trained)
-    return times, peak_memory_bytes(), num_trained
+    return times, peak_memory_bytes(report.device.type), num_trained
 
 
 def micro_batch(report) -> None:

@@ -125,8 +125,10 @@ def _measure(
     threads: int,
 ) -> int:
     torch.set_num_threads(threads)
+    where = torch.device(device)
     # Three steps: the second has the optimizer's state from its beginning.
-    step = _LearnerStep(learner, shape, layers, tokens, 2, torch.device(device))
+    step = _LearnerStep(learner, shape, layers, tokens, 2, where)
     for _ in range(3):
         step()
-    return peak_memory_bytes()
+    # Named: on a machine with a GPU the default would be the GPU, also of a step on the CPU.
+    return peak_memory_bytes(where.type)

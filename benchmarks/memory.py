@@ -18,6 +18,8 @@ from maskft_common.memory import peak_memory_bytes
 from .common import SMOLLM2, TINY, Step, autocast, build, prepare
 from .micro_batch import TOKENS_OF_INTENTS
 
+ACCUMULATION = 2  # micro-batches of a step
+
 
 def run(report) -> None:
     """Add the rows."""
@@ -42,6 +44,7 @@ def run(report) -> None:
     bytes_per_weight = 16 if is_autocast else 20
     floor = peaks["frozen"] + bytes_per_weight * num_masked
     gigabytes = {side: round(peak / 1e9, 3) for side, peak in peaks.items()}
+    facts = {"tokens": tokens, "accumulation": ACCUMULATION}
     report.add(
         "memory",
         f"{name}: mask / floor",
@@ -50,10 +53,11 @@ def run(report) -> None:
         "<= 1.05",
         floor_formula=floor / 1e9,
         **gigabytes,
+        **facts,
     )
-    report.add("memory", f"{name}: mask / plain training of the same layers", peaks["mask"] / peaks["floor"], "x")
-    report.add("memory", f"{name}: mask / full fine-tuning", peaks["mask"] / peaks["full"], "x")
-    report.add("memory", f"{name}: mask / LoRA r=16", peaks["mask"] / peaks["lora"], "x")
+    others = {"floor": "plain training of the same layers", "full": "full fine-tuning", "lora": "LoRA r=16"}
+    for side, label in others.items():
+        report.add("memory", f"{name}: mask / {label}", peaks["mask"] / peaks[side], "x", **facts)
 
     # A deletion mask of all gate projections, and LoRA of all matrices.
     name = "tiny" if report.quick else "SmolLM2-135M"
@@ -62,8 +66,9 @@ def run(report) -> None:
     for side in ("gates", "full", "lora"):
         peaks[side] = _peak(side, shape, layers, TOKENS_OF_INTENTS, report)
     mask = f"{name}: deletion mask of all gate projections"
-    report.add("memory", f"{mask} / LoRA r 16 of all matrices", peaks["gates"] / peaks["lora"], "x")
-    report.add("memory", f"{mask} / full fine-tuning", peaks["gates"] / peaks["full"], "x")
+    facts = {"tokens": TOKENS_OF_INTENTS, "accumulation": ACCUMULATION}
+    report.add("memory", f"{mask} / LoRA r 16 of all matrices", peaks["gates"] / peaks["lora"], "x", **facts)
+    report.add("memory", f"{mask} / full fine-tuning", peaks["gates"] / peaks["full"], "x", **facts)
 
 
 def _peak(
@@ -84,11 +89,12 @@ def _measure(side, shape, layers, tokens, device, threads) -> int:
     torch.set_num_threads(threads)
     device = torch.device(device)
     model = prepare(side, build(shape, device), layers)
-    step = Step(model, shape["vocab_size"], tokens, 2, device)
+    step = Step(model, shape["vocab_size"], tokens, ACCUMULATION, device)
     # The first step allocates the optimizer's state, the next ones have it from their beginning.
     for _ in range(3):
         step()
-    return peak_memory_bytes()
+    # Named: on a machine with a GPU the default would be the GPU, also of a step on the CPU.
+    return peak_memory_bytes(device.type)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ def run(report) -> None:
                 times,
                 floor,
                 "<= 1.10",
+                tokens=TOKENS,
                 rounds=report.rounds,
             )
 
@@ -46,6 +47,7 @@ def run(report) -> None:
             f"{name}: deletion mask of all gate projections / {side}",
             gates,
             times,
+            tokens=TOKENS_OF_INTENTS,
             rounds=report.rounds,
         )
 

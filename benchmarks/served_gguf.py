@@ -14,13 +14,17 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import xllamacpp
 
-import gguf
 from maskft.masks.gguf import merge_into_gguf
-from maskft_common.layout import ADAPTER_WEIGHTS
+from maskft_common.command_line import positive, run_script
+from maskft_common.errors import UserError
+from maskft_common.layout import ADAPTER_WEIGHTS, holds_adapter, no_adapter
+
+if TYPE_CHECKING:
+    import xllamacpp
 
 RANK = 16
 LINEAR = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
@@ -29,6 +33,9 @@ PROMPT = "Write a long story about a bank and its customers."
 
 def write_lora(base: Path, file: Path) -> Path:
     """Write a LoRA of random values for a GGUF base, in llama.cpp's format."""
+    # Here as all packages of the extra, so that --help and a wrong path do without.
+    import gguf
+
     reader = gguf.GGUFReader(base)
     # The last part of a field is its value; a text is an array of bytes.
     architecture_bytes = reader.fields["general.architecture"].parts[-1]
@@ -62,6 +69,8 @@ def serve(
     lora: Path | None = None,
 ) -> xllamacpp.Server:
     """A server of one slot."""
+    import xllamacpp
+
     params = xllamacpp.CommonParams()
     params.model.path = str(file)
     params.n_ctx = 512
@@ -97,10 +106,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", type=Path, help="GGUF file")
     parser.add_argument("mask", type=Path, help="adapter folder of a mask over it")
-    parser.add_argument("--num_threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--num_tokens", type=int, default=64, help="tokens of an answer")
+    parser.add_argument("--num_threads", type=positive, default=1, help="of llama.cpp (default: %(default)s)")
+    parser.add_argument(
+        "--rounds",
+        type=positive,
+        default=5,
+        help="answers of each of the three (default: %(default)s)",
+    )
+    parser.add_argument("--num_tokens", type=positive, default=64, help="of an answer (default: %(default)s)")
     args = parser.parse_args()
+    if not args.base.is_file():
+        raise UserError(f"{args.base} is no file; name a GGUF file")
+    if not holds_adapter(args.mask):
+        raise no_adapter(args.mask)
 
     with tempfile.TemporaryDirectory() as folder:
         task = Path(folder) / "task.gguf"
@@ -132,4 +150,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, extra="gguf")

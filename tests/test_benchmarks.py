@@ -5,8 +5,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from benchmarks import learners, memory
+from benchmarks.common import TINY
 from benchmarks.learners import LEARNERS, PLAIN
 
 import benchmark_files
@@ -148,6 +152,30 @@ def test_what_a_gpu_needs_is_listed_and_a_cpu_only_rehearses(tmp_path):
     assert "missing here: accelerate, " in done.stdout and "torch" in done.stdout
     done = gpu("--part", 2, "--device", "cpu", "--output_dir", tmp_path)
     assert done.returncode == 2 and "--device cpu is a rehearsal: add --tiny" in done.stderr
+
+
+def test_benchmarks_run_in_the_order_of_the_list(monkeypatch, tmp_path):
+    """Of the command line's, `refresh` would come after others that keep freed memory, and measure something else."""
+    from benchmarks import __main__ as command
+
+    ran = []
+    importing = SimpleNamespace(import_module=lambda name, package: SimpleNamespace(run=ran.append))
+    monkeypatch.setattr(command, "importlib", importing)
+    monkeypatch.setattr("maskft_common.memory.keep_freed_memory", lambda: ran.append("memory is kept"))
+    monkeypatch.setattr("benchmarks.common.set_threads", lambda count: None)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "step", "refresh", "step", "--output", str(tmp_path)])
+    command.run()
+    report = ran[0]
+    assert ran == [report, "memory is kept", report]
+
+
+@pytest.mark.parametrize("module", [memory, learners])
+def test_peak_memory_is_that_of_the_device_that_computes(module, monkeypatch):
+    """On a machine with a GPU, that of the GPU would be 0 after a step on the CPU."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: 0)
+    side = "mask" if module is memory else PLAIN
+    assert module._measure(side, TINY, [1], 8, "cpu", torch.get_num_threads()) > 2**20
 
 
 def test_an_unknown_benchmark_is_named(tmp_path):
