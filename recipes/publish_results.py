@@ -195,7 +195,8 @@ def points_table(folders: list[Path], name: str) -> str | None:
     for method, seed, settings, point, values in rows:
         if point == "0-0":
             continue
-        share, scale = point.split("-")
+        # A small scale may have a dash itself, as 1e-05 has.
+        share, _, scale = point.partition("-")
         setting = ", ".join(f"{key} {settings[key]:g}" for key in varied if settings.get(key) is not None)
         cells = [method, str(seed), setting, share, scale]
         for metric in heldout:

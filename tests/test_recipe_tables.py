@@ -207,3 +207,25 @@ def test_a_table_is_written_whole(name, script, copied, monkeypatch):
         else:
             script("kl_budget").write(folder)
     assert (folder / "table.md").read_text() == table
+
+
+def test_every_interval_of_a_budget_is_counted(script):
+    """Also those of a method that was run with fewer seeds: all intervals of a table hold together."""
+    recipe = script("kl_budget")
+    kl = {"reached": 0.1, "budget": 0.1, "at_end": 0.1, "multiplier": 1.0, "part": 1.0}
+    probes = dict.fromkeys(recipe.PROBES, 1.0)
+
+    def row(method, term, num_right):
+        right = [1] * num_right + [0] * (20 - num_right)
+        return {"method": method, "term": term, "kl": kl, "probes": probes, "right": right, "accuracy": num_right / 20}
+
+    runs = []
+    for seed in range(3):
+        rows = [row("full", 0.1, 12), row("full", recipe.TUNED, 10 + seed)]
+        if seed == 0:
+            rows += [row("LoRA r 16", 0.1, 5), row("LoRA r 16", recipe.TUNED, 9)]
+        runs.append({"task": "sums", "seed": seed, "base": {"probes": probes}, "rows": rows})
+    of_lora = runs[0]["rows"][2:]
+    expected = recipe.four_bits.difference(of_lora[1:], of_lora[:1], 1 - 0.05 / 2)
+    lines = [line for line in recipe.table(runs).splitlines() if line.startswith("| LoRA r 16 | 0.1 ")]
+    assert len(lines) == 1 and f"| {expected} |" in lines[0]

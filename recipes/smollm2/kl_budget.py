@@ -277,10 +277,10 @@ def table(runs: list[dict]) -> str:
                 num_bound += 1
                 num_near += abs(kl["reached"] / kl["budget"] - 1) <= TOLERANCE
 
-    # Bonferroni: all intervals of the table are covered together. Terms that were run with fewer seeds have none.
+    # Bonferroni: all intervals of the table are covered together.
     num_intervals = 0
-    for (_, term), pairs in found.items():
-        num_intervals += term != TUNED and len(pairs) == len(runs)
+    for (method, term), pairs in found.items():
+        num_intervals += _has_interval(term, pairs, found.get((method, TUNED), []))
     confidence = 1 - 0.05 / max(num_intervals, 1)
 
     # The lines above the table.
@@ -334,6 +334,17 @@ def table(runs: list[dict]) -> str:
     return "\n".join([*lines, ""])
 
 
+def _has_interval(
+    term: float | str,
+    pairs: list[tuple[dict, dict]],
+    of_tuned: list[tuple[dict, dict]],
+) -> bool:
+    """Whether a term is compared with the tuned weight: both were run, with the same seeds."""
+    seeds = [run["seed"] for run, _ in pairs]
+    seeds_of_tuned = [run["seed"] for run, _ in of_tuned]
+    return term != TUNED and seeds == seeds_of_tuned
+
+
 def _minus_tuned(
     term: float | str,
     pairs: list[tuple[dict, dict]],
@@ -341,9 +352,7 @@ def _minus_tuned(
     confidence: float,
 ) -> str:
     """Accuracy minus that with the tuned weight, with its interval; a dash if the two have other seeds."""
-    seeds = [run["seed"] for run, _ in pairs]
-    seeds_of_tuned = [run["seed"] for run, _ in of_tuned]
-    if term == TUNED or seeds != seeds_of_tuned:
+    if not _has_interval(term, pairs, of_tuned):
         return "–"
     rows = [row for _, row in pairs]
     rows_of_tuned = [row for _, row in of_tuned]
