@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import maskft
 import tiny
 from maskft import MaskConfig
+from maskft_common.errors import UserError
 
 REPOSITORY = Path(__file__).parents[1]
 EXPERIMENTS = REPOSITORY / "recipes" / "peft_metamathqa" / "experiments"
@@ -95,6 +96,12 @@ def test_the_plugin_of_ms_swift_passes_on_settings_that_are_false(monkeypatch):
     assert config.verify_base is False
     assert config.save_scores is True
     assert config.modules_to_save is None
+
+    for text in ("sparsity: 0.3", "0.3"):
+        monkeypatch.setenv("MASKFT", text)
+        with pytest.raises(UserError, match="not a JSON object"):
+            tuner_plugin.tuners_map["mask"].prepare_model(args, tiny.tiny_llama())
+    monkeypatch.delenv("MASKFT")
 
     args.target_regex = r".*layers\.1\.mlp\.(gate|up)_proj"
     model = tuner_plugin.tuners_map["mask"].prepare_model(args, tiny.tiny_llama())

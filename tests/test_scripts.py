@@ -126,6 +126,12 @@ def test_a_mistake_is_one_line(mistake, call, tmp_path):
     assert sorted(folder.rglob("*")) == before
 
 
+def test_a_folder_without_results_does_not_keep_others_from_being_refreshed(call, tmp_path):
+    status, printed = call("recipes/refresh_results.py", tmp_path, tmp_path / "none")
+    assert status == 0
+    assert printed.count("left as it is: no summary.json: name a folder of published results") == 2
+
+
 def options_of(script):
     """Each call of ``add_argument`` in a script: its first word, and its keywords."""
     for node in ast.walk(ast.parse(script.read_text())):

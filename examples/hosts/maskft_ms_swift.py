@@ -12,6 +12,7 @@ from swift.callbacks import callbacks_map
 from swift.tuner_plugin import PeftTuner, tuners_map
 
 from maskft import MaskConfig, MaskProgress
+from maskft_common.errors import UserError
 
 
 class MaskTuner(PeftTuner):
@@ -34,7 +35,11 @@ class MaskTuner(PeftTuner):
             settings["modules_to_save"] = args.modules_to_save
 
         # From an environment variable: ms-swift's options are those of its own tuners.
-        settings |= json.loads(os.environ.get("MASKFT") or "{}")
+        text = os.environ.get("MASKFT") or "{}"
+        try:
+            settings |= json.loads(text)
+        except (TypeError, ValueError):
+            raise UserError(f"MASKFT is {text!r}, not a JSON object of MaskConfig's settings") from None
         return get_peft_model(model, MaskConfig(task_type="CAUSAL_LM", **settings))
 
 

@@ -108,7 +108,10 @@ def term_of(text: str) -> float | str:
     """A term of the command line: a name, or a budget."""
     if text in (TUNED, NO_TERM):
         return text
-    return float(text)
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number, and neither {TUNED!r} nor {NO_TERM!r}") from None
 
 
 # Training and measuring
