@@ -118,7 +118,11 @@ def _result_text(study: Path, row: dict[str, Any]) -> str:
 
 
 def runs_of(study: Path, name: str) -> list[Path]:
-    """Folders of the runs that a study shows, and of those that tuning tried; another study may have made them."""
+    """Folders of the runs that a study shows, and of those that tuning tried; another study may have made them.
+
+    Raises:
+        UserError: If a run that the study shows is not there.
+    """
     summary = json.loads(_text(study / layout.SUMMARY.format(name)))
     wanted = set()
     for record in summary["models"].values():
@@ -128,7 +132,15 @@ def runs_of(study: Path, name: str) -> list[Path]:
                 wanted |= {_hash_of(run) for run in trial["runs"]}
 
     files = sorted(study.glob(f"{layout.RUNS}/*/{layout.RUN}"))
-    return [file.parent for file in files if _hash_of(file.parent.name) in wanted]
+    found = [file.parent for file in files if _hash_of(file.parent.name) in wanted]
+
+    # Trials of tuning may have been removed; of what the table shows, the training is published too.
+    hashes = {_hash_of(folder.name) for folder in found}
+    for record in summary["models"].values():
+        for row in record["runs"]:
+            if _hash_of(row["run"]) not in hashes:
+                raise UserError(f"{study} has no finished run {row['run']}, which its table shows: run the study again")
+    return found
 
 
 def _hash_of(run: str) -> str:

@@ -129,6 +129,16 @@ def test_two_models_do_not_share_a_file(publish, study, tmp_path):
         publish.published(study, NAME, tmp_path)
 
 
+def test_a_run_of_the_table_that_is_gone_is_named(publish, study, tmp_path):
+    """Else its training would be missing among the published ones, without a word."""
+    summary = json.loads((study / layout.SUMMARY.format(NAME)).read_text())
+    (record,) = summary["models"].values()
+    run = next(row["run"] for row in record["runs"] if row["name"] == MASK)
+    shutil.rmtree(study / layout.RUNS / run)
+    with pytest.raises(UserError, match=f"no finished run {run}, which its table shows"):
+        publish.published(study, NAME, tmp_path)
+
+
 def test_curves_of_a_study_whose_name_begins_alike_are_not_published(publish, study, tmp_path):
     write(study / layout.CURVE.format(f"{NAME}-again", "wiki"), json.dumps({"probe": "wiki"}))
     curves = {file.name for file in publish.published(study, NAME, tmp_path) if file.name.startswith("curve-")}

@@ -81,6 +81,11 @@ MISTAKES = {
         *("recipes/peft_metamathqa/board.py", "{tmp}/new", str(ROOT / "results" / "smollm2-curve-sums")),
         *("--before", "poems"),
     ),
+    "a board without a training": (
+        *("recipes/peft_metamathqa/board.py", "{tmp}/new", str(ROOT / "results" / "smollm2-curve-sums-rivals-seeds")),
+        *("--before", "wikipedia"),
+    ),
+    "empty texts": ("recipes/peft_metamathqa/forgetting.py", "{tmp}/empty.jsonl", "{tmp}"),
     "no texts": ("recipes/peft_metamathqa/forgetting.py", "{tmp}/none.jsonl", "{tmp}"),
     "texts without a text": ("recipes/peft_metamathqa/forgetting.py", "{tmp}/prompts.jsonl", "{tmp}"),
     "no results to show": ("recipes/evidence.py", "{tmp}", "--controls", "full"),

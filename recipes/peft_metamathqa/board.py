@@ -57,16 +57,18 @@ def main(out: Path, sources: list[Path], before: str) -> str:
         "| method | seed | accuracy | forgetting | parameters trained | file (bytes) | training (s) | peak (GB) |",
         "| --- |" + " ---: |" * 7,
     ]
+    texts = {}  # file -> content
     for name, result in results.items():
         if result is base:
             continue
-        training = trained[result["study"]["run"]]
+        training = trained.get(result["study"]["run"])
+        if training is None:
+            raise UserError(f"no training.json of the folders has {result['study']['run']}: publish its study again")
         if not training["num_trainable"]:
             continue  # a fixed mask
         record = experiment(result, training, _nll(result, before) - loss_before)
         file_name = name.replace("/", "--") + ".json"
-        text = json.dumps(record, indent=2) + "\n"
-        files.write_text(out / "results" / file_name, text)
+        texts[out / "results" / file_name] = json.dumps(record, indent=2) + "\n"
 
         info = record["train_info"]
         last = info["metrics"][-1]
@@ -88,7 +90,10 @@ def main(out: Path, sources: list[Path], before: str) -> str:
     if file.is_file():
         # The lines that a person wrote above the table stay.
         head, _, _ = file.read_text(encoding="utf-8").partition("| method |")
-    files.write_text(file, head + table)
+    texts[file] = head + table
+    # At the end: a run that is missing must not leave a part of a board.
+    for path, text in texts.items():
+        files.write_text(path, text)
     return table
 
 

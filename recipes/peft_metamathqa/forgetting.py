@@ -57,6 +57,8 @@ def main() -> None:
         if "text" not in row:
             raise UserError(f"{args.texts}, {place}: no column 'text'")
         texts.append(row["text"])
+    if not any(texts):
+        raise UserError(f"{args.texts} has no text")
 
     for folder in args.adapters:
         # The shell's pattern also matches full fine-tunings.
