@@ -7,6 +7,7 @@ import itertools
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -211,8 +212,8 @@ def prefill_and_decode(
     names: list[str] | None,
     new_tokens: int,
 ) -> tuple[float, float]:
-    """Seconds of the prompt, and of all new tokens; on a CPU processor time, which other programs change least."""
-    clock = time.process_time if ids.device.type == "cpu" else _synchronised
+    """Seconds of the prompt, and of all new tokens."""
+    clock = _clock_of(ids.device)
     # As PEFT's generate() does: hooks that pass the adapter names to the layers, set once for all tokens.
     if names is None:
         context = nullcontext()
@@ -230,6 +231,11 @@ def prefill_and_decode(
         return after_prompt - started, clock() - after_prompt
 
 
+def _clock_of(device: torch.device) -> Callable[[], float]:
+    """On a CPU processor time, which other programs change least."""
+    return time.process_time if device.type == "cpu" else _synchronised
+
+
 def _synchronised() -> float:
     """Seconds, once the GPU has done all work until now."""
     torch.cuda.synchronize()
@@ -244,9 +250,10 @@ def many(
     what: str,
 ) -> None:
     """Load ``number`` masks: seconds, and bytes of a mask in its file, in use, and in a batch."""
-    started = time.process_time()
+    clock = _clock_of(report.device)
+    started = clock()
     masked = with_masks(model, folders, number)
-    seconds = time.process_time() - started
+    seconds = clock() - started
     report.add("mixed", f"{number} {what}: load one", seconds / number, "s")
     file_bytes = (folders[0] / layout.ADAPTER_WEIGHTS).stat().st_size
     report.add("mixed", f"{what}: file", file_bytes / 1e6, "MB")
@@ -260,10 +267,10 @@ def many(
     )
     names = [str(row % number) for row in range(BATCH)]
     num_used = min(BATCH, number)
-    started = time.process_time()
+    started = clock()
     with torch.inference_mode():
         masked(input_ids=ids, adapter_names=names)
-    seconds = time.process_time() - started
+    seconds = clock() - started
     report.add("mixed", f"{what}: first use of {num_used}", seconds, "s")
 
     # Layers keep the places of the removed weights of each mask in use, and the products of the last batch.
