@@ -373,6 +373,10 @@ CASES = [
     (change("methods/mask/output_dir", "x"), "sets output_dir, which the study decides .*; remove it from the method"),
     (change("data/sums/output_dir", "x"), "sets output_dir, which the study decides"),
     (change("train/max_steps", "8"), "max_steps is '8', a text; write the number without quotes"),
+    (
+        change("methods/mask/method", "lora"),
+        r"methods\.mask\.method: 'lora' is an adapter of PEFT's: write method: peft and peft_config: \{.peft_type",
+    ),
     (change("methods/mask/method", "masks"), "methods.mask.method is 'masks': input should be 'pretrained', 'full'"),
     (change("methods/mask/data", "sum"), r"methods.mask.data is 'sum' \(did you mean 'sums'\?\); there are sums"),
     (change("methods/second", {"method": "mask", "from": "mask"}), "methods.second.from is 'mask', an adapter"),

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import json
 import re
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from accelerate.commands.launch import launch_command_parser
-from peft import PeftType
 from trl import ModelConfig, TrlParser
 from trl.cli.commands.training import _subtract_subsequence
 
@@ -23,6 +23,7 @@ from ..models import is_gguf
 from .arguments import TrainConfig, TrainingArguments
 from .launch import launch_options, words_of_recipe
 from .method_arguments import UNSAID, MaskArguments, MethodArguments
+from .peft_config import config_of_name
 
 _GROUPS = (MethodArguments, ModelConfig, DataArguments, MaskArguments, TrainingArguments)
 
@@ -59,20 +60,12 @@ class _Parser(TrlParser):
 
 def _check_method_name(name: Any) -> None:
     """Raise with the right options if the method is the type of an adapter of PEFT's."""
-    kinds = {kind.value.lower(): kind.value for kind in PeftType}
-    # An option of LoRA that people know as a method.
-    kinds["dora"] = "LORA"
-
-    lower_name = str(name).lower()
-    kind = kinds.get(lower_name)
-    if kind is None:
+    config = config_of_name(name)
+    if config is None:
         return
-    more = ""
-    if lower_name == "dora":
-        more = ', "use_dora": true'
     raise UserError(
         f"method is {name!r}, which is an adapter of PEFT's: give --method peft "
-        f'--peft_config \'{{"peft_type": "{kind}"{more}}}\' (with any option of PEFT\'s configuration of it)'
+        f"--peft_config '{json.dumps(config)}' (with any option of PEFT's configuration of it)"
     )
 
 

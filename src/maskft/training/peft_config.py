@@ -27,6 +27,19 @@ _CALIBRATED = ("eva", "corda", "lora_ga", "loftq")
 _SPLIT = ("pissa", "olora")
 
 
+def config_of_name(name: Any) -> dict[str, Any] | None:
+    """``peft_config`` of an adapter that people name as a method, such as ``lora``; None for other names."""
+    lower_name = str(name).lower()
+    # An option of LoRA that people know as a method.
+    if lower_name == "dora":
+        return {"peft_type": "LORA", "use_dora": True}
+    for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items():
+        # A mask is a method here.
+        if kind.value.lower() == lower_name and config is not MaskConfig:
+            return {"peft_type": kind.value}
+    return None
+
+
 def adapter_config(content: Mapping[str, Any]) -> PeftConfig:
     """PEFT's configuration of an adapter, from the content of its ``adapter_config.json``.
 

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
 from graphlib import CycleError, TopologicalSorter
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, field_validator, model_validator
 
 from maskft.data.arguments import DATA_NAMES, KL_DATA, mixture_text
 from maskft.training.method_arguments import (
@@ -20,6 +21,7 @@ from maskft.training.method_arguments import (
     PEFT,
     UNTRAINED_METHODS,
 )
+from maskft.training.peft_config import config_of_name
 from maskft_common.errors import did_you_mean
 from maskft_common.schema import FileModel, Name
 
@@ -226,6 +228,17 @@ class Method(SectionWithOptions):
     data: str | None = None
     last: str | None = None
     seeds: Seeds | None = None
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _check_name(cls, method: Any) -> Any:
+        config = config_of_name(method)
+        if config is not None:
+            # JSON is YAML too.
+            raise ValueError(
+                f"{method!r} is an adapter of PEFT's: write method: peft and peft_config: {json.dumps(config)}"
+            )
+        return method
 
     @model_validator(mode="after")
     def _check_keys(self) -> Method:
