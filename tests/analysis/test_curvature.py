@@ -90,6 +90,19 @@ def test_a_hessian_that_lanczos_cannot_take_is_one_message(factor):
         largest_eigenvalue(products, np.ones(1), np.ones(6, dtype=bool), seed=0)
 
 
+def test_a_hessian_with_nan_is_told_at_the_first_probe(tmp_path):
+    calls = []
+
+    def product(vector):
+        calls.append(vector)
+        return np.nan * vector
+
+    pieces = Store(tmp_path / "parts.jsonl", {})
+    with pytest.raises(UserError, match="the Hessian is NaN or infinite"):
+        quadratic_forms([product] * 2, np.ones(6, dtype=bool), 4, 0, pieces, "all")
+    assert len(calls) == 1 and not pieces.values
+
+
 def rows(count=4, length=6):
     return [{"input_ids": ids, "labels": ids} for ids in tiny.token_ids(count, length).tolist()]
 

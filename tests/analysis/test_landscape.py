@@ -154,6 +154,12 @@ def test_bad_input_ends_in_one_line(three_models, tmp_path, monkeypatch):
         analyse_landscape(file, three_models, rows, Sampling(), grid=3)
     assert not file.exists()
     monkeypatch.undo()
+    # Of the weights, before the losses of a plane are computed.
+    broken = small(5)
+    broken.model.norm.weight.data[0] = float("nan")
+    broken.save_pretrained(three_models[1])
+    with pytest.raises(UserError, match="a model has weights that are NaN or infinite"):
+        analyse_landscape(file, three_models, rows, Sampling(), grid=3)
     tiny.tiny_llama(num_layers=2).save_pretrained(three_models[1])
     with pytest.raises(UserError, match="is not of the architecture"):
         analyse_landscape(file, three_models, rows, Sampling(), grid=3)

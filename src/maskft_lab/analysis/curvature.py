@@ -21,6 +21,7 @@ Hessian-vector products are those of curvlinops (the extra ``analysis``).
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from maskft_common.files import digest
 
 from ..results.statistics import weighted_mean
 from ..store import Store
-from .losses import Batch, Sampling, make_batches
+from .losses import Batch, Sampling, check_ids, make_batches
 from .masks import masks_of
 from .records import Report, digest_folder, is_finished, no_report, pieces_of, write_record
 
@@ -162,6 +163,9 @@ def quadratic_forms(
         pieces: Keeps each probe's numbers.
         name: Of the Hessian, in ``pieces``.
         on_probe: Called after each probe.
+
+    Raises:
+        UserError: If a number is not finite.
     """
 
     def forms_of(index: int) -> list[float]:
@@ -174,8 +178,11 @@ def quadratic_forms(
         # Batch by batch: the spread between them is the error over rows.
         forms_of_batches: list[float] = []
         for product in products:
-            form = z @ product(z)
-            forms_of_batches.append(float(form))
+            form = float(z @ product(z))
+            if not math.isfinite(form):
+                # Now, and not after minutes or hours of other probes.
+                raise UserError("the Hessian is NaN or infinite: check that the models' weights and losses are finite")
+            forms_of_batches.append(form)
         return forms_of_batches
 
     forms = []
@@ -309,6 +316,9 @@ def analyse_curvature(
         num_probes: Random vectors per trace.
         sampling: Batch size, device, seed of probes and Lanczos.
         report: Called after each probe and each eigenvalue.
+
+    Raises:
+        UserError: If rows are of another tokenizer, or a number is not finite.
     """
     settings: dict[str, Any] = {
         "what": "curvature",
@@ -332,6 +342,7 @@ def analyse_curvature(
     # Eager, because fused attention has no second derivative.
     model = load_model(start, "float32", attn_implementation="eager")
     model = model.to(sampling.device).eval()
+    check_ids(rows, model)
     batches = make_batches(rows, sampling.batch_size, sampling.device)
     # Once for all four Hessians: the products read the model's weights when they are called.
     products = hessian_products(model, names, batches)

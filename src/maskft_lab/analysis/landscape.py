@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from maskft_common.errors import UserError
 from maskft_common.files import digest
 
 from ..evaluation.load_models import weights_of
-from .losses import Sampling
+from .losses import Sampling, check_ids
 from .masks import masks_of
 from .records import Report, digest_folder, is_finished, no_report, pieces_of, write_record
 
@@ -38,7 +39,7 @@ def plane_through(
         Two directions of length 1 (in all weights together), and the models' coordinates in them, (3, 2).
 
     Raises:
-        UserError: If the three lie on one line: two may be the same model.
+        UserError: If the three lie on one line: two may be the same model. If a weight is not finite.
     """
     # From the origin to the other two.
     u: Weights = {}
@@ -58,6 +59,9 @@ def plane_through(
         v[name] = v[name] - along * u[name]
     length_v = _dot(v, v) ** 0.5
 
+    # NaN or infinite weights: all points of the plane would be NaN.
+    if not math.isfinite(length_u + length_v):
+        raise UserError("a model has weights that are NaN or infinite, and spans no plane: train it again")
     # A length that is so small beside the other is rounding error of float32 weights.
     if length_v <= 1e-6 * length_u or length_u <= 1e-6 * length_v:
         raise UserError("three models on one line span no plane: are two of them the same?")
@@ -115,7 +119,8 @@ def analyse_landscape(
         report: Called after each point.
 
     Raises:
-        UserError: If the models differ in architecture, or a loss is not finite.
+        UserError: If the models differ in architecture, rows are of another tokenizer, or a weight or a loss is not
+            finite.
     """
     check_grid(grid)
     # The rows themselves would make the record as large as the data.
@@ -139,6 +144,8 @@ def analyse_landscape(
     # In float32, because small steps would be lost in bfloat16 weights.
     model = load_model(best, "float32")
     model = model.to(sampling.device).eval()
+    for rows_of_split in rows.values():
+        check_ids(rows_of_split, model)
     origin = weights_of(model)
     # Unnamed, like the masked weights below: a name would keep the second model in memory to the end.
     continued = weights_of(load_model(end, "float32").to(sampling.device))
