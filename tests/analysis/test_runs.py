@@ -1,14 +1,17 @@
 """The runs of a study, records of analyses, and the command's mistakes."""
 
+import gzip
 import json
 
 import pytest
+import torch
 
+import tiny
 from finished_study import write_run
 from maskft_common import layout
 from maskft_common.errors import UserError
-from maskft_lab.analysis.records import is_finished, pieces_of, write_record
-from maskft_lab.analysis.runs import TrainedRun, find_mask, full_run, parent_of, read_study
+from maskft_lab.analysis.records import digest_folder, is_finished, pieces_of, write_record
+from maskft_lab.analysis.runs import TrainedRun, find_mask, full_run, parent_of, read_study, start_model
 from maskft_lab.cli.main import main
 from maskft_lab.results.schema import write_result
 
@@ -58,6 +61,63 @@ def test_runs_of_one_base_model(tmp_path):
     with pytest.raises(UserError, match="different base models cannot be compared"):
         read_study(tmp_path)
     assert [run.id for run in read_study(tmp_path, "large")] == ["b"]
+
+
+def test_the_model_at_the_chosen_point_is_analysed(tmp_path):
+    """``path.choose`` may take another checkpoint than the best by held-out loss, or a part of the change."""
+
+    def model_at(scale, step):
+        (result,) = write_run(tmp_path, "mask-s0-aaaaaaaaaa", "mask", "mask", 0)
+        block = result["study"] | {"best_step": step, "point": {"checkpoint": 0.5, "scale": scale}}
+        file = tmp_path / layout.RESULTS / "mask-s0-aaaaaaaaaa-best" / layout.RESULT
+        write_result(file, result | {"study": block})
+        (run,) = read_study(tmp_path)
+        return run.models.get("best")
+
+    folder = tmp_path / layout.RUNS / "mask-s0-aaaaaaaaaa"
+    assert model_at(1.0, 7) == str(folder), "the best by held-out loss too"
+    assert model_at(1.0, 4) is None, "it was deleted"
+    (folder / "checkpoint-4").mkdir()
+    assert model_at(1.0, 4) == str(folder / "checkpoint-4")
+    assert model_at(0.5, 4) is None and model_at(0.5, 7) is None
+    with pytest.raises(UserError, match=r"a part of a mask, which path\.choose may take"):
+        find_mask(read_study(tmp_path))
+
+
+def test_a_mask_over_a_revision_is_not_analysed_over_the_main_one(tmp_path):
+    mask = {"up": torch.ones(2, 2, dtype=torch.bool)}
+    run = TrainedRun("m", "mask", "mask", 0, "b", models={"best": str(tmp_path / "m")})
+    tiny.save_masks(mask, tmp_path / "m", base_model_name_or_path="owner/name", revision="v2")
+    with pytest.raises(UserError, match=r"m is over revision 'v2' of 'owner/name'"):
+        start_model(run, [run])
+    # A relative name is that of a folder above the adapter, as in all other commands.
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    tiny.save_masks(mask, tmp_path / "m", base_model_name_or_path="base", revision="main")
+    assert start_model(run, [run]) == str(tmp_path / "base")
+    with pytest.raises(UserError, match="full has no model here"):
+        start_model(TrainedRun("m", "mask", "mask", 0, "b", "full"), [FULL])
+
+
+def test_a_gguf_file_is_known_by_its_content(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.gguf").write_text("one")
+    before = digest_folder(tmp_path / "a.gguf")
+    assert before == digest_folder(tmp_path / "b.gguf")
+    (tmp_path / "a.gguf").write_text("another")
+    assert before != digest_folder(tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", gzip.compress(b"{" * 99)[:-9], b"no gzip"])
+def test_a_file_that_cannot_be_read_beside_published_results_is_named(content, tmp_path):
+    (tmp_path / "other.json").mkdir()  # a folder is no file
+    (tmp_path / "x.json.gz").write_bytes(content)
+    with pytest.raises(UserError, match=r"x\.json\.gz: "):
+        read_study(tmp_path)
+    (tmp_path / "x.json.gz").rename(tmp_path / "x.json")
+    if content[:1] != b"n":
+        with pytest.raises(UserError, match=r"x\.json: "):
+            read_study(tmp_path)
 
 
 def test_pieces_are_dropped_with_other_settings(tmp_path):

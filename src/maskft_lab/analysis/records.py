@@ -22,8 +22,13 @@ def no_report(num_done: int, total: int) -> None:
 
 
 def digest_folder(folder: str | Path) -> str:
-    """Digest of a folder's weight files: the identity of a model, whatever its path. Of a hub model its name."""
+    """Digest of a folder's weight files, or of a GGUF file: the identity of a model, whatever its path.
+
+    Of a hub model its name.
+    """
     path = Path(folder)
+    if path.is_file():
+        return digest_file(path)
     safetensors = path.glob("*.safetensors")
     pickles = path.glob("*.bin")
     weights = sorted([*safetensors, *pickles])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -59,7 +60,8 @@ class TrainedRun:
         settings: Options of training.
         summary: ``summary`` of ``training.json``: losses in nats per token, times in s, history; empty if not trained.
         data: Counts of the rows it was trained on, ``data`` of ``training.json``; empty where that is not known.
-        models: Role (``best``, ``last``) -> folder of a model or adapter; empty where only results are there.
+        models: Role (``best``, ``last``) -> folder of a model or adapter; empty where only results are there,
+            and without ``best`` where ``path.choose`` took a part of the change.
         results: Role -> result.
     """
 
@@ -128,7 +130,10 @@ def read_study(
     # Losses of different base models are over different vocabularies, and have no common scale.
     if base is None and len(bases) > 1:
         raise UserError(f"runs of different base models cannot be compared ({', '.join(bases)}): name one with --base")
-    base = _known("base model", base or bases[0], bases)
+    # An empty name is no default: it is what "$BASE" becomes in a shell where BASE is not set.
+    if base is None:
+        base = bases[0]
+    base = _known("base model", base, bases)
     return [run for run in runs if run.base == base]
 
 
@@ -210,12 +215,13 @@ def find_mask(
     Raises:
         UserError: If no mask with its adapter folder is among ``runs``, or none has this id or name.
     """
-    # Only with its adapter's folder: published results have none.
+    # Only with its adapter's folder: published results and parts of a change have none.
     masks = [run for run in runs if run.method == MASK and BEST in run.models]
     if not masks:
         methods = dict.fromkeys(str(run.method) for run in runs)
         raise UserError(
-            f"there is no learned mask with its adapter folder among these runs (methods: {', '.join(methods)})"
+            f"there is no learned mask with its adapter folder among these runs (methods: {', '.join(methods)}); a "
+            "part of a mask, which path.choose may take, has none"
         )
 
     # A run may be named by its id or, for all seeds of a method, by the method's name.
@@ -223,7 +229,10 @@ def find_mask(
     for run in masks:
         names += [run.name, run.id]
     unique_names = list(dict.fromkeys(names))  # seeds share a name
-    name = _known("mask", wanted or masks[0].name, unique_names)
+    # An empty name is no default, see `read_study`.
+    if wanted is None:
+        wanted = masks[0].name
+    name = _known("mask", wanted, unique_names)
     # An id is of one run; a name is of all seeds of a method.
     candidates = [run for run in masks if name in (run.id, run.name)]
     return min(candidates, key=lambda run: run.seed or 0)
@@ -249,28 +258,46 @@ def parent_of(
 
 
 def start_model(run: TrainedRun, runs: Sequence[TrainedRun]) -> str:
-    """Folder or name of the model under a mask: of its start, else what its adapter says, else the base."""
+    """Folder or name of the model under a mask: of its start, else what its adapter says, else the base.
+
+    Raises:
+        UserError: If the start has no model, or is another revision than the main one of a model on the hub.
+    """
     # It imports torch, without which reading published results saves seconds.
     from maskft.masks.mask_set import read_config
+    from maskft.models import base_of
 
     parent = parent_of(run, runs)
     if parent is not None:
-        return parent.models[BEST]
+        return _best_of(parent)
     # A mask over a model from elsewhere: its adapter names it.
-    config = read_config(run.models[BEST])
-    return config.base_model_name_or_path or run.base
+    adapter = run.models[BEST]
+    config = read_config(adapter)
+    if config.revision not in (None, "main"):
+        raise UserError(
+            f"{run.id} is over revision {config.revision!r} of {config.base_model_name_or_path!r}, and analyses load "
+            "the main one: download it, and train over its folder"
+        )
+    return base_of(adapter, config.base_model_name_or_path or run.base)
+
+
+def _best_of(run: TrainedRun) -> str:
+    if BEST not in run.models:
+        raise UserError(f"{run.id} has no model here: it diverged, or only its results were copied")
+    return run.models[BEST]
 
 
 def full_run(mask: TrainedRun, runs: Sequence[TrainedRun]) -> TrainedRun:
-    """The full fine-tuning under a mask.
+    """The full fine-tuning under a mask, with its best model.
 
     Raises:
-        UserError: If the mask started from something else.
+        UserError: If the mask started from something else, or that has no model.
     """
     parent = parent_of(mask, runs)
     if parent is None or parent.method != FULL:
         start = mask.base if parent is None else parent.id
         raise UserError(f"{mask.id} starts from {start}, and this analysis needs a mask of a full fine-tuning")
+    _best_of(parent)  # raises if there is none
     return parent
 
 
@@ -285,9 +312,7 @@ def _results_of(candidates: Sequence[Path]) -> dict[str, ByRole]:
     """Identity of a run -> role -> result; a published folder holds other JSON files beside its results."""
     found: dict[str, ByRole] = {}
     for file in candidates:
-        # Results have their kind in the first lines. Parsing all other files to find out would take seconds.
-        beginning = files.read_text(file)[:200]
-        if '"kind": "evaluation"' not in beginning:
+        if not _may_be_result(file):
             continue
         result = read_result(file)
         # Results of maskft evaluate, outside of a study, belong to no run.
@@ -298,6 +323,17 @@ def _results_of(candidates: Sequence[Path]) -> dict[str, ByRole]:
             roles = found.setdefault(identity, {})
             roles[study["role"]] = result
     return found
+
+
+def _may_be_result(file: Path) -> bool:
+    """Whether a file is a result by its first lines; also one that cannot be read: `read_result` says what is wrong."""
+    try:
+        text = files.read_text(file)
+    except (ValueError, OSError, EOFError, zlib.error):
+        # Not UTF-8; a gzip file that is cut or damaged.
+        return True
+    # Results have their kind in the first lines. Parsing all other files to find out would take seconds.
+    return '"kind": "evaluation"' in text[:200]
 
 
 def _from_record(
@@ -313,6 +349,10 @@ def _from_record(
     with fields_of(training_file):
         summary = dict(training.get("summary", {}))
         data = dict(training.get("data", {}))
+        # Analyses and figures look for rows of the history by their step.
+        for row in summary.get("history", []):
+            if not isinstance(row["step"], int):
+                raise TypeError(f"step is {row['step']!r}")
 
     with fields_of(file):
         models: dict[str, str] = {}
@@ -322,6 +362,9 @@ def _from_record(
             models[role] = str(inside) if inside.exists() else path
 
         run_id = record["run"]
+        run_results = results.get(_identity(run_id), {})
+        if BEST in run_results and "point" in run_results[BEST]["study"]:
+            _take_chosen_point(models, file.parent, summary, run_results[BEST])
         return TrainedRun(
             id=run_id,
             name=record["name"],
@@ -333,13 +376,41 @@ def _from_record(
             summary=summary,
             data=data,
             models=models,
-            results=results.get(_identity(run_id), {}),
+            results=run_results,
         )
+
+
+def _take_chosen_point(
+    models: dict[str, str],
+    folder: Path,
+    summary: dict[str, Any],
+    result: Result,
+) -> None:
+    """Replace the best model of a run by the one at the point that ``path.choose`` took, which was evaluated.
+
+    Args:
+        models: Role -> folder, changed in place. Without ``best`` where no folder holds the model.
+        folder: Of the run.
+        summary: Of its training.
+        result: Of its best model.
+    """
+    study = result["study"]
+    step = study["best_step"]
+    is_whole = study["point"]["scale"] == 1  # of a part of the change there is no folder
+    # The run's own folder has the best checkpoint by held-out loss.
+    if is_whole and step == summary.get("best_step"):
+        return
+    checkpoint = folder / f"checkpoint-{step}"
+    if is_whole and checkpoint.is_dir():
+        models[BEST] = str(checkpoint)
+    else:
+        models.pop(BEST, None)
 
 
 def _published(folder: Path) -> list[TrainedRun]:
     """The rows of the published summary are the list of runs; some lack their result file."""
-    candidates = sorted(folder.glob("*.json*"))  # large ones are gzipped, *.json.gz
+    # Large ones are gzipped, *.json.gz. A folder's name may end in .json, too.
+    candidates = sorted(file for file in folder.glob("*.json*") if file.is_file())
     results = _results_of(candidates)
     training = _read_if_there(folder / layout.TRAINING)
     summary_file = folder / PUBLISHED_SUMMARY
