@@ -1,6 +1,7 @@
 """The command on a study's folder with models, adapters and rows, written by hand."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -148,3 +149,91 @@ def test_progress_is_reported_by_piece(study):
         study / "c.json", models[0], models[2], rows["train"], 2, Sampling(), lambda *call: calls.append(call)
     )
     assert calls == [(n, 12) for n in range(1, 13)]
+
+
+def prepared(folder, rows):
+    for split in ("train", "heldout"):
+        Dataset.from_list(rows).save_to_disk(folder / split)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"text": "a"}], "cannot be read as tokenised rows (Column name"),
+        ([{"input_ids": "abc", "labels": "abc"}], "cannot be read as tokenised rows (new(): invalid data type 'str')"),
+        ([{"input_ids": [1.5, 2.0], "labels": [1, 2]}], "not two lists of whole numbers, of one length"),
+        ([{"input_ids": [1, 2, 3], "labels": [1, 2]}], "not two lists of whole numbers, of one length"),
+        ([{"input_ids": [1, 2], "labels": [1, -100]}] * 3, "none of the 3 rows from "),
+        ([{"input_ids": [1, 2, 96], "labels": [1, 2, 3]}], "a row has the token id 96, and the model has 96 tokens"),
+        ([{"input_ids": [1, 2, 3], "labels": [1, 2, 96]}], "a row has the token id 96, and the model has 96 tokens"),
+    ],
+)
+def test_rows_that_no_loss_can_be_computed_on(rows, message, study, capsys):
+    words = ["--what", "landscape", "--grid", "3", "--rows", str(prepared(study / "rows", rows))]
+    assert main(["analyze", str(study), *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_rows_of_damaged_files_are_one_line(study, capsys):
+    folder = prepared(study / "rows", [{"input_ids": [1, 2], "labels": [1, 2]}])
+    words = ["analyze", str(study), "--what", "landscape", "--rows", str(folder)]
+    for damage in ("state.json", "dataset_info.json"):
+        (folder / "train" / damage).write_text("[")
+        assert main(words) == 2 and "cannot be read as tokenised rows" in capsys.readouterr().err
+    shutil.rmtree(folder / "train")
+    Dataset.from_dict({"input_ids": [], "labels": []}).save_to_disk(folder / "train")
+    assert main(words) == 2 and "cannot be read as tokenised rows" in capsys.readouterr().err
+
+
+def change_training(study, run, **summary):
+    file = study / layout.RUNS / run / layout.TRAINING
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"summary": content["summary"] | summary}))
+
+
+def test_a_bound_is_of_the_loss_of_its_mask_alone(study, capsys):
+    """Not of a loss with a KL term, and not of a mask that was emptied because it was not better than none."""
+
+    def error():
+        assert main(["analyze", str(study), "--what", "bound"]) == 2
+        return capsys.readouterr().err
+
+    change_training(study, "full-s0", kl={"budget": None})
+    assert "the training losses of full-s0 contain its KL term" in error()
+    change_training(study, "full-s0", kl=None)
+    empty = {MODULES[0]: torch.ones(32, 32, dtype=torch.bool)}
+    tiny.save_masks(empty, study / layout.RUNS / "mask-s0")
+    assert "mask-s0 removes nothing" in error()
+    (study / layout.RUNS / "mask-s0" / layout.TRAINING).unlink()
+    assert "mask-s0 has no training history" in error()
+
+
+def test_a_damaged_history_is_one_line(study, capsys):
+    for history in ([{"loss": 1.0}], [{"step": "x", "loss": 1.0}], 5):
+        change_training(study, "mask-s1", history=history)
+        assert main(["analyze", str(study), "--what", "bound"]) == 2
+        assert "mask-s1/training.json is not as maskft study writes it" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_does_not_stop_the_other_analyses(study, capsys):
+    (study / layout.ANALYSIS / ".landscape.json.parts.jsonl").mkdir(parents=True)
+    assert main(["analyze", str(study), "--what", "landscape,bound", "--grid", "3", "--num_rows", "2"]) == 0
+    assert "left out landscape: [Errno" in capsys.readouterr().out
+    assert (study / layout.ANALYSIS / "bound.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--what", "no analysis ''; there are bound"),
+        ("--base", "no base model is called ''; there are tiny"),
+        ("--mask", "no mask is called ''; there are mask"),
+        ("--rows", "losses need one folder with tokenised rows (train and heldout), got .:"),
+    ],
+)
+def test_an_empty_name_is_no_default(option, message, study, capsys):
+    """As "$NAME" is in a shell where NAME is not set."""
+    words = ["--what", "landscape"] if option != "--what" else []
+    assert main(["analyze", str(study), *words, option, ""]) == 2
+    assert message in capsys.readouterr().err

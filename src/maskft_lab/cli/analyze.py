@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 # Writes the file of an analysis and reports the pieces done and their total; its inputs are checked already.
 Analysis = Callable[[Path, "Report"], Any]
 
+# Of one analysis, which do not stop the others. OSError: a file that cannot be read; its message is clear.
+_MISTAKES = (UserError, OSError)
+
 # Option -> its smallest value.
 _LEAST = {
     "num_rows": 1,
@@ -130,7 +133,7 @@ def run(args: argparse.Namespace) -> None:
     for name in wanted:
         try:
             analyses[name] = _ANALYSES[name](args, runs)
-        except UserError as error:
+        except _MISTAKES as error:
             problems.append(f"{name}: {error}")
 
     # If nothing is left, the reason is the error that ends the command, and is not printed twice.
@@ -151,11 +154,11 @@ def run(args: argparse.Namespace) -> None:
 
 def _wanted(what: str | None) -> list[str]:
     """The names in ``--what``; all without it."""
-    if not what:
+    if what is None:
         return list(_ANALYSES)
     names = [name.strip() for name in what.split(",")]
     names = [name for name in names if name]
-    # A value of commas alone is reported as an analysis without name.
+    # A value that is empty, or of commas alone, is reported as an analysis without name.
     for name in names or [""]:
         if name not in _ANALYSES:
             hint = did_you_mean(name, _ANALYSES)
@@ -185,7 +188,10 @@ def _compute(analyses: dict[str, Analysis], folder: Path) -> list[str]:
                     progress.move(bar, num_done)
 
                 analyse(file, report)
-        except UserError as error:
+        except BrokenPipeError:
+            # The reader of stderr has closed: `main` ends the command.
+            raise
+        except _MISTAKES as error:
             failures.append(f"{name}: {error}")
             print(f"left out {name}: {error}", flush=True)
             continue
@@ -204,19 +210,32 @@ def _bound(args: argparse.Namespace, runs: Sequence[TrainedRun]) -> Analysis:
     from maskft.models import load_config
 
     from ..analysis.bound import analyse_bound, check_num_rows, stable_training_loss
+    from ..analysis.masks import masks_of
     from ..analysis.runs import BEST, find_mask, full_run
     from ..estimate.empty_model import model_without_data
 
     mask = find_mask(runs, args.mask)
     full = full_run(mask, runs)
+    for run in (full, mask):
+        if not run.history:
+            raise UserError(f"{run.id} has no training history, and a bound needs its losses; name another --mask")
+        # The trainer logs the loss that it minimises.
+        if run.summary.get("kl") is not None:
+            raise UserError(
+                f"the training losses of {run.id} contain its KL term, and a bound is of the loss alone; name another "
+                "--mask"
+            )
     num_rows = mask.data.get("train")
     if full.data.get("train") != num_rows:
         raise UserError(f"{mask.name} and {full.name} were trained on different numbers of rows; name another --mask")
     check_num_rows(num_rows)
+    # An empty mask takes the place of one that is not better than none, whose losses these are.
+    if masks_of(mask.models[BEST]).num_removed == 0:
+        raise UserError(f"{mask.id} removes nothing, so that it is not the mask of its training; name another --mask")
     # Of the model before masking and of the masked one.
     losses = (
-        stable_training_loss(full.history, full.summary["best_step"]),
-        stable_training_loss(mask.history, mask.summary["best_step"]),
+        stable_training_loss(full.history, full.best_step),
+        stable_training_loss(mask.history, mask.best_step),
     )
 
     # The bound needs the model's size only: on the meta device no weights are allocated or read.
