@@ -49,6 +49,7 @@ def test_the_largest_batch_that_is_tried_is_told_as_that(recipe, capsys):
         (["--mask_layers_to_transform", "5"], "the model has layers 0 to 2"),
         (["--device_memory_gb", "0.001"], "too small for micro-batch 1"),
         (["--device_memory_gb", "nan"], "device_memory_gb is nan; give a number of GB"),
+        (["--device_memory_gb", "1e300"], "device_memory_gb is 1e+300; give a number of GB"),
         (["--device_memory_gb", "much"], "invalid float value"),
         (["--learning_rat", "1"], "unknown option --learning_rat (did you mean 'learning_rate'?)"),
     ],

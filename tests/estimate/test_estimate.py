@@ -236,6 +236,12 @@ def test_peak_memory_of_real_runs(method, dtype, tmp_path):
         ({**SMALL, "num_hidden_layers": 0}, {}, "no decoder layers"),
         ({"model_type": "lama"}, {}, "cannot read the configuration"),
         ({"model_type": "t5"}, {}, "makes no causal language model"),
+        # Shapes that do not fit each other, in the constructor and in a forward pass.
+        ({**SMALL, "hidden_size": 2**62}, {}, "makes no causal language model: Storage size calculation overflowed"),
+        ({**SMALL, "head_dim": 3}, {}, r"cannot be computed \(.*\); is it complete"),
+        ({**SMALL, "num_key_value_heads": 3}, {}, r"cannot be computed \(.*\); is it complete"),
+        ({**SMALL, "quantization_config": {"quant_method": "fp8"}}, {}, "is stored quantised"),
+        (SMALL, {"max_length": 10**9}, "max_length is 1,000,000,000; there are estimates up to 1,048,576 tokens"),
     ],
 )
 def test_bad_input(config, options, message, run):

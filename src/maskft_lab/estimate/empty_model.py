@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 
 import torch
 from torch import nn
@@ -11,6 +12,17 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from maskft.tuner.targets import layer_indices
 from maskft_common.errors import UserError, first_line
+
+# A configuration with wrong values fails somewhere in the model's constructor or in a forward pass, with any of these
+# errors.
+_ERRORS = (
+    ValueError,
+    TypeError,
+    AttributeError,
+    KeyError,
+    ZeroDivisionError,
+    RuntimeError,
+)
 
 # Even without data, a module takes some microseconds and kilobytes: a configuration may be a stranger's.
 MAX_LAYERS = 2_000
@@ -42,21 +54,13 @@ def model_without_data(
         options["attn_implementation"] = "eager" if attention == "eager" else "sdpa"
     own_config = copy.deepcopy(config)  # from_config writes dtype and attention into it
 
-    # A configuration with wrong values fails somewhere in the model's constructor, with an error of any of these types.
-    errors = (
-        ValueError,
-        TypeError,
-        AttributeError,
-        KeyError,
-        ZeroDivisionError,
-    )
     try:
         model = AutoModelForCausalLM.from_config(
             own_config,
             trust_remote_code=False,
             **options,
         )
-    except errors as error:
+    except _ERRORS as error:
         raise UserError(f"the configuration makes no causal language model: {first_line(error)}") from error
 
     # Decoder layers are the modules with an index in their name, as in `model.layers.0`.
@@ -81,14 +85,28 @@ def bytes_saved_for_backward(
         batch_sizes: Rows of each batch.
         num_tokens: Tokens of each row.
         autocast: The dtype of autocast; None: without.
+
+    Raises:
+        UserError: If the shapes of the model's tensors do not fit each other.
     """
     all_bytes = []
-    # Tensors made in this mode are fake: operations on them compute shapes and run no kernel.
-    with FakeTensorMode():
-        _make_fake(model)
-        for num_rows in batch_sizes:
-            saved_bytes = _saved_bytes(model, num_rows, num_tokens, autocast)
-            all_bytes.append(saved_bytes)
+    # torch logs a traceback for shapes that do not fit.
+    logger = logging.getLogger(FakeTensorMode.__module__)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        # Tensors made in this mode are fake: operations on them compute shapes and run no kernel.
+        with FakeTensorMode():
+            _make_fake(model)
+            for num_rows in batch_sizes:
+                saved_bytes = _saved_bytes(model, num_rows, num_tokens, autocast)
+                all_bytes.append(saved_bytes)
+    except _ERRORS as error:
+        raise UserError(
+            f"the model of this configuration cannot be computed ({first_line(error)}); is it complete?"
+        ) from error
+    finally:
+        logger.setLevel(level)
     return all_bytes
 
 

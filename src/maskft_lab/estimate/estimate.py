@@ -42,6 +42,7 @@ GIB = 2**30
 FLOAT32_BYTES = 4
 
 TRAINER_BYTES = 70_000_000  # reading data and building the trainer, in a process; measured once
+MAX_LENGTH = 2**20  # tokens of a row; the head is computed in tiles, and a billion tokens would take a day
 MAX_MICRO_BATCH = 1024  # larger ones are not tried; the answer then means this or more
 RESERVE_BYTES = GIB  # of a GPU, for its driver and fragmentation; an assumption
 
@@ -145,10 +146,12 @@ def _largest_micro_batch(
 ) -> int | None:
     if device_memory_gb is None:
         return None
-    if not 0 < device_memory_gb < math.inf:
+    limit_or_inf = device_memory_gb * GIB
+    # NaN is in no range; the product of a large number may be infinite.
+    if not 0 < limit_or_inf < math.inf:
         raise UserError(f"device_memory_gb is {device_memory_gb}; give a number of GB, > 0")
 
-    limit = int(device_memory_gb * GIB)
+    limit = int(limit_or_inf)
     if device == "cuda":
         limit = max(limit - RESERVE_BYTES, 0)
 
@@ -189,6 +192,8 @@ class RunMemory:
             source.model_name_or_path,
             revision=source.model_revision,
         )
+        if getattr(self.config, "quantization_config", None) is not None:
+            raise UserError(f"{source.model_name_or_path!r} is stored quantised, and there is no estimate of it")
         stored = getattr(self.config, "dtype", None)
         self.stored_dtype = torch.float32  # of files whose configuration names none
         if isinstance(stored, torch.dtype):
@@ -474,6 +479,8 @@ def _check(run: TrainConfig) -> None:
             raise UserError(f"there is no estimate of {name}, which runs the base model too: leave it out")
     if run.training.max_length is None:
         raise UserError("max_length is not set, so rows have any length; give that of the longest")
+    if run.training.max_length > MAX_LENGTH:
+        raise UserError(f"max_length is {run.training.max_length:,}; there are estimates up to {MAX_LENGTH:,} tokens")
 
 
 def _autocast_dtype(training, device: str) -> torch.dtype | None:
