@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import json
 import os
 import re
 import stat
@@ -18,6 +19,7 @@ from maskft_common.errors import UserError, first_line, printable
 from maskft_common.files import (
     append_to,
     check_own_files,
+    check_utf8,
     from_anywhere,
     new_folder,
     read_json,
@@ -365,6 +367,38 @@ def test_an_output_folder_that_is_a_link_leads_to_a_folder(base, data, tmp_path,
     (tmp_path / "runs").symlink_to(tmp_path / "disk")
     with held(tmp_path / "runs", "lock", 0.0, "run"):
         assert (tmp_path / "disk" / "lock").is_file()
+
+
+def test_nothing_is_made_below_a_link_to_no_folder(tmp_path):
+    """Before the work: Path.resolve raised RuntimeError for a loop, and no folder can be made below it."""
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "missing")
+    for name in ("loop", "nowhere"):
+        message = rf"'.*/{name}/a/b': '.*/{name}' is a link that leads to no folder"
+        with pytest.raises(UserError, match=message):
+            new_folder(tmp_path / name / "a" / "b", "output_dir")
+        with pytest.raises(UserError, match=message), held(tmp_path / name / "a" / "b", "lock", 0.0, "run"):
+            raise AssertionError
+
+
+def test_a_link_to_itself_in_a_stranger_s_folder_is_one_line(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UserError, match=r"loop' is a link to .*, outside of its folder"):
+        check_own_files(tmp_path)
+
+
+def test_names_that_are_not_utf_8(tmp_path):
+    """Records of a data file can have its name; files of weights cannot."""
+    name = os.fsdecode(b"caf\xe9.jsonl")
+    write_text(tmp_path / "result.json", json.dumps({"file": name}, ensure_ascii=False))
+    assert read_json(tmp_path / "result.json") == {"file": name}
+    with append_to(tmp_path / "answers.jsonl") as stream:
+        stream.write(json.dumps(name, ensure_ascii=False))
+    assert read_json(tmp_path / "answers.jsonl") == name
+    with pytest.raises(UserError, match=r"output 'caf\\udce9.jsonl' is not UTF-8"):
+        check_utf8(name, "output")
+    with pytest.raises(UserError, match=r"is not UTF-8, as names of weight files must be; name another"):
+        new_folder(tmp_path / name, "output_dir")
 
 
 def test_what_is_no_file_is_not_replaced(tmp_path, monkeypatch):

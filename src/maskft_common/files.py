@@ -80,9 +80,9 @@ def own_file(folder: str | Path, name: str) -> Path:
     folder = Path(folder)
     file = folder / name
     if not _is_inside(file, folder):
-        raise UserError(
-            f"{str(file)!r} is a link to {str(file.resolve())!r}, outside of its folder; copy the file there"
-        )
+        # Not resolve(), which raises RuntimeError for a link to itself.
+        target = os.path.realpath(file)
+        raise UserError(f"{str(file)!r} is a link to {target!r}, outside of its folder; copy the file there")
     return file
 
 
@@ -218,7 +218,9 @@ def parse_json(text: str | bytes, **options: Any) -> Any:
 
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write a text file whole or not at all (temporary file beside it, then renamed); missing folders are made."""
-    write_bytes(path, text.encode("utf-8"))
+    # Python has half a surrogate pair for a byte of a file's name that is not UTF-8. It is written as JSON escapes it.
+    content = text.encode("utf-8", errors="backslashreplace")
+    write_bytes(path, content)
 
 
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:
@@ -273,6 +275,7 @@ def new_folder(folder: str | Path, option: str) -> Path:
     # Before links are resolved.
     check_no_link(folder)
     folder = folder.resolve()
+    check_utf8(folder, option)
     is_empty_folder = folder.is_dir() and not any(folder.iterdir())
     if folder.exists() and not is_empty_folder:
         raise UserError(f"{option} {str(folder)!r} is not empty; name another folder")
@@ -284,6 +287,22 @@ def new_folder(folder: str | Path, option: str) -> Path:
     if not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"{option} {str(folder)!r}: {str(parent)!r} cannot be written to; name another folder")
     return folder
+
+
+def check_utf8(folder: str | Path, option: str) -> None:
+    """Raise for the name of an output folder of weights that is not UTF-8, which safetensors does not take.
+
+    Args:
+        folder: The folder.
+        option: Name of the option that gives it, for the message.
+    """
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        # Python has half a surrogate pair for each byte that is not UTF-8.
+        raise UserError(
+            f"{option} {str(folder)!r} is not UTF-8, as names of weight files must be; name another"
+        ) from None
 
 
 def check_output_dir(folder: Path) -> None:
@@ -306,9 +325,17 @@ def check_output_dir(folder: Path) -> None:
 
 
 def check_no_link(folder: Path) -> None:
-    """Raise for an output folder that is a dangling link, or holds a link to a file: we would write to its target."""
-    if folder.is_symlink() and not folder.is_dir():
-        raise UserError(f"output_dir {str(folder)!r} is a link that leads to no folder; remove it, or name another")
+    """Raise for an output folder that is, or is below, a link to no folder, or that holds a link to a file.
+
+    We would write to the target of such a link.
+    """
+    # Above it as well: no folder can be made below such a link.
+    for place in (folder, *folder.parents):
+        if place.is_symlink() and not place.is_dir():
+            where = "" if place == folder else f": {str(place)!r}"
+            raise UserError(
+                f"output_dir {str(folder)!r}{where} is a link that leads to no folder; remove it, or name another"
+            )
     # The folders that we write into: a run's or a study's own, those of its runs and results, and checkpoints. A link
     # to a folder, such as one to another disk, is the user's choice.
     for pattern in ("*", f"{RUNS}/*/*", f"{RESULTS}/*/*", "checkpoint-*/*"):
@@ -339,8 +366,9 @@ def append_to(file: Path) -> TextIO:
     # Python's own open() has no O_NOFOLLOW. 0666 is the mode that it gives new files, less the umask.
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
     descriptor = os.open(file, flags, 0o666)
-    # Opened from a descriptor, "w" does not truncate the file, and O_APPEND sends every write to its end.
-    return open(descriptor, "w", encoding="utf-8")
+    # Opened from a descriptor, "w" does not truncate the file, and O_APPEND sends every write to its end. Names
+    # that are not UTF-8 are written as in write_text.
+    return open(descriptor, "w", encoding="utf-8", errors="backslashreplace")
 
 
 def _beside(path: Path) -> Path:

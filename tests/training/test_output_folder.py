@@ -19,11 +19,18 @@ from torch.distributed.tensor import DTensor
 from maskft import MaskConfig, current_masks
 from maskft.training import checkpoints
 from maskft.training.arguments import TrainingArguments
-from maskft.training.checkpoints import best_beside, checkpoints_in, delete_oldest, prepare_output_dir
+from maskft.training.checkpoints import best_beside, checkpoints_in, delete_oldest, held_output, prepare_output_dir
 from maskft.training.manifest import seal
 from maskft_common import layout
 from maskft_common.errors import UserError
 from tiny import IS_OLD_TORCH, tiny_llama
+
+
+def test_a_name_that_no_file_of_weights_can_have_is_told_before_the_first_step(tmp_path):
+    args = TrainingArguments(str(tmp_path / os.fsdecode(b"t\xe9")), use_cpu=True)
+    console = Console(file=io.StringIO())
+    with pytest.raises(UserError, match=r"t\\udce9' is not UTF-8"), held_output(args, "mask", console):
+        raise AssertionError
 
 
 @pytest.fixture

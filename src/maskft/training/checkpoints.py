@@ -55,6 +55,7 @@ def held_output(
 
     The main process searches, and every process gets its result or its error.
     """
+    files.check_utf8(args.output_dir, "output_dir")
     # Not a `with` block: the main process alone enters the lock, inside of decided_by_main.
     hold = locks.held(
         Path(args.output_dir),
