@@ -3,6 +3,7 @@
 import json
 import stat
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from maskft import MaskConfig
-from maskft.masks.mask_set import MaskSet, read_coded, read_config
+from maskft.masks.mask_set import MaskSet, read_coded, read_config, weights_file
 from maskft.masks.merge import load_masked, merge
 from maskft.masks.summary import as_json, summarize, summary_lines
 from maskft.masks.verify import verify
@@ -139,3 +140,16 @@ def test_files_that_are_saved_have_one_mode(base, tmp_path):
     for folder in ("adapter", "merged"):
         files = [file for file in (tmp_path / folder).iterdir() if file.is_file()]
         assert len({stat.S_IMODE(file.stat().st_mode) for file in files}) == 1, files
+
+
+def test_a_file_without_permission_is_not_called_missing(tmp_path, monkeypatch):
+    """As safetensors calls it; adapters that were saved without maskft have files that only their owner can read."""
+    folder = saved(tmp_path, ["up"])
+
+    def refuse(path, *args):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    # The superuser may read any file, so that taking the permission away shows nothing.
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UserError, match=r"is not a readable safetensors file: \[Errno 13\] Permission denied"):
+        weights_file(folder)

@@ -172,6 +172,8 @@ def weights_file(folder: str | Path) -> Path:
     """
     file = _file(folder, layout.ADAPTER_WEIGHTS)
     try:
+        # safetensors says of a file without permission that there is none.
+        file.open("rb").close()
         # Opening compares the size of the file with the places of its tensors.
         with safe_open(file, "pt"):
             return file
