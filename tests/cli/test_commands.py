@@ -103,6 +103,13 @@ def test_a_reader_that_closes_is_no_traceback():
     assert done.stderr == ""
 
 
+def test_a_closed_stdout_is_no_traceback():
+    """As of a job that some schedulers start: Python has no sys.stdout then."""
+    command = shlex.join([sys.executable, "-m", "maskft_lab.cli.main", "--version"])
+    done = subprocess.run(["sh", "-c", f"{command} >&-"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_terminal_without_the_characters_of_a_table(monkeypatch):
     """A result was written, and its ± ended the command: models behind it were not evaluated."""
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
@@ -442,6 +449,29 @@ def test_the_demo_trains_and_tests_on_other_rows(task, num_train, num_test):
         for name in (f"{task}_train.jsonl.gz", f"{task}_test.jsonl.gz")
     )
     assert (len(train), len(test)) == (num_train, num_test) and not train & test
+
+
+def test_the_home_folder_in_the_name_of_an_adapter(adapter, base, data, tmp_path, capsys, monkeypatch):
+    """A shell leaves the ~ of --adapter=~/mask as it is."""
+    copy_of(adapter, tmp_path / "mask")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert call(["inspect", "--adapter=~/mask"], capsys)[0] == 0
+    assert call(["verify", "--adapter=~/mask"], capsys)[0] == 0
+    assert call(["masks", "union", "~/mask", adapter, "--output=~/both"], capsys)[0] == 0
+    words = ["--adapter=~/mask", "--model_name_or_path", base, "--dataset_name", data, "--no_generate"]
+    status, _, err = call(["evaluate", *words, "--output_dir=~/results"], capsys)
+    assert status == 0, err
+    assert call(["analyze", "~/no"], capsys)[2] == f"maskft: error: '{tmp_path}/no' is not a folder: give the " + (
+        "output_dir of a study\n"
+    )
+
+
+def test_an_empty_name_is_not_the_adapter_in_the_working_directory(adapter, capsys, monkeypatch):
+    """As "$MASK" is in a shell where MASK is not set."""
+    monkeypatch.chdir(adapter)
+    for words in (["inspect", ""], ["merge", "", "--output_dir", "new"], ["evaluate", "--adapter", ""]):
+        status, _, err = call(words, capsys)
+        assert status == 2 and "the name of the adapter folder is empty; name the folder of an adapter" in err
 
 
 def test_merge_into_the_folder_one_is_in(adapter, tmp_path, monkeypatch, capsys):

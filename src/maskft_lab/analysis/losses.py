@@ -27,14 +27,14 @@ class Sampling(NamedTuple):
     seed: int = 0
 
 
-def rows_folder(study: Path, given: str | None) -> Path:
+def rows_folder(study: Path, given: Path | None) -> Path:
     """The folder of tokenised rows that was named, or the only one of a study.
 
     Raises:
         UserError: If there is none, or a study has several.
     """
     if given is not None:
-        found = [Path(given)]
+        found = [given]
     else:
         # prepared/DIGEST/SPLIT, the digest of the data's settings: runs with other data have a folder beside it.
         first_split = SPLITS[0]

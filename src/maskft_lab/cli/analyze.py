@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maskft_common.errors import UserError, did_you_mean
+from maskft_common.files import expand_user
 from maskft_common.layout import ANALYSIS
 
 # For annotations only: `losses` imports torch.
@@ -121,7 +122,9 @@ def run(args: argparse.Namespace) -> None:
     from ..analysis.runs import read_study
 
     # Reads JSON only: a folder that is not a study is reported without the seconds that torch's import takes.
-    runs = read_study(args.study, args.base)
+    # A shell leaves the ~ of --rows=~/rows as it is, and so do programs that start this one without a shell.
+    study = expand_user(args.study)
+    runs = read_study(study, args.base)
 
     # From here on torch is imported.
     from maskft_common.quiet import silence
@@ -141,7 +144,7 @@ def run(args: argparse.Namespace) -> None:
         for problem in problems:
             print(f"left out {problem}", flush=True)
 
-    failures = _compute(analyses, Path(args.study) / ANALYSIS)
+    failures = _compute(analyses, study / ANALYSIS)
     # Also if none was left to compute. One analysis that was computed is a success, and the reasons of the others are
     # printed.
     if len(failures) == len(analyses):
@@ -315,7 +318,8 @@ def _sampling(args: argparse.Namespace) -> Sampling:
 def _rows(args: argparse.Namespace) -> dict[str, list[dict]]:
     from ..analysis.losses import load_rows, rows_folder
 
-    folder = rows_folder(Path(args.study), args.rows)
+    given = None if args.rows is None else expand_user(args.rows)
+    folder = rows_folder(expand_user(args.study), given)
     return load_rows(folder, args.num_rows, args.seed)
 
 

@@ -6,6 +6,7 @@ Only mistakes that are certain are reported here, in the words of the full check
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -134,19 +135,20 @@ def _check_seed(name: str, value: Any) -> None:
 def check_adapters(names: Sequence[str]) -> None:
     """Check that adapters of ``maskft evaluate`` are adapter folders."""
     for name in names:
-        if name != NO_ADAPTER and not _is_adapter(name):
-            raise no_adapter(name)
+        if name != NO_ADAPTER:
+            _check_adapter(name)
 
 
-def check_mask(name: str) -> None:
-    """Check the adapter folder of a command that takes nothing else."""
-    if _is_adapter(name):
-        return
-    if is_there(f"{name}/config.json"):
+def check_mask(name: str) -> str:
+    """Check the adapter folder of a command that takes nothing else; returns its path."""
+    # A shell leaves the ~ of --adapter=~/mask as it is.
+    folder = os.path.expanduser(name)
+    if name and not _is_adapter(folder) and is_there(f"{folder}/config.json"):
         raise UserError(
             f"{name!r} is not an adapter folder: it is a whole model; name the folder of a mask (adapter_config.json)"
         )
-    raise no_adapter(name)
+    _check_adapter(name)
+    return folder
 
 
 def _check_names(options: dict[str, list[str]]) -> None:
@@ -172,6 +174,15 @@ def installed_versions(packages: Sequence[str]) -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             versions[package] = None
     return versions
+
+
+def _check_adapter(name: str) -> None:
+    # An empty path is the working directory; an empty name is what "$MASK" becomes in a shell where MASK is not set.
+    if not name:
+        raise UserError("the name of the adapter folder is empty; name the folder of an adapter")
+    folder = os.path.expanduser(name)
+    if not _is_adapter(folder):
+        raise no_adapter(folder)
 
 
 def _is_adapter(name: str) -> bool:

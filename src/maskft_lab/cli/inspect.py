@@ -27,8 +27,7 @@ def run(args: argparse.Namespace) -> None:
     """Print size, count and share per kind of module and in total, then base and recipe."""
     from .early import check_mask
 
-    adapter = adapter_of(args)
-    check_mask(adapter)
+    adapter = check_mask(adapter_of(args))
 
     # From here on torch is imported.
     from maskft.masks.summary import as_json, summarize, summary_lines

@@ -72,8 +72,10 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")
     try:
         status = _run(list(argv))
-        # Here, where a closed reader can still be handled, and not when Python exits.
-        sys.stdout.flush()
+        # Here, where a closed reader can still be handled, and not when Python exits. Python has no stdout where it was
+        # closed before the start, as some schedulers do.
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return status
     except BrokenPipeError:
         # The reader of `maskft ... | head` has closed. Python flushes stdout once more at exit, which would raise

@@ -39,11 +39,10 @@ def run(args: argparse.Namespace) -> None:
     from .early import check_mask
 
     # All of them before torch is imported.
-    for adapter in args.adapters:
-        check_mask(adapter)
+    adapters = [check_mask(adapter) for adapter in args.adapters]
 
     # From here on torch is imported.
     from maskft.masks.combine import combine_adapters
 
-    message = combine_adapters(args.adapters, args.combination, args.output)
+    message = combine_adapters(adapters, args.combination, args.output)
     print(message, file=sys.stderr)

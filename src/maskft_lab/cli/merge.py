@@ -7,6 +7,7 @@ import sys
 import warnings
 
 from maskft_common.errors import UserError, printable
+from maskft_common.files import expand_user
 
 from .arguments import adapter_of, add_adapter, add_base
 
@@ -62,8 +63,7 @@ def run(args: argparse.Namespace) -> None:
     """Merge and verify."""
     from .early import check_mask, check_model
 
-    adapter = adapter_of(args)
-    check_mask(adapter)
+    adapter = check_mask(adapter_of(args))
     if args.gguf is not None:
         _merge_gguf(adapter, args)
         return
@@ -105,10 +105,13 @@ def _merge_gguf(adapter: str, args: argparse.Namespace) -> None:
     # From here on torch is imported.
     from maskft.masks.gguf import merge_into_gguf, undo_in_gguf
 
+    # A shell leaves the ~ of --gguf=~/model.gguf as it is.
+    gguf = expand_user(args.gguf)
+    output = expand_user(args.output)
     if args.undo:
-        lines = undo_in_gguf(adapter, args.gguf, args.output)
+        lines = undo_in_gguf(adapter, gguf, output)
     else:
-        lines = merge_into_gguf(adapter, args.gguf, args.output, args.accept_other_base)
+        lines = merge_into_gguf(adapter, gguf, output, args.accept_other_base)
     for line in lines:
         # The name of the mask's base is of a stranger's file, whose control characters must not reach the terminal.
         print(printable(line), file=sys.stderr)

@@ -25,8 +25,7 @@ def run(args: argparse.Namespace) -> None:
 
     from .early import check_mask
 
-    adapter = adapter_of(args)
-    check_mask(adapter)
+    adapter = check_mask(adapter_of(args))
     # The list is complete before its first line is printed: a check that fails raises, and nothing else is shown.
     for line in _passed_checks(adapter, args):
         # Names come from files of strangers, whose control characters must not reach the terminal.
@@ -43,8 +42,11 @@ def _passed_checks(adapter: str, args: argparse.Namespace) -> list[str]:
     if args.gguf is not None:
         # From here on torch is imported.
         from maskft.masks.gguf import verify_gguf
+        from maskft_common.files import expand_user
 
-        return verify_gguf(adapter, args.gguf, args.base)
+        # A shell leaves the ~ of --gguf=~/model.gguf as it is.
+        base = None if args.base is None else expand_user(args.base)
+        return verify_gguf(adapter, expand_user(args.gguf), base)
 
     from .early import check_model
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Sequence
 
 from maskft.data.arguments import DataArguments
 from maskft_common.command_line import OneLineParser, add_options, read_options
@@ -60,6 +62,8 @@ def read(args: argparse.Namespace) -> tuple[EvaluationArguments, DataArguments]:
         raise UserError("output_dir is missing; name a folder for the results with --output_dir")
     # Shells leave the ~ of --output_dir=~/results as it is.
     options.output_dir = str(expand_user(options.output_dir))
+    options.adapter = _expanded(options.adapter)
+    options.change = _expanded(options.change)
     if not options.task_names:
         raise UserError("tasks names no task; name some, such as --tasks gsm8k,heldout")
     if options.limit and options.task_names == [HELDOUT]:
@@ -80,6 +84,14 @@ def read(args: argparse.Namespace) -> tuple[EvaluationArguments, DataArguments]:
     if not all(0 <= scale <= 1 for scale in scales):
         raise UserError(f"scale is {options.scale}; the part of a change is 0 to 1")
     return options, data
+
+
+def _expanded(names: Sequence[str] | None) -> list[str] | None:
+    """Names of folders, ``~`` replaced: a shell leaves that of ``--adapter=~/mask`` as it is."""
+    if names is None:
+        return None
+    # Not by Path, which makes the name of a hub model of ./owner/name.
+    return [os.path.expanduser(name) for name in names]
 
 
 def _take_models(options: EvaluationArguments, models: list[str]) -> None:
