@@ -2,11 +2,12 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from maskft_common.errors import UserError
-from maskft_lab.cli.early import check_training, options_of
+from maskft_lab.cli.early import check_data, check_model, check_training, options_of
 from maskft_lab.cli.main import main
 
 HEAVY = ("torch", "transformers", "numpy", "trl", "datasets")
@@ -65,6 +66,20 @@ def test_what_is_said(words, message, capsys):
     err = capsys.readouterr().err
     assert (status, err.count("\n")) == ((2, 1) if message else (0, 0))
     assert message in err
+
+
+def test_what_may_not_be_looked_up_is_not_called_missing(monkeypatch):
+    """It is left to the reader, which says that there is no permission."""
+
+    def refuse(path, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with pytest.raises(UserError, match="does not exist"):
+        check_model("./private/model")
+    # The superuser may look up any name, so that taking the permission away shows nothing.
+    monkeypatch.setattr(Path, "exists", refuse)
+    check_model("./private/model")
+    check_data({"dataset_name": "private/rows.jsonl"})
 
 
 def test_options_are_read_without_a_parser():

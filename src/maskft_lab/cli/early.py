@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from maskft_common.errors import UserError, did_you_mean
-from maskft_common.files import is_there
+from maskft_common.files import expand_user, is_there
 from maskft_common.layout import DATA_FILE_ENDINGS, EMBEDDED_MODEL, holds_adapter, no_adapter
 from maskft_common.yaml_file import read_yaml
 
@@ -104,7 +104,7 @@ def check_model(name: Any) -> None:
     # one cannot be told from it here.
     most_slashes = 2 if name.lower().endswith(".gguf") else 1
     is_path = name.startswith((".", "/", "~")) or name.count("/") > most_slashes
-    if is_path and not is_there(name):
+    if is_path and _is_missing(name):
         raise UserError(f"model folder {name!r} does not exist")
 
 
@@ -119,8 +119,18 @@ def check_data(settings: Mapping[str, Any]) -> None:
         name = settings.get(option)
         if not isinstance(name, str) or "," in name:
             continue
-        if name.lower().endswith(DATA_FILE_ENDINGS) and not is_there(name):
+        if name.lower().endswith(DATA_FILE_ENDINGS) and _is_missing(name):
             raise UserError(f"data file {name} does not exist")
+
+
+def _is_missing(name: str) -> bool:
+    """Whether there is certainly no file or folder of this name; the reader says if it may not be looked up."""
+    try:
+        return not expand_user(name).exists()
+    except PermissionError:
+        return False
+    except (OSError, ValueError):  # too long, a null byte
+        return True
 
 
 def _check_seed(name: str, value: Any) -> None:
