@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from maskft_common import __version__
 from maskft_common.command_line import OneLineParser
 from maskft_common.errors import Stopped, UserError, did_you_mean, install_hint, printable
+from maskft_common.processes import COMMAND, is_main, rank
 
 # Command -> its line in `maskft --help`. The module of a command has its name.
 COMMANDS = {
@@ -129,7 +130,7 @@ def _run(argv: list[str]) -> int:
         return 2
     except Stopped as stop:
         # Training ended after a step that it saved. All processes of a distributed run end so, and one says it.
-        if _rank() == 0:
+        if is_main():
             print(f"maskft: {stop}; to resume:\n{_resume_line(argv)}", file=sys.stderr)
         return stop.status
     except KeyboardInterrupt as stop:
@@ -217,8 +218,6 @@ def _without_option(words: list[str], option: str, values: tuple[str, ...] | Non
 
 def _resume_line(words: list[str]) -> str:
     """The command that resumes the training run that ``words`` started."""
-    from maskft_common.processes import COMMAND
-
     # With several processes, these are words for one worker; the launcher has put the user's into the environment.
     typed = shlex.split(os.environ.get(COMMAND, ""))
     if not typed:
@@ -228,18 +227,12 @@ def _resume_line(words: list[str]) -> str:
     return shlex.join([*_without_option(typed, RESUME), RESUME, "true"])
 
 
-def _rank() -> int:
-    """Number of this process in a distributed run, as torchrun sets it; 0: the main one, or the only one."""
-    return int(os.environ.get("RANK", "0"))
-
-
 def _print_error(message: str) -> None:
-    rank = _rank()
     where = ""
-    if rank:
+    if not is_main():
         # The main process has the same error: it prints it, and the launcher ends this process meanwhile.
         time.sleep(_PATIENCE_S)
-        where = f" on rank {rank}"
+        where = f" on rank {rank()}"
     line = " ".join(message.split())
     print(f"maskft: error{where}: {printable(line)}", file=sys.stderr)
 

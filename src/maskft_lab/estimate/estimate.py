@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
-from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
@@ -31,7 +30,7 @@ from maskft.training.method_arguments import (
     UNTRAINED_METHODS,
     mask_config,
 )
-from maskft.tuner.targets import layer_indices, resolve_targets
+from maskft.tuner.targets import is_target, layer_indices, resolve_targets
 from maskft_common.errors import UserError, did_you_mean
 from maskft_common.memory import resident_memory_bytes
 
@@ -440,7 +439,7 @@ def with_trained_parameters(
     resolve_targets(mask, model)
     masked = {}
     for name, module in model.named_modules():
-        if name and check_target_module_exists(mask, name):
+        if name and is_target(mask, name):
             masked[name] = module
 
     is_learned = run.method.method == "mask"
