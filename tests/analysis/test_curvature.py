@@ -128,6 +128,23 @@ def test_products_of_a_model_are_those_of_double_backward():
     np.testing.assert_allclose(product(vector.double().numpy()), expected.double().numpy(), rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("module", "shape", "message"),
+    [
+        ("model.layers.7.self_attn.k_proj", (2, 8), "the model has no module model.layers.7.self_attn.k_proj"),
+        ("model.layers.0.self_attn.k_proj", (4, 8), "differ in shape"),
+        ("model.layers.0.self_attn.k_proj", None, "removes all weights of its matrices"),
+    ],
+)
+def test_a_mask_that_does_not_fit_is_told_before_the_first_hessian(module, shape, message, tmp_path, monkeypatch):
+    tiny_model().save_pretrained(tmp_path / "start")
+    mask = torch.zeros(2, 8, dtype=torch.bool) if shape is None else torch.ones(shape, dtype=torch.bool)
+    tiny.save_masks({module: mask}, tmp_path / "mask")
+    monkeypatch.setattr(curvature, "hessian_products", None)
+    with pytest.raises(UserError, match=message):
+        analyse_curvature(tmp_path / "c.json", str(tmp_path / "start"), str(tmp_path / "mask"), rows(), 2, Sampling(4))
+
+
 def test_curvature_of_a_mask_is_computed_once(tmp_path, monkeypatch):
     folder, adapter = tmp_path / "start", tmp_path / "mask"
     tiny_model().save_pretrained(folder)

@@ -73,6 +73,14 @@ def adapter(tmp_path, base, masks):
     return folder
 
 
+def test_files_in_the_home_folder(tmp_path, base, adapter, monkeypatch):
+    """A shell leaves the ~ of --gguf=~/base.gguf as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "base.gguf").write_bytes(base.read_bytes())
+    assert main(["merge", "--adapter=~/mask", "--gguf=~/base.gguf", "--output=~/task.gguf"]) == 0
+    assert main(["verify", "--adapter=~/mask", "--gguf=~/task.gguf", "--base=~/base.gguf"]) == 0
+
+
 def test_only_removed_weights_differ(tmp_path, base, adapter, masks, model):
     before_bytes = base.read_bytes()
     lines = merge_into_gguf(adapter, base, tmp_path / "task.gguf")

@@ -71,6 +71,19 @@ class MaskSet(dict[str, Tensor]):
             UserError: If the model lacks a module, or has a weight of another shape; it is then unchanged.
         """
         # Every mask is checked before the first weight is written.
+        weights = self.weights_in(model)
+
+        # Filled and not multiplied: -1 * 0 would leave -0, and inf * 0 NaN.
+        for name, mask in self.items():
+            removed = ~mask.to(weights[name].device)
+            weights[name].data.masked_fill_(removed, 0.0)
+
+    def weights_in(self, model: nn.Module) -> dict[str, Tensor]:
+        """The weight of each masked module of a plain model, by the module's name.
+
+        Raises:
+            UserError: If the model lacks a module, or has a weight of another shape.
+        """
         modules = dict(model.named_modules())
         weights: dict[str, Tensor] = {}
         for name, mask in self.items():
@@ -80,11 +93,7 @@ class MaskSet(dict[str, Tensor]):
             if weight.shape != mask.shape:
                 raise UserError(f"{name}: mask {tuple(mask.shape)} and weight {tuple(weight.shape)} differ in shape")
             weights[name] = weight
-
-        # Filled and not multiplied: -1 * 0 would leave -0, and inf * 0 NaN.
-        for name, mask in self.items():
-            removed = ~mask.to(weights[name].device)
-            weights[name].data.masked_fill_(removed, 0.0)
+        return weights
 
     @classmethod
     def from_adapter(cls, folder: str | Path) -> MaskSet:

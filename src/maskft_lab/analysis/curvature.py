@@ -318,7 +318,8 @@ def analyse_curvature(
         report: Called after each probe and each eigenvalue.
 
     Raises:
-        UserError: If rows are of another tokenizer, or a number is not finite.
+        UserError: If the mask is of another model or removes all its weights, rows are of another tokenizer, or a
+            number is not finite.
     """
     settings: dict[str, Any] = {
         "what": "curvature",
@@ -338,11 +339,16 @@ def analyse_curvature(
     names = sorted(masks)
     flat_masks = [masks[name].flatten() for name in names]
     kept = torch.cat(flat_masks).numpy()
+    if not kept.any():
+        raise UserError(
+            f"the mask {adapter!r} removes all weights of its matrices, and keeps no direction of a Hessian"
+        )
 
     # Eager, because fused attention has no second derivative.
     model = load_model(start, "float32", attn_implementation="eager")
     model = model.to(sampling.device).eval()
     check_ids(rows, model)
+    masks.weights_in(model)  # raises if the mask is of another model
     batches = make_batches(rows, sampling.batch_size, sampling.device)
     # Once for all four Hessians: the products read the model's weights when they are called.
     products = hessian_products(model, names, batches)
