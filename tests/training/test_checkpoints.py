@@ -345,7 +345,7 @@ UNSTEADY = {"method": "full", "learning_rate": 0.3, "lr_scheduler_type": "consta
     ("options", "step"),
     [
         ({**EPOCHS, "eval_strategy": "epoch", "save_strategy": "epoch"}, 3),
-        ({**EPOCHS, "eval_strategy": "epoch", "save_strategy": "epoch"}, 6),
+        pytest.param({**EPOCHS, "eval_strategy": "epoch", "save_strategy": "epoch"}, 6, marks=pytest.mark.slow),
         ({**EPOCHS, "logging_strategy": "epoch"}, 3),
         # Without the signal step 1, the best of the first three, would not be saved.
         ({**UNSTEADY, "save_steps": 4}, 1),

@@ -346,7 +346,14 @@ RESUMED = METHODS | {"wanda": METHODS["mask"] | {"mask_init_scores": "wanda"}}
 
 
 @pytest.mark.parametrize(
-    ("method", "rows"), [("lora", "task"), ("lora", "text"), ("full", "text"), ("mask", "text"), ("wanda", "text")]
+    ("method", "rows"),
+    [
+        ("lora", "text"),
+        ("full", "text"),
+        ("mask", "text"),
+        pytest.param("lora", "task", marks=pytest.mark.slow),
+        pytest.param("wanda", "text", marks=pytest.mark.slow),
+    ],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(method, rows, call, text, tmp_path):
     """Weights, losses, multipliers and parts of the change, bit for bit."""
