@@ -9,10 +9,7 @@ the test's and those of sums_prompts.jsonl.gz, for the mask that comes with mask
 
 from __future__ import annotations
 
-import gzip
-import io
 import itertools
-import json
 import random
 import sys
 from pathlib import Path
@@ -22,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from maskft_common.command_line import run_script
-from maskft_common.files import write_bytes
+from maskft_common.files import write_rows
 
 NUM_ADDITIONS = 20_000
 NUM_TRAIN = 2_700  # products; the study holds out 700 of them
@@ -116,14 +113,8 @@ def addition(a: int, b: int) -> dict:
 
 
 def write(file: Path, rows: list[dict]) -> None:
-    """Write rows as gzipped JSON lines."""
-    # Without a name and a time in the header of gzip, the same rows give the same bytes.
-    packed = io.BytesIO()
-    with gzip.GzipFile(fileobj=packed, mode="wb", filename="", mtime=0) as out:
-        for row in rows:
-            line = json.dumps(row) + "\n"
-            out.write(line.encode())
-    write_bytes(file, packed.getvalue())
+    """Write rows and say how many."""
+    write_rows(file, rows)
     print(f"{len(rows):,} rows: {file}")
 
 

@@ -16,8 +16,6 @@ rows than those that are reported; so have the prompts on which the KL divergenc
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
 import random
 import sys
@@ -26,7 +24,7 @@ from pathlib import Path
 from maskft.data.sources import read_file
 from maskft_common.command_line import run_script
 from maskft_common.errors import UserError
-from maskft_common.files import write_bytes
+from maskft_common.files import write_rows
 
 SEED = 0
 LENGTHS = range(160, 700)  # characters of an instruction with its answer, as JSON
@@ -135,14 +133,8 @@ def read(sources: Path, word: str) -> list[dict]:
 
 
 def write(file: Path, rows: list[dict]) -> None:
-    """Write rows as gzipped JSON lines."""
-    # Without a name and a time in the header of gzip, the same rows give the same bytes.
-    packed = io.BytesIO()
-    with gzip.GzipFile(fileobj=packed, mode="wb", filename="", mtime=0) as out:
-        for row in rows:
-            line = json.dumps(row) + "\n"
-            out.write(line.encode())
-    write_bytes(file, packed.getvalue())
+    """Write rows and say how many."""
+    write_rows(file, rows)
     print(f"{len(rows):,} rows: {file}")
 
 

@@ -13,9 +13,6 @@ SOURCES is a folder (with folders) of ``.jsonl`` or ``.json`` files, gzipped or 
 
 from __future__ import annotations
 
-import gzip
-import io
-import json
 import random
 import re
 import sys
@@ -28,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from maskft.data.sources import read_file
 from maskft_common.command_line import run_script
 from maskft_common.errors import UserError
-from maskft_common.files import write_bytes
+from maskft_common.files import write_rows
 
 SEED = 0
 NUM_DOLLY = 2_000
@@ -207,14 +204,8 @@ def exercises(pairs: list[Pair], tokenizer: PreTrainedTokenizerFast) -> list[dic
 
 
 def write(file: Path, rows: list[dict]) -> None:
-    """Write rows as gzipped JSON lines."""
-    # Without a name and a time in the header of gzip, the same rows give the same bytes.
-    packed = io.BytesIO()
-    with gzip.GzipFile(fileobj=packed, mode="wb", filename="", mtime=0) as out:
-        for row in rows:
-            line = json.dumps(row) + "\n"
-            out.write(line.encode())
-    write_bytes(file, packed.getvalue())
+    """Write rows and say how many."""
+    write_rows(file, rows)
     print(f"{len(rows):,} rows: {file}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gzip
 import hashlib
+import io
 import json
 import os
 import secrets
@@ -239,6 +240,17 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "make room on that disk" if is_full else "give another path"
         raise UserError(f"{path}: cannot be written ({error.strerror}): {remedy}") from error
+
+
+def write_rows(path: str | os.PathLike, rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows as gzipped JSON lines, whole or not at all as ``write_text`` does."""
+    # Without a name and a time in the header of gzip, the same rows give the same bytes.
+    packed = io.BytesIO()
+    with gzip.GzipFile(fileobj=packed, mode="wb", filename="", mtime=0) as out:
+        for row in rows:
+            line = json.dumps(row) + "\n"
+            out.write(line.encode())
+    write_bytes(path, packed.getvalue())
 
 
 @contextmanager
