@@ -23,6 +23,7 @@ NAMES = (
     "attention",
     "padding",
     "kl_term",
+    "cast_once",
 )
 
 

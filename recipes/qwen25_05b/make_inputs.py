@@ -1,15 +1,25 @@
-"""Write the inputs of study_gsm8k.yaml: short exercises of GSM8K to train on, and the first 500 of its test.
+"""Write the inputs of study_gsm8k.yaml and study_code.yaml.
 
 python recipes/qwen25_05b/make_inputs.py SOURCES runs/curve
 
-SOURCES is a folder (with folders) with train.jsonl and test.jsonl of github.com/openai/grade-school-math (MIT), gzipped
-or not, whose names contain ``gsm8k_train`` and ``gsm8k_test``. Solutions lose the annotations for a calculator, such as
-<<48/2=24>>. Training rows are exercises of at most 350 characters, question and solution together: 95 tokens of Qwen2.5
-instead of 150, so that a CPU core sees more of them in an hour. The test's exercises have any length.
+SOURCES is a folder (with folders) with these .jsonl files, gzipped or not, which parts of their names tell:
+
+- ``gsm8k_train`` and ``gsm8k_test``: train.jsonl and test.jsonl of github.com/openai/grade-school-math (MIT).
+- ``codegen``: programs of GPTeacher's code part (MIT) as ``messages``. Those that share text with HumanEval should be
+  left out.
+
+gsm8k_train.jsonl.gz and gsm8k_test.jsonl.gz: solutions lose the annotations for a calculator, such as <<48/2=24>>.
+Training rows are exercises of at most 350 characters, question and solution together: 95 tokens of Qwen2.5 instead of
+150, so that a CPU core sees more of them in an hour. The test has its first 500 exercises, of any length.
+
+python_train.jsonl.gz and python_test.jsonl.gz: programs in Python that define a function, of at most 600 characters with
+the request for them. The request is the docstring that begins the program, so a model continues a file, as HumanEval
+has it do.
 """
 
 from __future__ import annotations
 
+import ast
 import gzip
 import json
 import random
@@ -23,19 +33,41 @@ from maskft_common.errors import UserError
 from maskft_common.files import write_bytes
 
 SEED = 0
-MAX_CHARACTERS = 350
+MAX_CHARACTERS_OF_EXERCISE = 350
+MAX_CHARACTERS_OF_PROGRAM = 600
 NUM_TRAIN = 612  # 100 of them are held out
 NUM_TEST = 500
 
 
 def main(sources: Path, folder: Path) -> None:
+    """Write a training file and a test file of exercises and of programs."""
+    write_exercises(sources, folder)
+    write_programs(sources, folder)
+
+
+def write_exercises(sources: Path, folder: Path) -> None:
     """Write gsm8k_train.jsonl.gz and gsm8k_test.jsonl.gz."""
     train = [exercise(row) for row in read(sources, "gsm8k_train")]
-    short = [row for row in train if len(row["prompt"]) + len(row["completion"]) <= MAX_CHARACTERS]
-    random.Random(SEED).shuffle(short)
+    short = short_rows(train, MAX_CHARACTERS_OF_EXERCISE)
     test = [exercise(row) for row in read(sources, "gsm8k_test")]
     write(folder / "gsm8k_train.jsonl.gz", short[:NUM_TRAIN])
     write(folder / "gsm8k_test.jsonl.gz", test[:NUM_TEST])
+
+
+def write_programs(sources: Path, folder: Path) -> None:
+    """Write python_train.jsonl.gz and python_test.jsonl.gz; the test has the programs that are not in training."""
+    programs = [program(row["messages"]) for row in read(sources, "codegen")]
+    functions = [row for row in programs if row is not None]
+    short = short_rows(functions, MAX_CHARACTERS_OF_PROGRAM)
+    write(folder / "python_train.jsonl.gz", short[:NUM_TRAIN])
+    write(folder / "python_test.jsonl.gz", short[NUM_TRAIN:])
+
+
+def short_rows(rows: list[dict], max_characters: int) -> list[dict]:
+    """Return the rows of at most ``max_characters``, prompt and completion together, shuffled."""
+    short = [row for row in rows if len(row["prompt"]) + len(row["completion"]) <= max_characters]
+    random.Random(SEED).shuffle(short)
+    return short
 
 
 def exercise(row: dict) -> dict:
@@ -43,6 +75,22 @@ def exercise(row: dict) -> dict:
     solution = re.sub(r"<<.*?>>", "", row["answer"])
     number = solution.rpartition("####")[2].strip()
     return {"prompt": f"Question: {row['question']}\nAnswer:", "completion": f" {solution}", "answer": number}
+
+
+def program(messages: list[dict]) -> dict | None:
+    """Return a request as a docstring and the program that follows it; None if it is no program in Python."""
+    if len(messages) != 2:
+        return None
+    request, answer = (message["content"] for message in messages)
+    if "def " not in answer:
+        return None
+    text = f'"""\n{request}\n"""\n'
+    try:
+        ast.parse(text + answer)
+    except SyntaxError:
+        # Another language, or a request with quotation marks that end its docstring.
+        return None
+    return {"prompt": text, "completion": answer}
 
 
 def read(sources: Path, word: str) -> list[dict]:

@@ -16,6 +16,7 @@ from maskft_common.errors import UserError, printable
 
 from ..results.schema import Result, build_result, read_result, write_result
 from .alpaca import alpaca_settings, evaluate_alpaca, remove_verdicts
+from .cast_once import weights_cast_once
 from .evaluation_arguments import ALPACA_EVAL, HELDOUT, EvaluationArguments
 from .heldout import chat_template_hash, evaluate_kl, evaluate_rows
 from .journal import Journal, Resuming
@@ -90,19 +91,21 @@ def evaluate_loaded(
         # Instead of loss and answers: a KL divergence is of a change, whose losses another evaluation measures.
         if rows is not None and options.kl:
             records[HELDOUT] = evaluate_kl(loaded, rows, options, journal)
-        elif rows is not None:
-            records[HELDOUT] = evaluate_rows(loaded.model, loaded.tokenizer, rows, options, journal)
-        if benchmarks:
-            records |= _evaluate_benchmarks(loaded, benchmarks, options, journal)
-        if references:
-            records[ALPACA_EVAL] = evaluate_alpaca(
-                loaded,
-                references,
-                options,
-                name,
-                target.parent,
-                journal,
-            )
+        # Not before: for the divergence the model's weights are those of the base and of the change by turns.
+        with weights_cast_once(loaded.model):
+            if rows is not None and not options.kl:
+                records[HELDOUT] = evaluate_rows(loaded.model, loaded.tokenizer, rows, options, journal)
+            if benchmarks:
+                records |= _evaluate_benchmarks(loaded, benchmarks, options, journal)
+            if references:
+                records[ALPACA_EVAL] = evaluate_alpaca(
+                    loaded,
+                    references,
+                    options,
+                    name,
+                    target.parent,
+                    journal,
+                )
     if rows is not None and test_set:
         records[HELDOUT]["data_file"] = test_set
 
