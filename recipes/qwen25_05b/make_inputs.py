@@ -12,9 +12,9 @@ gsm8k_train.jsonl.gz and gsm8k_test.jsonl.gz: solutions lose the annotations for
 Training rows are exercises of at most 350 characters, question and solution together: 95 tokens of Qwen2.5 instead of
 150, so that a CPU core sees more of them in an hour. The test has its first 500 exercises, of any length.
 
-python_train.jsonl.gz and python_test.jsonl.gz: programs in Python that define a function, of at most 600 characters with
-the request for them. The request is the docstring that begins the program, so a model continues a file, as HumanEval
-has it do.
+python_train.jsonl.gz and python_test.jsonl.gz: programs in Python that define a function, of at most 600 characters
+with the request for them. The request is the docstring that begins the program, so a model continues a file, as
+HumanEval has it do.
 """
 
 from __future__ import annotations

@@ -111,3 +111,10 @@ def test_places_that_cannot_be_read_or_written(study, error):
     (study / "empty").mkdir()
     assert "holds neither finished runs" in error(study / "empty", "-o", "x")
     assert "no study in" in error(study, "--study_name", "tinystudy", "-o", "x")
+
+
+def test_a_recipe_that_is_no_text(study, error):
+    (study / layout.STUDY_RECIPE.format("tiny-study")).write_bytes(b"\x87\xff")
+    page = study / "page.html"
+    assert "is not UTF-8 text: replace it by the study's recipe" in error(study, "-o", page)
+    assert not page.exists()

@@ -42,8 +42,8 @@ def weights_cast_once(model) -> AbstractContextManager:
 class _CastOnce(TorchFunctionMode):
     """Gives ``F.linear`` a weight in the dtype in which autocast would compute.
 
-    A mode, because it sees the products of all kinds of layers, and leaves whatever else is done with the weights alone:
-    an embedding that is tied to the head, or the norms of DoRA's columns, which are taken in float32.
+    A mode, because it sees the products of all kinds of layers, and leaves whatever else is done with the weights
+    alone: an embedding that is tied to the head, or the norms of DoRA's columns, which are taken in float32.
     """
 
     def __init__(self, dtype: torch.dtype):

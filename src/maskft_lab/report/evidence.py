@@ -155,13 +155,21 @@ class Evidence:
 
     @property
     def recipe(self) -> str | None:
-        """The study's recipe, where its folder has a copy."""
+        """The study's recipe, where its folder has a copy.
+
+        Raises:
+            UserError: If the copy is no text.
+        """
         # A folder of runs may be shared by studies, each with its own copy. A published folder has one.
         own = self.folder / layout.STUDY_RECIPE.format(self.name)
         published = sorted(self.folder.glob("recipe*.yaml"))
         for file in [own, *published]:
-            if file.is_file():
+            if not file.is_file():
+                continue
+            try:
                 return read_text(file)
+            except UnicodeDecodeError:
+                raise UserError(f"{file} is not UTF-8 text: replace it by the study's recipe, or remove it") from None
         return None
 
     def record(self, what: str) -> dict[str, Any]:
