@@ -1,15 +1,18 @@
 """Weights that are cast once give the bits of autocast, and stay as they are."""
 
 import contextlib
+import json
 
 import pytest
 import torch
 import torch.nn.functional as F
 from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
 from maskft import MaskConfig
+from maskft_lab.cli.main import main
 from maskft_lab.evaluation import cast_once
 from maskft_lab.evaluation.cast_once import weights_cast_once
 
@@ -105,3 +108,29 @@ def test_off_where_it_cannot_help(monkeypatch):
     assert logits(model, is_cast_once=True)[1] == num_cast
     monkeypatch.setattr(cast_once, "free_memory_bytes", lambda device: 2 * num_bytes - 1)
     assert logits(model, is_cast_once=True)[1] == 0
+
+
+@pytest.mark.parametrize("kl", [False, True], ids=["losses", "kl"])
+def test_evaluations_measure_the_same(kl, base, data, tmp_path, monkeypatch):
+    """Losses and answers of a model and of a change to it, whose KL exchanges the weights during an evaluation."""
+    changed = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        for weight in changed.parameters():
+            weight += 0.05 * torch.randn_like(weight)
+    changed.save_pretrained(tmp_path / "changed")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "changed")
+
+    def tasks_of(folder, free_bytes):
+        monkeypatch.setattr(cast_once, "free_memory_bytes", lambda device: free_bytes)
+        words = [f"--model_name_or_path={base}", "--change", "none", str(tmp_path / "changed"), "--scale", "1", "0.5"]
+        words += ["--name", "base", "half", f"--dataset_name={data}", "--bf16", "--max_new_tokens=4"]
+        assert main(["evaluate", *words, *(["--kl"] if kl else []), f"--output_dir={folder}"]) == 0
+        results = [json.loads((folder / name / "result.json").read_text())["tasks"] for name in ("base", "half")]
+        for result in results:
+            for task in result.values():
+                task.pop("time_s", None)
+        return results
+
+    plain = tasks_of(tmp_path / "plain", free_bytes=0)
+    once = tasks_of(tmp_path / "once", free_bytes=2**40)
+    assert once == plain and once[0] != once[1]
