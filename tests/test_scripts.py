@@ -206,3 +206,20 @@ def test_the_recipe_of_intents_can_be_called_again(tmp_path):
         )
         (tmp_path / "run" / "intents-q4_k_m.gguf").touch()
     assert log.read_text().split() == ["train", "merge", "verify", "train", "verify"]
+
+
+def test_programs_follow_their_request_as_a_docstring():
+    program = module_of(ROOT / "recipes" / "qwen25_05b" / "make_inputs.py").program
+
+    def turns(*texts):
+        return [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, texts, strict=False)]
+
+    answer = "def add(a, b):\n    return a + b"
+    assert program(turns("Add two numbers.", answer)) == {
+        "prompt": '"""\nAdd two numbers.\n"""\n',
+        "completion": answer,
+    }
+    assert program(turns("Add two numbers.", "function add(a, b) { return a + b; } // def ")) is None
+    assert program(turns("Print a number.", "print(1)")) is None
+    assert program(turns('Add """two""" numbers.', answer)) is None
+    assert program(turns("Add two numbers.", answer, "Thanks.")) is None
