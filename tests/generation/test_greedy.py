@@ -145,6 +145,20 @@ def test_sliding_windows_are_left_to_transformers():
     assert not generation._attention_is_known(tiny.MODELS["gemma3"]())
 
 
+def test_rounding_under_autocast_is_no_other_attention():
+    """As of half a billion parameters, whose answers under autocast were all left to transformers."""
+    net = tiny.tiny_llama(num_layers=8)
+    with torch.no_grad():
+        for weight in net.parameters():
+            if weight.dim() == 2:
+                weight *= 50
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert not generation._rows_are_as_plain(net)
+        assert generation._attention_is_known(net)
+        assert torch.is_autocast_enabled("cpu")
+        assert not generation._attention_is_known(tiny.MODELS["gemma3"]())
+
+
 @pytest.mark.parametrize("settings", [{"repetition_penalty": 1.5}, {"suppress_tokens": [*range(3, 150)]}])
 def test_settings_of_the_model_are_kept(settings):
     net, questions = model(), prompts(20, (3, 8))

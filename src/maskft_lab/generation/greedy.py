@@ -478,10 +478,16 @@ def _settings_are_known(model) -> bool:
 
 
 def _attention_is_known(model) -> bool:
-    """Whether `RowCache` computes this model's attention; it is tried, because a list of architectures ages.
+    """Whether `RowCache` computes this model's attention; it is tried, because a list of architectures ages."""
+    if model.dtype != torch.float32:
+        return _rows_are_as_plain(model)
+    # Without autocast: rounding in bfloat16 can exceed the tolerance, and a larger one would admit wrong positions.
+    with torch.autocast(model.device.type, enabled=False):
+        return _rows_are_as_plain(model)
 
-    Logits with a shared prefix, rows of two lengths and one step must be those of the plain forward pass.
-    """
+
+def _rows_are_as_plain(model) -> bool:
+    """Whether logits with a shared prefix, rows of two lengths and one step are those of the plain forward pass."""
     # Random tokens: no real text would do for every vocabulary. Their generator leaves torch's own untouched.
     vocab_size = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
