@@ -147,15 +147,20 @@ def test_sliding_windows_are_left_to_transformers():
 
 def test_rounding_under_autocast_is_no_other_attention():
     """As of half a billion parameters, whose answers under autocast were all left to transformers."""
-    net = tiny.tiny_llama(num_layers=8)
-    with torch.no_grad():
-        for weight in net.parameters():
-            if weight.dim() == 2:
-                weight *= 50
+    equal = []
+    for num_layers, scale in [(8, 20), (8, 50), (16, 20), (16, 50)]:
+        net = tiny.tiny_llama(num_layers=num_layers)
+        with torch.no_grad():
+            for weight in net.parameters():
+                if weight.dim() == 2:
+                    weight *= scale
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            assert generation._attention_is_known(net)
+            assert torch.is_autocast_enabled("cpu")
+            equal.append(generation._rows_are_as_plain(net))
+    # Which of them miss the tolerance in bfloat16 differs between versions of torch.
+    assert not all(equal)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        assert not generation._rows_are_as_plain(net)
-        assert generation._attention_is_known(net)
-        assert torch.is_autocast_enabled("cpu")
         assert not generation._attention_is_known(tiny.MODELS["gemma3"]())
 
 
