@@ -9,17 +9,8 @@ import torch
 from maskft_lab.evaluation.cast_once import weights_cast_once
 from maskft_lab.generation.row_cache import RowCache, attention
 
-from .common import SMOLLM2, TINY, alternate, build
+from .common import QWEN25_05B, SMOLLM2, TINY, alternate, build
 
-QWEN25_05B = {
-    "vocab_size": 151936,
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-    "tie_word_embeddings": True,
-}
 PROMPT_TOKENS = 60
 
 

@@ -59,6 +59,15 @@ LLAMA32_1B = {
     "head_dim": 64,
     "tie_word_embeddings": True,
 }
+QWEN25_05B = {
+    "vocab_size": 151936,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
 ONE_LAYER = {
     "vocab_size": 256,
     "hidden_size": 1536,
