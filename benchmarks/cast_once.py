@@ -4,8 +4,11 @@ cast again in every forward pass, as autocast does by itself.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 
+from maskft_common.errors import UserError
 from maskft_lab.evaluation.cast_once import weights_cast_once
 from maskft_lab.generation.row_cache import RowCache, attention
 
@@ -41,6 +44,8 @@ def compare(report, name: str, model, rows: list[list[int]]) -> None:
         cache = RowCache(model, len(rows), [])
         cache.add(rows, 0)
         once = weights_cast_once(model)
+        if isinstance(once, nullcontext):
+            raise UserError(f"{name}: too little free memory for the cast weights, so there is nothing to compare")
 
         # Both read the last token of the prompts again and again, at the same place of the cache.
         def cast_once() -> None:

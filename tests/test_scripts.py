@@ -92,7 +92,8 @@ MISTAKES = {
     "no study to publish": ("recipes/publish_results.py", "{tmp}", "{tmp}/new"),
     "no file to answer": ("recipes/qwen25_05b/answer.py", "{tmp}/none.gguf", "{tmp}/prompts.jsonl"),
     "no answers": ("recipes/qwen25_05b/answer.py", "{tmp}/rows.jsonl", "{tmp}/prompts.jsonl"),
-    "no questions": ("recipes/qwen25_05b/make_inputs.py", "{tmp}", "{tmp}/new"),
+    "no questions": ("recipes/qwen25_05b/make_inputs.py", "{tmp}/adapter", "{tmp}/new"),
+    "questions, and no programs": ("recipes/qwen25_05b/make_inputs.py", "{tmp}", "{tmp}/new"),
     "no probes": ("recipes/smollm2/make_curve_inputs.py", "{tmp}", "{tmp}/new"),
     "no intents": ("recipes/smollm2/make_clinc_inputs.py", "{tmp}/none.json", "{tmp}/new"),
     "other intents": ("recipes/smollm2/make_clinc_inputs.py", "{tmp}/empty.json", "{tmp}/new"),
@@ -119,6 +120,8 @@ def test_a_mistake_is_one_line(mistake, call, tmp_path):
     (folder / "prompts.jsonl").write_text('{"prompt": "x"}\n')
     (folder / "empty.jsonl").write_text("")
     (folder / "empty.json").write_text("{}")
+    for part in ("train", "test"):
+        (folder / f"gsm8k_{part}.jsonl").write_text('{"question": "x", "answer": "#### 1"}\n')
     before = sorted(folder.rglob("*"))
 
     script, *words = MISTAKES[mistake]

@@ -41,26 +41,20 @@ NUM_TEST = 500
 
 def main(sources: Path, folder: Path) -> None:
     """Write a training file and a test file of exercises and of programs."""
-    write_exercises(sources, folder)
-    write_programs(sources, folder)
-
-
-def write_exercises(sources: Path, folder: Path) -> None:
-    """Write gsm8k_train.jsonl.gz and gsm8k_test.jsonl.gz."""
-    train = [exercise(row) for row in read(sources, "gsm8k_train")]
-    short = short_rows(train, MAX_CHARACTERS_OF_EXERCISE)
-    test = [exercise(row) for row in read(sources, "gsm8k_test")]
-    write(folder / "gsm8k_train.jsonl.gz", short[:NUM_TRAIN])
-    write(folder / "gsm8k_test.jsonl.gz", test[:NUM_TEST])
-
-
-def write_programs(sources: Path, folder: Path) -> None:
-    """Write python_train.jsonl.gz and python_test.jsonl.gz; the test has the programs that are not in training."""
+    # All sources are read before anything is written: one may be missing.
+    exercises = [exercise(row) for row in read(sources, "gsm8k_train")]
+    test_exercises = [exercise(row) for row in read(sources, "gsm8k_test")]
     programs = [program(row["messages"]) for row in read(sources, "codegen")]
+
+    short_exercises = short_rows(exercises, MAX_CHARACTERS_OF_EXERCISE)
+    write(folder / "gsm8k_train.jsonl.gz", short_exercises[:NUM_TRAIN])
+    write(folder / "gsm8k_test.jsonl.gz", test_exercises[:NUM_TEST])
+
+    # The test has the programs that are not in training.
     functions = [row for row in programs if row is not None]
-    short = short_rows(functions, MAX_CHARACTERS_OF_PROGRAM)
-    write(folder / "python_train.jsonl.gz", short[:NUM_TRAIN])
-    write(folder / "python_test.jsonl.gz", short[NUM_TRAIN:])
+    short_programs = short_rows(functions, MAX_CHARACTERS_OF_PROGRAM)
+    write(folder / "python_train.jsonl.gz", short_programs[:NUM_TRAIN])
+    write(folder / "python_test.jsonl.gz", short_programs[NUM_TRAIN:])
 
 
 def short_rows(rows: list[dict], max_characters: int) -> list[dict]:

@@ -21,9 +21,16 @@ COMMAND = "MASKFT_COMMAND"
 
 
 def rank() -> int:
-    """Number of this process among those that a launcher started."""
+    """Number of this process among those that a launcher started; 0 without one.
+
+    Raises:
+        UserError: The environment's RANK is no number.
+    """
     # torchrun and accelerate set it, so that it is known before torch.distributed is initialised.
-    return int(os.environ.get("RANK", "0"))
+    text = os.environ.get("RANK", "0")
+    if not text.isdecimal():
+        raise UserError(f"the environment variable RANK is {text!r}; launchers set the number of a process: unset it")
+    return int(text)
 
 
 def is_main() -> bool:

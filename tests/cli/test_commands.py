@@ -140,6 +140,16 @@ def test_unknown_command_and_option(capsys):
     assert status == 2 and "unexpected argument ''" in err
 
 
+@pytest.mark.parametrize("words", [["compare", "nowhere"], ["train", "--help"]], ids=" ".join)
+def test_a_rank_that_is_no_number_is_one_line(words, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "first")
+    status, out, err = call(words, capsys)
+    assert status == 2
+    assert not out
+    assert "RANK is 'first'" in err
+    assert err.count("\n") == 1
+
+
 def test_the_command_offers_the_combinations_that_there_are():
     assert masks_command.COMBINATIONS == tuple(combine.COMBINATIONS)
 

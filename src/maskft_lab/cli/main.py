@@ -102,6 +102,13 @@ def _run(argv: list[str]) -> int:
         print(f"maskft: error: no command {name!r}{did_you_mean(name, COMMANDS)}; see maskft --help", file=sys.stderr)
         return 2
 
+    # Whatever prints asks which process it is in, errors too.
+    try:
+        rank()
+    except UserError as error:
+        print(f"maskft: error: {error}", file=sys.stderr)
+        return 2
+
     module = importlib.import_module(f".{name}", __package__)
     # Schedulers send SIGTERM at a job's time limit; it then ends as with Ctrl-C: half-written files are removed, and it
     # says how to resume.
