@@ -37,6 +37,17 @@ class OneLineParser(argparse.ArgumentParser):
         super().__init__(prog, allow_abbrev=False, **options)
         self.hints = hints or {}
 
+    def parse_known_args(self, args=None, namespace=None):
+        """Parse as argparse does, after a look for mistakes of which it would say nothing, or something else."""
+        words = sys.argv[1:] if args is None else list(args)
+        # argparse would first ask for the option that was meant, if that has to be given.
+        for word in words:
+            option = word.split("=")[0]
+            if word.startswith("-") and option in self.hints:
+                self.error(f"unrecognized arguments: {word}")
+        check_lists(self, words)
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str):
         """Raise instead of printing usage and exiting."""
         # argparse lists all words that it does not know; the first one is likely the mistake.
@@ -58,6 +69,23 @@ class OneLineParser(argparse.ArgumentParser):
         for action in self._actions:
             known += action.option_strings
         return f"unknown option {word}{did_you_mean(option, known)}"
+
+
+def check_lists(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """Raise if an option of several values is given twice: argparse would drop the first values without a word.
+
+    Args:
+        parser: Its ``error`` says it.
+        words: Words of the command line.
+    """
+    # argparse has no public list of a parser's options.
+    for action in parser._actions:
+        if action.nargs not in ("+", "*"):
+            continue
+        given = [word for word in words if word.split("=")[0] in action.option_strings]
+        if len(given) > 1:
+            option = given[0].split("=")[0]
+            parser.error(f"{option} is given {len(given)} times: write all its values after one {option}")
 
 
 def with_default(text: str, default: Any = "%(default)s") -> str:

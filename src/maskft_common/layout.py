@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from .errors import UserError
@@ -27,6 +28,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_FORMAT_VERSION = 2
 CARD = "README.md"
+# Options of `maskft train` that name the folder of one
+ADAPTER_OPTIONS = ("keep_mask", "start_mask", "match_adapter")
 
 # Inside the folder of a training run
 LAST = "last"  # the model of the last step
@@ -61,7 +64,10 @@ def holds_adapter(folder: str | Path) -> bool:
 def no_adapter(folder: str | Path) -> UserError:
     """Why a folder that was named as an adapter holds none."""
     if not Path(folder).exists():
-        return UserError(f"adapter folder {str(folder)!r} does not exist")
+        hint = ""
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
+            hint = f"; if that is its name on the hub, get it first: hf download {folder} --local-dir FOLDER"
+        return UserError(f"adapter folder {str(folder)!r} does not exist{hint}")
     # The likely mistake: a whole model in the place of an adapter.
     is_model = (Path(folder) / "config.json").is_file()
     hint = " (it is a whole model: give it as --model_name_or_path)" if is_model else ""

@@ -24,6 +24,7 @@ from maskft.masks import combine
 from maskft.masks.codec import encode_mask
 from maskft.masks.fingerprints import mask_fingerprint
 from maskft.masks.mask_set import MaskSet
+from maskft.training.checks import refused_options
 from maskft.training.options import option_defaults
 from maskft_common.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RESULT
 from maskft_lab.cli import masks as masks_command
@@ -82,7 +83,12 @@ def test_help_of_train_shows_what_people_set_and_all_on_request(capsys):
     assert all(group in lines for group in groups)
     assert {"--mask_sparsity", "--learning_rate", "--dataset_name", "--num_processes"} <= set(usual.split())
     _, every, _ = call(["train", "--help_all"], capsys)
-    assert all(f"--{name}" in every for name in option_defaults())
+    # TRL's that would be refused are not offered.
+    refused = refused_options()
+    assert {"push_to_hub", "use_peft", "lora_r", "trust_remote_code"} < refused
+    offered = {word.strip("[],") for word in every.split()}
+    for name in option_defaults():
+        assert (f"--{name}" in offered) == (name not in refused), name
 
 
 def test_help_does_not_import_the_method():
@@ -148,6 +154,27 @@ def test_a_rank_that_is_no_number_is_one_line(words, capsys, monkeypatch):
     assert not out
     assert "RANK is 'first'" in err
     assert err.count("\n") == 1
+
+
+def test_a_list_is_given_once(adapter, capsys):
+    words = ["--adapter", adapter, f"--adapter={adapter}", "--output_dir", "c"]
+    status, _, err = call(["evaluate", *words], capsys)
+    assert status == 2 and "--adapter is given 2 times: write all its values after one --adapter" in err
+    words = ["--mask-target-modules", "q_proj", "--mask_target_modules", "v_proj"]
+    status, _, err = call(["train", "--model_name_or_path", "owner/name", *words], capsys)
+    assert status == 2 and "is given 2 times" in err
+
+
+def test_a_hint_comes_before_what_is_missing(capsys):
+    _, _, err = call(["masks", "union", "a", "b", "--output_dir", "c"], capsys)
+    assert "the new folder is --output" in err
+
+
+def test_a_mask_on_the_hub_is_to_be_downloaded_first(tmp_path, capsys):
+    _, _, err = call(["merge", "owner/mask", "--output_dir", tmp_path / "new"], capsys)
+    assert "hf download owner/mask" in err
+    _, _, err = call(["merge", tmp_path / "mask", "--output_dir", tmp_path / "new"], capsys)
+    assert "does not exist" in err and "hf" not in err
 
 
 def test_the_command_offers_the_combinations_that_there_are():

@@ -52,6 +52,20 @@ def ids(content):
     return {run.method.name: run.hash for run in plan_of(content).runs}
 
 
+def test_relative_templates_count_from_the_recipe(content, tmp_path):
+    (tmp_path / "template.jinja").write_text("{{ messages }}")
+    named = {"chat_template_path": "template.jinja"}
+    content["train"] |= named
+    content["methods"]["mask"] |= named
+    content["data"]["sums"] |= named
+    content["evaluation"] |= {"before": {"own": content["evaluation"]["heldout"] | named}} | named
+    recipe = parse_recipe(content, source=tmp_path / "recipe.yaml")
+    # Of the set of earlier abilities also what it takes from the evaluation.
+    options = [recipe.train, recipe.methods["mask"].options, recipe.data["sums"].options, recipe.evaluation]
+    options += recipe.before.values()
+    assert [each["chat_template_path"] for each in options] == [str(tmp_path / "template.jinja")] * 5
+
+
 def test_runs_come_after_what_they_are_made_from(content):
     content["methods"] = dict(reversed(content["methods"].items()))
     paired = plan_of(content | {"seeds": [0, 1]}).runs

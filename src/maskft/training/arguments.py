@@ -50,6 +50,9 @@ class TrainingArguments(SFTConfig):
         "an order (magnitude, wanda), 5e-3 for the preset deletion_tuning, 0.01 for other masks, 2e-05 for other "
         "methods)",
     )
+    chat_template_path: str | None = option(
+        None, "File (.jinja) of a chat template, for a model that has none; evaluations need it too."
+    )
     eval_strategy: str = _default("eval_strategy", "steps")
     eval_steps: float | None = _default("eval_steps", 0.1)
     eval_on_start: bool = _default("eval_on_start", True)

@@ -6,8 +6,9 @@ import math
 from dataclasses import fields
 
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from trl import ModelConfig
 
-from maskft_common import processes
+from maskft_common import layout, processes
 from maskft_common.errors import UserError, first_line
 
 from ..models import is_gguf
@@ -68,6 +69,14 @@ _UNUSED = {
 _LORA = '{"peft_type": "LORA", "r": 16, "target_modules": "all-linear"}'
 
 
+def refused_options() -> set[str]:
+    """Names of TRL's options that ``check_config`` refuses with any value but their default."""
+    of_lora = {name for name in ModelConfig.__dataclass_fields__ if name.startswith(_OF_LORA)}
+    # It is used with packing.
+    unused = set(_UNUSED) - {"shuffle_dataset"}
+    return of_lora | unused | {"trust_remote_code", "deepspeed"}
+
+
 def check_config(config: TrainConfig) -> None:
     """Check settings that TRL or torch would misread, or reject only after the model is loaded.
 
@@ -110,6 +119,10 @@ def check_config(config: TrainConfig) -> None:
         raise UserError("interpolate needs the model before fine-tuning; name it as before_model")
     if config.data.prepare_only and config.data.prepared_data_dir is None:
         raise UserError("prepare_only needs a folder for the rows; name it as prepared_data_dir")
+    for name in layout.ADAPTER_OPTIONS:
+        folder = getattr(config.method, name)
+        if folder is not None and not layout.holds_adapter(folder):
+            raise layout.no_adapter(folder)
 
 
 def _check_mask_options(config: TrainConfig) -> None:
@@ -138,7 +151,7 @@ def _check_mask_options(config: TrainConfig) -> None:
 def _check_unused_options(config: TrainConfig) -> None:
     """Raise for options of TRL that ``maskft train`` accepts with all others and does not use."""
     # TRL's own command makes a LoRA adapter from these, by get_peft_config, which is not called here.
-    for name, spec in type(config.model).__dataclass_fields__.items():
+    for name, spec in ModelConfig.__dataclass_fields__.items():
         if name.startswith(_OF_LORA) and getattr(config.model, name) != spec.default:
             raise UserError(f"{name} is TRL's option of LoRA; write --method peft --peft_config '{_LORA}'")
 

@@ -32,8 +32,7 @@ FREE = frozenset(
     "dataloader_multiprocessing_context dataset_num_proc use_cpu local_rank ddp_backend ddp_timeout "
     "ddp_bucket_cap_mb torch_empty_cache_steps skip_memory_metrics debug do_train do_eval do_predict".split()
 )
-# Options that name an adapter, and those that name a model.
-_ADAPTERS = ("keep_mask", "start_mask", "match_adapter")
+# Options that name a model.
 _MODELS = ("mask_removed_value_model", "before_model")
 # Rows in memory at a time.
 _ROWS = 10_000
@@ -181,7 +180,7 @@ def _content(name: str, value: Any) -> Any:
     if name in _MODELS:
         return model_identity(value)
     adapter = expand_user(value) / layout.ADAPTER_WEIGHTS
-    if name in _ADAPTERS and adapter.is_file():
+    if name in layout.ADAPTER_OPTIONS and adapter.is_file():
         return f"sha256:{files.digest_file(adapter)}"
     return value
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -14,6 +15,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from maskft_common.command_line import with_default
 from maskft_common.errors import UserError
 from maskft_common.files import expand_user, is_there, parse_json, read_json
+from maskft_common.layout import ADAPTER_OPTIONS
 
 from ..baselines.fixed import FIXED_MASKS
 from ..data.arguments import option
@@ -160,6 +162,11 @@ class MethodArguments:
 
     def __post_init__(self) -> None:
         self.peft_config = read_peft_config(self.peft_config)
+        # A shell leaves the ~ of --keep_mask=~/mask as it is.
+        for name in ADAPTER_OPTIONS:
+            folder = getattr(self, name)
+            if isinstance(folder, str):
+                setattr(self, name, os.path.expanduser(folder))
         if isinstance(self.partial_layers, int):
             # YAML may have one value for a list of one.
             self.partial_layers = [self.partial_layers]

@@ -14,13 +14,14 @@ from accelerate.commands.launch import launch_command_parser
 from trl import ModelConfig, TrlParser
 from trl.cli.commands.training import _subtract_subsequence
 
-from maskft_common.command_line import DEFAULT, has_default, with_default
+from maskft_common.command_line import DEFAULT, check_lists, has_default, with_default
 from maskft_common.errors import UserError, did_you_mean
 from maskft_common.yaml_file import read_yaml
 
 from ..data.arguments import DATA_NAMES, KL_DATA, DataArguments
 from ..models import is_gguf
 from .arguments import TrainConfig, TrainingArguments
+from .checks import refused_options
 from .launch import launch_options, words_of_recipe
 from .method_arguments import UNSAID, MaskArguments, MethodArguments
 from .peft_config import config_of_name
@@ -32,7 +33,7 @@ usage: maskft train [--config RECIPE.yaml] [--OPTION VALUE ...]
 
 Train a mask, another adapter or all weights. Options come from a recipe (lines of `name: value`)
 and from flags, which win. These are the options most people set; --help_all shows all, among them
-every option of TRL's SFTConfig and ModelConfig under TRL's name. On several GPUs, options of
+options of TRL's SFTConfig and ModelConfig under TRL's names. On several GPUs, options of
 accelerate launch are taken too, and --accelerate_config: fsdp2, multi_gpu, or a file."""
 
 # Options that most people set, by section of the short help.
@@ -80,9 +81,13 @@ def make_parser() -> TrlParser:
         add_help=False,
         formatter_class=argparse.HelpFormatter,
     )
+    refused = refused_options()
     # argparse has no public list of a parser's options.
     for action in parser._actions:
-        if has_default(action):
+        # Understood, so that the error can name what to write instead.
+        if action.dest in refused:
+            action.help = argparse.SUPPRESS
+        elif has_default(action):
             action.help = with_default(action.help or "")
     return parser
 
@@ -104,6 +109,7 @@ def parse_words(argv: Sequence[str]) -> tuple[TrainConfig, list[str], list[str]]
             words += word.split("=", 1)
         else:
             words.append(word)
+    check_lists(parser, words)
 
     recipe = None
     if "--config" in words:

@@ -36,7 +36,7 @@ processes, the options of `accelerate launch` are taken too, and `--accelerate_c
 `maskft train --help` shows those that most people set.
 """
 _OF_TRL = "### Options of TRL and transformers"
-_ABOUT_TRL = "As of {}. A default that maskft changes is the one shown."
+_ABOUT_TRL = "As of {}. A default that maskft changes is the one shown; those that it refuses are left out."
 
 
 def write() -> None:
@@ -167,8 +167,8 @@ def _train_sections() -> Iterator[str]:
     yield _OF_TRL + "\n"
     versions = [f"{name} {version}" for name, version in installed_versions(PACKAGES).items()]
     yield _ABOUT_TRL.format(", ".join(versions)) + "\n"
-    others = sorted(actions.keys() - seen - {"help"})
-    yield _table(actions[name] for name in others)
+    others = sorted(actions.keys() - seen)
+    yield _table(actions[name] for name in others if _is_shown(actions[name]))
 
 
 def without_trl(text: str) -> str:

@@ -211,7 +211,7 @@ def evaluate_rows(
     if num_wrong:
         notes.append(f"{num_wrong} of {len(rows)} completions of the rows do not count as their answer")
     if 0 < num_unanswered < len(rows):
-        notes.append(f"no accuracy: {num_unanswered} of {len(rows)} rows have no answer")
+        notes.append(f"no accuracy: {num_unanswered} of {len(rows)} rows have no answer that can be checked")
     if notes:
         record["note"] = "; ".join(notes)
     return record

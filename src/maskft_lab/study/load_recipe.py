@@ -61,7 +61,8 @@ def parse_recipe(
     Args:
         content: The YAML's value.
         data_dir: Folder in which data files are looked for.
-        source: The file. Names the study where the recipe does not; a relative ``chat_template_path`` counts from it.
+        source: The file. Names the study where the recipe does not; a relative ``chat_template_path`` anywhere counts
+            from it.
     """
     source = Path(source)
     if isinstance(content, dict):
@@ -78,23 +79,21 @@ def parse_recipe(
 
     # Files that `train`, the training sets and the methods name.
     kl_data = _kl_data_in(data_dir, recipe.train)
-    train = recipe.train | kl_data
-    if TEMPLATE in train:
-        train[TEMPLATE] = _template_file(train[TEMPLATE], source)
+    train = recipe.train | kl_data | _template_of(recipe.train, source)
 
     data = {}
     for name, part in recipe.data.items():
-        options = in_data_dir(part.options, data_dir)
+        options = in_data_dir(part.options, data_dir) | _template_of(part.options, source)
         # Options are extra fields of the model (`extra="allow"`), which `model_copy` updates like declared ones.
         data[name] = part.model_copy(update=options)
 
     methods = {}
     for name, method in recipe.methods.items():
-        options = _kl_data_in(data_dir, method.options)
+        options = _kl_data_in(data_dir, method.options) | _template_of(method.options, source)
         methods[name] = method.model_copy(update=options)
 
     # Files that evaluations name.
-    evaluation = recipe.evaluation
+    evaluation = recipe.evaluation | _template_of(recipe.evaluation, source)
     has_rows_or_tasks = "tasks" in evaluation or "dataset_name" in evaluation
     # in_data_dir adds data_dir, which only rows and tasks read.
     if has_rows_or_tasks:
@@ -113,10 +112,10 @@ def parse_recipe(
         "data": data,
         "methods": methods,
         "evaluation": evaluation,
-        "before": _completed(recipe.before, evaluation, data_dir),
+        "before": _completed(recipe.before, evaluation, data_dir, source),
     }
     if recipe.path:
-        before = _completed(recipe.path.before, evaluation, data_dir)
+        before = _completed(recipe.path.before, evaluation, data_dir, source)
         path = recipe.path.model_copy(update={"before": before})
         update["path"] = path
     return recipe.model_copy(update=update)
@@ -147,19 +146,23 @@ def _section(content: dict, name: str) -> dict:
     return section if isinstance(section, dict) else {}
 
 
-def _template_file(name: Any, source: Path) -> str:
-    """The file of a chat template that a recipe names; relative names count from the recipe."""
+def _template_of(options: Options, source: Path) -> Options:
+    """Only ``chat_template_path``, with relative names counted from the recipe; empty if the options name none."""
+    name = options.get(TEMPLATE)
+    if name is None:
+        return {}
     named = expand_user(str(name))
     template = source.parent / named  # `named` itself if it is absolute
     if not template.is_file():
         raise UserError(f"{source}: {TEMPLATE} {str(template)!r} does not exist; relative names count from the recipe")
-    return str(template)
+    return {TEMPLATE: str(template)}
 
 
 def _completed(
     sets: dict[str, Options],
     evaluation: Options,
     data_dir: str | Path | None,
+    source: Path,
 ) -> dict[str, Options]:
     """Sets of earlier abilities with the options they share with ``evaluation``.
 
@@ -167,6 +170,7 @@ def _completed(
         sets: Name of a set -> its own options.
         evaluation: Options of the study's evaluation.
         data_dir: Folder in which data files are looked for.
+        source: The recipe's file.
     """
     how = {}
     how_of_heldout = {}
@@ -183,7 +187,7 @@ def _completed(
         tasks = options.get("tasks", ["heldout"])  # without tasks, a set is of rows
         if "heldout" in tasks:
             shared |= how_of_heldout
-        own = in_data_dir(options, data_dir)
+        own = in_data_dir(options, data_dir) | _template_of(options, source)
         completed[name] = shared | own
     return completed
 
