@@ -77,6 +77,11 @@ def test_signed_zeros_tie():
     assert topk_mask(torch.tensor([-0.0, 0.0, 1.0]), 1 / 3, "signed").tolist() == [False, True, True]
 
 
+def test_another_word_for_the_ranking_is_refused():
+    with pytest.raises(UserError, match="rank_by is 'magnitude'; it must be abs or signed"):
+        topk_mask(torch.ones(3), 0.5, "magnitude")
+
+
 def test_ranking_keys_by_hand():
     scores = torch.tensor([[-0.0, 0.0], [2**-24, -1.0]])
     assert ranking_keys(scores, "signed").tolist() == [0.0, 0.0, 2**-24, -1.0], "flat, and not moved"

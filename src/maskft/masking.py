@@ -17,7 +17,7 @@ Shapes: a weight and its scores are (O, I) = (out_features, in_features), or (I,
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -45,12 +45,14 @@ def topk_mask(
         Bool mask, shape and device of ``scores``; True = keep; exactly ``num_removed`` entries are False.
 
     Raises:
-        UserError: If ``sparsity`` is outside [0, 1) or a score is NaN.
+        UserError: If ``sparsity`` is outside [0, 1), ``rank_by`` is another word, or a score is NaN.
 
     Example:
         >>> topk_mask(torch.tensor([0.3, -0.1, 0.2, -0.4]), sparsity=0.25)
         tensor([ True, False,  True,  True])
     """
+    if rank_by not in get_args(RankBy):
+        raise UserError(f"rank_by is {rank_by!r}; it must be {' or '.join(get_args(RankBy))}")
     keys = ranking_keys(scores, rank_by)
     num = num_removed(scores.numel(), sparsity)
     mask = remove_lowest(keys, num)

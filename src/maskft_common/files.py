@@ -242,6 +242,26 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror}): {remedy}") from error
 
 
+def check_place(path: str | os.PathLike, option: str) -> None:
+    """Raise if no file can be written at ``path``, before the work whose result it is to hold.
+
+    Args:
+        path: The file, which may exist.
+        option: Name of the option, for the message.
+
+    Raises:
+        UserError: If it is a folder, or if a file is in the place of one of its folders.
+    """
+    file = expand_user(path)
+    if file.is_dir():
+        raise UserError(f"{option} {str(path)!r} is a folder: name a file in it")
+    for folder in file.parents:
+        if folder.exists():
+            if not folder.is_dir():
+                raise UserError(f"{option} {str(path)!r}: {str(folder)!r} is a file and no folder: name another place")
+            return
+
+
 def write_rows(path: str | os.PathLike, rows: Iterable[dict[str, Any]]) -> None:
     """Write rows as gzipped JSON lines, whole or not at all as ``write_text`` does."""
     # Without a name and a time in the header of gzip, the same rows give the same bytes.

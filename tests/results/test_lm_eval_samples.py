@@ -101,6 +101,10 @@ def test_samples_are_a_result_and_are_compared_item_by_item(folders):
     assert row.won == sum(a > b for a, b in zip(ours, theirs, strict=True))
 
 
+def test_the_folder_of_several_models_can_be_named(folders):
+    assert [each["name"] for each in read_all([str(folders[0].parent)])] == ["base", "tuned"]
+
+
 def test_a_single_file_can_be_named(folders):
     (result,) = read_all([f"before={samples_of(folders[0])}"])
     assert result["name"] == "before"
@@ -129,6 +133,7 @@ def test_damage_ends_in_one_line(folders):
     whole = file.read_text()
     for text, match in (
         (whole[:-9], "line 24: not JSON"),
+        ("".join(whole.splitlines(True)[:9]), "9 of the 24 documents that were evaluated: is the file complete?"),
         ("[1]\n", "line 1: not a sample of lm-eval"),
         ("", "no samples in it"),
         (json.dumps({"doc_id": 1}) + "\n", "no samples of lm-eval 0.4.5 or later, 'filter' is missing"),

@@ -1,5 +1,6 @@
 """The paper's tables: its figures, and results of our own making in their places."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,17 @@ def test_rows_of_a_file_named_after_a_benchmark_measure_it(file, cell):
     both = result("full", {"gsm8k": {"accuracy": 5}, "heldout": {"accuracy": 9}}, "full")
     both["tasks"]["heldout"]["data_file"] = file
     assert rows_of([both], "1")[0]["Specific Domain", "Best FFT"][0].endswith(" / 25.0")
+
+
+def test_a_study_that_is_given_twice_counts_once():
+    math = {"base": LLAMA2, "domain": "math"}
+    masks = [result("mask", {"gsm8k": {"accuracy": n}}, "mask", n, math, "math") for n in (0, 4)]
+    for mask in masks:
+        mask["study"] |= {"run": f"mask-s{mask['model']['seed']}-1a2b", "role": "best"}
+    once, _ = rows_of(masks, "1")
+    twice, left_over = rows_of([*masks, *masks], "1")
+    copies, _ = rows_of([*masks, *copy.deepcopy(masks)], "1")
+    assert once == twice == copies and left_over == []
 
 
 def test_a_cell_is_of_one_study():

@@ -123,7 +123,10 @@ def read_study(
     else:
         runs = _published(folder)
     if not runs:
-        raise UserError(f"{str(folder)!r} holds neither finished runs (runs/*/run.json) nor results of a study")
+        raise UserError(
+            f"{str(folder)!r} holds neither finished runs (runs/*/run.json) nor results of a study (summary.json); "
+            "single results are for maskft compare"
+        )
 
     unique_bases = dict.fromkeys(run.base for run in runs)  # a set would lose the order of the runs
     bases = list(unique_bases)

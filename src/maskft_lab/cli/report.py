@@ -68,7 +68,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--study_name",
         metavar="NAME",
-        help="study that is meant, if several share the folder (default: all of them)",
+        help="study that is meant; needed where several share the folder",
     )
     return parser
 
@@ -102,7 +102,7 @@ def make_tables_parser() -> argparse.ArgumentParser:
 
 def _report(args: argparse.Namespace) -> None:
     # numpy is imported from here on, not for --help.
-    from maskft_common.files import write_bytes
+    from maskft_common.files import expand_user, write_bytes
 
     from ..report.catalogue import select_figures
     from ..report.evidence import gather
@@ -112,7 +112,7 @@ def _report(args: argparse.Namespace) -> None:
     names = [name.strip() for name in names]
     # Without any name all figures.
     figures = select_figures([name for name in names if name])
-    evidence = gather(args.study, base=args.base, study_name=args.study_name)
+    evidence = gather(expand_user(args.study), base=args.base, study_name=args.study_name)
 
     # Everything is drawn before anything is written: a figure that fails leaves no half of a report.
     contents: dict[Path, bytes] = {}
@@ -131,14 +131,23 @@ def _report(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """Check that the options name an output that can be written."""
+    from maskft_common.files import check_place, expand_user
+
     if not (args.output or args.figures):
         raise UserError("no output: give -o report.html for the page, --figures DIR for the figures")
     if args.only and not args.figures:
         raise UserError("--only chooses figures: give --figures DIR too")
-    if args.output and Path(args.output).is_dir():
-        raise UserError(f"--output {args.output} is a folder: name a file in it, such as report.html")
-    if args.figures and Path(args.figures).exists() and not Path(args.figures).is_dir():
-        raise UserError(f"--figures {args.figures!r} is a file; name a folder")
+    if args.output:
+        file = expand_user(args.output)
+        check_place(file, "--output")
+        # A study's own files are JSON and YAML.
+        if file.exists() and file.suffix.lower() not in (".html", ".htm"):
+            raise UserError(f"--output {args.output} exists and is no HTML page: name another file")
+    if args.figures:
+        folder = expand_user(args.figures)
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--figures {args.figures!r} is a file; name a folder")
+        check_place(folder / "figure.svg", "--figures")
 
 
 def _figures(evidence, figures, folder: Path, is_chosen: bool) -> dict[Path, bytes]:

@@ -217,7 +217,7 @@ def item_values(
             if item[metric] is None:
                 raise UserError(
                     f"{metric} on {task}: item {item['id']!r} of {name_and_seed(result)} has no value, "
-                    "so there is no mean: choose other --metrics or evaluate again"
+                    "so there is no mean: choose other --tasks or --metrics, or evaluate again"
                 )
         rows.append([item[metric] for item in items])
     return np.array(rows, dtype=float)

@@ -134,6 +134,10 @@ def _task(
     items, questions = _items(file)
     directions = summary["higher_is_better"].get(task) or {}
     reported = summary["results"].get(task) or {}
+    counts = (summary.get("n-samples") or {}).get(task) or {}
+    expected = counts.get("effective")
+    if isinstance(expected, int) and expected != len(items):
+        raise UserError(f"{file}: {len(items)} of the {expected} documents that were evaluated: is the file complete?")
 
     # Every metric that any item has; a dictionary, because a set would not keep their order.
     names: dict[str, None] = {}

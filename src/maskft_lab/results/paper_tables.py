@@ -181,9 +181,11 @@ def _choose(
             seed = None  # without training it means nothing
         # `setdefault` keeps the first result of a seed, and returns it.
         other, other_score = by_seed.setdefault(seed, (result, score))
-        # Several studies may have measured the same model without a seed.
-        is_same = other is result or (seed is None and other_score == score)
-        if not is_same:
+        # Several studies may have measured the same model without a seed, and a study may have been given twice, as
+        # its folder and as its published results.
+        is_one_run = _run_of(result)[0] is not None and _run_of(other) == _run_of(result)
+        is_same = (seed is None or is_one_run) and other_score == score
+        if other is not result and not is_same:
             raise UserError(
                 f"{other['name']!r} and {result['name']!r} are of one seed and both belong to {asked['label']}: give "
                 "one of them, or say in their block 'training' how they differ"
@@ -301,6 +303,12 @@ def _backbone(result: Result) -> str | None:
 def _study_of(result: Result) -> str | None:
     """Return the name of the study that a result is of; None outside of studies."""
     return result.get("study", {}).get("study")
+
+
+def _run_of(result: Result) -> tuple[str | None, str | None]:
+    """Return the run that a result is of, with its hash, and the role of its model in it; None outside of studies."""
+    study = result.get("study", {})
+    return study.get("run"), study.get("role")
 
 
 def _name_of(result: Result) -> str:

@@ -22,25 +22,25 @@ def read_all(paths: Iterable[str]) -> list[Result]:
     """Return the results of files and folders, in the order given.
 
     A folder holds results: its ``result.json``, or all results in it and below, except points of paths and partial
-    results. Or it holds lm-eval's ``samples_*.jsonl``, which are the tasks of one model.
+    results. Or it holds lm-eval's ``samples_*.jsonl``, which are the tasks of one model, in it or in folders below,
+    each of which is a model.
 
     Args:
         paths: Paths, or ``NAME=PATH``.
 
     Raises:
-        UserError: If a file is not a result.
+        UserError: If a file is not a result, or is damaged.
     """
     results: list[Result] = []
     for text in paths:
         # A folder may hold many results, all of which get the name that the user gave.
         name, path = _name_and_path(text)
-        found = _files_of(path)
-        # The files of a folder of lm-eval are tasks of one model; ours are a result each.
-        if is_samples_file(found[0]):
-            results.append(read_samples(found, name))
-            continue
-        for file in found:
-            result = read_result(file)
+        for found in _files_of(path):
+            # The files of a folder of lm-eval are tasks of one model; ours are a result each.
+            if is_samples_file(found[0]):
+                results.append(read_samples(found, name))
+                continue
+            result = read_result(found[0])
             if name:
                 # Checked again, because the name is the user's.
                 result = check_result({**result, "name": name}, path)
@@ -53,7 +53,8 @@ def input_files(paths: Iterable[str]) -> set[Path]:
     out: set[Path] = set()
     for text in paths:
         _, path = _name_and_path(text)
-        out |= {file.resolve() for file in _files_of(path)}
+        for found in _files_of(path):
+            out |= {file.resolve() for file in found}
     return out
 
 
@@ -61,17 +62,20 @@ def check_output(
     output: str | None,
     results: Iterable[str],
 ) -> None:
-    """Raise if an output file is one of the results, which it would replace.
+    """Raise if an output file is one of the results, which it would replace, or cannot be written.
 
     Args:
         output: Path of the output; None for standard output.
         results: Paths as `read_all` takes them.
 
     Raises:
-        UserError: If it is one of the files that would be read.
+        UserError: If it is one of the files that would be read, a folder, or below a file.
     """
+    if not output:
+        return
+    files.check_place(output, "--output")
     # Resolved, because two paths may be of one file.
-    if output and Path(output).resolve() in input_files(results):
+    if files.expand_user(output).resolve() in input_files(results):
         raise UserError(f"--output {output} is one of the results and would replace it: name another file")
 
 
@@ -82,51 +86,73 @@ def _name_and_path(text: str) -> tuple[str | None, Path]:
     if not text or (separator and not path):
         raise UserError(f"{text!r} names no file: give a result, a folder of results, or NAME=PATH")
     if not separator or not name:
-        return None, Path(text)
+        return None, files.expand_user(text)
     # A path may have an equals sign in it.
     if "/" in name or files.is_there(text):
-        return None, Path(text)
-    return name, Path(path)
+        return None, files.expand_user(text)
+    return name, files.expand_user(path)
 
 
-def _files_of(path: Path) -> list[Path]:
-    """Return the files of a path, at least one; it need not exist."""
+def _files_of(path: Path) -> list[list[Path]]:
+    """Return the files of each result of a path, at least one; it need not exist."""
     if not path.is_dir():
-        return [path]
+        return [[path]]
     # The folder of one result. Further results below it, such as the points of its path, are not meant.
     if (path / layout.RESULT).is_file():
-        return [result_file(path)]
+        return [[result_file(path)]]
     samples = samples_in(path)
     if samples:
-        return samples
+        return [samples]
 
     # Sorted together, so that the order of models does not depend on the file system.
     plain = path.rglob("*.json")
     gzipped = path.rglob("*.json.gz")
     candidates = sorted([*plain, *gzipped])
-    found: list[Path] = []
+    found: list[list[Path]] = []
     for file in candidates:
         place = str(file.relative_to(path))
         if not _LEFT_OUT.search(place) and _is_result(file):
-            found.append(file)
+            found.append([file])
+
+    # lm-eval makes a folder for each model below its --output_path.
+    folders = sorted({file.parent for file in path.rglob("samples_*.jsonl*")})
+    for folder in folders:
+        samples = samples_in(folder)
+        if samples:
+            found.append(samples)
 
     # Without any, the file that should be there: reading it raises an error with its name.
-    return found or [result_file(path)]
+    return found or [[result_file(path)]]
 
 
 def _is_result(file: Path) -> bool:
+    """Whether a file is a result, or a damaged one: reading it reports the damage."""
     # A folder's name may end in .json, too.
     if not file.is_file():
         return False
     if file.name == layout.RESULT:
-        return True  # a damaged one too: reading it reports the damage
+        return True
     try:
         text = read_text(file)
+        # gzip reads an empty file as an empty text.
+        if not text and file.suffix == ".gz":
+            return True
         # Text is searched before it is parsed: a folder of runs is full of tokenizers, whose JSON takes long.
         if '"evaluation"' not in text:
             return False
         content = parse_json(text)
     except (ValueError, OSError, EOFError, zlib.error):
-        return False
+        # Left out, it would change what is compared without a word. Gzipped JSON in such folders is results; plain ones
+        # begin with their kind.
+        return file.suffix == ".gz" or _begins_as_result(file)
     # The word may have been in a text of another file.
     return isinstance(content, dict) and content.get("kind") == "evaluation"
+
+
+def _begins_as_result(file: Path) -> bool:
+    try:
+        with file.open("rb") as stream:
+            beginning = stream.read(200)
+    except OSError:
+        return False
+    return b'"kind": "evaluation"' in beginning
