@@ -44,7 +44,7 @@ def test_the_experiment_has_the_form_that_peft_s_comparison_takes():
         assert set(json.loads((folder / "training_params.json").read_text())) <= known
 
 
-def test_a_zero_under_mask_is_a_value_in_axolotl(monkeypatch):
+def test_a_zero_under_mask_is_a_value_in_axolotl(monkeypatch, tmp_path):
     """The configuration alone, for which axolotl need not be installed: its two classes are stubs."""
     for name in ("axolotl", "axolotl.integrations", "axolotl.integrations.base"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
@@ -73,6 +73,20 @@ def test_a_zero_under_mask_is_a_value_in_axolotl(monkeypatch):
     _, config = plugin.load_adapter(None, cfg, config_only=True)
     assert config.save_scores is False
     assert set(config.target_modules) == {"v_proj"}
+
+    cfg.mask = {"sparcity": 0.3}
+    with pytest.raises(UserError, match=r"mask has 'sparcity', which is no field .* \(did you mean 'sparsity'\?\)"):
+        plugin.load_adapter(None, cfg, config_only=True)
+    cfg.mask = {"task_type": "SEQ_CLS"}
+    assert plugin.load_adapter(None, cfg, config_only=True)[1].task_type == "SEQ_CLS"
+
+    get_peft_model(tiny.tiny_llama(), MaskConfig(sparsity=0.3, save_scores=True)).save_pretrained(tmp_path)
+    cfg.lora_model_dir = str(tmp_path)
+    with pytest.raises(UserError, match="mask has no effect on the adapter in lora_model_dir"):
+        plugin.load_adapter(tiny.tiny_llama(), cfg)
+    cfg.mask = None
+    masked, config = plugin.load_adapter(tiny.tiny_llama(), cfg)
+    assert config is masked.peft_config["default"] and config.sparsity == 0.3 and config.save_scores
 
 
 def test_the_plugin_of_ms_swift_passes_on_settings_that_are_false(monkeypatch):

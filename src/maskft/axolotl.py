@@ -11,11 +11,14 @@ Nothing else of maskft imports this module, and axolotl is not a dependency of m
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from peft import PeftModel, get_peft_model
 from pydantic import BaseModel
+
+from maskft_common.errors import UserError, did_you_mean
 
 from .tuner import MaskConfig, MaskProgress
 
@@ -73,17 +76,30 @@ class MaskPlugin(BasePlugin):
         for name, value in (cfg.mask or {}).items():
             if value is not None:
                 given[name] = value
-        config = MaskConfig(task_type="CAUSAL_LM", **given)
+        given.setdefault("task_type", "CAUSAL_LM")
+        known = [field.name for field in fields(MaskConfig)]
+        for name in given:
+            if name not in known:
+                raise UserError(f"mask has {name!r}, which is no field of MaskConfig{did_you_mean(name, known)}")
+        config = MaskConfig(**given)
         if config_only:
             return None, config
 
-        # axolotl's own option of an adapter to load, whatever its type is.
+        # axolotl's own option of an adapter to load, whatever its type is. The folder has its configuration.
         if cfg.lora_model_dir:
+            if cfg.mask:
+                raise UserError(
+                    f"mask has no effect on the adapter in lora_model_dir {cfg.lora_model_dir!r}, which has its own "
+                    "configuration; remove it, or lora_model_dir"
+                )
             masked = PeftModel.from_pretrained(
                 model,
                 cfg.lora_model_dir,
                 is_trainable=not inference,
             )
+            config = masked.peft_config["default"]
+            # axolotl resumes from the adapter that it saved.
+            config.save_scores = True
         else:
             masked = get_peft_model(model, config)
         return masked, config

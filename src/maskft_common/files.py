@@ -174,17 +174,21 @@ def open_text(file: Path, encoding: str = "utf-8") -> TextIO:
     return cast(TextIO, stream)
 
 
-def read_text(file: Path) -> str:
+def read_text(file: Path, max_length: int = MAX_JSON_BYTES) -> str:
     """Return the text of a file, which may be gzipped (``.gz``).
 
+    Args:
+        file: The file.
+        max_length: Limit of its characters once unpacked.
+
     Raises:
-        UserError: If it has more than ``MAX_JSON_BYTES`` characters once unpacked.
+        UserError: If it has more.
     """
     with open_text(file) as stream:
         # One more than allowed shows that there is more.
-        text = stream.read(MAX_JSON_BYTES + 1)
-    if len(text) > MAX_JSON_BYTES:
-        raise UserError(f"{file} has more than {MAX_JSON_BYTES // 2**20} MiB of text; name a smaller file")
+        text = stream.read(max_length + 1)
+    if len(text) > max_length:
+        raise UserError(f"{file} has more than {max_length // 2**20} MiB of text; name a smaller file")
     return text
 
 

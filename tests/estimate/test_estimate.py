@@ -10,6 +10,7 @@ from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
+import tiny
 from maskft import set_mask_progress
 from maskft.models import EMBEDDED_MODEL
 from maskft.training.method_arguments import mask_config
@@ -162,10 +163,11 @@ def test_the_device_of_a_run_on_the_cpu_is_the_cpu(run, monkeypatch):
 
 
 def test_what_checkpointing_and_eight_bits_save(run):
-    layers = {"mask_layers_to_transform": [2, 3], "max_length": 256, "per_device_train_batch_size": 32}
+    sizes = {"max_length": 256, "per_device_train_batch_size": 32}
+    layers = {"mask_layers_to_transform": [2, 3], **sizes}
     plain = estimate(run(**layers), device="cuda")
-    checkpointed = estimate(run(**layers, gradient_checkpointing=True, method="full"), device="cuda")
-    full = estimate(run(**layers, method="full"), device="cuda")
+    checkpointed = estimate(run(**sizes, gradient_checkpointing=True, method="full"), device="cuda")
+    full = estimate(run(**sizes, method="full"), device="cuda")
     assert checkpointed.memory["activations"] < full.memory["activations"]
     eight = estimate(run(**layers, optim="adamw_bnb_8bit"), device="cuda")
     assert eight.memory["optimizer"] == pytest.approx(plain.memory["optimizer"] * (1 + 4 / 256) / 4, rel=1e-3)
@@ -222,6 +224,14 @@ def test_peak_memory_of_real_runs(method, dtype, tmp_path):
     assert json.loads(estimated.stdout)["peak_bytes"] == pytest.approx(measured, rel=0.15)
 
 
+def test_weights_that_stay_zero_change_no_size(run, tmp_path):
+    """It ended in a traceback: a model without data has no weights to compare a mask's base with."""
+    tiny.save_masks({"model.layers.0.mlp.up_proj": torch.ones(96, 64, dtype=torch.bool)}, tmp_path / "mask")
+    plain = estimate(run(method="full"))
+    assert estimate(run(method="full", keep_mask=tmp_path / "mask")).memory.keys() == plain.memory.keys()
+    assert estimate(run(method="full", start_mask=tmp_path / "mask")).num_trainable == plain.num_trainable
+
+
 # Bad input
 
 
@@ -232,6 +242,7 @@ def test_peak_memory_of_real_runs(method, dtype, tmp_path):
         (SMALL, {"model_name_or_path": "nowhere.json"}, "model configuration 'nowhere.json' does not exist"),
         (SMALL, {"optim": "lion_32bit"}, "optim is 'lion_32bit'"),
         (SMALL, {"kl_to_base": 0.1}, "there is no estimate of kl_to_base"),
+        (SMALL, {"method": "full", "mask_sparsity": 0.5}, "mask_sparsity is an option of masks and has no effect"),
         (SMALL, {"partial_layers": [1]}, "partial_layers goes with --method full"),
         ({**SMALL, "num_hidden_layers": 0}, {}, "no decoder layers"),
         ({"model_type": "lama"}, {}, "cannot read the configuration"),

@@ -48,6 +48,24 @@ def test_the_home_folder_of_an_output(monkeypatch, tmp_path):
     assert (tmp_path / "table.md").read_text() == "a table"
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--dataset_name", "test.jsonl"], "dataset_name is about held-out rows, .*; write --tasks gsm8k,heldout, or"),
+        (["--max_eval_samples", "5"], "max_eval_samples is about held-out rows"),
+        (["--eval_split_size", "0.1"], "eval_split_size is about held-out rows"),
+        (
+            ["--reference_outputs", "a.json"],
+            "reference_outputs is about alpaca_eval, .*--tasks gsm8k,alpaca_eval",
+        ),
+    ],
+)
+def test_options_of_tasks_that_are_not_evaluated(words, message):
+    """The file was never measured, and the first rows were all of them."""
+    with pytest.raises(UserError, match=message):
+        options("a/model", "--tasks", "gsm8k", *words)
+
+
 def test_missing_data_is_reported_before_the_model_is_loaded(tmp_path):
     with pytest.raises(UserError, match="dataset_name is missing; name the data to measure on, or other --tasks"):
         main(["--model_name_or_path", "no-one/no-model", "--output_dir", str(tmp_path / "out")])

@@ -9,6 +9,7 @@ from maskft.data.arguments import DataArguments
 from maskft.loss import nll_per_item
 from maskft_common.errors import UserError
 from maskft_lab.evaluation import heldout as evaluate
+from maskft_lab.evaluation.command_line import check_inputs, make_parser
 from maskft_lab.evaluation.evaluation_arguments import EvaluationArguments
 from maskft_lab.evaluation.heldout import (
     evaluate_kl,
@@ -52,6 +53,33 @@ def test_completions_that_do_not_count_as_their_answer(net):
     # Of a conversation it is the last turn of the assistant.
     turns = [{"role": "user", "content": "0+1="}, {"role": "assistant", "content": "1"}]
     assert num_wrong_completions([{"messages": turns, "answer": "1"}]) == 0
+
+
+def test_rows_of_a_part_depend_on_the_seed_of_the_split(tmp_path):
+    """--split_seed was ignored where a part of a file is measured."""
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"{n}+1=", "completion": str(n + 1)} for n in range(40)]
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    prompts = []
+    for seed in (0, 0, 1):
+        data = DataArguments(dataset_name=f"{file}:10", split_seed=seed)
+        prompts.append({row["prompt"] for row in heldout_rows(data, None, TOKENIZER)})
+    assert prompts[0] == prompts[1] != prompts[2]
+
+
+def test_a_study_checks_answers_where_they_are_generated(tmp_path):
+    """Rows of which some have an answer are measured by their loss, which the check of a study refused."""
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"{n}+1=", "completion": f"It is {n + 1}."} for n in range(6)]
+    rows[0] |= {"answer": "1", "answer_type": "exact"}
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    words = ["a/model", "--output_dir", "out", "--dataset_name", str(file)]
+    args = make_parser().parse_args(words)
+    assert len(check_inputs(args)) == 6
+    rows = [row | {"answer": "1", "answer_type": "exact"} for row in rows]
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    with pytest.raises(UserError, match="no completion counts as its row's answer"):
+        check_inputs(args)
 
 
 def test_items_keep_the_cluster_of_their_row(net):

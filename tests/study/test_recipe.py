@@ -424,6 +424,33 @@ CASES = [
     (change("evaluation/helout", {}), r"evaluation has an unknown option 'helout' \(did you mean 'heldout'\?\)"),
     (change("evaluation/test", {}), r"unknown option 'test'; it may have: heldout, before, options of maskft evaluate"),
     (change("evaluation/heldout/max_eval_sample", 3), r"unknown option 'max_eval_sample' \(did you mean"),
+    # What is refused when a run starts is refused before the first one does.
+    (change("methods/full/mask_sparsity", 0.2), "run 'full, seed 0'.*mask_sparsity is an option of masks"),
+    (
+        change("train/auto_find_batch_size", True),
+        "run 'full, seed 0'.*: auto_find_batch_size is True, which maskft train",
+    ),
+    (
+        lambda content: (
+            content["train"].update(mask_sparsity=0.1),
+            content["methods"]["mask"].update(mask_preset="deletion_tuning"),
+        ),
+        "run 'mask, seed 0': mask_sparsity 0.1 has no effect with mask_preset deletion_tuning",
+    ),
+    # Each value alone is one that another run has.
+    (
+        change("grid", {"mask.save_steps": [12, 8], "mask.eval_steps": [4, 6]}),
+        r"run 'mask \[.*8.*6.*\], seed 0'.*multiple",
+    ),
+    (
+        change("grid", {"L1 mask.mask_layers_to_transform": [[0], [1]]}),
+        r"has mask_layers_to_transform \[0\], and the mask",
+    ),
+    (
+        change("evaluation/before", {"drift": {"dataset_name": "p.jsonl", "kl": True}}),
+        r"evaluation.before.drift has kl, which is measured of a change along a path",
+    ),
+    (change("evaluation/alpaca_annotator", "judge"), "evaluation: alpaca_annotator is about alpaca_eval, which is not"),
     (change("baseline", "ful"), r"baseline is 'ful'.*; there are full \(best\), full \(continued\), mask"),
 ]
 
@@ -473,6 +500,26 @@ def test_files_come_from_the_data_folder(content, data, tmp_path):
     assert recipe.data["sums"].options["data_dir"] == recipe.evaluation["data_dir"] == str(data.parent)
     with pytest.raises(UserError, match=r"'sums.jsonl' is neither here nor in data_dir"):
         parse_recipe(content, data_dir=tmp_path)
+
+
+def test_sets_of_earlier_abilities_are_measured_as_the_task_is(content, data, tmp_path):
+    """Benchmarks of `before` were run without the chat template that the evaluation asks for."""
+    content["evaluation"] |= {"apply_chat_template": True, "data_dir": str(tmp_path), "no_generate": True}
+    content["evaluation"]["before"] = {
+        "school": {"tasks": "gsm8k"},
+        "own": {"tasks": ["ifeval"], "apply_chat_template": False},
+        "rows": {"dataset_name": str(data)},
+    }
+    before = parse_recipe(content).before
+    assert before["school"] == {"tasks": ["gsm8k"], "apply_chat_template": True, "data_dir": str(tmp_path)}
+    assert before["own"]["apply_chat_template"] is False
+    assert before["rows"] == {"dataset_name": str(data), "no_generate": True}
+
+
+def test_a_mixture_in_a_grid_is_that_of_the_command_line(content, data):
+    content["grid"] = {"mask.dataset_name": [{str(data): 20}, {str(data): 30}]}
+    masks = [run for run in plan_of(content).runs if run.method.name == "mask"]
+    assert [run.options["dataset_name"] for run in masks] == [f"{data}:20", f"{data}:30"]
 
 
 def test_a_date_is_text(content, tmp_path):

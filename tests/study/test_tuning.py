@@ -177,10 +177,33 @@ def test_no_method_chooses_on_test_rows(content, chooses):
         content["data"]["sums"]["dataset_eval_split"] = split
         with pytest.raises(UserError, match=f"'choosing' would be .* split '{re.escape(split)}' of 'openai/gsm8k'"):
             check_before_running(plan_of(content))
+    # A registered set says which split is its held-out one, and a file of data_dir is the user's own.
+    content["data"]["sums"] |= {"eval_dataset_name": "tulu3_persona_gsm", "dataset_eval_split": None}
+    with pytest.raises(UserError) as raised:
+        check_before_running(plan_of(content))
+    assert "the split" not in str(raised.value)
     content["data"]["sums"] |= {"eval_dataset_name": ["nowhere.jsonl", "neither.jsonl"], "dataset_eval_split": None}
     with pytest.raises(
         UserError, match=r"data file nowhere\.jsonl does not exist"
     ):  # files, of which none is a test split
+        check_before_running(plan_of(content))
+
+
+def test_rows_are_the_same_as_chat_and_as_plain_text(content, tmp_path):
+    """Questions in plain text were compared with those in the chat template word by word, and none was the same."""
+    del content["methods"]["full"]["tune"]
+    rows = [{"question": f"How much is {number} + 1?", "answer": str(number + 1)} for number in range(40)]
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    content["data"]["sums"] |= {"dataset_name": str(file), "as_chat": False}
+    content["evaluation"]["heldout"] = {"dataset_name": str(file)}
+    content["methods"]["choosing"] = {
+        "method": "full",
+        "from": "full",
+        "max_steps": 2,
+        "tune": {"learning_rate": [1e-3, 1e-4]},
+    }
+    with pytest.raises(UserError, match=r"'choosing' would be tuned on 16 held-out rows, and evaluation"):
         check_before_running(plan_of(content))
 
 

@@ -6,6 +6,7 @@ import math
 import pickle
 import re
 import warnings
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -222,6 +223,15 @@ OWN = " (a learner of your own: register it in this process, see docs/learners.m
             for threshold in ({}, {"threshold": 0.0})
         ),
         (
+            {"selection": "logit", "sharpness": 20.0},
+            "sharpness=20.0 has no effect with gradient='straight_through' and price=0; it goes with "
+            "gradient='sigmoid', or with a price",
+        ),
+        (
+            {"init_scores": "constant", "init_value": 0.1, "init_std": 0.5},
+            "init_std=0.5 has no effect with init_scores='constant' and an init_value; leave one of them out",
+        ),
+        (
             {"init_scores": "constant"},
             "init_scores='constant' with init_value=0 and rank_by='abs' never trains: the gradient is 0 at score 0; "
             "set init_value or rank_by='signed'",
@@ -285,6 +295,14 @@ def test_settings_that_are_refused(settings, message):
 def test_settings_at_the_limits_are_taken(settings):
     config = MaskConfig(**settings)
     assert {name: getattr(config, name) for name in settings} == settings
+
+
+def test_fractions_are_numbers():
+    assert MaskConfig(sparsity=Fraction(1, 4)).sparsity == 0.25
+
+
+def test_a_preset_without_its_slope_is_taken():
+    assert MaskConfig(preset="deletion_tuning", gradient="straight_through", price=0).sharpness_end == 100
 
 
 def test_a_start_that_keeps_nearly_all_weights():

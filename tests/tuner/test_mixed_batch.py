@@ -67,6 +67,41 @@ def test_each_row_is_as_under_its_own_mask_alone(name, tmp_path):
     assert not torch.allclose(expected[0], expected[1], atol=1e-3)
 
 
+def tiny_opt():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.OPTConfig(**sizes, word_embed_proj_dim=32, max_position_embeddings=64)
+    return transformers.OPTForCausalLM(config).eval()
+
+
+@torch.no_grad()
+def test_blocks_that_give_their_layers_all_tokens_in_one_dimension():
+    """OPT's fc1 and fc2 get (B * T, I): "5 names and the batch 45 rows; give one name per row"."""
+    adapters = {"sums": {"sparsity": 0.2}, "intents": {"sparsity": 0.4}, "dates": {"target_modules": ["fc1"]}}
+    model = with_adapters(tiny_opt(), adapters)
+    mixed, expected = both_logits(model)
+    torch.testing.assert_close(mixed, expected, rtol=0, atol=1e-5)
+    assert not torch.allclose(expected[0], expected[2], atol=1e-3)
+    # As many tokens as rows.
+    mixed, expected = both_logits(model, ids=tiny.token_ids(batch=5, length=5))
+    torch.testing.assert_close(mixed, expected, rtol=0, atol=1e-5)
+    # Every step of a generation has other shapes, and beams repeat the rows.
+    ids = tiny.token_ids(batch=len(NAMES))
+    options = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2, "pad_token_id": 1}
+    tokens = model.generate(input_ids=ids, adapter_names=NAMES, **options)
+    rows = alone(model, lambda m: m.generate, NAMES, ids, **options)
+    for found, row in zip(tokens, rows, strict=True):
+        assert torch.equal(found[: row.shape[1]], row[0])
+
+
+def test_experts_get_tokens_of_any_row():
+    base = tiny.tiny_llama()
+    for layer in base.model.layers:
+        layer.mlp.experts = nn.ModuleList([nn.Linear(32, 32)])
+    model = with_adapters(base, {"sums": {}, "intents": {}})
+    fails(model, r"experts\.0 is an expert, whose rows are tokens of any row")
+
+
 def test_rows_of_one_token():
     """Decoding without a cache of keys: the product with one vector a row."""
     mixed, expected = both_logits(with_adapters(tiny.tiny_llama()), ids=tiny.token_ids(batch=len(NAMES), length=1))

@@ -1,11 +1,13 @@
 """The PEFT method on five architectures: what users of PEFT do with an adapter, and every way a file can be wrong."""
 
 import copy
+import importlib
 import io
 import json
 import struct
 import tracemalloc
 import warnings
+from pathlib import Path
 
 import peft
 import pytest
@@ -160,6 +162,20 @@ def test_merging_and_unmerging_is_bit_exact(make):
     assert torch.equal(logits(model), expected)
     for name, layer in adapter_layers(model).items():
         assert torch.equal(layer.fresh_scores(MaskConfig(init_scores="magnitude")), start[name])
+    assert same_weights(model.unload(), make())
+
+
+def test_an_adapter_that_is_named_twice_is_merged_once(make):
+    """The second merge kept the zeros of the first in place of the base's values."""
+    model = trained(make)
+    expected = logits(model)
+    model.merge_adapter(["default", "default"])
+    assert torch.equal(logits(model), expected)
+    model.unmerge_adapter()
+    model.base_model.set_adapter(["default", "default"])
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), expected)
     assert same_weights(model.unload(), make())
 
 
@@ -792,6 +808,53 @@ def test_linear_layers_that_compute_something_else_are_refused():
         get_peft_model(model, MaskConfig(target_modules=["router", "q_proj"]))
 
 
+def classes_of_transformers(name):
+    """Classes of this name in the modules of models that have it."""
+    folder = Path(transformers.__file__).parent / "models"
+    for file in folder.glob("*/modeling_*.py"):
+        if f"class {name}(" in file.read_text():
+            module = importlib.import_module(f"transformers.models.{file.parent.name}.{file.stem}")
+            yield getattr(module, name)
+            return
+
+
+def test_layers_that_are_named_in_full_and_chosen_by_number():
+    """PEFT masks a layer that is named in full, whatever the numbers say."""
+    names = ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"]
+    with pytest.raises(UserError, match=r"no effect on model\.layers\.1\.mlp\.up_proj, which target_modules names"):
+        get_peft_model(tiny.tiny_llama(), MaskConfig(target_modules=names, layers_to_transform=[0]))
+    model = get_peft_model(tiny.tiny_llama(), MaskConfig(target_modules=names, layers_to_transform=[0, 1]))
+    assert len(adapter_layers(model)) == 2
+
+
+def test_a_mask_that_is_trained_from_the_configuration_of_another(tmp_path):
+    """It was saved with the recipe of the other one, and its card with that one's verdict."""
+    model = get_peft_model(tiny.tiny_llama(), MaskConfig())
+    model.peft_config["default"].recipe = {"verdict": "better"}
+    model.save_pretrained(tmp_path / "old")
+    config = MaskConfig.from_pretrained(tmp_path / "old")
+    assert config.recipe == {"verdict": "better"}
+    config.inference_mode = False
+    get_peft_model(tiny.tiny_llama(), config).save_pretrained(tmp_path / "new")
+    assert MaskConfig.from_pretrained(tmp_path / "new").recipe is None
+    # One that is loaded to be used keeps it, also when it is saved again.
+    PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path / "old").save_pretrained(tmp_path / "copy")
+    assert MaskConfig.from_pretrained(tmp_path / "copy").recipe == {"verdict": "better"}
+
+
+def test_unloading_gives_four_bit_layers_their_kernel_back():
+    base = tiny.tiny_llama()
+    for layer in base.model.layers:
+        layer.mlp.up_proj.support_avx512bf16_for_cpu = True
+    with pytest.raises(UserError):
+        get_peft_model(base, MaskConfig(removed_value="base", removed_value_model="no/such-folder-"))
+    assert all(layer.mlp.up_proj.support_avx512bf16_for_cpu for layer in base.model.layers)
+    model = get_peft_model(base, MaskConfig(target_modules=["q_proj"]))
+    assert not any(layer.mlp.up_proj.support_avx512bf16_for_cpu for layer in base.model.layers)
+    model.unload()
+    assert all(layer.mlp.up_proj.support_avx512bf16_for_cpu for layer in base.model.layers)
+
+
 def test_weights_that_a_parent_reads_itself_are_refused():
     """The mask would be saved and merged, and never trained."""
     config = transformers.MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, state_size=4, pad_token_id=0)
@@ -816,6 +879,25 @@ def test_weights_that_a_parent_reads_itself_are_refused():
     attention = nn.Sequential(nn.MultiheadAttention(8, 2))
     with pytest.raises(UserError, match="its MultiheadAttention reads the weight and does not call the layer"):
         check_targets(MaskConfig(target_modules=["out_proj"]), attention)
+    # Of models that are large or need more than text: the parent's class decides.
+    for kind, read, called in (
+        ("Gemma3nTextAltUp", "correction_coefs", "prediction_coefs"),
+        ("LongcatFlashTopkRouter", "classifier", "other"),
+        ("TDNNLayer", "kernel", "other"),
+        ("LSHSelfAttention", "query_key", "other"),
+        ("MobileBertLMPredictionHead", "decoder", "transform"),
+        ("DetrMHAttentionMap", "k_proj", "q_proj"),
+    ):
+        assert kind in (type_of.__name__ for type_of in classes_of_transformers(kind)), "renamed"
+        parent = type(kind, (nn.Module,), {})()
+        setattr(parent, read, nn.Linear(8, 8))
+        setattr(parent, called, nn.Linear(8, 8))
+        assert maskable_names(nn.Sequential(parent)) == {called}
+    bloom = {"vocab_size": 96, "hidden_size": 32, "n_layer": 2, "n_head": 4}
+    exact = transformers.BloomForCausalLM(transformers.BloomConfig(**bloom, slow_but_exact=True, pretraining_tp=2))
+    assert maskable_names(exact) == {"query_key_value", "dense_h_to_4h"}
+    plain = transformers.BloomForCausalLM(transformers.BloomConfig(**bloom, slow_but_exact=True))
+    assert {"dense", "dense_4h_to_h"} < maskable_names(plain)
     masked = get_peft_model(mamba, MaskConfig())
     masked(input_ids=tiny.token_ids(), labels=tiny.token_ids()).loss.backward()
     assert all(p.grad is not None and p.grad.any() for p in masked.parameters() if p.requires_grad)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -328,6 +329,16 @@ _ROLES = {
 }
 # Keys of a message that chat templates write beside its content; others are notes, such as a time or a score.
 _BESIDE_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+
+
+# A question as `_dialogue` writes it in plain text, maybe after a system prompt.
+_PLAIN_QUESTION = re.compile(r"(?:.*?\n\n)?Question: (.*)\nAnswer:", re.DOTALL)
+
+
+def question_in(prompt: str) -> str | None:
+    """The question of a prompt in plain text; None if the prompt has another form."""
+    match = _PLAIN_QUESTION.fullmatch(prompt)
+    return match.group(1) if match else None
 
 
 def _dialogue(

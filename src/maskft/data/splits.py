@@ -13,7 +13,7 @@ from maskft_common.errors import UserError, printable
 from maskft_common.files import digest
 
 from .arguments import DataArguments, check_sizes, mixture_text
-from .formats import Row
+from .formats import Row, question_in
 from .mixtures import Reader, ReadSet, load_examples, mix, parse_mixture
 from .sources import is_hub_name
 
@@ -355,6 +355,19 @@ def clusters_of(rows: Iterable[Row]) -> list[str | None]:
     if len(first_ids) in (1, len(given)):
         return given
     return of_prompts
+
+
+def question_digest(example: Row) -> str:
+    """Like ``prompt_digest``, and the same for a question as messages and as plain text (``as_chat``).
+
+    Splits are made by ``prompt_digest``: they stay as they were.
+    """
+    prompt = example.get("prompt")
+    if isinstance(prompt, str):
+        question = question_in(prompt)
+        if question is not None:
+            example = {"prompt": question}
+    return prompt_digest(example)
 
 
 def prompt_digest(example: Row) -> str:

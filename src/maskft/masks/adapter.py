@@ -115,6 +115,9 @@ class MaskFiles(AdapterFiles):
         config.weights_of_save = weights_sha256(modules)
         # PEFT writes the configuration after the tensors, with these fields.
         config.format_version = FORMAT_VERSION
+        # Trained anew from the configuration of another mask, whose recipe and verdict do not hold for this one.
+        if config.is_new and not config.inference_mode and config.recipe is config.recipe_of_file:
+            config.recipe = None
         config.is_new = False
         config.mask_sha256 = mask_fingerprint(coded)
         # float16 rounds in another way than bfloat16, so that its fingerprint would match no other dtype's. What counts

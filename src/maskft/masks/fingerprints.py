@@ -30,8 +30,12 @@ def check_base(layers: Iterable[MaskedLinear], config: Any) -> None:
     """
     # A list, because it may be an iterator and is read several times.
     layers = list(layers)
-    # Not recorded, for example for a mask over float16: see MaskFiles.encode.
+    # Not recorded for a mask over float16: see MaskFiles.encode.
     if config.base_fingerprint is None:
+        warnings.warn(
+            "the adapter has no fingerprint of its base, as masks that were trained over float16: the base weights are "
+            "not checked"
+        )
         return
     is_on_meta = any(layer.weight.device.type == "meta" for layer in layers)
     if is_on_meta:

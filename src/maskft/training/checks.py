@@ -83,6 +83,28 @@ def check_config(config: TrainConfig) -> None:
     Raises:
         UserError: For the first mistake.
     """
+    check_options(config)
+    method = config.method.method
+    # Both mask the rows of a weight that an FSDP2 rank holds.
+    if method == "mask" or config.method.keep_mask is not None:
+        check_mask_sharding()
+    _check_devices(config)
+    if method == INTERPOLATE and config.method.before_model is None and not config.data.prepare_only:
+        raise UserError("interpolate needs the model before fine-tuning; name it as before_model")
+    if config.data.prepare_only and config.data.prepared_data_dir is None:
+        raise UserError("prepare_only needs a folder for the rows; name it as prepared_data_dir")
+    for name in layout.ADAPTER_OPTIONS:
+        folder = getattr(config.method, name)
+        if folder is not None and not layout.holds_adapter(folder):
+            raise layout.no_adapter(folder)
+
+
+def check_options(config: TrainConfig) -> None:
+    """Make the checks of ``check_config`` that need no device, and no folder that other runs may still write.
+
+    Raises:
+        UserError: For the first mistake.
+    """
     method = config.method.method
     training = config.training
     check_method(config.method)
@@ -96,11 +118,8 @@ def check_config(config: TrainConfig) -> None:
 
     check_kl_to_base(training, method)
     check_kl_budget(training, method)
-    # Both mask the rows of a weight that an FSDP2 rank holds.
-    if method == "mask" or config.method.keep_mask is not None:
-        check_mask_sharding()
     check_trackers(training.report_to)
-    _check_devices_and_metric(config)
+    _check_metric(training)
 
     # Again when the model is loaded, which may be quantised in its files.
     if config.model.load_in_4bit or config.model.load_in_8bit:
@@ -115,14 +134,6 @@ def check_config(config: TrainConfig) -> None:
         raise UserError("trust_remote_code: code in the folder of a model is not run; name a model that needs none")
     if mask is not None and training.fp16 and mask.price:
         raise UserError("mask_price is added to gradients that fp16 has scaled, so it would not count: use bf16")
-    if method == INTERPOLATE and config.method.before_model is None and not config.data.prepare_only:
-        raise UserError("interpolate needs the model before fine-tuning; name it as before_model")
-    if config.data.prepare_only and config.data.prepared_data_dir is None:
-        raise UserError("prepare_only needs a folder for the rows; name it as prepared_data_dir")
-    for name in layout.ADAPTER_OPTIONS:
-        folder = getattr(config.method, name)
-        if folder is not None and not layout.holds_adapter(folder):
-            raise layout.no_adapter(folder)
 
 
 def _check_mask_options(config: TrainConfig) -> None:
@@ -165,8 +176,8 @@ def _check_unused_options(config: TrainConfig) -> None:
             raise UserError(f"{name} is {value!r}, which maskft train does not use; {instead}")
 
 
-def _check_devices_and_metric(config: TrainConfig) -> None:
-    """Raise for devices that training does not use, and for another metric than the held-out loss."""
+def _check_devices(config: TrainConfig) -> None:
+    """Raise for devices that training does not use."""
     training = config.training
     # Fixed masks use one GPU, and preparing data none. The Trainer would use all that it sees, by DataParallel.
     is_trained = config.method.method not in UNTRAINED_METHODS and not config.data.prepare_only
@@ -179,6 +190,10 @@ def _check_devices_and_metric(config: TrainConfig) -> None:
         raise UserError(
             "activation_offloading moves tensors from a GPU to the CPU, which trains here: remove the option"
         )
+
+
+def _check_metric(training: TrainingArguments) -> None:
+    """Raise for another metric than the held-out loss."""
     if training.metric_for_best_model != "eval_loss" or training.greater_is_better:
         raise UserError(
             f"metric_for_best_model is {training.metric_for_best_model}, with greater_is_better "

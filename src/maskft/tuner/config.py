@@ -226,6 +226,9 @@ class MaskConfig(PeftConfig):
     # True from the creation of an adapter to its first load or save. In between, the checksums in the configuration
     # belong to the file that is about to be loaded.
     is_new = False
+    # The recipe that a new adapter's configuration came with, of the mask that is about to be loaded. An adapter that
+    # is saved without having been loaded is another mask, which the recipe does not describe.
+    recipe_of_file: ClassVar[dict[str, Any] | None] = None
     # Name of the adapter that this one is a frozen copy of (the reference of preference training), or "".
     copy_of = ""
     # Scores that the adapter file leaves out. `save_pretrained` below writes them if the folder is a checkpoint: the
@@ -370,12 +373,13 @@ class MaskConfig(PeftConfig):
         Raises:
             UserError: If a field that chooses layers has a value of another type.
         """
-        # numpy's numbers, which JSON cannot write; its float64 is a float.
+        # numpy's numbers and fractions, which JSON cannot write; numpy's float64 is a float.
         for name in ("sparsity", *_NUMBERS, *_NUMBERS_OR_NONE):
             value: Any = getattr(self, name)
             is_real = isinstance(value, numbers.Real)
             if is_real and not isinstance(value, int | float):
-                setattr(self, name, value.item())
+                is_whole = isinstance(value, numbers.Integral)
+                setattr(self, name, int(value) if is_whole else float(value))
 
         for name in _NAMES:
             value = getattr(self, name)
@@ -516,6 +520,21 @@ class MaskConfig(PeftConfig):
                 raise UserError(
                     f"{name}={value!r} has no effect with selection={self.selection!r}; it goes with {names_with(name)}"
                 )
+
+        # Straight through, with no price, the gradient has no slope in it. A preset's values do no harm.
+        has_slope = self.selection != "logit" or self.gradient == "sigmoid" or self.price > 0
+        for name in ("sharpness", "sharpness_end"):
+            value = getattr(self, name)
+            if name in self.given and value != _default(name) and not has_slope:
+                raise UserError(
+                    f"{name}={value!r} has no effect with gradient={self.gradient!r} and price=0; it goes with "
+                    "gradient='sigmoid', or with a price"
+                )
+        if "init_std" in self.given and self.init_scores == "constant" and self.init_value is not None:
+            raise UserError(
+                f"init_std={self.init_std!r} has no effect with init_scores='constant' and an init_value; leave one "
+                "of them out"
+            )
 
         # An init_value of 0 passes: it is where the other learners start anyway.
         has_center = is_free(self.selection) or self.init_scores == "constant"

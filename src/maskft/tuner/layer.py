@@ -350,6 +350,8 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
 
         # Not all adapters mask all layers; PEFT names those of the whole model.
         wanted = self.active_adapters if adapter_names is None else adapter_names
+        # Each once: a second merge would keep zeros in place of the values that unmerge puts back.
+        wanted = dict.fromkeys(wanted)
         names = [name for name in wanted if name in self.mask_configs and name not in self.merged_adapters]
         # With values in place of zeros the result would depend on the order of merging.
         together = {*names, *self.merged_adapters}

@@ -205,13 +205,17 @@ def adapter_names_for_layers(
             repeated += [name] * num_copies
         names_by_rows[len(repeated)] = repeated
 
+    # Rows and tokens of the call that is running: generate() calls the model once for each token.
+    call = _Call()
+    handles = [model.model.register_forward_pre_hook(call.see, with_kwargs=True)]
+
     # A hook on each layer, because the modules between the model and its layers do not pass unknown arguments on.
-    hook = partial(_add_adapter_names, names=names, names_by_rows=names_by_rows)
-    handles = []
+    hook = partial(_add_adapter_names, names=names, names_by_rows=names_by_rows, call=call)
     for module in model.modules():
         # AuxiliaryTrainingWrapper: PEFT's copies of modules_to_save, which choose one per row themselves.
         if isinstance(module, model.tuner_layer_cls | AuxiliaryTrainingWrapper):
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            handles.append(module.register_forward_hook(partial(_flatten_again, call=call)))
     # Also after an error: the next call may have other names, or none.
     try:
         yield
@@ -220,17 +224,58 @@ def adapter_names_for_layers(
             handle.remove()
 
 
+class _Call:
+    """The shape of the input of the model's call that is running.
+
+    Attributes:
+        num_rows: B; 0 where the input has none of the usual names, or the model has an encoder, whose input has
+            another length.
+        num_tokens: T of each row.
+        unflattened: Layers that are running on an input (B, T, I) and were given (B * T, I).
+    """
+
+    def __init__(self) -> None:
+        self.num_rows = 0
+        self.num_tokens = 0
+        self.unflattened: set[nn.Module] = set()
+
+    def see(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """A hook of the model, before its forward pass."""
+        has_decoder = any(name.startswith("decoder_") for name in kwargs)
+        inputs = _inputs(args, kwargs)
+        self.num_rows = self.num_tokens = 0
+        if not has_decoder and inputs is not None and inputs.dim() >= 2:
+            self.num_rows, self.num_tokens = inputs.shape[:2]
+
+
 def _add_adapter_names(
     module: nn.Module,
     args: Any,
     kwargs: dict[str, Any],
     names: list[str],
     names_by_rows: Mapping[int, list[str]],
+    call: _Call,
 ) -> Any:
     rows = len(args[0]) if args else len(names)
     # Another number of rows is an error, which names the numbers as the caller knows them.
-    kwargs["adapter_names"] = names_by_rows.get(rows, names)
+    names_of_rows = names_by_rows.get(rows, names)
+    # Some blocks, as OPT's, give their layers all tokens of the batch in one dimension (B * T, I), row after row.
+    is_flat = call.num_tokens > 1 and bool(args) and args[0].dim() == 2 and rows == call.num_rows * call.num_tokens
+    if is_flat and call.num_rows in names_by_rows:
+        names_of_rows = names_by_rows[call.num_rows]
+        x_BTI = args[0].unflatten(0, (call.num_rows, call.num_tokens))
+        args = (x_BTI, *args[1:])
+        call.unflattened.add(module)
+    kwargs["adapter_names"] = names_of_rows
     return args, kwargs
+
+
+def _flatten_again(module: nn.Module, args: Any, output: Any, call: _Call) -> Any:
+    """Give the output the dimensions that the input had before :func:`_add_adapter_names`."""
+    if module not in call.unflattened:
+        return output
+    call.unflattened.remove(module)
+    return output.flatten(0, 1)
 
 
 def _inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -291,6 +336,12 @@ def _check_model(model: BaseTuner, adapter_names: Sequence[str]) -> None:
             )
 
     for layer in masked:
+        # Tokens of all rows are gathered for an expert, and nothing says which row each is of.
+        if "experts" in layer.module_name.split(".") and any(name in layer.mask_configs for name in asked):
+            raise UserError(
+                f"adapter_names has one mask per row, and {layer.module_name} is an expert, whose rows are tokens of "
+                "any row: run the rows of each adapter by themselves, after model.set_adapter(name)"
+            )
         asked_here = [name for name in asked if name in layer.mask_configs]
         _check_layer(layer, asked_here)
 

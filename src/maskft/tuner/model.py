@@ -93,6 +93,7 @@ class MaskModel(BaseTuner):
                 setattr(peft_config, field, None)
             peft_config.copy_of = ""
         peft_config.is_new = True
+        peft_config.recipe_of_file = peft_config.recipe
         return peft_config
 
     @staticmethod
@@ -106,14 +107,14 @@ class MaskModel(BaseTuner):
         assert isinstance(peft_config, MaskConfig)
         _check_not_on_disk(model)
         resolve_targets(peft_config, model)
-        if not peft_config.inference_mode:
-            keep_codes(model)
 
         # Of all layers at once: they come from another model, which is loaded here and freed again.
         values_of = REMOVED_VALUES[peft_config.removed_value]
         self._removed_values = values_of(peft_config, model)
         if self._undo_hooks is None:
             self._undo_hooks = [attach(model) for attach in MODEL_HOOKS]
+        if not peft_config.inference_mode:
+            self._undo_hooks.append(keep_codes(model))
 
         # Left by an earlier PeftModel over the same base, maybe in layers that this adapter does not mask: they would
         # be trained and saved with it. Last, because a request that is refused leaves the model as it was.
@@ -186,8 +187,10 @@ class MaskModel(BaseTuner):
             UserError: If there is no adapter of a name; PEFT's layers would leave it out in silence.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        # A name that is given twice would be in every list of active adapters twice.
+        names = list(dict.fromkeys(names))
         self._check_names(names)
-        super().set_adapter(adapter_name, inference_mode)
+        super().set_adapter(names, inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; if it was the only active one, activate one other adapter on all layers.

@@ -6,6 +6,7 @@ A linear layer of floats needs nothing of this. ``maskft.quant`` registers the k
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,7 +65,7 @@ def find_quantized_weight(base_layer: nn.Module) -> QuantizedWeight | None:
     return None
 
 
-def keep_codes(model: nn.Module) -> None:
+def keep_codes(model: nn.Module) -> Callable[[], None]:
     """Keep bitsandbytes from repacking its four-bit layers on a CPU; call it before a model's first forward pass.
 
     Their first forward pass in eval mode repacks the codes for an AVX-512 kernel, and rounds the scales to bfloat16: a
@@ -72,9 +73,20 @@ def keep_codes(model: nn.Module) -> None:
     that kernel, which has no backward pass: the gradient of all layers below is lost, and torch only warns (seen with
     bitsandbytes 0.50). An evaluation before or between training steps is such a pass. Without the repacking, evaluation
     is slower.
+
+    Returns:
+        A function that undoes it.
     """
-    module: Any  # torch types its attributes as Tensor | Module
+    changed: list[Any] = []  # torch types attributes of modules as Tensor | Module
     for module in model.modules():
         # The layer's own switch, which is read at every forward pass; layers of other libraries do not have it.
         if getattr(module, "support_avx512bf16_for_cpu", False):
-            module.support_avx512bf16_for_cpu = False
+            changed.append(module)
+    _switch_kernel(changed, False)
+    # Not a function inside this one: it is pickled with the model.
+    return partial(_switch_kernel, changed, True)
+
+
+def _switch_kernel(layers: list[Any], is_on: bool) -> None:
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = is_on

@@ -99,6 +99,7 @@ def check_targets(config: MaskConfig, model: nn.Module) -> None:
 
     # In the order of their causes: a wrong index or name also leads to "no layer matches".
     _check_layer_indices(config, modules)
+    _check_full_names(config, modules)
     _check_not_tied(config, modules, model)
     _check_not_masked(config, modules)
 
@@ -362,6 +363,19 @@ def _is_foreign(module: nn.Module) -> bool:
     return package not in ("torch", "transformers") or not is_float
 
 
+# Class of transformers -> its linear layers whose weight it takes without calling the layer, always or in training.
+_READ_WEIGHTS = {
+    "Gemma3nTextAltUp": ("correction_coefs",),
+    "LongcatFlashTopkRouter": ("classifier",),
+    "TDNNLayer": ("kernel",),
+    "LSHSelfAttention": ("query_key", "value"),
+    "MobileBertLMPredictionHead": ("dense", "decoder"),
+    "DetrMHAttentionMap": ("k_proj",),
+    "ConditionalDetrMHAttentionMap": ("k_proj",),
+    "MaskFormerDetrMHAttentionMap": ("k_proj",),
+}
+
+
 def _parent_reads_weight(parent: nn.Module, leaf: str) -> bool:
     """Whether a module takes the weight of its linear layer ``leaf`` without calling the layer.
 
@@ -377,6 +391,12 @@ def _parent_reads_weight(parent: nn.Module, leaf: str) -> bool:
     kind = type(parent).__name__
     if kind == "WavLMAttention":
         return leaf.endswith("_proj")
+    if kind in _READ_WEIGHTS:
+        return leaf in _READ_WEIGHTS[kind]
+    # With slow_but_exact, Bloom multiplies slices of these two.
+    if kind in ("BloomAttention", "BloomMLP"):
+        is_sliced = getattr(parent, "slow_but_exact", False) and getattr(parent, "pretraining_tp", 1) > 1
+        return is_sliced and leaf in ("dense", "dense_4h_to_h")
     if hasattr(parent, "conv1d") and hasattr(parent, "A_log"):
         # Kernels of the Mamba family, and in part its slow path; Jamba's read only the first.
         if kind == "JambaMambaMixer":
@@ -414,6 +434,21 @@ def _check_layer_indices(config: MaskConfig, modules: Iterable[str]) -> None:
         named = ", ".join(map(str, missing))
         has = f"layers 0 to {max(indices)}" if indices else "no numbered layers"
         raise UserError(f"layers_to_transform names layer {named}; the model has {has}")
+
+
+def _check_full_names(config: MaskConfig, modules: Iterable[str]) -> None:
+    """Raise for a layer that is named in full, which PEFT takes whatever ``layers_to_transform`` says."""
+    chosen = config.layers_to_transform
+    if chosen is None or not isinstance(config.target_modules, list):
+        return
+    wanted = {chosen} if isinstance(chosen, int) else set(chosen)
+    in_full = set(config.target_modules).intersection(modules)
+    for name in sorted(in_full):
+        if not layer_indices([name], config.layers_pattern) <= wanted:
+            raise UserError(
+                f"layers_to_transform has no effect on {name}, which target_modules names in full: leave one of the "
+                "two out"
+            )
 
 
 def _check_not_tied(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Any
 from maskft_common import files, layout
 from maskft_common.errors import UserError, did_you_mean
 
+from ..results.reading import is_result
 from ..results.schema import Result, read_result
 
 BEST = "best"
@@ -315,7 +315,7 @@ def _results_of(candidates: Sequence[Path]) -> dict[str, ByRole]:
     """Identity of a run -> role -> result; a published folder holds other JSON files beside its results."""
     found: dict[str, ByRole] = {}
     for file in candidates:
-        if not _may_be_result(file):
+        if not is_result(file):
             continue
         result = read_result(file)
         # Results of maskft evaluate, outside of a study, belong to no run.
@@ -326,17 +326,6 @@ def _results_of(candidates: Sequence[Path]) -> dict[str, ByRole]:
             roles = found.setdefault(identity, {})
             roles[study["role"]] = result
     return found
-
-
-def _may_be_result(file: Path) -> bool:
-    """Whether a file is a result by its first lines; also one that cannot be read: `read_result` says what is wrong."""
-    try:
-        text = files.read_text(file)
-    except (ValueError, OSError, EOFError, zlib.error):
-        # Not UTF-8; a gzip file that is cut or damaged.
-        return True
-    # Results have their kind in the first lines. Parsing all other files to find out would take seconds.
-    return '"kind": "evaluation"' in text[:200]
 
 
 def _from_record(

@@ -23,7 +23,7 @@ from maskft.fast.masker import kept_bytes_per_weight
 from maskft.models import load_config
 from maskft.training.arguments import TrainConfig, with_accumulation
 from maskft.training.build import build_model
-from maskft.training.checks import check_method
+from maskft.training.checks import check_options
 from maskft.training.method_arguments import (
     INTERPOLATE,
     MASK_METHODS,
@@ -424,9 +424,11 @@ def with_trained_parameters(
         The model, and the masked modules by name.
     """
     if run.method.method not in MASK_METHODS:
+        # Zeros change no size, and a model without data has no weights to compare a mask's base with.
+        method = replace(run.method, keep_mask=None, start_mask=None)
         trained_model = build_model(
             model,
-            run.method,
+            method,
             run.model,
             run.mask,
             run.training.seed,
@@ -467,7 +469,7 @@ def _num_bytes(counts: Counter[int]) -> int:
 
 def _check(run: TrainConfig) -> None:
     """Raise for runs that are not estimated: no training, quantised bases, KL terms, rows of any length."""
-    check_method(run.method)
+    check_options(run)
     method = run.method.method
     if method == INTERPOLATE:
         raise UserError(f"method {method} trains nothing, and there is no estimate of it")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from typing import Any
 
 from maskft.data.arguments import DataArguments
 from maskft_common.command_line import OneLineParser, add_options, read_options
@@ -19,6 +21,8 @@ from .evaluation_arguments import (
     NOT_OF_HELDOUT_DATA,
     EvaluationArguments,
 )
+
+DATA_OPTIONS = tuple(field.name for field in fields(DataArguments))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -66,6 +70,7 @@ def read(args: argparse.Namespace) -> tuple[EvaluationArguments, DataArguments]:
     options.change = _expanded(options.change)
     if not options.task_names:
         raise UserError("tasks names no task; name some, such as --tasks gsm8k,heldout")
+    _check_has_effect(options, data)
     if options.limit and options.task_names == [HELDOUT]:
         raise UserError(f"limit is {options.limit}, but it applies to benchmarks only; use --max_eval_samples")
 
@@ -84,6 +89,29 @@ def read(args: argparse.Namespace) -> tuple[EvaluationArguments, DataArguments]:
     if not all(0 <= scale <= 1 for scale in scales):
         raise UserError(f"scale is {options.scale}; the part of a change is 0 to 1")
     return options, data
+
+
+def _check_has_effect(options: EvaluationArguments, data: DataArguments) -> None:
+    """Raise for options that name or choose the items of a task that is not evaluated."""
+    of_rows = _given(data, [name for name in DATA_OPTIONS if name not in NOT_OF_HELDOUT_DATA])
+    of_rows += _given(options, ["eval_split_size"])
+    if of_rows and HELDOUT not in options.task_names:
+        raise UserError(
+            f"{of_rows[0]} is about held-out rows, which are not measured; write --tasks {options.tasks},{HELDOUT}, or "
+            f"remove {of_rows[0]}"
+        )
+    of_alpaca = _given(options, ["reference_outputs", "alpaca_annotator", "alpaca_max_new_tokens"])
+    if of_alpaca and ALPACA_EVAL not in options.task_names:
+        raise UserError(
+            f"{of_alpaca[0]} is about {ALPACA_EVAL}, which is not evaluated; write --tasks "
+            f"{options.tasks},{ALPACA_EVAL}, or remove {of_alpaca[0]}"
+        )
+
+
+def _given(arguments: Any, names: Iterable[str]) -> list[str]:
+    """The names whose values are not their defaults."""
+    defaults = type(arguments)()
+    return [name for name in names if getattr(arguments, name) != getattr(defaults, name)]
 
 
 def _expanded(names: Sequence[str] | None) -> list[str] | None:
@@ -129,7 +157,9 @@ def check_inputs(args: argparse.Namespace) -> list[dict]:
         tokenizer=None,
         text_field=options.dataset_text_field,
     )
-    if not (options.no_generate or options.kl):
+    # Answers are generated where every row has one to compare with, as in `evaluate_rows`.
+    has_answers = all(row.get("answer") is not None for row in rows)
+    if has_answers and not (options.no_generate or options.kl):
         num_wrong_completions(rows)  # raises where no answer can be right
     return rows
 

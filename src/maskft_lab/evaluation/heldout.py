@@ -81,6 +81,7 @@ def heldout_rows(
         tokenizer=tokenizer,
         text_field=text_field,
         data_dir=data.data_dir,
+        seed=data.split_seed,
     )
     num_rows = len(rows)
     if data.max_eval_samples:

@@ -12,7 +12,7 @@ from maskft_common.errors import UserError
 from maskft_common.files import parse_json, read_text
 
 from .lm_eval_samples import is_samples_file, read_samples, samples_in
-from .schema import Result, check_result, read_result, result_file
+from .schema import MAX_RESULT_LENGTH, Result, check_result, read_result, result_file
 
 # Points of a path, and results that are still being measured.
 _LEFT_OUT = re.compile(r"(^|/)path/|\.partial/")
@@ -111,7 +111,7 @@ def _files_of(path: Path) -> list[list[Path]]:
     found: list[list[Path]] = []
     for file in candidates:
         place = str(file.relative_to(path))
-        if not _LEFT_OUT.search(place) and _is_result(file):
+        if not _LEFT_OUT.search(place) and is_result(file):
             found.append([file])
 
     # lm-eval makes a folder for each model below its --output_path.
@@ -125,7 +125,7 @@ def _files_of(path: Path) -> list[list[Path]]:
     return found or [[result_file(path)]]
 
 
-def _is_result(file: Path) -> bool:
+def is_result(file: Path) -> bool:
     """Whether a file is a result, or a damaged one: reading it reports the damage."""
     # A folder's name may end in .json, too.
     if not file.is_file():
@@ -133,7 +133,7 @@ def _is_result(file: Path) -> bool:
     if file.name == layout.RESULT:
         return True
     try:
-        text = read_text(file)
+        text = read_text(file, MAX_RESULT_LENGTH)
         # gzip reads an empty file as an empty text.
         if not text and file.suffix == ".gz":
             return True

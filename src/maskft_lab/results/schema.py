@@ -34,6 +34,8 @@ from maskft_common.schema import first_problem
 from .statistics import weighted_mean
 
 SCHEMA_VERSION = 1
+# Characters of a result: some 300,000 answered rows. A compressed file of a stranger must not fill the memory.
+MAX_RESULT_LENGTH = 2**29
 BEFORE = "before: "  # begins the name of a task that measures an ability from before the training
 
 Domain = Literal["math", "coding", "instruction"]
@@ -347,7 +349,7 @@ def read_result(path: str | os.PathLike[str]) -> Result:
     """
     file = result_file(path)
     try:
-        result = parse_json(read_text(file), parse_constant=refuse_constant)
+        result = parse_json(read_text(file, MAX_RESULT_LENGTH), parse_constant=refuse_constant)
     except FileNotFoundError:
         raise UserError(f"{file}: no such result file: give one that `maskft evaluate` wrote, or its folder") from None
     except OSError as error:

@@ -12,12 +12,13 @@ from typing import Any
 from transformers.trainer_utils import SaveStrategy
 
 from maskft.data.arguments import KL_DATA, DataArguments, check_sizes
-from maskft.data.mixtures import hub_ids, load_examples
-from maskft.data.splits import Splits, load_splits, prompt_digest
+from maskft.data.mixtures import hub_ids, load_examples, parse_mixture
+from maskft.data.sources import local_file, split_of
+from maskft.data.splits import Splits, load_splits, question_digest
 from maskft.training.arguments import TrainConfig
-from maskft.training.checks import check_kl_budget, check_kl_to_base, check_method, check_size
+from maskft.training.checks import check_options, check_size
 from maskft.training.launch import config_processes
-from maskft.training.method_arguments import FIXED_MASK_METHODS, INTERPOLATE, MASK_METHODS, mask_config
+from maskft.training.method_arguments import FIXED_MASK_METHODS, INTERPOLATE, mask_config
 from maskft_common.errors import UserError, did_you_mean
 
 from ..evaluation import command_line as evaluate
@@ -26,7 +27,7 @@ from .identity import options_identity, short_digest
 from .path import has_path, heldout_options
 from .plan import Plan, build_plan
 from .recipe import PRETRAINED, Method, Options, Recipe
-from .run_options import SEEDS, parsed_run
+from .run_options import SEEDS, options_but_seeds, parsed_run
 from .study_run import StudyRun
 
 # Options of `maskft evaluate` that the study itself sets.
@@ -44,8 +45,9 @@ _OF_THE_STUDY = {
 }
 # Keys of `evaluation` that are no options; the recipe has them apart.
 _OWN_KEYS = ("heldout", "before")
-# Options without which the parser of `maskft evaluate` would complain.
-_PLACE_HOLDERS = ["--output_dir", "any", "--model_name_or_path", "any", "--change", "none"]
+# Options without which the parser of `maskft evaluate` would complain. With a path, the study names a change too.
+_PLACE_HOLDERS = ("--output_dir", "any", "--model_name_or_path", "any")
+_CHANGE = ("--change", "none")
 _OF_PATH = "path.before."  # begins the name of a section
 
 
@@ -58,26 +60,25 @@ def checked_plan(recipe: Recipe) -> Plan:
     recipe = _with_num_processes(recipe)
     plan = build_plan(recipe)
 
-    # One parse of all options of a run checks each of them, so only new values need another parse.
-    seen: set[tuple[str, str, str]] = set()
+    # Runs that differ in their seeds alone are checked once: parsing takes a while.
+    seen: set[tuple] = set()
     for run in plan.runs:
-        values = set()
-        for name, value in run.options.items():
-            if not _is_seed(name, value):
-                values.add((run.method.name, name, repr(value)))
-        has_new_value = not values <= seen
-        if has_new_value:
+        if run.method.method == PRETRAINED:  # it has no options
+            continue
+        wrong_seeds = [(name, repr(run.options.get(name))) for name in SEEDS if not _is_seed(run.options.get(name, 0))]
+        key = (options_but_seeds(run), *wrong_seeds)
+        if key not in seen:
             _check_run(run, recipe)
-        seen |= values
+        seen.add(key)
 
     _evaluation_args(recipe)
     _check_path_rows(plan)
     return plan
 
 
-def _is_seed(name: str, value: Any) -> bool:
-    """Whether an option is a valid seed, which differs in every run."""
-    return name in SEEDS and type(value) is int and value >= 0
+def _is_seed(value: Any) -> bool:
+    """Whether the value of an option is a valid seed."""
+    return type(value) is int and value >= 0
 
 
 def _with_num_processes(recipe: Recipe) -> Recipe:
@@ -91,20 +92,16 @@ def _with_num_processes(recipe: Recipe) -> Recipe:
 
 
 def _check_run(run: StudyRun, recipe: Recipe) -> None:
-    """Make every check of ``maskft train`` that needs no data and no model."""
+    """Make every check of ``maskft train`` that needs no data, no model and no device."""
     # An error names the run, so that the line of the recipe is found.
     try:
         parsed = parsed_run(run)
-        check_method(parsed.method)
+        check_options(parsed)
         check_sizes(parsed.data)
-        check_kl_to_base(parsed.training, parsed.method.method)
-        check_kl_budget(parsed.training, parsed.method.method)
         if recipe.path:
             _check_checkpoints(recipe.path.checkpoints, parsed.training)
-        if run.method.method in MASK_METHODS:
-            config = mask_config(parsed.mask)  # raises for a wrong value
-            if run.method.method in FIXED_MASK_METHODS:
-                check_size(run.method.method, config)
+        if run.method.method in FIXED_MASK_METHODS:
+            check_size(run.method.method, mask_config(parsed.mask))
     except UserError as error:
         raise UserError(f"run {run.title!r}: {error}") from None
 
@@ -211,7 +208,7 @@ def check_before_running(plan: Plan) -> list[str]:
     prompts: dict[str, set[str]] = {}
     for where, rows_there in rows.items():
         if not where.startswith(_OF_PATH):
-            prompts[where] = {prompt_digest(row) for row in rows_there}
+            prompts[where] = {question_digest(row) for row in rows_there}
     reported: set[str] = set()
     for prompts_there in prompts.values():
         reported |= prompts_there
@@ -335,7 +332,7 @@ def _notes_on_trained_rows(
         prompts: Section of the recipe -> the prompts that it reports on.
         what: What the rows are, for the note.
     """
-    trained = {prompt_digest(row) for row in rows}
+    trained = {question_digest(row) for row in rows}
     notes = []
     for where, prompts_there in prompts.items():
         num_trained = len(prompts_there & trained)
@@ -350,19 +347,22 @@ def _notes_on_trained_rows(
 def _check_no_test_split(data: DataArguments, would: str) -> None:
     """Refuse the test split of a hub data set as held-out rows, whether or not the study reports on it."""
     # The rows are those of eval_dataset_name, of another split of the training data, or a part of the training rows.
-    name = data.eval_dataset_name or data.dataset_name
-    split = data.dataset_eval_split
-    if not split:
-        split = "test" if data.eval_dataset_name else data.dataset_train_split
+    asked = data.dataset_eval_split
+    if not asked and not data.eval_dataset_name:
+        asked = data.dataset_train_split
 
-    # A split may be an expression of `datasets`, as test[:10%]+train.
-    parts = set()
-    for part in split.split("+"):
-        split_name, _, _ = part.partition("[")
-        parts.add(split_name.strip())
-    # Hub data sets alone: a name of a split says little about a user's own files.
-    if "test" in parts and hub_ids(name):
-        raise UserError(f"{would} the split {split!r} of {name!r}; hold out rows of the training data")
+    for each in parse_mixture(data.eval_dataset_name or data.dataset_name):
+        split = split_of(each.name, asked)
+        # Hub data sets alone: a name of a split says little about a user's own files.
+        if local_file(each.name, data.data_dir, split) is not None:
+            continue
+        # A split may be an expression of `datasets`, as test[:10%]+train.
+        parts = set()
+        for part in split.split("+"):
+            split_name, _, _ = part.partition("[")
+            parts.add(split_name.strip())
+        if "test" in parts:
+            raise UserError(f"{would} the split {split!r} of {each.name!r}; hold out rows of the training data")
 
 
 def _check_not_reported(
@@ -370,7 +370,7 @@ def _check_not_reported(
     reported: set[str],
     would: str,
 ) -> None:
-    is_reported = [prompt_digest(row) in reported for row in heldout]
+    is_reported = [question_digest(row) in reported for row in heldout]
     num_rows = len(is_reported)
     num_reported = sum(is_reported)
     if num_reported:
@@ -419,8 +419,13 @@ def _evaluation_args(recipe: Recipe) -> dict[str, Namespace]:
     parser = evaluate.make_parser()
     all_options = {action.dest for action in parser._actions}
     known = all_options - _OF_THE_STUDY
+    place_holders = [*_PLACE_HOLDERS, *(_CHANGE if recipe.path else ())]
     parsed = {}
     for where, options in sections.items():
+        if options.get("kl") and not recipe.path:
+            raise UserError(
+                f"{where} has kl, which is measured of a change along a path; add `path` to the recipe, or remove kl"
+            )
         # The names. The parser knows options too that the study itself sets.
         allowed = set(known)
         if where.startswith(_OF_PATH):
@@ -434,7 +439,7 @@ def _evaluation_args(recipe: Recipe) -> dict[str, Namespace]:
 
         # The values.
         try:
-            words = [*_PLACE_HOLDERS, *evaluation_words(options)]
+            words = [*place_holders, *evaluation_words(options)]
             args = parser.parse_args(words)
             evaluate.read(args)
         except UserError as error:

@@ -16,8 +16,8 @@ from maskft_common.yaml_file import read_yaml
 from .controls import with_standard_controls
 from .recipe import REVISION, Options, Recipe
 
-# Options of an evaluation that also hold for each set of earlier abilities, unless it has its own: of all tasks, and of
-# held-out rows.
+# Options of an evaluation that also hold for each set of earlier abilities, unless it has its own: of all tasks, of
+# benchmarks, and of held-out rows.
 HOW = frozenset(
     {
         "model_revision",
@@ -26,6 +26,14 @@ HOW = frozenset(
         "bf16",
         "device",
         "batch_size",
+    }
+)
+HOW_OF_BENCHMARKS = frozenset(
+    {
+        "apply_chat_template",
+        "allow_unconfined_code",
+        "include_path",
+        "data_dir",
     }
 )
 HOW_OF_HELDOUT = frozenset(
@@ -173,10 +181,13 @@ def _completed(
         source: The recipe's file.
     """
     how = {}
+    how_of_benchmarks = {}
     how_of_heldout = {}
     for key, value in evaluation.items():
         if key in HOW:
             how[key] = value
+        elif key in HOW_OF_BENCHMARKS:
+            how_of_benchmarks[key] = value
         elif key in HOW_OF_HELDOUT:
             how_of_heldout[key] = value
 
@@ -187,6 +198,8 @@ def _completed(
         tasks = options.get("tasks", ["heldout"])  # without tasks, a set is of rows
         if "heldout" in tasks:
             shared |= how_of_heldout
+        if any(task != "heldout" for task in tasks):
+            shared |= how_of_benchmarks
         own = in_data_dir(options, data_dir) | _template_of(options, source)
         completed[name] = shared | own
     return completed

@@ -26,6 +26,7 @@ from .recipe import (
     Method,
     Options,
     Recipe,
+    as_text,
 )
 from .study_run import LAYERS, StudyRun
 
@@ -89,7 +90,7 @@ def run_options(
             of_grid[option] = value
     # No key is in `chosen` and in one of the others: `Recipe` refuses a tuned option that the method
     # or the grid has too.
-    own = method.options | of_grid | chosen
+    own = as_text(method.options | of_grid | chosen)
     data_name = recipe.data_name(method)
     data = recipe.data[data_name].options
     _check_allowed(recipe, method, own | data)
@@ -195,10 +196,11 @@ def _as_matched(
     match: StudyRun,
 ) -> Options:
     """Options of a fixed mask, which lies in the same matrices as the learned mask it matches."""
-    # An error only for keys that the method itself has: those of `train` are for all masks, and are replaced below.
+    # An error only for keys of the method itself, its grid and tuning: those of `train` are for all masks, and are
+    # replaced below.
     of_match = written_out(match.method.method, match.options)  # a preset may say which matrices
     for key in _PLACES:
-        if key in method.options and options.get(key) != of_match.get(key):
+        if key in own and options.get(key) != of_match.get(key):
             raise UserError(
                 f"method {method.name!r} has {key} {options.get(key)}, and the mask it matches, {match.title!r}, "
                 f"has {of_match.get(key)}; leave it out"
