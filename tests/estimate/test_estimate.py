@@ -202,18 +202,23 @@ def test_a_card_smaller_than_the_reserve_has_no_memory(run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("method", ["full", "mask", "peft"])
+@pytest.mark.parametrize("method", ["full", "mask", "peft", "mask KL", "full KL", "peft KL of text"])
 def test_peak_memory_of_real_runs(method, dtype, tmp_path):
     """Within 15 % of the peak resident memory of ``maskft train`` on the embedded model, in a fresh process."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(json.dumps({"text": f"{i} " + "the quick brown fox jumps " * 60}) for i in range(24)))
     words = f"--model_name_or_path {EMBEDDED_MODEL} --dataset_name {rows} --output_dir {tmp_path / 'out'} --max_steps 2"
+    method, _, kl = method.partition(" ")
     words += f" --eval_strategy no --save_strategy no --eval_split_size 8 --max_length 256 --method {method}"
     words += f" --per_device_train_batch_size 2 --gradient_checkpointing false --dtype {dtype} --report_to none"
     if method == "peft":
         words += ' --peft_config {"peft_type":"LORA","r":16,"target_modules":"all-linear"}'
     if method == "mask":
         words += " --mask_layers_to_transform 20 21 22 23"
+    if kl:
+        words += " --kl_to_base 0.1 --per_device_eval_batch_size 2"
+    if kl == "KL of text":
+        words += f" --kl_dataset_name {rows} --kl_batch_size 4"
     # In processes of their own: the memory of this one is that of all tests before.
     maskft = [sys.executable, "-m", "maskft_lab.cli.main"]
     subprocess.run([*maskft, "train", *words.split()], check=True)
@@ -222,6 +227,23 @@ def test_peak_memory_of_real_runs(method, dtype, tmp_path):
         [*maskft, "estimate", *words.split(), "--format", "json"], check=True, capture_output=True, text=True
     )
     assert json.loads(estimated.stdout)["peak_bytes"] == pytest.approx(measured, rel=0.15)
+
+
+def test_a_kl_term(run):
+    """Of README's advice there was no estimate. Its logits are of all tokens, and in full fine-tuning it has a copy."""
+    sizes = {"per_device_train_batch_size": 8, "max_length": 256}
+    plain = estimate(run(**sizes, method="mask"), device="cuda").memory
+    near = estimate(run(**sizes, method="mask", kl_to_base=0.1), device="cuda").memory
+    # Five float32 tensors, and the logits in bfloat16.
+    assert near["logits"] == 8 * 256 * 512 * (5 * 4 + 2) > plain["logits"]
+    assert near["activations"] == plain["activations"] and not near["base of the KL"]
+    text = {"kl_dataset_name": "text.jsonl", "kl_batch_size": 16}
+    on_text = estimate(run(**sizes, method="mask", kl_budget=0.1, **text), device="cuda").memory
+    assert on_text["logits"] == 2 * near["logits"] and on_text["activations"] > 2.5 * near["activations"]
+    full = estimate(run(**sizes, method="full", kl_to_base=0.1), device="cuda").memory
+    assert full["base of the KL"] == full["weights"]
+    on_cpu = estimate(run(**sizes, method="mask", kl_budget=0.1), device="cpu").memory
+    assert on_cpu["start of the change"] == on_cpu["scores"]
 
 
 def test_weights_that_stay_zero_change_no_size(run, tmp_path):
@@ -241,7 +263,7 @@ def test_weights_that_stay_zero_change_no_size(run, tmp_path):
         (SMALL, {"mask_layers_to_transform": [3, 9]}, "names layer 9; the model has layers 0 to 3"),
         (SMALL, {"model_name_or_path": "nowhere.json"}, "model configuration 'nowhere.json' does not exist"),
         (SMALL, {"optim": "lion_32bit"}, "optim is 'lion_32bit'"),
-        (SMALL, {"kl_to_base": 0.1}, "there is no estimate of kl_to_base"),
+        (SMALL, {"kl_to_base": -0.1}, "kl_to_base is -0.1; it must be a finite number"),
         (SMALL, {"method": "full", "mask_sparsity": 0.5}, "mask_sparsity is an option of masks and has no effect"),
         (SMALL, {"partial_layers": [1]}, "partial_layers goes with --method full"),
         ({**SMALL, "num_hidden_layers": 0}, {}, "no decoder layers"),

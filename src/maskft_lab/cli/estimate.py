@@ -48,8 +48,8 @@ def make_parser() -> argparse.ArgumentParser:
         description="Estimate the memory of a training run from its model's configuration: no weights are loaded.",
         epilog="Every option of maskft train may be given too, in a recipe (--config FILE.yaml) or as flags; see\n"
         "maskft train --help. model_name_or_path may be a config.json; every row is assumed to have max_length\n"
-        "tokens. Sizes are in GB = 1e9 bytes, of one process. There is no estimate of KL terms, of bases in four or\n"
-        "eight bits, and of interpolate: leave these options out.",
+        "tokens. Sizes are in GB = 1e9 bytes, of one process. A KL term counts all tokens of its rows. There is no\n"
+        "estimate of bases in four or eight bits, and of interpolate: leave these options out.",
     )
     parser.add_argument(
         "--device",

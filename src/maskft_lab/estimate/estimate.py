@@ -27,9 +27,11 @@ from maskft.training.checks import check_options
 from maskft.training.method_arguments import (
     INTERPOLATE,
     MASK_METHODS,
+    PEFT,
     UNTRAINED_METHODS,
     mask_config,
 )
+from maskft.training.peft_config import keeps_base
 from maskft.tuner.targets import is_target, layer_indices, resolve_targets
 from maskft_common.errors import UserError, did_you_mean
 from maskft_common.memory import resident_memory_bytes
@@ -57,6 +59,12 @@ _REFRESH_BYTES = 12
 _FIXED_MASK_BYTES = FLOAT32_BYTES + 1
 # Held-out rows, per logit of one row: a copy in float32 and one in float64.
 _HELDOUT_COPY_BYTES = 4 + 8
+
+# A KL term, per logit of its tokens, beside the logits themselves: the base's log-probabilities and the model's, the
+# base's probabilities, the differences and their products, all in float32.
+_KL_BYTES = 5 * FLOAT32_BYTES
+# KL of held-out rows, per logit of a batch and byte of a logit: the base's logits, the model's, a selection of them.
+_KL_HELDOUT_COPIES = 3
 
 # Bytes of a quantised moment: 8-bit ones have a float32 scale per block of 256, 4-bit ones per block of 128.
 _MOMENT_8BIT = 1 + FLOAT32_BYTES / 256
@@ -205,6 +213,11 @@ class RunMemory:
         self.autocast = _autocast_dtype(run.training, device)
         self.compute_dtype = self.autocast or self.dtype
         self.optimizer = _optimizer(run.training)
+        # Rows of each KL term beside the task's; 0: it is on the task's own rows.
+        self.has_kl = bool(run.training.kl_to_base) or run.training.kl_budget is not None
+        self.num_kl_rows = 0
+        if run.training.kl_dataset_name is not None:
+            self.num_kl_rows = run.training.kl_batch_size
         self.mask = None
         if self.method in MASK_METHODS:
             self.mask = mask_config(run.mask)
@@ -274,6 +287,16 @@ class RunMemory:
         if self.method != "full":  # for which they are the weights, and counted as such
             adapter_bytes = _num_bytes(others)
 
+        # Where training changes the base, its KL term keeps a frozen copy.
+        base_bytes = 0
+        changes_base = self.method == "full" or (self.method == PEFT and not keeps_base(self.model))
+        if self.has_kl and changes_base:
+            base_bytes = self.weight_bytes
+        # A budget takes back a part of the change, from where training started.
+        start_bytes = 0
+        if self.run.training.kl_budget is not None and not changes_base and self.device == "cpu":
+            start_bytes = _num_bytes(all_trained)
+
         removed_bytes = 0
         if self.mask is not None and self.mask.removed_value == "base":
             removed_bytes = num_masked * self.dtype.itemsize
@@ -296,6 +319,8 @@ class RunMemory:
             "gradients": _num_bytes(all_trained),
             "adapter": adapter_bytes,
             "removed values": removed_bytes,
+            "base of the KL": base_bytes,
+            "start of the change": start_bytes,
         }
 
     def memory(self, rows: int) -> dict[str, int]:
@@ -324,6 +349,15 @@ class RunMemory:
         if self.run.training.gradient_accumulation_steps == 1:
             backward["gradients"] = 0  # they appear as activations are freed
         phases = [step, backward]
+        if self.has_kl:
+            # The task's loss is computed first, and the KL term after it.
+            backward["logits"] += self._held_for_kl_bytes(rows)
+            kl_terms = {"logits": self._kl_bytes(rows)}
+            if self.num_kl_rows:
+                # Of a forward pass of its own, in which autocast casts the weights again.
+                own_activations = self._activation_bytes(self.num_kl_rows)
+                kl_terms["activations"] = backward["activations"] + own_activations
+            phases.append(backward | kl_terms)
 
         if self.run.training.do_eval:
             evaluation_terms = {
@@ -332,6 +366,16 @@ class RunMemory:
             }
             evaluation = start | self.kept | evaluation_terms
             phases.append(evaluation)
+        if self.has_kl:
+            # With every evaluation; without one, at the end of training.
+            measurement_terms = {
+                "gradients": 0,
+                "logits": self._heldout_kl_bytes(),
+            }
+            if self.run.training.kl_budget is not None:
+                # The whole change, while parts of it are measured.
+                measurement_terms["buffers"] = self.kept["start of the change"]
+            phases.append(start | self.kept | measurement_terms)
         if self.device == "cpu":
             # The pages of the weights' file are resident while it is read.
             file_bytes = self.num_parameters * self.stored_dtype.itemsize
@@ -359,6 +403,30 @@ class RunMemory:
         while_converted = num_rows * (size + FLOAT32_BYTES)
         afterwards = num_rows * FLOAT32_BYTES + _HELDOUT_COPY_BYTES
         return logits_of_row * max(while_converted, afterwards)
+
+    def _num_kl_logits(self, rows: int) -> int:
+        """Logits of all tokens of the KL term's rows, its own or the task's."""
+        num_rows = self.num_kl_rows or rows
+        return num_rows * self.run.training.max_length * self._vocab_size
+
+    def _held_for_kl_bytes(self, rows: int) -> int:
+        """What waits for the KL term while the task's loss is computed: the base's log-probabilities, and logits."""
+        size = FLOAT32_BYTES
+        if not self.num_kl_rows:
+            # Those of the task's rows are computed in the same forward pass.
+            size += self.compute_dtype.itemsize
+        return size * self._num_kl_logits(rows)
+
+    def _kl_bytes(self, rows: int) -> int:
+        """A KL term, from the logits to the loss."""
+        return self._num_kl_logits(rows) * (self.compute_dtype.itemsize + _KL_BYTES)
+
+    def _heldout_kl_bytes(self) -> int:
+        """KL of a batch of held-out rows, in which the softmax is computed row by row."""
+        logits_of_row = self.run.training.max_length * self._vocab_size
+        num_rows = self.run.training.per_device_eval_batch_size
+        of_batch = num_rows * logits_of_row * self.compute_dtype.itemsize
+        return _KL_HELDOUT_COPIES * of_batch + logits_of_row * _KL_BYTES
 
     def _logit_bytes(self, rows: int) -> int:
         """Temporary memory of the head, when the backward pass begins."""
@@ -468,16 +536,13 @@ def _num_bytes(counts: Counter[int]) -> int:
 
 
 def _check(run: TrainConfig) -> None:
-    """Raise for runs that are not estimated: no training, quantised bases, KL terms, rows of any length."""
+    """Raise for runs that are not estimated: no training, quantised bases, rows of any length."""
     check_options(run)
     method = run.method.method
     if method == INTERPOLATE:
         raise UserError(f"method {method} trains nothing, and there is no estimate of it")
     if run.model.load_in_4bit or run.model.load_in_8bit:
         raise UserError("there is no estimate of a quantised base: leave out load_in_4bit and load_in_8bit")
-    for name in ("kl_to_base", "kl_budget"):
-        if getattr(run.training, name):
-            raise UserError(f"there is no estimate of {name}, which runs the base model too: leave it out")
     if run.training.max_length is None:
         raise UserError("max_length is not set, so rows have any length; give that of the longest")
     if run.training.max_length > MAX_LENGTH:
