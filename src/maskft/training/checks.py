@@ -65,6 +65,8 @@ _UNUSED = {
     "auto_find_batch_size": "remove the option; maskft estimate says which per_device_train_batch_size fits",
     "push_to_hub": "remove the option, and upload the finished folder with `hf upload` (docs/adapters.md)",
 }
+# Of these, what has an effect with packing: rows are packed in the order of the data set.
+_USED_WITH_PACKING = {"shuffle_dataset"}
 # An example for messages.
 _LORA = '{"peft_type": "LORA", "r": 16, "target_modules": "all-linear"}'
 
@@ -72,8 +74,7 @@ _LORA = '{"peft_type": "LORA", "r": 16, "target_modules": "all-linear"}'
 def refused_options() -> set[str]:
     """Names of TRL's options that ``check_config`` refuses with any value but their default."""
     of_lora = {name for name in ModelConfig.__dataclass_fields__ if name.startswith(_OF_LORA)}
-    # It is used with packing.
-    unused = set(_UNUSED) - {"shuffle_dataset"}
+    unused = set(_UNUSED) - _USED_WITH_PACKING
     return of_lora | unused | {"trust_remote_code", "deepspeed"}
 
 
@@ -170,8 +171,7 @@ def _check_unused_options(config: TrainConfig) -> None:
     for name, instead in _UNUSED.items():
         value = getattr(training, name)
         default = TrainingArguments.__dataclass_fields__[name].default
-        # Rows are packed in that order.
-        is_used = name == "shuffle_dataset" and training.packing
+        is_used = name in _USED_WITH_PACKING and training.packing
         if value != default and not is_used:
             raise UserError(f"{name} is {value!r}, which maskft train does not use; {instead}")
 
