@@ -85,13 +85,9 @@ class MaskPlugin(BasePlugin):
         if config_only:
             return None, config
 
-        # axolotl's own option of an adapter to load, whatever its type is. The folder has its configuration.
+        # axolotl's own option of an adapter to load, whatever its type is. The folder has its configuration; the fields
+        # under `mask` are still in the file that trained it, from which axolotl merges it.
         if cfg.lora_model_dir:
-            if cfg.mask:
-                raise UserError(
-                    f"mask has no effect on the adapter in lora_model_dir {cfg.lora_model_dir!r}, which has its own "
-                    "configuration; remove it, or lora_model_dir"
-                )
             masked = PeftModel.from_pretrained(
                 model,
                 cfg.lora_model_dir,

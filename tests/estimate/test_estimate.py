@@ -244,6 +244,10 @@ def test_a_kl_term(run):
     assert full["base of the KL"] == full["weights"]
     on_cpu = estimate(run(**sizes, method="mask", kl_budget=0.1), device="cpu").memory
     assert on_cpu["start of the change"] == on_cpu["scores"]
+    # Its parts are measured with many rows; the frozen copy is the start.
+    many = {"per_device_eval_batch_size": 64, "max_length": 1024, "per_device_train_batch_size": 1}
+    full = estimate(run(**many, method="full", kl_budget=0.1), device="cpu").memory
+    assert full["buffers"] == pytest.approx(full["weights"], rel=1e-3) and not full["start of the change"]
 
 
 def test_weights_that_stay_zero_change_no_size(run, tmp_path):

@@ -164,7 +164,7 @@ def test_copies_of_test_rows_are_not_tuned_on(content, data, tmp_path, capsys):
         {"method": "random_mask", "match": "mask", "num_candidates": 2},
     ],
 )
-def test_no_method_chooses_on_test_rows(content, chooses):
+def test_no_method_chooses_on_test_rows(content, chooses, tmp_path):
     del content["methods"]["full"]["tune"]
     content["evaluation"]["heldout"]["dataset_name"] = content["data"]["sums"]["dataset_name"]
     check_before_running(plan_of(content))  # full fine-tuning chooses nothing but a checkpoint
@@ -177,11 +177,25 @@ def test_no_method_chooses_on_test_rows(content, chooses):
         content["data"]["sums"]["dataset_eval_split"] = split
         with pytest.raises(UserError, match=f"'choosing' would be .* split '{re.escape(split)}' of 'openai/gsm8k'"):
             check_before_running(plan_of(content))
-    # A registered set says which split is its held-out one, and a file of data_dir is the user's own.
-    content["data"]["sums"] |= {"eval_dataset_name": "tulu3_persona_gsm", "dataset_eval_split": None}
-    with pytest.raises(UserError) as raised:
+    # A registered set says which split is its held-out one: of gsm8k alone it is the test split.
+    content["data"]["sums"] |= {"eval_dataset_name": "gsm8k", "dataset_eval_split": None}
+    with pytest.raises(UserError, match=r"'choosing' would be .* the split 'test' of 'gsm8k'"):
         check_before_running(plan_of(content))
-    assert "the split" not in str(raised.value)
+    # Also from a file of that split; a file of a set that nobody knows is the user's own.
+    own = tmp_path / "files"
+    own.mkdir()
+    shutil.copy(content["data"]["sums"]["dataset_name"], own / "gsm8k_test.jsonl")
+    (own / "mine.jsonl").write_text('{"prompt": "7*7=", "completion": "49"}\n')
+    others = [{"prompt": f"{number}*2=", "completion": str(2 * number)} for number in range(8)]
+    (tmp_path / "others.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in others))
+    content["evaluation"]["heldout"]["dataset_name"] = str(tmp_path / "others.jsonl")
+    content["data"]["sums"]["data_dir"] = str(own)
+    with pytest.raises(UserError, match="the split 'test' of 'gsm8k'"):
+        check_before_running(plan_of(content))
+    content["data"]["sums"]["eval_dataset_name"] = "mine"
+    check_before_running(plan_of(content))
+    content["evaluation"]["heldout"]["dataset_name"] = content["data"]["sums"]["dataset_name"]
+    del content["data"]["sums"]["data_dir"]
     content["data"]["sums"] |= {"eval_dataset_name": ["nowhere.jsonl", "neither.jsonl"], "dataset_eval_split": None}
     with pytest.raises(
         UserError, match=r"data file nowhere\.jsonl does not exist"

@@ -302,7 +302,12 @@ def test_fractions_are_numbers():
 
 
 def test_a_preset_without_its_slope_is_taken():
-    assert MaskConfig(preset="deletion_tuning", gradient="straight_through", price=0).sharpness_end == 100
+    config = MaskConfig(preset="deletion_tuning", gradient="straight_through", price=0)
+    assert config.sharpness_end == 100
+    # As its file is read, with every field given.
+    assert MaskConfig(**config.to_dict()) == config
+    constant = MaskConfig(init_scores="constant", init_value=0.1)
+    assert MaskConfig(**constant.to_dict()) == constant
 
 
 def test_a_start_that_keeps_nearly_all_weights():

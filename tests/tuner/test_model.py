@@ -837,6 +837,10 @@ def test_a_mask_that_is_trained_from_the_configuration_of_another(tmp_path):
     config.inference_mode = False
     get_peft_model(tiny.tiny_llama(), config).save_pretrained(tmp_path / "new")
     assert MaskConfig.from_pretrained(tmp_path / "new").recipe is None
+    # A recipe that a user gives is of no other mask.
+    own = get_peft_model(tiny.tiny_llama(), MaskConfig(recipe={"by": "me"}))
+    own.save_pretrained(tmp_path / "own")
+    assert MaskConfig.from_pretrained(tmp_path / "own").recipe == {"by": "me"}
     # One that is loaded to be used keeps it, also when it is saved again.
     PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path / "old").save_pretrained(tmp_path / "copy")
     assert MaskConfig.from_pretrained(tmp_path / "copy").recipe == {"verdict": "better"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -331,14 +330,16 @@ _ROLES = {
 _BESIDE_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 
 
-# A question as `_dialogue` writes it in plain text, maybe after a system prompt.
-_PLAIN_QUESTION = re.compile(r"(?:.*?\n\n)?Question: (.*)\nAnswer:", re.DOTALL)
+# A question as `_dialogue` writes it in plain text.
+_BEFORE_QUESTION = "Question: "
+_AFTER_QUESTION = "\nAnswer:"
 
 
 def question_in(prompt: str) -> str | None:
-    """The question of a prompt in plain text; None if the prompt has another form."""
-    match = _PLAIN_QUESTION.fullmatch(prompt)
-    return match.group(1) if match else None
+    """The question of a prompt in plain text; None if the prompt has another form, or a text before the question."""
+    if not prompt.startswith(_BEFORE_QUESTION) or not prompt.endswith(_AFTER_QUESTION):
+        return None
+    return prompt.removeprefix(_BEFORE_QUESTION).removesuffix(_AFTER_QUESTION)
 
 
 def _dialogue(
@@ -352,7 +353,7 @@ def _dialogue(
     if not as_chat:
         opening = f"{system}\n\n" if system else ""
         return {
-            "prompt": f"{opening}Question: {question}\nAnswer:",
+            "prompt": f"{opening}{_BEFORE_QUESTION}{question}{_AFTER_QUESTION}",
             # The space is the completion's, as most tokenizers join a space to the word after it.
             "completion": f" {answer}",
         }

@@ -30,12 +30,14 @@ def check_base(layers: Iterable[MaskedLinear], config: Any) -> None:
     """
     # A list, because it may be an iterator and is read several times.
     layers = list(layers)
-    # Not recorded for a mask over float16: see MaskFiles.encode.
+    # Not recorded for a mask over float16: see MaskFiles.encode. A configuration without a checksum of the masks is of
+    # a run that goes on, and comes from no file.
     if config.base_fingerprint is None:
-        warnings.warn(
-            "the adapter has no fingerprint of its base, as masks that were trained over float16: the base weights are "
-            "not checked"
-        )
+        if config.mask_sha256 is not None:
+            warnings.warn(
+                "the base weights are not checked: the adapter has no fingerprint of them (none is recorded over "
+                "float16)"
+            )
         return
     is_on_meta = any(layer.weight.device.type == "meta" for layer in layers)
     if is_on_meta:

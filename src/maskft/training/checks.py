@@ -85,6 +85,7 @@ def check_config(config: TrainConfig) -> None:
         UserError: For the first mistake.
     """
     check_options(config)
+    check_trackers(config.training.report_to)
     method = config.method.method
     # Both mask the rows of a weight that an FSDP2 rank holds.
     if method == "mask" or config.method.keep_mask is not None:
@@ -101,7 +102,7 @@ def check_config(config: TrainConfig) -> None:
 
 
 def check_options(config: TrainConfig) -> None:
-    """Make the checks of ``check_config`` that need no device, and no folder that other runs may still write.
+    """Make the checks of ``check_config`` that hold on any machine, and before other runs have written their folders.
 
     Raises:
         UserError: For the first mistake.
@@ -119,7 +120,6 @@ def check_options(config: TrainConfig) -> None:
 
     check_kl_to_base(training, method)
     check_kl_budget(training, method)
-    check_trackers(training.report_to)
     _check_metric(training)
 
     # Again when the model is loaded, which may be quantised in its files.

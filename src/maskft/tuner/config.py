@@ -264,7 +264,7 @@ class MaskConfig(PeftConfig):
         self._check_numbers()
         self._check_layers()
         # A saved adapter was checked when it was created.
-        if not self._is_saved:
+        if not self.is_saved:
             self._check_effects()
         self._check_combinations()
 
@@ -328,7 +328,7 @@ class MaskConfig(PeftConfig):
         return changed
 
     @property
-    def _is_saved(self) -> bool:
+    def is_saved(self) -> bool:
         """Whether this is the configuration of an adapter that was saved."""
         # The checksum is computed when masks are saved or combined. It is not an option, so it is not set before.
         return self.mask_sha256 is not None
@@ -336,7 +336,7 @@ class MaskConfig(PeftConfig):
     def _apply_preset(self) -> None:
         """Fill in the preset's values of fields that were not given."""
         # A saved configuration has the values that it was trained with, also if the preset has changed since.
-        if self.preset is None or self._is_saved:
+        if self.preset is None or self.is_saved:
             return
         if not isinstance(self.preset, str) or self.preset not in PRESETS:
             hint = did_you_mean(str(self.preset), PRESETS)
@@ -473,7 +473,7 @@ class MaskConfig(PeftConfig):
         # The published code's `sparsity` is the opposite of ours, so that a value above a half is likely to come from
         # there.
         is_mostly_removed = self.selection == "topk" and self.sparsity > 0.5
-        if is_mostly_removed and not self._is_saved:
+        if is_mostly_removed and not self.is_saved:
             warnings.warn(
                 f"sparsity {self.sparsity} removes {self.sparsity:.0%} of the target weights. The authors' released "
                 f"code calls the fraction that is KEPT sparsity; its {self.sparsity} is {1 - self.sparsity:g} here.",
@@ -521,16 +521,19 @@ class MaskConfig(PeftConfig):
                     f"{name}={value!r} has no effect with selection={self.selection!r}; it goes with {names_with(name)}"
                 )
 
-        # Straight through, with no price, the gradient has no slope in it. A preset's values do no harm.
+        # Straight through, with no price, the gradient has no slope in it. A preset's values do no harm, and are given
+        # again where a configuration is read from its file.
         has_slope = self.selection != "logit" or self.gradient == "sigmoid" or self.price > 0
         for name in ("sharpness", "sharpness_end"):
             value = getattr(self, name)
-            if name in self.given and value != _default(name) and not has_slope:
+            harmless = (_default(name), PRESETS.get(str(self.preset), {}).get(name))
+            if value not in harmless and not has_slope:
                 raise UserError(
                     f"{name}={value!r} has no effect with gradient={self.gradient!r} and price=0; it goes with "
                     "gradient='sigmoid', or with a price"
                 )
-        if "init_std" in self.given and self.init_scores == "constant" and self.init_value is not None:
+        is_constant = self.init_scores == "constant" and self.init_value is not None
+        if self.init_std != _default("init_std") and is_constant:
             raise UserError(
                 f"init_std={self.init_std!r} has no effect with init_scores='constant' and an init_value; leave one "
                 "of them out"

@@ -93,7 +93,8 @@ class MaskModel(BaseTuner):
                 setattr(peft_config, field, None)
             peft_config.copy_of = ""
         peft_config.is_new = True
-        peft_config.recipe_of_file = peft_config.recipe
+        # Only a configuration from a file has a checksum of its masks.
+        peft_config.recipe_of_file = peft_config.recipe if peft_config.mask_sha256 is not None else None
         return peft_config
 
     @staticmethod

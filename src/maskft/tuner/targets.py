@@ -372,6 +372,7 @@ _READ_WEIGHTS = {
     "MobileBertLMPredictionHead": ("dense", "decoder"),
     "DetrMHAttentionMap": ("k_proj",),
     "ConditionalDetrMHAttentionMap": ("k_proj",),
+    "DabDetrMHAttentionMap": ("k_linear",),
     "MaskFormerDetrMHAttentionMap": ("k_proj",),
 }
 
@@ -439,7 +440,8 @@ def _check_layer_indices(config: MaskConfig, modules: Iterable[str]) -> None:
 def _check_full_names(config: MaskConfig, modules: Iterable[str]) -> None:
     """Raise for a layer that is named in full, which PEFT takes whatever ``layers_to_transform`` says."""
     chosen = config.layers_to_transform
-    if chosen is None or not isinstance(config.target_modules, list):
+    # An adapter that was saved is taken as it is.
+    if chosen is None or config.is_saved or not isinstance(config.target_modules, list):
         return
     wanted = {chosen} if isinstance(chosen, int) else set(chosen)
     in_full = set(config.target_modules).intersection(modules)

@@ -293,9 +293,11 @@ class RunMemory:
         if self.has_kl and changes_base:
             base_bytes = self.weight_bytes
         # A budget takes back a part of the change, from where training started.
-        start_bytes = 0
-        if self.run.training.kl_budget is not None and not changes_base and self.device == "cpu":
-            start_bytes = _num_bytes(all_trained)
+        self.change_bytes = 0
+        if self.run.training.kl_budget is not None and self.device == "cpu":
+            self.change_bytes = _num_bytes(all_trained)
+        # The frozen copy is where it started.
+        start_bytes = 0 if changes_base else self.change_bytes
 
         removed_bytes = 0
         if self.mask is not None and self.mask.removed_value == "base":
@@ -372,9 +374,8 @@ class RunMemory:
                 "gradients": 0,
                 "logits": self._heldout_kl_bytes(),
             }
-            if self.run.training.kl_budget is not None:
-                # The whole change, while parts of it are measured.
-                measurement_terms["buffers"] = self.kept["start of the change"]
+            # The whole change, while parts of it are measured.
+            measurement_terms["buffers"] = self.change_bytes
             phases.append(start | self.kept | measurement_terms)
         if self.device == "cpu":
             # The pages of the weights' file are resident while it is read.

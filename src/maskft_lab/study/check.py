@@ -92,7 +92,7 @@ def _with_num_processes(recipe: Recipe) -> Recipe:
 
 
 def _check_run(run: StudyRun, recipe: Recipe) -> None:
-    """Make every check of ``maskft train`` that needs no data, no model and no device."""
+    """Make every check of ``maskft train`` that needs no data and no model, and holds on any machine."""
     # An error names the run, so that the line of the recipe is found.
     try:
         parsed = parsed_run(run)
@@ -353,8 +353,9 @@ def _check_no_test_split(data: DataArguments, would: str) -> None:
 
     for each in parse_mixture(data.eval_dataset_name or data.dataset_name):
         split = split_of(each.name, asked)
-        # Hub data sets alone: a name of a split says little about a user's own files.
-        if local_file(each.name, data.data_dir, split) is not None:
+        # A split says little about a user's own files, unless data_dir has a set's file of that split.
+        file = local_file(each.name, data.data_dir, split)
+        if file is not None and not file.name.partition(".")[0].endswith(f"_{split}"):
             continue
         # A split may be an expression of `datasets`, as test[:10%]+train.
         parts = set()
