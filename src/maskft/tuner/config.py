@@ -17,6 +17,7 @@ from typing import (
     ClassVar,
     Literal,
     Self,
+    cast,
     get_args,
     get_origin,
     get_type_hints,
@@ -228,7 +229,7 @@ class MaskConfig(PeftConfig):
     is_new = False
     # The recipe that a new adapter's configuration came with, of the mask that is about to be loaded. An adapter that
     # is saved without having been loaded is another mask, which the recipe does not describe.
-    recipe_of_file: ClassVar[dict[str, Any] | None] = None
+    recipe_of_file = cast("dict[str, Any] | None", None)
     # Name of the adapter that this one is a frozen copy of (the reference of preference training), or "".
     copy_of = ""
     # Scores that the adapter file leaves out. `save_pretrained` below writes them if the folder is a checkpoint: the
