@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from maskft_common.errors import UserError
@@ -129,3 +129,7 @@ class DataArguments:
         # Here, so that everything behind the arguments (records, digests, cards) knows one form.
         self.dataset_name = mixture_text(self.dataset_name)
         self.eval_dataset_name = mixture_text(self.eval_dataset_name)
+
+
+# The names of all of them.
+DATA_FIELDS = tuple(spec.name for spec in fields(DataArguments))

@@ -373,9 +373,9 @@ class RunMemory:
             measurement_terms = {
                 "gradients": 0,
                 "logits": self._heldout_kl_bytes(),
+                # The whole change, while parts of it are measured.
+                "buffers": self.change_bytes,
             }
-            # The whole change, while parts of it are measured.
-            measurement_terms["buffers"] = self.change_bytes
             phases.append(start | self.kept | measurement_terms)
         if self.device == "cpu":
             # The pages of the weights' file are resident while it is read.

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
 from typing import Any
 
-from maskft.data.arguments import DataArguments
+from maskft.data.arguments import DATA_FIELDS, DataArguments
 from maskft_common.command_line import OneLineParser, add_options, read_options
 from maskft_common.errors import UserError
 from maskft_common.files import expand_user
@@ -21,8 +20,6 @@ from .evaluation_arguments import (
     NOT_OF_HELDOUT_DATA,
     EvaluationArguments,
 )
-
-DATA_OPTIONS = tuple(field.name for field in fields(DataArguments))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -93,7 +90,7 @@ def read(args: argparse.Namespace) -> tuple[EvaluationArguments, DataArguments]:
 
 def _check_has_effect(options: EvaluationArguments, data: DataArguments) -> None:
     """Raise for options that name or choose the items of a task that is not evaluated."""
-    of_rows = _given(data, [name for name in DATA_OPTIONS if name not in NOT_OF_HELDOUT_DATA])
+    of_rows = _given(data, [name for name in DATA_FIELDS if name not in NOT_OF_HELDOUT_DATA])
     of_rows += _given(options, ["eval_split_size"])
     if of_rows and HELDOUT not in options.task_names:
         raise UserError(

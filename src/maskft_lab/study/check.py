@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
 from functools import partial
 from typing import Any
 
 from transformers.trainer_utils import SaveStrategy
 
-from maskft.data.arguments import KL_DATA, DataArguments, check_sizes
+from maskft.data.arguments import DATA_FIELDS, KL_DATA, DataArguments, check_sizes
 from maskft.data.mixtures import hub_ids, load_examples, parse_mixture
 from maskft.data.sources import local_file, split_of
 from maskft.data.splits import Splits, load_splits, question_digest
@@ -237,7 +236,6 @@ def _check_training_rows(
         prompts: Section of the recipe -> the prompts that it reports on.
         reported: All of these.
     """
-    data_options = {field.name for field in fields(DataArguments)}
     read: dict[str, Splits | UserError] = {}  # most runs have the same rows, and reading them takes a while
     checked: set[tuple[str, bool]] = set()
     notes: list[str] = []
@@ -246,7 +244,7 @@ def _check_training_rows(
             continue
         of_data = []
         for name, value in run.options.items():
-            if name in data_options:
+            if name in DATA_FIELDS:
                 of_data.append((name, value))
         # Names are unique, so sorting compares no values, which may be of different types.
         key = repr(sorted(of_data))
