@@ -1,4 +1,4 @@
-"""Write the inputs of study_gsm8k.yaml and study_code.yaml.
+"""Write the inputs of study_gsm8k.yaml, study_code.yaml and study_instruction.yaml.
 
 python recipes/qwen25_05b/make_inputs.py SOURCES runs/curve
 
@@ -7,6 +7,7 @@ SOURCES is a folder (with folders) with these .jsonl files, gzipped or not, whic
 - ``gsm8k_train`` and ``gsm8k_test``: train.jsonl and test.jsonl of github.com/openai/grade-school-math (MIT).
 - ``codegen``: programs of GPTeacher's code part (MIT) as ``messages``. Those that share text with HumanEval should be
   left out.
+- ``short_instructions``: the instructions of github.com/rasbt/LLMs-from-scratch (Apache-2.0) as ``messages``.
 
 gsm8k_train.jsonl.gz and gsm8k_test.jsonl.gz: solutions lose the annotations for a calculator, such as <<48/2=24>>.
 Training rows are exercises of at most 350 characters, question and solution together: 95 tokens of Qwen2.5 instead of
@@ -15,6 +16,8 @@ Training rows are exercises of at most 350 characters, question and solution tog
 python_train.jsonl.gz and python_test.jsonl.gz: programs in Python that define a function, of at most 600 characters
 with the request for them. The request is the docstring that begins the program, so a model continues a file, as
 HumanEval has it do.
+
+instruction_train.jsonl.gz and instruction_test.jsonl.gz: short instructions with their answers, each instruction once.
 """
 
 from __future__ import annotations
@@ -37,14 +40,16 @@ MAX_CHARACTERS_OF_EXERCISE = 350
 MAX_CHARACTERS_OF_PROGRAM = 600
 NUM_TRAIN = 612  # 100 of them are held out
 NUM_TEST = 500
+NUM_TEST_INSTRUCTIONS = 200
 
 
 def main(sources: Path, folder: Path) -> None:
-    """Write a training file and a test file of exercises and of programs."""
+    """Write a training file and a test file of exercises, of programs and of instructions."""
     # All sources are read before anything is written: one may be missing.
     exercises = [exercise(row) for row in read(sources, "gsm8k_train")]
     test_exercises = [exercise(row) for row in read(sources, "gsm8k_test")]
     programs = [program(row["messages"]) for row in read(sources, "codegen")]
+    instructions = read(sources, "short_instructions")
 
     short_exercises = short_rows(exercises, MAX_CHARACTERS_OF_EXERCISE)
     write(folder / "gsm8k_train.jsonl.gz", short_exercises[:NUM_TRAIN])
@@ -55,6 +60,13 @@ def main(sources: Path, folder: Path) -> None:
     short_programs = short_rows(functions, MAX_CHARACTERS_OF_PROGRAM)
     write(folder / "python_train.jsonl.gz", short_programs[:NUM_TRAIN])
     write(folder / "python_test.jsonl.gz", short_programs[NUM_TRAIN:])
+
+    # Some are asked twice: the test must have none that training has.
+    unique = {row["messages"][0]["content"]: row for row in instructions}
+    shuffled = list(unique.values())
+    random.Random(SEED).shuffle(shuffled)
+    write(folder / "instruction_train.jsonl.gz", shuffled[:NUM_TRAIN])
+    write(folder / "instruction_test.jsonl.gz", shuffled[NUM_TRAIN : NUM_TRAIN + NUM_TEST_INSTRUCTIONS])
 
 
 def short_rows(rows: list[dict], max_characters: int) -> list[dict]:
