@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import try_to_load_from_cache
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -35,17 +36,21 @@ from .gguf.left_out import left_out
 # Else transformers asks on the terminal whether to run a model's own code.
 _NO_CODE = {"trust_remote_code": False}
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-# The other files of a model's folder that decide its outputs, or how text becomes tokens.
-_OTHERS = (
-    "config.json",
-    "generation_config.json",
-    "*.py",
+# Files that decide how text becomes tokens.
+TOKENIZER_FILES = (
     "*.jinja",
     "token*",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab*",
     "merges.txt",
+)
+# The other files of a model's folder that decide its outputs.
+_OTHERS = (
+    "config.json",
+    "generation_config.json",
+    "*.py",
+    *TOKENIZER_FILES,
 )
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 # The only folder in a model's folder that transformers reads.
@@ -260,7 +265,8 @@ def _check_tokenizer_folder(name: str) -> None:
     folder = expand_user(name)
     # tokenizer.json, tokenizer_config.json, or tokenizer.model of SentencePiece.
     if not any(folder.glob("tokenizer*")):
-        raise UserError(f"{name!r} is not a folder with a tokenizer")
+        remedy = "; save one into it, in Python: tokenizer.save_pretrained(folder)" if folder.is_dir() else ""
+        raise UserError(f"{name!r} is not a folder with a tokenizer{remedy}")
     check_own_files(folder, [_TEMPLATES])
 
     # transformers before 5.2x opens any file that ``vocab_file`` and the like name here, wherever it is.
@@ -516,6 +522,17 @@ def gguf_file(name_or_path: str) -> Path | None:
     return None
 
 
+def gguf_on_disk(name_or_path: str, revision: str | None = None) -> Path | None:
+    """Path of a GGUF file here or, for one on the hub, in the cache; None where it was not downloaded."""
+    path = gguf_file(name_or_path)
+    if path is not None:
+        return path
+    repository, file = gguf_parts(name_or_path)
+    cached = try_to_load_from_cache(repository, file, revision=revision)
+    # Not a text: it is not there, or is known to be missing on the hub.
+    return Path(cached) if isinstance(cached, str) else None
+
+
 def _load_gguf(name_or_path: str, dtype: str, **kwargs) -> PreTrainedModel:
     folder, file = gguf_parts(name_or_path)
     if hasattr(transformers, "GgufConfig"):
@@ -539,8 +556,7 @@ def _load_gguf(name_or_path: str, dtype: str, **kwargs) -> PreTrainedModel:
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    # None: a file on the hub, whose place in the cache only transformers knows.
-    path = gguf_file(name_or_path)
+    path = gguf_on_disk(name_or_path, kwargs.get("revision"))
     if path is not None:
         _warn_of_left_out(path, model)
     model.config._name_or_path = name_or_path

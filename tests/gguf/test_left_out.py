@@ -5,7 +5,7 @@ import warnings
 from types import SimpleNamespace
 
 import pytest
-from transformers import Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, Phi3Config
+from transformers import Gemma2Config, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, Phi3Config
 
 from maskft.gguf.header import read_head
 from maskft.gguf.left_out import left_out
@@ -58,6 +58,29 @@ def test_keys_that_change_positions(tmp_path, model, keys, lost):
     metadata = head.metadata | {f"llama.rope.{key}": value for key, value in keys.items()}
     expected = [] if lost is None else [lost]
     assert left_out(dataclasses.replace(head, metadata=metadata), model) == expected
+
+
+def test_rows_that_stay_in_the_order_of_the_file(tmp_path, model):
+    """transformers reorders queries and keys only if the file says how many heads of keys there are."""
+    head = read_head(write_gguf(tmp_path / "base.gguf", model))
+    metadata = {key: value for key, value in head.metadata.items() if key != "llama.attention.head_count_kv"}
+    lost = "the order of the rows of queries and keys (the file has no llama.attention.head_count_kv)"
+    assert left_out(dataclasses.replace(head, metadata=metadata), model) == [lost]
+    # Qwen's are in transformers' order.
+    qwen = read_head(write_gguf(tmp_path / "qwen.gguf", model, architecture="qwen2"))
+    metadata = {key: value for key, value in qwen.metadata.items() if "head_count_kv" not in key}
+    assert left_out(dataclasses.replace(qwen, metadata=metadata), model) == []
+
+
+@pytest.mark.parametrize(("num_layers", "is_lost"), [(46, True), (42, False)])
+def test_the_largest_gemmas_divide_attention_by_another_number(tmp_path, model, num_layers, is_lost):
+    head = read_head(write_gguf(tmp_path / "base.gguf", model, architecture="gemma2"))
+    head = dataclasses.replace(head, metadata=head.metadata | {"gemma2.block_count": num_layers})
+    config = Gemma2Config(hidden_size=64, num_attention_heads=4, head_dim=16)
+    gemma = with_config(model, config)
+    assert ("query_pre_attn_scalar 16" in left_out(head, gemma)) == is_lost
+    config.query_pre_attn_scalar = 16
+    assert "query_pre_attn_scalar 16" not in left_out(head, gemma)
 
 
 def with_config(model, config):

@@ -135,7 +135,7 @@ def test_the_command_writes_a_verified_adapter_with_its_card(adapters, combinati
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1
     assert f"the {combination} of 2 masks removes {expected.num_removed:,} of {expected.numel:,} weights" in printed
-    assert any("base fingerprint match" in line for line in verify(out, str(tmp_path / "base")))
+    assert any("fingerprint of the masked layers match" in line for line in verify(out, str(tmp_path / "base")))
     found = MaskSet.from_adapter(out)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[module], expected[module]) for module in expected)
@@ -161,6 +161,29 @@ def test_the_fingerprint_of_the_base_is_kept_where_an_adapter_has_the_same_modul
     assert "not recorded" not in capsys.readouterr().err
     assert main(["masks", "union", str(few), str(adapters[2]), "--output", str(tmp_path / "unknown")]) == 0
     assert "the base's fingerprint is not recorded" in capsys.readouterr().err
+
+
+def test_of_a_mask_without_a_fingerprint_nothing_is_known(adapters, tmp_path, capsys):
+    """None is recorded over float16."""
+    edit(adapters[1], base_fingerprint=None)
+    combine_adapters(adapters[:2], "union", tmp_path / "both")
+    expected = read_config(adapters[0]).base_fingerprint
+    assert read_config(tmp_path / "both").base_fingerprint == expected is not None
+
+
+def test_the_tokenizer_of_the_parts_is_kept_if_they_agree(adapters, tmp_path):
+    for adapter in adapters[:2]:
+        tiny_tokenizer().save_pretrained(adapter)
+        (adapter / "chat_template.jinja").write_text("{{ messages }}")
+    said = combine_adapters(adapters[:2], "union", tmp_path / "both")
+    assert "template" not in said
+    for file in ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "both" / file).read_bytes() == (adapters[0] / file).read_bytes()
+
+    (adapters[1] / "chat_template.jinja").write_text("{{ another }}")
+    said = combine_adapters(adapters[:2], "union", tmp_path / "differ")
+    assert said.endswith("their tokenizers or chat templates differ, and the base's is used")
+    assert not list((tmp_path / "differ").glob("token*"))
 
 
 def test_how_the_base_was_stored_is_kept(adapters, tmp_path):
@@ -212,7 +235,7 @@ def test_other_revisions_of_the_base(adapters, tmp_path):
 def test_one_base_under_two_names(adapters, tmp_path):
     edit(adapters[1], base_model_name_or_path="/on/another/machine/base")
     combine_adapters(adapters[:2], "union", tmp_path / "both")
-    assert verify(tmp_path / "both", str(tmp_path / "base"))[-1].endswith("base fingerprint match")
+    assert verify(tmp_path / "both", str(tmp_path / "base"))[-1].endswith("fingerprint of the masked layers match")
 
 
 def test_other_weights_of_the_base(adapters, tmp_path):

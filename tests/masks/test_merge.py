@@ -6,9 +6,9 @@ import warnings
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import tiny
 from maskft import MaskConfig
@@ -41,6 +41,47 @@ def test_another_base_does_not_pass_in_float16(base, tmp_path):
         warnings.filterwarnings("error", "base weights are in float16")
         merge(adapter, tmp_path / "merged", dtype="float16")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").dtype == torch.float16
+
+
+def test_a_base_stored_in_float16_is_compared_as_it_is_stored(base, tmp_path):
+    """A model of the hub in float16, over which a mask was trained in float32, and another one."""
+    half = {}
+    for seed in (0, 1):
+        half[seed] = tmp_path / f"half{seed}"
+        tiny.tiny_llama(vocab_size=len(tiny_tokenizer()), seed=seed).half().save_pretrained(half[seed])
+        tiny_tokenizer().save_pretrained(half[seed])
+    config = MaskConfig(task_type="CAUSAL_LM")
+    trained = get_peft_model(AutoModelForCausalLM.from_pretrained(half[0], dtype=torch.float32), config)
+    trained.save_pretrained(tmp_path / "adapter")
+
+    with pytest.raises(UserError, match=r"trained on other base weights .* than these, stored in float16"):
+        merge(tmp_path / "adapter", tmp_path / "merged", str(half[1]))
+    assert not (tmp_path / "merged").exists()
+    merge(tmp_path / "adapter", tmp_path / "merged", str(half[0]))
+
+
+def test_a_base_without_a_tokenizer_is_found_before_the_model_is_loaded(base, tmp_path, monkeypatch):
+    adapter = save_adapter(base, tmp_path / "adapter")
+    other = tmp_path / "weights-alone"
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(other)
+    monkeypatch.setattr(merge_module, "load_model", lambda *args, **kwargs: pytest.fail("loaded"))
+    with pytest.raises(UserError, match="weights-alone' is not a folder with a tokenizer; save one into it"):
+        merge(adapter, tmp_path / "merged", str(other))
+
+
+def test_the_head_of_a_classifier_is_not_dropped(base, tmp_path):
+    """PEFT would load the rest of the adapter into a causal language model, which has no such head."""
+    classifier = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
+    masked = get_peft_model(classifier, MaskConfig(task_type="SEQ_CLS"))
+    masked.save_pretrained(tmp_path / "adapter")
+    for use in (lambda: verify(tmp_path / "adapter", str(base)), lambda: merge(tmp_path / "adapter", tmp_path / "out")):
+        with pytest.raises(UserError, match=r"replaces score.weight, which LlamaForCausalLM does not have; load"):
+            use()
+    assert not (tmp_path / "out").exists()
+    again = PeftModel.from_pretrained(
+        AutoModelForSequenceClassification.from_pretrained(base, num_labels=2), tmp_path / "adapter"
+    )
+    assert torch.equal(again.score.weight, masked.score.weight)
 
 
 def test_a_base_that_is_not_here_is_said_to_be_the_adapters(base, tmp_path):

@@ -25,6 +25,7 @@ from maskft.training.options import option_defaults
 from maskft.training.record import _plain, read_record
 from maskft.training.train import train
 from maskft.training.trainer import MaskTrainer
+from maskft.training.verdict import read_heldout
 from maskft.tuner.config import MaskConfig
 from maskft.tuner.presets import PRESETS
 from maskft_common.errors import NotFiniteError
@@ -202,6 +203,48 @@ def untimed(folder):
     return record | {"history": history}
 
 
+@pytest.mark.parametrize("options", [{"train_sampling_strategy": "group_by_length"}, {"save_strategy": "best"}])
+def test_a_resumed_run_sees_the_same_rows_and_a_finished_one_trains_nothing(options, arguments, tmp_path, capsys):
+    """Cut in the middle of its second epoch; with `best` the last step is saved whatever its loss is."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    steps = {"max_steps": 12, "save_steps": 1, "eval_steps": 1, "save_total_limit": 20, "max_train_samples": 24}
+    options = {"method": "full", **steps, **options}
+    for folder in (whole, cut):
+        status, err = run(arguments(output_dir=folder, **options), capsys)
+        assert status == 0, err
+    status, err = run(arguments(output_dir=whole, resume_from_checkpoint="true", **options), capsys)
+    assert status == 0 and "already finished: all 12 steps had been trained" in err
+    if "save_strategy" in options:
+        return
+    epochs = {row["step"]: row["epoch"] for row in summary(cut)["history"] if "loss" in row}
+    middle = max(step for step, epoch in epochs.items() if epoch < 1.8)
+    for step in range(middle + 1, 13):
+        shutil.rmtree(cut / f"checkpoint-{step}")
+    for path in cut.iterdir():
+        if path.is_file():
+            path.unlink()
+    status, err = run(arguments(output_dir=cut, resume_from_checkpoint="true", **options), capsys)
+    assert status == 0, err
+    assert untimed(cut) == untimed(whole)
+    assert (cut / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_lines_of_the_log_are_those_of_the_resumed_command(arguments, tmp_path, capsys):
+    options = {"max_steps": 8, "save_steps": 4, "eval_steps": 4, "method": "full"}
+    assert run(arguments(logging_steps=4, **options), capsys)[0] == 0
+    shutil.rmtree(tmp_path / "out" / "checkpoint-8")
+    status, err = run(arguments(logging_steps=1, resume_from_checkpoint="true", **options), capsys)
+    assert status == 0, err
+    assert [row["step"] for row in summary(tmp_path / "out")["history"] if "loss" in row] == [4, 5, 6, 7, 8]
+
+
+def test_other_options_are_found_before_the_model_is_loaded(arguments, tmp_path, capsys, monkeypatch):
+    assert run(arguments(method="full"), capsys)[0] == 0
+    monkeypatch.setattr("maskft.training.train.load_base", lambda *args: pytest.fail("loaded"))
+    status, err = run(arguments(method="full", resume_from_checkpoint="true", learning_rate=0.5), capsys)
+    assert status == 2 and "is from a run with other settings or data (learning_rate: " in err
+
+
 GUMBEL = {"mask_selection": "gumbel", "mask_init_value": 0.3, "mask_sharpness": 5.0, "mask_price": 0.1}
 
 
@@ -306,15 +349,26 @@ def test_recipe_file_with_flags_on_top(arguments, tmp_path, capsys):
     assert MaskSet.from_adapter(tmp_path / "out").sparsity == pytest.approx(0.2, abs=0.001)
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_best(arguments, tmp_path, capsys):
+def mean_nll_of(folder):
+    """Held-out loss of the model that a run has saved, a mean over tokens."""
+    losses = read_heldout(folder)
+    return sum(n * nll for n, nll in zip(losses.num_tokens, losses.nll, strict=True)) / sum(losses.num_tokens)
+
+
+@pytest.mark.parametrize("loads_best", [True, False])
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_best(loads_best, arguments, tmp_path, capsys):
+    """With load_best_model_at_end false as well; the record is of the model that is saved."""
     settings = {"eval_steps": 1, "save_steps": 1, "max_grad_norm": 0, "max_steps": 9}
+    settings["load_best_model_at_end"] = loads_best
     status, err = run(arguments(method="full", learning_rate=1e30, **settings), capsys)
     last = err.strip().splitlines()[-1]
     assert status == 2 and "Traceback" not in err
     assert re.search(
         r"error: (loss|gradient) is not finite at step \d+: stopped before the update .* is saved in", last
     )
-    assert math.isfinite(summary(tmp_path / "out")["best_loss"])
+    out = summary(tmp_path / "out")
+    assert math.isfinite(out["best_loss"])
+    assert out["best_loss"] == pytest.approx(mean_nll_of(tmp_path / "out"), rel=1e-6)
     assert all(p.isfinite().all() for p in AutoModelForCausalLM.from_pretrained(tmp_path / "out").parameters())
 
 
@@ -438,6 +492,23 @@ def cases():
     yield {"greater_is_better": True}, "with greater_is_better True; the best checkpoint"
     yield {"max_length": -1}, "max_length is -1; it must be at least 1"
     yield {"seed": -1}, "seed is -1; it must be at least 0"
+    for multiple in (0, "x"):
+        message = f"pad_to_multiple_of is {multiple}; it must be a whole number of at least 1, or auto"
+        yield {"pad_to_multiple_of": multiple}, message
+    for name in ("weight_decay", "max_grad_norm", "eval_delay"):
+        yield {name: "nan"}, f"{name} is nan; it must be 0 or more"
+    yield {"weight_decay": -1}, "weight_decay is -1.0; it must be 0 or more"
+    yield {"neftune_noise_alpha": -1}, "neftune_noise_alpha is -1.0; it must be 0 or more"
+    yield {"label_smoothing_factor": 2}, "label_smoothing_factor is 2.0; it must be at least 0 and below 1"
+    yield {"dataloader_persistent_workers": True}, "needs workers: give dataloader_num_workers too"
+    yield {"gradient_checkpointing_kwargs": '{"use_reentrand": true}'}, "did you mean 'use_reentrant'"
+    yield {"accelerator_config": '{"use_seedable_sampler": false}'}, "a run is not resumed exactly|no run is resumed"
+    yield (
+        {"method": "l1_mask", "keep_last": True},
+        "keep_last goes with --method full or peft or mask, not with l1_mask",
+    )
+    kasa = '{"peft_type": "LORA", "target_modules": ["q_proj"], "kasa_config": {}}'
+    yield {"method": "peft", "peft_config": kasa}, "peft_config has kasa_config, which changes the base's weights"
     yield {"adam_beta1": 1.5}, "the optimizer cannot be made: Invalid beta"
     yield {"learning_rat": 3}, r"unknown option --learning_rat \(did you mean 'learning_rate'\?\)"
     yield {"method": "masks"}, "invalid choice: 'masks'"
@@ -456,7 +527,12 @@ def cases():
     yield {"trust_remote_code": True}, "code in the folder of a model is not run"
     yield {"load_in_4bit": True, "method": "full"}, "method full needs weights that are floats"
     yield {"match_adapter": "x"}, "match_adapter goes with --method random_mask or l1_mask or wanda_mask, not with mask"
-    unused = {"eos_token": "<pad>", "truncation_mode": "keep_end", "model_init_kwargs": '{"use_kernels": true}'}
+    unused = {
+        "eos_token": "<pad>",
+        "length_column_name": "labels",
+        "truncation_mode": "keep_end",
+        "model_init_kwargs": '{"use_kernels": true}',
+    }
     unused |= dict.fromkeys(("assistant_only_loss", "shuffle_dataset", "push_to_hub", "eval_packing"), True)
     for name, value in unused.items():
         yield {name: value}, f"{name} is .*, which maskft train does not use; "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .header import GgufHead
-from .names import ARCHITECTURES, dequantised, names_of_tensors
+from .names import ARCHITECTURES, PERMUTED, dequantised, names_of_tensors
 
 # Tensors that divide the frequencies of rotary positions, one number each: the first is of Llama 3.1 and later, the
 # others of Phi 3.
@@ -14,6 +14,8 @@ _FACTORS = (
     "rope_factors_short.weight",
     "rope_factors_long.weight",
 )
+# Gemma's models of 27 B by their number of layers: only these scale attention by another number than the head's width.
+_LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}
 
 
 def left_out(head: GgufHead, model: Any) -> list[str]:
@@ -35,7 +37,33 @@ def left_out(head: GgufHead, model: Any) -> list[str]:
     # How transformers finds them as well: by the name that gguf gives to each parameter of the model.
     read = set(names_of_tensors(head, model.state_dict()).values())
     tensors = [tensor for tensor in head.tensors if tensor not in read and tensor not in _FACTORS]
-    return tensors + _positions(head, architecture, model.config)
+    return [
+        *tensors,
+        *_order_of_rows(head, architecture),
+        *_positions(head, architecture, model.config),
+        *_scale(head, architecture, model.config),
+    ]
+
+
+def _order_of_rows(head: GgufHead, architecture: str) -> list[str]:
+    """Whether transformers leaves the rows of queries and keys in the file's order, which makes another model."""
+    # It puts them back only if the file says how many heads both have. llama.cpp's converter writes the second number
+    # only if the model's configuration has it.
+    key = f"{architecture}.attention.head_count_kv"
+    if architecture in PERMUTED and key not in head.metadata:
+        return [f"the order of the rows of queries and keys (the file has no {key})"]
+    return []
+
+
+def _scale(head: GgufHead, architecture: str, config: Any) -> list[str]:
+    """The scale of attention where llama.cpp knows it by the size of the model, and no key holds it."""
+    num_layers = head.metadata.get(f"{architecture}.block_count")
+    if num_layers is None or _LARGEST_GEMMA.get(architecture) != num_layers:
+        return []
+    of_llama_cpp = config.hidden_size // config.num_attention_heads
+    if config.query_pre_attn_scalar == of_llama_cpp:
+        return []
+    return [f"query_pre_attn_scalar {of_llama_cpp}"]
 
 
 def _positions(head: GgufHead, architecture: str, config: Any) -> list[str]:

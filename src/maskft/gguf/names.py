@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # llama.cpp's converter permutes the rows of queries and keys of these (see to_file_order); the rest lies as in
 # transformers.
-_PERMUTED = ("llama", "mistral3")
+PERMUTED = ("llama", "mistral3")
 _AS_IN_TRANSFORMERS = (
     "gemma",
     "gemma2",
@@ -28,7 +28,7 @@ _AS_IN_TRANSFORMERS = (
     "qwen2",
     "qwen3",
 )
-ARCHITECTURES = (*_PERMUTED, *_AS_IN_TRANSFORMERS)
+ARCHITECTURES = (*PERMUTED, *_AS_IN_TRANSFORMERS)
 # Most decoder layers of a file: gguf builds a table of names for each, and a damaged file may claim billions.
 _MAX_BLOCKS = 2_000
 # Part of a tensor's name -> the metadata key of its number of heads, behind "ARCHITECTURE.attention.".
@@ -198,7 +198,7 @@ def _heads(head: GgufHead, tensor: str) -> int | None:
     """Number of heads of a tensor whose rows the file has in another order; None: they have transformers' order."""
     architecture = head.metadata["general.architecture"]
     part = tensor.removesuffix(".weight").rpartition(".")[2]  # attn_q of blk.3.attn_q.weight
-    if architecture not in _PERMUTED or part not in _HEADS:
+    if architecture not in PERMUTED or part not in _HEADS:
         return None
 
     # With grouped-query attention there are fewer heads of keys than of queries.

@@ -23,6 +23,7 @@ from maskft_common.errors import UserError
 from maskft_common.files import from_anywhere, use_default_modes
 from maskft_common.layout import ADAPTER_WEIGHTS
 
+from ..models import without_adapter
 from ..tuner.adapter_files import AdapterFiles, StateDict
 from ..tuner.config import MaskConfig
 from ..tuner.layer import MaskedLinear
@@ -33,8 +34,9 @@ from .card import write_card
 from .codec import FORMAT_VERSION, decode_mask, encode_mask, is_of_mask, total_counts, weights_sha256
 from .fingerprints import base_fingerprint, check_base, mask_fingerprint, quantisation_of
 
-# The folders that transformers' Trainer writes.
-_CHECKPOINT = re.compile(rf"(^|/){PREFIX_CHECKPOINT_DIR}-\d+(/|$)")
+# The folders that transformers' Trainer writes, and those in them: PEFT gives an adapter that is not named "default" a
+# folder of its own. Not deeper ones: a run may be anywhere.
+_CHECKPOINT = re.compile(rf"(^|/){PREFIX_CHECKPOINT_DIR}-\d+(/[^/]+)?$")
 
 
 class CodedMask:
@@ -328,6 +330,7 @@ def _load_masks(
     # Names, checksums, the base and the scores are checked before anything is loaded: no layer is left with a mask of
     # a file that is refused.
     _check_names(layers, coded, once, adapter_name, hashed)
+    _check_has_weights(model, once)
     if is_of_config:
         if mask_fingerprint(coded) != config.mask_sha256:
             raise UserError(
@@ -424,6 +427,28 @@ def _check_names(
         raise UserError(
             f"the adapter file has entries that are neither masks nor modules_to_save nor in its weights_sha256: "
             f"{listed(unknown)}; it is not loaded, because they would overwrite base weights"
+        )
+
+
+def _check_has_weights(model: nn.Module, replaced: Collection[str]) -> None:
+    """Raise if the file replaces weights that the model does not have, which PEFT would drop without a word.
+
+    Such as the head of a classifier, whose mask is loaded over a causal language model.
+    """
+    if not replaced:
+        return
+    # Tied weights have two names each.
+    there: set[str] = set()
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        there.add(unwrapped_name(name))
+    for name, _ in model.named_buffers(remove_duplicate=False):
+        there.add(unwrapped_name(name))
+    missing = [unwrapped_name(key) for key in replaced if unwrapped_name(key) not in there]
+    if missing:
+        kind = type(without_adapter(model)).__name__
+        raise UserError(
+            f"the adapter replaces {listed(missing)}, which {kind} does not have; load the adapter over a model of the "
+            "class that it was trained with"
         )
 
 

@@ -24,6 +24,12 @@ def weights_beside_masks(file: Path) -> dict[str, Tensor]:
     return weights
 
 
+def holds_scores(file: Path) -> bool:
+    """Whether the file has the scores of a layer; reads names alone."""
+    with safe_open(file, "pt") as tensors:
+        return any(".mask_scores" in name for name in tensors.keys())
+
+
 def add_tensors(file: Path, added: Mapping[str, Tensor]) -> None:
     """Rewrite the file with more tensors in it; of two with one name, the added one is kept."""
     tensors = load_file(file)

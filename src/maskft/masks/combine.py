@@ -13,6 +13,7 @@ from torch import Tensor
 from maskft_common import files, layout
 from maskft_common.errors import UserError, printable
 
+from ..models import TOKENIZER_FILES
 from ..tuner.config import MaskConfig
 from .codec import PREFIX, decode_mask, encode_mask, mask_info, total_counts
 from .fingerprints import mask_fingerprint
@@ -136,9 +137,15 @@ def combine_adapters(
         save_file(tensors, file, metadata={"format": "pt"})
         files.use_default_modes(partial)
         new_config.save_pretrained(str(partial))
+        tokenizers = [_tokenizer_files(adapter) for adapter in adapters]
+        have_one = all(of_part == tokenizers[0] for of_part in tokenizers)
+        if have_one:
+            for name, content in tokenizers[0].items():
+                files.write_bytes(partial / name, content)
 
     # Without a fingerprint, loading cannot tell whether the base is the right one: the summary says so.
     unchecked = "" if new_config.base_fingerprint else "; the base's fingerprint is not recorded"
+    others = "" if have_one else "; their tokenizers or chat templates differ, and the base's is used"
     alone = []
     for coded in coded_sets:
         _, num_removed = total_counts(coded)
@@ -146,8 +153,20 @@ def combine_adapters(
     numel, num_removed = total_counts(combined)
     return (
         f"{output_dir}: the {combination} of {len(adapters)} masks removes {num_removed:,} of {numel:,} weights in "
-        f"{len(combined)} modules ({'; '.join(alone)} alone){unchecked}"
+        f"{len(combined)} modules ({'; '.join(alone)} alone){unchecked}{others}"
     )
+
+
+def _tokenizer_files(adapter: str | Path) -> dict[str, bytes]:
+    """The files of a tokenizer and its chat template in an adapter folder, by name; none if the adapter has none."""
+    # Links out of the folder are errors, as they are where a tokenizer is loaded.
+    files.check_own_files(Path(adapter))
+    found = {}
+    for pattern in TOKENIZER_FILES:
+        for file in Path(adapter).glob(pattern):
+            if file.is_file():
+                found[file.name] = file.read_bytes()
+    return found
 
 
 def _check_only_masks(adapter: str | Path, config: AdapterConfig) -> None:
@@ -203,20 +222,25 @@ def _base_fingerprint(
         UserError: If two adapters of the same modules have different fingerprints.
     """
     # Masked modules -> the first adapter that masks them, and its fingerprint.
-    found: dict[frozenset[str], tuple[str | Path, str | None]] = {}
+    found: dict[frozenset[str], tuple[str | Path, str]] = {}
     for adapter, config, coded in zip(adapters, configs, coded_sets, strict=True):
         # A set, because a fingerprint is over the modules by name, whatever their order in the file is.
         modules = frozenset(coded)
+        # Over float16 none is recorded, and nothing is known.
+        if config.base_fingerprint is None:
+            continue
         other, fingerprint = found.setdefault(modules, (adapter, config.base_fingerprint))
         if config.base_fingerprint != fingerprint:
             raise UserError(
                 f"adapters {str(other)!r} and {str(adapter)!r} were trained on other weights of their base "
-                f"(fingerprints {str(fingerprint)[:12]} and {str(config.base_fingerprint)[:12]}); combine masks of one "
-                "model"
+                f"(fingerprints {fingerprint[:12]} and {config.base_fingerprint[:12]}); combine masks of one model"
             )
 
     # The union may have more modules than each of its parts, and the intersection fewer.
-    _, fingerprint = found.get(frozenset(combined), (None, None))
+    of_same = found.get(frozenset(combined))
+    if of_same is None:
+        return None
+    _, fingerprint = of_same
     return fingerprint
 
 

@@ -117,7 +117,7 @@ def check_takes_mask(head: GgufHead) -> None:
     if _MASK in head.metadata:
         raise UserError(
             f"{str(head.path)!r} already holds a mask ({str(head.metadata[_MASK])[:12]}); use its base, or take it out "
-            "first: maskft merge MASK --gguf FILE --undo"
+            "first: maskft merge MASK --gguf FILE --undo --output BASE.gguf"
         )
     # --undo would leave such a key out, and not give back this file.
     ours = [key for key in head.metadata if key.startswith(PREFIX)]
@@ -282,7 +282,7 @@ def _check_base(masks: _Masks, head: GgufHead, accept_other_base: bool) -> str:
     weights = ((module, dequantised(head, masks.tensors[module])) for module in modules)
     found = weights_fingerprint(weights)
     if found == expected:
-        return "the file holds the weights that the mask was trained over (fingerprints match)"
+        return "the masked tensors hold the weights that the mask was trained over (fingerprints match)"
 
     difference = (
         f"the mask was trained over other weights ({config.base_model_name_or_path}, fingerprint {expected[:12]}) than "

@@ -16,12 +16,12 @@ from safetensors import SafetensorError
 from maskft_common import files
 from maskft_common.errors import UserError, first_line, printable
 
-from ..models import base_of, check_named_base, load_model, load_tokenizer
+from ..models import base_of, check_model_source, check_named_base, load_model, load_tokenizer
 from ..tuner import MaskedLinear, adapter_layers
 from ..tuner.targets import listed
 from ..weights import lerp
 from .codec import PREFIX, decode_mask, total_counts
-from .fingerprints import quantisation_of
+from .fingerprints import base_fingerprint, quantisation_of
 from .mask_set import read_coded, read_config, weights_file
 
 # The name that PeftModel.from_pretrained gives.
@@ -54,13 +54,22 @@ def load_masked(adapter: str | Path, base: str | None = None, dtype: str = "floa
     Raises:
         UserError: If the adapter does not fit the base, or names no base and none is given.
     """
-    model, name, revision = load_masked_model(adapter, base, dtype)
+    name, revision = _base_and_revision(adapter, base)
+    check_model_source(name)
+    # Before the model, which may take minutes to load: a base or an adapter saved in Python may have no tokenizer.
     tokenizer = adapter_tokenizer(adapter, name, revision=revision)
+    model = _load_over(adapter, name, revision, dtype)
     return model, tokenizer, name
 
 
 def load_masked_model(adapter: str | Path, base: str | None = None, dtype: str = "float32"):
     """:func:`load_masked` without the tokenizer; returns ``(model, base name, revision of the base)``."""
+    name, revision = _base_and_revision(adapter, base)
+    return _load_over(adapter, name, revision, dtype), name, revision
+
+
+def _base_and_revision(adapter: str | Path, base: str | None) -> tuple[str, str]:
+    """The base to load an adapter over, by default the one that it names, and its revision on the hub."""
     config = read_config(adapter)
     # PEFT would look for a missing file on the hub, under the path of the folder.
     weights_file(adapter)
@@ -77,11 +86,21 @@ def load_masked_model(adapter: str | Path, base: str | None = None, dtype: str =
     revision = "main"
     if is_named_base and config.revision:
         revision = config.revision
+    return name, revision
+
+
+def _load_over(
+    adapter: str | Path,
+    name: str,
+    revision: str,
+    dtype: str,
+):
+    """The model of this name with the adapter over it."""
     model = load_model(name, dtype, revision=revision)
     with one_line(adapter, f"does not fit {name!r}"):
         model = PeftModel.from_pretrained(model, str(adapter))
     model.eval()
-    return model, name, revision
+    return model
 
 
 @contextmanager
@@ -186,14 +205,39 @@ def merge(
 
 def _load_to_merge(adapter: str | Path, base: str | None, dtype: str):
     """:func:`load_masked`, after the base was compared with that of the training, also where float16 is asked for."""
-    if dtype != "float16":
-        return load_masked(adapter, base, dtype)
-    # Rounded to float16, any weights pass (``is_the_base``). So they are compared as they are stored: loading raises
-    # for others, and warns where that is float16.
-    load_masked_model(adapter, base, "auto")
+    # In float16 any weights pass with a warning (``is_the_base``): a model may have been rounded to it. As they are
+    # stored they are compared here.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "base weights are in float16")
-        return load_masked(adapter, base, dtype)
+        if dtype == "float16":
+            as_stored, _, _ = load_masked_model(adapter, base, "auto")
+            _check_stored_base(adapter, as_stored)
+            # Freed before it is loaded once more.
+            del as_stored
+            gc.collect()
+        loaded = load_masked(adapter, base, dtype)
+    if dtype == "auto":
+        model, _, _ = loaded
+        _check_stored_base(adapter, model)
+    return loaded
+
+
+def _check_stored_base(adapter: str | Path, model) -> None:
+    """Raise if a base that is stored in float16 is not the one that the mask was trained over."""
+    config = model.peft_config[_ADAPTER]
+    layers = list(adapter_layers(model).values())
+    is_half = any(layer.get_base_dtype() == torch.float16 for layer in layers)
+    # Other dtypes were compared when the adapter was loaded.
+    is_recorded = config.base_fingerprint is not None
+    if not is_half or not config.verify_base or not is_recorded:
+        return
+    found = base_fingerprint(layers)
+    if found != config.base_fingerprint:
+        raise UserError(
+            f"the adapter {str(adapter)!r} was trained on other base weights (fingerprint "
+            f"{config.base_fingerprint[:12]}) than these, stored in float16 ({found[:12]}); name the right base with "
+            "--base (or, if this one is its conversion to float16, merge in Python, with model.merge_and_unload())"
+        )
 
 
 def _dtype_name(model) -> str:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from maskft_common.errors import printable
 
+from .adapter_file import holds_scores
 from .codec import mask_info
-from .mask_set import AdapterConfig, read_coded, read_config
+from .mask_set import AdapterConfig, read_coded, read_config, weights_file
 
 # The index of a decoder layer in a module's name. Longer numbers are names: Python takes seconds to read 5,000 digits.
 _INDEX = re.compile(r"[0-9]{1,9}")
@@ -29,18 +30,22 @@ class AdapterSummary(NamedTuple):
         modules: A row per module, in the order of the layers, see :func:`module_rows`.
         total: ``numel``, ``num_removed``, ``num_bytes`` and ``sparsity`` over all modules.
         config: Its ``adapter_config.json``.
+        has_scores: Whether the file holds scores, as in checkpoints, so that it can be trained further.
     """
 
     modules: list[dict[str, Any]]
     total: dict[str, Any]
     config: AdapterConfig
+    has_scores: bool
 
 
 def summarize(folder: str | Path) -> AdapterSummary:
     """Read an adapter folder; masks are checked by ``mask_sha256`` and not decoded."""
     config = read_config(folder)
     rows = module_rows(read_coded(folder))
-    return AdapterSummary(rows, _sum(rows), config)
+    # Asked of the file: a checkpoint has scores whatever its configuration says.
+    has_scores = holds_scores(weights_file(folder))
+    return AdapterSummary(rows, _sum(rows), config, has_scores)
 
 
 def as_json(summary: AdapterSummary) -> dict[str, Any]:
@@ -58,7 +63,7 @@ def as_json(summary: AdapterSummary) -> dict[str, Any]:
         "removed_value_fingerprint": config.removed_value_fingerprint,
         "mask_sha256": config.mask_sha256,
         "format_version": config.format_version,
-        "has_scores": config.save_scores,
+        "has_scores": summary.has_scores,
         "replaced_weights": replaced,
         **recipe,
     }
@@ -200,7 +205,7 @@ def _facts(summary: AdapterSummary) -> dict[str, str]:
         facts["removed weights take their value in"] = config.removed_value_model
     if config.weights_sha256:
         facts["replaces in full"] = ", ".join(sorted(config.weights_sha256))
-    if config.save_scores:
+    if summary.has_scores:
         facts["scores"] = "saved; it can be trained further"
     if config.recipe.get("verdict"):
         facts["on held-out rows"] = str(config.recipe["verdict"])

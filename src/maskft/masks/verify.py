@@ -73,7 +73,7 @@ def _check_fit(adapter: str | Path, base: str, config: AdapterConfig) -> list[st
             f"fits {base}: names, shapes match; its weights: stored as {stored_as}, trained as {trained_over}"
         )
     else:
-        passed.append(f"fits {base}: names, shapes and base fingerprint match")
+        passed.append(f"fits {base}: names, shapes and fingerprint of the masked layers match")
 
     if config.removed_value == "base":
         source = config.removed_value_model

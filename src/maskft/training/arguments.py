@@ -30,6 +30,14 @@ _LEAST = {
     "data_seed": 0,
     "dataloader_num_workers": 0,
 }
+# Options that are finite numbers of 0 or more where they are given; TRL and torch take some others without a word.
+_NOT_NEGATIVE = (
+    "learning_rate",
+    "weight_decay",
+    "max_grad_norm",
+    "neftune_noise_alpha",
+    "eval_delay",
+)
 # Of numpy, which transformers seeds too.
 _LARGEST_SEED = 2**32 - 1
 
@@ -127,8 +135,21 @@ class TrainingArguments(SFTConfig):
             value = getattr(self, name)
             if value is not None and value > _LARGEST_SEED:
                 raise UserError(f"{name} is {value}; it must be at most {_LARGEST_SEED}")
-        if self.learning_rate is not None and not 0 <= self.learning_rate < math.inf:
-            raise UserError(f"learning_rate is {self.learning_rate}; it must be 0 or more")
+        # Of a command line a text, as it may be "auto".
+        multiple = str(self.pad_to_multiple_of)
+        if multiple not in ("None", "auto") and not (multiple.isdecimal() and int(multiple) >= 1):
+            raise UserError(f"pad_to_multiple_of is {multiple}; it must be a whole number of at least 1, or auto")
+        for name in _NOT_NEGATIVE:
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise UserError(f"{name} is {value}; it must be 0 or more")
+        # Of the target's probability, the part that goes to all other tokens.
+        if not 0 <= self.label_smoothing_factor < 1:
+            raise UserError(
+                f"label_smoothing_factor is {self.label_smoothing_factor}; it must be at least 0 and below 1"
+            )
+        if self.dataloader_persistent_workers and not self.dataloader_num_workers:
+            raise UserError("dataloader_persistent_workers needs workers: give dataloader_num_workers too")
         if not 0 < self.num_train_epochs < math.inf:
             raise UserError(f"num_train_epochs is {self.num_train_epochs}; it must be above 0")
         if self.max_steps < 1 and self.max_steps != -1:

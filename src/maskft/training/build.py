@@ -30,7 +30,7 @@ from ..masks.merge import ONE_LINE
 from ..models import (
     check_model_source,
     check_tokenizer_fits,
-    gguf_file,
+    gguf_on_disk,
     is_gguf,
     load_model,
     load_tokenizer,
@@ -151,11 +151,11 @@ def build_model(
             raise UserError(f"peft_config: PEFT does not take it for this model: {first_line(error)}") from error
 
     masked = with_adapter(model, mask_config(mask), source)
-    check_gguf_takes_mask(masked, source.model_name_or_path)
+    check_gguf_takes_mask(masked, source.model_name_or_path, source.model_revision)
     return masked
 
 
-def check_gguf_takes_mask(model: PeftModel, name_or_path: str) -> None:
+def check_gguf_takes_mask(model: PeftModel, name_or_path: str, revision: str | None = None) -> None:
     """Check, before training over a GGUF file, that the mask can be written into it.
 
     Raises:
@@ -164,8 +164,8 @@ def check_gguf_takes_mask(model: PeftModel, name_or_path: str) -> None:
     """
     if not is_gguf(name_or_path):
         return
-    file = gguf_file(name_or_path)
-    # The file is on the hub: merging will check it.
+    # The model was loaded from it, so that a file on the hub is in the cache. None: the cache was just deleted.
+    file = gguf_on_disk(name_or_path, revision)
     if file is None:
         return
 

@@ -206,6 +206,10 @@ class StepGuard(TrainerCallback):
         control.should_log = control.should_log or should_log
         control.should_evaluate = control.should_evaluate or should_evaluate
         control.should_save = control.should_save or should_save
+        # With save_strategy best no step is saved that was not measured, and a finished run would be trained again.
+        is_last = state.global_step >= state.max_steps
+        if args.save_strategy == "best" and is_last and not args.save_only_model:
+            control.should_save = True
         self._save_before_stopping(control)
 
     def _save_before_stopping(self, control) -> None:

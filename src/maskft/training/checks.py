@@ -9,7 +9,7 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 from trl import ModelConfig
 
 from maskft_common import layout, processes
-from maskft_common.errors import UserError, first_line
+from maskft_common.errors import UserError, did_you_mean, first_line
 
 from ..models import is_gguf
 from ..tuner.config import MaskConfig
@@ -40,6 +40,18 @@ _ONLY_WITH = {
     "match_adapter": FIXED_MASK_METHODS,
     "num_candidates": ("random_mask",),
     "before_model": (INTERPOLATE,),
+    "keep_last": ("full", PEFT, "mask"),
+}
+# What gradient_checkpointing_kwargs may have: of torch.utils.checkpoint, of transformers and of TRL.
+_OF_CHECKPOINTING = {
+    "use_reentrant",
+    "preserve_rng_state",
+    "determinism_check",
+    "debug",
+    "early_stop",
+    "every_n_layers",
+    "offload",
+    "selective",
 }
 # Options of TRL that have no effect, because maskft tokenises rows, loads models, measures held-out rows and handles
 # signals, or whose effect the record of the run would not show; and the remedy.
@@ -56,6 +68,7 @@ _UNUSED = {
     "eval_use_gather_object": "remove the option",
     "prediction_loss_only": "remove the option",
     "label_names": "remove the option",
+    "length_column_name": "remove the option: lengths are counted",
     "batch_eval_metrics": "remove the option",
     "bf16_full_eval": "remove the option: held-out rows are measured in the dtype of training",
     "fp16_full_eval": "remove the option: held-out rows are measured in the dtype of training",
@@ -121,6 +134,19 @@ def check_options(config: TrainConfig) -> None:
     check_kl_to_base(training, method)
     check_kl_budget(training, method)
     _check_metric(training)
+
+    # Both would be found in the first step.
+    for name in training.gradient_checkpointing_kwargs or {}:
+        if name not in _OF_CHECKPOINTING:
+            raise UserError(
+                f"gradient_checkpointing_kwargs has {name!r}{did_you_mean(name, _OF_CHECKPOINTING)}; it takes "
+                f"{', '.join(sorted(_OF_CHECKPOINTING))}"
+            )
+    # Without it the order of an epoch depends on the global random state, which a resumed run restores too late.
+    if not training.accelerator_config.use_seedable_sampler:
+        raise UserError(
+            "accelerator_config has use_seedable_sampler false, with which no run is resumed exactly; drop it"
+        )
 
     # Again when the model is loaded, which may be quantised in its files.
     if config.model.load_in_4bit or config.model.load_in_8bit:

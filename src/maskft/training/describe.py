@@ -174,9 +174,12 @@ def _report_verdict(
     # Nothing can be resumed from a checkpoint of the model alone.
     checkpoint = Path(folder) / f"checkpoint-{summary.best_step}"
     if not verdict.kept and checkpoint.is_dir() and not config.training.save_only_model:
+        # With a budget of KL a part of it was compared.
+        is_whole = summary.kl is None or summary.kl.part == 1
+        place = f"The mask is in {checkpoint}. " if is_whole else ""
         console.print(
-            f"The mask is in {checkpoint}. To save it anyway, repeat the command with "
-            "--resume_from_checkpoint true --keep_worse true: nothing is trained again"
+            f"{place}To save it anyway, repeat the command with --resume_from_checkpoint true --keep_worse true: "
+            "nothing is trained again"
         )
 
 

@@ -69,6 +69,11 @@ def adapter_config(content: Mapping[str, Any]) -> PeftConfig:
                 f"peft_config has {option} {value!r}, an initialisation that PEFT computes from data in a separate "
                 "program; leave it out"
             )
+        if option == "kasa_config" and value is not None:
+            raise UserError(
+                "peft_config has kasa_config, which changes the base's weights and needs other terms of the loss than "
+                "training has; leave it out"
+            )
 
     given = {"task_type": "CAUSAL_LM", **content}
     # Each class sets its own type.

@@ -29,6 +29,7 @@ from .checks import check_batches, check_config, check_context, check_processes
 from .describe import describe, report
 from .fixed_masks import make_fixed_mask
 from .interpolation import interpolate
+from .manifest import Course, check_course, course_of
 from .method_arguments import FIXED_MASK_METHODS, INTERPOLATE, PEFT
 from .near_base import KLRows, load_kl_rows
 from .padding import rows_kept_apart
@@ -95,6 +96,10 @@ def run(
     data = load_data(config.data, training, tokenizer, console)
     # Before the model, which may take minutes to load.
     kl_rows = load_kl_rows(config, tokenizer)
+    course = course_of(config, data, kl_rows)
+    # Also before the model. Only the main process reads the checkpoint.
+    if resume_from is not None:
+        processes.decided_by_main(lambda: check_course(Path(resume_from), course))
     model = load_base(config.model, tokenizer, method.method)
     check_context(model, data.train, data.heldout)
     if kl_rows is not None:
@@ -144,6 +149,7 @@ def run(
             config,
             resume_from,
             console,
+            course,
             kl_rows,
         )
 
@@ -175,6 +181,7 @@ def fit(
     config: TrainConfig,
     resume_from: str | None,
     console: Console,
+    course: Course,
     kl_rows: KLRows | None = None,
 ) -> tuple[MaskTrainer, TrainingSummary, str | None]:
     """Train the trainable parameters of ``model`` and load the best checkpoint.
@@ -186,14 +193,14 @@ def fit(
         config: The run.
         resume_from: The checkpoint to resume from; None starts from step 0.
         console: Where to print.
+        course: What a resumed run must keep.
         kl_rows: Rows of ``kl_dataset_name``; None if it is not given.
 
     Returns:
         The trainer, the results, and why training stopped early, or None.
 
     Raises:
-        UserError: If processes have different models or data, a resumed run differs from its checkpoint, or the loss
-            is not finite before there is a checkpoint.
+        UserError: If processes have different models or data, or the loss is not finite before there is a checkpoint.
     """
     # Before accelerate wraps the model: DDP would copy rank 0's weights to the others without a word.
     check_processes(model, data.train, data.heldout)
@@ -209,6 +216,7 @@ def fit(
                 config,
                 resume_from,
                 console,
+                course,
                 kl_rows,
             )
         except ValueError as error:

@@ -17,6 +17,7 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
@@ -40,7 +41,7 @@ from .checkpoints import (
 )
 from .kl_budget import MeasuredKL, kl_by_step
 from .launch import let_cpu_shard
-from .manifest import check_course, course_of, seal
+from .manifest import Course, seal
 from .masked_start import RemovedStayZero
 from .near_base import KLRows, NearBase
 
@@ -57,10 +58,8 @@ class MaskTrainer(SFTTrainer):
         config: The run.
         resume_from: The checkpoint to resume from; None starts from step 0.
         console: Where progress is shown.
+        course: What a resumed run must keep, for the manifests of checkpoints.
         kl_rows: Rows of ``kl_dataset_name``; None if it is not given.
-
-    Raises:
-        UserError: If an option, the data or the base differs from the run that is resumed.
     """
 
     def __init__(
@@ -71,14 +70,11 @@ class MaskTrainer(SFTTrainer):
         config: TrainConfig,
         resume_from: str | None,
         console: Console,
+        course: Course,
         kl_rows: KLRows | None = None,
     ):
-        self._course = course_of(config, data, kl_rows)
+        self._course = course
         self._resume_from = resume_from
-        # Before the Trainer loads anything from the checkpoint. Only the main process reads it here.
-        if resume_from is not None:
-            processes.decided_by_main(lambda: check_course(Path(resume_from), self._course))
-
         # For delete_oldest; the Trainer itself gets no limit, see trainer_arguments.
         self._save_total_limit = config.training.save_total_limit
         # Time and number of tokens at the last line of the log, for tokens/s.
@@ -90,6 +86,8 @@ class MaskTrainer(SFTTrainer):
 
         # The KL term of the loss. It hooks into the model before accelerate wraps it.
         self.near_base: NearBase | None = None
+        # Step of the checkpoint that was loaded after a step with a loss that is not finite.
+        self._step_back_to: int | None = None
         # KL of the kept model, from the end of training on.
         self.kept_kl: MeasuredKL | None = None
         if config.training.kl_to_base or config.training.kl_budget is not None:
@@ -280,6 +278,8 @@ class MaskTrainer(SFTTrainer):
     @property
     def chosen_step(self) -> int | None:
         """Step of the checkpoint that evaluations chose; None if none was chosen, and the last step is kept."""
+        if self._step_back_to is not None:
+            return self._step_back_to
         best = self.state.best_model_checkpoint
         if not self.args.load_best_model_at_end or best is None:
             return None
@@ -300,6 +300,9 @@ class MaskTrainer(SFTTrainer):
         **kwargs,
     ) -> EvalLoopOutput:
         """Measure the held-out rows, one by one; TRL's loss would depend on which rows share a batch."""
+        # An optimizer without a schedule (schedule_free_adamw) trains at other weights than those that it returns.
+        if callable(getattr(self.optimizer, "eval", None)):
+            self.optimizer.eval()
         # Beyond a budget of KL, what counts is the part of the change that is within it.
         with self._within_budget() as measured:
             loss = mean_nll(self.measure_heldout())
@@ -333,8 +336,10 @@ class MaskTrainer(SFTTrainer):
     def _determine_best_metric(self, metrics, trial) -> bool:
         """Whether this evaluation is the best so far, among those whose step is saved."""
         is_best = self._is_best(metrics, trial)
-        # With save_strategy best, transformers saves if this is true; a signal has the step saved whatever its loss is.
-        saves_anyway = self.args.save_strategy == "best" and self.guard.is_stopping
+        # With save_strategy best, transformers saves if this is true. A step during which a signal came, and the last
+        # one, from which a finished run is resumed, are saved whatever their loss is.
+        is_last = self.state.global_step >= self.state.max_steps and not self.args.save_only_model
+        saves_anyway = self.args.save_strategy == "best" and (self.guard.is_stopping or is_last)
         return is_best or saves_anyway
 
     def _is_best(self, metrics, trial) -> bool:
@@ -376,6 +381,9 @@ class MaskTrainer(SFTTrainer):
         self.state.best_model_checkpoint = None
         if best is not None:
             self.state.best_model_checkpoint = str(best)
+
+        # The state is the checkpoint's, and logging_steps may differ.
+        self.state.compute_steps(self.args, self.state.max_steps)
 
         # In place of the zeros with which the Trainer begins a run, so that the next line of the log is that of an
         # uninterrupted run. Every process gets the mean: the log is a mean over processes as well.
@@ -442,6 +450,16 @@ class MaskTrainer(SFTTrainer):
             self._save(output_dir, state_dict=state)
         else:
             super().save_model(output_dir, _internal_call)
+
+    # transformers takes the order of group_by_length from the global random state, which a resumed run restores only
+    # after the order was drawn: some rows of that epoch would come twice, and others never.
+    def _get_train_sampler(self, train_dataset=None):
+        """The sampler of training rows; the order of each epoch depends on the seed and the epoch alone."""
+        sampler = super()._get_train_sampler(train_dataset)
+        if not isinstance(sampler, LengthGroupedSampler):
+            return sampler
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return GroupedByLength(sampler.batch_size, sampler.lengths, seed)
 
     # PEFT asks the hub about the base's vocabulary at every save (huggingface/peft#1452), and safetensors writes files
     # that only their owner can read.
@@ -510,6 +528,7 @@ class MaskTrainer(SFTTrainer):
         step = step_of(Path(self.state.best_model_checkpoint))
         # MaskProgress does this when training ends without an error.
         set_mask_progress(self.model, step / self.state.max_steps)
+        self._step_back_to = step
         return f"{reason}; the best so far (step {step})"
 
     # TRL's card has lines that do not load a mask, and does not name a base in a local folder.
@@ -536,6 +555,29 @@ class MaskTrainer(SFTTrainer):
             # The rate of the next step, from which a study may continue the schedule.
             logs["learning_rate"] = self._get_learning_rate()
         super().log(logs, start_time)
+
+
+class GroupedByLength(LengthGroupedSampler):
+    """transformers' order of rows of similar length, drawn from the seed and the epoch.
+
+    Args:
+        batch_size: Rows of a step.
+        lengths: Of all rows, in tokens.
+        seed: Of the run.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order comes next; called by the data loader."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator.manual_seed(self.seed + self.epoch)
+        return super().__iter__()
 
 
 @contextmanager
