@@ -1,5 +1,6 @@
 import json
 
+import pandas
 import pytest
 
 import benchmark_files
@@ -43,6 +44,23 @@ def test_no_file_several_files_no_rows(tmp_path):
     (tmp_path / "gsm8k-main-test.jsonl").write_text("{}")
     with pytest.raises(UserError, match=r"several test files of gsm8k \(gsm8k-main-test.jsonl, gsm8k_test.jsonl\)"):
         load_docs("gsm8k", tmp_path)
+
+
+def test_the_message_names_every_ending_that_is_read(tmp_path):
+    with pytest.raises(UserError, match="its name must match") as caught:
+        load_docs("gsm8k", tmp_path)
+    text = str(caught.value)
+    endings = text[text.rindex("(") + 1 : text.rindex(")")].split(", ")
+    assert endings == [".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet"]
+    for ending in endings:
+        file = tmp_path / f"gsm8k_test{ending}"
+        table = pandas.DataFrame(benchmark_files.GSM8K)
+        if ending == ".parquet":
+            table.to_parquet(file)
+        else:
+            table.to_json(file, orient="records", lines=ending.startswith(".jsonl"))
+        assert len(load_docs("gsm8k", tmp_path)) == 4
+        file.unlink()
 
 
 def test_no_network_is_one_line_with_the_way_out():

@@ -162,6 +162,14 @@ def test_evaluations_joined_by_a_plus_go_on_where_they_were_stopped(base, data, 
     [
         ("", "model_name_or_path is missing; name a model, or adapters with --adapter"),
         ("BASE --device nowhere", "device 'nowhere' cannot be used"),
+        ("BASE --change none ./nowhere --name a b", "model folder './nowhere' does not exist"),
+        (
+            "BASE --change no-such-run none --name a b",
+            "change 'no-such-run' is neither a folder here, with an adapter or a model, nor a model that the hub gives",
+        ),
+        ("BASE --change none OTHER --name a b", "is not a model folder: it has no config.json"),
+        ("BASE --chat_template_path nowhere.jinja", "chat_template_path 'nowhere.jinja' is not a .jinja file"),
+        ("BASE --change none --chat_template_path no.jinja", "chat_template_path 'no.jinja' is not a .jinja file"),
     ],
 )
 def test_the_models_of_the_last_evaluation_are_checked_before_the_first_is_measured(
@@ -170,7 +178,7 @@ def test_the_models_of_the_last_evaluation_are_checked_before_the_first_is_measu
     def words(folder, models):
         return f"{models} --dataset_name {data} --no_generate --output_dir {tmp_path / folder}".split()
 
-    models = models.replace("BASE", str(base))
+    models = models.replace("BASE", str(base)).replace("OTHER", str(tmp_path))
     assert main(["evaluate", *words("a", base), "+", *words("b", models)]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "a").exists()

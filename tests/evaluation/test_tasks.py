@@ -157,6 +157,34 @@ def test_the_day_of_the_run_is_in_no_prompt():
     assert lm.apply_chat_template([{"role": "user", "content": "2 + 2?"}]) == "26 Jul 2024"
 
 
+def test_an_answer_in_the_chat_template_ends_at_the_end_of_a_turn(folder):
+    """As of a base model that was trained on chats: its own end of text is another token."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = "<pad>"
+    [end] = tokenizer("<|im_end|>")["input_ids"]
+    net = tiny.tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=2048)
+    net.generation_config.eos_token_id = tokenizer.eos_token_id
+    for parameter in net.parameters():
+        parameter.data *= 3
+    lm = BatchedLM(net, tokenizer, batch_size=1)
+    prompt = lm.apply_chat_template([{"role": "user", "content": IFEVAL[0]["prompt"]}])
+    ids = lm._prompt_ids(prompt)
+    answer = net.generate(torch.tensor([ids]), max_new_tokens=4, do_sample=False)[0, len(ids) :].tolist()
+    assert answer[3] not in answer[:3] and end not in answer
+    # The model ends its turn after three tokens.
+    head = net.lm_head.weight.data
+    head[[end, answer[3]]] = head[[answer[3], end]]
+
+    lm = BatchedLM(net, tokenizer, batch_size=1)
+    record = run_task(lm, "ifeval", load_tasks(["ifeval"], folder)["ifeval"], limit=1)
+    assert record["items"][0]["output"] == tokenizer.decode(answer[:3])
+    # No prompt of a chat
+    settings = {"until": [], "max_gen_toks": 12}
+    plain = Instance("generate_until", {}, (prompt, settings), 0, metadata=("t", 0, 1))
+    [text] = BatchedLM(net, tokenizer, batch_size=1).generate_until([plain])
+    assert len(text) > len(tokenizer.decode(answer[:3]))
+
+
 def test_prompts_that_were_cut_are_counted(local_tasks, tmp_path):
     net = tiny.tiny_llama(vocab_size=len(TOKENIZER), max_position_embeddings=10)
     task = load_tasks(["long"], include_path=local_tasks)["long"]  # prompts of 5, 6 and 7 tokens, answers of up to 4

@@ -1,11 +1,16 @@
 """Generation against one forward pass per token, written out."""
 
+import string
+
 import pytest
 import torch
 import transformers
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers
+from tokenizers.models import BPE
 
 import tiny
 from maskft_common.errors import UserError
+from maskft_lab.evaluation.benchmarks import code_with_tests
 from maskft_lab.generation import greedy as generation
 from maskft_lab.generation.greedy import Bounds, greedy_generate, memory_bound_rows, shared_prefix_length
 from maskft_lab.generation.row_cache import RowCache, _attention
@@ -99,6 +104,88 @@ def test_an_answer_ends_at_an_end_token(name):
     assert greedy_generate(net, TOKENIZER, questions, Bounds(12, 4)) == expected
 
 
+def llama2_tokenizer():
+    """With Llama 2's normalizer and decoder, which drops the space with which a text begins."""
+    special = ["<unk>", "<s>", "</s>"]
+    tokens = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *string.printable[:95].replace(" ", "")]
+    merges = [("▁", "▁"), ("▁▁", "▁▁"), *(("▁", letter) for letter in string.ascii_lowercase)]
+    tokens += [left + right for left, right in merges]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    backend = Tokenizer(BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    of_spaces = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(of_spaces)
+    backend.add_special_tokens([AddedToken(token, special=True) for token in special])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def finished(tokenizer, prompt, answer, **bounds):
+    """The text that is kept of an answer; and after how many tokens it is over."""
+    job = generation._Job(tiny.tiny_llama(), tokenizer, [prompt], Bounds(99, **bounds), None)
+    lengths = [length for length in range(1, len(answer) + 1) if job.is_over(0, answer[:length])]
+    length = min(lengths, default=len(answer))
+    job.finish(0, answer[:length])
+    return job.out[0], length
+
+
+def test_the_first_line_of_code_keeps_its_indentation():
+    tokenizer = llama2_tokenizer()
+    row = {"prompt": "def add(a, b):\n", "test": "def check(f):\n    assert f(1, 2) == 3", "entry_point": "add"}
+    body = "    c = a + b\n    return c"
+    prompt = tokenizer(row["prompt"])["input_ids"]
+    answer = tokenizer(row["prompt"] + body)["input_ids"][len(prompt) :]
+    assert tokenizer.decode(answer) == body[1:]
+    text, _ = finished(tokenizer, prompt, answer)
+    assert text == body
+    exec(code_with_tests(row, text), {})
+    # Special tokens between them are no text; nor is there a space at the beginning of a text.
+    assert finished(tokenizer, [*prompt, tokenizer.bos_token_id], answer)[0] == body
+    assert finished(tokenizer, [tokenizer.bos_token_id], answer)[0] == body[1:]
+    assert finished(tokenizer, prompt, [*answer, tokenizer.eos_token_id])[0] == body
+
+    # A stop string ends the answer at once, also where it begins with the dropped space.
+    for stop in (" return", "    c", " c", "c ="):
+        text, length = finished(tokenizer, prompt, answer, stop_strings=[stop])
+        assert text == body[: body.find(stop)]
+        assert tokenizer.decode([*prompt, *answer[:length]]).endswith(stop)
+
+
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, llama2_tokenizer()])
+def test_a_character_that_is_split_between_prompt_and_answer_changes_nothing(tokenizer):
+    ids = tokenizer("a é b")["input_ids"]
+    for place in range(1, len(ids)):
+        text, _ = finished(tokenizer, ids[:place], ids[place:])
+        alone = tokenizer.decode(ids[place:])
+        assert text == alone or (tokenizer is not TOKENIZER and text == f" {alone}")
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_answers_of_a_tokenizer_that_drops_spaces(name):
+    tokenizer = llama2_tokenizer()
+    classes = {
+        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+        "gemma3": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
+    }
+    net = tiny.decoder(*classes[name], vocab_size=len(tokenizer), pad_token_id=2)
+    with torch.no_grad():
+        # Tokens that begin with a space are likely, and bytes are not.
+        net.lm_head.weight[:259] = 0
+        net.lm_head.weight[-28:] *= 3
+    words = ["one two", "three", "four five six", "a b c d", "x y"]
+    questions = [tokenizer(text)["input_ids"] for text in words]
+    expected = []
+    for ids in questions:
+        row = net.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False, eos_token_id=2)[0].tolist()
+        expected.append(tokenizer.decode(row)[len(tokenizer.decode(ids)) :])
+    assert any(text.startswith(" ") for text in expected)
+    assert greedy_generate(net, tokenizer, questions, Bounds(6, 2)) == expected
+    stop = next(text[:2] for text in expected if text.startswith(" "))
+    found = greedy_generate(net, tokenizer, questions, Bounds(6, 2, stop_strings=[stop]))
+    assert found == [text.split(stop)[0] for text in expected]
+
+
 def test_finished_rows_leave_and_others_take_their_places(monkeypatch):
     net, questions = model(), prompts() + prompts(seed=1)
     stop = reference(net, questions[0], 30)[8:10]
@@ -140,6 +227,26 @@ def test_grouped_heads_are_repeated_but_on_a_cpu(device, monkeypatch):
     assert calls == ([(2, 2, True)] if device == "cpu" else [(4, 4, False)])
 
 
+@pytest.mark.parametrize("rope_type", ["longrope", "dynamic"])
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_frequencies_that_depend_on_the_length_are_left_to_transformers(rope_type, is_nested):
+    """Within a shared prefix they would be those of a short text."""
+    rope = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 4.0}
+    if rope_type == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [9.0] * 4, "original_max_position_embeddings": 32}
+    net = model(rope_parameters=rope)
+    # Shorter ones than the prefix, and longer ones. In one batch all would have the frequencies of the longest.
+    for questions in (prompts(20, (3, 9, 1, 30, 30, 7)), prompts(40)):
+        rows = [
+            net.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0, len(ids) :] for ids in questions
+        ]
+        expected = [TOKENIZER.decode(row, skip_special_tokens=True) for row in rows]
+        assert greedy_generate(net, TOKENIZER, questions, Bounds(8, 4)) == expected
+    if is_nested:
+        net.config.rope_parameters = {"full_attention": rope, "sliding_attention": {"rope_type": "default"}}
+    assert not generation._attention_is_known(net)
+
+
 def test_sliding_windows_are_left_to_transformers():
     assert generation._attention_is_known(tiny.MODELS["llama"]())
     assert not generation._attention_is_known(tiny.MODELS["gemma3"]())
@@ -175,6 +282,46 @@ def test_settings_of_the_model_are_kept(settings):
     net.generation_config.repetition_penalty = 1.001  # a bfloat16 of 2 is no smaller for it
     job = generation._Job(net, TOKENIZER, [], Bounds(), None)
     assert job.next_tokens([[5]], torch.tensor([[0.0] * 5 + [2.0, 2.0]], dtype=torch.bfloat16)) == [6]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"return_dict_in_generate": True},
+        {"num_beams": 3, "early_stopping": True, "length_penalty": 2.0},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"prompt_lookup_num_tokens": 3},
+    ],
+)
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_answers_are_greedy_whatever_search_the_model_asks_for(name, settings):
+    net, questions = tiny.MODELS[name](), [[token % 90 + 3 for token in ids] for ids in prompts(20, (3, 8, 8))]
+    plain = greedy_generate(net, TOKENIZER, questions, Bounds(12, 4))
+    net.generation_config.update(**settings)
+    assert greedy_generate(net, TOKENIZER, questions, Bounds(12, 4)) == plain
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_stop_strings_of_the_model(name):
+    net, questions = tiny.MODELS[name](), [[token % 90 + 3 for token in ids] for ids in prompts()]
+    free = greedy_generate(net, TOKENIZER, questions, Bounds(12, 4))
+    stops = [free[0][3:5], free[1][5:6]]
+    expected = greedy_generate(net, TOKENIZER, questions, Bounds(12, 4, stop_strings=stops))
+    assert expected != free
+    for of_model, of_task in ((stops, []), (stops[0], stops[1:])):
+        net.generation_config.stop_strings = of_model
+        assert greedy_generate(net, TOKENIZER, questions, Bounds(12, 4, stop_strings=of_task)) == expected
+
+
+def test_a_least_length_does_not_count_padding():
+    net, questions = model(), prompts(20, (3, 30, 3, 12))
+    # A token of the first answer ends it, but for the least length.
+    end = int(net.generate(torch.tensor(questions[:1]), max_new_tokens=3, do_sample=False)[0, -1])
+    net.generation_config.update(eos_token_id=[EOS, end], min_length=30)
+    alone = [greedy_generate(net, TOKENIZER, [ids], Bounds(12))[0] for ids in questions]
+    assert greedy_generate(net, TOKENIZER, questions, Bounds(12, 4)) == alone
+    net.generation_config.min_length = 0
+    assert greedy_generate(net, TOKENIZER, questions, Bounds(12, 4)) != alone
 
 
 @pytest.mark.parametrize("make", [tiny.tiny_llama, tiny.tiny_gpt2])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from maskft_common.errors import UserError
+from maskft_lab.cli.main import main
 from maskft_lab.results.compare import compare
 from maskft_lab.results.comparison import Settings
 from maskft_lab.results.reading import read_all
@@ -123,9 +124,52 @@ def test_a_metric_that_is_no_mean_of_items_is_left_out(folders):
         summary = json.loads(file.read_text())
         summary["results"]["sums"]["acc,none"] = 0.123  # of the whole corpus
         file.write_text(json.dumps(summary))
-    assert [row.metric for row in compare(read_all(map(str, folders)), settings=Settings(200)).differences] == [
-        "acc_norm"
-    ]
+    with pytest.warns(UserWarning, match="acc is left out: not a mean over the documents"):
+        results = read_all(map(str, folders))
+    assert [row.metric for row in compare(results, settings=Settings(200)).differences] == ["acc_norm"]
+
+
+def test_a_metric_without_a_number_on_one_document_is_left_out_and_named(folders):
+    rows = rows_of(folders[0])
+    rows[3]["acc"] = None
+    write_rows(folders[0], rows)
+    with pytest.warns(UserWarning, match="acc is left out: a number on 23 of 24 documents"):
+        (result,) = read_all([str(folders[0])])
+    assert list(result["tasks"]["sums"]["metrics"]) == ["acc_norm"]
+
+    (file,) = folders[0].glob("results_*.json")
+    summary = json.loads(file.read_text())
+    summary["higher_is_better"] = {}
+    file.write_text(json.dumps(summary))
+    without = "acc_norm: without a direction in higher_is_better"
+    refuse([folders[0]], rf"no metric can be compared \(acc: a number on 23 of 24 documents; {without}\)")
+
+
+def test_results_may_be_named_by_the_user(folders, capsys):
+    """--output_path scores.json makes scores_DATE.json."""
+    for folder in folders:
+        (file,) = folder.glob("results_*.json")
+        file.rename(file.with_name(file.name.replace("results_", "scores_")))
+    assert len(read_all(map(str, folders))) == 2
+    (file,) = folders[0].glob("scores_*.json")
+    shutil.copy(file, file.with_name(file.name.replace("scores_", "more_")))
+    refuse([folders[0]], "found 2 results files of lm-eval for it; keep results_.*json beside it")
+
+
+def test_metrics_with_a_filter_can_be_named(folders, capsys):
+    """Their names have a comma, as the separator of names."""
+    for folder in folders:
+        rows = []
+        for row in rows_of(folder):
+            rows += [row | {"filter": name} for name in ("strict-match", "flexible-extract")]
+        write_rows(folder, rows)
+    wanted = "acc,flexible-extract,acc_norm,strict-match"
+    assert (
+        main(["compare", *map(str, folders), "--metrics", wanted, "--num_resamples", "1000", "--format", "json"]) == 0
+    )
+    found = json.loads(capsys.readouterr().out)
+    metrics = {row["metric"] for row in found["differences"]}
+    assert metrics == {"acc,flexible-extract", "acc_norm,strict-match"}
 
 
 def test_damage_ends_in_one_line(folders):
@@ -152,4 +196,4 @@ def test_damage_ends_in_one_line(folders):
     summary.write_text(json.dumps(content | {"config": "dummy"}))
     refuse([folders[0]], "results_.*not a results file of lm-eval")
     summary.unlink()
-    refuse([folders[0]], "results_.*cannot be read .*keep it beside its samples")
+    refuse([folders[0]], "found 0 results files of lm-eval for it; keep results_.*json beside it")

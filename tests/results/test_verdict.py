@@ -109,6 +109,24 @@ def test_the_parent_is_found_where_the_baseline_is_another():
     assert (first.parent.baseline, first.parent.method) == ("full", "mask")
 
 
+@pytest.mark.parametrize("mask", [150, 209, 260])
+def test_a_verdict_agrees_with_the_table_whichever_of_the_two_is_the_baseline(mask):
+    """The table corrects for all its rows: 209 of 400 against 200 is no claim beside them."""
+    said = []
+    for baseline in ("full", "mask"):
+        comparison = compared(family(mask, 230), baseline)
+        parent = comparison.verdicts[0].parent
+        assert (parent.method, parent.baseline, parent.value) == ("mask", "full", mask / NUM_ITEMS)
+        other = "mask" if baseline == "full" else "full"
+        (row,) = (row for row in comparison.differences if row.method == other)
+        sign = 1 if baseline == "full" else -1
+        assert parent.difference == sign * row.difference and parent.p_adjusted == row.p_adjusted
+        assert sorted((parent.ci_low, parent.ci_high)) == sorted((sign * row.ci_low, sign * row.ci_high))
+        assert (parent.won, parent.lost)[::sign] == (row.won, row.lost)
+        said.append(parent.verdict)
+    assert said[0] == said[1]
+
+
 def test_no_model_is_called_the_parent_that_is_known_to_be_another():
     results = [result("lora", "lora", 150, start="none") | {}, result("mask", "mask", 260)]
     results[0]["model"]["adapter"] = "l"

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ..results import FORMATS
+
+if TYPE_CHECKING:
+    from ..results.schema import Result
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -121,7 +126,7 @@ def _compared(args: argparse.Namespace) -> str:
     results = read_all(args.results)
     # None: all tasks, and all metrics.
     tasks = _names(args.tasks)
-    metrics = _names(args.metrics)
+    metrics = _metric_names(args.metrics, results)
 
     # Results of one name are seeds of one method. With --baseline a comparison is meant: `compare` raises.
     methods = {result["name"] for result in results}
@@ -133,6 +138,27 @@ def _compared(args: argparse.Namespace) -> str:
 
     comparison = compare(results, args.baseline, tasks=tasks, metrics=metrics, settings=settings)
     return render(comparison, args.format)
+
+
+def _metric_names(value: str | None, results: Sequence[Result]) -> list[str] | None:
+    """Names of metrics, of which lm-eval's have a comma before the filter of the answer."""
+    names = _names(value)
+    if names is None:
+        return None
+    known: set[str] = set()
+    for result in results:
+        for record in result["tasks"].values():
+            known.update(record["metrics"])
+
+    joined: list[str] = []
+    for name in names:
+        # exact_match,strict-match has been taken apart.
+        with_filter = f"{joined[-1]},{name}" if joined else None
+        if with_filter in known and name not in known:
+            joined[-1] = with_filter
+        else:
+            joined.append(name)
+    return joined
 
 
 def _names(value: str | None) -> list[str] | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
+import shlex
 import time
 import warnings
 from importlib.util import find_spec
@@ -117,8 +119,9 @@ def _is_other_model(model: str | None) -> bool:
 def _print_recipe(model: str | None) -> None:
     """Print the recipe as a file for ``maskft study``."""
     text = _recipe_file(model).read_text(encoding="utf-8")
-    model_line = f"model: {model or _FILES / 'model'}"
-    launch = f"Launch: maskft study demo.yaml --data_dir {_FILES}"
+    name = model or str(_FILES / "model")
+    model_line = f"model: {_yaml_text(name)}"
+    launch = f"Launch: maskft study demo.yaml --data_dir {shlex.quote(str(_FILES))}"
 
     # As text, which keeps the comments that a YAML library would drop. By functions, because re would take a backslash
     # in a path for an escape.
@@ -127,6 +130,15 @@ def _print_recipe(model: str | None) -> None:
     if _is_other_model(model):
         text = re.sub(r"^tokens_per_s: .*\n", "", text, flags=re.MULTILINE)
     print(text, end="")
+
+
+def _yaml_text(text: str) -> str:
+    """A text as a value in YAML, in quotes unless it is the name of a model or a path as most are."""
+    # Others could be a number (1e3), a truth value (no), or end early (at " #").
+    if re.fullmatch(r"[A-Za-z./][\w.]*[/-][\w./-]*", text):
+        return text
+    # A text in JSON is one in YAML.
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _content(args: argparse.Namespace) -> dict[str, Any]:

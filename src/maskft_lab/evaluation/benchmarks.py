@@ -20,7 +20,7 @@ from maskft.data.sources import check_unicode, read_file
 from maskft_common.errors import UserError, first_line, install_hint
 from maskft_common.files import expand_user
 
-ENDINGS = r"\.(jsonl|jsonl\.gz|json|json\.gz|parquet)"
+ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 
 # These instructions of IFEval split text with NLTK's tables; all others need no data.
 _PUNKT_INSTRUCTIONS = (
@@ -274,7 +274,7 @@ def find_file(task: str, folder: Path) -> Path:
         problem = f"several test files of {task} ({names}); keep one"
     else:
         pattern = BENCHMARKS[task].files
-        problem = f"no test file of {task}; its name must match {pattern!r} (.jsonl, .jsonl.gz, .parquet)"
+        problem = f"no test file of {task}; its name must match {pattern!r} ({', '.join(ENDINGS)})"
     raise UserError(f"data_dir {str(folder)!r} holds {problem}")
 
 
@@ -283,7 +283,8 @@ def benchmark_files(task: str, folder: Path) -> list[Path]:
     if task not in BENCHMARKS:
         return []
     # The whole name must match: ``humaneval_plus.jsonl`` must not be taken for a file of humaneval.
-    pattern = re.compile(f"({BENCHMARKS[task].files}){ENDINGS}", re.IGNORECASE)
+    endings = "|".join(map(re.escape, ENDINGS))
+    pattern = re.compile(f"({BENCHMARKS[task].files})({endings})", re.IGNORECASE)
     named = [path for path in folder.rglob("*") if pattern.fullmatch(path.name)]
     return sorted(path for path in named if path.is_file())
 

@@ -13,7 +13,14 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from maskft.masks.merge import adapter_tokenizer, one_line
-from maskft.models import check_model_source, check_tokenizer_fits, load_model, load_tokenizer
+from maskft.models import (
+    check_model_source,
+    check_tokenizer_fits,
+    is_local_folder,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
 from maskft.tuner.quantized import keep_codes
 from maskft.weights import lerp
 from maskft_common.errors import UserError, first_line
@@ -58,11 +65,56 @@ def check_models(options: EvaluationArguments) -> None:
     Raises:
         UserError: For the first mistake.
     """
+    name, revision = options.model_name_or_path, None
     if options.change:
-        check_model_source(options.model_name_or_path)
+        check_model_source(name)
+        # A dict keeps the order: the first mistake is the one in the message.
+        for change in dict.fromkeys(options.change):
+            _check_change(change)
     else:
-        base_and_revision(options.model_name_or_path, options.adapter or [NO_ADAPTER])
+        name, revision = base_and_revision(name, options.adapter or [NO_ADAPTER])
     check_device(options.device)
+    if options.chat_template_path is not None:
+        first, *_ = options.change or options.adapter or [NO_ADAPTER]
+        # It reads the template first, and of the model its tokenizer alone.
+        _tokenizer(first, name, options.chat_template_path, options.model_revision or revision or "main")
+
+
+def _check_change(change: str) -> None:
+    """Raise for a change that is certainly neither an adapter nor a whole model."""
+    if change == NO_ADAPTER or holds_adapter(change):
+        return
+    check_model_source(change)
+    if is_local_folder(change):
+        return
+    # A name of the hub, or a folder that is not here. Of the model no more than its configuration is read.
+    try:
+        load_config(change)
+    except UserError as error:
+        raise UserError(
+            f"change {change!r} is neither a folder here, with an adapter or a model, nor a model that the hub gives "
+            f"({error}); name a folder"
+        ) from error
+
+
+def _tokenizer(
+    source: str,
+    base: str,
+    template: str | None,
+    revision: str,
+):
+    """The tokenizer of a base model, or of an adapter or a changed model that brings one along.
+
+    Args:
+        source: Folder of the adapter or of the changed model, or ``none``.
+        base: Folder or hub name of the base model.
+        template: File that becomes the chat template.
+        revision: Of a base on the hub.
+    """
+    if source == NO_ADAPTER:
+        return load_tokenizer(base, template, revision=revision)
+    # Training may have saved another tokenizer or chat template beside the adapter.
+    return adapter_tokenizer(source, base, template, revision=revision)
 
 
 def load_each(options: EvaluationArguments) -> Iterator[Loaded]:
@@ -201,11 +253,7 @@ class _Base:
             identity: A text that changes with the weights.
             before: Weights of the base by name, for a change.
         """
-        # Training may have saved another tokenizer or chat template beside the adapter.
-        if source == NO_ADAPTER:
-            tokenizer = load_tokenizer(self.name, self.template, revision=self.revision)
-        else:
-            tokenizer = adapter_tokenizer(source, self.name, self.template, revision=self.revision)
+        tokenizer = _tokenizer(source, self.name, self.template, self.revision)
         check_tokenizer_fits(model, tokenizer)
         facts = {
             "name_or_path": portable_name(self.name),

@@ -29,6 +29,8 @@ from .row_cache import RowCache, attention
 MAX_BATCH_SIZE = 64
 MIN_SHARED_TOKENS = 16  # a shorter prefix is not worth a separate forward pass
 PROBE_TOKENS = 24
+# Of the end of a prompt, with which the beginning of its answer is decoded.
+CONTEXT_TOKENS = 16
 
 # Settings in a model's generation_config that this code follows, or that change no greedy answer. A model with any
 # other setting is left to transformers.
@@ -36,6 +38,7 @@ SUPPORTED_SETTINGS = {
     # followed
     "repetition_penalty",
     "no_repeat_ngram_size",
+    "stop_strings",
     "eos_token_id",
     "pad_token_id",
     # of sampling
@@ -48,6 +51,12 @@ SUPPORTED_SETTINGS = {
     # replaced by Bounds
     "max_length",
     "max_new_tokens",
+    # of beam search
+    "num_beams",
+    "early_stopping",
+    "length_penalty",
+    # of other ways to the same answer
+    "prompt_lookup_num_tokens",
     # without influence on the answer
     "bos_token_id",
     "use_cache",
@@ -59,6 +68,10 @@ SUPPORTED_SETTINGS = {
     "return_dict_in_generate",
     "transformers_version",
 }
+
+# Kinds of rotary position embeddings whose frequencies, and so all keys, depend on the longest position of a forward
+# pass.
+_ROPE_BY_LENGTH = ("dynamic", "longrope")
 
 # Errors of models with another kind of cache, mask or attention, wherever in their code it matters.
 _OTHER_ARCHITECTURE = (
@@ -305,11 +318,19 @@ class _Job:
 
         # Whether an answer has reached a stop string is checked at every token. Decoding all of the answer each time
         # would be quadratic: the last tokens are enough, because a stop string has at most as many tokens as bytes.
-        self.stop_strings = list(bounds.stop_strings)
+        of_model = config.stop_strings or []  # a text, a list, or None
+        if isinstance(of_model, str):
+            of_model = [of_model]
+        # An empty one would end every answer at once.
+        self.stop_strings = [stop for stop in [*bounds.stop_strings, *of_model] if stop]
         self.lookback = 0
         for stop in self.stop_strings:
             num_bytes = len(stop.encode())
             self.lookback = max(self.lookback, num_bytes)
+
+        # Tokens that decoding drops.
+        added = tokenizer.added_tokens_decoder
+        self.special_ids = {token_id for token_id, token in added.items() if token.special}
 
         # In the order in which transformers applies them: a penalty changes logits that the ban on n-grams then
         # removes.
@@ -336,23 +357,68 @@ class _Job:
         tokens_B = logits_BV.argmax(-1)
         return tokens_B.tolist()
 
-    def is_over(self, tokens: list[int]) -> bool:
-        """Whether the answer ``tokens`` ends with its last token."""
+    def is_over(
+        self,
+        index: int,
+        tokens: list[int],
+    ) -> bool:
+        """Whether the answer ``tokens`` to one prompt ends with its last token."""
         # The conditions that cost nothing first: decoding is slow.
         if tokens[-1] in self.eos_ids:
             return True
         if len(tokens) >= self.bounds.max_new_tokens:
             return True
-        return self.has_stop_string(tokens)
+        return self.has_stop_string(index, tokens)
 
-    def has_stop_string(self, tokens: list[int]) -> bool:
-        """Whether the last tokens of an answer hold a stop string."""
+    def has_stop_string(
+        self,
+        index: int,
+        tokens: list[int],
+    ) -> bool:
+        """Whether the last tokens of an answer to one prompt hold a stop string."""
         if not self.stop_strings:
             return False
         # With special tokens: lm-eval has the text of one, such as <|im_end|>, among its stop strings.
-        last_tokens = tokens[-self.lookback :]
-        tail = self.tokenizer.decode(last_tokens, skip_special_tokens=False)
+        if len(tokens) > self.lookback:
+            # One token more, because a decoder may drop the space with which its first token begins.
+            last_tokens = tokens[-self.lookback - 1 :]
+            tail = self.tokenizer.decode(last_tokens, skip_special_tokens=False)
+        else:
+            tail = self.text_of(index, tokens, skip_special_tokens=False)
         return any(stop in tail for stop in self.stop_strings)
+
+    def text_of(
+        self,
+        index: int,
+        tokens: list[int],
+        skip_special_tokens: bool,
+    ) -> str:
+        """The text of an answer as it follows its prompt.
+
+        Decoders of SentencePiece's vocabularies, such as Llama 2's, drop the space with which a text begins: of code,
+        the first line would lose a part of its indentation.
+
+        Args:
+            index: Of the prompt.
+            tokens: Of the answer.
+            skip_special_tokens: Whether special tokens have no text.
+        """
+        # All of it at once: tokens decoded one by one would lose spaces and characters of several tokens.
+        alone = self.tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
+        # Without special tokens: the first text after <s> has no space before it.
+        end_of_prompt = self.prompts[index][-CONTEXT_TOKENS:]
+        context = [token for token in end_of_prompt if token not in self.special_ids]
+        if not tokens or not context:
+            return alone
+
+        before = self.tokenizer.decode(context, skip_special_tokens=skip_special_tokens)
+        both = self.tokenizer.decode([*context, *tokens], skip_special_tokens=skip_special_tokens)
+        # Only spaces are put back. The text may differ in more where a character is split between prompt and answer.
+        num_dropped = len(both) - len(before) - len(alone)
+        if num_dropped <= 0:
+            return alone
+        restored = " " * num_dropped + alone
+        return restored if both == before + restored else alone
 
     def finish(
         self,
@@ -363,8 +429,7 @@ class _Job:
         # Not all of these need be special tokens, which decoding drops: Gemma's <end_of_turn> was none.
         ends = [place for place, token in enumerate(tokens) if token in self.eos_ids]
         tokens = tokens[: min(ends, default=None)]
-        # All of it at once: tokens decoded one by one would lose spaces and characters of several tokens.
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        text = self.text_of(index, tokens, skip_special_tokens=True)
         ends = [text.find(stop) for stop in self.stop_strings]
         found = [end for end in ends if end >= 0]
         if found:
@@ -383,11 +448,18 @@ class _StopStrings(StoppingCriteria):
 
     Args:
         job: Knows the stop strings.
+        indices: Of the prompts in the batch.
         prompt_length: Tokens of each prompt with its padding.
     """
 
-    def __init__(self, job: _Job, prompt_length: int):
+    def __init__(
+        self,
+        job: _Job,
+        indices: Sequence[int],
+        prompt_length: int,
+    ):
         self.job = job
+        self.indices = indices
         self.prompt_length = prompt_length
 
     def __call__(
@@ -397,8 +469,10 @@ class _StopStrings(StoppingCriteria):
         **kwargs,
     ) -> Tensor:
         answers_BT = input_ids[:, self.prompt_length :]
-        last_tokens_BT = answers_BT[:, -self.job.lookback :]
-        is_over = [self.job.has_stop_string(tokens) for tokens in last_tokens_BT.tolist()]
+        # No more than are looked at. One more than a stop string has shows that they are not the whole answer.
+        last_tokens_BT = answers_BT[:, -self.job.lookback - 1 :]
+        pairs = zip(self.indices, last_tokens_BT.tolist(), strict=True)
+        is_over = [self.job.has_stop_string(index, tokens) for index, tokens in pairs]
         return torch.tensor(is_over, device=input_ids.device)
 
 
@@ -460,7 +534,7 @@ def _generate_in_rows(
             row.ids.append(token)
             prompt_length = lengths[row.index]
             answer = row.ids[prompt_length:]
-            if job.is_over(answer):
+            if job.is_over(row.index, answer):
                 job.finish(row.index, answer)
                 # The last open row takes this place: in ``rows`` they change places, in the cache it is copied over.
                 num_open -= 1
@@ -479,11 +553,25 @@ def _settings_are_known(model) -> bool:
 
 def _attention_is_known(model) -> bool:
     """Whether `RowCache` computes this model's attention; it is tried, because a list of architectures ages."""
+    # The few tokens that are tried would not show it: frequencies change at a length of thousands.
+    if _rope_depends_on_length(model):
+        return False
     if model.dtype != torch.float32:
         return _rows_are_as_plain(model)
     # Without autocast: rounding in bfloat16 can exceed the tolerance, and a larger one would admit wrong positions.
     with torch.autocast(model.device.type, enabled=False):
         return _rows_are_as_plain(model)
+
+
+def _rope_depends_on_length(model) -> bool:
+    """Whether the keys of a token depend on how many tokens are read together with it."""
+    config = model.config.get_text_config()
+    # transformers before version 5 has the older name.
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    # Of a model with several kinds of layers: those of each kind by its name.
+    parts = [part for part in parameters.values() if isinstance(part, dict)]
+    types = [part.get("rope_type", part.get("type")) for part in [parameters, *parts]]
+    return any(rope_type in _ROPE_BY_LENGTH for rope_type in types)
 
 
 def _rows_are_as_plain(model) -> bool:
@@ -532,10 +620,27 @@ def _rows_are_as_plain(model) -> bool:
     return bool((errors_N <= tolerance).all())
 
 
+def _batches(job: _Job, batch_size: int) -> list[list[int]]:
+    """Indices of prompts that are answered together by ``model.generate``, the longest first."""
+    lengths = [len(prompt) for prompt in job.prompts]
+    has_min_length = bool(job.model.generation_config.min_length)
+    if not has_min_length and not _rope_depends_on_length(job.model):
+        return length_sorted_batches(lengths, batch_size)
+
+    # transformers takes the padded length for that of each prompt: no batch has padding.
+    (order,) = length_sorted_batches(lengths, len(lengths))
+    out: list[list[int]] = []
+    for index in order:
+        is_new = not out or len(out[-1]) == batch_size or lengths[out[-1][0]] != lengths[index]
+        if is_new:
+            out.append([])
+        out[-1].append(index)
+    return out
+
+
 def _generate_in_batches(job: _Job, batch_size: int) -> None:
     """Answer the prompts by ``model.generate``."""
-    lengths = [len(prompt) for prompt in job.prompts]
-    for indices in length_sorted_batches(lengths, batch_size):
+    for indices in _batches(job, batch_size):
         prompts = [job.prompts[index] for index in indices]
         ids_BT, mask_BT = pad(
             prompts,
@@ -546,7 +651,7 @@ def _generate_in_batches(job: _Job, batch_size: int) -> None:
         prompt_length = ids_BT.shape[1]
         criteria = StoppingCriteriaList()
         if job.stop_strings:
-            criteria.append(_StopStrings(job, prompt_length))
+            criteria.append(_StopStrings(job, indices, prompt_length))
         generated_BT = job.model.generate(
             input_ids=ids_BT,
             attention_mask=mask_BT,
@@ -556,6 +661,11 @@ def _generate_in_batches(job: _Job, batch_size: int) -> None:
             temperature=None,
             top_p=None,
             top_k=None,
+            # A model's own settings may ask for another kind of search, or another kind of result.
+            num_beams=1,
+            num_return_sequences=1,
+            prompt_lookup_num_tokens=None,
+            return_dict_in_generate=False,
             pad_token_id=job.pad_id,
             eos_token_id=sorted(job.eos_ids),
             stop_strings=None,  # the job's have a criterion of their own

@@ -9,7 +9,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from maskft.data.tokenizing import TEMPLATE_DATE
+from maskft.data.tokenizing import TEMPLATE_DATE, end_of_turn
 from maskft_common.errors import UserError
 from maskft_common.progress_bar import Progress
 
@@ -55,6 +55,17 @@ class BatchedLM(HFLM):
                 chat_template_args={"date_string": TEMPLATE_DATE},
             )
         self.rows = batch_size
+        self._chats: set[str] = set()
+
+    def apply_chat_template(
+        self,
+        chat_history: list[dict[str, str]],
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """lm-eval's own; the prompt is remembered, because its answer ends where the template ends a turn."""
+        prompt = super().apply_chat_template(chat_history, add_generation_prompt)
+        self._chats.add(prompt)
+        return prompt
 
     def generate_until(
         self,
@@ -118,7 +129,12 @@ class BatchedLM(HFLM):
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         candidates = [*settings["until"], eos]
         stop_strings = [stop for stop in candidates if stop]
-        bounds = Bounds(max_new_tokens, self.rows, stop_strings)
+        bounds = Bounds(
+            max_new_tokens,
+            self.rows,
+            stop_strings,
+            self._end_tokens(requests),
+        )
         with Progress() as progress:
             bar = progress.add_task(task_name or "answers", total=len(prompts))
 
@@ -138,6 +154,16 @@ class BatchedLM(HFLM):
                 bounds,
                 on_answer,
             )
+
+    def _end_tokens(self, requests) -> list[int]:
+        """Tokens that end an answer, beside the tokenizer's and the model's own: a base model's may be another one."""
+        text, _ = requests[0].args
+        # A task puts all of its prompts into the chat template, or none.
+        if text not in self._chats:
+            return []
+        # Any question: the end of a turn depends on the template alone.
+        token_id = end_of_turn([{"role": "user", "content": "What is 6 times 7?"}], self.tokenizer)
+        return [] if token_id is None else [token_id]
 
     def _prompt_ids(self, text: str) -> list[int]:
         # lm-eval's own encoding, so that special tokens are added exactly where it adds them.

@@ -6,6 +6,7 @@ Shapes: S seeds, N items, U units that are drawn (items, or clusters of items).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from operator import itemgetter
 
@@ -104,6 +105,12 @@ class Measured:
             mean, _ = weighted_mean(diffs_N, self.sample.weights)
             means.append(mean)
         return means
+
+    def mirrored(self) -> Measured:
+        """Return it with the two sides exchanged, for its differences of seeds; the resamples stay."""
+        other = copy(self)
+        other.sample = replace(self.sample, values_SN=self.sample.baseline_SN, baseline_SN=self.sample.values_SN)
+        return other
 
     def interval(self, confidence: float) -> Interval:
         """Return the unadjusted interval; that of a difference of shares is within [-1, 1].

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,8 +83,7 @@ def read_samples(
             raise UserError(f"{file}: the folder has a second log of task {task}: name single files")
 
         # The file of one evaluation with the same date: directions of metrics, versions and settings.
-        results_file = file.with_name(f"results_{found['date']}.json")
-        summary = _summary(results_file)
+        summary = _summary(_results_file(file, found["date"]))
         try:
             tasks[task] = _task(file, task, summary)
         except UserError:
@@ -111,6 +111,22 @@ def read_samples(
     result = build_result(name, {"name_or_path": name}, settings, tasks)
     result["environment"] = {"packages": packages}  # of the evaluation, not of this process
     return result
+
+
+def _results_file(file: Path, date: str) -> Path:
+    """Return the file of the evaluation that wrote these samples.
+
+    Raises:
+        UserError: If there is none, or several.
+    """
+    usual = file.with_name(f"results_{date}.json")
+    if usual.is_file():
+        return usual
+    # With an --output_path that names a file, it is called by that.
+    others = sorted(file.parent.glob(f"*_{date}.json"))
+    if len(others) != 1:
+        raise UserError(f"{file}: found {len(others)} results files of lm-eval for it; keep {usual.name} beside it")
+    return others[0]
 
 
 def _summary(file: Path) -> dict[str, Any]:
@@ -147,19 +163,27 @@ def _task(
     del names["id"]
 
     metrics = {}
+    left_out: dict[str, str] = {}
     for name in names:
         values = [item.get(name) for item in items]
         metric, _, _ = name.partition(",")  # without its filter
         direction = directions.get(metric)
-        # Left out: metrics that are not numbers, have no direction, or are parts of a score of the whole corpus.
-        if not isinstance(direction, bool):
-            continue
-        if not all(is_finite(value) for value in values):
-            continue
-        if _is_mean(reported, name, values):
+        num_numbers = sum(is_finite(value) for value in values)
+        if num_numbers < len(values):
+            left_out[name] = f"a number on {num_numbers} of {len(values)} documents"
+        elif not isinstance(direction, bool):
+            left_out[name] = "without a direction in higher_is_better"
+        elif not _is_mean(reported, name, values):
+            left_out[name] = "not a mean over the documents"
+        else:
             metrics[name] = metric_from_items(items, name, higher_is_better=direction)
     if not metrics:
-        raise UserError(f"{file}: no metric is a number per item, so there is nothing to compare")
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+        raise UserError(f"{file}: no metric can be compared ({reasons or 'there is none'})")
+    # Pairs of texts, of a score of the whole corpus, are no numbers on any document, and nobody expects them.
+    for name, reason in left_out.items():
+        if not reason.startswith("a number on 0 of"):
+            warnings.warn(f"{file}: {name} is left out: {reason}")
 
     # Without the metrics left out above: `check_result` raises for a metric of items whose values are not numbers.
     kept = ("id", *metrics)

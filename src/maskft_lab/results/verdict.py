@@ -118,12 +118,13 @@ def verdicts_on_masks(
     control that is ahead of such a mask in the first metric is named as that: a loss that is lower than the control's
     would hide it.
 
-    All masks against their parents are a family for Holm's correction, all masks against their controls another.
+    All masks against their parents are a family for Holm's correction (where the table has them, that of the table),
+    all masks against their controls another.
 
     Args:
         groups: All results by name.
         rows: Differences from the baseline, judged, with their samples. They are used again if the baseline is the
-            parent, so that the verdict agrees with the table.
+            parent or the mask, so that the verdict agrees with the table.
         settings: As of the comparison.
     """
     differences = [difference for difference, _ in rows]
@@ -145,10 +146,11 @@ def verdicts_on_masks(
 
     def against_parents(metrics: Mapping[str, str]) -> dict[str, Row]:
         """Return each mask against its parent, in the metric of the mask."""
-        # Differences from the baseline are judged already, in the family of the table.
+        # Differences from the baseline are judged already, in the family of the table. Of a mask that is the baseline
+        # the table has its parent minus the mask.
         pairs: list[Pair] = []
         for mask, parent in kin.parents.items():
-            if parent != baseline:
+            if baseline not in (mask, parent):
                 pairs.append((mask, parent))
         judged = _judged(
             groups,
@@ -161,6 +163,8 @@ def verdicts_on_masks(
         for mask, parent in kin.parents.items():
             if parent == baseline:
                 found[mask] = from_baseline[mask, metrics[mask]]
+            elif mask == baseline:
+                found[mask] = mirrored(from_baseline[parent, metrics[mask]])
             else:
                 found[mask] = judged[mask, parent]
         return found
@@ -257,6 +261,37 @@ def _strongest(controls: Sequence[Row]) -> Row | None:
         return sign * difference.baseline_value
 
     return max(controls, key=strength, default=None)
+
+
+def mirrored(row: Row) -> Row:
+    """Return the difference with the two models exchanged, judged as before."""
+    difference, measured = row
+    verdicts = {BETTER: WORSE, WORSE: BETTER}
+    by_seed = None
+    if difference.by_seed is not None:
+        by_seed = [-value for value in difference.by_seed]
+    unadjusted_low = None
+    unadjusted_high = None
+    if difference.unadjusted_low is not None and difference.unadjusted_high is not None:
+        unadjusted_low = -difference.unadjusted_high
+        unadjusted_high = -difference.unadjusted_low
+    exchanged = replace(
+        difference,
+        method=difference.baseline,
+        baseline=difference.method,
+        value=difference.baseline_value,
+        baseline_value=difference.value,
+        difference=-difference.difference,
+        won=difference.lost,
+        lost=difference.won,
+        ci_low=-difference.ci_high,
+        ci_high=-difference.ci_low,
+        unadjusted_low=unadjusted_low,
+        unadjusted_high=unadjusted_high,
+        verdict=verdicts.get(difference.verdict, difference.verdict),
+        by_seed=by_seed,
+    )
+    return exchanged, measured.mirrored()
 
 
 def silence(row: Difference) -> str | None:
