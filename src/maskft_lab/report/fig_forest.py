@@ -96,7 +96,7 @@ def against_mask_chart(evidence: Evidence) -> Chart:
 
     text = (
         f"Each model minus {comparison.baseline}. Intervals hold together over all rivals and metrics of a family, so "
-        "they are wider than those of the verdict, which is about controls alone."
+        "they are wider than those of the verdict, which is about controls alone and may tell more apart."
     )
     return Chart(text, panels, _table(comparison.differences))
 
