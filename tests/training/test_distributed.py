@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -253,6 +254,22 @@ def test_a_finished_run_is_given_again_and_saved_modules_are_refused(arguments, 
     settings = {"mask_modules_to_save": "lm_head", "accelerate_config": "fsdp2", **LAUNCH}
     result = call(["maskft_lab.cli.main", *arguments(output_dir=tmp_path / "head", **settings)])
     assert result.returncode == 2 and "modules_to_save does not train under FSDP" in result.stderr
+
+
+@pytest.mark.slow
+def test_the_next_line_of_the_log_after_a_resume_is_that_of_an_undisturbed_run(arguments, tmp_path):
+    """Bit for bit: each process goes on from its own sum of losses, and the mean is taken last."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    options = {"method": "full", "max_steps": 12, "save_steps": 5, "eval_steps": 5, "logging_steps": 12, **LAUNCH}
+    words = arguments(output_dir=whole, accelerate_config="multi_gpu", keep_last=None, **options)
+    assert call(["maskft_lab.cli.main", *words]).returncode == 0
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoint-10")
+    (cut / TRAINING).unlink()
+    words = arguments(output_dir=cut, accelerate_config="multi_gpu", keep_last=None, **options)
+    result = call(["maskft_lab.cli.main", *words, "--resume_from_checkpoint", "true"])
+    assert result.returncode == 0, result.stderr
+    assert losses(cut) == losses(whole) and (12, "loss") in losses(whole)
 
 
 @pytest.mark.slow

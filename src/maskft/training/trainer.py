@@ -25,7 +25,7 @@ from maskft_common import files, layout, memory, processes
 from maskft_common.errors import NOT_UPDATED, NotFiniteError, UserError, first_line
 
 from ..data.prepared import Prepared
-from ..loss import HeldoutLoss, RowLoss, mean_nll, widest_float
+from ..loss import HeldoutLoss, RowLoss, mean_nll
 from ..masks.mask_set import MaskSet
 from ..tuner import MaskProgress, set_mask_progress
 from .arguments import TrainConfig, trainer_arguments
@@ -386,9 +386,13 @@ class MaskTrainer(SFTTrainer):
         self.state.compute_steps(self.args, self.state.max_steps)
 
         # In place of the zeros with which the Trainer begins a run, so that the next line of the log is that of an
-        # uninterrupted run. Every process gets the mean: the log is a mean over processes as well.
+        # uninterrupted run.
         kept = files.read_json(checkpoint / layout.LOGGED)
-        self._tr_loss.fill_(kept["loss"])
+        loss = kept["loss"]
+        # Of each process its own; a checkpoint of an earlier version has the mean.
+        if isinstance(loss, list):
+            loss = loss[processes.rank()]
+        self._tr_loss.fill_(loss)
         self._globalstep_last_logged = kept["step"]
         # As if the run had started earlier by the time before its checkpoint.
         self.started -= kept["seconds"]
@@ -423,16 +427,14 @@ class MaskTrainer(SFTTrainer):
 
     def _save_log_state(self, folder: Path) -> None:
         """Save the time so far and the loss since the last line of the log, which transformers does not save."""
-        # The mean over the processes, each of which has summed the loss of its own batches. A copy, because reduce_
-        # writes in place.
-        own_loss = self._tr_loss.detach().to(widest_float(self._tr_loss.device)).clone()
-        loss = processes.reduce_(own_loss)
-        loss = loss / processes.num_processes()
+        # Each process has summed the loss of its own batches. Their mean would not do: sums that go on from it are
+        # rounded in another order than those of an undisturbed run.
+        losses = processes.gather(self._tr_loss.item())
         if not processes.is_main():
             return
 
         content = {
-            "loss": loss.item(),
+            "loss": losses,
             "step": self._globalstep_last_logged,
             "seconds": time.perf_counter() - self.started,
         }
