@@ -1,6 +1,7 @@
 """``maskft merge`` into a checkpoint: the base is checked in any dtype, and what is written is said."""
 
 import gc
+import json
 import shutil
 import warnings
 
@@ -58,6 +59,12 @@ def test_a_base_stored_in_float16_is_compared_as_it_is_stored(base, tmp_path):
         merge(tmp_path / "adapter", tmp_path / "merged", str(half[1]))
     assert not (tmp_path / "merged").exists()
     merge(tmp_path / "adapter", tmp_path / "merged", str(half[0]))
+
+    # Over codes it was trained with other values than those of the model that they were made from.
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_quantisation": "bitsandbytes nf4"}))
+    with pytest.warns(UserWarning, match="stored as bitsandbytes nf4, and these are stored as float16"):
+        merge(tmp_path / "adapter", tmp_path / "of_codes", str(half[1]))
 
 
 def test_a_base_without_a_tokenizer_is_found_before_the_model_is_loaded(base, tmp_path, monkeypatch):

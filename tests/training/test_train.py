@@ -229,6 +229,36 @@ def test_a_resumed_run_sees_the_same_rows_and_a_finished_one_trains_nothing(opti
     assert (cut / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
+def test_weights_that_an_optimizer_averages_are_the_ones_that_are_measured_and_saved(arguments, capsys, monkeypatch):
+    """As schedule_free_adamw does: its weights between steps are not its result until eval() is called."""
+    seen = []
+
+    class Averaging(torch.optim.SGD):
+        mode = "train"
+
+        def train(self):
+            self.mode = "train"
+
+        def eval(self):
+            self.mode = "eval"
+
+    def create(self, *args, **kwargs):
+        self.optimizer = Averaging(self.model.parameters(), lr=1e-3)
+        return self.optimizer
+
+    def save(model, tokenizer, record, losses, folder, trainer):
+        seen.append(trainer.optimizer.optimizer.mode)
+
+    monkeypatch.setattr(MaskTrainer, "create_optimizer", create)
+    monkeypatch.setattr("maskft.training.train.save", save)
+    for evaluates in ({"eval_strategy": "no"}, {"eval_steps": 3, "load_best_model_at_end": False}):
+        status, err = run(
+            arguments(method="full", save_strategy="no", resume_from_checkpoint="auto", **evaluates), capsys
+        )
+        assert status == 0, err
+    assert seen == ["eval", "eval"]
+
+
 def test_lines_of_the_log_are_those_of_the_resumed_command(arguments, tmp_path, capsys):
     options = {"max_steps": 8, "save_steps": 4, "eval_steps": 4, "method": "full"}
     assert run(arguments(logging_steps=4, **options), capsys)[0] == 0
@@ -495,7 +525,8 @@ def cases():
     for multiple in (0, "x"):
         message = f"pad_to_multiple_of is {multiple}; it must be a whole number of at least 1, or auto"
         yield {"pad_to_multiple_of": multiple}, message
-    for name in ("weight_decay", "max_grad_norm", "eval_delay"):
+    yield {"max_grad_norm": "nan"}, "max_grad_norm is nan; it must be a number, 0 for no clipping"
+    for name in ("weight_decay", "eval_delay"):
         yield {name: "nan"}, f"{name} is nan; it must be 0 or more"
     yield {"weight_decay": -1}, "weight_decay is -1.0; it must be 0 or more"
     yield {"neftune_noise_alpha": -1}, "neftune_noise_alpha is -1.0; it must be 0 or more"

@@ -231,6 +231,13 @@ def _check_stored_base(adapter: str | Path, model) -> None:
     is_recorded = config.base_fingerprint is not None
     if not is_half or not config.verify_base or not is_recorded:
         return
+    # Trained over codes: the weights that these were made from have other values. In float16 that was not said.
+    if config.base_quantisation != quantisation_of(layers):
+        warnings.warn(
+            f"the mask was trained over weights stored as {config.base_quantisation}, and these are stored as float16: "
+            "it was not made for their rounding; measure the result"
+        )
+        return
     found = base_fingerprint(layers)
     if found != config.base_fingerprint:
         raise UserError(

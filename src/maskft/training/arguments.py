@@ -34,7 +34,6 @@ _LEAST = {
 _NOT_NEGATIVE = (
     "learning_rate",
     "weight_decay",
-    "max_grad_norm",
     "neftune_noise_alpha",
     "eval_delay",
 )
@@ -136,13 +135,16 @@ class TrainingArguments(SFTConfig):
             if value is not None and value > _LARGEST_SEED:
                 raise UserError(f"{name} is {value}; it must be at most {_LARGEST_SEED}")
         # Of a command line a text, as it may be "auto".
-        multiple = str(self.pad_to_multiple_of)
-        if multiple not in ("None", "auto") and not (multiple.isdecimal() and int(multiple) >= 1):
+        multiple = str(self.pad_to_multiple_of).lower()
+        if multiple not in ("none", "null", "auto") and not (multiple.isdecimal() and int(multiple) >= 1):
             raise UserError(f"pad_to_multiple_of is {multiple}; it must be a whole number of at least 1, or auto")
         for name in _NOT_NEGATIVE:
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise UserError(f"{name} is {value}; it must be 0 or more")
+        # 0 or less turns clipping off, and with inf the norm is computed and nothing clipped. NaN would do neither.
+        if self.max_grad_norm is not None and math.isnan(self.max_grad_norm):
+            raise UserError(f"max_grad_norm is {self.max_grad_norm}; it must be a number, 0 for no clipping")
         # Of the target's probability, the part that goes to all other tokens.
         if not 0 <= self.label_smoothing_factor < 1:
             raise UserError(

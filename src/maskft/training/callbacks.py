@@ -188,6 +188,9 @@ class StepGuard(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         """Store the number of tokens in the trainer's state, which checkpoints hold; save before stopping."""
         state.num_input_tokens_seen = int(self.trainer._total_train_tokens)
+        # The model of the last step may be saved without being measured.
+        if state.global_step >= state.max_steps:
+            self.trainer.take_averaged_weights()
         # A checkpoint of the last step of an epoch would not have the line of the log and the measurement that are due
         # at the end of the epoch, and a run that is resumed from it begins the next epoch: all is done at that end.
         is_end_of_epoch = state.epoch == int(state.epoch) or state.global_step >= state.max_steps

@@ -45,6 +45,7 @@ _ONLY_WITH = {
 # What gradient_checkpointing_kwargs may have: of torch.utils.checkpoint, of transformers and of TRL.
 _OF_CHECKPOINTING = {
     "use_reentrant",
+    "context_fn",
     "preserve_rng_state",
     "determinism_check",
     "debug",

@@ -86,6 +86,8 @@ class MaskTrainer(SFTTrainer):
 
         # The KL term of the loss. It hooks into the model before accelerate wraps it.
         self.near_base: NearBase | None = None
+        # The sampler of group_by_length.
+        self._grouped: GroupedByLength | None = None
         # Step of the checkpoint that was loaded after a step with a loss that is not finite.
         self._step_back_to: int | None = None
         # KL of the kept model, from the end of training on.
@@ -300,9 +302,7 @@ class MaskTrainer(SFTTrainer):
         **kwargs,
     ) -> EvalLoopOutput:
         """Measure the held-out rows, one by one; TRL's loss would depend on which rows share a batch."""
-        # An optimizer without a schedule (schedule_free_adamw) trains at other weights than those that it returns.
-        if callable(getattr(self.optimizer, "eval", None)):
-            self.optimizer.eval()
+        self.take_averaged_weights()
         # Beyond a budget of KL, what counts is the part of the change that is within it.
         with self._within_budget() as measured:
             loss = mean_nll(self.measure_heldout())
@@ -323,12 +323,21 @@ class MaskTrainer(SFTTrainer):
             num_samples=len(self._heldout),
         )
 
-    # The Trainer compares with max_steps after a step, so a run resumed at its last step would take one more.
+    def take_averaged_weights(self) -> None:
+        """Let an optimizer without a schedule (schedule_free_adamw) put its result in the place of what it trains."""
+        # The Trainer goes back to those before the next step.
+        if callable(getattr(self.optimizer, "eval", None)):
+            self.optimizer.eval()
+
+    # The Trainer compares with max_steps after a step, so a run resumed at its last step would take one more. And of
+    # several processes that resume inside an epoch, it does not tell our sampler which epoch it is.
     def _run_epoch(self, *args, **kwargs):
         """Train an epoch; nothing if the run was resumed from the checkpoint of its last step."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
+        if self._grouped is not None:
+            self._grouped.set_epoch(kwargs["epoch"])
         super()._run_epoch(*args, **kwargs)
 
     # The Trainer accepts an evaluation as the best even if no checkpoint is saved at its step, and loads another one at
@@ -461,7 +470,8 @@ class MaskTrainer(SFTTrainer):
         if not isinstance(sampler, LengthGroupedSampler):
             return sampler
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return GroupedByLength(sampler.batch_size, sampler.lengths, seed)
+        self._grouped = GroupedByLength(sampler.batch_size, sampler.lengths, seed)
+        return self._grouped
 
     # PEFT asks the hub about the base's vocabulary at every save (huggingface/peft#1452), and safetensors writes files
     # that only their owner can read.
@@ -574,7 +584,7 @@ class GroupedByLength(LengthGroupedSampler):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order comes next; called by the data loader."""
+        """Choose the epoch whose order comes next."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
