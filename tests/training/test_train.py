@@ -522,9 +522,10 @@ def cases():
     yield {"greater_is_better": True}, "with greater_is_better True; the best checkpoint"
     yield {"max_length": -1}, "max_length is -1; it must be at least 1"
     yield {"seed": -1}, "seed is -1; it must be at least 0"
-    for multiple in (0, "x"):
-        message = f"pad_to_multiple_of is {multiple}; it must be a whole number of at least 1, or auto"
-        yield {"pad_to_multiple_of": multiple}, message
+    yield {"pad_to_multiple_of": 0}, "pad_to_multiple_of is 0; it must be a whole number of at least 1, or auto"
+    # TRL before "auto" has a number.
+    no_number = "pad_to_multiple_of is x; it must be a whole number|pad_to_multiple_of.*: invalid int value: 'x'"
+    yield {"pad_to_multiple_of": "x"}, no_number
     yield {"max_grad_norm": "nan"}, "max_grad_norm is nan; it must be a number, 0 for no clipping"
     for name in ("weight_decay", "eval_delay"):
         yield {name: "nan"}, f"{name} is nan; it must be 0 or more"
