@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -438,12 +439,13 @@ def _check_has_weights(model: nn.Module, replaced: Collection[str]) -> None:
     if not replaced:
         return
     # Tied weights have two names each.
-    there: set[str] = set()
-    for name, _ in model.named_parameters(remove_duplicate=False):
-        there.add(unwrapped_name(name))
-    for name, _ in model.named_buffers(remove_duplicate=False):
-        there.add(unwrapped_name(name))
-    missing = [unwrapped_name(key) for key in replaced if unwrapped_name(key) not in there]
+    tensors = chain(
+        model.named_parameters(remove_duplicate=False),
+        model.named_buffers(remove_duplicate=False),
+    )
+    there = {unwrapped_name(name) for name, _ in tensors}
+    names = [unwrapped_name(key) for key in replaced]
+    missing = [name for name in names if name not in there]
     if missing:
         kind = type(without_adapter(model)).__name__
         raise UserError(

@@ -337,7 +337,7 @@ class MaskTrainer(SFTTrainer):
             self.control.should_training_stop = True
             return
         if self._grouped is not None:
-            self._grouped.set_epoch(kwargs["epoch"])
+            self._grouped.epoch = kwargs["epoch"]
         super()._run_epoch(*args, **kwargs)
 
     # The Trainer accepts an evaluation as the best even if no checkpoint is saved at its step, and loads another one at
@@ -576,16 +576,15 @@ class GroupedByLength(LengthGroupedSampler):
         batch_size: Rows of a step.
         lengths: Of all rows, in tokens.
         seed: Of the run.
+
+    Attributes:
+        epoch: The epoch whose order comes next.
     """
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int):
         super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
         self.seed = seed
         self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order comes next."""
-        self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
         self.generator.manual_seed(self.seed + self.epoch)

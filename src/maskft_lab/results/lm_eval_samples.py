@@ -164,6 +164,8 @@ def _task(
 
     metrics = {}
     left_out: dict[str, str] = {}
+    # Of these, metrics that have numbers: nobody expects a score of the whole corpus, which logs pairs of texts.
+    with_numbers: list[str] = []
     for name in names:
         values = [item.get(name) for item in items]
         metric, _, _ = name.partition(",")  # without its filter
@@ -177,13 +179,13 @@ def _task(
             left_out[name] = "not a mean over the documents"
         else:
             metrics[name] = metric_from_items(items, name, higher_is_better=direction)
+        if name in left_out and num_numbers > 0:
+            with_numbers.append(name)
     if not metrics:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         raise UserError(f"{file}: no metric can be compared ({reasons or 'there is none'})")
-    # Pairs of texts, of a score of the whole corpus, are no numbers on any document, and nobody expects them.
-    for name, reason in left_out.items():
-        if not reason.startswith("a number on 0 of"):
-            warnings.warn(f"{file}: {name} is left out: {reason}")
+    for name in with_numbers:
+        warnings.warn(f"{file}: {name} is left out: {left_out[name]}")
 
     # Without the metrics left out above: `check_result` raises for a metric of items whose values are not numbers.
     kept = ("id", *metrics)
