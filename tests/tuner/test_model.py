@@ -695,6 +695,7 @@ def test_threshold_starts_at_the_published_share_and_moves():
             "embed_tokens cannot be masked: it is an embedding; matched and",
         ),
         ({"target_modules": ["q_proj", "k_prj"]}, r"entry 'k_prj' matches no layer \(did you mean 'k_proj'\?\)"),
+        ({"exclude_modules": ["k_prj"]}, r"exclude_modules entry 'k_prj' matches no layer \(did you mean 'k_proj'\?\)"),
         ({"target_modules": ["input_layernorm"]}, "it is a LlamaRMSNorm, not a linear layer"),
     ],
 )

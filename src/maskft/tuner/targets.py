@@ -573,6 +573,10 @@ def _check_every_entry_matches(
     if has_targets and not isinstance(config.target_modules, str):
         for entry in config.target_modules or ():
             entries.append(("target_modules", entry))
+    # A misspelt layer would be masked under its right name. What a saved adapter covers is decided.
+    if not config.is_saved and not isinstance(config.exclude_modules, str):
+        for entry in config.exclude_modules or ():
+            entries.append(("exclude_modules", entry))
     # PEFT adds these two by itself for classifiers, whether the model has them or not.
     is_classifier = config.task_type in ("SEQ_CLS", "TOKEN_CLS")
     added_by_peft = ("classifier", "score") if is_classifier else ()
