@@ -410,7 +410,7 @@ def test_hub_data_and_splits(monkeypatch):
     def from_hub(name, config, split):
         asked.append((name, config, split))
         return datasets.Dataset.from_list(
-            [{"question": f"{split} 1 + {n}?", "answer": f"#### {n + 1}"} for n in range(3)]
+            [{"question": f"{name} {split} 1 + {n}?", "answer": f"#### {n + 1}"} for n in range(3)]
         )
 
     monkeypatch.setattr(datasets, "load_dataset", from_hub)

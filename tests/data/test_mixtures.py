@@ -100,6 +100,46 @@ def test_a_mixture_may_be_longer_than_a_file_name(sets):
     assert rename_sets("a:3,b:0.5,c", str.upper) == "A:3,B:0.5,C"
 
 
+def test_a_configuration_needs_a_set_that_takes_one(sets):
+    """Registered sets of a mixture keep their own, so that the option would be ignored."""
+    with pytest.raises(UserError, match="there is none to choose for gsm8k, metamathqa; leave it out"):
+        splits(sets, "gsm8k,metamathqa", dataset_config="socratic")
+    with pytest.raises(UserError, match="there is none to choose for metamathqa; leave it out"):
+        splits(sets, "metamathqa", dataset_config="main")
+    # A set of the hub may have it; here its rows are in data_dir.
+    assert len(splits(sets, "small", dataset_config="main").train) == 36
+
+
+def test_a_row_that_two_sets_hold_out_is_refused_before_training(tmp_path):
+    row = {"question": "same?", "answer": "#### 1"}
+    for name in ("one", "two"):
+        rows = [row, *({"question": f"{name} {n}?", "answer": "#### 2"} for n in range(5))]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match="two held-out rows have the id '.*', the same row in two sets; leave it out"):
+        splits(str(tmp_path), "one,two", eval_split_size=10)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "message"),
+    [
+        (["user", "assistant", "user"], ["assistant"], "'prompt' holds an answer of the assistant"),
+        (["user"], ["assistant", "user", "assistant"], "'completion' holds a message that is not the assistant's"),
+    ],
+)
+def test_a_prompt_with_an_answer_is_not_trained_on_in_a_mixture(prompt, completion, message, sets):
+    """Alone it is trained on the completion; as a conversation each turn of the assistant would count."""
+    row = {
+        "prompt": [{"role": role, "content": "words"} for role in prompt],
+        "completion": [{"role": role, "content": "words"} for role in completion],
+    }
+    # Rows of other prompts, so that some can be held out.
+    rows = [row | {"prompt": [{"role": "user", "content": f"{n}"}, *row["prompt"]]} for n in range(9)]
+    (Path(sets) / "turns.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert len(splits(sets, "turns").train) == 8
+    with pytest.raises(UserError, match=f"turns: .*line 1: {message}"):
+        splits(sets, "small,turns")
+
+
 def test_mapping_of_a_recipe():
     assert DataArguments(dataset_name={"metamathqa": 40000, "gsm8k": None}).dataset_name == "metamathqa:40000,gsm8k"
     in_lines = [{"metamathqa": 40000}, {"gsm8k": 0.5}, "own.jsonl"]

@@ -90,6 +90,26 @@ def test_a_prompt_is_its_words_before_the_first_answer():
     assert prompt_digest({"text": "once  upon"}) == expected("once upon")
 
 
+def test_rows_without_words_before_the_answer_are_prompts_of_their_own(tmp_path):
+    """All conversations that the assistant begins were one prompt: held out as a whole, or trained as a whole."""
+    (tmp_path / "greetings.jsonl").write_text(
+        "\n".join(
+            json.dumps({"messages": [{"role": "assistant", "content": f"{n}"}, {"role": "user", "content": "?"}]})
+            for n in range(20)
+        )
+    )
+    (tmp_path / "free.jsonl").write_text(
+        "\n".join(json.dumps({"prompt": "", "completion": f"{n}"}) for n in range(20))
+    )
+    for name in ("greetings", "free"):
+        found = split(tmp_path, name, eval_split_size=5)
+        assert (len(found.train), len(found.heldout)) == (15, 5)
+        assert clusters_of(found.heldout) == [None] * 5
+    # Another role of the same words is another conversation.
+    of_user = {"prompt": "", "completion": "yes"}
+    assert prompt_digest(of_user) != prompt_digest({"prompt": "", "completion": "no"})
+
+
 def test_rows_of_one_prompt_are_a_cluster():
     rows = [{"id": str(n), "prompt": prompt, "completion": "x"} for n, prompt in enumerate(("a", "b", " a", "c"))]
     assert clusters_of(rows) == ["0", "1", "0", "3"]
@@ -161,7 +181,7 @@ def test_other_rows_of_a_reserved_prompt_are_not_trained_on(tmp_path):
         (
             "small",
             {"dataset_eval_split": "test"},
-            "dataset_eval_split is 'test', but small has no splits; name the held-out data with eval_dataset_name, or "
+            "dataset_eval_split is 'test', but FILE has no splits; name the held-out data with eval_dataset_name, or "
             "hold out a part with eval_split_size",
         ),
         (
@@ -180,12 +200,24 @@ def test_other_rows_of_a_reserved_prompt_are_not_trained_on(tmp_path):
             {"eval_split_size": 40},
             "eval_split_size 40 holds out 40 of the 40 rows of small, which leaves none to train on; make it smaller",
         ),
+        (
+            "small",
+            {"dataset_config": "main"},
+            "dataset_config is 'main', but there is none to choose for FILE; leave it out",
+        ),
+        (
+            "small",
+            {"dataset_train_split": "validation"},
+            "dataset_train_split is 'validation', but a file has no splits: FILE; leave it out, and name the file of "
+            "the rows that are meant",
+        ),
     ],
 )
 def test_messages_in_full(name, options, message, folder):
-    if options.get("dataset_eval_split"):
+    # "small" may be a hub data set that is looked for in data_dir; a path is a file.
+    if "FILE" in message:
         name = str(folder / "small.jsonl")
-        message = message.replace("small has", f"{name} has")
+        message = message.replace("FILE", name)
     with pytest.raises(UserError) as error:
         split(folder, name, **options)
     assert str(error.value) == message

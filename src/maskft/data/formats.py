@@ -75,6 +75,7 @@ def to_examples(
             if as_messages and isinstance(example.get("prompt"), list):
                 prompt = example.pop("prompt")
                 completion = example.pop("completion")
+                _check_one_answer(prompt, completion)
                 example["messages"] = prompt + completion
             _check_like_first(example, first)
 
@@ -109,6 +110,23 @@ def to_examples(
     last_chunk = _chunk(examples, first)
     dataset = concatenate_datasets([*chunks, last_chunk])
     return _without_empty_columns(dataset)
+
+
+def _check_one_answer(prompt: list[dict], completion: list[dict]) -> None:
+    """Raise if the tokens that are trained would differ between prompt and completion, and one conversation.
+
+    A conversation is trained on every answer of the assistant, a completion on all its messages.
+    """
+    if any(message["role"] == "assistant" for message in prompt):
+        raise UserError(
+            "'prompt' holds an answer of the assistant, which a mixture would train on too; "
+            "give 'messages', or name this set alone"
+        )
+    if any(message["role"] != "assistant" for message in completion):
+        raise UserError(
+            "'completion' holds a message that is not the assistant's, which a mixture would not train on; "
+            "give 'messages', or name this set alone"
+        )
 
 
 def _check_like_first(example: dict, first: dict | None) -> None:

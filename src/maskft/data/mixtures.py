@@ -220,7 +220,8 @@ class Reader:
         config = None if has_own_config else self.config
         rows, known = find_rows(part.name, self.split, config, self.data_dir)
         formats = known.formats if known else None
-        # Conversations, as the sets of a mixture must have the same columns. Tokens and labels are the same for both.
+        # Conversations, as the sets of a mixture must have the same columns. Tokens and labels are the same for both:
+        # a row for which they are not is refused.
         return to_examples(
             rows,
             part.name,

@@ -211,6 +211,17 @@ def is_hub_name(name: str) -> bool:
     return not (is_path or has_file_ending or is_there(name))
 
 
+def has_configurations(name: str, of_mixture: bool) -> bool:
+    """Whether a configuration that is asked for would be that of this set.
+
+    A file has none, a registered set only where its entry names one; in a mixture registered sets keep their own.
+    """
+    if not is_hub_name(name):
+        return False
+    known = TRAINING_SETS.get(name)
+    return known is None or (known.config is not None and not of_mixture)
+
+
 def split_of(name: str, asked: str | None) -> str:
     """The split that a set is read from.
 

@@ -15,7 +15,7 @@ from maskft_common.files import digest
 from .arguments import DataArguments, check_sizes, mixture_text
 from .formats import Row, question_in
 from .mixtures import Reader, ReadSet, load_examples, mix, parse_mixture
-from .sources import is_hub_name
+from .sources import has_configurations, is_hub_name
 
 _BATCH_ROWS = 10_000
 
@@ -87,6 +87,7 @@ def load_splits(
     check_sizes(args)
     if not args.dataset_name:
         raise UserError("dataset_name is missing; give a data file or a hub name")
+    check_hub_options(args)
     heldout_name = _heldout_name(args)
     common = _common(args, tokenizer, text_field)
     # Read whole, and drawn from below: rows are held out before a mixture takes its amounts.
@@ -112,6 +113,8 @@ def load_splits(
     train, num_dropped = _without_heldout(train, heldout, args.dataset_name)
     train = _first_rows(train, args.max_train_samples)
     heldout = _first_rows(heldout, args.max_eval_samples)
+    # Now, and not when the trained model is evaluated on them.
+    check_ids(heldout["id"])
     report = SplitReport(
         read=num_read,
         dropped_overlap=num_dropped,
@@ -144,9 +147,43 @@ def load_heldout(
     heldout_name = _heldout_name(args)
     if heldout_name is None:
         raise UserError("eval_dataset_name is missing; give a data file or a hub name")
+    check_hub_options(args)
     common = _common(args, tokenizer, text_field)
     heldout = _read_heldout(args, heldout_name, seed, common)
-    return _first_rows(heldout, args.max_eval_samples)
+    heldout = _first_rows(heldout, args.max_eval_samples)
+    check_ids(heldout["id"])
+    return heldout
+
+
+def check_hub_options(args: DataArguments) -> None:
+    """Raise for a configuration or a split that no set of the data would take: a file has none."""
+    names = _names(args.dataset_name)
+    # The configuration is of the training data, if there is any.
+    of_config = names or _names(mixture_text(args.eval_dataset_name))
+    if args.dataset_config and not any(has_configurations(name, len(of_config) > 1) for name in of_config):
+        raise UserError(
+            f"dataset_config is {args.dataset_config!r}, but there is none to choose for {', '.join(of_config)}; leave it out"
+        )
+    is_of_files = names and not any(is_hub_name(name) for name in names)
+    if args.dataset_train_split != "train" and is_of_files:
+        raise UserError(
+            f"dataset_train_split is {args.dataset_train_split!r}, but a file has no splits: {', '.join(names)}; "
+            "leave it out, and name the file of the rows that are meant"
+        )
+
+
+def check_ids(ids: Iterable[str]) -> None:
+    """Raise if two held-out rows have one id: no result could tell them apart.
+
+    An id is the hash of a row. Within a file equal rows are numbered, so these are of two sets of a mixture.
+    """
+    seen: set[str] = set()
+    for identity in ids:
+        if identity in seen:
+            raise UserError(
+                f"two held-out rows have the id {identity!r}, the same row in two sets; leave it out of one of them"
+            )
+        seen.add(identity)
 
 
 def _common(
@@ -373,6 +410,9 @@ def question_digest(example: Row) -> str:
 def prompt_digest(example: Row) -> str:
     """Hash the words before the first answer, without system messages: two examples are the same if these agree.
 
+    Where there are none, as in a conversation that the assistant begins or with an empty prompt, all words of the example
+    count: else all such rows would be one prompt, which is held out or trained as a whole.
+
     Args:
         example: A row of ``load_examples``: messages, prompt and completion, or plain text.
     """
@@ -395,4 +435,19 @@ def prompt_digest(example: Row) -> str:
 
     # Words, so that white space makes no other prompt.
     words = text.split()
+    if not words:
+        words = _all_text(example).split()
     return digest(" ".join(words))
+
+
+def _all_text(example: Row) -> str:
+    """The texts of an example one below the other, those of messages with their roles."""
+    texts = []
+    for column in ("messages", "prompt", "completion", "text"):
+        value = example.get(column) or ""
+        if isinstance(value, str):
+            texts.append(value)
+            continue
+        for message in value:
+            texts.append(f"{message['role']}: {message['content']}")
+    return "\n".join(texts)
