@@ -88,13 +88,25 @@ def refreshed(folder: Path) -> dict[Path, str]:
 
 
 def _check_verdicts(old: Comparison, new: Comparison) -> None:
-    said = {}
-    for row in old.differences:
-        said[row.method, row.task, row.metric] = row.verdict
-    for row in new.differences:
-        before = said.get((row.method, row.task, row.metric))
-        if before != row.verdict:
-            raise UserError(f"{row.method}, {row.metric} on {row.task}: {before} would be {row.verdict}")
+    """Raise if a difference, or the sentence on a mask, would say something else than before."""
+    said = _words_of(old)
+    for place, word in _words_of(new).items():
+        before = said.get(place)
+        if before != word:
+            raise UserError(f"{', '.join(place)}: {before} would be {word}")
+
+
+def _words_of(comparison: Comparison) -> dict[tuple[str, ...], str]:
+    """What is compared -> better, worse, or not distinguishable."""
+    words = {}
+    for row in comparison.differences:
+        words[row.method, row.metric, row.task] = row.verdict
+    # A verdict on a mask has differences of its own families, with other intervals.
+    for verdict in comparison.verdicts:
+        for row in (verdict.parent, verdict.control):
+            if row is not None:
+                words["verdict on", row.method, "against", row.baseline, row.metric, row.task] = row.verdict
+    return words
 
 
 def _with_comparison(table: str, comparison: str) -> str:

@@ -115,7 +115,7 @@ def test_a_row_that_two_sets_hold_out_is_refused_before_training(tmp_path):
     for name in ("one", "two"):
         rows = [row, *({"question": f"{name} {n}?", "answer": "#### 2"} for n in range(5))]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(UserError, match="two held-out rows have the id '.*', the same row in two sets; leave it out"):
+    with pytest.raises(UserError, match=r"two held-out rows have the id '.*', the same row in two sets; leave it out"):
         splits(str(tmp_path), "one,two", eval_split_size=10)
 
 

@@ -98,9 +98,7 @@ def test_rows_without_words_before_the_answer_are_prompts_of_their_own(tmp_path)
             for n in range(20)
         )
     )
-    (tmp_path / "free.jsonl").write_text(
-        "\n".join(json.dumps({"prompt": "", "completion": f"{n}"}) for n in range(20))
-    )
+    (tmp_path / "free.jsonl").write_text("\n".join(json.dumps({"prompt": "", "completion": f"{n}"}) for n in range(20)))
     for name in ("greetings", "free"):
         found = split(tmp_path, name, eval_split_size=5)
         assert (len(found.train), len(found.heldout)) == (15, 5)

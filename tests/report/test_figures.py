@@ -18,7 +18,7 @@ from maskft_lab.report.charts import COLOURS, DARK, FORMATS, Chart, Panel, draw_
 from maskft_lab.report.evidence import NotComputed, gather
 from maskft_lab.report.fig_forest import forest_chart
 from maskft_lab.report.fig_masks import _by_sparsity, heads_chart, mean_heads_chart
-from maskft_lab.report.methods import entries_of
+from maskft_lab.report.methods import entries_of, number
 from maskft_lab.results.comparison import NOT_DISTINGUISHABLE
 from maskft_lab.results.tables import Table
 from maskft_lab.results.words import difference_text
@@ -190,6 +190,26 @@ def test_the_forest_plot_has_the_mask_minus_its_strongest_control():
     left, right = axes.get_xlim()
     assert right - left < 60  # two of the others lose 53 and 74 points
     assert {"← -53", "← -74.1"} <= {text.get_text() for text in axes.texts}
+
+
+def test_a_number_of_a_table_has_no_exponent_where_rounding_adds_a_digit():
+    shown = [number(value, 3) for value in (999.4, 999.7, 1234.5, 0.00123, None, 5)]
+    assert shown == ["999", "1,000", "1,234", "0.00123", "–", "5"]
+
+
+def test_masks_without_heads_take_no_place_from_those_that_have_them(study):
+    """A study with many masks of the MLP's matrices had no figure of heads for those of attention behind them."""
+    file = study / layout.ANALYSIS / "masks.json"
+    record = json.loads(file.read_text())
+    learned = [run for run in gather(study).runs if run.method == "mask"]
+    # Seven masks of the MLP alone stand before those of the study.
+    evidence = gather(study)
+    others = [replace(learned[0], id=f"mlp-s{n}", name="mask", seed=n + 10) for n in range(7)]
+    for run in others:
+        record["masks"][run.id] = record["masks"][learned[0].id] | {"by_head": {}}
+    file.write_text(json.dumps(record))
+    evidence.runs[:0] = others
+    assert len(heads_chart(evidence).panels) == len(heads_chart(gather(study)).panels) > 0
 
 
 def test_costs_that_are_nearly_equal_are_a_sentence():

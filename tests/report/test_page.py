@@ -1,8 +1,10 @@
 """The page as text: what it says is what the files hold, it loads nothing, and foreign text stays text."""
 
+import copy
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from maskft_lab.analysis.runs import TrainedRun
 from maskft_lab.cli.main import main
 from maskft_lab.report import page as page_module
 from maskft_lab.report.catalogue import FIGURES
-from maskft_lab.report.evidence import Evidence, gather
+from maskft_lab.report.evidence import Evidence, NotComputed, gather
 from maskft_lab.results.comparison import Comparison, Difference, Score
 from maskft_lab.results.schema import read_result, write_result
 from maskft_lab.results.words import difference_text, score_text
@@ -70,6 +72,30 @@ def test_verdicts_and_numbers_are_those_of_the_comparison(finished, parsed):
     # In the table of differences, in that of the forest plot and against the mask; the page claims nothing else.
     assert sorted(cells) == sorted([*verdicts, *verdicts, *of_mask])
     assert {score_text(Score(**score)) for score in record["scores"]} <= set(parsed.texts)
+
+
+def test_a_rival_without_a_loss_or_with_other_seeds_stops_no_report(finished):
+    """The study compares what there is; its report ended with an error for one loss that was not finite."""
+    evidence = gather(finished)
+    mask = evidence.comparison.verdicts[0].parent.method
+    whole = {(row.method, row.task, row.metric) for row in evidence.against_mask.differences}
+    rival, task, metric = max(place for place in whole if place[0] == "random")
+
+    results = copy.deepcopy(evidence.results)
+    of_rival = [result for result in results if result["name"] == rival]
+    for result in of_rival:
+        record = result["tasks"][task]
+        record["items"][0][metric] = None
+        record["metrics"][metric]["value"] = None
+    evidence = replace(gather(finished), results=results)
+    left = {(row.method, row.task, row.metric) for row in evidence.against_mask.differences}
+    assert whole - left == {(rival, task, metric)} and left < whole
+
+    for result in of_rival:
+        result["model"]["seed"] += 7
+    evidence = replace(gather(finished), results=results)
+    with pytest.raises(NotComputed, match=f"not comparable with '{mask}'"):
+        _ = evidence.against_mask
 
 
 def test_foreign_text_stays_text(study):

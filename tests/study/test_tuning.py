@@ -235,7 +235,11 @@ def test_rows_that_are_trained_and_reported_on_are_said(content, in_process, tmp
         "Note: 48 of the 73 prompts of evaluation are training rows of 'sums' too: scores on them say nothing of new "
         "rows; take them out of one of the two."
     )
-    assert check_before_running(plan_of(content)) == [note]  # held-out rows choose a checkpoint and are not trained on
+    chosen = (
+        "Note: 16 of the 16 held-out rows of 'sums', which choose checkpoints, have prompts that evaluation reports "
+        "on: its scores are better than on new rows; hold out other rows (eval_split_size)."
+    )
+    assert check_before_running(plan_of(content)) == [chosen, note]
     out = tmp_path / "out"
     assert main(["study", str(write(tmp_path, content)), "--output_dir", str(out)]) == 0
     assert note in capsys.readouterr().out
@@ -244,7 +248,7 @@ def test_rows_that_are_trained_and_reported_on_are_said(content, in_process, tmp
 
     # Rows of the KL term are trained on as well: forgetting on them is what the term forbids.
     content["train"] |= {"kl_to_base": 0.1, "kl_dataset_name": str(tmp_path / "others.jsonl")}
-    _, note = check_before_running(plan_of(content))
+    *_, note = check_before_running(plan_of(content))
     assert note.startswith("Note: 1 of the 1 prompts of evaluation.before.others are rows of kl_dataset_name too: sc")
 
     # Rows that cannot be read are the preparation's to report, and those of the hub may be nowhere but prepared.
@@ -292,6 +296,11 @@ def odd(**method):
             "tune has mask_preset=None and mask_preset=recommended, which mean the same; drop one",
         ),
         (odd(method="interpolate"), "interpolate needs `from`"),
+        (
+            odd(method="full", last="end", kl_budget=0.1),
+            "methods.odd: last is the end of training, which kl_budget does",
+        ),
+        (odd(method="full", last="end", tune={"kl_budget": [0.1, 0.2]}), "methods.odd: last is the end of training"),
         (lambda c: c["evaluation"].update(before=[1]), "evaluation.before"),
         (lambda c: c["evaluation"].update(before={"x": {"dataset": "y"}}), "evaluation.before.x has an unknown"),
     ],
@@ -380,6 +389,11 @@ def test_standard_controls_are_methods_at_the_masks_steps(content):
     methods["mask"] = {"method": "mask", "from": "full", "tune": {"max_steps": [2, 4]}}
     restart = parse_recipe(content | {"controls": "standard"}).methods["warm restart of full"]
     assert restart.tune["max_steps"] == [2, 4] and "learning_rate" in restart.tune
+    # So are rows and batches, which are no more rates to try.
+    tried = {"max_train_samples": [8, 16, 24, 32], "per_device_train_batch_size": [2, 4]}
+    methods["mask"] = {"method": "mask", "from": "full", "tune": tried | {"learning_rate": [1e-3]}}
+    restart = parse_recipe(content | {"controls": "standard"}).methods["warm restart of full"]
+    assert restart.tune | tried == restart.tune and len(restart.tune["learning_rate"].times_parent) == 3
 
 
 def test_controls_of_the_masks_that_are_named(content):

@@ -162,7 +162,8 @@ def check_hub_options(args: DataArguments) -> None:
     of_config = names or _names(mixture_text(args.eval_dataset_name))
     if args.dataset_config and not any(has_configurations(name, len(of_config) > 1) for name in of_config):
         raise UserError(
-            f"dataset_config is {args.dataset_config!r}, but there is none to choose for {', '.join(of_config)}; leave it out"
+            f"dataset_config is {args.dataset_config!r}, but there is none to choose for {', '.join(of_config)}; "
+            "leave it out"
         )
     is_of_files = names and not any(is_hub_name(name) for name in names)
     if args.dataset_train_split != "train" and is_of_files:
@@ -410,8 +411,8 @@ def question_digest(example: Row) -> str:
 def prompt_digest(example: Row) -> str:
     """Hash the words before the first answer, without system messages: two examples are the same if these agree.
 
-    Where there are none, as in a conversation that the assistant begins or with an empty prompt, all words of the example
-    count: else all such rows would be one prompt, which is held out or trained as a whole.
+    Where there are none, as in a conversation that the assistant begins or with an empty prompt, all words of the
+    example count: else all such rows would be one prompt, which is held out or trained as a whole.
 
     Args:
         example: A row of ``load_examples``: messages, prompt and completion, or plain text.

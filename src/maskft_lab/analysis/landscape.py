@@ -167,7 +167,14 @@ def analyse_landscape(
         for split, rows_of_split in rows.items():
             # Per supervised token over all rows, as training reports held-out losses.
             nll = nll_per_item(model, rows_of_split, batch_size=sampling.batch_size)
-            losses[split] = mean_nll(nll)
+            loss = mean_nll(nll)
+            # Now, as no file can hold it: the other points may take hours.
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"the loss of {split} rows is {loss} at x {x:g}, y {y:g} of the plane: check that the models' "
+                    "losses are finite"
+                )
+            losses[split] = loss
         return losses
 
     # The losses, each point kept as soon as it is measured.

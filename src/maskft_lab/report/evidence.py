@@ -16,6 +16,7 @@ from maskft_common.files import read_json, read_text
 from ..analysis.records import digest_folder, read_record
 from ..analysis.runs import BEST, MASK, PUBLISHED_SUMMARY, TrainedRun, fields_of, plain_name, read_study
 from ..evaluation.evaluation_arguments import HELDOUT
+from ..results.comparable import without_missing_values
 from ..results.compare import compare
 from ..results.comparison import Comparison, Settings
 from ..results.schema import Result
@@ -109,31 +110,37 @@ class Evidence:
         return masks
 
     @cached_property
-    def against_mask(self) -> Comparison | None:
-        """Every other model against the first learned mask of a verdict; None if the answers of one are not here.
+    def against_mask(self) -> Comparison:
+        """Every other model against the first learned mask of a verdict.
 
         The same as ``maskft compare RESULTS --baseline MASK``: a table of differences from the pre-trained model does
         not tell how two trained models differ.
+
+        Raises:
+            NotComputed: If there is no verdict on a mask, the table of the verdict has these differences already, the
+                answers of a model are not here, there are too many of them, or they cannot be compared.
         """
         comparison = self.comparison
         if comparison is None or not comparison.verdicts:
-            return None
+            raise NotComputed("there is no verdict on a mask")
 
         # A verdict is on a learned mask, whose difference from its parent has its name.
         mask = comparison.verdicts[0].parent.method
         if mask == comparison.baseline:
-            return None  # the table of the verdict has these differences already
+            raise NotComputed("the mask is the study's baseline, so the table of the verdict has these differences")
 
         # Published studies may leave out the answers of some models.
         compared = {comparison.baseline, *comparison.methods}
         results = [result for result in self.results if result["name"] in compared]
         with_answers = {result["name"] for result in results}
         if with_answers != compared:
-            return None
+            raise NotComputed(f"the answers of {min(compared - with_answers)!r} are not here")
 
         # In the order of their files, as `maskft compare` reads them: the last digit of a simultaneous interval, whose
         # level is drawn at random, depends on the order of the family.
         results.sort(key=_run_and_role)
+        # As the study's own comparison leaves them out, with a note.
+        results, _ = without_missing_values(results)
 
         # A page takes seconds; a comparison of many answers would take minutes.
         num_values = 0
@@ -142,7 +149,9 @@ class Evidence:
                 num_items = len(task["items"])
                 num_values += num_items * len(task["metrics"])
         if num_values > MAX_COMPARED:
-            return None
+            raise NotComputed(
+                f"{num_values:,} values take minutes to compare; maskft compare --baseline {mask!r} does it"
+            )
 
         # Those of the study's comparison, so that both tables of a page have the same confidence.
         settings = Settings(
@@ -151,7 +160,11 @@ class Evidence:
             confidence=comparison.confidence,
             fixed_seeds=comparison.fixed_seeds,
         )
-        return compare(results, mask, settings=settings)
+        try:
+            return compare(results, mask, settings=settings)
+        except UserError as error:
+            # Methods with other seeds than the mask's: with the study's baseline each of them could be paired.
+            raise NotComputed(f"not comparable with {mask!r}: {error}") from None
 
     @property
     def recipe(self) -> str | None:

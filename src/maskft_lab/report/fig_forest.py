@@ -79,11 +79,9 @@ def against_mask_chart(evidence: Evidence) -> Chart:
     """All other models against the mask, in the metrics of the test and of each probe of earlier abilities.
 
     Raises:
-        NotComputed: If the study has no verdict on a mask, or lacks the answers of a model.
+        NotComputed: See `Evidence.against_mask`.
     """
     comparison = evidence.against_mask
-    if comparison is None:
-        raise NotComputed("there is no verdict on a mask, or the answers of a model are not here")
 
     # A panel for each task and metric, in the order of the table.
     places = dict.fromkeys(row.place for row in comparison.differences)

@@ -185,10 +185,10 @@ def _with_heads(evidence: Evidence) -> dict[str, Mapping]:
     # Seeds of one method have one name, and each has its own mask.
     names = {run.id: f"{run.name}, seed {run.seed}" for run in evidence.runs}
     found = {}
-    for run_id in ids[:MAX_MASKS]:
+    for run_id in ids:
         mask = masks[run_id]
         # A mask of other matrices, such as the MLP's alone, has no heads.
-        if _heads(mask):
+        if _heads(mask) and len(found) < MAX_MASKS:
             name = names.get(run_id, run_id)
             found[name] = mask
     if not found:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from maskft_common import layout
 from maskft_common.files import read_json
 
+from ..results.comparable import without_missing_values
 from ..results.compare import compare
 from ..results.comparison import Comparison, Settings
 from ..results.gains import gains_of
@@ -82,12 +83,16 @@ def curves_of(evidence: Evidence) -> list[Curve]:
     pretrained = _pretrained_name(evidence, comparison)
     if pretrained is not None:
         settings = Settings(fixed_seeds=comparison.fixed_seeds)
-        comparison = compare(evidence.results, pretrained, settings=settings)
+        # As the study's own comparison leaves them out, with a note.
+        results, _ = without_missing_values(evidence.results)
+        comparison = compare(results, pretrained, settings=settings)
         records = gains_of(comparison.differences)
 
     curves = []
     for record in records:
-        record = record | {"model": comparison.baseline}
+        # Differences have the name of the task, the figure that of the test set.
+        task = test_name(evidence, record["task"])
+        record = record | {"model": comparison.baseline, "task": task}
         curve = curve_of_record(record)
         curves.append(curve._replace(kind_of_interval=comparison.kind_of_interval))
     return curves

@@ -142,7 +142,8 @@ def number(value: float | None, digits: int = 4) -> str:
     is_large_whole = abs(value) >= 1000 and value == int(value)
     if isinstance(value, int) or is_large_whole:
         return f"{int(value):,}"
-    # Format `g` would switch to an exponent here.
-    if abs(value) >= 10**digits:
+    text = f"{value:.{digits}g}"
+    # Format `g` switches to an exponent here, after rounding: 999.7 in three digits is 1e+03.
+    if abs(float(text)) >= 10**digits:
         return f"{value:,.0f}"
-    return f"{value:.{digits}g}"
+    return text

@@ -473,3 +473,29 @@ def name_and_seed(result: Result) -> str:
 def quoted(names: Iterable[object]) -> str:
     """Return names for a message."""
     return ", ".join(map(repr, names))
+
+
+def without_missing_values(results: Sequence[Result]) -> tuple[list[Result], list[str]]:
+    """Results without the metrics that lack the value of an item, with a note on each.
+
+    The mean over the other items would be of the easy ones, so `compare` raises. A study and its report have no other
+    --metrics to choose, and would have no comparison at all for one model whose loss was not finite.
+    """
+    kept: list[Result] = []
+    notes: list[str] = []
+    for result in results:
+        tasks = {}
+        for task, record in result["tasks"].items():
+            metrics = {}
+            for name, metric in record["metrics"].items():
+                # Without a value per item it is a summary of the task, which is shown and not compared.
+                if metric["value"] is None and has_items(record["items"], name):
+                    notes.append(
+                        f"{name} on {task} of {name_and_seed(result)} is not compared: an item has no value, as where "
+                        "a loss is not finite"
+                    )
+                else:
+                    metrics[name] = metric
+            tasks[task] = record | {"metrics": metrics}
+        kept.append(result | {"tasks": tasks})
+    return kept, notes

@@ -231,6 +231,9 @@ def _check_training_rows(
 ) -> list[str]:
     """Refuse to tune or choose on prompts that the study reports on, or on a test split; note those it trains on.
 
+    Checkpoints are chosen on held-out rows as well. Where nothing else is, training with the test rows as held-out data
+    may be what someone wants to look at: that is a note.
+
     Args:
         plan: The runs.
         prompts: Section of the recipe -> the prompts that it reports on.
@@ -269,10 +272,12 @@ def _check_training_rows(
             if verb is not None:
                 raise splits
             continue  # the preparation of the data says it
+        name = plan.recipe.data_name(run.method)
         if verb is not None:
             _check_not_reported(splits.heldout, reported, would)
+        elif run.method.is_trained and parsed.training.eval_strategy != "no":
+            notes += _notes_on_checkpoints(splits.heldout, reported, name)
         if run.method.is_trained:
-            name = plan.recipe.data_name(run.method)
             notes += _notes_on_trained_rows(splits.train, prompts, f"training rows of {name!r}")
     notes += _notes_on_kl_rows(plan, prompts)
     return list(dict.fromkeys(notes))
@@ -316,6 +321,22 @@ def _splits(parsed: TrainConfig) -> Splits | UserError:
         return load_splits(data, data.split_seed, None, text_field)
     except UserError as error:
         return error
+
+
+def _notes_on_checkpoints(
+    heldout: Iterable[dict],
+    reported: set[str],
+    name: str,
+) -> list[str]:
+    """A note if rows that choose checkpoints are reported on."""
+    is_reported = [question_digest(row) in reported for row in heldout]
+    if not any(is_reported):
+        return []
+    return [
+        f"Note: {sum(is_reported):,} of the {len(is_reported):,} held-out rows of {name!r}, which choose checkpoints, "
+        "have prompts that evaluation reports on: its scores are better than on new rows; hold out other rows "
+        "(eval_split_size)."
+    ]
 
 
 def _notes_on_trained_rows(

@@ -114,11 +114,11 @@ def _controls_of(
     if not isinstance(tune, dict):
         tune = {}
 
-    # If the mask's steps are tuned, so are those of trained controls.
-    tuned_lengths = {}
-    for option in LENGTHS:
+    # What is tuned of the mask's length, rows and batches is tuned of its trained controls too.
+    tuned_with_mask = {}
+    for option in _SHARED:
         if option in tune:
-            tuned_lengths[option] = tune[option]
+            tuned_with_mask[option] = tune[option]
 
     # An option that `train` gives all methods is left out: written twice, two equal controls would look different.
     shared = {}
@@ -151,7 +151,7 @@ def _controls_of(
         # A trained control gets the mask's length, rows and batches, and its own rates to choose from.
         is_trained = entry["method"] in ("full", PEFT)
         if is_trained:
-            tried = dict(tuned_lengths)
+            tried = dict(tuned_with_mask)
             if method.pop("tune", None):  # a mark in the file; the values depend on the mask
                 tried |= _rates(tune, entry["method"])
             method = shared | method  # the entry's own options win
@@ -169,7 +169,7 @@ def _rates(tune: Mapping[str, Any], method: str) -> dict[str, Any]:
     num_settings = 1
     # A value of another form than these counts as one setting; pydantic reports it later.
     for option, values in tune.items():
-        if option in LENGTHS:
+        if option in _SHARED:
             continue  # tuned for the controls too
         if isinstance(values, dict):
             values = values.get("times_parent")

@@ -521,6 +521,20 @@ class Recipe(Section):
             )
 
     @model_validator(mode="after")
+    def _check_last_without_budget(self) -> Recipe:
+        """The end of training is the whole change, the best checkpoint the part within the budget."""
+        for name, method in self.methods.items():
+            # Null of a method takes back what `train` gives all.
+            has_budget = (self.train | method.options).get("kl_budget") is not None
+            is_varied = "kl_budget" in (method.tune or {}) or f"{name}.kl_budget" in self.grid
+            if method.last and (has_budget or is_varied):
+                raise ValueError(
+                    f"methods.{name}: last is the end of training, which kl_budget does not limit; "
+                    "remove one of the two"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _choose_of_every_path(self) -> Recipe:
         """With ``path.choose``, a trained method without ``tune`` has points to choose from too."""
         if not self.path:

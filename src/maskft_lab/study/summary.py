@@ -14,11 +14,11 @@ from maskft_common import layout
 from maskft_common.errors import UserError
 from maskft_common.files import read_json, write_text
 
-from ..results.comparable import name_and_seed
+from ..results.comparable import without_missing_values
 from ..results.compare import compare
 from ..results.comparison import Settings
 from ..results.render import render, render_scores
-from ..results.schema import Result, has_items, read_result
+from ..results.schema import Result, read_result
 from ..results.scores import scores
 from ..results.tables import Table, draw
 from ..results.words import rounded
@@ -212,32 +212,6 @@ def _compared(
     for_terminal = render(comparison, "terminal")
     for_file = render(comparison, "markdown")
     return for_terminal, for_file, record
-
-
-def without_missing_values(results: Sequence[Result]) -> tuple[list[Result], list[str]]:
-    """Results without the metrics that lack the value of an item, with a note on each.
-
-    The mean over the other items would be of the easy ones, so `compare` raises. A study has no other --metrics to
-    choose, and would have no comparison at all for one model whose loss was not finite.
-    """
-    kept: list[Result] = []
-    notes: list[str] = []
-    for result in results:
-        tasks = {}
-        for task, record in result["tasks"].items():
-            metrics = {}
-            for name, metric in record["metrics"].items():
-                # Without a value per item it is a summary of the task, which is shown and not compared.
-                if metric["value"] is None and has_items(record["items"], name):
-                    notes.append(
-                        f"{name} on {task} of {name_and_seed(result)} is not compared: an item has no value, as where "
-                        "a loss is not finite"
-                    )
-                else:
-                    metrics[name] = metric
-            tasks[task] = record | {"metrics": metrics}
-        kept.append(result | {"tasks": tasks})
-    return kept, notes
 
 
 def _name_of_base(results: list[Result]) -> str | None:
