@@ -19,6 +19,7 @@ from maskft.training.kl import Base, KLOnTask, KLOnText, KLSum, kl_per_row
 from maskft.training.kl_budget import AIM, KLBudget, excess
 from maskft.training.near_base import KLReport, NearBase
 from maskft.training.record import read_record
+from maskft.training.trainer import MaskTrainer
 from maskft.training.verdict import read_heldout
 from maskft_common.errors import UserError
 from maskft_common.layout import ADAPTER_WEIGHTS, TRAINING
@@ -457,3 +458,18 @@ def test_input_that_cannot_be_a_budget_is_one_line(options, message, call, text,
     status, err = call(**{name: files.get(value, value) for name, value in options.items()})
     assert status == 2 and message in err and err.count("error:") == 1, err
     assert "Traceback" not in err and not (tmp_path / "out" / TRAINING).exists()
+
+
+def test_a_loss_that_is_not_finite_is_not_the_best_within_the_budget():
+    """Nothing was chosen, but the best loss so far was forgotten, so that a later and higher one took its place."""
+    state = SimpleNamespace(best_metric=1.0)
+    trainer = SimpleNamespace(
+        guard=SimpleNamespace(is_save_due=True),
+        args=SimpleNamespace(save_strategy="steps"),
+        near_base=SimpleNamespace(excess=lambda kl: excess(kl, 0.1)),
+        kl_of_best=lambda: 0.3,
+        state=state,
+    )
+    metrics = {"eval_kl": 0.05, "eval_loss": float("nan")}
+    assert MaskTrainer._is_best(trainer, metrics, trial=None) is False
+    assert state.best_metric == 1.0

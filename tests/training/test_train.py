@@ -477,6 +477,18 @@ def test_the_best_checkpoint_is_the_best_of_those_that_are_saved(arguments, tmp_
     assert losses[found["best_step"]] == found["best_loss"]
 
 
+def test_rows_that_are_packed_beyond_the_context(arguments, base, tmp_path, capsys):
+    """Rows of a stream count their positions on; those of the other strategies begin anew in each row."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.config.max_position_embeddings = 64
+    model.save_pretrained(tmp_path / "short")
+    tiny_tokenizer().save_pretrained(tmp_path / "short")
+    options = {"packing": True, "packing_strategy": "wrapped", "max_length": 128}
+    status, err = run(arguments(model_name_or_path=tmp_path / "short", **options), capsys)
+    assert status == 2 and "the longest row has 128 tokens, the model's context 64: lower max_length" in err
+    assert run(arguments(model_name_or_path=tmp_path / "short", **options | {"max_length": 64}), capsys)[0] == 0
+
+
 def test_a_base_that_lacks_weights_or_context(arguments, base, tmp_path, capsys):
     for change, message in (
         ("context", "tokens, the model's context 4"),
@@ -535,6 +547,9 @@ def cases():
     yield {"dataloader_persistent_workers": True}, "needs workers: give dataloader_num_workers too"
     yield {"gradient_checkpointing_kwargs": '{"use_reentrand": true}'}, "did you mean 'use_reentrant'"
     yield {"accelerator_config": '{"use_seedable_sampler": false}'}, "a run is not resumed exactly|no run is resumed"
+    yield {"accelerator_config": '{"dispatch_batches": true}'}, "dispatch_batches true, with which no run is resumed"
+    # Earlier releases of transformers do not have this choice.
+    yield {"train_sampling_strategy": "batch_rebalance"}, "with which seed has no effect|invalid choice"
     yield (
         {"method": "l1_mask", "keep_last": True},
         "keep_last goes with --method full or peft or mask, not with l1_mask",
@@ -591,6 +606,11 @@ def cases():
         ("kl_dataset_name: 3", "kl_dataset_name is 3; it must be text"),
         ("keep_mask: [a]", "keep_mask is ['a']; it must be text"),
         ("mask_target_modules: [q_proj, 3]", "mask_target_modules is 3; it must be text"),
+        ("max_grad_norm: null", "max_grad_norm has no value; give it one, or leave the line out: its default is 1.0"),
+        ("eval_split_size:", "eval_split_size has no value; give it one, or leave the line out: its default is 0.1"),
+        ("seed: null", "seed has no value"),
+        ("num_train_epochs: null", "num_train_epochs has no value"),
+        ("split_seed: null", "split_seed has no value"),
     ],
 )
 def test_mistakes_in_a_recipe(line, message, tmp_path, capsys):
@@ -842,8 +862,13 @@ def test_tied_weights_are_not_missing(arguments, tmp_path, capsys, caplog):
         ({"eval_split_size": 0}, "eval_split_size is 0; held-out rows choose the best checkpoint"),
         ({"eval_delay": 5}, "eval_delay is 5, and the run has 4 steps: nothing that it learns would be measured"),
         (
-            {"eval_delay": 3, "eval_strategy": "epoch", "save_strategy": "epoch", "max_steps": 13},
+            {"eval_delay": 3, "eval_strategy": "epoch", "save_strategy": "epoch", "max_steps": 24},
             "eval_delay is 3, and the run has 2 epochs",
+        ),
+        (
+            # The second epoch ends after its first step.
+            {"eval_delay": 2, "eval_strategy": "epoch", "save_strategy": "epoch", "max_steps": 13},
+            "eval_delay is 2, and the run has 1.08333 epochs",
         ),
         ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint is True, which maskft train does not use"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size is True, which maskft train does not use"),

@@ -124,7 +124,7 @@ class StepGuard(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Check that a step will be measured; restore the counters of the log; add the hook on the embeddings."""
-        _check_eval_delay(args, state)
+        _check_eval_delay(args, state, kwargs["train_dataloader"])
         # The Trainer has reset its counters just before this event, so they are restored here.
         self.trainer.resume_counts()
         is_reentrant = is_checkpointing_reentrant(args.gradient_checkpointing_kwargs)
@@ -292,14 +292,18 @@ class StepGuard(TrainerCallback):
         if args.logging_strategy == IntervalStrategy.NO:
             return False
         if args.logging_strategy == IntervalStrategy.EPOCH:
-            steps_of_epoch = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
-            return next_step % steps_of_epoch == 0 or next_step >= state.max_steps
+            return next_step % _steps_of_epoch(args, train_dataloader) == 0 or next_step >= state.max_steps
         # The state has the steps that a logging_steps below 1 means.
         every = max(int(state.logging_steps or 1), 1)
         return next_step % every == 0
 
 
-def _check_eval_delay(args, state) -> None:
+def _steps_of_epoch(args, train_dataloader) -> int:
+    """Optimizer steps of an epoch; the last one may have fewer batches."""
+    return math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
+
+
+def _check_eval_delay(args, state, train_dataloader) -> None:
     """Raise if evaluations begin after the end: the start would be the best checkpoint, whatever was learned."""
     if not args.load_best_model_at_end:
         return
@@ -307,10 +311,11 @@ def _check_eval_delay(args, state) -> None:
     end = state.max_steps
     if args.eval_strategy == IntervalStrategy.EPOCH:
         unit = "epochs"
-        end = state.num_train_epochs
+        # state.num_train_epochs is rounded up, and max_steps may end the run inside an epoch.
+        end = state.max_steps / _steps_of_epoch(args, train_dataloader)
     if args.eval_delay > end:
         raise UserError(
-            f"eval_delay is {args.eval_delay:g}, and the run has {end} {unit}: nothing that it learns would be "
+            f"eval_delay is {args.eval_delay:g}, and the run has {end:g} {unit}: nothing that it learns would be "
             "measured, and the start would be kept; lower eval_delay, or give --load_best_model_at_end false"
         )
 

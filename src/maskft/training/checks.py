@@ -148,6 +148,15 @@ def check_options(config: TrainConfig) -> None:
         raise UserError(
             "accelerator_config has use_seedable_sampler false, with which no run is resumed exactly; drop it"
         )
+    # Of a run that is resumed inside an epoch, the process that reads for all others is not told which epoch it is.
+    if training.accelerator_config.dispatch_batches:
+        raise UserError("accelerator_config has dispatch_batches true, with which no run is resumed exactly; drop it")
+    # transformers gives its sampler no seed, and several processes that are resumed do not tell it the epoch.
+    if getattr(training, "train_sampling_strategy", None) == "batch_rebalance":
+        raise UserError(
+            "train_sampling_strategy is batch_rebalance, with which seed has no effect on the order of rows and no run "
+            "is resumed exactly; use group_by_length"
+        )
 
     # Again when the model is loaded, which may be quantised in its files.
     if config.model.load_in_4bit or config.model.load_in_8bit:
@@ -317,14 +326,22 @@ def check_size(method: str, config: MaskConfig) -> None:
         raise UserError(f"mask_selection is {config.selection!r}; {method} removes mask_sparsity of the weights")
 
 
-def check_context(model, *sets) -> None:
+def check_context(
+    model,
+    *sets,
+    training: TrainingArguments | None = None,
+) -> None:
     """Raise for tokenised rows that are longer than the model's context.
 
     Args:
         model: The model.
-        *sets: Data sets with ``input_ids``.
+        *sets: Data sets with ``input_ids``, before packing.
+        training: Options of the run, which may pack rows into longer ones.
     """
     longest = 0
+    if training is not None and training.packing and training.packing_strategy == "wrapped":
+        # Rows of max_length tokens, whose positions are counted on; the other strategies begin anew in each row.
+        longest = training.max_length or 0
     for rows in sets:
         for ids in rows["input_ids"]:
             longest = max(longest, len(ids))

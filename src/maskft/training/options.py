@@ -7,7 +7,9 @@ import copy
 import dataclasses
 import json
 import re
+import typing
 from collections.abc import Callable, Collection, Sequence
+from types import NoneType
 from typing import Any
 
 from accelerate.commands.launch import launch_command_parser
@@ -202,14 +204,20 @@ def _check_values(
     own = {"model_name_or_path", KL_DATA}
     for group in (MethodArguments, DataArguments, MaskArguments):
         own.update(spec.name for spec in dataclasses.fields(group))
+    needing_a_value = _options_without_none()
 
     for action in parser._actions:
         if action.dest not in given:
             continue
         value = given[action.dest]
-        # An option with choices and a default has no None among them.
-        can_be_none = not (action.choices and action.default)
-        if value is None and can_be_none:
+        # An option with choices and a default has no None among them, and says which it takes.
+        has_choices = bool(action.choices and action.default)
+        if value is None and not has_choices:
+            if action.dest in needing_a_value:
+                raise UserError(
+                    f"recipe {recipe!r}: {action.dest} has no value; give it one, or leave the line out: "
+                    f"its default is {action.default}"
+                )
             continue
 
         is_list = action.nargs == "+" and isinstance(value, list)
@@ -219,6 +227,18 @@ def _check_values(
             wanted = _wanted(action, each, is_own)
             if wanted is not None:
                 raise UserError(f"recipe {recipe!r}: {action.dest} is {each!r}; it must be {wanted}")
+
+
+def _options_without_none() -> set[str]:
+    """Options that have a default and whose type leaves out None."""
+    found = set()
+    for group in _GROUPS:
+        hints = typing.get_type_hints(group)
+        for spec in dataclasses.fields(group):
+            is_optional = NoneType in typing.get_args(hints[spec.name])
+            if spec.init and not is_optional and _default(spec) is not None:
+                found.add(spec.name)
+    return found
 
 
 def _wanted(

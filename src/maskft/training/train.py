@@ -101,7 +101,7 @@ def run(
     if resume_from is not None:
         processes.decided_by_main(lambda: check_course(Path(resume_from), course))
     model = load_base(config.model, tokenizer, method.method)
-    check_context(model, data.train, data.heldout)
+    check_context(model, data.train, data.heldout, training=training)
     if kl_rows is not None:
         check_context(model, kl_rows.train, kl_rows.heldout)
 

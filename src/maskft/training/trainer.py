@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -364,6 +365,9 @@ class MaskTrainer(SFTTrainer):
             if excess > excess_of_best:
                 return False
             if excess < excess_of_best:
+                # A loss that is not finite is never the best, whatever its KL is.
+                if not math.isfinite(metrics["eval_loss"]):
+                    return False
                 # transformers compares losses, and without a best one any loss is better.
                 self.state.best_metric = None
         return super()._determine_best_metric(metrics, trial)
