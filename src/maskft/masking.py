@@ -59,13 +59,22 @@ def topk_mask(
     return mask.view(scores.shape)
 
 
+def kth_smallest(keys: Tensor, k: int) -> Tensor:
+    """The ``k``-th smallest of the flat ``keys``, counted from 1, as a tensor without dimensions."""
+    # kthvalue on a GPU is refused by torch before 2.10 where algorithms must be deterministic: of equal keys it gives
+    # any index. Their value, which is all that is used here, is the same.
+    if keys.device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
+        return keys.sort().values[k - 1]
+    return keys.kthvalue(k).values
+
+
 def remove_lowest(keys: Tensor, num: int) -> Tensor:
     """Mask of the flat float32 ``keys`` that removes exactly the ``num`` lowest; of equal ones the first go first."""
     check_not_nan(keys)  # kthvalue would rank NaN above every number
     # kthvalue counts from 1, and has no zeroth value.
     if num == 0:
         return torch.ones_like(keys, dtype=torch.bool)
-    cut = keys.kthvalue(num).values
+    cut = kth_smallest(keys, num)
     mask = keys > cut
 
     # So far all keys equal to the cut are removed. Only the first of them are to go, as many as are missing in `num`;
@@ -154,7 +163,7 @@ def initial_scores(
         return spread_by_rank(magnitude, std)
 
     # On the CPU, so that the draw does not depend on the device.
-    scores = torch.empty(weight.shape)
+    scores = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
     if start == "normal":
         scores.normal_(0.0, std, generator=generator)
     else:
@@ -171,11 +180,11 @@ def spread_by_rank(keys: Tensor, std: float) -> Tensor:
     # A uniform distribution on (0, w) has the standard deviation w / sqrt(12).
     step = std * math.sqrt(12) / num
     # In float64, because float32 cannot count beyond 2^24 entries.
-    ranks = torch.arange(1, num + 1, dtype=torch.float64)
+    ranks = torch.arange(1, num + 1, dtype=torch.float64, device="cpu")
     values = ranks * step
 
     # The entry with the lowest key gets the lowest value, and so on.
-    scores = torch.empty(keys.shape)
+    scores = torch.empty(keys.shape, dtype=torch.float32, device="cpu")
     flat = scores.view(-1)
     flat[order] = values.float()
     return scores.to(keys.device)

@@ -99,3 +99,17 @@ def test_scores_that_do_not_load_leave_every_layer_as_it_was(damage, tmp_path):
     with pytest.raises(UserError, match=f"up_proj: .*saved scores .*{damage}"):
         model.load_adapter(tmp_path, "default")
     assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+
+
+def test_a_configuration_that_is_used_again_checks_its_file_again(tmp_path):
+    """The second call found no checksums, and loaded a mask over other base weights without a word."""
+    trained(save_scores=True).save_pretrained(tmp_path)
+    config = MaskConfig.from_pretrained(tmp_path)
+    for _ in range(3):
+        with pytest.raises(UserError, match="trained on other base weights"):
+            PeftModel.from_pretrained(tiny.tiny_llama(seed=9), tmp_path, config=config, is_trainable=True)
+    # Over its own base it is loaded again and again, also after training has filled in the configuration.
+    for _ in range(2):
+        model = PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path, config=config, is_trainable=True).eval()
+        assert torch.equal(logits(model), logits(trained()))
+        model.peft_config["default"].mask_sha256 = "of later scores"

@@ -166,7 +166,10 @@ OWN = " (a learner of your own: register it in this process, see docs/learners.m
         ({**LOGIT, "sharpness_end": 0.0}, "sharpness_end is 0.0; it must be above 0"),
         ({**GUMBEL, "temperature": 0.0}, "temperature is 0.0; it must be above 0"),
         ({**GUMBEL, "temperature_end": 0.0}, "temperature_end is 0.0; it must be above 0"),
-        ({"mask_seed": -1}, "mask_seed is -1; it must be >= 0"),
+        *(
+            ({"mask_seed": value}, f"mask_seed is {value}; it must be a whole number >= 0")
+            for value in (-1, 1.5, True, math.nan, math.inf)
+        ),
         # Layers
         *(
             ({name: value}, f"{name} is {value}; give a list of names")
@@ -336,3 +339,9 @@ def test_a_warning_points_at_the_line_of_the_caller():
     with pytest.warns(UserWarning, match="KEPT") as warned:
         MaskConfig(sparsity=0.9)
     assert [each.filename for each in warned] == [__file__]
+
+
+def test_a_seed_that_is_a_whole_float_is_that_seed():
+    """The streams of random numbers are named by it, and 1.0 would be another name than 1."""
+    seed = MaskConfig(mask_seed=1.0).mask_seed
+    assert (seed, type(seed)) == (1, int)

@@ -3,6 +3,7 @@
 import copy
 import warnings
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from peft import get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import maskft.fast
 import reference
 from maskft import MaskConfig
 from maskft.masking import score_gradient
@@ -374,6 +376,62 @@ def test_training_after_a_forward_in_inference_mode():
         layer(torch.randn(2, 12))
     layer(torch.randn(2, 12)).sum().backward()
     assert layer.mask_scores["default"].grad is not None
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_training_after_a_mask_with_values_ran_in_inference_mode(is_fast):
+    """The values are cast to the dtype of the weight once, and kept."""
+    layer = make_layer(dtype=torch.bfloat16)
+    layer.removed_values["default"] = torch.ones(8, 12)
+    x = torch.randn(2, 12, dtype=torch.bfloat16)
+    with nullcontext() if is_fast else maskft.fast.disabled():
+        with torch.inference_mode():
+            layer(x)
+        layer(x).sum().backward()
+    assert layer.mask_scores["default"].grad is not None
+
+
+def test_a_layer_whose_tensors_are_swapped_is_moved_after_a_forward():
+    """As those of torchao are, with any .to(): torch refuses it for a tensor with a weak reference to it."""
+    layer = make_layer(dtype=torch.float64)
+    layer.update_layer("other", MaskConfig(mask_seed=1))
+    x = torch.randn(2, 12, dtype=torch.float64)
+    with torch.no_grad():
+        before = layer(x)
+        layer.eval()(x, adapter_names=["default", "__base__"])
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        layer.to("cpu")
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    with torch.no_grad():
+        assert torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize("init_scores", ["normal", "magnitude", "constant"])
+@pytest.mark.parametrize("is_fast", [True, False])
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, "meta"])
+def test_defaults_of_torch_change_no_mask(default, is_fast, init_scores):
+    """Scores in bfloat16 have ties, and another mask; on another device their CPU generator is refused."""
+    base = nn.Linear(64, 48, bias=False)
+    x = torch.randn(3, 64)
+    settings = {"target_modules": ["0"], "init_scores": init_scores, "sparsity": 0.2}
+    if init_scores == "constant":
+        settings |= {"init_value": 0.5}
+    wanted = get_peft_model(nn.Sequential(copy.deepcopy(base)), MaskConfig(**settings))(x)
+
+    old = torch.get_default_dtype()
+    try:
+        if default != "meta":
+            torch.set_default_dtype(default)
+        with torch.device("meta") if default == "meta" else nullcontext():
+            model = get_peft_model(nn.Sequential(base), MaskConfig(**settings))
+            with nullcontext() if is_fast else maskft.fast.disabled():
+                found = model(x)
+                found.sum().backward()
+    finally:
+        torch.set_default_dtype(old)
+    assert torch.equal(found, wanted)
 
 
 def test_scores_on_meta_are_refused():

@@ -40,7 +40,7 @@ def _random(
     generator: torch.Generator,
 ) -> Tensor:
     # On the CPU, whatever the device of the weight is: a seed gives the same mask on every machine.
-    keys = torch.rand(weight.numel(), generator=generator)
+    keys = torch.rand(weight.numel(), generator=generator, dtype=torch.float32, device=generator.device)
     return keys.view(weight.shape)
 
 

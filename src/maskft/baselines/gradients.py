@@ -38,7 +38,7 @@ def weight_gradients(
     # Float32, in which many small gradients are summed, whatever the dtype of the weights is.
     totals = []
     for weight in weights:
-        total = torch.zeros(weight.shape, device=weight.device)
+        total = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         totals.append(total)
     num_tokens = 0
 

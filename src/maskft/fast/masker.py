@@ -602,7 +602,7 @@ def kept_bytes_per_weight(
     has_several = num_micro_batches > 1
     if _keeps_signed_weight(config):
         return itemsize if is_on_cpu and has_several else 0
-    has_slope = selection.hard_slope(config, torch.zeros(1)) is not None
+    has_slope = selection.hard_slope(config, torch.zeros(1, dtype=torch.float32, device="cpu")) is not None
     is_kept = has_slope and (has_several or not is_on_cpu)
     return torch.float32.itemsize if is_kept else 0
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from maskft_common.errors import UserError
 
-from ..masking import RankBy, check_not_nan, ranking_keys, remove_lowest
+from ..masking import RankBy, check_not_nan, kth_smallest, ranking_keys, remove_lowest
 
 # Entries processed together on a CPU: few enough that intermediate values stay in the cache.
 CHUNK_NUMEL = 1 << 19
@@ -79,9 +79,7 @@ def keep_above_(
 ) -> None:
     """Write into ``out`` (contiguous) the ``weight``, +0 where the ranking value is not above ``cut``."""
     # _split_ keeps entries of at least its lower bound.
-    infinity = torch.tensor(math.inf)
-    just_above = torch.nextafter(torch.tensor(cut), infinity)
-    low = just_above.item()
+    low = _next_float32(cut, math.inf).item()
     # With -inf above it the band is empty, and nothing is searched.
     band = (low, -math.inf)
     _split_(out, weight, scores, band, rank_by)
@@ -162,7 +160,7 @@ def _near(
     if 2 * reach * share * 256 > width:
         return Near(cut, reach, None)
     # Rounded as the keys are, which are compared in float32.
-    bounds = torch.tensor([cut - reach, cut + reach], dtype=torch.float32)
+    bounds = torch.tensor([cut - reach, cut + reach], dtype=torch.float32, device="cpu")
     low, high = bounds.tolist()
     return Near(cut, reach, (low, high))
 
@@ -194,9 +192,9 @@ def _probable_bands(
     low = -math.inf
     high = math.inf
     if first >= 1:
-        low = sample.kthvalue(first).values.item()
+        low = kth_smallest(sample, first).item()
     if last <= num_sampled:
-        high = sample.kthvalue(last).values.item()
+        high = kth_smallest(sample, last).item()
 
     num_in_band = (last - first) * stride
     is_bounded = -math.inf < low < high < math.inf
@@ -216,7 +214,7 @@ def _probable_bands(
             middle + (excess + margin) / density,
         ]
         # Rounded as the keys are, which are compared in float32.
-        rounded = torch.tensor(bounds, dtype=torch.float32)
+        rounded = torch.tensor(bounds, dtype=torch.float32, device="cpu")
         narrow_low, narrow_high = rounded.tolist()
         yield max(low, narrow_low), min(high, narrow_high)
 
@@ -234,7 +232,7 @@ def _num_below(
     found = 0
     # One buffer for all chunks, so that it stays in the cache.
     longest = min(CHUNK_NUMEL, len(flat))
-    buffer = torch.empty(longest, dtype=torch.float32)
+    buffer = torch.empty(longest, dtype=torch.float32, device="cpu")
     for chunk in flat.split(CHUNK_NUMEL):
         below = buffer[: len(chunk)]
         if rank_by == "abs":
@@ -259,7 +257,15 @@ def _kth_smallest(
     """The ``k``-th smallest ranking value, counted from 1; raises if a score is NaN."""
     keys = ranking_keys(scores, rank_by)
     check_not_nan(keys)
-    return keys.kthvalue(k).values.item()
+    return kth_smallest(keys, k).item()
+
+
+def _next_float32(value: float, towards: float) -> Tensor:
+    """The float32 number next to ``value``, on the CPU."""
+    # With a dtype and a device, because users may have set other defaults.
+    start = torch.tensor(value, dtype=torch.float32, device="cpu")
+    end = torch.tensor(towards, dtype=torch.float32, device="cpu")
+    return torch.nextafter(start, end)
 
 
 def _split_(
@@ -286,7 +292,7 @@ def _split_(
     num_below = 0
     # Each begins with an empty tensor, because torch.cat takes no empty list.
     indices = [scores_flat.new_empty(0, dtype=torch.int64)]
-    values = [torch.empty(0, device=device)]
+    values = [torch.empty(0, dtype=torch.float32, device=device)]
 
     # One chunk after the other on a CPU, the whole matrix on a GPU.
     chunk = numel
@@ -294,11 +300,10 @@ def _split_(
         chunk = min(CHUNK_NUMEL, numel)
     # Without scores, too, range() below needs a step of at least 1.
     chunk = max(1, chunk)
-    keys_buffer = torch.empty(chunk, device=device)
-    sign_buffer = torch.empty(chunk, device=device)
+    keys_buffer = torch.empty(chunk, dtype=torch.float32, device=device)
+    sign_buffer = torch.empty(chunk, dtype=torch.float32, device=device)
     # A key is in the band or above where it is greater than the float below the band.
-    minus_infinity = torch.tensor(-math.inf)
-    just_below = torch.nextafter(torch.tensor(low), minus_infinity)
+    just_below = _next_float32(low, -math.inf)
     distance = just_below - high
     furthest = int(distance.view(torch.int32))
     just_below = just_below.to(device)

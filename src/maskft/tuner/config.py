@@ -42,6 +42,9 @@ REMOVED_VALUES: dict[str, RemovedValues] = {"zero": lambda config, model: {}}
 # Values of `init_scores` that need training rows.
 DATA_STARTS = ("wanda",)
 
+# Fields that training and saving fill in.
+FILLED_IN = ("mask_sha256", "base_fingerprint", "weights_sha256", "progress", "recipe")
+
 # Fields whose values are numbers, and those that may be None besides; `sparsity` has a check of its own.
 _NUMBERS = ("init_std", "sparsity_ramp", "price", "mask_seed", "threshold", "sharpness", "temperature")
 _NUMBERS_OR_NONE = ("init_value", "sharpness_end", "temperature_end", "progress")
@@ -239,6 +242,8 @@ class MaskConfig(PeftConfig):
     weights_of_save: ClassVar[dict[str, str] | None] = None
     # Names of the fields that were given, which win over a preset even where they equal a default.
     given = frozenset[str]()
+    # Values of the fields that training and saving fill in, as they were given: those of the file, or None.
+    filled_from_file = cast("dict[str, Any]", {})
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Remember which fields are given: the ``__init__`` that dataclasses write cannot tell them from defaults."""
@@ -268,6 +273,7 @@ class MaskConfig(PeftConfig):
         if not self.is_saved:
             self._check_effects()
         self._check_combinations()
+        self.filled_from_file = {name: getattr(self, name) for name in FILLED_IN}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write ``adapter_config.json``; PEFT has written the tensors of the adapter before.
@@ -468,8 +474,12 @@ class MaskConfig(PeftConfig):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"{name} is {value}; it must be above 0")
-        if self.mask_seed < 0:
-            raise UserError(f"mask_seed is {self.mask_seed}; it must be >= 0")
+        seed = self.mask_seed
+        is_whole = not isinstance(seed, bool) and (isinstance(seed, int) or seed.is_integer())
+        if not is_whole or seed < 0:
+            raise UserError(f"mask_seed is {seed}; it must be a whole number >= 0")
+        # The streams of random numbers are named by it: 1.0 would be another name than 1.
+        self.mask_seed = int(seed)
 
         # The published code's `sparsity` is the opposite of ours, so that a value above a half is likely to come from
         # there.

@@ -203,7 +203,9 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         if adapter_name not in self.removed_values:
             return None
         value = self.removed_values[adapter_name]
-        value = value.to(self.weight.device, self.get_base_dtype())
+        # A tensor that is created inside torch.inference_mode() could not be trained with afterwards.
+        with torch.inference_mode(False):
+            value = value.to(self.weight.device, self.get_base_dtype())
         # Kept, so that it is moved once.
         self.removed_values[adapter_name] = value
         return value
@@ -294,10 +296,16 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         ``model.to(torch.bfloat16).to(torch.float32)`` rounds a weight, raises no version, and often leaves it at the
         address it had before, so that caches would find nothing changed.
         """
+        # Before as well: torch swaps the tensors of torchao, and of other types that wrap tensors, which it refuses for
+        # a tensor with a weak reference to it, such as these hold.
+        self._forget_tensors()
         super()._apply(fn, recurse)
-        self.masker.forget()
-        self.mixed_batch.plan = None
+        self._forget_tensors()
         return self
+
+    def _forget_tensors(self) -> None:
+        self.masker.forget()
+        self.mixed_batch.forget_tensors()
 
     # Merging
 

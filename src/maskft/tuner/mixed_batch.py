@@ -149,6 +149,14 @@ class MixedBatchCache:
         self.places.pop(adapter_name, None)
         self.plan = None
 
+    def forget_tensors(self) -> None:
+        """Free what was computed from tensors of the layer, and with it the weak references to them."""
+        self.plan = None
+        for adapter_name, (_, saved_mask, _) in list(self.places.items()):
+            # Places of scores; those of a saved mask do not change.
+            if saved_mask is None:
+                del self.places[adapter_name]
+
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors kept."""

@@ -88,9 +88,10 @@ class MaskModel(BaseTuner):
             # TRL adds its reference with the configuration of the adapter that it trains.
             peft_config.copy_of = names[0]
         elif was_used:
-            # Filled in for the other adapter. One that is loaded for inference keeps the values of its file.
-            for field in ("mask_sha256", "base_fingerprint", "weights_sha256", "progress", "recipe"):
-                setattr(peft_config, field, None)
+            # Filled in for the other adapter. One that is loaded for inference keeps the values of its file. One that
+            # is loaded to be trained gets them again, so that its file is checked.
+            for field, value in peft_config.filled_from_file.items():
+                setattr(peft_config, field, value)
             peft_config.copy_of = ""
         peft_config.is_new = True
         # Only a configuration from a file has a checksum of its masks.

@@ -136,8 +136,8 @@ def _just_below_threshold(config: MaskConfig) -> float:
     # `threshold` removes scores below it and keeps one that is equal; `cut` keeps scores above it. So the cut is the
     # float32 number before the threshold. math.nextafter would give the float64 number before it, which rounds to the
     # threshold itself.
-    threshold = torch.tensor(config.threshold)
-    downwards = torch.tensor(-math.inf)
+    threshold = torch.tensor(config.threshold, dtype=torch.float32, device="cpu")
+    downwards = torch.tensor(-math.inf, dtype=torch.float32, device="cpu")
     below = torch.nextafter(threshold, downwards)
     return below.item()
 
@@ -358,6 +358,7 @@ def logistic_noise(shape: torch.Size, generator: torch.Generator) -> Tensor:
     uniform = torch.rand(
         shape,
         generator=generator,
+        dtype=torch.float32,
         device=generator.device,
     )
     # It is infinite at 0 and 1.
