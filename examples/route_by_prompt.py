@@ -58,7 +58,7 @@ class Router:
         found = []
         for start in range(0, len(prompts), BATCH_SIZE):
             texts = prompts[start : start + BATCH_SIZE]
-            batch = self.tokenizer(texts, return_tensors="pt", padding=True)
+            batch = self.tokenizer(texts, return_tensors="pt", padding=True).to(self.model.device)
             batch.pop("token_type_ids", None)  # some tokenizers return it, and decoders do not take it
             # `base_model` is the model without its head, so no logits are computed.
             hidden_BTD = self.model.base_model(**batch, use_cache=False).last_hidden_state
@@ -107,6 +107,12 @@ def main() -> None:
         "--test", nargs="+", default=[], type=name_and_file, metavar="NAME=FILE", help="prompts to route"
     )
     parser.add_argument("--limit", type=positive, default=64, help="prompts of a file that are read (default: 64)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16", "auto"),
+        default="float32",
+        help="dtype of the weights; auto: as they are stored (default: float32)",
+    )
     args = parser.parse_args()
 
     # All files before the model, which takes longer to load.
@@ -121,7 +127,8 @@ def main() -> None:
             raise UserError(f"--test {name}: no such task; there are {', '.join(prompts)}")
 
     # The base alone, without any mask: a mask would have to be chosen before the prompt is read.
-    model = load_model(args.base).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_model(args.base, args.dtype).to(device).eval()
     tokenizer = load_tokenizer(args.base)
     router = Router(model, tokenizer, prompts)
 

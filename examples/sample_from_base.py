@@ -34,6 +34,12 @@ def main() -> None:
     parser.add_argument("--num_rows", type=positive, default=256, help="rows to write (default: 256)")
     parser.add_argument("--num_tokens", type=positive, default=64, help="longest row, in tokens (default: 64)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16", "auto"),
+        default="float32",
+        help="dtype of the weights; auto: as they are stored (default: float32)",
+    )
     args = parser.parse_args()
     # All of this before the model samples for minutes.
     if args.file.exists():
@@ -47,7 +53,8 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.base)
-    model = load_model(args.base).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_model(args.base, args.dtype).to(device).eval()
 
     # `generate` needs a first token. Where a tokenizer has no BOS, EOS plays its part in pre-training: it is the token
     # before each document.
@@ -64,7 +71,7 @@ def main() -> None:
     texts = []
     for start in track(range(0, args.num_rows, BATCH_SIZE), description="sampling"):
         num_rows = min(BATCH_SIZE, args.num_rows - start)
-        prompt_B1 = torch.full((num_rows, 1), first_token)
+        prompt_B1 = torch.full((num_rows, 1), first_token, device=device)
         sampled_BT = model.generate(
             input_ids=prompt_B1,
             attention_mask=torch.ones_like(prompt_B1),

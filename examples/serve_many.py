@@ -235,6 +235,12 @@ def main() -> None:
         help="adapter folders and the names to serve them by",
     )
     parser.add_argument("--port", type=int, default=8000, help="port at 127.0.0.1 (default: %(default)s)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16", "auto"),
+        default="float32",
+        help="dtype of the weights; auto: as they are stored (default: float32)",
+    )
     args = parser.parse_args()
 
     # Before the base is loaded, which takes longer.
@@ -248,7 +254,9 @@ def main() -> None:
 
     # PEFT wraps the base with the first adapter, and adds the others to it. The base is in memory once.
     first = next(iter(folders))
-    model = PeftModel.from_pretrained(load_model(args.base), folders.pop(first), adapter_name=first)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    base = load_model(args.base, args.dtype).to(device)
+    model = PeftModel.from_pretrained(base, folders.pop(first), adapter_name=first)
     for name, folder in folders.items():
         model.load_adapter(folder, name)
 

@@ -22,8 +22,8 @@ def sample(base, monkeypatch):
     spec.loader.exec_module(module)
 
     def call(file, *options, **generation):
-        def load(name):
-            model = load_model(name)
+        def load(name, dtype):
+            model = load_model(name, dtype)
             model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id, **generation)
             return model
 

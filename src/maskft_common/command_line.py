@@ -190,6 +190,13 @@ def positive(text: str) -> int:
     return number
 
 
+def not_empty(text: str) -> str:
+    """The type of a name or a folder: an empty text, as of a variable that is not set in a script, is refused."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty: name one, or leave the option out")
+    return text
+
+
 def run_script(main: Callable[[], None], extra: str | None = None) -> None:
     """Run the ``main`` of a script; a user's mistake ends it with one line and status 2, as it ends a command.
 

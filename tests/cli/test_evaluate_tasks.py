@@ -282,8 +282,8 @@ def test_memory_that_runs_out_is_one_line(tmp_path):
     base, rows = tmp_path / "base", tmp_path / "rows.jsonl"
     tiny.tiny_llama(vocab_size=50_000, num_layers=1).save_pretrained(base)
     tiny_tokenizer().save_pretrained(base)
-    rows.write_text("".join(json.dumps({"prompt": f"{n}=", "completion": "1" * 200}) + "\n" for n in range(16)))
-    words = ["evaluate", "--model_name_or_path", base, "--dataset_name", rows, "--no_generate", "--batch_size", "16"]
+    rows.write_text("".join(json.dumps({"prompt": f"{n}=", "completion": "1" * 200}) + "\n" for n in range(64)))
+    words = ["evaluate", "--model_name_or_path", base, "--dataset_name", rows, "--no_generate", "--batch_size", "64"]
     words += ["--output_dir", tmp_path / "out"]
 
     def limit_memory():

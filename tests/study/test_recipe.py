@@ -501,6 +501,20 @@ def test_files_come_from_the_data_folder(content, data, tmp_path):
     assert recipe.data["sums"].options["data_dir"] == recipe.evaluation["data_dir"] == str(data.parent)
     with pytest.raises(UserError, match=r"'sums.jsonl' is neither here nor in data_dir"):
         parse_recipe(content, data_dir=tmp_path)
+    # Also where the rows are named as held-out ones; a set of earlier abilities may have a key without a value.
+    content["evaluation"] = {"heldout": {"eval_dataset_name": data.name}}
+    content["evaluation"]["before"] = {"own": {"dataset_name": data.name, "tasks": None}}
+    recipe = parse_recipe(content, data_dir=data.parent)
+    assert recipe.evaluation["eval_dataset_name"] == recipe.before["own"]["dataset_name"] == str(data)
+
+
+@pytest.mark.parametrize("option", ["--model", "--output_dir", "--data_dir"])
+def test_an_option_without_a_text_is_refused(option, content, tmp_path, capsys):
+    """As that of a variable that is not set in a script: it was ignored, and another model trained."""
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(content))
+    assert main(["study", str(file), option, "", "--dry_run"]) == 2
+    assert f"argument {option}: is empty: name one, or leave the option out" in capsys.readouterr().err
 
 
 def test_sets_of_earlier_abilities_are_measured_as_the_task_is(content, data, tmp_path):

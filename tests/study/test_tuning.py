@@ -241,8 +241,15 @@ def test_rows_that_are_trained_and_reported_on_are_said(content, in_process, tmp
     )
     assert check_before_running(plan_of(content)) == [chosen, note]
     out = tmp_path / "out"
-    assert main(["study", str(write(tmp_path, content)), "--output_dir", str(out)]) == 0
+    file = write(tmp_path, content)
+    assert main(["study", str(file), "--output_dir", str(out), "--model", content["model"]]) == 0
     assert note in capsys.readouterr().out
+    # The copy says which model was trained; what a study that shares the folder has is not shown as its recipe.
+    copied = out / layout.STUDY_RECIPE.format("small")
+    said = f"# Run with --model {content['model']}, in place of the model below.\n"
+    assert copied.read_text() == said + file.read_text() == gather(out).recipe
+    copied.rename(out / layout.STUDY_RECIPE.format("other"))
+    assert gather(out).recipe is None
     assert f"- {note}\n" in (out / layout.STUDY_TABLE.format("small")).read_text()
     assert note in gather(out).notes
 

@@ -192,7 +192,7 @@ def test_several_gpus_without_a_launcher_are_for_what_runs_on_one(arguments, tmp
         assert status == 0, err
     for method in ("mask", "full"):
         status, err = run(arguments(method=method), capsys)
-        assert status == 2 and "this process sees 2 GPUs, and trains on one: add --accelerate_config" in err
+        assert status == 2 and "trains on one: add --accelerate_config multi_gpu --num_processes 2" in err
 
 
 def untimed(folder):
@@ -698,6 +698,15 @@ def test_bfloat16_is_the_default_where_the_processor_multiplies_it(has_instructi
         args = TrainingArguments(output_dir=str(tmp_path), bf16=bf16)
         with heldout_loss(None, tiny_tokenizer(), args).context():  # also where nothing is trained
             assert torch.is_autocast_enabled(args.device.type) is args.bf16 is bf16
+
+
+@pytest.mark.parametrize(("instructions", "expected"), [([], False), (["bf16"], True), (None, True)])
+def test_a_processor_of_arm_multiplies_bfloat16_if_it_lists_the_instructions(instructions, expected, monkeypatch):
+    from maskft.training import arguments as training_arguments
+
+    monkeypatch.setattr(training_arguments.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(training_arguments, "bfloat16_instructions", lambda: instructions)
+    assert training_arguments.multiplies_bfloat16() is expected
 
 
 @pytest.mark.parametrize(

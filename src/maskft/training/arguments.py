@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from trl import ModelConfig, SFTConfig
 
+from maskft_common.environment import bfloat16_instructions
 from maskft_common.errors import UserError
 
 from ..data.arguments import DataArguments, mixture_text, option
@@ -180,9 +181,11 @@ class TrainingArguments(SFTConfig):
 
 def multiplies_bfloat16() -> bool:
     """Whether this processor has bfloat16 instructions; without, products take five times as long as in float32."""
-    # The two checks are of x86. Elsewhere TRL's default, bfloat16, stays.
+    # The two checks of torch are of x86.
     if platform.machine().lower() not in ("x86_64", "amd64"):
-        return True
+        instructions = bfloat16_instructions()
+        # TRL's default, bfloat16, stays where the system does not say.
+        return instructions is None or bool(instructions)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 

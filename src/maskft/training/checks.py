@@ -219,8 +219,8 @@ def _check_devices(config: TrainConfig) -> None:
     is_trained = config.method.method not in UNTRAINED_METHODS and not config.data.prepare_only
     if is_trained and training.n_gpu > 1:
         raise UserError(
-            f"this process sees {training.n_gpu} GPUs, and trains on one: add --accelerate_config multi_gpu, "
-            "or set CUDA_VISIBLE_DEVICES=0"
+            f"this process sees {training.n_gpu} GPUs, and trains on one: add --accelerate_config multi_gpu "
+            f"--num_processes {training.n_gpu}, or set CUDA_VISIBLE_DEVICES=0"
         )
     if is_trained and training.activation_offloading and training.device.type == "cpu":
         raise UserError(

@@ -89,7 +89,9 @@ def make_parser() -> TrlParser:
         # Understood, so that the error can name what to write instead.
         if action.dest in refused:
             action.help = argparse.SUPPRESS
-        elif has_default(action):
+            continue
+        action.help = _CORRECTED.get(action.dest, action.help)
+        if has_default(action):
             action.help = with_default(action.help or "")
     return parser
 
@@ -325,6 +327,14 @@ def help_text(is_long: bool = False) -> str:
         formatter.end_section()
     return f"{_DESCRIPTION}\n\n{formatter.format_help()}"
 
+
+# Help of TRL's that is not true here.
+_CORRECTED = {
+    "load_in_4bit": "Load the base in four bits by bitsandbytes; for methods mask and peft.",
+    "load_in_8bit": "Load the base in eight bits by bitsandbytes; for methods mask and peft.",
+    "max_length": "Longest row, in tokens: of longer ones the beginning is taken. The length of a row that is packed.",
+    "padding_free": "Put the rows of a batch one behind another, without padding; with eager or sdpa attention too.",
+}
 
 # Where the first sentence of the long help has no unit, or is TRL's.
 _OF_STEPS = "; below 1 a fraction of all steps"

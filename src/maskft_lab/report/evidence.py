@@ -174,9 +174,10 @@ class Evidence:
             UserError: If the copy is no text.
         """
         # A folder of runs may be shared by studies, each with its own copy. A published folder has one.
-        own = self.folder / layout.STUDY_RECIPE.format(self.name)
-        published = sorted(self.folder.glob("recipe*.yaml"))
-        for file in [own, *published]:
+        candidates = [self.folder / layout.STUDY_RECIPE.format(self.name)]
+        if not (self.folder / layout.RUNS).is_dir():
+            candidates += sorted(self.folder.glob("recipe*.yaml"))
+        for file in candidates:
             if not file.is_file():
                 continue
             try:

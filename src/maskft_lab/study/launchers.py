@@ -154,12 +154,19 @@ def ray(
     launch = study.recipe.launch
     study = study.without_lock()
 
+    folder = os.getcwd()
+
+    def work_here(study: Study, run: StudyRun) -> Any:
+        # A worker may have started elsewhere, and names in the recipe count from here.
+        os.chdir(folder)
+        return work(study, run)
+
     # No retries by Ray: the study submits a lost run again itself, a limited number of times.
     task = ray.remote(
         num_cpus=launch.num_cpus,
         num_gpus=launch.num_gpus,
         max_retries=0,
-    )(work)
+    )(work_here)
 
     def submit(runs: list[StudyRun]) -> list[Any]:
         # All at once: Ray queues those for which it has no room. A future has the methods of a job.

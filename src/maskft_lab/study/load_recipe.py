@@ -102,7 +102,7 @@ def parse_recipe(
 
     # Files that evaluations name.
     evaluation = recipe.evaluation | _template_of(recipe.evaluation, source)
-    has_rows_or_tasks = "tasks" in evaluation or "dataset_name" in evaluation
+    has_rows_or_tasks = "tasks" in evaluation or any(name in evaluation for name in DATA_NAMES)
     # in_data_dir adds data_dir, which only rows and tasks read.
     if has_rows_or_tasks:
         evaluation = in_data_dir(evaluation, data_dir)
@@ -195,7 +195,7 @@ def _completed(
     for name, options in sets.items():
         # A set of rows takes the options of held-out rows too; benchmarks know nothing of them.
         shared = dict(how)
-        tasks = options.get("tasks", ["heldout"])  # without tasks, a set is of rows
+        tasks = options.get("tasks") or ["heldout"]  # without tasks, a set is of rows
         if "heldout" in tasks:
             shared |= how_of_heldout
         if any(task != "heldout" for task in tasks):
