@@ -179,6 +179,23 @@ def test_a_path_that_cannot_be(change, message, content, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_path_that_is_added_later_is_refused_before_the_other_runs(content, tmp_path, capsys):
+    """Without a path the checkpoints of a finished run are deleted; the error came after the runs that were missing."""
+    path = content.pop("path")
+    content["methods"] = {name: content["methods"][name] for name in ("base", "LoRA")}
+    content["methods"]["LoRA"] |= {"max_steps": 4}
+    out = tmp_path / "study"
+    assert main(["study", str(write(tmp_path, content)), "--output_dir", str(out)]) == 0
+    capsys.readouterr()
+
+    content["methods"]["another"] = content["methods"]["LoRA"] | {"learning_rate": 2e-2}
+    content["path"] = path
+    before = sorted((out / layout.RUNS).iterdir())
+    assert main(["study", str(write(tmp_path, content)), "--output_dir", str(out)]) == 2
+    assert "delete runs made with other path settings first" in capsys.readouterr().err
+    assert sorted((out / layout.RUNS).iterdir()) == before
+
+
 def test_checkpoints_that_rounding_moves(content):
     """9 steps saved at every quarter: transformers rounds that up to every third."""
     content["methods"] = {name: content["methods"][name] for name in ("base", "LoRA")}

@@ -172,6 +172,9 @@ def _make_stage(
     for run in runs:
         if run in failed:
             continue
+        # Raises if its checkpoints were deleted before the recipe had a path: now, and not after the other runs.
+        if study.is_trained(run):
+            study.checkpoints(run)
         if is_done(study, run):
             finished.append(run)
         else:
