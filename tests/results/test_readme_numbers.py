@@ -21,9 +21,13 @@ METHODS = {
     "full fine-tuning of the gate projections": "full of gate_proj with KL to base",
     "full fine-tuning": "full with KL to base",
     "LoRA r 16": "LoRA r 16 with KL to base",
+    "OSF": "OSF with KL to base",
+    "Super-Tuning": "Super-Tuning with KL to base",
 }
+# Studies with more methods of a table: seed 0, and the others.
+MORE = {SECOND_MODEL: ("qwen25-05b-intents-more-rivals", "qwen25-05b-intents-more-rivals-seeds")}
 # The study of short training has no methods of the gate projections alone; another has that and the mask.
-NUM_ROWS = {LONG: 4, SHORT: 3, SHORT_GATES: 2, SECOND_MODEL: 4}
+NUM_ROWS = {LONG: 4, SHORT: 3, SHORT_GATES: 2, SECOND_MODEL: 6}
 # Where the sizes are, if not in the study itself: the studies that chose its rates.
 SIZES = {SHORT_GATES: "smollm2-curve-banking77-kl-gates", SECOND_MODEL: "qwen25-05b-intents-rivals"}
 # The page that has the table, if not docs/evidence.md.
@@ -37,15 +41,24 @@ def study(request):
     return request.param
 
 
+def with_more(study, folder):
+    """The results of a folder, and those of the methods that it does not have."""
+    found = read_all([str(ROOT / "results" / folder)])
+    names = {result["name"] for result in found}
+    for more in MORE.get(study, ()):
+        found += [result for result in read_all([str(ROOT / "results" / more)]) if result["name"] not in names]
+    return found
+
+
 @pytest.fixture(scope="module")
 def results(study):
-    return read_all([str(ROOT / "results" / study)])
+    return with_more(study, study)
 
 
 @pytest.fixture(scope="module")
 def sizes(study):
     """Results that have the sizes of the methods."""
-    return read_all([str(ROOT / "results" / SIZES.get(study, study))])
+    return with_more(study, SIZES.get(study, study))
 
 
 def mean(results, name, task, metric):
