@@ -89,11 +89,11 @@ def refreshed(folder: Path) -> dict[Path, str]:
 
 def _check_verdicts(old: Comparison, new: Comparison) -> None:
     """Raise if a difference, or the sentence on a mask, would say something else than before."""
-    said = _words_of(old)
-    for place, word in _words_of(new).items():
-        before = said.get(place)
-        if before != word:
-            raise UserError(f"{', '.join(place)}: {before} would be {word}")
+    before, after = _words_of(old), _words_of(new)
+    # Also what is missing in one of them.
+    for place in before | after:
+        if before.get(place) != after.get(place):
+            raise UserError(f"{', '.join(place)}: {before.get(place)} would be {after.get(place)}")
 
 
 def _words_of(comparison: Comparison) -> dict[tuple[str, ...], str]:

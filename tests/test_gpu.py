@@ -46,6 +46,19 @@ def test_masks_are_those_of_the_plain_definition(device, kind):
         assert torch.equal(encode_mask(mask).cpu(), encode_mask(mask.cpu()))
 
 
+def test_masks_are_the_same_where_algorithms_must_be_deterministic(device):
+    """torch before 2.10 refuses kthvalue on a GPU then."""
+    scores = torch.randn(64, 48, generator=torch.Generator().manual_seed(0))
+    expected = masking.topk_mask(scores, 0.1)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.equal(masking.topk_mask(scores.to(device), 0.1).cpu(), expected)
+        found = selection.mask_without_lowest(scores.to(device), masking.num_removed(scores.numel(), 0.1))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(found.cpu(), expected)
+
+
 @pytest.mark.parametrize("learner", LEARNERS)
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_every_learner_trains(device, learner, dtype):

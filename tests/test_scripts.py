@@ -1,17 +1,21 @@
 """Scripts of benchmarks/, examples/ and recipes/: a user's mistake is one line, and every option says what it is."""
 
 import ast
+import copy
 import gzip
 import importlib
 import importlib.util
 import json
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from forking import forked, run_script
+from maskft_common.errors import UserError
+from maskft_lab.results.comparison import Comparison
 
 # What the scripts import, once for all of them.
 for module in (
@@ -138,6 +142,27 @@ def test_a_folder_without_results_does_not_keep_others_from_being_refreshed(call
     status, printed = call("recipes/refresh_results.py", tmp_path, tmp_path / "none")
     assert status == 0
     assert printed.count("left as it is: no summary.json: name a folder of published results") == 2
+
+
+@pytest.mark.parametrize("what", ["a difference", "a verdict", "a verdict that is gone"])
+def test_a_folder_whose_conclusion_would_change_is_not_refreshed(what):
+    spec = importlib.util.spec_from_file_location("refresh_results", ROOT / "recipes" / "refresh_results.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    summary = json.loads((ROOT / "results" / "qwen25-05b-clinc150" / "summary.json").read_text())
+    (record,) = summary["models"].values()
+    old, new = (Comparison.from_dict(copy.deepcopy(record["comparison"])) for _ in range(2))
+    module._check_verdicts(old, new)
+
+    if what == "a difference":
+        new.differences[0] = replace(new.differences[0], verdict="not distinguishable")
+    elif what == "a verdict":
+        verdict = new.verdicts[0]
+        new.verdicts[0] = replace(verdict, control=replace(verdict.control, verdict="better"))
+    else:
+        new.verdicts.clear()
+    with pytest.raises(UserError, match="would be"):
+        module._check_verdicts(old, new)
 
 
 def options_of(script):

@@ -110,13 +110,15 @@ def test_a_configuration_needs_a_set_that_takes_one(sets):
     assert len(splits(sets, "small", dataset_config="main").train) == 36
 
 
-def test_a_row_that_two_sets_hold_out_is_refused_before_training(tmp_path):
+def test_a_row_that_two_sets_hold_out_is_counted_once(tmp_path):
+    """A result has one value for an id: the evaluation refused such rows after training."""
     row = {"question": "same?", "answer": "#### 1"}
     for name in ("one", "two"):
         rows = [row, *({"question": f"{name} {n}?", "answer": "#### 2"} for n in range(5))]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(UserError, match=r"two held-out rows have the id '.*', the same row in two sets; leave it out"):
-        splits(str(tmp_path), "one,two", eval_split_size=10)
+    result = splits(str(tmp_path), "one,two", eval_split_size=10)
+    assert (len(result.heldout), len(set(result.heldout["id"])), result.report.repeated) == (9, 9, 1)
+    assert str(result.report).endswith("9 held out; 1 that two sets hold out are counted once")
 
 
 @pytest.mark.parametrize(

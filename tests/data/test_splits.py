@@ -103,9 +103,11 @@ def test_rows_without_words_before_the_answer_are_prompts_of_their_own(tmp_path)
         found = split(tmp_path, name, eval_split_size=5)
         assert (len(found.train), len(found.heldout)) == (15, 5)
         assert clusters_of(found.heldout) == [None] * 5
-    # Another role of the same words is another conversation.
-    of_user = {"prompt": "", "completion": "yes"}
-    assert prompt_digest(of_user) != prompt_digest({"prompt": "", "completion": "no"})
+
+    def begun(role):
+        return {"messages": [{"role": "assistant", "content": "a"}, {"role": role, "content": "b"}]}
+
+    assert prompt_digest(begun("user")) != prompt_digest(begun("assistant"))
 
 
 def test_rows_of_one_prompt_are_a_cluster():

@@ -116,7 +116,7 @@ def test_kl_keeps_the_cluster_of_a_row_too(net, tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([*ROWS, ROWS[0]], "two held-out rows have the id '0', the same row in two sets"),
+        ([*ROWS, ROWS[0]], "two rows have the id '0', the same row in two sets"),
         ([*ROWS[1:], ROWS[0] | {"cluster_id": "p0"}], "item '1' has cluster_id None: give every item a text"),
     ],
 )

@@ -240,6 +240,10 @@ def test_rows_that_are_trained_and_reported_on_are_said(content, in_process, tmp
         "on: its scores are better than on new rows; hold out other rows (eval_split_size)."
     )
     assert check_before_running(plan_of(content)) == [chosen, note]
+    kept = dict(content["train"])
+    content["train"]["load_best_model_at_end"] = False
+    assert check_before_running(plan_of(content)) == [note], "the last step is kept, nothing is chosen"
+    content["train"] = kept
     out = tmp_path / "out"
     file = write(tmp_path, content)
     assert main(["study", str(file), "--output_dir", str(out), "--model", content["model"]]) == 0

@@ -31,6 +31,7 @@ class SplitReport:
         heldout: Rows held out.
         taken: Rows taken of each set of the training data, those held out included.
         empty: Training rows whose answer has no words, such as a blank cell of a CSV file.
+        repeated: Rows that two sets of a mixture hold out, each left in once.
     """
 
     read: int
@@ -39,6 +40,7 @@ class SplitReport:
     heldout: int
     taken: dict[str, int]
     empty: int = 0
+    repeated: int = 0
 
     def __str__(self) -> str:
         mixture = ""
@@ -51,6 +53,8 @@ class SplitReport:
         text = f"read {self.read:,} rows{mixture}: {self.train:,} to train on, {self.heldout:,} held out"
         if self.dropped_overlap:
             text += f"; {self.dropped_overlap:,} left out of training because their prompt is held out"
+        if self.repeated:
+            text += f"; {self.repeated:,} that two sets hold out are counted once"
         if self.empty:
             text += f"; {self.empty:,} to train on have an empty answer, and teach to say nothing"
         return text
@@ -112,9 +116,8 @@ def load_splits(
     # The overlap is removed before rows are counted, so that max_train_samples rows are left.
     train, num_dropped = _without_heldout(train, heldout, args.dataset_name)
     train = _first_rows(train, args.max_train_samples)
+    heldout, num_repeated = _without_repeated(heldout)
     heldout = _first_rows(heldout, args.max_eval_samples)
-    # Now, and not when the trained model is evaluated on them.
-    check_ids(heldout["id"])
     report = SplitReport(
         read=num_read,
         dropped_overlap=num_dropped,
@@ -122,6 +125,7 @@ def load_splits(
         heldout=len(heldout),
         taken=taken,
         empty=_num_without_answer(train),
+        repeated=num_repeated,
     )
     return Splits(train, heldout, report)
 
@@ -150,9 +154,8 @@ def load_heldout(
     check_hub_options(args)
     common = _common(args, tokenizer, text_field)
     heldout = _read_heldout(args, heldout_name, seed, common)
-    heldout = _first_rows(heldout, args.max_eval_samples)
-    check_ids(heldout["id"])
-    return heldout
+    heldout, _ = _without_repeated(heldout)
+    return _first_rows(heldout, args.max_eval_samples)
 
 
 def check_hub_options(args: DataArguments) -> None:
@@ -173,18 +176,19 @@ def check_hub_options(args: DataArguments) -> None:
         )
 
 
-def check_ids(ids: Iterable[str]) -> None:
-    """Raise if two held-out rows have one id: no result could tell them apart.
+def _without_repeated(rows: Dataset) -> tuple[Dataset, int]:
+    """The rows without later copies of an id, and how many these are: results have one value for an id.
 
-    An id is the hash of a row. Within a file equal rows are numbered, so these are of two sets of a mixture.
+    An id is the hash of a row, and equal rows of one file are numbered, so these are of two sets of a mixture.
     """
     seen: set[str] = set()
-    for identity in ids:
-        if identity in seen:
-            raise UserError(
-                f"two held-out rows have the id {identity!r}, the same row in two sets; leave it out of one of them"
-            )
+    kept = []
+    for index, identity in enumerate(rows["id"]):
+        if identity not in seen:
+            kept.append(index)
         seen.add(identity)
+    num_repeated = len(rows) - len(kept)
+    return (rows.select(kept) if num_repeated else rows), num_repeated
 
 
 def _common(

@@ -17,7 +17,7 @@ from torch.func import functional_call
 from maskft.data.answers import check_answer
 from maskft.data.arguments import DataArguments, check_sizes
 from maskft.data.mixtures import load_examples, parse_mixture
-from maskft.data.splits import check_hub_options, check_ids, clusters_of, load_heldout, load_splits
+from maskft.data.splits import check_hub_options, clusters_of, load_heldout, load_splits
 from maskft.data.tokenizing import completion_of, end_of_turn, prompt_ids, prompt_of, tokenize_example
 from maskft.loss import RowLoss, length_sorted_batches, nll_per_item, pad
 from maskft_common.errors import UserError
@@ -233,7 +233,13 @@ def _check_rows(rows: Sequence[dict]) -> None:
     if not rows:
         raise UserError("there are no items to evaluate; check eval_split_size and max_eval_samples")
 
-    check_ids(str(row["id"]) for row in rows)
+    # An id is the hash of a row. Within a file equal rows are numbered, so these are of two sets of a mixture.
+    seen: set[str] = set()
+    for row in rows:
+        identity = str(row["id"])
+        if identity in seen:
+            raise UserError(f"two rows have the id {identity!r}, the same row in two sets; leave it out of one of them")
+        seen.add(identity)
 
     # Raises where only some rows have a cluster, as in a mixture with sets that have none.
     cluster_ids(rows)

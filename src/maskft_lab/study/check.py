@@ -275,7 +275,7 @@ def _check_training_rows(
         name = plan.recipe.data_name(run.method)
         if verb is not None:
             _check_not_reported(splits.heldout, reported, would)
-        elif run.method.is_trained and parsed.training.eval_strategy != "no":
+        elif run.method.is_trained and parsed.training.load_best_model_at_end:
             notes += _notes_on_checkpoints(splits.heldout, reported, name)
         if run.method.is_trained:
             notes += _notes_on_trained_rows(splits.train, prompts, f"training rows of {name!r}")

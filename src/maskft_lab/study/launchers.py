@@ -8,6 +8,7 @@ did not) and ``cancel()``, as a Future has.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 import shutil
@@ -156,9 +157,13 @@ def ray(
 
     folder = os.getcwd()
 
+    # With the name of the work, which Ray shows for its processes.
+    @functools.wraps(work)
     def work_here(study: Study, run: StudyRun) -> Any:
-        # A worker may have started elsewhere, and names in the recipe count from here.
-        os.chdir(folder)
+        # A worker may have started elsewhere, and relative names in the recipe count from here. A node that does not
+        # have this folder may do without, if all names are absolute.
+        if os.path.isdir(folder):
+            os.chdir(folder)
         return work(study, run)
 
     # No retries by Ray: the study submits a lost run again itself, a limited number of times.

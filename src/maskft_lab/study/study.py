@@ -172,13 +172,13 @@ def _make_stage(
     for run in runs:
         if run in failed:
             continue
+        if is_done(study, run):
+            finished.append(run)
+            continue
         # Raises if its checkpoints were deleted before the recipe had a path: now, and not after the other runs.
         if study.is_trained(run):
             study.checkpoints(run)
-        if is_done(study, run):
-            finished.append(run)
-        else:
-            todo.append(run)
+        todo.append(run)
 
     # About: the settings of waiting runs are guesses, and the winner's run may exist already, as a trial.
     all_ids = {run.id for run in plan.runs}
