@@ -12,7 +12,7 @@ from maskft_common.files import digest, is_there
 
 from .formats import OPTIONAL_COLUMNS, to_examples
 from .registry import TRAINING_SETS
-from .sources import find_rows, is_hub_name
+from .sources import find_rows, has_configurations, is_hub_name
 
 
 @dataclass(frozen=True)
@@ -215,9 +215,7 @@ class Reader:
         if as_chat is None:
             as_chat = self.tokenizer is None or bool(self.tokenizer.chat_template)
 
-        # In a mixture `config` is for the sets that are not registered; registered sets name their own.
-        has_own_config = of_mixture and part.name in TRAINING_SETS
-        config = None if has_own_config else self.config
+        config = self.config if has_configurations(part.name, of_mixture) else None
         rows, known = find_rows(part.name, self.split, config, self.data_dir)
         formats = known.formats if known else None
         # Conversations, as the sets of a mixture must have the same columns. Tokens and labels are the same for both:

@@ -306,7 +306,8 @@ def find_rows(
     Args:
         name: The file or the set.
         split: The split of a hub data set; None: that of held-out data.
-        config: Configuration of a hub data set; default: that of the registered set.
+        config: Configuration of a hub data set that has some (`has_configurations`); default: that of the registered
+            set.
         data_dir: Folder to look for files in before the hub is asked.
 
     Returns:
@@ -340,13 +341,9 @@ def find_rows(
             raise UserError(f"there is no file and no known data set {name!r}{similar}")
         return numbered(load_from_hub(name, config, split)), None
 
-    # A registered set without configurations takes none.
-    config_of_set = known.config
-    if config_of_set and config:
-        config_of_set = config
     found = load_from_hub(
         known.hub_id,
-        config_of_set,
+        config or known.config,
         split,
         known.data_files,
     )

@@ -296,16 +296,12 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         ``model.to(torch.bfloat16).to(torch.float32)`` rounds a weight, raises no version, and often leaves it at the
         address it had before, so that caches would find nothing changed.
         """
-        # Before as well: torch swaps the tensors of torchao, and of other types that wrap tensors, which it refuses for
-        # a tensor with a weak reference to it, such as these hold.
-        self._forget_tensors()
-        super()._apply(fn, recurse)
-        self._forget_tensors()
-        return self
-
-    def _forget_tensors(self) -> None:
+        # Before and not after: torch swaps the tensors of torchao, and of other types that wrap tensors, which it
+        # refuses for a tensor with a weak reference to it, such as these hold.
         self.masker.forget()
         self.mixed_batch.forget_tensors()
+        super()._apply(fn, recurse)
+        return self
 
     # Merging
 

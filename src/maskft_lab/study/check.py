@@ -329,11 +329,11 @@ def _notes_on_checkpoints(
     name: str,
 ) -> list[str]:
     """A note if rows that choose checkpoints are reported on."""
-    is_reported = [question_digest(row) in reported for row in heldout]
-    if not any(is_reported):
+    num_rows, num_reported = _count_reported(heldout, reported)
+    if not num_reported:
         return []
     return [
-        f"Note: {sum(is_reported):,} of the {len(is_reported):,} held-out rows of {name!r}, which choose checkpoints, "
+        f"Note: {num_reported:,} of the {num_rows:,} held-out rows of {name!r}, which choose checkpoints, "
         "have prompts that evaluation reports on: its scores are better than on new rows; hold out other rows "
         "(eval_split_size)."
     ]
@@ -390,14 +390,18 @@ def _check_not_reported(
     reported: set[str],
     would: str,
 ) -> None:
-    is_reported = [question_digest(row) in reported for row in heldout]
-    num_rows = len(is_reported)
-    num_reported = sum(is_reported)
+    num_rows, num_reported = _count_reported(heldout, reported)
     if num_reported:
         raise UserError(
             f"{would} {num_rows:,} held-out rows, and evaluation reports on the prompts of "
             f"{num_reported:,} of them; hold out other rows (eval_split_size), or take these out of the test"
         )
+
+
+def _count_reported(heldout: Iterable[dict], reported: set[str]) -> tuple[int, int]:
+    """The number of held-out rows, and of those whose prompt is reported on."""
+    is_reported = [question_digest(row) in reported for row in heldout]
+    return len(is_reported), sum(is_reported)
 
 
 def how_chosen(method: Method, options: Options) -> str | None:

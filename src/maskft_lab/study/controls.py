@@ -11,11 +11,10 @@ from maskft_common.yaml_file import read_yaml
 
 TEMPLATE = Path(__file__).parents[1] / "recipes" / "controls.yaml"
 
-# Options that say how long a run trains.
-LENGTHS = ("num_train_epochs", "max_steps")
 # Options that a trained control takes from its mask: the length, and the rows and batch of a step.
 _SHARED = (
-    *LENGTHS,
+    "num_train_epochs",
+    "max_steps",
     "max_train_samples",
     "max_length",
     "per_device_train_batch_size",

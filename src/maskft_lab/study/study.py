@@ -176,7 +176,7 @@ def _make_stage(
             finished.append(run)
             continue
         # Raises if its checkpoints were deleted before the recipe had a path: now, and not after the other runs.
-        if study.is_trained(run):
+        if study.has_record(run):
             study.checkpoints(run)
         todo.append(run)
 
