@@ -621,8 +621,23 @@ def test_template_that_refuses_the_messages():
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(UserError, match=r"refuses the messages that begin '2 \+ 2\?': roles must alternate"):
         tokenize_example(CHAT_PAIR, tokenizer)
-    tokenizer.chat_template = "{{ date_string }}"  # where Llama 3.2's puts the day of the run
-    assert tokenizer.decode(prompt_ids(CHAT_PAIR, tokenizer)) == "26 Jul 2024"
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{{ date_string }}", "26 Jul 2024"),  # as Llama 3.2's
+        ('{%- set today = strftime_now("%d %B %Y") -%}{{ today }}', "26 July 2024"),  # as SmolLM3's
+        ("{{ strftime_now( '%Y-%m-%d' ) }} {{ strftime_now('%b') }}", "2024-07-26 Jul"),
+        ({"default": "{{ strftime_now('%Y') }}", "tool_use": "{{ strftime_now('%d') }}"}, "2024"),
+    ],
+)
+def test_the_day_of_the_run_is_in_no_prompt(template, text):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    assert tokenizer.decode(prompt_ids(CHAT_PAIR, tokenizer)) == text
+    # The tokenizer keeps the template that is saved beside a model.
+    assert tokenizer.chat_template == template
 
 
 def test_format_sample():

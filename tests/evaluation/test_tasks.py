@@ -150,9 +150,16 @@ def test_a_head_apart_from_the_embedding_is_kept(tmp_path):
     BatchedLM(adapted, TOKENIZER)
 
 
-def test_the_day_of_the_run_is_in_no_prompt():
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ date_string or 'today' }}",  # as Llama 3.2's
+        "{{ strftime_now('%d %b %Y') }}",  # as SmolLM3's
+    ],
+)
+def test_the_day_of_the_run_is_in_no_prompt(template):
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "{{ date_string or 'today' }}"  # as Llama 3.2's
+    tokenizer.chat_template = template
     lm = BatchedLM(tiny.tiny_llama(vocab_size=len(tokenizer)), tokenizer)
     assert lm.apply_chat_template([{"role": "user", "content": "2 + 2?"}]) == "26 Jul 2024"
 

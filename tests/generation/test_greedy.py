@@ -12,6 +12,7 @@ import tiny
 from maskft_common.errors import UserError
 from maskft_lab.evaluation.benchmarks import code_with_tests
 from maskft_lab.generation import greedy as generation
+from maskft_lab.generation import row_cache
 from maskft_lab.generation.greedy import Bounds, greedy_generate, memory_bound_rows, shared_prefix_length
 from maskft_lab.generation.row_cache import RowCache, _attention
 from tiny_tokenizer import tiny_tokenizer
@@ -271,6 +272,26 @@ def test_rounding_under_autocast_is_no_other_attention():
         assert not generation._attention_is_known(tiny.MODELS["gemma3"]())
 
 
+@pytest.mark.parametrize("num_shared", [0, 20])
+def test_cache_in_the_dtype_of_autocast_changes_no_logit(num_shared, monkeypatch):
+    """Its products would cast float32 keys in every step."""
+    net = model()
+    rows = prompts(num_shared, (8, 3))
+
+    def logits(dtype):
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), row_cache.attention(net):
+            cache = RowCache(net, 2, rows[0][:num_shared])
+            out = [cache.add(rows, 0)]
+            out += [cache.step([[*ids, *range(5, 5 + num_new)] for ids in rows]) for num_new in (1, 2, 3)]
+        keys, values = cache._rows[0]
+        assert keys.dtype == dtype and values.dtype == torch.bfloat16
+        return torch.stack(out)
+
+    in_bfloat16 = logits(torch.bfloat16)
+    monkeypatch.setattr(row_cache, "kept_dtype", lambda dtype, device: dtype)
+    assert torch.equal(in_bfloat16, logits(torch.float32))
+
+
 @pytest.mark.parametrize("settings", [{"repetition_penalty": 1.5}, {"suppress_tokens": [*range(3, 150)]}])
 def test_settings_of_the_model_are_kept(settings):
     net, questions = model(), prompts(20, (3, 8))
@@ -353,6 +374,7 @@ def test_rows_by_memory(monkeypatch):
     assert 1 <= rows(2e6, 100, 50) < rows(8e6, 100, 50) < 64
     assert rows(8e6, 150) < rows(8e6, 149, 1), "the loss needs the logits of all tokens"
     assert rows(2e7, 150, bytes_per_logit=4) > rows(2e7, 150) > rows(2e7, 150, bytes_per_logit=20)
+    assert rows(8e6, 100, 50, cache_dtype=torch.bfloat16) > rows(8e6, 100, 50)
     assert rows(2, 100, 50) == 1 and rows(2e12, 1, 1) == 64
     net.config = transformers.MambaConfig()  # has no heads
     assert 1 <= rows(2e9, 100, 50) < rows(2e12, 1, 1)

@@ -6,7 +6,9 @@ import bisect
 import itertools
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from datasets import Dataset
@@ -19,9 +21,11 @@ logger = logging.getLogger(__name__)
 # Rendering a conversation takes milliseconds. A template is a program, and nested loops need not end.
 _TEMPLATE_SECONDS = 10.0
 
-# The default of Llama 3.2's template, which would write the day of the run: other tokens than yesterday, and no cache,
-# checkpoint or result fits.
-TEMPLATE_DATE = "26 Jul 2024"
+# The day that chat templates write, the default of Llama 3.2's. With the day of the run the tokens would be others than
+# yesterday's, and no cache, checkpoint or result would fit.
+_TEMPLATE_DAY = datetime(2024, 7, 26)
+# How a template asks for the day in a format of its own, as SmolLM3's does: strftime_now("%d %B %Y").
+_ASKS_FOR_DAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 # Label of a token without loss, as in torch's cross_entropy.
 IGNORED = -100
@@ -427,7 +431,7 @@ def _render(
                 messages,
                 tokenize=False,
                 add_generation_prompt=generation,
-                date_string=TEMPLATE_DATE,
+                **template_arguments(tokenizer),
             )
         except UserError:
             # The time limit's.
@@ -437,6 +441,25 @@ def _render(
             raise UserError(
                 f"the chat template refuses the messages that begin {opening!r}: {first_line(error)}"
             ) from None
+
+
+def template_arguments(tokenizer) -> dict[str, str]:
+    """Arguments of ``apply_chat_template`` for prompts that are the same on every day."""
+    arguments = {"date_string": _TEMPLATE_DAY.strftime("%d %b %Y")}
+    template = tokenizer.chat_template
+    # Several templates by name, of which transformers takes this one.
+    if isinstance(template, dict):
+        template = template.get("default")
+    # The function itself cannot be given: transformers would make a text of it, which the template cannot call.
+    if template and _ASKS_FOR_DAY.search(template):
+        arguments["chat_template"] = _ASKS_FOR_DAY.sub(_fixed_day, template)
+    return arguments
+
+
+def _fixed_day(call: re.Match[str]) -> str:
+    """The day as a text in the template's language, in place of a call that asks for it."""
+    _, day_format = call.groups()
+    return repr(_TEMPLATE_DAY.strftime(day_format))
 
 
 def _encode(

@@ -24,7 +24,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from maskft.loss import length_sorted_batches, pad
 from maskft_common.errors import UserError
 
-from .row_cache import RowCache, attention
+from .row_cache import RowCache, attention, kept_dtype
 
 MAX_BATCH_SIZE = 64
 MIN_SHARED_TOKENS = 16  # a shorter prefix is not worth a separate forward pass
@@ -146,8 +146,14 @@ def greedy_generate(
 
     batch_size = bounds.batch_size
     if not batch_size:
-        # The prefix is kept once for all rows, so a row pays only for the tokens after it.
-        batch_size = memory_bound_rows(model, longest - num_shared, max_new_tokens)
+        cache_dtype = kept_dtype(model.dtype, model.device) if is_known else model.dtype
+        batch_size = memory_bound_rows(
+            model,
+            # The prefix is kept once for all rows, so a row pays only for the tokens after it.
+            longest - num_shared,
+            max_new_tokens,
+            cache_dtype=cache_dtype,
+        )
     batch_size = min(batch_size, len(prompts))
 
     job = _Job(model, tokenizer, prompts, bounds, on_answer)
@@ -232,6 +238,7 @@ def memory_bound_rows(
     num_tokens: int,
     max_new_tokens: int = 0,
     bytes_per_logit: int = 12,
+    cache_dtype: torch.dtype | None = None,
 ) -> int:
     """Return how many rows fit into half of the free memory, 1 to `MAX_BATCH_SIZE`.
 
@@ -243,6 +250,7 @@ def memory_bound_rows(
         num_tokens: Tokens of the longest row.
         max_new_tokens: Upper bound on generated tokens.
         bytes_per_logit: Logits of a batch and all their copies; by default in float32, with one in float64.
+        cache_dtype: Of keys and values; None: the model's.
     """
     config = model.config.get_text_config()
     itemsize = model.dtype.itemsize
@@ -255,9 +263,11 @@ def memory_bound_rows(
     # Keys and values of all layers.
     key_size = config.num_hidden_layers * num_kv_heads * head_size
     # 2: keys and values.
-    cache_bytes_per_token = 2 * key_size * itemsize
+    cache_bytes_per_token = 2 * key_size * (cache_dtype or model.dtype).itemsize
     max_tokens = num_tokens + max_new_tokens
     cache_bytes = cache_bytes_per_token * max_tokens
+    # A cache that grows is copied, one layer after another.
+    copied_bytes = cache_bytes / config.num_hidden_layers
 
     # About 16 tensors of the hidden size in one layer: those of attention, and of an MLP four times as wide.
     activation_bytes = 16 * config.hidden_size * itemsize * num_tokens
@@ -266,8 +276,7 @@ def memory_bound_rows(
     num_logits = num_positions * config.vocab_size
     logit_bytes = bytes_per_logit * num_logits
 
-    # Twice the cache: when that of a batch grows, it is copied.
-    row_bytes = 2 * cache_bytes + activation_bytes + logit_bytes
+    row_bytes = cache_bytes + copied_bytes + activation_bytes + logit_bytes
     # Half, because this is an estimate, and other processes may take memory meanwhile.
     usable_bytes = free_memory_bytes(model.device) / 2
     num_rows = int(usable_bytes // row_bytes)

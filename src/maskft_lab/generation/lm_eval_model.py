@@ -9,7 +9,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from maskft.data.tokenizing import TEMPLATE_DATE, end_of_turn
+from maskft.data.tokenizing import end_of_turn, template_arguments
 from maskft_common.errors import UserError
 from maskft_common.progress_bar import Progress
 
@@ -52,7 +52,7 @@ class BatchedLM(HFLM):
                 batch_size=batch_size or "auto",
                 mixed_precision_dtype=torch.bfloat16 if bf16 else None,
                 # As in training: results of two days would have other prompts, which are not compared.
-                chat_template_args={"date_string": TEMPLATE_DATE},
+                chat_template_args=template_arguments(tokenizer),
             )
         self.rows = batch_size
         self._chats: set[str] = set()

@@ -298,6 +298,16 @@ class RowCache:
         return self._rows[layer]
 
 
+def kept_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of keys and values in the cache, for those of ``dtype`` that a model computes.
+
+    Under autocast the products of attention would cast float32 keys in every step, and to the same numbers each time.
+    """
+    if dtype == torch.float32 and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return dtype
+
+
 def _softmax(scores: Tensor, dtype: torch.dtype) -> Tensor:
     """Attention weights, computed in float32 as in transformers' eager attention."""
     weights = scores.softmax(-1, dtype=torch.float32)
@@ -350,6 +360,8 @@ def _attend(
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     attend: Attend = kwargs["attend"]
+    key = key.to(kept_dtype(key.dtype, key.device))
+    value = value.to(kept_dtype(value.dtype, value.device))
     output = attend(module.layer_idx, scaling, (query, key, value))
     return output, None  # no attention weights
 
