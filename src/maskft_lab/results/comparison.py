@@ -167,6 +167,34 @@ class Difference:
         """Its task and metric."""
         return self.task, self.metric
 
+    def mirrored(self) -> Difference:
+        """Return it with the two models exchanged, judged as before."""
+        exchanged_verdicts = {BETTER: WORSE, WORSE: BETTER}
+        by_seed = None
+        if self.by_seed is not None:
+            by_seed = [-value for value in self.by_seed]
+        unadjusted_low = None
+        unadjusted_high = None
+        if self.unadjusted_low is not None and self.unadjusted_high is not None:
+            unadjusted_low = -self.unadjusted_high
+            unadjusted_high = -self.unadjusted_low
+        return replace(
+            self,
+            method=self.baseline,
+            baseline=self.method,
+            value=self.baseline_value,
+            baseline_value=self.value,
+            difference=-self.difference,
+            won=self.lost,
+            lost=self.won,
+            ci_low=-self.ci_high,
+            ci_high=-self.ci_low,
+            unadjusted_low=unadjusted_low,
+            unadjusted_high=unadjusted_high,
+            verdict=exchanged_verdicts.get(self.verdict, self.verdict),
+            by_seed=by_seed,
+        )
+
 
 @dataclass(frozen=True)
 class Score:

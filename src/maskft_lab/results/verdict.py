@@ -164,7 +164,8 @@ def verdicts_on_masks(
             if parent == baseline:
                 found[mask] = from_baseline[mask, metrics[mask]]
             elif mask == baseline:
-                found[mask] = mirrored(from_baseline[parent, metrics[mask]])
+                difference, measured = from_baseline[parent, metrics[mask]]
+                found[mask] = (difference.mirrored(), measured.mirrored())
             else:
                 found[mask] = judged[mask, parent]
         return found
@@ -261,37 +262,6 @@ def _strongest(controls: Sequence[Row]) -> Row | None:
         return sign * difference.baseline_value
 
     return max(controls, key=strength, default=None)
-
-
-def mirrored(row: Row) -> Row:
-    """Return the difference with the two models exchanged, judged as before."""
-    difference, measured = row
-    verdicts = {BETTER: WORSE, WORSE: BETTER}
-    by_seed = None
-    if difference.by_seed is not None:
-        by_seed = [-value for value in difference.by_seed]
-    unadjusted_low = None
-    unadjusted_high = None
-    if difference.unadjusted_low is not None and difference.unadjusted_high is not None:
-        unadjusted_low = -difference.unadjusted_high
-        unadjusted_high = -difference.unadjusted_low
-    exchanged = replace(
-        difference,
-        method=difference.baseline,
-        baseline=difference.method,
-        value=difference.baseline_value,
-        baseline_value=difference.value,
-        difference=-difference.difference,
-        won=difference.lost,
-        lost=difference.won,
-        ci_low=-difference.ci_high,
-        ci_high=-difference.ci_low,
-        unadjusted_low=unadjusted_low,
-        unadjusted_high=unadjusted_high,
-        verdict=verdicts.get(difference.verdict, difference.verdict),
-        by_seed=by_seed,
-    )
-    return exchanged, measured.mirrored()
 
 
 def silence(row: Difference) -> str | None:
