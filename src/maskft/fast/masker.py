@@ -609,6 +609,8 @@ def kept_bytes_per_weight(
 
 def _keeps_signed_weight(config: MaskConfig) -> bool:
     """Whether the kept factor is ``weight * sign(scores)``; the gradient has no other factor then."""
+    if selection.has_soft_gate(config):
+        return False
     return config.ranks_by == "abs" and config.removed_value == "zero"
 
 
