@@ -7,6 +7,7 @@ from peft import get_peft_model
 import maskft.fast
 import tiny
 from maskft import MaskConfig, adapter_layers, current_masks, set_mask_progress
+from maskft.tuner import selection
 
 STEPS = 20
 LOGIT = {"selection": "logit", "gradient": "sigmoid", "price": 3.0, "sharpness": 10.0, "sharpness_end": 100.0}
@@ -68,6 +69,22 @@ def _one_thread():
 def test_a_trajectory_is_that_of_the_plain_tuner(name, accumulation):
     check_same(
         lambda: get_peft_model(tiny.tiny_llama(num_layers=1), MaskConfig(**SETTINGS[name])), accumulation=accumulation
+    )
+
+
+def _soft_by_magnitude(config, scores, noise):
+    """A gate of |s|, with its slope by |s|."""
+    gate = torch.sigmoid(10 * (scores.abs() - 0.02))
+    return gate, 10 * gate * (1 - gate)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_a_soft_gate_that_ranks_magnitudes_keeps_its_slope(accumulation, monkeypatch):
+    """Also in the second micro-batch, where the fast step may take the weight with the signs of the scores."""
+    learner = selection.Learner(options=(), cut=lambda config: 0.02, soft_gate=_soft_by_magnitude)
+    monkeypatch.setitem(selection.LEARNERS, "soft", learner)
+    check_same(
+        lambda: get_peft_model(tiny.tiny_llama(num_layers=1), MaskConfig(selection="soft")), accumulation=accumulation
     )
 
 

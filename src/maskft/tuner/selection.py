@@ -1,11 +1,14 @@
 """Which weights a mask keeps: the learners that ``MaskConfig.selection`` can name, and their gates.
 
     W_eff = R + (W - R) * gate(s)          gate 1 keeps a weight W, gate 0 replaces it by R (0, or a given value)
-    dL/ds = dL/dW_eff * (W - R) * slope(s)
+    dL/ds = dL/dW_eff * (W - R) * sign(s) * slope(s)
 
 A hard gate is a bool mask, True = keep. Its slope is chosen: the straight-through slope is 1. A soft gate is a float32
 tensor in [0, 1] and its slope is its derivative; it is used in training mode only. In evaluation, in the saved file and
 in a merged weight every gate is hard.
+
+Where magnitudes are ranked (``MaskConfig.ranks_by``), the slope of a gate is that by |s|. Where values are, sign(s) is
+left out, and the slope is that by s.
 
 ``topk``, ``threshold`` and ``logit`` are built in. Others join with :func:`register_learner`, see
 ``docs/learners.md``; ``maskft.learners`` has some.
@@ -41,7 +44,8 @@ class Learner:
         cut: (config) -> float; a weight is kept if its ranking value is above it. None: a fixed share is removed.
         start: (config) -> float; center of fresh scores at which nearly all weights are kept. Only for learners that
             cut at 0. None: scores are ranked, or compared with a threshold, as they are.
-        soft_gate: (config, scores, noise) -> (gate, slope) in training mode. None: the gate is hard in training too.
+        soft_gate: (config, scores, noise) -> (gate, slope by the ranking value) in training mode. None: the gate
+            is hard in training too.
         hard_slope: (config, scores) -> slope of the hard gate. None, or if it returns None: 1.
         kept_slope: (config, scores, slope of the hard gate or None for 1) -> derivative of the relaxed number of kept
             weights; ``price`` multiplies it. None: ``price`` is not an option.

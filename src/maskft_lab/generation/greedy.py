@@ -146,7 +146,7 @@ def greedy_generate(
 
     batch_size = bounds.batch_size
     if not batch_size:
-        cache_dtype = kept_dtype(model.dtype, model.device) if is_known else model.dtype
+        cache_dtype = kept_dtype(model.dtype, model.device) if is_known else None
         batch_size = memory_bound_rows(
             model,
             # The prefix is kept once for all rows, so a row pays only for the tokens after it.
