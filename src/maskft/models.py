@@ -261,10 +261,15 @@ def load_tokenizer(
     return tokenizer
 
 
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a folder on this machine holds a tokenizer."""
+    # tokenizer.json, tokenizer_config.json, or tokenizer.model of SentencePiece.
+    return any(expand_user(folder).glob("tokenizer*"))
+
+
 def _check_tokenizer_folder(name: str) -> None:
     folder = expand_user(name)
-    # tokenizer.json, tokenizer_config.json, or tokenizer.model of SentencePiece.
-    if not any(folder.glob("tokenizer*")):
+    if not has_tokenizer(folder):
         remedy = "; save one into it, in Python: tokenizer.save_pretrained(folder)" if folder.is_dir() else ""
         raise UserError(f"{name!r} is not a folder with a tokenizer{remedy}")
     check_own_files(folder, [_TEMPLATES])

@@ -1,6 +1,11 @@
 """Part of what training changed: W0 + scale * (W - W0), one definition for adapters and whole models."""
 
 import gc
+import json
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,10 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from maskft import MaskConfig
 from maskft.masks.codec import encode_mask
 from maskft.masks.mask_set import MaskSet
+from maskft_common.errors import UserError
 from maskft_lab.cli.main import main
 from maskft_lab.evaluation.evaluation_arguments import EvaluationArguments
 from maskft_lab.evaluation.load_models import load_changes, load_each
 from maskft_lab.results.schema import read_result
+from tiny import tiny_llama
 
 IDS = torch.arange(5, 25)[None]
 
@@ -238,6 +245,106 @@ def bytes_of_tensors():
             # A fake tensor that another test's compiled model left: it has no memory.
             continue
     return sum(storages.values())
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("rms_norm_eps", {"rms_norm_eps": 0.5}),
+        ("rope_parameters.rope_theta", {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}),
+        ("hidden_act", {"hidden_act": "gelu"}),
+    ],
+)
+def test_a_model_that_computes_otherwise_is_no_change(key, values, base, data, full, tmp_path, capsys):
+    """Its weights in the base's configuration are a model that nobody has trained."""
+    config = json.loads((full / "config.json").read_text())
+    (full / "config.json").write_text(json.dumps({**config, **values}))
+    words = ["--model_name_or_path", base, "--change", full, "--dataset_name", data, "--output_dir", tmp_path / "out"]
+    assert main(["evaluate", *map(str, words), "--no_generate"]) == 2
+    assert f"their configurations differ in {key}; evaluate it as a model of its own" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_of_training_and_the_last_digit_of_float32_are_no_other_model(base, data, full, tmp_path):
+    """A GGUF file holds epsilons in float32."""
+    config = json.loads((full / "config.json").read_text())
+    epsilon = float(torch.tensor(config["rms_norm_eps"]))
+    assert epsilon != config["rms_norm_eps"]
+    others = {"rms_norm_eps": epsilon, "attention_dropout": 0.1, "use_cache": False, "pad_token_id": 1}
+    (full / "config.json").write_text(json.dumps({**config, **others}))
+    words = ["--model_name_or_path", base, "--change", full, "--dataset_name", data, "--output_dir", tmp_path / "out"]
+    assert main(["evaluate", *map(str, words), "--no_generate", "--max_eval_samples", "4"]) == 0
+
+
+def test_a_change_in_another_dtype_is_one_line(base, tmp_path):
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(tmp_path / "change")
+    options = EvaluationArguments(str(base), change=[str(tmp_path / "change")], dtype="auto", output_dir="any")
+    with pytest.raises(UserError, match=r"is in torch.bfloat16 and the base in torch.float32 .*; pass --dtype float32"):
+        next(load_changes(options))
+
+
+def test_a_change_comes_with_its_own_tokenizer(base, full, tmp_path):
+    """A folder without one has the base's."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = "{{ 'own' }}"
+    tokenizer.save_pretrained(tmp_path / "own")
+    shutil.copytree(full, tmp_path / "own", dirs_exist_ok=True)
+    options = EvaluationArguments(str(base), change=[str(full), str(tmp_path / "own")], output_dir="any")
+    templates = [loaded.tokenizer.chat_template for loaded in load_changes(options)]
+    assert templates == [AutoTokenizer.from_pretrained(base).chat_template, "{{ 'own' }}"]
+
+
+def test_a_change_on_the_hub_comes_with_its_own_tokenizer(base, full, tmp_path):
+    """The hub's cache, as a download leaves it."""
+    cache = tmp_path / "hub" / "models--org--changed"
+    snapshot = cache / "snapshots" / ("0" * 40)
+    shutil.copytree(full, snapshot)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("0" * 40)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = "{{ 'own' }}"
+    tokenizer.save_pretrained(snapshot)
+    code = (
+        "from maskft_lab.evaluation.load_models import load_changes\n"
+        "from maskft_lab.evaluation.evaluation_arguments import EvaluationArguments\n"
+        f"options = EvaluationArguments({str(base)!r}, change=['org/changed'], output_dir='any')\n"
+        "print(next(load_changes(options)).tokenizer.chat_template)"
+    )
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    # In a process of its own: transformers reads the cache's place when it is imported.
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.strip() == "{{ 'own' }}", done.stderr
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_an_adapter_may_bring_an_output_of_its_own(is_tied, base, data, tmp_path):
+    """PEFT unties it from the embedding; the base's part of it is the embedding."""
+    model = tiny_llama(vocab_size=len(AutoTokenizer.from_pretrained(base)), tie_word_embeddings=is_tied)
+    model.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "base")
+    before = model.lm_head.weight.detach().clone()
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    trained = model.lm_head.modules_to_save["default"].weight
+    with torch.no_grad():
+        trained.mul_(2.0)
+    adapted.save_pretrained(tmp_path / "lora")
+    lora = str(tmp_path / "lora")
+
+    options = EvaluationArguments(
+        model_name_or_path=str(tmp_path / "base"),
+        change=["none", lora, "none", lora, str(tmp_path / "base")],
+        scale=[1.0, 0.5, 1.0, 1.0, 1.0],
+        output_dir="any",
+    )
+    heads = [loaded.model.lm_head.weight.detach().clone() for loaded in load_changes(options)]
+    for head, part in zip(heads, (0.0, 0.5, 0.0, 1.0, 0.0), strict=True):
+        torch.testing.assert_close(head, before * (1 + part))
+    # The KL divergence to the base swaps the base's weights in.
+    words = ["--model_name_or_path", tmp_path / "base", "--change", lora, "--dataset_name", data, "--kl"]
+    words += ["--output_dir", tmp_path / "out", "--no_generate", "--max_eval_samples", "4"]
+    assert main(["evaluate", *map(str, words)]) == 0
+    (task,) = read_result(tmp_path / "out" / "result.json")["tasks"].values()
+    assert task["metrics"]["kl"]["value"] > 1e-3
 
 
 def test_a_path_holds_the_base_and_one_change(base, lora, full):

@@ -5,7 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 import tiny
 from maskft_common.errors import UserError
@@ -138,3 +140,42 @@ def test_adapters_that_cannot_be_loaded_are_one_line(damage, message, base, tmp_
     with pytest.raises(UserError, match=message) as caught:
         next(load.load_each(EvaluationArguments(str(base), adapter=[str(folder)])))
     assert len(str(caught.value).splitlines()) == 1
+
+
+def _with_trained_output(base, folder):
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight.mul_(2.0)
+    model.save_pretrained(folder)
+
+
+def _pissa(base, folder):
+    config = LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("save", [_with_trained_output, _pissa])
+def test_what_an_adapter_leaves_in_the_base_is_not_in_the_next_result(save, base, tmp_path):
+    save(base, tmp_path / "adapter")
+    adapters = ["none", str(tmp_path / "adapter"), "none", str(tmp_path / "adapter")]
+    logits = []
+    for loaded in load.load_each(EvaluationArguments(str(base), adapter=adapters)):
+        with torch.no_grad():
+            logits.append(loaded.model(input_ids=torch.arange(5, 25)[None]).logits)
+    assert torch.equal(logits[0], logits[2])
+    assert torch.equal(logits[1], logits[3])
+    if save is _with_trained_output:
+        torch.testing.assert_close(logits[1], 2 * logits[0])
+
+
+def test_an_adapter_of_an_older_peft_has_a_size(base, tmp_path):
+    """Its weights are in adapter_model.bin."""
+    config = LoraConfig(target_modules=["q_proj"], r=2)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    for name, is_safe in (("new", True), ("old", False)):
+        model.save_pretrained(tmp_path / name, safe_serialization=is_safe)
+    assert (tmp_path / "old" / "adapter_model.bin").is_file()
+    options = EvaluationArguments(str(base), adapter=[str(tmp_path / "new"), str(tmp_path / "old")])
+    sizes = [loaded.facts["num_bytes"] for loaded in load.load_each(options)]
+    assert sizes[0] == sizes[1] == 2 * 3 * 2 * (32 + 32)

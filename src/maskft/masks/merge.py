@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from maskft_common import files
 from maskft_common.errors import UserError, first_line, printable
 
-from ..models import base_of, check_model_source, check_named_base, load_model, load_tokenizer
+from ..models import base_of, check_model_source, check_named_base, has_tokenizer, load_model, load_tokenizer
 from ..tuner import MaskedLinear, adapter_layers
 from ..tuner.targets import listed
 from ..weights import lerp
@@ -283,10 +283,7 @@ def adapter_tokenizer(
 ):
     """The tokenizer saved with the adapter, or that of its base model; see ``models.load_tokenizer``."""
     # maskft train saves one with the adapter; a script that trains with PEFT may not.
-    folder = Path(adapter)
-    own_files = [folder / "tokenizer.json", folder / "tokenizer_config.json"]
-    has_own = any(file.is_file() for file in own_files)
-    source = str(adapter) if has_own else base
+    source = str(adapter) if has_tokenizer(adapter) else base
     return load_tokenizer(source, *template, **kwargs)
 
 

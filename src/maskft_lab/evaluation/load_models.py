@@ -5,17 +5,18 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from peft.utils import load_peft_weights
 
 from maskft.masks.merge import adapter_tokenizer, one_line
 from maskft.models import (
     check_model_source,
     check_tokenizer_fits,
+    has_tokenizer,
+    is_gguf,
     is_local_folder,
     load_config,
     load_model,
@@ -25,13 +26,14 @@ from maskft.tuner.quantized import keep_codes
 from maskft.weights import lerp
 from maskft_common.errors import UserError, first_line
 from maskft_common.files import digest_tensors
-from maskft_common.layout import ADAPTER_WEIGHTS, holds_adapter
+from maskft_common.layout import holds_adapter
 
 from .evaluation_arguments import NO_ADAPTER, EvaluationArguments
 from .model_facts import (
     adapter_sha256,
     base_and_revision,
     config_sha256,
+    differing_key,
     facts_of,
     model_fingerprint,
     portable_name,
@@ -70,7 +72,7 @@ def check_models(options: EvaluationArguments) -> None:
         check_model_source(name)
         # A dict keeps the order: the first mistake is the one in the message.
         for change in dict.fromkeys(options.change):
-            _check_change(change)
+            _check_change(change, name, options.model_revision)
     else:
         name, revision = base_and_revision(name, options.adapter or [NO_ADAPTER])
     check_device(options.device)
@@ -80,21 +82,41 @@ def check_models(options: EvaluationArguments) -> None:
         _tokenizer(first, name, options.chat_template_path, options.model_revision or revision or "main")
 
 
-def _check_change(change: str) -> None:
-    """Raise for a change that is certainly neither an adapter nor a whole model."""
+def _check_change(
+    change: str,
+    base: str,
+    base_revision: str | None,
+) -> None:
+    """Raise for a change that is certainly neither an adapter nor a whole model that computes as the base does.
+
+    Args:
+        change: Folder of an adapter, folder or hub name of a whole model, or ``none``.
+        base: Folder or hub name of the base model.
+        base_revision: Of a base on the hub; None: ``main``.
+    """
     if change == NO_ADAPTER or holds_adapter(change):
         return
     check_model_source(change)
-    if is_local_folder(change):
-        return
-    # A name of the hub, or a folder that is not here. Of the model no more than its configuration is read.
+    # Of the model no more than its configuration is read.
     try:
-        load_config(change)
+        configuration = load_config(change)
     except UserError as error:
+        if is_local_folder(change):
+            raise
+        # A name of the hub, or a folder that is not here.
         raise UserError(
             f"change {change!r} is neither a folder here, with an adapter or a model, nor a model that the hub gives "
             f"({error}); name a folder"
         ) from error
+
+    # W0 + scale * (W - W0) are weights of one architecture: there is no part of another rope or another epsilon.
+    base_configuration = load_config(base, revision=base_revision or "main")
+    key = differing_key(base_configuration.to_diff_dict(), configuration.to_diff_dict())
+    if key is not None:
+        raise UserError(
+            f"change {change!r} is of another model than {base!r}: their configurations differ in {key}; evaluate it "
+            "as a model of its own, with --model_name_or_path"
+        )
 
 
 def _tokenizer(
@@ -111,10 +133,14 @@ def _tokenizer(
         template: File that becomes the chat template.
         revision: Of a base on the hub.
     """
-    if source == NO_ADAPTER:
+    if holds_adapter(source):
+        # Training may have saved another tokenizer or chat template beside the adapter.
+        return adapter_tokenizer(source, base, template, revision=revision)
+    # A script that trains all weights may have saved no tokenizer beside them.
+    is_without = is_local_folder(source) and not is_gguf(source) and not has_tokenizer(source)
+    if source == NO_ADAPTER or is_without:
         return load_tokenizer(base, template, revision=revision)
-    # Training may have saved another tokenizer or chat template beside the adapter.
-    return adapter_tokenizer(source, base, template, revision=revision)
+    return load_tokenizer(source, template)
 
 
 def load_each(options: EvaluationArguments) -> Iterator[Loaded]:
@@ -131,12 +157,12 @@ def load_each(options: EvaluationArguments) -> Iterator[Loaded]:
     # The model with the adapter of the iteration before; at first there is none.
     model = base.model
     for adapter in adapters:
-        # Remove the adapter of the iteration before. An adapter that leaves a trace would change all results that
-        # follow, so this is checked.
+        # Remove the adapter of the iteration before. Some leave a trace, which would change all results that follow:
+        # PEFT leaves whole modules that were trained in their place, and PiSSA and OSF write into the base's weights.
         if model is not base.model:
             restored = model_fingerprint(model.unload())
             if restored != base.fingerprint:
-                raise RuntimeError(f"unloading the adapter before {adapter!r} did not restore the base model")
+                base.load_again()
 
         if adapter == NO_ADAPTER:
             model = base.model
@@ -171,6 +197,7 @@ def load_changes(options: EvaluationArguments) -> Iterator[Loaded]:
     check_model_source(options.model_name_or_path)
     base = _Base(options, options.model_name_or_path)
     model = base.model.to(base.device)
+    tied = _tied_names(model)
     # The base's only copy: each change overwrites the model.
     before = weights_of(model)
     # By change: its scales follow one another, and the digest of a whole model reads all its weights.
@@ -184,7 +211,7 @@ def load_changes(options: EvaluationArguments) -> Iterator[Loaded]:
             continue
 
         # Before the weights are mixed: the digest is of the change, whatever the scale.
-        model = _with_change(model, before, change, options.dtype)
+        model = _with_change(model, before, change, options.dtype, tied)
         if change not in sha256_of:
             if holds_adapter(change):
                 sha256_of[change] = adapter_sha256(change)
@@ -223,11 +250,10 @@ class _Base:
         self.name = name
         # Before the model is loaded, which may take minutes.
         self.device = check_device(options.device)
+        self.dtype = options.dtype
         self.revision = options.model_revision or revision or "main"
         self.template = options.chat_template_path
-        self.model = load_model(name, options.dtype, revision=self.revision).eval()
-        # It may answer alone before a mask is put over it.
-        keep_codes(self.model)
+        self.model = self._load()
         # Before any adapter is put over the model, which would add weights and rename layers.
         self.fingerprint = model_fingerprint(self.model)
         # Read once, before an adapter could change it.
@@ -235,6 +261,19 @@ class _Base:
             **self.model.config.to_diff_dict(),
             "generation": self.model.generation_config.to_diff_dict(),
         }
+
+    def _load(self) -> Any:
+        model = load_model(self.name, self.dtype, revision=self.revision).eval()
+        # It may answer alone before a mask is put over it.
+        keep_codes(model)
+        return model
+
+    def load_again(self) -> None:
+        """Replace a model that an adapter has changed."""
+        # Freed first, so that memory holds one model: who was given the old one may still refer to it.
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.new_empty(0)
+        self.model = self._load()
 
     def loaded(
         self,
@@ -267,17 +306,19 @@ class _Base:
 
 def _with_change(
     model,
-    before: Mapping[str, torch.Tensor],
+    before: dict[str, torch.Tensor],
     change: str,
     dtype: str,
+    tied: Mapping[str, str],
 ) -> Any:
     """The model after a change: with a merged adapter, or with the weights of another whole model.
 
     Args:
         model: Holds the weights ``before``; modified in place.
-        before: Weights of the base model by name.
+        before: Weights of the base model by name; those that an adapter unties are added.
         change: Folder of an adapter or of a whole model.
         dtype: To load a whole model in.
+        tied: Second name of a parameter of the base model -> the name under which ``before`` has it.
     """
     # An adapter. It is merged: W0 + scale * (W - W0) needs the weights W.
     if holds_adapter(change):
@@ -285,7 +326,14 @@ def _with_change(
             model = PeftModel.from_pretrained(model, change).merge_and_unload().eval()
         # PEFT's objects refer to each other in cycles, and hold the adapter's weights until these are collected.
         gc.collect()
-        _check_same_shapes(before, dict(model.named_parameters()), change)
+        for name, parameter in model.named_parameters():
+            # An adapter with a trained output of its own unties it from the embedding. Before, it was the embedding.
+            if name in tied and name not in before:
+                before[name] = before[tied[name]]
+            # PEFT trains whole modules in float32, whatever the base's dtype is.
+            if name in before:
+                parameter.data = parameter.data.to(before[name].dtype)
+        _check_same(before, dict(model.named_parameters()), change)
         return model
 
     # A whole model
@@ -295,8 +343,13 @@ def _with_change(
         parameter.data = parameter.data.new_empty(0)
     after = load_model(change, dtype)
     weights = {name: parameter.data for name, parameter in after.named_parameters()}
-    del after
-    _check_same_shapes(before, weights, change)
+    every_name = dict(after.named_parameters(remove_duplicate=False))
+    # An adapter before this change may have untied them.
+    for name in before:
+        if name in every_name:
+            weights[name] = every_name[name].data
+    del after, every_name
+    _check_same(before, weights, change)
     for name, parameter in model.named_parameters():
         # A copy: loaded weights may be a file mapped into memory, which nothing may write to. One tensor at a time:
         # each is freed by pop() before the next is copied.
@@ -304,17 +357,22 @@ def _with_change(
     return model
 
 
-def _check_same_shapes(
+def _check_same(
     before: Mapping[str, torch.Tensor],
     after: Mapping[str, torch.Tensor],
     change: str,
 ) -> None:
-    """Raise if two sets of weights differ in a name or a shape."""
+    """Raise if two sets of weights differ in a name, a shape or a dtype."""
     # A dict keeps the order of the names, which a set would not: the first that differs is the one in the message.
     for name in {**before, **after}:
         is_in_both = name in before and name in after
         if not is_in_both or before[name].shape != after[name].shape:
             raise UserError(f"change {change!r} is of another model: {name} is not in both, or of another shape")
+        if before[name].dtype != after[name].dtype:
+            raise UserError(
+                f"change {change!r} is in {after[name].dtype} and the base in {before[name].dtype} ({name}); pass "
+                "--dtype float32, which reads both in one"
+            )
 
 
 def _weights_sha256(model) -> str:
@@ -343,7 +401,9 @@ def _adapter_bytes(adapter: str) -> int:
     Args:
         adapter: Its folder.
     """
-    tensors = load_file(Path(adapter) / ADAPTER_WEIGHTS)
+    # adapter_model.safetensors, or .bin of an older PEFT.
+    with one_line(adapter, "has no weights that PEFT can read"):
+        tensors = load_peft_weights(adapter, device="cpu")
     num_bytes = 0
     for name, tensor in tensors.items():
         # Where the file has a mask as coded, only further training needs its scores.
@@ -361,6 +421,17 @@ def _adapter_bytes(adapter: str) -> int:
 def weights_of(model) -> dict[str, torch.Tensor]:
     """A copy of all parameters; tied ones once."""
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def _tied_names(model) -> dict[str, str]:
+    """Of parameters that have several names, each further name -> the first."""
+    first_names = {id(parameter): name for name, parameter in model.named_parameters()}
+    tied = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first_name = first_names[id(parameter)]
+        if name != first_name:
+            tied[name] = first_name
+    return tied
 
 
 @torch.no_grad()

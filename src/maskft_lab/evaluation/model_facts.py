@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,6 +39,15 @@ _CHANGE_NO_OUTPUT_OF_MODEL = (
     "torch_dtype",
     "transformers_version",
 )
+# Further keys that change no logits of a text: they are of training, of generation, or of shapes that are compared.
+_CHANGE_NO_LOGITS = (
+    "initializer_range",
+    "use_cache",
+    "vocab_size",
+)
+_ENDINGS_THAT_CHANGE_NO_LOGITS = ("_token_id", "dropout", "_pdrop")
+# GGUF files hold float32, JSON files float64: 1e-6 is 9.99999997e-07 in one of them.
+_FLOAT32_TOLERANCE = 1e-6
 
 
 # Digests
@@ -75,6 +85,35 @@ def _without_unused(value: Any) -> Any:
         if is_used:
             kept[name] = _without_unused(each)
     return kept
+
+
+def differing_key(configuration: Any, other: Any) -> str | None:
+    """The first key in which two models' configurations differ, such as ``rope_parameters.rope_theta``.
+
+    Keys that change no logits of a text do not count.
+
+    Args:
+        configuration: Keys and values, as ``to_diff_dict`` of transformers gives them.
+        other: Those of the other model.
+    """
+    first = _without_unused(configuration)
+    second = _without_unused(other)
+    # A dict keeps the order of the keys, which a set would not.
+    for key in {**first, **second}:
+        if key in _CHANGE_NO_LOGITS or key.endswith(_ENDINGS_THAT_CHANGE_NO_LOGITS):
+            continue
+        value = first.get(key)
+        other_value = second.get(key)
+        if isinstance(value, Mapping) and isinstance(other_value, Mapping):
+            inner = differing_key(value, other_value)
+            if inner is not None:
+                return f"{key}.{inner}"
+        elif isinstance(value, float) and isinstance(other_value, float):
+            if not math.isclose(value, other_value, rel_tol=_FLOAT32_TOLERANCE):
+                return key
+        elif value != other_value:
+            return key
+    return None
 
 
 def adapter_sha256(folder: str) -> str:
