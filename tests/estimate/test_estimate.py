@@ -40,6 +40,14 @@ SMALL = {
     "num_key_value_heads": 2,
     "vocab_size": 512,
 }
+EXPERTS = {
+    **SMALL,
+    "model_type": "qwen3_moe",
+    "head_dim": 16,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 128,
+}
 
 
 @pytest.fixture
@@ -94,10 +102,11 @@ def test_parameters_and_units(run):
 
 
 @pytest.mark.parametrize("bf16", [True, False])
-def test_activations_of_a_mask_are_those_of_the_real_layers(bf16, run):
+@pytest.mark.parametrize("config", [SMALL, EXPERTS], ids=["dense", "experts"])
+def test_activations_of_a_mask_are_those_of_the_real_layers(config, bf16, run):
     """The stand-in for masked layers saves what they save."""
-    planned = RunMemory(run(mask_layers_to_transform=[1, 2], bf16=bf16), "cpu")
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SMALL))
+    planned = RunMemory(run(config, mask_layers_to_transform=[1, 2], bf16=bf16), "cpu")
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
     model = get_peft_model(model, mask_config(planned.run.mask)).train()
     ids = torch.zeros(2, 64, dtype=torch.long)

@@ -8,6 +8,7 @@ import logging
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from maskft.tuner.targets import layer_indices
@@ -150,7 +151,7 @@ def _saved_bytes(
         "labels": ids_BT,
         "use_cache": False,  # the cache of generation is not a part of training
     }
-    with hooks, autocast_context:
+    with hooks, autocast_context, _GroupedProducts():
         model.train()  # dropout saves its mask
         # The head of `add_fused_lm_head`, as TRL's trainer calls it: log-probabilities, and no logits of all tokens.
         outputs = model(**inputs, fused_lm_head=True)
@@ -159,6 +160,24 @@ def _saved_bytes(
     # Of whole storages: a view keeps all of its storage in memory.
     sizes = [storage.nbytes() for storage in saved.values()]
     return sum(sizes)
+
+
+class _GroupedProducts(TorchFunctionMode):
+    """Multiply by the weights of several experts without data, in any dtype.
+
+    torch's own shapes of a grouped product are of bfloat16 alone, where its kernel of the CPU takes float32 as well.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__name__", "") in ("grouped_mm", "_grouped_mm"):
+            # S pairs of a token and an expert, sorted by the expert: (S, in) by (experts, in, out) is (S, out). The
+            # product by one expert alone has this shape, and saves the same tensors for the backward pass.
+            input_SI, weight_EIO = args
+            # As the grouped product, which autocast does not know.
+            with torch.autocast("cpu", enabled=False):
+                return input_SI @ weight_EIO[0]
+        return function(*args, **kwargs)
 
 
 def _storage_id(tensor: torch.Tensor) -> int:
