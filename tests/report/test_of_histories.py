@@ -79,6 +79,21 @@ def test_one_line_per_choice_of_the_other_settings():
     assert [line.fixed for line in found.lines] == [{"start": "full"}, {"start": "b"}]
 
 
+def test_a_start_with_two_names_counts_once():
+    """The method in ``from`` was renamed between two masks: the mean over the starts is not weighted by names."""
+    starts = [
+        run_of(f"full-s{seed}-012345678{seed}", method="full", start=None, seed=seed, value=value)
+        for seed, value in enumerate((0.1, 0.4))
+    ]
+    masks = [
+        run_of(f"{start}{seed}", start=f"{start}-s{seed}-012345678{seed}", seed=seed, sparsity=share)
+        for start, share, seed in (("full", 0.1, 0), ("old", 0.2, 0), ("full", 0.1, 1), ("full", 0.2, 1))
+    ]
+    (found,) = ablations_of([*starts, *masks])
+    (line,) = found.lines
+    assert (line.start.mean, line.start.num_seeds) == (pytest.approx(0.25), 2)
+
+
 def test_published_histories_are_enough_for_curves_and_cost():
     runs = read_study(PUBLISHED)
     first = {run.name: lines["eval_loss"][0][0] for run in runs if (lines := lines_of(run, runs))}

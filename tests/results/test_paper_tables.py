@@ -144,6 +144,10 @@ def test_a_study_that_is_given_twice_counts_once():
     twice, left_over = rows_of([*masks, *masks], "1")
     copies, _ = rows_of([*masks, *copy.deepcopy(masks)], "1")
     assert once == twice == copies and left_over == []
+    # Once under the name that the method had earlier: by their hash they are the same runs.
+    masks = [mask | {"study": mask["study"] | {"run": f"mask-s{n}-0123456789"}} for n, mask in enumerate(masks)]
+    renamed = [mask | {"study": mask["study"] | {"run": f"old-s{n}-0123456789"}} for n, mask in enumerate(masks)]
+    assert rows_of([*masks, *renamed], "1")[0] == once
 
 
 def test_a_cell_is_of_one_study():

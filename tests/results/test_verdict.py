@@ -292,11 +292,29 @@ def test_what_is_trained_from_the_same_pretrained_model_is_a_control():
     results = [each | {"study": each["study"] | {"start": None, "model": "m"}} for each in results]
     (verdict,) = compared(results, "base").verdicts
     assert verdict.text.startswith("the mask improves the model it starts from; lora improves it more. ")
+    results[2]["study"]["model"] = "hub/m"  # a local copy is named by its folder
+    assert compared(results, "base").verdicts[0].control.baseline == "lora"
+    results[1]["study"]["model"] = "another/m"
+    assert compared(results, "base").verdicts[0].control is None
+    results[1]["study"]["model"] = "m"
     results[2]["study"]["model"] = "another"
     assert compared(results, "base").verdicts[0].control is None
     for each in results:  # evaluated outside of a study: where it starts is not known
         del each["study"]
     assert compared(results, "base").verdicts[0].control is None
+
+
+def test_a_control_whose_start_was_renamed_is_still_one():
+    """The method in ``from`` got another name after the mask was trained: the run, and its hash, are the same."""
+    results = [each for each in family(260, 320) if each["name"] in ("full", "mask", "restart", "elsewhere")]
+    starts = ("none", "full-s0-0123456789", "tuned_full-s0-0123456789", "full-s0-9876543210")
+    for each, start in zip(results, starts, strict=True):
+        each["study"]["start"] = start
+    (verdict,) = compared(results).verdicts
+    assert verdict.control.baseline == "restart" and verdict.control.num_comparisons == 1
+    # The hash is of the base model as well, whatever its folder is called.
+    results[2]["study"]["model"] = "a copy"
+    assert compared(results).verdicts[0].control.baseline == "restart"
 
 
 def test_seeds_that_contradict_a_verdict_are_said_first():

@@ -13,7 +13,7 @@ from maskft_common import files, layout
 from maskft_common.errors import UserError, did_you_mean
 
 from ..results.reading import is_result
-from ..results.schema import Result, read_result
+from ..results.schema import Result, read_result, run_identity
 
 BEST = "best"
 LAST = "last"
@@ -170,9 +170,9 @@ def _runs_in(
     runs = [_from_record(folder, record, results) for record in records]
     # The runs that the summaries name, and those that they start from, which another study may have made.
     if rows:
-        in_summaries = {_identity(row["run"]) for row in rows}
+        in_summaries = {run_identity(row["run"]) for row in rows}
         wanted = _with_starts(in_summaries, runs)
-        runs = [run for run in runs if _identity(run.id) in wanted]
+        runs = [run for run in runs if run_identity(run.id) in wanted]
 
     # Runs that tuning tried and did not choose have the name and the seed of the one it chose, and no results.
     evaluated: set[tuple[str, int | None]] = set()
@@ -196,8 +196,8 @@ def _with_starts(
     start_of = {}
     for run in runs:
         if run.start:
-            identity = _identity(run.id)
-            start_of[identity] = _identity(run.start)
+            identity = run_identity(run.id)
+            start_of[identity] = run_identity(run.start)
 
     # Chains meet: one that was found already has its own ancestors, too.
     found: set[str] = set()
@@ -253,9 +253,9 @@ def parent_of(
     if run.start is None:
         return None
     # By identity: a study that shares the folder may have made the run under another name.
-    start = _identity(run.start)
+    start = run_identity(run.start)
     for other in runs:
-        if _identity(other.id) == start:
+        if run_identity(other.id) == start:
             return other
     raise UserError(f"{run.id} starts from {run.start}, which is not among these runs")
 
@@ -304,13 +304,6 @@ def full_run(mask: TrainedRun, runs: Sequence[TrainedRun]) -> TrainedRun:
     return parent
 
 
-def _identity(run_id: str) -> str:
-    """The hash in a run's id: studies that share a folder share runs, and each may name the method differently."""
-    # METHOD-sSEED-HASH: the hash is of the settings, so equal runs have equal hashes.
-    found = re.search(r"-([0-9a-f]{10})$", run_id)
-    return found[1] if found else run_id
-
-
 def _results_of(candidates: Sequence[Path]) -> dict[str, ByRole]:
     """Identity of a run -> role -> result; a published folder holds other JSON files beside its results."""
     found: dict[str, ByRole] = {}
@@ -322,7 +315,7 @@ def _results_of(candidates: Sequence[Path]) -> dict[str, ByRole]:
         study = result.get("study")
         if study is not None:
             # By the hash, because a study that shares the folder may have measured the run under another name.
-            identity = _identity(study["run"])
+            identity = run_identity(study["run"])
             roles = found.setdefault(identity, {})
             roles[study["role"]] = result
     return found
@@ -354,7 +347,7 @@ def _from_record(
             models[role] = str(inside) if inside.exists() else path
 
         run_id = record["run"]
-        run_results = results.get(_identity(run_id), {})
+        run_results = results.get(run_identity(run_id), {})
         if BEST in run_results and "point" in run_results[BEST]["study"]:
             _take_chosen_point(models, file.parent, summary, run_results[BEST])
         return TrainedRun(
@@ -430,7 +423,7 @@ def _published_runs(
             run_id = row["run"]
             if run_id in runs:
                 continue  # its last model; the row of its best one comes first
-            roles = results.get(_identity(run_id), {})
+            roles = results.get(run_identity(run_id), {})
             settings: dict[str, Any] = {}
             if roles:
                 any_result = next(iter(roles.values()))  # all roles have the settings of the run

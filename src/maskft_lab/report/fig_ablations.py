@@ -132,10 +132,12 @@ def _lines(
             continue
 
         # The models under the masks, each once: the masks of one seed share theirs.
-        parents = {}  # id of a run -> the run
+        parents = {}  # id of a run, None for the base model -> the run
         for members in points.values():
             for run in members:
-                parents[run.start] = parent_of(run, runs)
+                parent = parent_of(run, runs)
+                # By the parent's own id: the masks may know it by different names.
+                parents[parent.id if parent else None] = parent
         starts = []
         for parent in parents.values():
             if parent and _value(parent, place):

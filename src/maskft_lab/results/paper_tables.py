@@ -17,7 +17,7 @@ import yaml
 
 from maskft_common.errors import UserError, printable
 
-from .schema import Result
+from .schema import Result, run_identity
 from .tables import Table, draw, latex_text, markdown_text, wrap
 
 NO_RESULT = "–"
@@ -306,9 +306,12 @@ def _study_of(result: Result) -> str | None:
 
 
 def _run_of(result: Result) -> tuple[str | None, str | None]:
-    """Return the run that a result is of, with its hash, and the role of its model in it; None outside of studies."""
+    """Return the hash of the run that a result is of, and the role of its model in it; None outside of studies."""
     study = result.get("study", {})
-    return study.get("run"), study.get("role")
+    run = study.get("run")
+    # By the hash: another study may have another name for the run.
+    identity = None if run is None else run_identity(run)
+    return identity, study.get("role")
 
 
 def _name_of(result: Result) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -481,6 +482,17 @@ def _check_metric(
         agrees = math.isclose(value, expected, rel_tol=1e-6, abs_tol=1e-9)
     if not agrees:
         raise ValueError(f"{name} has value {value}, its items give {expected}")
+
+
+def run_identity(run_id: str) -> str:
+    """Return the hash in the id of a study's run, by which runs are compared; an id without a hash stays as it is.
+
+    The id is METHOD-sSEED-HASH. The hash is of all settings, so equal runs have equal hashes. The rest is a label: the
+    method may be renamed, and studies that share a folder share runs, which each may name differently.
+    """
+    # A stranger's file may have anything in its block `study`.
+    found = re.search(r"-([0-9a-f]{10})$", str(run_id))
+    return found[1] if found else run_id
 
 
 def is_finite(value: object) -> TypeGuard[float]:

@@ -20,7 +20,7 @@ from .comparison import (
 )
 from .differences import Measured, judge, measure
 from .proportions import FEW
-from .schema import BEFORE, Result
+from .schema import BEFORE, Result, run_identity
 from .words import (
     PRINTED_AS_ZERO,
     difference_text,
@@ -481,9 +481,7 @@ def _is_control(other: Result, mask: Result) -> bool:
     if other["model"]["method"] == MASK:
         return False
 
-    # Outside of a study the start is not known.
-    start = _start_of(mask)
-    if start is None or start != _start_of(other):
+    if not _have_one_start(other, mask):
         return False
 
     # Both count from the pre-trained model on, so the tokens of the common start are in both.
@@ -493,12 +491,32 @@ def _is_control(other: Result, mask: Result) -> bool:
     return num_tokens > 0 and difference <= EQUAL_TOKENS * num_tokens
 
 
-def _start_of(result: Result) -> tuple[Any, Any] | None:
-    """Return the base model and the run from which a model of a study was trained."""
-    study = result.get("study")
-    if not study:
-        return None
-    return study.get("model"), study.get("start")
+def _have_one_start(a: Result, b: Result) -> bool:
+    """Whether the models of two runs of studies were trained from the same run, or from the same base model."""
+    study_a = a.get("study")
+    study_b = b.get("study")
+    # Outside of a study the start is not known.
+    if not study_a or not study_b:
+        return False
+
+    start_a = study_a.get("start")
+    start_b = study_b.get("start")
+    if start_a is None and start_b is None:
+        return _is_one_base(study_a.get("model"), study_b.get("model"))
+    if start_a is None or start_b is None:
+        return False
+    # By their hashes: the method may have been renamed between the two trainings. The hash is of the base model too.
+    return run_identity(start_a) == run_identity(start_b)
+
+
+def _is_one_base(a: Any, b: Any) -> bool:
+    """Whether two names are of one base model: a local copy is named by its folder, and a model of the hub in full."""
+    if a == b:
+        return True
+    # Two whole names are never one model, though they end alike: two users of the hub may have a model of one name.
+    last_of_a = str(a).rpartition("/")[2]
+    last_of_b = str(b).rpartition("/")[2]
+    return str(a) == last_of_b or str(b) == last_of_a
 
 
 def _tokens_of(result: Result) -> int:
