@@ -269,6 +269,35 @@ def test_rows_that_are_trained_and_reported_on_are_said(content, in_process, tmp
         assert check_before_running(plan_of(content)) == []
 
 
+def test_what_an_earlier_method_chooses_or_reads_hides_no_note(content, tmp_path):
+    """Methods with the same data were one to the check: of a mask that is not trained, or keeps its last step."""
+    del content["methods"]["full"]["tune"]
+    full = content["methods"]["full"]
+    content["evaluation"]["heldout"]["dataset_name"] = content["data"]["sums"]["dataset_name"]
+    content["methods"] = {"full": full}
+    notes = check_before_running(plan_of(content))
+    assert [" training rows of " in note for note in notes] == [False, True]
+    content["methods"] = {"L1 mask": {"method": "l1_mask"}, "full": full}
+    assert check_before_running(plan_of(content)) == notes
+    for last_step in ({"load_best_model_at_end": False}, {"eval_strategy": "no"}):
+        content["methods"] = {"last step": full | last_step, "full": full}
+        assert sorted(check_before_running(plan_of(content))) == sorted(notes)
+
+    # Another column of the same file is other rows, of the KL term as well.
+    file = tmp_path / "columns.jsonl"
+    file.write_text("".join(json.dumps({"text": f"own {n}", "other": f"reported {n}"}) + "\n" for n in range(40)))
+    reported = tmp_path / "reported.jsonl"
+    reported.write_text("".join(json.dumps({"text": f"reported {n}"}) + "\n" for n in range(40)))
+    content["evaluation"]["before"] = {"others": {"dataset_name": str(reported)}}
+    content["data"]["sums"] |= {"dataset_name": str(file)}
+    content["methods"] = {"own": full, "other": full | {"dataset_text_field": "other"}}
+    chosen, note = check_before_running(plan_of(content))
+    assert chosen.startswith("Note: 16 of the 16 held-out rows")
+    assert note.startswith("Note: 24 of the 40 prompts of evaluation.before.others are training rows of 'sums' too")
+    content["train"] |= {"kl_to_base": 0.1, "kl_dataset_name": str(file)}
+    assert "40 prompts of evaluation.before.others are rows of kl_dataset" in check_before_running(plan_of(content))[-1]
+
+
 def odd(**method):
     return lambda content: content["methods"].update(odd=method)
 

@@ -49,6 +49,13 @@ _PLACE_HOLDERS = ("--output_dir", "any", "--model_name_or_path", "any")
 _CHANGE = ("--change", "none")
 _OF_PATH = "path.before."  # begins the name of a section
 
+# Options that decide which rows a run reads, and how.
+_OF_ROWS = (*DATA_FIELDS, "dataset_text_field")
+# Options that decide which rows the KL term reads.
+_OF_KL_ROWS = (KL_DATA, "as_chat", "dataset_text_field", "data_dir", "split_seed")
+# Options that decide whether held-out rows choose a checkpoint.
+_OF_CHECKPOINTS = ("load_best_model_at_end", "eval_strategy")
+
 
 def checked_plan(recipe: Recipe) -> Plan:
     """Expand a recipe, and check every option of every run and evaluation.
@@ -240,21 +247,26 @@ def _check_training_rows(
         reported: All of these.
     """
     read: dict[str, Splits | UserError] = {}  # most runs have the same rows, and reading them takes a while
-    checked: set[tuple[str, bool]] = set()
+    checked: set[tuple] = set()
     notes: list[str] = []
     for run in plan.runs:
         if run.method.method == PRETRAINED:
             continue
-        of_data = []
-        for name, value in run.options.items():
-            if name in DATA_FIELDS:
-                of_data.append((name, value))
-        # Names are unique, so sorting compares no values, which may be of different types.
-        key = repr(sorted(of_data))
+        rows_key = _values_of(run, _OF_ROWS)
         verb = how_chosen(run.method, run.options)
-        if (key, verb is None) in checked:
+        name = plan.recipe.data_name(run.method)
+        # Everything that the checks and the notes below depend on. A mask that is not trained may have the rows of a
+        # method that is, and come first.
+        key = (
+            rows_key,
+            verb is None,
+            run.method.is_trained,
+            _values_of(run, _OF_CHECKPOINTS),
+            name,
+        )
+        if key in checked:
             continue
-        checked.add((key, verb is None))
+        checked.add(key)
 
         parsed = parsed_run(run)
         data = parsed.data
@@ -265,14 +277,13 @@ def _check_training_rows(
         elif hub_ids(data.dataset_name or "") or hub_ids(data.eval_dataset_name or ""):
             continue
 
-        if key not in read:
-            read[key] = _splits(parsed)
-        splits = read[key]
+        if rows_key not in read:
+            read[rows_key] = _splits(parsed)
+        splits = read[rows_key]
         if isinstance(splits, UserError):
             if verb is not None:
                 raise splits
             continue  # the preparation of the data says it
-        name = plan.recipe.data_name(run.method)
         if verb is not None:
             _check_not_reported(splits.heldout, reported, would)
         elif run.method.is_trained and parsed.training.load_best_model_at_end:
@@ -281,6 +292,11 @@ def _check_training_rows(
             notes += _notes_on_trained_rows(splits.train, prompts, f"training rows of {name!r}")
     notes += _notes_on_kl_rows(plan, prompts)
     return list(dict.fromkeys(notes))
+
+
+def _values_of(run: StudyRun, names: Iterable[str]) -> str:
+    """The values of some options of a run as text: a value may be a list, which has no hash."""
+    return repr([run.options.get(name) for name in names])
 
 
 def _notes_on_kl_rows(plan: Plan, prompts: Mapping[str, set[str]]) -> list[str]:
@@ -294,9 +310,10 @@ def _notes_on_kl_rows(plan: Plan, prompts: Mapping[str, set[str]]) -> list[str]:
     notes: list[str] = []
     for run in plan.runs:
         mixture = run.options.get(KL_DATA)
-        if not isinstance(mixture, str) or mixture in read or hub_ids(mixture):
+        key = _values_of(run, _OF_KL_ROWS)
+        if not isinstance(mixture, str) or key in read or hub_ids(mixture):
             continue
-        read.add(mixture)
+        read.add(key)
         parsed = parsed_run(run)
         try:
             rows = load_examples(
