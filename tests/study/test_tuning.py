@@ -315,6 +315,29 @@ def odd(**method):
             lambda c: c["methods"]["full"]["tune"].update(num_train_epochs=[1, 2]),
             "max_steps decides the length, and tune is of num_train_epochs",
         ),
+        *(
+            (
+                odd(method="full", max_steps=2, tune={option: values}),
+                f"'odd': tune has {option}, which changes the held-out rows or their tokens, .* grid odd.{option}",
+            )
+            for option, values in {
+                "max_length": [8, 16],
+                "completion_only_loss": [True, False],
+                "dataset_text_field": ["text", "other"],
+                "chat_template_path": ["a.jinja", "b.jinja"],
+                "dataset_name": ["a.jsonl", "b.jsonl"],
+                "dataset_train_split": ["train", "test"],
+                "eval_dataset_name": ["a.jsonl", "b.jsonl"],
+                "eval_split_size": [8, 16],
+                "max_eval_samples": [4, 8],
+                "split_seed": [0, 1],
+                "as_chat": [True, False],
+            }.items()
+        ),
+        (
+            odd(method="full", max_steps=2, kl_budget=0.1, tune={"kl_dataset_name": ["a.jsonl", "b.jsonl"]}),
+            "'odd': tune has kl_dataset_name, and a kl_budget on different rows is a different limit; give one value",
+        ),
         (
             lambda c: c["methods"].update(l1={"method": "l1_mask", "from": "full", "mask_selection": "logit"}),
             "run 'l1, seed 0': mask_selection is 'logit'; l1_mask removes mask_sparsity",
@@ -349,6 +372,18 @@ def test_a_mistake_is_one_line(content, change, message):
     change(content)
     with pytest.raises(UserError, match=message):
         plan_of(content)
+
+
+def test_options_of_training_rows_are_tuned_where_others_are_held_out(content, data):
+    full = content["methods"]["full"]
+    full["tune"] = {"max_train_samples": [8, 16]}
+    assert len(plan_of(content).tunings[0].trials) == 2
+    content["data"]["sums"] = {"dataset_name": str(data), "eval_dataset_name": str(data)}
+    full["tune"] = {"dataset_name": [f"{data}:8", f"{data}:16"]}
+    assert len(plan_of(content).tunings[0].trials) == 2
+    content["train"] |= {"kl_to_base": 0.1}
+    full["tune"] = {"kl_dataset_name": [f"{data}:8", f"{data}:16"]}
+    assert len(plan_of(content).tunings[0].trials) == 2
 
 
 def test_fixed_masks_beside_masks_that_all_learn_by_logits(content):

@@ -10,10 +10,22 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from maskft.data.arguments import DATA_FIELDS, KL_DATA, TEMPLATE
 from maskft_common.errors import UserError
 
 from .recipe import Method, Options, TimesParent
 from .study_run import Look, StudyRun, Trial, Tuned, settings_text
+
+# Options of the training rows alone, but for sets of which a part is held out.
+_OF_TRAINING_ROWS = frozenset({"dataset_name", "dataset_train_split", "max_train_samples"})
+# Options that decide which rows are held out, or how they become tokens. A new field of DataArguments is among them
+# until somebody says otherwise.
+_OF_HELDOUT_ROWS = frozenset(DATA_FIELDS).difference(_OF_TRAINING_ROWS) | {
+    "max_length",
+    "completion_only_loss",
+    "dataset_text_field",
+    TEMPLATE,
+}
 
 
 def tune(
@@ -36,13 +48,14 @@ def tune(
         All trials, in the order of the lists (the last option varies fastest), and the winner; the first of equal ones.
 
     Raises:
-        UserError: If no held-out loss is measured, the tuned option has no effect, the parent lacks a value to
-            multiply, or two settings mean the same.
+        UserError: If no held-out loss is measured, the tuned option has no effect or changes the held-out rows, the
+            parent lacks a value to multiply, or two settings mean the same.
     """
     has_no_losses = own.get("eval_strategy") == "no"
     # An empty `tune` is one trial, which needs no losses to win.
     if method.tune and has_no_losses:
         raise UserError(f"method {method.name!r}: tune needs held-out losses, but eval_strategy is no; remove it")
+    _check_same_rows(method, own)
 
     # With max_steps all numbers of epochs would be one training, under several names.
     max_steps = _number(own.get("max_steps"))
@@ -72,6 +85,31 @@ def tune(
     else:
         winner = trials[0]  # a guess, with which the runs below can be listed
     return Tuned(trials, winner, is_settled)
+
+
+def _check_same_rows(method: Method, own: Options) -> None:
+    """Raise for a tuned option with which two trials would be measured on other rows, or on other tokens of them.
+
+    Args:
+        method: The method, with its ``tune``.
+        own: Its options of ``maskft train``, with defaults.
+    """
+    for option in method.tune:
+        is_of_heldout = option in _OF_HELDOUT_ROWS
+        # Without data of its own, a part of the training data is held out.
+        if option in ("dataset_name", "dataset_train_split") and not own.get("eval_dataset_name"):
+            is_of_heldout = True
+        if is_of_heldout:
+            raise UserError(
+                f"method {method.name!r}: tune has {option}, which changes the held-out rows or their tokens, and "
+                f"losses on different ones do not compare; give one value, or write grid {method.name}.{option}"
+            )
+        # The KL that a budget limits is measured on these rows.
+        if option == KL_DATA and own.get("kl_budget") is not None:
+            raise UserError(
+                f"method {method.name!r}: tune has {KL_DATA}, and a kl_budget on different rows is a different limit; "
+                f"give one value, or write grid {method.name}.{option}"
+            )
 
 
 def _rank(trial: Trial) -> tuple[bool, float, float]:
