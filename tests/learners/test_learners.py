@@ -262,6 +262,36 @@ def test_training_without_progress_is_refused(settings):
         set_mask_progress(layer, 1.5)
 
 
+@pytest.mark.parametrize("settings", [{"selection": "gumbel"}, {"sparsity": 0.5, "sparsity_ramp": 1.0}], ids=str)
+def test_a_further_training_sets_its_own_progress(settings, tmp_path):
+    """That of the file is where the first training ended: every step would draw one and the same noise."""
+    config = MaskConfig(save_scores=True, **settings)
+    model = get_peft_model(tiny.tiny_llama(num_layers=1), config)
+    set_mask_progress(model, 0.4)
+    model.save_pretrained(tmp_path)
+    ids = tiny.token_ids(2)
+    expected = model.eval()(ids).logits
+
+    # The same configuration again is also that of a file.
+    config = MaskConfig.from_pretrained(tmp_path)
+    config.inference_mode = False
+    for _ in range(2):
+        base = tiny.tiny_llama(num_layers=1)
+        loaded = PeftModel.from_pretrained(base, tmp_path, config=config, is_trainable=True)
+        with pytest.raises(UserError, match=r"call maskft\.set_mask_progress"):
+            loaded.train()(ids)
+        assert torch.equal(loaded.eval()(ids).logits, expected)
+        set_mask_progress(loaded, 0.4)
+        assert loaded.train()(ids).logits.requires_grad
+
+    # Used and not trained, it needs none, whatever the mode.
+    for mode in (True, False):
+        used = PeftModel.from_pretrained(tiny.tiny_llama(num_layers=1), tmp_path)
+        assert torch.equal(used.train(mode)(ids).logits, expected)
+    further = PeftModel.from_pretrained(tiny.tiny_llama(num_layers=1), tmp_path, is_trainable=True)
+    assert torch.equal(further.merge_and_unload()(ids).logits, expected)
+
+
 def test_masks_that_cannot_be_active_together():
     layer = make_layer(sparsity=0.3)
     layer.update_layer("soft", MaskConfig(selection="gumbel", init_value=0.5))

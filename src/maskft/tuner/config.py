@@ -233,6 +233,9 @@ class MaskConfig(PeftConfig):
     # The recipe that a new adapter's configuration came with, of the mask that is about to be loaded. An adapter that
     # is saved without having been loaded is another mask, which the recipe does not describe.
     recipe_of_file = cast("dict[str, Any] | None", None)
+    # Whether `progress` came with the configuration, as from a file. It is where an earlier training ended: this one
+    # has to set its own.
+    is_progress_of_file = False
     # Name of the adapter that this one is a frozen copy of (the reference of preference training), or "".
     copy_of = ""
     # Scores that the adapter file leaves out. `save_pretrained` below writes them if the folder is a checkpoint: the

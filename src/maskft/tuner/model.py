@@ -94,6 +94,8 @@ class MaskModel(BaseTuner):
                 setattr(peft_config, field, value)
             peft_config.copy_of = ""
         peft_config.is_new = True
+        # After the fields of the file are set again: until training starts, any progress is that of the file.
+        peft_config.is_progress_of_file = peft_config.progress is not None
         # Only a configuration from a file has a checksum of its masks.
         peft_config.recipe_of_file = peft_config.recipe if peft_config.mask_sha256 is not None else None
         return peft_config

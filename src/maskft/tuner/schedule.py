@@ -41,6 +41,7 @@ def set_mask_progress(model: nn.Module, progress: float) -> None:
             # A mask without scores is not trained, nor is the reference of preference training.
             if name in layer.mask_scores and not config.copy_of:
                 config.progress = float(progress)
+                config.is_progress_of_file = False
 
     # After all layers have the new value: compiled graphs read weights that were computed before.
     for layer in layers:

@@ -212,13 +212,16 @@ def is_soft(config: MaskConfig, is_training: bool) -> bool:
 
 
 def check_progress(config: MaskConfig, is_training: bool) -> None:
-    """Raise if a mask in training depends on the share of training done, and nobody has set it."""
+    """Raise if a mask in training depends on the share of training done, and this training has not set it."""
     # Noise is drawn from a stream named after the progress: without it, every step would get the same noise.
     has_schedule = config.sparsity_ramp > 0 or config.sharpness_end is not None
     depends_on_progress = has_schedule or has_soft_gate(config)
     if not depends_on_progress:
         return
-    if is_training and not config.copy_of and config.progress is None:
+    # The progress of a file is where an earlier training ended. An adapter that was loaded to be used keeps it.
+    is_of_file = config.is_progress_of_file and not config.inference_mode
+    is_unset = config.progress is None or is_of_file
+    if is_training and not config.copy_of and is_unset:
         raise UserError(
             "this mask depends on how far training is: call maskft.set_mask_progress(model, step / max_steps) before "
             "every step (with transformers' Trainer: add_callback(maskft.MaskProgress()))"
