@@ -11,6 +11,7 @@ import tiny
 from maskft import MaskConfig, current_masks, masks
 from maskft.masks import adapter
 from maskft.masks.codec import encode_mask
+from maskft.masks.verify import verify
 from maskft_common.errors import UserError
 
 
@@ -99,6 +100,44 @@ def test_scores_that_do_not_load_leave_every_layer_as_it_was(damage, tmp_path):
     with pytest.raises(UserError, match=f"up_proj: .*saved scores .*{damage}"):
         model.load_adapter(tmp_path, "default")
     assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["adapter", "checkpoint-3"])
+def test_damaged_scores_are_noticed_wherever_they_are_loaded(name, tmp_path):
+    """One bit that leaves the mask as it is. A checkpoint has scores without being asked to."""
+    folder = tmp_path / name
+    trained(save_scores=name == "adapter").save_pretrained(folder)
+    assert "sha256 of all scores matches" in verify(folder)
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    scores = next(key for key in tensors if "up_proj" in key and key.endswith(".mask_scores"))
+    tensors[scores].view(torch.int32)[0, 0] ^= 1
+    save_file(tensors, file)
+
+    message = r"up_proj: the saved scores do not match their sha256, so the file is damaged"
+    with pytest.raises(UserError, match=message):
+        PeftModel.from_pretrained(tiny.tiny_llama(), folder, is_trainable=True)
+    model = trained(seed=4)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    with pytest.raises(UserError, match=message):  # as a trainer resumes
+        model.load_adapter(folder, "default", is_trainable=True)
+    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+    with pytest.raises(UserError, match=message):
+        verify(folder)
+
+    # The mask itself is whole.
+    used = PeftModel.from_pretrained(tiny.tiny_llama(), folder).eval()
+    assert torch.equal(logits(used), logits(trained()))
+
+
+def test_scores_that_were_saved_without_a_checksum_are_loaded(tmp_path):
+    trained(save_scores=True).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = {key: value for key, value in load_file(file).items() if not key.endswith("_sha256")}
+    save_file(tensors, file)
+    loaded = PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path, is_trainable=True).eval()
+    assert torch.equal(logits(loaded), logits(trained()))
+    assert not any("all scores" in line for line in verify(tmp_path))
 
 
 def test_a_configuration_that_is_used_again_checks_its_file_again(tmp_path):

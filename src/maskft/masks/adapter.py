@@ -32,7 +32,18 @@ from ..tuner.model import MaskModel, adapter_layers, unwrapped_name, without_com
 from ..tuner.targets import listed
 from .adapter_file import add_tensors, weights_beside_masks
 from .card import write_card
-from .codec import FORMAT_VERSION, decode_mask, encode_mask, is_of_mask, total_counts, weights_sha256
+from .codec import (
+    FORMAT_VERSION,
+    SCORES,
+    SCORES_SHA256,
+    check_scores_sha256,
+    decode_mask,
+    encode_mask,
+    is_of_mask,
+    scores_sha256,
+    total_counts,
+    weights_sha256,
+)
 from .fingerprints import base_fingerprint, check_base, mask_fingerprint, quantisation_of
 
 # The folders that transformers' Trainer writes, and those in them: PEFT gives an adapter that is not named "default" a
@@ -104,8 +115,11 @@ class MaskFiles(AdapterFiles):
                 scores = state_dict.get(f"{name}.{key}", layer.mask_scores[adapter_name])
                 if config.save_scores:
                     out[f"{name_in_file}.{key}"] = scores
+                    # Scores that are still sharded are those of a rank that writes no file.
+                    if not hasattr(scores, "full_tensor"):
+                        out[f"{name_in_file}{SCORES_SHA256}.{adapter_name}"] = scores_sha256(scores)
                 else:
-                    scores_of_save[f"{name_in_file}.mask_scores"] = scores
+                    scores_of_save[f"{name_in_file}{SCORES}"] = scores
 
         _check_keeps_some(coded, config)
 
@@ -205,7 +219,12 @@ class MaskFiles(AdapterFiles):
         if file.is_file():
             is_checkpoint = _CHECKPOINT.search(folder.as_posix()) is not None
             if scores and is_checkpoint:
-                add_tensors(file, scores)
+                # Checksums here and not in `encode`: most saves leave the scores out, and hashing gigabytes takes time.
+                added = dict(scores)
+                for name, value in scores.items():
+                    module = name.removesuffix(SCORES)
+                    added[f"{module}{SCORES_SHA256}"] = scores_sha256(value)
+                add_tensors(file, added)
             use_default_modes(folder, file.name)
             # Read back from the file: PEFT adds weights of its own after it has asked for the masks.
             in_file = weights_sha256(weights_beside_masks(file))
@@ -311,6 +330,7 @@ def _load_masks(
         full_names[name] = full_name
     coded = _entries(state_dict, "mask_coded")
     scores = _entries(state_dict, "mask_scores")
+    checksums = _entries(state_dict, "mask_scores_sha256")
     rest = {key: value for key, value in state_dict.items() if not is_of_mask(key)}
 
     # For a resized vocabulary PEFT writes the weights of modules_to_save under two names, and reads one of them.
@@ -346,7 +366,7 @@ def _load_masks(
     _check_has_scores(layers, scores, adapter_name)
     if config.verify_base:
         check_base(layers.values(), config)
-    _check_scores(layers, scores, adapter_name)
+    _check_scores(layers, scores, checksums, adapter_name)
 
     # Nothing below raises for what is in the file. The masks go to their layers, and the scores too if the adapter is
     # to be trained.
@@ -471,9 +491,10 @@ def _check_has_scores(
 def _check_scores(
     layers: Mapping[str, MaskedLinear],
     scores: Mapping[str, Tensor],
+    checksums: Mapping[str, Tensor],
     adapter_name: str,
 ) -> None:
-    """Raise if the scores of a layer that is to be trained have another shape, or contain NaN."""
+    """Raise if the scores of a layer that is to be trained have another shape, contain NaN, or are damaged."""
     for name, layer in layers.items():
         if adapter_name not in layer.mask_scores:
             continue
@@ -484,6 +505,7 @@ def _check_scores(
         # In float32, as they are restored: a file may hold any dtype.
         if bool(saved.to(torch.float32).isnan().any()):
             raise UserError(f"{layer.module_name}: the saved scores contain NaN; resume from an earlier checkpoint")
+        check_scores_sha256(saved, checksums.get(name), layer.module_name)
 
 
 def check_weights(found: Mapping[str, Tensor], declared: Mapping[str, str] | None) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from maskft_common import files
 
-from .codec import is_of_mask
+from .codec import PREFIX, SCORES, SCORES_SHA256, check_scores_sha256, is_of_mask
 
 
 def weights_beside_masks(file: Path) -> dict[str, Tensor]:
@@ -27,7 +27,28 @@ def weights_beside_masks(file: Path) -> dict[str, Tensor]:
 def holds_scores(file: Path) -> bool:
     """Whether the file has the scores of a layer; reads names alone."""
     with safe_open(file, "pt") as tensors:
-        return any(".mask_scores" in name for name in tensors.keys())
+        return any(name.endswith(SCORES) for name in tensors.keys())
+
+
+def check_scores(file: Path) -> int:
+    """Compare the scores of the file with their checksums, one layer after another; returns how many have one.
+
+    Raises:
+        UserError: If scores are damaged.
+    """
+    num_checked = 0
+    with safe_open(file, "pt") as tensors:
+        names = set(tensors.keys())
+        for name in sorted(names):
+            module = name.removesuffix(SCORES)
+            checksum = f"{module}{SCORES_SHA256}"
+            if module == name or checksum not in names:
+                continue
+            scores = tensors.get_tensor(name)
+            expected = tensors.get_tensor(checksum)
+            check_scores_sha256(scores, expected, module.removeprefix(PREFIX))
+            num_checked += 1
+    return num_checked
 
 
 def add_tensors(file: Path, added: Mapping[str, Tensor]) -> None:

@@ -30,6 +30,10 @@ from maskft_common.layout import ADAPTER_FORMAT_VERSION
 FORMAT_VERSION = ADAPTER_FORMAT_VERSION
 # Before the names of modules in PEFT's files.
 PREFIX = "base_model.model."
+# Behind them: saved scores, and their checksum. That is in the file and not in the configuration, because trainers that
+# resume load the file alone.
+SCORES = ".mask_scores"
+SCORES_SHA256 = ".mask_scores_sha256"
 _MAGIC = b"MFTM"
 # magic, format version, coding, rows, columns, number removed, sha256 as _digest makes it; x are unused bytes
 _HEADER = struct.Struct("<4sHBxIIQ32s8x")
@@ -95,8 +99,35 @@ def encode_mask(mask: Tensor) -> Tensor:
 
 
 def is_of_mask(key: str) -> bool:
-    """Whether an entry of an adapter file is a mask or its scores, and no weight."""
-    return key.endswith((".mask_coded", ".mask_scores"))
+    """Whether an entry of an adapter file is a mask, its scores or their checksum, and no weight."""
+    return key.endswith((".mask_coded", SCORES, SCORES_SHA256))
+
+
+def scores_sha256(scores: Tensor) -> Tensor:
+    """sha256 of the dtype, shape and bytes of scores; 1-D uint8 of 32 bytes, on the CPU."""
+    label = f"{scores.dtype}{tuple(scores.shape)}"
+    found = files.digest_tensors([(label, scores)])
+    # A bytearray, as in encode_mask.
+    content = bytearray.fromhex(found)
+    return torch.frombuffer(content, dtype=torch.uint8)
+
+
+def check_scores_sha256(scores: Tensor, expected: Tensor | None, name: str) -> None:
+    """Raise if saved scores are not those of their checksum; None: a file that was saved before there was one.
+
+    Args:
+        scores: The scores of a file.
+        expected: Their checksum there.
+        name: Of the layer, for the error.
+    """
+    if expected is None:
+        return
+    found = scores_sha256(scores)
+    if not torch.equal(found, expected.cpu()):
+        raise UserError(
+            f"{name}: the saved scores do not match their sha256, so the file is damaged; fetch it again, or resume "
+            "from another checkpoint"
+        )
 
 
 def weights_sha256(weights: Mapping[str, Tensor]) -> dict[str, str]:

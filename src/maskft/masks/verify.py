@@ -11,9 +11,10 @@ from ..masking import num_removed
 from ..tuner import adapter_layers
 from ..tuner.selection import current_sparsity
 from ..tuner.targets import listed
+from .adapter_file import check_scores
 from .codec import decode_mask
 from .fingerprints import check_base, quantisation_of
-from .mask_set import AdapterConfig, read_coded, read_config
+from .mask_set import AdapterConfig, read_coded, read_config, weights_file
 from .merge import load_masked_model
 from .summary import module_rows
 
@@ -43,6 +44,8 @@ def verify(adapter: str | Path, base: str | None = None) -> list[str]:
         for name, data in coded.items():
             decode_mask(data, name)
     passed.append("sha256 of every mask matches")
+    if check_scores(weights_file(adapter)):
+        passed.append("sha256 of all scores matches")
     # The counts come from the headers, which the checksums cover.
     counts = _check_counts(module_rows(coded), config)
     passed.append(counts)

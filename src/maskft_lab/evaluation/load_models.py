@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from peft.utils import load_peft_weights
 
+from maskft.masks.codec import SCORES, SCORES_SHA256
 from maskft.masks.merge import adapter_tokenizer, one_line
 from maskft.models import (
     check_model_source,
@@ -406,9 +407,9 @@ def _adapter_bytes(adapter: str) -> int:
         tensors = load_peft_weights(adapter, device="cpu")
     num_bytes = 0
     for name, tensor in tensors.items():
-        # Where the file has a mask as coded, only further training needs its scores.
-        name_of_code = name.replace(".mask_scores", ".mask_coded")
-        if name_of_code != name and name_of_code in tensors:
+        # Where the file has a mask as coded, only further training needs its scores and their checksum.
+        module = name.removesuffix(SCORES).removesuffix(SCORES_SHA256)
+        if module != name and f"{module}.mask_coded" in tensors:
             continue
         # Adapters are saved in the dtype of their training. In one dtype for all, sizes of methods can be compared.
         if tensor.is_floating_point():
