@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import maskft
 import tiny
-from maskft import MaskConfig
+from maskft import MaskConfig, current_masks
 from maskft_common.errors import UserError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -44,8 +44,16 @@ def test_the_experiment_has_the_form_that_peft_s_comparison_takes():
         assert set(json.loads((folder / "training_params.json").read_text())) <= known
 
 
-def test_a_zero_under_mask_is_a_value_in_axolotl(monkeypatch, tmp_path):
-    """The configuration alone, for which axolotl need not be installed: its two classes are stubs."""
+class AxolotlOptions(SimpleNamespace):
+    """An option that is not given is None, as in axolotl's DictDefault."""
+
+    def __getattr__(self, name):
+        return None
+
+
+@pytest.fixture
+def axolotl_plugin(monkeypatch):
+    """The plugin without axolotl, which need not be installed: its two classes are stubs."""
     for name in ("axolotl", "axolotl.integrations", "axolotl.integrations.base"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     sys.modules["axolotl.integrations.base"].BasePlugin = object
@@ -54,9 +62,40 @@ def test_a_zero_under_mask_is_a_value_in_axolotl(monkeypatch, tmp_path):
     monkeypatch.setattr(maskft, "axolotl", None, raising=False)
     monkeypatch.setitem(sys.modules, "maskft.axolotl", None)
     del sys.modules["maskft.axolotl"]
-    plugin = importlib.import_module("maskft.axolotl").MaskPlugin()
+    return importlib.import_module("maskft.axolotl").MaskPlugin()
 
-    cfg = SimpleNamespace(
+
+def test_options_of_axolotl_that_choose_layers_are_followed_or_refused(axolotl_plugin):
+    def load(**options):
+        model, _ = axolotl_plugin.load_adapter(tiny.tiny_llama(), AxolotlOptions(adapter="mask", **options))
+        return {name.removeprefix("model.layers.") for name in current_masks(model)}
+
+    names = load(lora_target_modules=["q_proj"], peft_layers_to_transform=[1], peft_layers_pattern=["layers"])
+    assert names == {"1.self_attn.q_proj"}
+    with pytest.raises(UserError, match="layers_to_transform names layer 1"):
+        load(lora_target_modules=["q_proj"], peft_layers_to_transform=[1], peft_layers_pattern=["h"])
+    names = load(lora_target_linear=True, peft_layers_to_transform=[1], mask={"preset": "deletion_tuning"})
+    assert len(names) == 7, "and not the layers of the preset alone"
+    names = load(lora_target_linear=True, lora_exclude_modules=["gate_proj"], peft_layers_to_transform=[1])
+    assert len(names) == 6
+    names = load(lora_target_linear=True, peft_layers_to_transform=[1], mask={"target_modules": ["v_proj"]})
+    assert names == {"1.self_attn.v_proj"}
+
+    refused = {
+        "peft_trainable_token_indices": [1],
+        "lora_target_parameters": ["experts.gate_up_proj"],
+        "peft_layer_replication": [(0, 1)],
+    }
+    for name, value in refused.items():
+        with pytest.raises(UserError, match=f"^{name} is "):
+            load(**{name: value})
+    with pytest.raises(UserError, match="lora_target_linear names every linear layer and lora_target_modules some"):
+        load(lora_target_linear=True, lora_target_modules=["q_proj"])
+
+
+def test_a_zero_under_mask_is_a_value_in_axolotl(axolotl_plugin, tmp_path):
+    plugin = axolotl_plugin
+    cfg = AxolotlOptions(
         adapter="mask",
         lora_target_modules=["q_proj"],
         lora_modules_to_save=[],

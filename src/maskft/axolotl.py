@@ -21,6 +21,7 @@ from pydantic import BaseModel
 from maskft_common.errors import UserError, did_you_mean
 
 from .tuner import MaskConfig, MaskProgress
+from .tuner.model import NO_TOKEN_INDICES
 
 
 class MaskArgs(BaseModel):
@@ -62,11 +63,14 @@ class MaskPlugin(BasePlugin):
         if cfg.adapter != "mask":
             return None
 
+        _check_options(cfg)
         # axolotl names most options of adapters after LoRA.
         options = {
-            "target_modules": cfg.lora_target_modules,
+            "target_modules": "all-linear" if cfg.lora_target_linear else cfg.lora_target_modules,
+            "exclude_modules": cfg.lora_exclude_modules,
             "modules_to_save": cfg.lora_modules_to_save,
             "layers_to_transform": cfg.peft_layers_to_transform,
+            "layers_pattern": cfg.peft_layers_pattern,
             # axolotl resumes from the adapter that it saved.
             "save_scores": True,
         }
@@ -105,3 +109,21 @@ class MaskPlugin(BasePlugin):
         if cfg.adapter != "mask":
             return []
         return [MaskProgress()]
+
+
+def _check_options(cfg: Any) -> None:
+    """Raise for options of axolotl that choose what is trained, and that masks cannot follow.
+
+    Those that say how LoRA does it, such as ``lora_r``, have no meaning for a mask and are not read.
+    """
+    if cfg.peft_trainable_token_indices:
+        # The text begins with PEFT's name of the option.
+        raise UserError(f"peft_{NO_TOKEN_INDICES}")
+    for name in ("lora_target_parameters", "peft_layer_replication"):
+        value = getattr(cfg, name)
+        if value:
+            raise UserError(f"{name} is {value!r}, which masks do not support; leave it out")
+    if cfg.lora_target_linear and cfg.lora_target_modules:
+        raise UserError(
+            "lora_target_linear names every linear layer and lora_target_modules some of them; leave one of the two out"
+        )
