@@ -384,6 +384,10 @@ class ShardedMasker(FastMasker):
         # The ranks would have to agree. So only one optimizer is expected to take steps.
         return False
 
+    def _has_gradient_of_step(self, name: str) -> bool:
+        # For the same reason without a look at the numbers.
+        return self.layer.mask_scores[name].grad is not None
+
     def adapter(self) -> str:
         """The one active adapter."""
         # One, because the rows hold one masked weight, and `original` is the weight without any mask.

@@ -153,23 +153,46 @@ def test_a_block_that_is_used_twice_in_one_forward_pass():
     check_same(make, accumulation=2)
 
 
+def check_same_gradients(gradients):
+    fast = gradients()
+    with maskft.fast.disabled():
+        plain = gradients()
+    assert all(bool(gradient.any()) for gradient in plain)
+    assert all(torch.equal(a, b) for a, b in zip(fast, plain, strict=True))
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.parametrize("name", ["logit", "gumbel"])
-def test_a_gradient_that_is_dropped_without_a_step_takes_its_price_along(name):
-    """As trainers do with a gradient that is not finite."""
+def test_a_gradient_that_is_dropped_without_a_step_takes_its_price_along(name, set_to_none):
+    """As trainers do with a gradient that is not finite. The third micro-batch is accumulated and adds no price."""
 
     def gradients():
         model = get_peft_model(tiny.tiny_llama(num_layers=1), MaskConfig(**SETTINGS[name])).train()
         set_mask_progress(model, 0.5)
         ids = tiny.token_ids(2, 8)
-        for _ in range(2):
-            model.zero_grad()
+        for is_dropped in (True, True, False):
+            if is_dropped:
+                model.zero_grad(set_to_none=set_to_none)
             model(input_ids=ids, labels=ids).loss.backward()
         return [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
 
-    fast = gradients()
-    with maskft.fast.disabled():
-        plain = gradients()
-    assert all(torch.equal(a, b) for a, b in zip(fast, plain, strict=True))
+    check_same_gradients(gradients)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_an_evaluation_between_forward_and_backward_changes_no_gradient(name):
+    def gradients():
+        model = get_peft_model(tiny.tiny_llama(num_layers=1), MaskConfig(**SETTINGS[name])).train()
+        set_mask_progress(model, 0.5)
+        ids = tiny.token_ids(2, 8)
+        loss = model(input_ids=ids, labels=ids).loss
+        with torch.no_grad():
+            model.eval()(input_ids=ids)
+        loss.backward()
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+        return [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+
+    check_same_gradients(gradients)
 
 
 def test_a_step_of_another_optimizer_does_not_add_the_price_again():
@@ -187,7 +210,4 @@ def test_a_step_of_another_optimizer_does_not_add_the_price_again():
             optimizer.step()
         return [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
 
-    fast = gradients()
-    with maskft.fast.disabled():
-        plain = gradients()
-    assert all(torch.equal(a, b) for a, b in zip(fast, plain, strict=True))
+    check_same_gradients(gradients)

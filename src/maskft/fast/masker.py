@@ -131,7 +131,7 @@ class FastMasker(Masker):
         key = self._current_key(dtype)
         if key != self._key:
             check_can_mask(self.layer)
-            self._compute(dtype)
+            self._compute(dtype, key[0])
             self._num_computed += 1
             self._key = key
         return cast(Tensor, self.value)
@@ -230,13 +230,13 @@ class FastMasker(Masker):
         # torch.func.functional_call puts tensors in place of these, each of which may be where the one before it was,
         # with the same version. Objects alone would not either: `.data = ...` moves a tensor.
         key: list[object] = [
-            names,
             dtype,
             weight.data_ptr(),
             weight.device,
             _version(weight),
             WeakIdRef(weight),
         ]
+        soft_names = []
         for name in names:
             if name not in layer.mask_scores:
                 # The mask itself, not its id, which the next mask may be given once this one is freed.
@@ -247,17 +247,21 @@ class FastMasker(Masker):
             # Fused optimizers raise no version, so that steps are counted. Frozen scores do not change in a step: the
             # weight under the reference of preference training stays.
             steps = num_optimizer_steps() if scores.requires_grad else None
+            phase = self._phase(config)
+            if phase[-1]:
+                soft_names.append(name)
             key += [
                 scores.data_ptr(),
                 _version(scores),
                 WeakIdRef(scores),
                 steps,
-                *self._phase(config),
+                *phase,
             ]
-        return tuple(key)
+        # First what `_buffer` compares.
+        return ((names, tuple(soft_names)), *key)
 
     def _phase(self, config: MaskConfig) -> Key:
-        """The settings on which a gate depends besides its scores."""
+        """The settings on which a gate depends besides its scores; the last one is whether it is soft now."""
         selection.check_progress(config, self.layer.training)
         return (
             config.selection,
@@ -270,12 +274,12 @@ class FastMasker(Masker):
     # A weight that is created inside torch.inference_mode() could not be used in training afterwards.
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _compute(self, dtype: torch.dtype) -> None:
-        """Write the masked weight in place."""
+    def _compute(self, dtype: torch.dtype, kind: object) -> None:
+        """Write the masked weight, in place if the old one is of the same ``kind``: see :meth:`_buffer`."""
         layer = self.layer
         names = layer.active_masks
         weight = layer.get_base_weight()
-        out = self._buffer(weight, dtype, tuple(names))
+        out = self._buffer(weight, dtype, kind)
         self.slopes = {}
 
         # The first mask with scores is written in one pass over the weight. The order of several does not matter: they
@@ -293,14 +297,20 @@ class FastMasker(Masker):
         self,
         weight: Tensor,
         dtype: torch.dtype,
-        names: tuple[str, ...],
+        kind: object,
     ) -> Tensor:
-        """Where to write: into the old value, unless that is of other adapters, whose graph may still need it.
+        """Where to write: into the old value, unless that is of another kind, whose graph may still need it.
 
-        A new tensor at every step, the plain way, would take twice the memory for a moment.
+        That is the graph of other adapters, or of soft gates, between the forward and backward pass of which a model
+        may be evaluated. A new tensor at every step, the plain way, would take twice the memory for a moment.
+
+        Args:
+            weight: The base weight.
+            dtype: Dtype of the masked weight.
+            kind: Names of the active adapters, and of those whose gate is soft.
         """
         out = self.value
-        is_of_others = self._key is not None and self._key[0] != names
+        is_of_others = self._key is not None and self._key[0] != kind
         # No weight is up to date until this one is written: an error in between must not leave a half-written one.
         self._key = None
 
@@ -455,14 +465,25 @@ class FastMasker(Masker):
         is_same_step = before is not None and before[0] == step
         if is_same_step:
             is_same_pass = before == now
-            # Without a look at the numbers, for which a GPU would have to finish.
-            has_gradient = self.layer.mask_scores[name].grad is not None
-            if is_same_pass or has_gradient:
+            if is_same_pass or self._has_gradient_of_step(name):
                 return False
         elif self._has_gradient(name):  # the step was that of another optimizer
             return False
         self._priced_at[name] = now
         return True
+
+    def _has_gradient_of_step(self, name: str) -> bool:
+        """Whether the gradient that was priced in this step is still there, and not one that was zeroed since.
+
+        On a GPU one of zeros counts as still there: a look at the numbers would wait for the GPU in each micro-batch.
+        """
+        grad = self.layer.mask_scores[name].grad
+        if grad is None:
+            return False
+        if grad.device.type != "cpu":
+            return True
+        # The first row shows it at once, unless it is all zeros.
+        return bool(grad[:1].any()) or self._has_gradient(name)
 
     def _kept_factor(
         self,
