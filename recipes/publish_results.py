@@ -31,6 +31,7 @@ from maskft_common import layout
 from maskft_common.command_line import run_script
 from maskft_common.errors import UserError
 from maskft_common.files import write_bytes
+from maskft_lab.analysis.runs import plain_name
 from maskft_lab.results.compare import compare
 from maskft_lab.results.comparison import Settings
 from maskft_lab.results.render import render
@@ -88,7 +89,7 @@ def published(
             trainings[folder.name] = json.loads(_text(training))["summary"]
     files[target / "training.json"] = (json.dumps(trainings, indent=1) + "\n").encode()
 
-    points = points_table(folders, name)
+    points = points_table(folders, name, names_of_runs(study, name))
     if points:
         files[target / "points.md"] = points.encode()
 
@@ -143,6 +144,21 @@ def runs_of(study: Path, name: str) -> list[Path]:
     return found
 
 
+def names_of_runs(study: Path, name: str) -> dict[str, str]:
+    """Hash of a run -> its name in the study; its record has the name that the study had which made it."""
+    summary = json.loads(_text(study / layout.SUMMARY.format(name)))
+    names = {}
+    for record in summary["models"].values():
+        for row in record["runs"]:
+            names[_hash_of(row["run"])] = plain_name(row["name"])
+        # What tuning tried has no row of its own, but for the winner.
+        for tuned in record.get("tuning", []):
+            for trial in tuned["trials"]:
+                for run in trial["runs"]:
+                    names[_hash_of(run)] = tuned["method"]
+    return names
+
+
 def _hash_of(run: str) -> str:
     """The hash at the end of a run's name: another study, or an earlier recipe, may have another name before it."""
     return run.rpartition("-")[2]
@@ -173,8 +189,18 @@ def _check_paths(
             )
 
 
-def points_table(folders: list[Path], name: str) -> str | None:
-    """Every measured point of the paths of a study's runs, as Markdown; None if there is no path."""
+def points_table(
+    folders: list[Path],
+    name: str,
+    names: dict[str, str],
+) -> str | None:
+    """Every measured point of the paths of a study's runs, as Markdown; None if there is no path.
+
+    Args:
+        folders: The runs' folders.
+        name: The study's name.
+        names: Hash of a run -> its name in the study.
+    """
     rows = []
     probes: list[str] = []
     for folder in folders:
@@ -182,7 +208,8 @@ def points_table(folders: list[Path], name: str) -> str | None:
         measured = _points_of(folder)
         for point, values in measured.items():
             probes += [probe for probe in values if probe not in probes]
-            rows.append((run["name"], run["seed"], run["settings"], point, values))
+            method = names[_hash_of(folder.name)]
+            rows.append((method, run["seed"], run["settings"], point, values))
     if not rows:
         return None
 

@@ -67,6 +67,10 @@ def study(tmp_path):
     return folder
 
 
+def points_of(publish, study):
+    return publish.points_table(publish.runs_of(study, NAME), NAME, publish.names_of_runs(study, NAME))
+
+
 def write(file, text):
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
@@ -87,11 +91,13 @@ def test_a_study_is_published_as_it_was(publish, study, tmp_path):
 
 
 def test_every_point_is_a_row(publish, study):
-    lines = publish.points_table(publish.runs_of(study, NAME), NAME).splitlines()
+    lines = points_of(publish, study).splitlines()
     columns = lines[4].strip("| ").split(" | ")
     assert columns[:7] == ["method", "seed", "setting", "of training", "of the change", "accuracy", "nll"]
     rows = [dict(zip(columns, line.strip("| ").split(" | "), strict=True)) for line in lines[6:]]
     assert [row["of training"] for row in rows] == ["0.5", "1"]
+    # Under the name in the study's table: the run's record has that of the study that made it.
+    assert {row["method"] for row in rows} == {"full with KL to base"}
     assert rows[1]["accuracy"] == "50.0" and rows[1]["nll"] == "6.5000"
     assert rows[1]["wiki"] == "+0.1000" and rows[1]["kl"] == "0.5000"
 
@@ -99,7 +105,7 @@ def test_every_point_is_a_row(publish, study):
 def test_a_point_without_a_loss_is_a_dash(publish, study):
     file = study / layout.RUNS / TRIED / "path" / "wiki-abc" / "1-1" / layout.RESULT
     file.write_text(file.read_text().replace("3.1", "null"))
-    *_, row = publish.points_table(publish.runs_of(study, NAME), NAME).splitlines()
+    *_, row = points_of(publish, study).splitlines()
     assert row.count("| – |") == 1
 
 
@@ -107,7 +113,7 @@ def test_points_on_rows_of_an_earlier_recipe_are_no_points_of_this_one(publish, 
     folder = study / layout.RUNS / TRIED / "path"
     shutil.copytree(folder / "wiki-abc", folder / "wiki-abd")
     with pytest.raises(UserError, match=r"wiki-abc and .*wiki-abd are of two sets of rows called wiki: delete"):
-        publish.points_table(publish.runs_of(study, NAME), NAME)
+        points_of(publish, study)
 
 
 def test_a_result_is_published_under_the_name_of_the_table(publish, study, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from finished_study import HOSTILE, Page
+from finished_study import HOSTILE, Page, write_run, write_summary
 from maskft_common import layout
 from maskft_lab.analysis.runs import TrainedRun
 from maskft_lab.cli.main import main
@@ -42,9 +42,33 @@ def assert_loads_nothing(page):
 def test_the_end_of_a_training_has_its_method_under_any_name(tmp_path):
     """``last`` of a recipe: its own tests call it complete, the packaged ones continued."""
     runs = [TrainedRun("mask-s0-1", "mask", "mask", 0, "tiny", start="full-s0-1")]
-    results = [{"name": "mask (complete)", "study": {"name": "mask"}}, {"name": "other", "study": {}}]
+    results = [
+        {"name": "mask (complete)", "study": {"run": "mask-s0-1", "role": "last"}},
+        {"name": "other", "study": {"run": "other-s0-2", "role": "best"}},
+    ]
     methods = Evidence(tmp_path, "tiny-study", "tiny", runs, results).methods
     assert methods == {"mask": ("mask", False), "mask (complete)": ("mask", False)}
+
+
+def test_runs_of_another_study_have_the_names_of_this_one(tmp_path):
+    """Studies that share a folder share runs, whose records have the names of the study that made them."""
+    full, mask = "full-s0-0123456789", "mask-s0-aaaaaaaaaa"
+    before = write_run(tmp_path, full, "full", "full", 0)
+    # Made by this study, in which the start is called otherwise, as the other study calls its mask.
+    before += write_run(tmp_path, mask, "mask", "mask", 0, start="tuned_full-s0-0123456789")
+    results = []
+    for result, name in zip(before, ("mask", "learned"), strict=True):
+        file = tmp_path / layout.RESULTS / f"{result['study']['run']}-best" / layout.RESULT
+        results.append(result | {"name": name, "study": result["study"] | {"name": name}})
+        write_result(file, results[-1])
+    write_summary(tmp_path, results, baseline="mask")
+    evidence = gather(tmp_path)
+    assert evidence.methods == {"mask": ("full", True), "learned": ("mask", False)}
+    assert evidence.masks == ["learned"]
+    assert {run.id: run.name for run in evidence.runs} == {full: "mask", mask: "learned"}
+    # A name that was changed in letters alone: the result's file keeps the former one.
+    write_summary(tmp_path, [results[0], results[1] | {"name": "Learned"}], baseline="mask")
+    assert gather(tmp_path).methods == {"mask": ("full", True), "Learned": ("mask", False)}
 
 
 def test_sections_in_the_order_of_a_readers_questions(parsed):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +19,7 @@ from ..evaluation.evaluation_arguments import HELDOUT
 from ..results.comparable import without_missing_values
 from ..results.compare import compare
 from ..results.comparison import Comparison, Settings
-from ..results.schema import Result
+from ..results.schema import Result, run_identity
 
 # Beside the summary, one file for each probe: the rates, checkpoints and scales of every method.
 CURVES = "curve*.json"
@@ -76,23 +76,27 @@ class Evidence:
 
         Also by the names of its models in tables: a recipe may give the end of a training any name (``last``).
         """
-        # Ids of runs that other runs start from, then their names.
-        starts = {run.start for run in self.runs}
+        # Runs that other runs start from, then their names. Runs are joined by their hashes: studies that share a
+        # folder share runs, and each may name them differently.
+        starts = {run_identity(run.start) for run in self.runs if run.start is not None}
         parents = set()
         for run in self.runs:
             # Also where nothing starts from it: a study may compare a full fine-tuning with LoRA alone.
             is_first = run.start is None and run.method in ("full", "pretrained")
-            if is_first or run.id in starts:
+            if is_first or run_identity(run.id) in starts:
                 parents.add(run.name)
 
         # By name, because seeds of one method are alike in this.
         methods = {}
+        names = {}  # hash of a run -> its name
         for run in self.runs:
             is_start = run.name in parents
             methods[run.name] = (run.method, is_start)
+            names[run_identity(run.id)] = run.name
         for result in self.results:
-            run_name = result["study"].get("name")
-            if run_name in methods:
+            run_id, _ = _run_and_role(result)
+            run_name = names.get(run_identity(run_id))
+            if run_name is not None:
                 methods.setdefault(result["name"], methods[run_name])
         return methods
 
@@ -266,6 +270,7 @@ def gather(
     name, summary = _summary(folder, study_name, base)
     with fields_of(folder):
         results = _named_results(runs, summary)
+        runs = _named_runs(runs, summary)
         evidence = Evidence(folder, name, base, runs, results)
 
         # The comparison is read and not computed again, so that the page says what the study said.
@@ -285,21 +290,46 @@ def gather(
         return evidence
 
 
+def _named_runs(
+    runs: Sequence[TrainedRun],
+    summary: Mapping[str, Any],
+) -> list[TrainedRun]:
+    """The runs under the study's own names; the record of a run has the name of the study that made it."""
+    labels = {}  # hash of a run -> name of its best model in tables
+    for row in summary.get("runs", []):
+        if row["role"] == BEST:
+            labels[run_identity(row["run"])] = row["name"]
+
+    named = []
+    for run in runs:
+        name = run.name
+        label = labels.get(run_identity(run.id))
+        if label is not None:
+            name = plain_name(label)
+            # The study's own result says what of the label is the name: a method may be called "mask (best)".
+            result = run.results.get(BEST)
+            if result is not None and result["name"] == label:
+                name = result["study"].get("name", name)
+        named.append(replace(run, name=name))
+    return named
+
+
 def _named_results(
     runs: Sequence[TrainedRun],
     summary: Mapping[str, Any],
 ) -> list[Result]:
     """The results of all runs under the study's own names: studies that share a folder share runs."""
-    names = {}  # run and role -> name
+    names = {}  # hash of the run, and role -> name
     # A study that has not finished has no summary: its results then keep their own names.
     for row in summary.get("runs", []):
-        run_and_role = (row["run"], row["role"])
+        run_and_role = (run_identity(row["run"]), row["role"])
         names[run_and_role] = row["name"]
 
     results = []
     for run in runs:
         for result in run.results.values():
-            name = names.get(_run_and_role(result), result["name"])
+            run_id, role = _run_and_role(result)
+            name = names.get((run_identity(run_id), role), result["name"])
             renamed = {**result, "name": name}  # a copy: the run keeps its own
             # mypy does not see that this is still a Result.
             results.append(cast(Result, renamed))
