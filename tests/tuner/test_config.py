@@ -1,7 +1,6 @@
 """MaskConfig: presets, values that it refuses with what to do instead, and the limits where it begins to."""
 
 import copy
-import dataclasses
 import json
 import math
 import pickle
@@ -47,26 +46,6 @@ def test_options_beside_a_preset_win():
     # What was saved stands, also where a preset has other values by then.
     saved = MaskConfig(preset="deletion_tuning").to_dict() | {"mask_sha256": "0" * 64, "sharpness": 11.0}
     assert MaskConfig(**saved).sharpness == 11.0
-
-
-def test_a_copy_with_another_preset_is_refused(tmp_path):
-    """It has all fields, of which a preset cannot fill in one; it was ignored."""
-    plain = MaskConfig()
-    beside = MaskConfig(preset="deletion_tuning", sharpness=1.0)  # a default, asked for
-    beside.save_pretrained(str(tmp_path))
-    of_file = MaskConfig.from_pretrained(tmp_path)
-    saved = MaskConfig(preset="paper", mask_sha256="0" * 64)
-    for config in (plain, beside, of_file, saved, copy.deepcopy(beside)):
-        with pytest.raises(UserError, match=r"^preset='recommended' has no effect in a copy, .* create a MaskConfig"):
-            dataclasses.replace(config, preset="recommended")
-        with pytest.raises(UserError, match=r"^preset='recommended' has no effect in a copy"):
-            MaskConfig(**config.to_dict() | {"preset": "recommended"})
-        # Copies with other changes keep their values.
-        again = dataclasses.replace(config, mask_seed=3)
-        assert again == dataclasses.replace(again) == MaskConfig(**again.to_dict())
-        assert (again.sharpness, again.preset, again.mask_seed) == (config.sharpness, config.preset, 3)
-        assert dataclasses.replace(config, preset=None).preset is None
-    assert of_file == beside and beside.sharpness == 1.0 and beside.sharpness_end == 100.0
 
 
 def test_a_saved_configuration_is_not_asked_again_what_has_an_effect():

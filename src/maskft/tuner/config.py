@@ -9,7 +9,7 @@ import operator
 import re
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import (
@@ -56,10 +56,6 @@ class MaskPeftType(str, Enum):  # noqa: UP042 - PEFT's own PeftType is (str, Enu
     """PEFT's enum of methods is closed; a str enum of our own has the ``.value`` that transformers reads."""
 
     MASK = "MASK"
-
-
-class _AppliedPreset(str):
-    """Name of a preset whose values are in the other fields: a copy of the configuration has them already."""
 
 
 def _option(
@@ -249,8 +245,6 @@ class MaskConfig(PeftConfig):
     weights_of_save: ClassVar[dict[str, str] | None] = None
     # Names of the fields that were given, which win over a preset even where they equal a default.
     given = frozenset[str]()
-    # Whether the fields were given as those of another configuration, and not of a file.
-    is_of_object = False
     # Values of the fields that training and saving fill in, as they were given: those of the file, or None.
     filled_from_file = cast("dict[str, Any]", {})
 
@@ -258,7 +252,6 @@ class MaskConfig(PeftConfig):
         """Remember which fields are given: the ``__init__`` that dataclasses write cannot tell them from defaults."""
         config = super().__new__(cls)
         config.given = frozenset(kwargs)
-        config.is_of_object = isinstance(kwargs.get("peft_type"), MaskPeftType)
         return config
 
     def __post_init__(self) -> None:
@@ -352,19 +345,8 @@ class MaskConfig(PeftConfig):
 
     def _apply_preset(self) -> None:
         """Fill in the preset's values of fields that were not given."""
-        if self.preset is None or isinstance(self.preset, _AppliedPreset):
-            return
-        # dataclasses.replace(config, preset=...) gives all fields, so that none is left for the preset to fill in. A
-        # file gives them all, too, with the preset that they are of; it has a text where an object has an enum.
-        has_all_fields = all(each.name in self.given for each in fields(self))
-        if has_all_fields and self.is_of_object:
-            raise UserError(
-                f"preset={self.preset!r} has no effect in a copy, which has all fields of another configuration: "
-                "create a MaskConfig with this preset"
-            )
         # A saved configuration has the values that it was trained with, also if the preset has changed since.
-        if self.is_saved:
-            self.preset = _AppliedPreset(self.preset)
+        if self.preset is None or self.is_saved:
             return
         if not isinstance(self.preset, str) or self.preset not in PRESETS:
             hint = did_you_mean(str(self.preset), PRESETS)
@@ -394,7 +376,6 @@ class MaskConfig(PeftConfig):
             if name not in given and name not in unread:
                 # A copy, because the lists of a configuration may be changed: PEFT and its users extend them.
                 setattr(self, name, copy.copy(value))
-        self.preset = _AppliedPreset(self.preset)
 
     def _normalize(self) -> None:
         """Give fields the types that PEFT reads and JSON has.
