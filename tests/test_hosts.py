@@ -72,7 +72,7 @@ def test_options_of_axolotl_that_choose_layers_are_followed_or_refused(axolotl_p
 
     names = load(lora_target_modules=["q_proj"], peft_layers_to_transform=[1], peft_layers_pattern=["layers"])
     assert names == {"1.self_attn.q_proj"}
-    with pytest.raises(UserError, match="layers_to_transform names layer 1"):
+    with pytest.raises(UserError, match="names no list of layers"):
         load(lora_target_modules=["q_proj"], peft_layers_to_transform=[1], peft_layers_pattern=["h"])
     names = load(lora_target_linear=True, peft_layers_to_transform=[1], mask={"preset": "deletion_tuning"})
     assert len(names) == 7, "and not the layers of the preset alone"

@@ -285,6 +285,28 @@ def test_training_continues_from_saved_scores(tmp_path):
     assert PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path / "mask")
 
 
+def test_layers_of_a_list_at_the_top_of_a_model_are_named_with_it():
+    """As in AutoModel: PEFT finds no index there, and in a list of experts it takes the expert for the layer."""
+    base = tiny.tiny_llama().model
+    message = r"PEFT finds no layer index in layers\.0\..*_proj, .* add layers_pattern=\['layers'\]$"
+    for options in ({}, {"target_modules": ["q_proj"]}):
+        with pytest.raises(UserError, match=message):
+            get_peft_model(base, MaskConfig(layers_to_transform=[1], **options))
+    for layer in base.layers:
+        layer.mlp = nn.ModuleDict({"experts": nn.ModuleList([layer.mlp])})
+    # It would be expert 0 of every layer.
+    with pytest.raises(UserError, match=message):
+        get_peft_model(base, MaskConfig(layers_to_transform=[0], target_modules=["up_proj"]))
+    with pytest.raises(UserError, match=r"layers_pattern 'h' names no list of layers; .* lists are: experts, layers$"):
+        get_peft_model(base, MaskConfig(layers_to_transform=[1], layers_pattern="h"))
+
+    # The remedy, and a name in full, which needs none.
+    full = MaskConfig(layers_to_transform=[1], target_modules=["layers.1.self_attn.q_proj"])
+    assert list(current_masks(get_peft_model(base, full))) == ["layers.1.self_attn.q_proj"]
+    config = MaskConfig(layers_to_transform=[0], layers_pattern="layers", target_modules=["up_proj"])
+    assert list(current_masks(get_peft_model(tiny.tiny_llama().model, config))) == ["layers.0.mlp.up_proj"]
+
+
 def test_replacing_an_adapters_mask_is_noticed(saved, tmp_path):
     folder, expected, _ = saved
     model = trained(tiny.tiny_llama, layers_to_transform=[1, 2], mask_seed=4)

@@ -100,6 +100,7 @@ def check_targets(config: MaskConfig, model: nn.Module) -> None:
     # In the order of their causes: a wrong index or name also leads to "no layer matches".
     _check_layer_indices(config, modules)
     _check_full_names(config, modules)
+    _check_lists_are_found(config, modules)
     _check_not_tied(config, modules, model)
     _check_not_masked(config, modules)
 
@@ -429,7 +430,14 @@ def _check_layer_indices(config: MaskConfig, modules: Iterable[str]) -> None:
     else:
         wanted = set(config.layers_to_transform)
 
-    indices = layer_indices(modules, config.layers_pattern)
+    names = list(modules)
+    indices = layer_indices(names, config.layers_pattern)
+    if config.layers_pattern and not indices:
+        lists = {match["list"] for name in names for match in _LAYER_INDEX.finditer(name)}
+        raise UserError(
+            f"layers_pattern {config.layers_pattern!r} names no list of layers; the model's lists are: "
+            f"{listed(sorted(lists))}"
+        )
     missing = sorted(wanted - indices)
     if missing:
         named = ", ".join(map(str, missing))
@@ -451,6 +459,32 @@ def _check_full_names(config: MaskConfig, modules: Iterable[str]) -> None:
                 f"layers_to_transform has no effect on {name}, which target_modules names in full: leave one of the "
                 "two out"
             )
+
+
+def _check_lists_are_found(config: MaskConfig, modules: Iterable[str]) -> None:
+    """Raise for a list of layers at the top of a model, as in ``AutoModel``, in which PEFT finds no index.
+
+    It looks for a list with a module above it. In ``layers.1.q_proj`` there is none, and in
+    ``layers.1.experts.0.up_proj`` it takes that of the experts. Lists of ``layers_pattern`` are found at the top, too.
+    """
+    has_indices = config.layers_to_transform is not None and not config.layers_pattern
+    entries = config.target_modules
+    # An adapter that was saved is taken as it is.
+    if not has_indices or config.is_saved or not isinstance(entries, list):
+        return
+    lists: dict[str, str] = {}
+    for name in modules:
+        match = _LAYER_INDEX.match(name)
+        # One that is named in full is a target whatever its index: see _check_full_names.
+        is_asked_for = name not in entries and any(_is_named(name, entry) for entry in entries)
+        if match and is_asked_for:
+            lists.setdefault(match["list"], name)
+    if lists:
+        name = next(iter(lists.values()))
+        raise UserError(
+            f"layers_to_transform: PEFT finds no layer index in {name}, because its list is at the top of the model; "
+            f"add layers_pattern={sorted(lists)}"
+        )
 
 
 def _check_not_tied(
