@@ -170,7 +170,7 @@ class _GroupedProducts(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if getattr(function, "__name__", "") in ("grouped_mm", "_grouped_mm"):
+        if getattr(function, "__name__", "").lstrip("_") == "grouped_mm":
             # S pairs of a token and an expert, sorted by the expert: (S, in) by (experts, in, out) is (S, out). The
             # product by one expert alone has this shape, and saves the same tensors for the backward pass.
             input_SI, weight_EIO = args

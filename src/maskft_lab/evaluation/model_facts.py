@@ -45,7 +45,7 @@ _CHANGE_NO_LOGITS = (
     "use_cache",
     "vocab_size",
 )
-_ENDINGS_THAT_CHANGE_NO_LOGITS = ("_token_id", "dropout", "_pdrop")
+_ENDINGS_THAT_CHANGE_NO_LOGITS = ("_token_id", "dropout", "pdrop")
 # GGUF files hold float32, JSON files float64: 1e-6 is 9.99999997e-07 in one of them.
 _FLOAT32_TOLERANCE = 1e-6
 
