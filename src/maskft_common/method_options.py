@@ -33,6 +33,19 @@ _RANKED = ("l1_mask", "wanda_mask")  # the same for every seed
 _WITHOUT_ROWS = ("random_mask", "l1_mask")
 
 
+# Options with a value called `no`, of maskft train and of accelerate launch. YAML reads a plain `no` as false.
+TAKE_NO = frozenset("eval_strategy save_strategy logging_strategy mixed_precision dynamo_backend".split())
+
+
+def false_as_no(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a YAML file, with false as the ``no`` that was written where an option has a value of that name."""
+    meant = dict(options)
+    for name in TAKE_NO & meant.keys():
+        if meant[name] is False:
+            meant[name] = "no"
+    return meant
+
+
 def unused_options(
     method: str | None,
     options: Mapping[str, Any],

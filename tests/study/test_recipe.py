@@ -52,6 +52,21 @@ def ids(content):
     return {run.method.name: run.hash for run in plan_of(content).runs}
 
 
+def test_a_plain_no_is_the_value_of_that_name(content, tmp_path):
+    """YAML reads it as false, and the study was refused. In quotes or not, it is one run."""
+    content["train"] |= {"logging_strategy": "no", "eval_strategy": "no"}
+    content["grid"] = {"mask.save_strategy": ["no", "epoch"]}
+    quoted = yaml.safe_dump(content)
+    file = tmp_path / "recipe.yaml"
+    names = []
+    for text in (quoted, quoted.replace("'no'", "no")):
+        file.write_text(text)
+        plan = checked_plan(load_recipe(file))
+        names.append([run.id for run in plan.runs])
+        assert [run.options.get("save_strategy") for run in plan.runs if run.name.startswith("mask")] == ["no", "epoch"]
+    assert quoted.count("'no'") == 3 and names[0] == names[1]
+
+
 def test_relative_templates_count_from_the_recipe(content, tmp_path):
     (tmp_path / "template.jinja").write_text("{{ messages }}")
     named = {"chat_template_path": "template.jinja"}

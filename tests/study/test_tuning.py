@@ -311,6 +311,8 @@ def odd(**method):
         (lambda c: c["methods"]["full"]["tune"].update(learning_rate=[1.0, 1.0]), "duplicate value"),
         (lambda c: c["train"].update(mask_seed=7), "sets mask_seed, which the study decides"),
         (lambda c: c["train"].update(eval_strategy="no"), "tune needs held-out losses, but eval_strategy is no"),
+        # As YAML reads a plain `no`.
+        (lambda c: c["train"].update(eval_strategy=False), "tune needs held-out losses, but eval_strategy is no"),
         (
             lambda c: c["methods"]["full"]["tune"].update(num_train_epochs=[1, 2]),
             "max_steps decides the length, and tune is of num_train_epochs",

@@ -16,6 +16,7 @@ from trl import ModelConfig, SFTConfig
 
 from maskft_common.environment import bfloat16_instructions
 from maskft_common.errors import UserError
+from maskft_common.method_options import TAKE_NO
 
 from ..data.arguments import DataArguments, mixture_text, option
 from ..tuner.config import DATA_STARTS
@@ -112,6 +113,10 @@ class TrainingArguments(SFTConfig):
         # As DataArguments does with the other data.
         self.kl_dataset_name = mixture_text(self.kl_dataset_name)
 
+        # A plain `no` of a recipe, which YAML reads as false.
+        for name in TAKE_NO:
+            if getattr(self, name, None) is False:
+                setattr(self, name, "no")
         # eval_strategy is text, or an enum whose value is text.
         strategy = getattr(self.eval_strategy, "value", self.eval_strategy)
         if str(strategy) == "no":

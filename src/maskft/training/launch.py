@@ -19,6 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 from maskft_common.errors import UserError
+from maskft_common.method_options import TAKE_NO
 from maskft_common.processes import COMMAND, uses_fsdp
 from maskft_common.yaml_file import read_yaml
 
@@ -57,7 +58,9 @@ def words_of_recipe(of_recipe: Sequence[str]) -> list[str]:
     for name, value in zip(of_recipe[::2], of_recipe[1::2], strict=True):
         # In text, as TRL writes the booleans of YAML.
         text = value.lower()
-        if name not in switches:
+        if text == "false" and name.removeprefix("--") in TAKE_NO:
+            words += [name, "no"]  # as it was written: YAML reads a plain `no` as false
+        elif name not in switches:
             words += [name, value]
         elif text == "true":
             words.append(name)

@@ -18,6 +18,7 @@ from trl.cli.commands.training import _subtract_subsequence
 
 from maskft_common.command_line import DEFAULT, check_lists, has_default, with_default
 from maskft_common.errors import UserError, did_you_mean
+from maskft_common.method_options import TAKE_NO
 from maskft_common.yaml_file import read_yaml
 
 from ..data.arguments import DATA_NAMES, KL_DATA, DataArguments
@@ -250,6 +251,8 @@ def _wanted(
 ) -> str | None:
     """Kind of value that an option needs; None if ``value`` is of that kind."""
     choices = [str(choice) for choice in action.choices or ()]
+    if value is False and action.dest in TAKE_NO:
+        return None  # TrainingArguments takes it for the `no` that was written
     if choices and str(value) not in choices:
         if action.dest == "method":
             _check_method_name(value)

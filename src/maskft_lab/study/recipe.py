@@ -23,6 +23,7 @@ from maskft.training.method_arguments import (
 )
 from maskft.training.peft_config import config_of_name
 from maskft_common.errors import did_you_mean
+from maskft_common.method_options import false_as_no
 from maskft_common.schema import FileModel, Name
 
 PRETRAINED = "pretrained"  # the method of a run that trains nothing: the base model itself
@@ -37,8 +38,8 @@ _OVER_BASE = (*MASK_METHODS, PEFT)
 
 
 def as_text(options: dict[str, Any]) -> dict[str, Any]:
-    """Options with mixtures as the command line takes them."""
-    texts = dict(options)
+    """Options with mixtures, and values called ``no``, as the command line takes them."""
+    texts = false_as_no(options)
     # In a recipe a mixture may be written as `name: rows`, a line each.
     for key in (*DATA_NAMES, KL_DATA):
         if key in texts:
