@@ -429,6 +429,13 @@ def test_a_tuned_study_runs_in_stages_and_resumes(content, tmp_path, capsys, in_
     assert main(["study", str(file), "--output_dir", str(folder)]) == 0
     assert "4 runs, 4 finished before" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in folder.glob("r*/**/*")}
+    # Killed between a record and the deletion: checkpoints of a losing trial stayed, three times as large as the model.
+    for run in (folder / layout.RUNS).iterdir():
+        (run / "checkpoint-2").mkdir()
+        (run / "checkpoint-2" / "optimizer.pt").write_text("large")
+    assert main(["study", str(file), "--output_dir", str(folder)]) == 0
+    assert not list(folder.glob(f"{layout.RUNS}/*/checkpoint-*"))
+    assert before.keys() == set(folder.glob("r*/**/*"))
 
 
 def test_standard_controls_are_methods_at_the_masks_steps(content):

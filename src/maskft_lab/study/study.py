@@ -174,6 +174,9 @@ def _make_stage(
             continue
         if is_done(study, run):
             finished.append(run)
+            # A kill may have come between its record and the deletion. What tuning tried is never made again: it has
+            # no evaluation that could be missing.
+            delete_checkpoints(study, run)
             continue
         # Raises if its checkpoints were deleted before the recipe had a path: now, and not after the other runs.
         if study.has_record(run):
@@ -263,7 +266,7 @@ def make(
     if not study.is_trained(run):
         train(study, run, call_training)
 
-    # Here and not in `train`, because a kill may have interrupted the deletion.
+    # Here and not in `train`, because a kill may have interrupted the deletion. See also `_make_stage`.
     delete_checkpoints(study, run)
 
     # The path, from the checkpoints that are left.
