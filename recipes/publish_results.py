@@ -35,7 +35,7 @@ from maskft_lab.analysis.runs import plain_name
 from maskft_lab.results.compare import compare
 from maskft_lab.results.comparison import Settings
 from maskft_lab.results.render import render
-from maskft_lab.results.schema import check_result
+from maskft_lab.results.schema import check_result, run_identity
 from maskft_lab.study.plan import slug
 
 # The first line of a table's body: everything above it was written by a person.
@@ -124,22 +124,16 @@ def runs_of(study: Path, name: str) -> list[Path]:
     Raises:
         UserError: If a run that the study shows is not there.
     """
-    summary = json.loads(_text(study / layout.SUMMARY.format(name)))
-    wanted = set()
-    for record in summary["models"].values():
-        wanted |= {_hash_of(row["run"]) for row in record["runs"]}
-        for tuned in record.get("tuning", []):
-            for trial in tuned["trials"]:
-                wanted |= {_hash_of(run) for run in trial["runs"]}
-
+    wanted = names_of_runs(study, name)
     files = sorted(study.glob(f"{layout.RUNS}/*/{layout.RUN}"))
-    found = [file.parent for file in files if _hash_of(file.parent.name) in wanted]
+    found = [file.parent for file in files if run_identity(file.parent.name) in wanted]
 
     # Trials of tuning may have been removed; of what the table shows, the training is published too.
-    hashes = {_hash_of(folder.name) for folder in found}
+    hashes = {run_identity(folder.name) for folder in found}
+    summary = json.loads(_text(study / layout.SUMMARY.format(name)))
     for record in summary["models"].values():
         for row in record["runs"]:
-            if _hash_of(row["run"]) not in hashes:
+            if run_identity(row["run"]) not in hashes:
                 raise UserError(f"{study} has no finished run {row['run']}, which its table shows: run the study again")
     return found
 
@@ -150,18 +144,13 @@ def names_of_runs(study: Path, name: str) -> dict[str, str]:
     names = {}
     for record in summary["models"].values():
         for row in record["runs"]:
-            names[_hash_of(row["run"])] = plain_name(row["name"])
+            names[run_identity(row["run"])] = plain_name(row["name"])
         # What tuning tried has no row of its own, but for the winner.
         for tuned in record.get("tuning", []):
             for trial in tuned["trials"]:
                 for run in trial["runs"]:
-                    names[_hash_of(run)] = tuned["method"]
+                    names[run_identity(run)] = tuned["method"]
     return names
-
-
-def _hash_of(run: str) -> str:
-    """The hash at the end of a run's name: another study, or an earlier recipe, may have another name before it."""
-    return run.rpartition("-")[2]
 
 
 def _check_target(files: dict[Path, bytes], target: Path) -> None:
@@ -208,7 +197,7 @@ def points_table(
         measured = _points_of(folder)
         for point, values in measured.items():
             probes += [probe for probe in values if probe not in probes]
-            method = names[_hash_of(folder.name)]
+            method = names[run_identity(folder.name)]
             rows.append((method, run["seed"], run["settings"], point, values))
     if not rows:
         return None

@@ -34,7 +34,7 @@ _WITHOUT_ROWS = ("random_mask", "l1_mask")
 
 
 # Options with a value called `no`, of maskft train and of accelerate launch. YAML reads a plain `no` as false.
-TAKE_NO = frozenset("eval_strategy save_strategy logging_strategy mixed_precision dynamo_backend".split())
+TAKE_NO = frozenset({"eval_strategy", "save_strategy", "logging_strategy", "mixed_precision", "dynamo_backend"})
 
 
 def false_as_no(options: Mapping[str, Any]) -> dict[str, Any]:

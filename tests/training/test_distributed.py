@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import tiny
 from killing import start, stop_when, wait_for
+from maskft.masks.adapter_file import check_scores
 from maskft.masks.mask_set import MaskSet
 from maskft.training.checkpoints import checkpoints_in, step_of
 from maskft.training.manifest import damage, read_manifest
@@ -111,10 +112,13 @@ def check_equal(folder, reference, resumed=False):
             if "mask_coded" in name:
                 assert torch.equal(found[name], tensor)
             elif "mask_scores_sha256" in name:
-                # Scores differ by rounding, and so their checksums do.
+                # Scores differ by rounding, and so their checksums do: each is that of its own file's scores.
                 assert found[name].shape == tensor.shape
             else:
                 assert torch.allclose(found[name], tensor, rtol=0, atol=1e-5), name
+        assert (
+            check_scores(folder / checkpoint.name / ADAPTER_WEIGHTS) == check_scores(checkpoint / ADAPTER_WEIGHTS) > 0
+        )
     configs = [json.loads((f / "adapter_config.json").read_text()) for f in (reference, folder)]
     for name in ("mask_sha256", "base_fingerprint"):
         assert configs[0][name] == configs[1][name]

@@ -105,10 +105,8 @@ def is_of_mask(key: str) -> bool:
 
 def scores_sha256(scores: Tensor) -> Tensor:
     """sha256 of the dtype, shape and bytes of scores; 1-D uint8 of 32 bytes, on the CPU."""
-    label = f"{scores.dtype}{tuple(scores.shape)}"
-    found = files.digest_tensors([(label, scores)])
     # A bytearray, as in encode_mask.
-    content = bytearray.fromhex(found)
+    content = bytearray.fromhex(_tensor_sha256(scores))
     return torch.frombuffer(content, dtype=torch.uint8)
 
 
@@ -130,14 +128,18 @@ def check_scores_sha256(scores: Tensor, expected: Tensor | None, name: str) -> N
         )
 
 
+def _tensor_sha256(tensor: Tensor) -> str:
+    """sha256 of a tensor's dtype, shape and bytes: the same bytes in another shape or dtype are another tensor."""
+    label = f"{tensor.dtype}{tuple(tensor.shape)}"
+    return files.digest_tensors([(label, tensor)])
+
+
 def weights_sha256(weights: Mapping[str, Tensor]) -> dict[str, str]:
     """sha256 of each tensor's dtype, shape and bytes, by the module names of the unwrapped model."""
     checksums = {}
     for name, tensor in weights.items():
         module = name.removeprefix(PREFIX)
-        # The same bytes in another shape or dtype are another weight.
-        label = f"{tensor.dtype}{tuple(tensor.shape)}"
-        checksums[module] = files.digest_tensors([(label, tensor)])
+        checksums[module] = _tensor_sha256(tensor)
     return checksums
 
 
