@@ -53,7 +53,7 @@ def check_same(make_model, **options):
     with maskft.fast.disabled():
         plain = trained(make_model(), **options)
     assert fast[0] == plain[0]
-    assert all(torch.equal(a, b) for a, b in zip(fast[1], plain[1], strict=True))
+    assert_equal(fast[1], plain[1])
 
 
 @pytest.fixture(autouse=True)
@@ -158,7 +158,7 @@ def check_same_gradients(gradients):
     with maskft.fast.disabled():
         plain = gradients()
     assert all(bool(gradient.any()) for gradient in plain)
-    assert all(torch.equal(a, b) for a, b in zip(fast, plain, strict=True))
+    assert_equal(fast, plain)
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
@@ -193,6 +193,48 @@ def test_an_evaluation_between_forward_and_backward_changes_no_gradient(name):
         return [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
 
     check_same_gradients(gradients)
+
+
+# A learner, and options that a callback may change between two steps.
+CHANGES = {
+    "topk": {"sparsity": 0.4, "sparsity_ramp": 0.9, "rank_by": "signed"},
+    "threshold": {"threshold": 0.02, "rank_by": "signed"},
+    "logit": {"gradient": "straight_through", "sharpness": 3.0, "sharpness_end": 30.0},
+    "gumbel": {"temperature": 1.0, "temperature_end": 0.5, "mask_seed": 7},
+    "hard concrete": {"mask_seed": 7},
+}
+
+
+@pytest.mark.parametrize(("name", "option"), [(name, option) for name in CHANGES for option in CHANGES[name]])
+def test_an_option_that_changes_between_two_steps_counts(name, option):
+    value = CHANGES[name][option]
+
+    def before_and_after():
+        model = get_peft_model(tiny.tiny_llama(num_layers=1), MaskConfig(**SETTINGS[name])).train()
+        set_mask_progress(model, 0.5)
+        before = logits_and_gradients(model)
+        setattr(model.peft_config["default"], option, value)
+        return before, logits_and_gradients(model)
+
+    fast = before_and_after()
+    with maskft.fast.disabled():
+        plain = before_and_after()
+    assert_equal(fast[0], plain[0])
+    assert_equal(fast[1], plain[1])
+    # The option changes something.
+    assert not all(map(torch.equal, *plain))
+
+
+def logits_and_gradients(model):
+    model.zero_grad()
+    logits = model(input_ids=tiny.token_ids()).logits
+    logits.sum().backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+    return [logits, *gradients]
+
+
+def assert_equal(found, wanted):
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 def test_a_step_of_another_optimizer_does_not_add_the_price_again():

@@ -8,6 +8,7 @@ masks are those of :class:`maskft.tuner.Masker`, bit for bit.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -37,14 +38,31 @@ if TYPE_CHECKING:
 # Everything that a cached tensor depends on: equal keys, equal tensors.
 Key = tuple[object, ...]
 
+# The options on which a gate depends besides its scores. They change while a layer is in use: the progress at every step,
+# and a callback may set any of the others.
+_settings_of_gate = attrgetter(
+    "selection",
+    "sparsity",
+    "sparsity_ramp",
+    "threshold",
+    "rank_by",
+    "gradient",
+    "sharpness",
+    "sharpness_end",
+    "temperature",
+    "temperature_end",
+    "mask_seed",
+    "progress",
+)
+
 
 class FastMasker(Masker):
     """Keeps the masked weight of one layer, and makes it again when something it depends on has changed.
 
     Attributes:
         value: The masked weight, removed entries exactly +0 (or their value); None before the first forward pass. It is
-            overwritten after the next optimizer step: a backward pass through an older graph then fails, as it does for
-            any weight that an optimizer has changed.
+            overwritten by the first forward pass after an optimizer step or a change of an option: a backward pass
+            through an older graph then fails, as it does for any weight that an optimizer has changed.
         slopes: Adapter name -> slope of its gate, if that is soft or read by a compiled graph; others are computed in
             the backward pass.
         number: The name of this object in graphs of ``torch.compile``.
@@ -263,13 +281,8 @@ class FastMasker(Masker):
     def _phase(self, config: MaskConfig) -> Key:
         """The settings on which a gate depends besides its scores; the last one is whether it is soft now."""
         selection.check_progress(config, self.layer.training)
-        return (
-            config.selection,
-            config.sparsity,
-            config.threshold,
-            config.progress,
-            selection.is_soft(config, self.layer.training),
-        )
+        is_soft = selection.is_soft(config, self.layer.training)
+        return (*_settings_of_gate(config), is_soft)
 
     # A weight that is created inside torch.inference_mode() could not be used in training afterwards.
     @torch.inference_mode(False)
