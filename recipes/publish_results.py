@@ -32,7 +32,7 @@ from maskft_common.command_line import run_script
 from maskft_common.errors import UserError
 from maskft_common.files import write_bytes
 from maskft_lab.analysis.runs import plain_name
-from maskft_lab.results.compare import compare
+from maskft_lab.results.compare import compare_measured
 from maskft_lab.results.comparison import Settings
 from maskft_lab.results.render import render
 from maskft_lab.results.schema import check_result, run_identity
@@ -351,7 +351,7 @@ def _against(
         if file.suffix == ".gz":
             result = json.loads(gzip.decompress(files[file]))
             results.append(check_result(result, file))
-    return render(compare(results, baseline, settings=settings), "markdown")
+    return render(compare_measured(results, baseline, settings=settings), "markdown")
 
 
 def command() -> None:

@@ -23,7 +23,7 @@ from maskft_common.command_line import run_script
 from maskft_common.errors import UserError
 from maskft_common.files import write_text
 from maskft_lab.report.evidence import gather
-from maskft_lab.results.compare import compare
+from maskft_lab.results.compare import compare_measured
 from maskft_lab.results.comparison import Comparison, Settings
 from maskft_lab.results.reading import read_all
 from maskft_lab.results.render import render
@@ -31,7 +31,7 @@ from maskft_lab.results.verdict import reworded
 
 ROOT = Path(__file__).parents[1]
 # Ends a comparison in a table; the lines below it were written by a person.
-LAST_LINE = re.compile(r"^- Differences are method - (?P<baseline>.+), with 95 % intervals of 10,000 .*$", re.MULTILINE)
+LAST_LINE = re.compile(r"^- Differences are method - (?P<baseline>.+), with 95 % intervals of [\d,]+ .*$", re.MULTILINE)
 
 
 def refreshed(folder: Path) -> dict[Path, str]:
@@ -71,7 +71,7 @@ def refreshed(folder: Path) -> dict[Path, str]:
         confidence=old.confidence,
         fixed_seeds=old.fixed_seeds,
     )
-    new = compare(results, old.baseline, settings=settings)
+    new = compare_measured(results, old.baseline, settings=settings)
     _check_verdicts(old, new)
     record["comparison"] = new.to_dict()
     texts = {summary_file: json.dumps(summary, indent=1) + "\n"}
@@ -131,7 +131,7 @@ def _against_mask(file: Path, folder: Path) -> str:
 
     # The options of the command that wrote the file are in its last line.
     settings = Settings(fixed_seeds="seeds are fixed" in found[0])
-    comparison = compare(results, found["baseline"], settings=settings)
+    comparison = compare_measured(results, found["baseline"], settings=settings)
     new = render(comparison, "markdown")
     # Some compare results of several folders, and the command that wrote them is not known.
     has_same_rows = new.count("\n| ") == text.count("\n| ")

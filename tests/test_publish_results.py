@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 NAME = "smollm2-curve-banking77-long"
 PUBLISHED = ROOT / "results" / NAME
 MASK = "deletion mask with KL to base"
+FULL = "full with KL to base"
 BASE = "pre_trained-9413b25ca5"
 TRIED = "full_with_kl_to_base-s0-5594b442fc"
 
@@ -114,6 +115,20 @@ def test_points_on_rows_of_an_earlier_recipe_are_no_points_of_this_one(publish, 
     shutil.copytree(folder / "wiki-abc", folder / "wiki-abd")
     with pytest.raises(UserError, match=r"wiki-abc and .*wiki-abd are of two sets of rows called wiki: delete"):
         points_of(publish, study)
+
+
+def test_a_loss_that_is_not_finite_stops_no_comparison_with_another_baseline(publish, study, tmp_path):
+    for file in study.glob(f"{layout.RESULTS}/*/{layout.RESULT}"):
+        result = json.loads(file.read_text())
+        if result["name"] == FULL:
+            (task, *_) = result["tasks"].values()
+            task["items"][0]["nll"] = None
+            task["metrics"]["nll"]["value"] = None
+            file.write_text(json.dumps(result))
+    publish.main(study, tmp_path / "target", None, MASK)
+    text = (tmp_path / "target" / "against_mask.md").read_text()
+    assert text.count("is not compared: an item has no value") == 1
+    assert f"| {FULL} |" in text
 
 
 def test_a_result_is_published_under_the_name_of_the_table(publish, study, tmp_path):

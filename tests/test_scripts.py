@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,9 @@ import pytest
 
 from forking import forked, run_script
 from maskft_common.errors import UserError
-from maskft_lab.results.comparison import Comparison
+from maskft_lab.results.compare import compare_measured
+from maskft_lab.results.comparison import Comparison, Settings
+from maskft_lab.results.render import render
 
 # What the scripts import, once for all of them.
 for module in (
@@ -146,9 +149,7 @@ def test_a_folder_without_results_does_not_keep_others_from_being_refreshed(call
 
 @pytest.mark.parametrize("what", ["a difference", "a verdict", "a verdict that is gone"])
 def test_a_folder_whose_conclusion_would_change_is_not_refreshed(what):
-    spec = importlib.util.spec_from_file_location("refresh_results", ROOT / "recipes" / "refresh_results.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = module_of(ROOT / "recipes" / "refresh_results.py")
     summary = json.loads((ROOT / "results" / "qwen25-05b-clinc150" / "summary.json").read_text())
     (record,) = summary["models"].values()
     old, new = (Comparison.from_dict(copy.deepcopy(record["comparison"])) for _ in range(2))
@@ -163,6 +164,35 @@ def test_a_folder_whose_conclusion_would_change_is_not_refreshed(what):
         new.verdicts.clear()
     with pytest.raises(UserError, match="would be"):
         module._check_verdicts(old, new)
+
+
+def test_a_comparison_without_a_loss_that_is_not_finite_is_refreshed(tmp_path):
+    """With another number of resamples than most have."""
+    refresh = module_of(ROOT / "recipes" / "refresh_results.py")
+    published = ROOT / "results" / "qwen25-05b-gsm8k-second-seed"
+    folder = shutil.copytree(published, tmp_path / published.name)
+    results = []
+    for file in sorted(folder.glob("*.json.gz")):
+        result = json.loads(gzip.decompress(file.read_bytes()))
+        if result["name"] == "warm restart":
+            task = result["tasks"]["heldout"]
+            task["items"][0]["nll"] = None
+            task["metrics"]["nll"]["value"] = None
+            file.write_bytes(gzip.compress(json.dumps(result).encode()))
+        results.append(result)
+    comparison = compare_measured(results, "full", settings=Settings(num_resamples=1000, fixed_seeds=True))
+    summary = json.loads((folder / "summary.json").read_text())
+    (record,) = summary["models"].values()
+    record["comparison"] = comparison.to_dict()
+    (folder / "summary.json").write_text(json.dumps(summary))
+    table = (folder / "table.md").read_text()
+    (folder / "table.md").write_text(table.replace("intervals of 10,000", "intervals of 1,000"))
+    of_mask = compare_measured(results, "mask", settings=Settings(fixed_seeds=True))
+    (folder / "against_mask.md").write_text(render(of_mask, "markdown"))
+
+    texts = refresh.refreshed(folder)
+    assert "is not compared: an item has no value" in texts[folder / "table.md"]
+    assert texts[folder / "against_mask.md"] == (folder / "against_mask.md").read_text()
 
 
 def options_of(script):

@@ -2,9 +2,9 @@
 
 import pytest
 
-from maskft_lab.results.compare import compare
+from maskft_lab.results.compare import compare, compare_measured
 from maskft_lab.results.schema import build_result, build_task, metric_from_items
-from maskft_lab.study.summary import _accounts_table, _kl_of_budget, without_missing_values, without_repeats
+from maskft_lab.study.summary import _accounts_table, _kl_of_budget, without_repeats
 
 
 def result(name, role, best_step, num_steps=8):
@@ -59,12 +59,13 @@ def evaluated(name, losses):
 def test_a_model_without_a_loss_stops_no_comparison_of_the_others():
     losses = [1.0, 1.5, 2.0, 2.5]
     results = [evaluated("full", losses), evaluated("mask", losses), evaluated("peft", [*losses[:3], None])]
-    measured, (note,) = without_missing_values(results)
+    comparison = compare_measured(results, "full")
+    note = comparison.notes[0]
     assert note.startswith("nll on heldout of 'peft' seed 0 is not compared: an item has no value")
-    compared = {(row.method, row.metric) for row in compare(measured, "full").differences}
+    compared = {(row.method, row.metric) for row in comparison.differences}
     assert compared == {("mask", "nll"), ("mask", "accuracy"), ("peft", "accuracy")}
     assert results[2]["tasks"]["heldout"]["metrics"]["nll"]["value"] is None, "the results stay"
-    assert without_missing_values(results[:2]) == (results[:2], [])
+    assert compare_measured(results[:2], "full") == compare(results[:2], "full")
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 # Everything that a cached tensor depends on: equal keys, equal tensors.
 Key = tuple[object, ...]
 
-# The options on which a gate depends besides its scores. They change while a layer is in use: the progress at every step,
-# and a callback may set any of the others.
+# The options on which a gate depends besides its scores. They change while a layer is in use: the progress at every
+# step, and a callback may set any of the others.
 _settings_of_gate = attrgetter(
     "selection",
     "sparsity",

@@ -16,8 +16,7 @@ from maskft_common.files import read_json, read_text
 from ..analysis.records import digest_folder, read_record
 from ..analysis.runs import BEST, MASK, PUBLISHED_SUMMARY, TrainedRun, fields_of, plain_name, read_study
 from ..evaluation.evaluation_arguments import HELDOUT
-from ..results.comparable import without_missing_values
-from ..results.compare import compare
+from ..results.compare import compare_measured
 from ..results.comparison import Comparison, Settings
 from ..results.schema import Result, run_identity
 
@@ -143,8 +142,6 @@ class Evidence:
         # In the order of their files, as `maskft compare` reads them: the last digit of a simultaneous interval, whose
         # level is drawn at random, depends on the order of the family.
         results.sort(key=_run_and_role)
-        # As the study's own comparison leaves them out, with a note.
-        results, _ = without_missing_values(results)
 
         # A page takes seconds; a comparison of many answers would take minutes.
         num_values = 0
@@ -165,7 +162,7 @@ class Evidence:
             fixed_seeds=comparison.fixed_seeds,
         )
         try:
-            return compare(results, mask, settings=settings)
+            return compare_measured(results, mask, settings=settings)
         except UserError as error:
             # Methods with other seeds than the mask's: with the study's baseline each of them could be paired.
             raise NotComputed(f"not comparable with {mask!r}: {error}") from None

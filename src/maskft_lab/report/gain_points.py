@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 from maskft_common import layout
 from maskft_common.files import read_json
 
-from ..results.comparable import without_missing_values
-from ..results.compare import compare
+from ..results.compare import compare_measured
 from ..results.comparison import Comparison, Settings
 from ..results.gains import gains_of
 from .evidence import CURVES, Evidence, NotComputed, test_name
@@ -83,9 +82,7 @@ def curves_of(evidence: Evidence) -> list[Curve]:
     pretrained = _pretrained_name(evidence, comparison)
     if pretrained is not None:
         settings = Settings(fixed_seeds=comparison.fixed_seeds)
-        # As the study's own comparison leaves them out, with a note.
-        results, _ = without_missing_values(evidence.results)
-        comparison = compare(results, pretrained, settings=settings)
+        comparison = compare_measured(evidence.results, pretrained, settings=settings)
         records = gains_of(comparison.differences)
 
     curves = []

@@ -479,7 +479,8 @@ def without_missing_values(results: Sequence[Result]) -> tuple[list[Result], lis
     """Results without the metrics that lack the value of an item, with a note on each.
 
     The mean over the other items would be of the easy ones, so `compare` raises. A study and its report have no other
-    --metrics to choose, and would have no comparison at all for one model whose loss was not finite.
+    --metrics to choose, and would have no comparison at all for one model whose loss was not finite: they call
+    :func:`~maskft_lab.results.compare.compare_measured`.
     """
     kept: list[Result] = []
     notes: list[str] = []

@@ -7,6 +7,7 @@ baseline, task by task and metric by metric. The difference is always method - b
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import product
 
 from maskft_common.errors import UserError
@@ -23,6 +24,7 @@ from .comparable import (
     seed_notes,
     select,
     setting_notes,
+    without_missing_values,
 )
 from .comparison import Comparison, Difference, Settings
 from .differences import judge, measure
@@ -31,6 +33,22 @@ from .scores import scores
 from .verdict import Row, verdicts_on_masks
 
 Pair = tuple[str, str, str]  # method, task, metric
+
+
+def compare_measured(
+    results: Sequence[Result],
+    baseline: str | None = None,
+    *,
+    settings: Settings | None = None,
+) -> Comparison:
+    """As :func:`compare`, without the metrics that lack the value of an item; a note names each.
+
+    Raises:
+        UserError: As :func:`compare`.
+    """
+    measured, missing = without_missing_values(results)
+    comparison = compare(measured, baseline, settings=settings)
+    return replace(comparison, notes=[*missing, *comparison.notes])
 
 
 def compare(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 from maskft.training.kl_budget import excess
@@ -14,8 +13,7 @@ from maskft_common import layout
 from maskft_common.errors import UserError
 from maskft_common.files import read_json, write_text
 
-from ..results.comparable import without_missing_values
-from ..results.compare import compare
+from ..results.compare import compare_measured
 from ..results.comparison import Settings
 from ..results.render import render, render_scores
 from ..results.schema import Result, read_result
@@ -188,14 +186,12 @@ def _compared(
         base_name = _name_of_base(results)
 
     settings = Settings(fixed_seeds=recipe.fixed_seeds)
-    measured, missing = without_missing_values(results)
     try:
-        comparison = compare(measured, baseline, settings=settings)
-        comparison = replace(comparison, notes=[*missing, *comparison.notes])
+        comparison = compare_measured(results, baseline, settings=settings)
         with_base = comparison
         # Curves are differences from the base model, and the study's baseline may be another model.
         if base_name not in (None, baseline):
-            with_base = compare(measured, base_name, settings=settings)
+            with_base = compare_measured(results, base_name, settings=settings)
     except UserError as error:
         # Measured, but not comparable, as with different test sets: the reason instead of an error keeps the numbers.
         record = {"runs": rows, "not_compared": str(error)}
