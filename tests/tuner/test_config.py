@@ -152,6 +152,20 @@ OWN = " (a learner of your own: register it in this process, see docs/learners.m
         ),
         ({"price": None}, "price is None; it must be a number"),
         ({"progress": "1"}, "progress is '1'; it must be a number"),
+        *(
+            ({"progress": bad}, f"progress is {bad}; it is a share of training and must be in [0, 1]")
+            for bad in (2.0, -3.0, math.nan)
+        ),
+        *(
+            ({name: True}, f"{name} is True; it must be a number")
+            for name in ("init_std", "price", "progress", "mask_seed")
+        ),
+        ({"save_scores": "no"}, "save_scores is 'no'; it must be true or false"),
+        ({"verify_base": 0}, "verify_base is 0; it must be true or false"),
+        (
+            {"removed_value": "base", "removed_value_model": 3},
+            "removed_value_model is 3; it must be a folder or a name on the hub, as text",
+        ),
         ({"init_std": 0.0}, "init_std is 0.0; it is a standard deviation and must be > 0"),
         ({"init_std": math.inf}, "init_std is inf; it is a standard deviation and must be > 0"),
         ({"init_std": math.nan}, "init_std is nan; it is a standard deviation and must be > 0"),
@@ -168,7 +182,7 @@ OWN = " (a learner of your own: register it in this process, see docs/learners.m
         ({**GUMBEL, "temperature_end": 0.0}, "temperature_end is 0.0; it must be above 0"),
         *(
             ({"mask_seed": value}, f"mask_seed is {value}; it must be a whole number >= 0")
-            for value in (-1, 1.5, True, math.nan, math.inf)
+            for value in (-1, 1.5, math.nan, math.inf)
         ),
         # Layers
         *(

@@ -48,6 +48,8 @@ FILLED_IN = ("mask_sha256", "base_fingerprint", "weights_sha256", "progress", "r
 # Fields whose values are numbers, and those that may be None besides; `sparsity` has a check of its own.
 _NUMBERS = ("init_std", "sparsity_ramp", "price", "mask_seed", "threshold", "sharpness", "temperature")
 _NUMBERS_OR_NONE = ("init_value", "sharpness_end", "temperature_end", "progress")
+# Fields that are true or false.
+_FLAGS = ("save_scores", "verify_base")
 # Fields whose values are names of modules, in a list, or a text: for the first two a regular expression.
 _NAMES = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern")
 
@@ -452,14 +454,23 @@ class MaskConfig(PeftConfig):
                 )
 
     def _check_numbers(self) -> None:
-        """Raise for values that are not numbers, or are outside of their range."""
+        """Raise for values of another type than their field's, or outside of its range."""
         # Types first: PEFT builds configurations from JSON, where a number may have been written as a string.
         for name in (*_NUMBERS, *_NUMBERS_OR_NONE):
             value = getattr(self, name)
             if value is None and name in _NUMBERS_OR_NONE:
                 continue
-            if not isinstance(value, int | float):
+            # True is an int to Python.
+            if not isinstance(value, int | float) or isinstance(value, bool):
                 raise UserError(f"{name} is {value!r}; it must be a number")
+        # Texts such as "no" would count as true.
+        for name in _FLAGS:
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise UserError(f"{name} is {value!r}; it must be true or false")
+        model = self.removed_value_model
+        if model is not None and not isinstance(model, str):
+            raise UserError(f"removed_value_model is {model!r}; it must be a folder or a name on the hub, as text")
 
         # Ranges. The comparisons are written so that NaN, for which each of them is False, raises.
         check_sparsity(self.sparsity)
@@ -477,8 +488,10 @@ class MaskConfig(PeftConfig):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"{name} is {value}; it must be above 0")
+        if self.progress is not None and not 0 <= self.progress <= 1:
+            raise UserError(f"progress is {self.progress}; it is a share of training and must be in [0, 1]")
         seed = self.mask_seed
-        is_whole = not isinstance(seed, bool) and (isinstance(seed, int) or seed.is_integer())
+        is_whole = isinstance(seed, int) or seed.is_integer()
         if not is_whole or seed < 0:
             raise UserError(f"mask_seed is {seed}; it must be a whole number >= 0")
         # The streams of random numbers are named by it: 1.0 would be another name than 1.
