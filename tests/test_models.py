@@ -31,6 +31,21 @@ def test_code_in_the_folder_of_a_model_is_not_run(load, tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists()
 
 
+def test_sampling_options_without_do_sample_stop_no_save(folder, tmp_path):
+    """Also where a trainer has set the special tokens: newer transformers saves an unchanged configuration as it is."""
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({"temperature": 0.6, "top_p": 0.9, "do_sample": False}))
+    model = load_model(str(folder))
+    model.generation_config.pad_token_id = 0
+    model.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert (saved["temperature"], saved["top_p"], saved["do_sample"]) == (0.6, 0.9, True)
+
+    # Options that say what they mean stay as they are.
+    file.write_text(json.dumps({"do_sample": False, "max_new_tokens": 5}))
+    assert load_model(str(folder)).generation_config.do_sample is False
+
+
 @pytest.mark.parametrize(
     "values", [{"_attn_implementation": "owner/kernel"}, {"attn_implementation": {"": "a/b@v1:c"}}]
 )

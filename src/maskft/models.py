@@ -98,9 +98,25 @@ def load_model(
             **_NO_CODE,
             **kwargs,
         )
-    model, info = loaded
+        model, info = loaded
+        _make_savable(model)
     _check_complete(info, name_or_path)
     return model
+
+
+def _make_savable(model: PreTrainedModel) -> None:
+    """Repair sampling options that transformers loads and does not save: a temperature without ``do_sample``.
+
+    Some published models have them. The error would come at the first checkpoint, after training.
+    """
+    config = model.generation_config
+    if config is None:
+        return
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        # What these options are for. Greedy answers of this package ask for no sampling themselves.
+        config.do_sample = True
 
 
 def _check_complete(info: dict[str, Any], name_or_path: str) -> None:

@@ -167,6 +167,38 @@ def test_verify_says_no(tmp_path, base, adapter, place):
         assert not (tmp_path / "again.gguf").exists()
 
 
+@pytest.mark.parametrize("place", ["a key that is there twice", "the padding", "the number of removed weights"])
+def test_a_head_that_was_changed_is_not_the_one_that_was_written(tmp_path, base, adapter, place):
+    """What the base's head is not made from."""
+    task = tmp_path / "task.gguf"
+    merge_into_gguf(adapter, base, task)
+    content = bytearray(task.read_bytes())
+    if place == "a key that is there twice":
+        (count,) = struct.unpack_from("<Q", content, 16)
+        struct.pack_into("<Q", content, 16, count + 1)
+        name = b"general.name"
+        assert name in content
+        # An empty text, in front of all keys. These are 32 bytes, so that the data stay aligned.
+        content[24:24] = struct.pack("<Q", len(name)) + name + struct.pack("<IQ", 8, 0)
+    elif place == "the padding":
+        last = read_head(task).data_start - 1
+        assert content[last] == 0
+        content[last] = 1
+    else:
+        content[content.index(b"maskft.num_removed") + len("maskft.num_removed") + 4] ^= 1
+    task.write_bytes(content)
+    for check in (verify_gguf, lambda *paths: undo_in_gguf(*paths, tmp_path / "again.gguf")):
+        with pytest.raises(UserError, match=r"the head of .* was changed after the merge"):
+            check(adapter, task)
+
+
+def test_a_mask_without_a_fingerprint_is_said_to_be_unchecked(tmp_path, base, masks):
+    save_masks(masks, tmp_path / "mask")
+    lines = merge_into_gguf(tmp_path / "mask", base, tmp_path / "task.gguf")
+    assert lines[-1].startswith("not checked: whether the mask was trained over these weights")
+    assert verify_gguf(tmp_path / "mask", tmp_path / "task.gguf")[-1] == lines[-1]
+
+
 def test_a_mask_of_another_file_is_not_the_one_in_it(tmp_path, base, adapter, model):
     merge_into_gguf(adapter, base, tmp_path / "task.gguf")
     save_masks(random_masks(model, seed=8), tmp_path / "other")

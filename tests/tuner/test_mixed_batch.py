@@ -102,6 +102,15 @@ def test_experts_get_tokens_of_any_row():
     fails(model, r"experts\.0 is an expert, whose rows are tokens of any row")
 
 
+def test_layers_that_get_tokens_before_rows():
+    """With as many tokens as rows, each mask would silently be of a token's place."""
+    config = transformers.XLNetConfig(vocab_size=96, d_model=32, n_layer=2, n_head=4, d_inner=48)
+    adapters = {name: {"target_modules": ["layer_1"]} for name in ("sums", "intents")}
+    model = with_adapters(transformers.XLNetLMHeadModel(config), adapters)
+    with pytest.raises(UserError, match="layers of xlnet get the tokens of all rows before the rows"):
+        model(input_ids=tiny.token_ids(2, 2), adapter_names=["sums", "intents"])
+
+
 def test_rows_of_one_token():
     """Decoding without a cache of keys: the product with one vector a row."""
     mixed, expected = both_logits(with_adapters(tiny.tiny_llama()), ids=tiny.token_ids(batch=len(NAMES), length=1))

@@ -57,6 +57,11 @@ _VERSION = "maskft.version"
 _MAX_TEXT = 2**30
 # Bytes of unchanged data that are copied at a time.
 _PIECE_BYTES = 2**24
+# A mask that was trained in float16, or combined of masks of other modules.
+_NO_FINGERPRINT = (
+    "not checked: whether the mask was trained over these weights, because it records no fingerprint of them"
+)
+
 # Whole rows of about so many at a time.
 _PIECE_WEIGHTS = 2**22
 
@@ -205,6 +210,8 @@ def verify_gguf(
         if digest_now(Path(base)) != sha256:
             raise UserError(f"{str(base)!r} is not the base of {str(gguf)!r}: its sha256 is not {sha256}")
         passed.append(f"that is {base}")
+    if masks.config.base_fingerprint is None:
+        passed.append(_NO_FINGERPRINT)
     return passed
 
 
@@ -219,6 +226,13 @@ def _masks_in(adapter: str | Path, head: GgufHead) -> _Masks:
         raise UserError(
             f"{str(head.path)!r} holds another mask ({str(found)[:12]}) than {str(adapter)!r} "
             f"({masks.config.mask_sha256[:12]})"
+        )
+    # The base's head is written from the keys and tensors that were read. They are not all of this head if a key is in
+    # it twice, or if its padding is not zero.
+    has_more = head_bytes(head) != _first_bytes(head.path, head.data_start)
+    if has_more or head.metadata.get(_COUNT) != masks.num_removed:
+        raise UserError(
+            f"the head of {str(head.path)!r} was changed after the merge: merge the mask into the base again"
         )
     # Their number follows from the mask, which has just been found to be the one in the file.
     masks.codes = _decode_codes(head, masks.num_code_bytes)
@@ -273,7 +287,7 @@ def _check_base(masks: _Masks, head: GgufHead, accept_other_base: bool) -> str:
     """Compare the file's weights with those that the mask was trained over; returns the line to print."""
     config = masks.config
     if config.base_fingerprint is None:
-        return "not checked: the mask records no fingerprint of the weights it was trained over"
+        return _NO_FINGERPRINT
 
     expected = config.base_fingerprint
     # By name, as base_fingerprint() sorts the layers of a model.

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 BASE = "__base__"  # PEFT's name of a row without an adapter
 # Names of a model's input, which generate() repeats.
 _INPUTS = ("inputs", "input_ids", "inputs_embeds", "input_features", "input_values")
+# Architectures whose layers get (T, B, I).
+_TOKENS_FIRST = ("fsmt", "xlnet")
 
 
 class Places(NamedTuple):
@@ -323,6 +325,14 @@ def _check_model(model: BaseTuner, adapter_names: Sequence[str]) -> None:
         raise UserError(
             "adapter_names is for inference: one batch cannot train several masks; call model.eval(), or train one "
             "adapter at a time after model.set_adapter(name)"
+        )
+
+    # Their layers get (T, B, I): each mask would be applied to a token's place instead of a row.
+    model_type = getattr(getattr(model.model, "config", None), "model_type", None)
+    if model_type in _TOKENS_FIRST:
+        raise UserError(
+            f"adapter_names has one mask per row, and layers of {model_type} get the "
+            "tokens of all rows before the rows: run the rows of each adapter by themselves, after model.set_adapter(name)"
         )
 
     # MaskedLinear, by way of the model: importing layer.py here would be a circular import.
