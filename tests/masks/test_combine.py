@@ -39,8 +39,8 @@ def combined(sets, combination):
 
 
 def test_each_combination_by_hand():
-    sets = [{"up": removed(0, 1, 2)}, {"up": removed(1, 2, 3)}, {"up": removed(2, 4)}]
-    assert removed_by(combined(sets, "union")) == [0, 1, 2, 3, 4]
+    sets = [{"up": removed(0, 1, 2)}, {"up": removed(1, 2, 3)}, {"up": removed(2)}]
+    assert removed_by(combined(sets, "union")) == [0, 1, 2, 3]
     assert removed_by(combined(sets, "intersection")) == [2]
     assert removed_by(combined(sets, "vote")) == [1, 2]
     assert removed_by(combined(sets[:2], "vote")) == [1, 2]  # more than half of two is both
@@ -264,6 +264,13 @@ def test_masks_that_remove_nothing(tmp_path):
     tiny.save_masks({"up": removed()}, tmp_path / "empty")
     message = "the union of these 2 masks removes nothing; name masks that remove weights"
     fails(message, [tmp_path / "empty"] * 2, tmp_path)
+
+
+def test_masks_that_leave_nothing(tmp_path):
+    tiny.save_masks({"up": removed(0, 1, 2)}, tmp_path / "one")
+    tiny.save_masks({"up": removed(2, 3, 4)}, tmp_path / "two")
+    message = "the union of these 2 masks removes all 5 weights; name masks that remove less"
+    fails(message, [tmp_path / "one", tmp_path / "two"], tmp_path)
 
 
 def test_nothing_in_common(tmp_path):

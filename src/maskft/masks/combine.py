@@ -42,7 +42,7 @@ def combine_masks(coded_sets: Sequence[Mapping[str, Tensor]], combination: str) 
         Module name -> coded mask.
 
     Raises:
-        UserError: If the masks of a module differ in shape, or nothing is left to remove.
+        UserError: If the masks of a module differ in shape, or the combination removes nothing, or everything.
     """
     num_of = COMBINATIONS[combination]
     num_needed = num_of(len(coded_sets))
@@ -70,7 +70,13 @@ def combine_masks(coded_sets: Sequence[Mapping[str, Tensor]], combination: str) 
             num_removing += ~decode_mask(data, module)
         combined[module] = encode_mask(num_removing < num_needed)
 
-    _, num_removed = total_counts(combined)
+    numel, num_removed = total_counts(combined)
+    if num_removed == numel > 0:
+        # As a mask that removes all weights is not saved after training.
+        raise UserError(
+            f"the {combination} of these {len(coded_sets)} masks removes all {numel:,} weights; name masks that remove "
+            "less"
+        )
     if num_removed == 0:
         # A union of masks removes nothing only if none of them does.
         remedy = "name masks that remove weights" if combination == "union" else "try union"

@@ -331,8 +331,8 @@ def _check_model(model: BaseTuner, adapter_names: Sequence[str]) -> None:
     model_type = getattr(getattr(model.model, "config", None), "model_type", None)
     if model_type in _TOKENS_FIRST:
         raise UserError(
-            f"adapter_names has one mask per row, and layers of {model_type} get the "
-            "tokens of all rows before the rows: run the rows of each adapter by themselves, after model.set_adapter(name)"
+            f"adapter_names has one mask per row, and layers of {model_type} get the tokens of all rows before the "
+            "rows: run the rows of each adapter by themselves, after model.set_adapter(name)"
         )
 
     # MaskedLinear, by way of the model: importing layer.py here would be a circular import.
