@@ -252,6 +252,12 @@ def test_a_killed_evaluation_is_resumed(chat_base, files, tmp_path, capsys, monk
         (["--tasks", ","], "tasks names no task"),
         (["--limit", "0"], "limit is 0; it must be at least 1"),
         (["--limit", "3", "--tasks", "heldout"], "limit is 3, but it applies to benchmarks only"),
+        (["--max_new_tokens", "9"], "max_new_tokens is about held-out rows, which are not measured"),
+        (["--no_generate"], "no_generate is about held-out rows, which are not measured"),
+        (
+            ["--apply_chat_template", "true", "--tasks", "heldout"],
+            "apply_chat_template is about benchmarks, and held-out rows alone are measured (rows with messages always",
+        ),
         (["--change", "none", "--kl", "true"], "kl is measured on held-out rows; add heldout to --tasks"),
         (["--max_length", "-1"], "max_length is -1; it must be at least 1"),
         (["--device", "gpu"], "device 'gpu' cannot be used"),

@@ -18,6 +18,7 @@ from maskft.data.mixtures import load_examples
 from maskft.data.splits import load_splits
 from maskft.data.tokenizing import (
     IGNORED,
+    completion_of,
     end_of_turn,
     format_sample,
     prompt_ids,
@@ -612,6 +613,8 @@ def test_tokenizer_without_what_the_data_needs(write):
         tokenize_example({"text": "a"}, endless)
     with pytest.raises(UserError, match="plain text has no prompt"):
         prompt_ids({"text": "a"}, TOKENIZER)
+    with pytest.raises(UserError, match="plain text has no prompt"):
+        completion_of({"text": "a", "answer": "a"})
     with pytest.raises(UserError, match=r"begins '4' has no prompt to generate from: its last assistant turn comes"):
         prompt_ids({"messages": [ASSISTANT, USER]}, TOKENIZER)
 

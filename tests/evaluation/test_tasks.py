@@ -192,6 +192,20 @@ def test_an_answer_in_the_chat_template_ends_at_the_end_of_a_turn(folder):
     assert len(text) > len(tokenizer.decode(answer[:3]))
 
 
+def test_a_tokenizer_without_an_end_of_text():
+    """Answers end at stop strings alone."""
+    bare = tiny_tokenizer()
+    bare.eos_token = None
+    net = tiny.tiny_llama(vocab_size=len(bare))
+    net.generation_config.eos_token_id = None
+    settings = {"until": [], "max_gen_toks": 4}
+    request = Instance("generate_until", {}, ("2 + 2", settings), 0, metadata=("t", 0, 1))
+    [text] = BatchedLM(net, bare, batch_size=1).generate_until([request])
+    ids = bare("2 + 2")["input_ids"]
+    answer = net.generate(torch.tensor([ids]), max_new_tokens=4, do_sample=False)[0, len(ids) :]
+    assert text == bare.decode(answer, skip_special_tokens=True)
+
+
 def test_prompts_that_were_cut_are_counted(local_tasks, tmp_path):
     net = tiny.tiny_llama(vocab_size=len(TOKENIZER), max_position_embeddings=10)
     task = load_tasks(["long"], include_path=local_tasks)["long"]  # prompts of 5, 6 and 7 tokens, answers of up to 4

@@ -187,6 +187,19 @@ def test_answers_of_a_tokenizer_that_drops_spaces(name):
     assert found == [text.split(stop)[0] for text in expected]
 
 
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_tokenizer_without_special_tokens(is_known, monkeypatch):
+    """Rows of another length have padding, which no token is for."""
+    monkeypatch.setattr(generation, "_attention_is_known", lambda model: is_known)
+    bare = tiny_tokenizer()
+    bare.pad_token = bare.eos_token = None
+    net = model()
+    net.generation_config.eos_token_id = None
+    questions = prompts(lengths=(3, 9))
+    alone = [greedy_generate(net, bare, [ids], Bounds(6, 1))[0] for ids in questions]
+    assert greedy_generate(net, bare, questions, Bounds(6, 2)) == alone
+
+
 def test_finished_rows_leave_and_others_take_their_places(monkeypatch):
     net, questions = model(), prompts() + prompts(seed=1)
     stop = reference(net, questions[0], 30)[8:10]

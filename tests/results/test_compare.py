@@ -341,7 +341,7 @@ def refuse(results, match, *args, **options):
     [
         ({"version": 2}, r"sums: different task version, 1 and 2 \('full' and 'mask'\)"),
         ({"num_fewshot": 8}, r"sums: different num_fewshot \(shots\), 0 and 8"),
-        ({"chat_template_hash": "ab"}, r"sums: different chat_template_hash \(prompts\), None and ab"),
+        ({"chat_template_hash": "ab", "prompt": "3+3"}, r"sums: different chat_template_hash \(prompts\), None and ab"),
         ({"prompt": "3+3"}, "sums: different prompts or references of the same items"),
         ({"accuracy": scores(5, 99)}, "sums: different items, 100 and 99 of them, 'i099' in one only"),
     ],
@@ -351,6 +351,13 @@ def test_results_measured_differently_are_refused(change, message):
     refuse([make("full", accuracy=scores(5)), mask], message)
     with pytest.raises(UserError, match=message):
         scores_of([make("full", accuracy=scores(5)), mask])
+
+
+def test_a_template_that_no_prompt_went_through_makes_no_difference():
+    """That of an instruct model, beside its base, on rows of plain text."""
+    full = make("full", accuracy=scores(5))
+    mask = make("mask", accuracy=scores(9), chat_template_hash="ab")
+    assert only(fast([full, mask])).num_items == 100
 
 
 def test_two_that_differ_are_refused_beside_a_first_that_does_not_say():

@@ -106,6 +106,15 @@ def test_the_folder_of_several_models_can_be_named(folders):
     assert [each["name"] for each in read_all([str(folders[0].parent)])] == ["base", "tuned"]
 
 
+def test_samples_of_two_models_in_one_folder_are_not_one_model(folders):
+    """As lm-eval writes them with an --output_path that names a file."""
+    samples = samples_of(folders[1])
+    (summary,) = folders[1].glob("results_*.json")
+    shutil.move(samples, folders[0] / samples.name.replace("sums", "words"))
+    shutil.move(summary, folders[0])
+    refuse(folders[:1], "holds samples of several models, 'base' and 'tuned': name single files")
+
+
 def test_a_single_file_can_be_named(folders):
     (result,) = read_all([f"before={samples_of(folders[0])}"])
     assert result["name"] == "before"

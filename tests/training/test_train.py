@@ -534,6 +534,7 @@ def cases():
     yield {"greater_is_better": True}, "with greater_is_better True; the best checkpoint"
     yield {"max_length": -1}, "max_length is -1; it must be at least 1"
     yield {"seed": -1}, "seed is -1; it must be at least 0"
+    yield {"dataset_num_proc": -1}, "dataset_num_proc is -1; it must be at least 0"
     yield {"pad_to_multiple_of": 0}, "pad_to_multiple_of is 0; it must be a whole number of at least 1, or auto"
     # TRL before "auto" has a number.
     no_number = "pad_to_multiple_of is x; it must be a whole number|pad_to_multiple_of.*: invalid int value: 'x'"

@@ -117,12 +117,24 @@ def prompt_of(example: Row) -> str | list[dict]:
         return messages[:last_turn]
     if "prompt" in example:
         return example["prompt"]
-    raise UserError("plain text has no prompt to generate from; give data with prompts")
+    raise _no_prompt()
+
+
+def _no_prompt() -> UserError:
+    return UserError(
+        "plain text has no prompt to generate an answer from; give data with prompts, or measure the loss alone with "
+        "--no_generate"
+    )
 
 
 def completion_of(example: Row) -> str:
     """Return the text that a row itself answers its prompt with: the completion, or the last assistant turn."""
-    completion = example["completion"] if "completion" in example else example["messages"]
+    if "completion" in example:
+        completion = example["completion"]
+    elif "messages" in example:
+        completion = example["messages"]
+    else:
+        raise _no_prompt()
     if isinstance(completion, str):
         return completion
     turns = [message["content"] for message in completion if message["role"] == "assistant"]

@@ -31,6 +31,7 @@ _LEAST = {
     "seed": 0,
     "data_seed": 0,
     "dataloader_num_workers": 0,
+    "dataset_num_proc": 0,
 }
 # Options that are finite numbers of 0 or more where they are given; TRL and torch take some others without a word.
 _NOT_NEGATIVE = (

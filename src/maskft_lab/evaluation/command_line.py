@@ -21,6 +21,10 @@ from .evaluation_arguments import (
     EvaluationArguments,
 )
 
+# Options that are about held-out rows alone, and about benchmarks alone, beside those that name data.
+_OF_HELDOUT = ("eval_split_size", "max_length", "max_new_tokens", "no_generate", "dataset_text_field")
+_OF_BENCHMARKS = ("apply_chat_template", "include_path")
+
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of ``maskft evaluate``."""
@@ -91,11 +95,17 @@ def read(args: argparse.Namespace) -> tuple[EvaluationArguments, DataArguments]:
 def _check_has_effect(options: EvaluationArguments, data: DataArguments) -> None:
     """Raise for options that name or choose the items of a task that is not evaluated."""
     of_rows = _given(data, [name for name in DATA_FIELDS if name not in NOT_OF_HELDOUT_DATA])
-    of_rows += _given(options, ["eval_split_size"])
+    of_rows += _given(options, _OF_HELDOUT)
     if of_rows and HELDOUT not in options.task_names:
         raise UserError(
             f"{of_rows[0]} is about held-out rows, which are not measured; write --tasks {options.tasks},{HELDOUT}, or "
             f"remove {of_rows[0]}"
+        )
+    of_benchmarks = _given(options, _OF_BENCHMARKS)
+    if of_benchmarks and set(options.task_names) == {HELDOUT}:
+        raise UserError(
+            f"{of_benchmarks[0]} is about benchmarks, and held-out rows alone are measured (rows with messages always "
+            f"use the chat template); remove {of_benchmarks[0]}"
         )
     of_alpaca = _given(options, ["reference_outputs", "alpaca_annotator", "alpaca_max_new_tokens"])
     if of_alpaca and ALPACA_EVAL not in options.task_names:

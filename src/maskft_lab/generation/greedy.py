@@ -316,6 +316,8 @@ class _Job:
         self.pad_id = tokenizer.pad_token_id
         if self.pad_id is None:
             self.pad_id = tokenizer.eos_token_id
+        if self.pad_id is None:
+            self.pad_id = 0
 
         config = model.generation_config
         eos_ids = config.eos_token_id  # a number, a list, or None

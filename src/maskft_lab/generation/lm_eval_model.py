@@ -126,8 +126,9 @@ class BatchedLM(HFLM):
             prompts.append(ids[-max_prompt_tokens:])
 
         # lm-eval ends an answer at the text of the end token too. An empty stop string would end every answer at once.
-        eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
-        candidates = [*settings["until"], eos]
+        candidates = list(settings["until"])
+        if self.eot_token_id is not None:
+            candidates.append(self.tok_decode(self.eot_token_id, skip_special_tokens=False))
         stop_strings = [stop for stop in candidates if stop]
         bounds = Bounds(
             max_new_tokens,

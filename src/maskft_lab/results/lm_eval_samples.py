@@ -70,11 +70,13 @@ def read_samples(
         name: Name of the model; by default lm-eval's ``model_name``.
 
     Raises:
-        UserError: If a file is damaged or older, two are of one task, or the results file beside it is missing.
+        UserError: If a file is damaged or older, two are of one task or of different models, or the results file beside
+            it is missing.
     """
     tasks: dict[str, TaskRecord] = {}
     settings: dict[str, Any] = {}
     packages: dict[str, Any] = {}
+    model_name = None
     for file in files:
         found = _FILE_NAME.fullmatch(file.name)
         assert found is not None  # the caller asks is_samples_file
@@ -84,6 +86,15 @@ def read_samples(
 
         # The file of one evaluation with the same date: directions of metrics, versions and settings.
         summary = _summary(_results_file(file, found["date"]))
+        # lm-eval's folder of a model, where its file does not name the model.
+        found_name = str(summary.get("model_name") or file.resolve().parent.name)
+        # With an --output_path that names a file, lm-eval writes the samples of all models beside it.
+        if model_name not in (None, found_name):
+            raise UserError(
+                f"{file.parent} holds samples of several models, {model_name!r} and {found_name!r}: name single files, "
+                "or give each model a folder"
+            )
+        model_name = found_name
         try:
             tasks[task] = _task(file, task, summary)
         except UserError:
@@ -102,12 +113,10 @@ def read_samples(
             version = known.get(f"{package}_version")
             if version:
                 packages[package] = version
-        if not name:
-            # lm-eval's folder of a model, where its file does not name the model.
-            folder_name = file.resolve().parent.name
-            name = str(summary.get("model_name") or folder_name)
 
-    assert name is not None
+    name = name or model_name
+    assert name is not None  # there is a file
+
     result = build_result(name, {"name_or_path": name}, settings, tasks)
     result["environment"] = {"packages": packages}  # of the evaluation, not of this process
     return result
