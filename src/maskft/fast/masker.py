@@ -7,7 +7,8 @@ masks are those of :class:`maskft.tuner.Masker`, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, cast
 
@@ -38,22 +39,15 @@ if TYPE_CHECKING:
 # Everything that a cached tensor depends on: equal keys, equal tensors.
 Key = tuple[object, ...]
 
-# The options on which a gate depends besides its scores. They change while a layer is in use: the progress at every
-# step, and a callback may set any of the others.
-_settings_of_gate = attrgetter(
-    "selection",
-    "sparsity",
-    "sparsity_ramp",
-    "threshold",
-    "rank_by",
-    "gradient",
-    "sharpness",
-    "sharpness_end",
-    "temperature",
-    "temperature_end",
-    "mask_seed",
-    "progress",
-)
+# Settings on which the gates of all learners depend besides the scores. They and a learner's own options change while a
+# layer is in use: the progress at every step, and a callback may set any of the others.
+_OF_ALL_GATES = ("selection", "rank_by", "mask_seed", "progress")
+
+
+@cache
+def _settings_of_gate(options: tuple[str, ...]) -> Callable[[MaskConfig], Key]:
+    """A function that reads these settings and a learner's options from a configuration, in one call of C."""
+    return attrgetter(*_OF_ALL_GATES, *options)
 
 
 class FastMasker(Masker):
@@ -282,7 +276,8 @@ class FastMasker(Masker):
         """The settings on which a gate depends besides its scores; the last one is whether it is soft now."""
         selection.check_progress(config, self.layer.training)
         is_soft = selection.is_soft(config, self.layer.training)
-        return (*_settings_of_gate(config), is_soft)
+        settings = _settings_of_gate(selection.LEARNERS[config.selection].options)
+        return (*settings(config), is_soft)
 
     # A weight that is created inside torch.inference_mode() could not be used in training afterwards.
     @torch.inference_mode(False)

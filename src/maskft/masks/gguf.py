@@ -132,7 +132,7 @@ def check_takes_mask(head: GgufHead) -> None:
             f"--remove-metadata {ours[0]}"
         )
     # --undo writes the head from its parts, and has to give back the base byte for byte.
-    if head_bytes(head) != _first_bytes(head.path, head.data_start):
+    if not _can_be_rewritten(head):
         raise UserError(
             f"{str(head.path)!r} has bytes in its head that --undo could not restore; write it again with "
             "llama-quantize"
@@ -227,10 +227,8 @@ def _masks_in(adapter: str | Path, head: GgufHead) -> _Masks:
             f"{str(head.path)!r} holds another mask ({str(found)[:12]}) than {str(adapter)!r} "
             f"({masks.config.mask_sha256[:12]})"
         )
-    # The base's head is written from the keys and tensors that were read. They are not all of this head if a key is in
-    # it twice, or if its padding is not zero.
-    has_more = head_bytes(head) != _first_bytes(head.path, head.data_start)
-    if has_more or head.metadata.get(_COUNT) != masks.num_removed:
+    # The base's head is written from the keys and tensors that were read, and counts no removed weights.
+    if not _can_be_rewritten(head) or head.metadata.get(_COUNT) != masks.num_removed:
         raise UserError(
             f"the head of {str(head.path)!r} was changed after the merge: merge the mask into the base again"
         )
@@ -498,9 +496,10 @@ def _read(file: BinaryIO, start: int, num_bytes: int) -> bytes:
     return content
 
 
-def _first_bytes(path: Path, num_bytes: int) -> bytes:
-    with path.open("rb") as file:
-        return file.read(num_bytes)
+def _can_be_rewritten(head: GgufHead) -> bool:
+    """Whether the parts of a head that were read give its bytes: not if a key is there twice, or padding is not 0."""
+    with head.path.open("rb") as file:
+        return head_bytes(head) == file.read(head.data_start)
 
 
 def _check_output(output: Path) -> None:

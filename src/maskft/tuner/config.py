@@ -272,7 +272,7 @@ class MaskConfig(PeftConfig):
         self._normalize()
         self._apply_preset()
         self._check_choices()
-        self._check_numbers()
+        self._check_values()
         self._check_layers()
         # A saved adapter was checked when it was created.
         if not self.is_saved:
@@ -453,7 +453,7 @@ class MaskConfig(PeftConfig):
                     f"{type(self).__name__}: name fields that there are"
                 )
 
-    def _check_numbers(self) -> None:
+    def _check_values(self) -> None:
         """Raise for values of another type than their field's, or outside of its range."""
         # Types first: PEFT builds configurations from JSON, where a number may have been written as a string.
         for name in (*_NUMBERS, *_NUMBERS_OR_NONE):
