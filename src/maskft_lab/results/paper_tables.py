@@ -17,7 +17,7 @@ import yaml
 
 from maskft_common.errors import UserError, printable
 
-from .schema import Result, run_identity
+from .schema import MetricRecord, Result, run_identity
 from .tables import Table, draw, latex_text, markdown_text, wrap
 
 NO_RESULT = "–"
@@ -105,6 +105,7 @@ def _fill(
     rows: list[tuple[str, ...]] = []
     used: list[Result] = []
     best: list[Cell] = []  # of the last row of full fine-tuning at its best checkpoint
+    sizes: dict[str, set[int]] = {key: set() for key in columns}  # numbers of test items of our scores
     block = None
     for row in spec["rows"]:
         # A block begins with its heading.
@@ -128,7 +129,11 @@ def _fill(
             if chosen:
                 first, _ = chosen[0]
                 study = _study_of(first)
-            scores = [score for _, score in chosen]
+            scores: list[float] = []
+            for _, metric in chosen:
+                # `_choose` leaves out metrics without a value.
+                scores.append(100 * cast(float, metric["value"]))
+                sizes[key].add(metric["num_items"])
             cells.append(Cell(figure, scores, study))
             used += [result for result, _ in chosen]
         texts = [_cell_text(cell) for cell in cells]
@@ -148,6 +153,14 @@ def _fill(
     bases = {_base(result) or "a base model that is not stated" for result in used}
     ours = ", ".join(sorted(bases)) or "no results"
     caption = f"Table {number} ({spec['place']}): {spec['title']}. The paper's figure, {theirs} / ours, {ours}"
+    # A score of a part of a benchmark must not be read as one of all its items.
+    parts: list[str] = []
+    for key in columns:
+        if sizes[key]:
+            numbers = " or ".join(f"{size:,}" for size in sorted(sizes[key]))
+            parts.append(f"{benchmarks[key]['label']} {numbers}")
+    if parts:
+        caption += f". Test items of ours: {', '.join(parts)}"
     labels = [benchmarks[key]["label"] for key in columns]
     return caption, Table(("Method", *labels), rows), used
 
@@ -155,18 +168,18 @@ def _fill(
 def _choose(
     results: Sequence[Result],
     asked: Mapping[str, Any],
-) -> list[tuple[Result, float]]:
-    """Return the results of one study for a cell, one per seed, each with its score in percent.
+) -> list[tuple[Result, MetricRecord]]:
+    """Return the results of one study for a cell, one per seed, each with its metric.
 
     Args:
         results: Results to choose from.
         asked: The row and the column of the cell, as in ``paper.yaml``.
     """
-    by_seed: dict[int | None, tuple[Result, float]] = {}
+    by_seed: dict[int | None, tuple[Result, MetricRecord]] = {}
     study: str | None = None
     for result in results:
-        value = _value(result, asked)
-        if value is None or not _fits(result, asked):
+        metric = _metric(result, asked)
+        if metric is None or metric["value"] is None or not _fits(result, asked):
             continue
 
         # The first study with a fitting result has the cell: seeds of two studies are not seeds of one method.
@@ -175,16 +188,15 @@ def _choose(
         elif _study_of(result) != study:
             continue
 
-        score = 100 * value
         seed = result["model"]["seed"]
         if asked["method"] == "pretrained":
             seed = None  # without training it means nothing
         # `setdefault` keeps the first result of a seed, and returns it.
-        other, other_score = by_seed.setdefault(seed, (result, score))
+        other, other_metric = by_seed.setdefault(seed, (result, metric))
         # Several studies may have measured the same model without a seed, and a study may have been given twice, as
         # its folder and as its published results.
         is_one_run = _run_of(result)[0] is not None and _run_of(other) == _run_of(result)
-        is_same = (seed is None or is_one_run) and other_score == score
+        is_same = (seed is None or is_one_run) and other_metric["value"] == metric["value"]
         if other is not result and not is_same:
             raise UserError(
                 f"{other['name']!r} and {result['name']!r} are of one seed and both belong to {asked['label']}: give "
@@ -193,11 +205,11 @@ def _choose(
     return list(by_seed.values())
 
 
-def _value(
+def _metric(
     result: Result,
     asked: Mapping[str, Any],
-) -> float | None:
-    """Return the score of the column's first metric that the first of its tasks has; None if it has none.
+) -> MetricRecord | None:
+    """Return the column's first metric that the first of its tasks has; None if it has none.
 
     Without any of its tasks, the accuracy on held-out rows whose file has the column's name.
     """
@@ -209,7 +221,7 @@ def _value(
         metrics = result["tasks"][task]["metrics"]
         for metric in asked["metrics"]:
             if metric in metrics:
-                return metrics[metric]["value"]
+                return metrics[metric]
         return None
 
     # Held-out rows that are the benchmark's own test items, by the name of their file: gsm8k_test.jsonl.gz.
@@ -218,7 +230,7 @@ def _value(
     rows = result["tasks"][_HELDOUT]
     stem, _, _ = rows.get("data_file", "").partition(".")
     if stem == asked.get("rows") and "accuracy" in rows["metrics"]:
-        return rows["metrics"]["accuracy"]["value"]
+        return rows["metrics"]["accuracy"]
     return None
 
 
