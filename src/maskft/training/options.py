@@ -9,10 +9,12 @@ import json
 import re
 import typing
 from collections.abc import Callable, Collection, Sequence
-from types import NoneType
+from enum import Enum
+from types import NoneType, UnionType
 from typing import Any
 
 from accelerate.commands.launch import launch_command_parser
+from transformers.hf_argparser import string_to_bool
 from trl import ModelConfig, TrlParser
 from trl.cli.commands.training import _subtract_subsequence
 
@@ -190,9 +192,11 @@ def _check_known(
             raise UserError(f"unknown option {flag}{did_you_mean(name, known)}; see maskft train --help")
 
 
-# Types that YAML allows for options that are strings on the command line.
-_OF_TEXT: dict[str, Any] = dict.fromkeys((*DATA_NAMES, KL_DATA), dict | list | str)
-_OF_TEXT["peft_config"] = dict | str
+# Types that YAML allows for some options beside those of their annotation.
+_ALSO: dict[str, set[type]] = {name: {dict, list} for name in (*DATA_NAMES, KL_DATA)}
+_ALSO["peft_config"] = {dict}
+_ALSO["resume_from_checkpoint"] = {bool}
+_ALSO["fsdp"] = {bool, list}
 
 
 def _check_values(
@@ -203,10 +207,7 @@ def _check_values(
     """Check values of a recipe: they become defaults of the parser, and argparse does not check defaults."""
     if not isinstance(given, dict):
         return
-    # Only of our own options it is known that text is all they take.
-    own = {"model_name_or_path", KL_DATA}
-    for group in (MethodArguments, DataArguments, MaskArguments):
-        own.update(spec.name for spec in dataclasses.fields(group))
+    kinds_of = _kinds_of_options()
     needing_a_value = _options_without_none()
 
     for action in parser._actions:
@@ -225,9 +226,12 @@ def _check_values(
 
         is_list = action.nargs == "+" and isinstance(value, list)
         values = value if is_list else [value]
-        is_own = action.dest in own
+        kinds = kinds_of.get(action.dest, set()) | _ALSO.get(action.dest, set())
+        if is_list:
+            # Those of an item.
+            kinds = kinds - {list}
         for each in values:
-            wanted = _wanted(action, each, is_own)
+            wanted = _wanted(action, each, kinds)
             if wanted is not None:
                 raise UserError(f"recipe {recipe!r}: {action.dest} is {each!r}; it must be {wanted}")
 
@@ -244,12 +248,49 @@ def _options_without_none() -> set[str]:
     return found
 
 
+def _kinds_of_options() -> dict[str, set[type]]:
+    """Types of values of each option by its annotation, without None; those of items are among those of a list."""
+    found = {}
+    for group in _GROUPS:
+        hints = typing.get_type_hints(group)
+        for spec in dataclasses.fields(group):
+            if spec.init:
+                found[spec.name] = _kinds(hints[spec.name])
+    return found
+
+
+def _kinds(hint: Any) -> set[type]:
+    """Types of the values that an annotation allows, as YAML gives them."""
+    origin = typing.get_origin(hint)
+    arguments = typing.get_args(hint)
+    if origin in (typing.Union, UnionType):
+        parts = [_kinds(part) for part in arguments]
+        return set().union(*parts)
+    if origin is typing.Literal:
+        return {type(value) for value in arguments}
+    if origin is list:
+        return {list} | _kinds(arguments[0])
+    if origin is not None:
+        return {origin}
+    if hint is NoneType:
+        return set()
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return {str}
+    return {hint}
+
+
 def _wanted(
     action: argparse.Action,
     value: Any,
-    is_own: bool,
+    kinds: set[type],
 ) -> str | None:
-    """Kind of value that an option needs; None if ``value`` is of that kind."""
+    """Kind of value that an option needs; None if ``value`` is of that kind.
+
+    Args:
+        action: The option.
+        value: Its value in the recipe; of a list each item.
+        kinds: Types that it may have.
+    """
     choices = [str(choice) for choice in action.choices or ()]
     if value is False and action.dest in TAKE_NO:
         return None  # TrainingArguments takes it for the `no` that was written
@@ -260,11 +301,29 @@ def _wanted(
     kind = type_name(action)
     if kind in ("int", "float") and not _is_number(value, action.type):
         return "a whole number" if kind == "int" else "a number"
-    if kind == "str" and is_own:
-        allowed = _OF_TEXT.get(action.dest, str)
-        if not isinstance(value, allowed):
-            return "text"
+    if isinstance(value, list | dict) and type(value) not in kinds:
+        if kinds == {bool}:
+            return "true or false"
+        return "text" if str in kinds else "one value"
+    if kinds == {bool} and not _is_bool(value):
+        return "true or false"
+    if kinds == {dict} and not isinstance(value, dict):
+        return "a mapping of names to values"
+    # An int is a float, too, and is no text.
+    is_number = isinstance(value, int) and not isinstance(value, bool) and float in kinds
+    if str in kinds and type(value) not in kinds and not is_number:
+        return "text"
     return None
+
+
+def _is_bool(value: Any) -> bool:
+    if isinstance(value, bool):
+        return True
+    try:
+        string_to_bool(str(value))
+    except argparse.ArgumentTypeError:
+        return False
+    return True
 
 
 def type_name(action: argparse.Action) -> str:
