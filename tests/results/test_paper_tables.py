@@ -106,8 +106,7 @@ def test_scores_stand_in_their_rows():
     assert rows["Specific Domain", "against Best FFT"][:2] == ["+0.5 / +10.0", "+0.8 / –"]
     # A score of a part of a benchmark is not taken for one of all its items.
     assert paper_tables(results)[0][0][0].endswith(
-        f"The paper's figure, LLaMA2-7B / ours, {SMOL}"
-        ". Test items of ours: GSM8K 20, HumanEval 20"
+        f"The paper's figure, LLaMA2-7B / ours, {SMOL}. Test items of ours: GSM8K 20, HumanEval 20"
     )
 
 

@@ -237,8 +237,9 @@ def _check_values(
 
 
 def _options_without_none() -> set[str]:
-    """Options that have a default and whose type leaves out None."""
-    found = set()
+    """Options that have a default and whose type leaves out None, and the output folder."""
+    # Its type has None, which is TRL's own default folder and not ours.
+    found = {"output_dir"}
     for group in _GROUPS:
         hints = typing.get_type_hints(group)
         for spec in dataclasses.fields(group):
