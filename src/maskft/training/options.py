@@ -8,7 +8,7 @@ import dataclasses
 import json
 import re
 import typing
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from enum import Enum
 from types import NoneType, UnionType
 from typing import Any
@@ -236,28 +236,29 @@ def _check_values(
                 raise UserError(f"recipe {recipe!r}: {action.dest} is {each!r}; it must be {wanted}")
 
 
+def _annotated_options() -> Iterator[tuple[dataclasses.Field, Any]]:
+    """Every option of ``maskft train`` with its annotation."""
+    for group in _GROUPS:
+        hints = typing.get_type_hints(group)
+        for spec in dataclasses.fields(group):
+            if spec.init:
+                yield spec, hints[spec.name]
+
+
 def _options_without_none() -> set[str]:
     """Options that have a default and whose type leaves out None, and the output folder."""
     # Its type has None, which is TRL's own default folder and not ours.
     found = {"output_dir"}
-    for group in _GROUPS:
-        hints = typing.get_type_hints(group)
-        for spec in dataclasses.fields(group):
-            is_optional = NoneType in typing.get_args(hints[spec.name])
-            if spec.init and not is_optional and _default(spec) is not None:
-                found.add(spec.name)
+    for spec, hint in _annotated_options():
+        is_optional = NoneType in typing.get_args(hint)
+        if not is_optional and _default(spec) is not None:
+            found.add(spec.name)
     return found
 
 
 def _kinds_of_options() -> dict[str, set[type]]:
     """Types of values of each option by its annotation, without None; those of items are among those of a list."""
-    found = {}
-    for group in _GROUPS:
-        hints = typing.get_type_hints(group)
-        for spec in dataclasses.fields(group):
-            if spec.init:
-                found[spec.name] = _kinds(hints[spec.name])
-    return found
+    return {spec.name: _kinds(hint) for spec, hint in _annotated_options()}
 
 
 def _kinds(hint: Any) -> set[type]:
