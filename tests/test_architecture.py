@@ -14,6 +14,7 @@ LAYERS = {
     "method": [
         *("maskft_common/errors", "maskft_common/layout", "maskft_common/files", "maskft_common/schema"),
         *("maskft_common/yaml_file", "maskft_common/command_line", "maskft_common/method_options"),
+        "maskft_common/value_check",
         *("maskft/gguf", "maskft/embedded", "maskft/models", "maskft/weights"),
         # The plain tuner, and the add-ons over it; none of them is needed by the tuner.
         *("maskft/masking", "maskft/tuner", "maskft/masks", "maskft/fast", "maskft/fsdp", "maskft/learners"),

@@ -146,7 +146,7 @@ def test_numbers_of_yaml(text, value, tmp_path):
         (
             "a0: &a0 !!pairs [x: 1]\n"
             + "".join(f"a{n}: &a{n} !!pairs [{f'x: *a{n - 1}, ' * 9}]\n" for n in range(1, 10)),
-            "repeats its aliases",
+            r"\('x', 1\) is of a kind that is not read",
         ),
         ("a: " + "x" * 2**20, "has more than 1 MiB"),
     ],

@@ -1,12 +1,18 @@
 """Options that a method does not use are shown by no record, card or report."""
 
+import json
+import os
+
 import pytest
 from accelerate.commands.launch import launch_command_parser
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from maskft.training.options import make_parser, option_defaults, parse_words
+from maskft.training.launch import launch_options
+from maskft.training.options import make_parser, option_defaults, option_hints, parse_words
 from maskft_common import method_options
+from maskft_common.errors import UserError
 from maskft_common.method_options import unused_options
+from maskft_common.value_check import fits, in_words
 
 _ALL = ("learning_rate", "mask_init_scores", "mask_sparsity", "mask_seed", "num_calibration_samples", "max_length")
 
@@ -56,3 +62,49 @@ def test_no_is_a_value_where_an_option_has_it(tmp_path):
 def test_the_names_are_options_of_train():
     names = method_options.LEARNER_OPTIONS | method_options._TRAINING_OPTIONS | {method_options._RAMP}
     assert names <= option_defaults().keys()
+
+
+def test_every_default_fits_the_annotation_of_its_option():
+    """Else a recipe with the default written out, as a model card has it, would be refused."""
+    hints = option_hints()
+    defaults = {name: value for name, value in option_defaults().items() if value is not None}
+    # Enums are text, and an empty text or list is the default of options that a recipe leaves out.
+    values = {name: getattr(value, "value", value) for name, value in defaults.items() if value not in ("", [])}
+    assert not [name for name, value in values.items() if not fits(value, hints[name])]
+    assert [name for name, hint in hints.items() if "left out" in in_words(hint)] == ["parallelism_config"]
+
+
+def test_a_recipe_is_read_once_by_our_reader(tmp_path, monkeypatch):
+    """TRL's reader made a date of a revision, seconds of 12:30 and text of 1e-6; its `env` is taken as there."""
+    monkeypatch.delenv("OF_THE_RECIPE", raising=False)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model_name_or_path: tiny\nmodel_revision: 2026-11-26\nrun_name: 12:30\nmax_steps: '8'\n"
+        "optim_args: 1:30\nlr_scheduler_kwargs: {min_lr: 1e-6}\nenv: {OF_THE_RECIPE: 5}\nnum_processes: 2\n"
+    )
+    try:
+        config, launch_words, other_words = parse_words(["--config", str(recipe), "--max_steps", "9"])
+        assert os.environ["OF_THE_RECIPE"] == "5"
+    finally:
+        os.environ.pop("OF_THE_RECIPE", None)
+    training = config.training
+    assert (config.model.model_revision, training.run_name, training.optim_args) == ("2026-11-26", "12:30", "1:30")
+    assert (training.lr_scheduler_kwargs, training.max_steps) == ({"min_lr": 1e-6}, 9)
+    assert launch_words == ["--num_processes", "2"]
+    assert other_words == ["--config", str(recipe), "--max_steps", "9"]
+
+
+@pytest.mark.slow
+def test_no_value_of_any_option_ends_in_a_traceback(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    odd = [None, [], {}, [[1]], {"a": None}, {"a": [1]}, " ", -1, 2.5, True, False, float("inf"), float("nan")]
+    odd += [[None], ["x"], [1, "x"], 2**62, "5", "x"]
+    for name in sorted({*option_hints(), *launch_options()}):
+        for value in odd:
+            # JSON is YAML, but for infinity and NaN.
+            text = json.dumps({"model_name_or_path": "tiny"} | {name: value})
+            recipe.write_text(text.replace("Infinity", ".inf").replace("NaN", ".nan"))
+            try:
+                parse_words(["--config", str(recipe)])
+            except UserError as error:
+                assert "\n" not in str(error), (name, value)

