@@ -97,8 +97,7 @@ def test_a_recipe_is_read_once_by_our_reader(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_no_value_of_any_option_ends_in_a_traceback(tmp_path):
     recipe = tmp_path / "recipe.yaml"
-    odd = [None, [], {}, [[1]], {"a": None}, {"a": [1]}, " ", -1, 2.5, True, False, float("inf"), float("nan")]
-    odd += [[None], ["x"], [1, "x"], 2**62, "5", "x"]
+    odd = [None, [], [[1]], {"a": None}, " ", -1, 2.5, False, float("inf"), [1, "x"], 2**62, "5", "x"]
     for name in sorted({*option_hints(), *launch_options()}):
         for value in odd:
             # JSON is YAML, but for infinity and NaN.

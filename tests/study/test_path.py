@@ -294,6 +294,7 @@ def test_a_path_is_measured_on_the_rows_that_training_holds_out(options, content
         assert [row["prompt"] for row in evaluate.check_inputs(args)] == list(rows), run.title
 
 
+@pytest.mark.slow
 def test_a_budget_comes_before_the_rule(content, tmp_path):
     """A point is held to it by the KL of its checkpoint; the table says what was reached."""
     content["path"] |= {"choose": {"accuracy_at_least": 0.01}, "scales": [0.5]}

@@ -141,7 +141,8 @@ def parse_words(argv: Sequence[str]) -> tuple[TrainConfig, list[str], list[str]]
     except UserError:
         raise
     except (ValueError, TypeError, OverflowError, OSError) as error:
-        raise UserError(str(error)) from error
+        # Some of transformers' messages have several lines.
+        raise UserError(" ".join(str(error).split())) from error
 
     _check_known(of_flags, known)
     config = TrainConfig(*parts)
