@@ -9,9 +9,9 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-import yaml
 
 from maskft.tuner.selection import LEARNERS
+from maskft_common.yaml_file import read_yaml
 from maskft_lab.cli.main import main
 from maskft_lab.study.load_recipe import parse_recipe
 
@@ -74,10 +74,15 @@ def test_every_block_runs(page, users_folder, capsys):
     assert any(language in ("bash", "python") for language, _ in blocks)
 
 
-def test_the_recipes_of_a_page_are_recipes():
+def test_the_recipes_of_a_page_are_recipes(tmp_path):
     """Parts of one are read as parts of the first; a path is of methods that start from the base model."""
     text = (ROOT / "docs" / "studies.md").read_text()
-    first, *parts = [yaml.safe_load(block) for _, block in BLOCK.findall(text) if re.match(r"[a-z_]+:\s", block)]
+    contents = []
+    for _, block in BLOCK.findall(text):
+        if re.match(r"[a-z_]+:\s", block):
+            (tmp_path / "block.yaml").write_text(block)
+            contents.append(read_yaml(tmp_path / "block.yaml"))
+    first, *parts = contents
     assert parse_recipe(first).name == "my-study" and len(parts) >= 3
     del first["grid"]
     for part in parts:

@@ -256,7 +256,11 @@ def test_a_killed_evaluation_is_resumed(chat_base, files, tmp_path, capsys, monk
         (["--no_generate"], "no_generate is about held-out rows, which are not measured"),
         (
             ["--apply_chat_template", "true", "--tasks", "heldout"],
-            "apply_chat_template is about benchmarks, and held-out rows alone are measured (rows with messages always",
+            "apply_chat_template is about benchmarks of lm-eval, of which none is measured (rows with messages and",
+        ),
+        (
+            ["--apply_chat_template", "true", "--tasks", "heldout,alpaca_eval"],
+            "apply_chat_template is about benchmarks",
         ),
         (["--change", "none", "--kl", "true"], "kl is measured on held-out rows; add heldout to --tasks"),
         (["--max_length", "-1"], "max_length is -1; it must be at least 1"),

@@ -133,7 +133,12 @@ def _compared(args: argparse.Namespace) -> str:
     if len(methods) == 1 and args.baseline is None:
         reached = scores(results, tasks, metrics, args.fixed_seeds)
         if not reached:
-            raise UserError(f"{results[0]['name']} has no metric: evaluate it with a judge, or name other --tasks")
+            name = results[0]["name"]
+            if any(task["metrics"] for result in results for task in result["tasks"].values()):
+                raise UserError(
+                    f"the {len(results)} results of {name} have no metric in common: give those of one task"
+                )
+            raise UserError(f"{name} has no metric: evaluate it with a judge, or name other --tasks")
         return render_scores(reached, args.format)
 
     comparison = compare(results, args.baseline, tasks=tasks, metrics=metrics, settings=settings)

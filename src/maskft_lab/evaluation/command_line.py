@@ -102,10 +102,10 @@ def _check_has_effect(options: EvaluationArguments, data: DataArguments) -> None
             f"remove {of_rows[0]}"
         )
     of_benchmarks = _given(options, _OF_BENCHMARKS)
-    if of_benchmarks and set(options.task_names) == {HELDOUT}:
+    if of_benchmarks and set(options.task_names) <= {HELDOUT, ALPACA_EVAL}:
         raise UserError(
-            f"{of_benchmarks[0]} is about benchmarks, and held-out rows alone are measured (rows with messages always "
-            f"use the chat template); remove {of_benchmarks[0]}"
+            f"{of_benchmarks[0]} is about benchmarks of lm-eval, of which none is measured (rows with messages and "
+            f"{ALPACA_EVAL} always use the chat template); remove {of_benchmarks[0]}"
         )
     of_alpaca = _given(options, ["reference_outputs", "alpaca_annotator", "alpaca_max_new_tokens"])
     if of_alpaca and ALPACA_EVAL not in options.task_names:
