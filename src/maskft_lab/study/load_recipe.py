@@ -15,7 +15,7 @@ from maskft_common.yaml_file import read_yaml
 
 from .controls import with_standard_controls
 from .option_types import check_option_types
-from .recipe import REVISION, Options, Recipe
+from .recipe import CURRENT_RATE, REVISION, Options, Recipe
 
 # Options of an evaluation that also hold for each set of earlier abilities, unless it has its own: of all tasks, of
 # benchmarks, and of held-out rows.
@@ -74,7 +74,7 @@ def parse_recipe(
             from it.
     """
     source = Path(source)
-    check_option_types(content, source)
+    check_option_types(content, source, {"learning_rate": CURRENT_RATE})
     if isinstance(content, dict):
         # A name in the recipe wins.
         content = {"name": source.stem, **content}

@@ -14,38 +14,35 @@ from maskft_common.method_options import TAKE_NO
 from maskft_common.value_check import check_value
 
 from ..evaluation.evaluation_arguments import EvaluationArguments
-from .recipe import CURRENT_RATE, Data, Method
 
 # An option in the file: where, its name, its value.
 _Given = tuple[str, str, Any]
 
 
-def check_option_types(content: Any, source: str | Path) -> None:
+def check_option_types(
+    content: Any,
+    source: str | Path,
+    stands_for: Mapping[str, str],
+) -> None:
     """Check the type of every option in a recipe; names that are no options are left to later checks.
 
     Args:
         content: The content of the file; sections of a wrong type are left to pydantic.
         source: The file, for errors.
+        stands_for: Option -> a text that a study takes in place of its value.
 
     Raises:
         UserError: For the first value of a wrong type.
     """
     of_evaluation = typing.get_type_hints(DataArguments) | typing.get_type_hints(EvaluationArguments) | IN_A_RECIPE
     of_evaluation["tasks"] = str | list[str] | None
-    _check(_training_options(content), option_hints(), source)
-    _check(_evaluation_options(content), of_evaluation, source)
-
-
-def _check(
-    options: Iterator[_Given],
-    hints: Mapping[str, Any],
-    source: str | Path,
-) -> None:
-    for where, name, value in options:
+    of_training = option_hints()
+    given = [(*each, of_training) for each in _training_options(content)]
+    given += [(*each, of_evaluation) for each in _evaluation_options(content)]
+    for where, name, value, hints in given:
         is_no = value is False and name in TAKE_NO  # as YAML reads a plain `no`
-        is_current = name == "learning_rate" and value == CURRENT_RATE
         # Null takes back what another section gives.
-        if name not in hints or value is None or is_no or is_current:
+        if name not in hints or value is None or is_no or value == stands_for.get(name):
             continue
         try:
             check_value(f"{where}.{name}", value, hints[name])
@@ -57,8 +54,12 @@ def _training_options(content: Any) -> Iterator[_Given]:
     """Options of ``maskft train``, one of a grid or of ``tune`` for each of its values."""
     for name, value in _mapping(content, "train").items():
         yield "train", name, value
-    yield from _of_sections(content, "data", Data)
-    yield from _of_sections(content, "methods", Method)
+    for part in ("data", "methods"):
+        for key, section in _mapping(content, part).items():
+            # Keys of the section itself, such as `from`, are no options; `start_mask` is both, and text in both.
+            if isinstance(section, dict):
+                for name, value in section.items():
+                    yield f"{part}.{key}", name, value
 
     for method, section in _mapping(content, "methods").items():
         for name, values in _mapping(section, "tune").items():
@@ -66,19 +67,6 @@ def _training_options(content: Any) -> Iterator[_Given]:
     for key, values in _mapping(content, "grid").items():
         _, _, name = key.rpartition(".")  # METHOD.OPTION
         yield from _each("grid", name, values)
-
-
-def _of_sections(
-    content: Any,
-    name: str,
-    model: type[Data] | type[Method],
-) -> Iterator[_Given]:
-    """Options below each name of a section, without the keys that are fields of the section's own model."""
-    own = {field.alias or key for key, field in model.model_fields.items()}
-    for part, section in _mapping(content, name).items():
-        for key, value in _mapping({part: section}, part).items():
-            if key not in own:
-                yield f"{name}.{part}", key, value
 
 
 def _each(where: str, name: str, values: Any) -> Iterator[_Given]:
