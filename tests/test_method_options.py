@@ -94,6 +94,22 @@ def test_a_recipe_is_read_once_by_our_reader(tmp_path, monkeypatch):
     assert other_words == ["--config", str(recipe), "--max_steps", "9"]
 
 
+def test_what_the_parser_takes_is_taken_in_a_recipe_too(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model_name_or_path: tiny\nmax_length: None\nlearning_rate: 'null'\nbf16: 0\npush_to_hub: 'no'\n"
+        "eval_strategy: no\nsave_strategy: no\nlogging_strategy: no\neval_steps: -1\nsave_steps: -1\n"
+        "lr_scheduler_kwargs: '{\"num_cycles\": 2}'\nweight_decay: 1\nenv: {OF_THE_RECIPE: ''}\n"
+    )
+    try:
+        config, *_ = parse_words(["--config", str(recipe)])
+        assert os.environ["OF_THE_RECIPE"] == ""
+    finally:
+        os.environ.pop("OF_THE_RECIPE", None)
+    training = config.training
+    assert (training.max_length, training.bf16, training.push_to_hub, training.weight_decay) == (None, False, False, 1)
+
+
 @pytest.mark.slow
 def test_no_value_of_any_option_ends_in_a_traceback(tmp_path):
     recipe = tmp_path / "recipe.yaml"

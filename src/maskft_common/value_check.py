@@ -65,7 +65,7 @@ def fits(value: Any, hint: Any) -> bool:
     if hint is str:
         # An empty one is a variable of a template that was not set.
         return isinstance(value, str) and value.strip() != ""
-    if isinstance(hint, type) and issubclass(hint, Enum):
+    if _is_enum(hint):
         return isinstance(value, str) and value in [choice.value for choice in hint]
     # A bool is an int in Python, and no number here; a whole number is a float, too.
     if hint is float:
@@ -84,7 +84,9 @@ def _kinds(hint: Any) -> list[str]:
     origin = typing.get_origin(hint)
     arguments = typing.get_args(hint)
     if origin in (typing.Union, UnionType):
-        kinds = [kind for part in arguments if part is not NoneType for kind in _kinds(part)]
+        # Names of an enum are text, and which ones is said where they are read.
+        parts = [part for part in arguments if part is not NoneType and not (_is_enum(part) and str in arguments)]
+        kinds = [kind for part in parts for kind in _kinds(part)]
         return sorted(kinds, key=lambda kind: (kind.startswith("a list of"), kind != "text"))
     if origin is typing.Literal:
         return [f"one of {', '.join(str(choice) for choice in arguments)}"]
@@ -95,6 +97,10 @@ def _kinds(hint: Any) -> list[str]:
         item = in_words(arguments[0])
         of_items = "such" if " or " in item else _PLURAL.get(item, item)
         return [*_kinds(arguments[0]), f"a list of {of_items}"]
-    if isinstance(hint, type) and issubclass(hint, Enum):
+    if _is_enum(hint):
         return [f"one of {', '.join(str(choice.value) for choice in hint)}"]
     return [_WORDS.get(hint, "left out: a file cannot give it")]
+
+
+def _is_enum(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Enum)

@@ -44,6 +44,11 @@ class _Loader(yaml.SafeLoader):
 
 def _text_or_float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float | str:
     text = loader.construct_scalar(node)
+    # Half of a pair of UTF-16, and the end of a text in C: neither can be written, or be part of a path.
+    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError(
+            f"line {node.start_mark.line + 1}: {text!r} has a character that no file can hold; leave it out"
+        )
     # YAML 1.1 takes 1e-3 for text. In quotes (which are the node's style) it is text.
     is_plain = node.style is None
     without_sign = text.lstrip("+-")
@@ -65,7 +70,7 @@ def _int_or_text(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | str:
         return text
     number = loader.construct_yaml_int(node)
     # Of an option it would be an error deep in torch or numpy.
-    if abs(number) >= 2**63:
+    if not -(2**63) <= number < 2**63:
         line = node.start_mark.line + 1
         raise UserError(f"line {line}: {text[:20]} is larger than a number of 64 bits; write a smaller one")
     return number

@@ -32,6 +32,7 @@ _LEAST = {
     "data_seed": 0,
     "dataloader_num_workers": 0,
     "dataset_num_proc": 0,
+    "dataloader_prefetch_factor": 1,
 }
 # Options that are finite numbers of 0 or more where they are given; TRL and torch take some others without a word.
 _NOT_NEGATIVE = (
@@ -166,7 +167,11 @@ class TrainingArguments(SFTConfig):
         # transformers converts these with int(), whose errors for inf and NaN do not name the option.
         for name in ("eval_steps", "save_steps", "logging_steps", "warmup_steps"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
+            # A negative number turns something off where nothing is counted in steps.
+            strategy = getattr(self, name.replace("_steps", "_strategy"), "steps")
+            is_counted = getattr(strategy, "value", strategy) == "steps"
+            least = 0 if is_counted else -math.inf
+            if value is not None and not (least <= value and math.isfinite(value)):
                 raise UserError(f"{name} is {value}; it must be a number of steps, or below 1 a fraction of the run")
 
     def _choose_precision(self) -> None:

@@ -9,8 +9,9 @@ import json
 import os
 import re
 import typing
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
+from types import NoneType, UnionType
 from typing import Any
 
 from accelerate.commands.launch import launch_command_parser
@@ -187,17 +188,24 @@ def _set_defaults(
         content = {}
     if not isinstance(content, dict):
         raise UserError(f"recipe {recipe!r} must have lines of `name: value`")
-    # As in TRL's recipes.
-    environment = content.pop("env", None)
-    check_value(f"recipe {recipe!r}: env", environment, dict[str, str | int | float | bool] | None)
-
+    environment = content.pop("env", None) or {}
+    _check_environment(recipe, environment)
     for name in content:
         if name not in known:
             raise UserError(f"recipe {recipe!r} has an unknown key {name!r}{did_you_mean(name, known)}")
     _check_values(recipe, content, parser)
-    for name, value in (environment or {}).items():
+    for name, value in environment.items():
         os.environ[name] = str(value)
     return parser.set_defaults_with_config(**content)
+
+
+def _check_environment(recipe: str, environment: Any) -> None:
+    """Raise for environment variables (``env`` of TRL's recipes) that cannot be set; an empty text is a value."""
+    if not isinstance(environment, dict):
+        raise UserError(f"recipe {recipe!r}: env is {environment!r}; it must be lines of `NAME: value`")
+    for name, value in environment.items():
+        if not name or "=" in name or not isinstance(value, str | int | float):
+            raise UserError(f"recipe {recipe!r}: env has {name!r}: {value!r}; write NAME: text, or NAME: number")
 
 
 def _check_known(of_flags: Sequence[str], known: Collection[str]) -> None:
@@ -232,11 +240,9 @@ def option_hints() -> dict[str, Any]:
     """Every option of ``maskft train`` with the annotation that a value in a recipe has to fit."""
     hints = {}
     for group in _GROUPS:
-        of_group = typing.get_type_hints(group)
-        for spec in dataclasses.fields(group):
-            if spec.init:
-                hints[spec.name] = of_group[spec.name]
-    return hints | IN_A_RECIPE
+        # Also those of fields that are computed, which are no options.
+        hints |= typing.get_type_hints(group)
+    return {spec.name: hints[spec.name] for spec in _option_fields()} | IN_A_RECIPE
 
 
 def _check_values(
@@ -281,18 +287,24 @@ def _check_is_given(
     takes_none = fits(None, hint) and name != "output_dir"
     if value is not None or takes_none:
         return
-    remedy = "" if default is None else f": its default is {default}"
+    remedy = "" if default in (None, "") else f": its default is {default}"
     raise UserError(f"recipe {recipe!r}: {name} has no value; give it one, or leave the line out{remedy}")
 
 
 def _converted(value: Any, hint: Any) -> Any:
-    """The number, or true or false, that a text in quotes stands for where an annotation needs one.
+    """What the parser makes of a text, and of 0 and 1, where an annotation needs a number, true or false, or nothing.
 
-    The parser converts texts, but not those in a list. Any other value comes back as it is.
+    Texts in a list are not converted. Any other value comes back as it is.
     """
+    is_union = typing.get_origin(hint) in (typing.Union, UnionType)
+    kinds = typing.get_args(hint) if is_union else (hint,)
+    if value in (0, 1) and bool in kinds and int not in kinds:
+        return bool(value)
     if not isinstance(value, str):
         return value
-    kinds = typing.get_args(hint) or (hint,)
+    # As TRL's parser, which takes the words of Python and of JSON.
+    if NoneType in kinds and value.lower() in ("none", "null"):
+        return None
     for kind, convert in ((bool, string_to_bool), (int, int), (float, float)):
         if kind in kinds:
             with suppress(ValueError, argparse.ArgumentTypeError):
@@ -302,12 +314,16 @@ def _converted(value: Any, hint: Any) -> Any:
 
 def option_defaults() -> dict[str, Any]:
     """Every option of ``maskft train`` with its default without a preset; None if it has no default."""
-    defaults = {}
+    defaults = {spec.name: _default(spec) for spec in _option_fields()}
+    return defaults | UNSAID
+
+
+def _option_fields() -> Iterator[dataclasses.Field]:
+    """The field of every option."""
     for group in _GROUPS:
         for spec in dataclasses.fields(group):
             if spec.init:
-                defaults[spec.name] = _default(spec)
-    return defaults | UNSAID
+                yield spec
 
 
 def _default(spec: dataclasses.Field) -> Any:

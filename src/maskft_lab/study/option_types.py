@@ -7,13 +7,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from maskft.data.arguments import DataArguments
+from maskft.data.arguments import DATA_NAMES, DataArguments
 from maskft.training.options import IN_A_RECIPE, option_hints
 from maskft_common.errors import UserError
 from maskft_common.method_options import TAKE_NO
 from maskft_common.value_check import check_value
 
 from ..evaluation.evaluation_arguments import EvaluationArguments
+
+# Options of which a command takes one text, and a recipe of `maskft train` more.
+_AS_WORDS = dict.fromkeys(("report_to", "optim_target_modules", "fsdp", "trackio_static_space_id"), str | None)
 
 # An option in the file: where, its name, its value.
 _Given = tuple[str, str, Any]
@@ -34,9 +37,11 @@ def check_option_types(
     Raises:
         UserError: For the first value of a wrong type.
     """
-    of_evaluation = typing.get_type_hints(DataArguments) | typing.get_type_hints(EvaluationArguments) | IN_A_RECIPE
+    of_evaluation = typing.get_type_hints(DataArguments) | typing.get_type_hints(EvaluationArguments)
+    for name in DATA_NAMES:
+        of_evaluation[name] = IN_A_RECIPE[name]
     of_evaluation["tasks"] = str | list[str] | None
-    of_training = option_hints()
+    of_training = option_hints() | _AS_WORDS
     given = [(*each, of_training) for each in _training_options(content)]
     given += [(*each, of_evaluation) for each in _evaluation_options(content)]
     for where, name, value, hints in given:
@@ -45,28 +50,39 @@ def check_option_types(
         if name not in hints or value is None or is_no or value == stands_for.get(name):
             continue
         try:
-            check_value(f"{where}.{name}", value, hints[name])
+            check_value(where, value, hints[name])
+            _check_list(where, value)
         except UserError as error:
             raise UserError(f"{source}: {error}") from None
+
+
+def _check_list(where: str, value: Any) -> None:
+    """Raise for a list that means something else as words of a command."""
+    if value == []:  # a switch without a value is true
+        raise UserError(f"{where} is an empty list; give it a value, or leave the line out")
+    for item in value if isinstance(value, list) else [value]:
+        is_option = isinstance(item, str) and item.startswith("-")
+        if is_option and (item == "--" or isinstance(value, list)):
+            raise UserError(f"{where} has {item!r}, which a command would take for an option; leave it out")
 
 
 def _training_options(content: Any) -> Iterator[_Given]:
     """Options of ``maskft train``, one of a grid or of ``tune`` for each of its values."""
     for name, value in _mapping(content, "train").items():
-        yield "train", name, value
+        yield f"train.{name}", name, value
     for part in ("data", "methods"):
         for key, section in _mapping(content, part).items():
             # Keys of the section itself, such as `from`, are no options; `start_mask` is both, and text in both.
             if isinstance(section, dict):
                 for name, value in section.items():
-                    yield f"{part}.{key}", name, value
+                    yield f"{part}.{key}.{name}", name, value
 
     for method, section in _mapping(content, "methods").items():
         for name, values in _mapping(section, "tune").items():
-            yield from _each(f"methods.{method}.tune", name, values)
+            yield from _each(f"methods.{method}.tune.{name}", name, values)
     for key, values in _mapping(content, "grid").items():
         _, _, name = key.rpartition(".")  # METHOD.OPTION
-        yield from _each("grid", name, values)
+        yield from _each(f"grid.{key}", name, values)
 
 
 def _each(where: str, name: str, values: Any) -> Iterator[_Given]:
@@ -84,9 +100,9 @@ def _evaluation_options(content: Any) -> Iterator[_Given]:
             sections[f"{place}.before.{name}"] = _mapping(before, name)
     for where, section in sections.items():
         for name, value in section.items():
-            yield where, name, value
+            yield f"{where}.{name}", name, value
         for name, value in _mapping(section, "heldout").items():
-            yield f"{where}.heldout", name, value
+            yield f"{where}.heldout.{name}", name, value
 
 
 def _mapping(content: Any, name: str) -> dict[str, Any]:

@@ -380,6 +380,8 @@ class Recipe(Section):
         """Take ``before`` out of ``evaluation``: it has other types than the options around it."""
         if not isinstance(content, dict):
             return content
+        if "evaluation.before" in content:  # the name that is given to it below
+            raise ValueError("unknown key 'evaluation.before'; write evaluation: {before: ...}")
         # Anything of a wrong type is left to pydantic, whose messages name the place.
         evaluation = content.get("evaluation")
         if not isinstance(evaluation, dict) or "before" not in evaluation:

@@ -241,8 +241,13 @@ def parsed_run(run: StudyRun) -> TrainConfig:
         options["mask_removed_value_model"] = run.model
 
     # The parser would report unknown options too, but without the keys of a method among its suggestions.
-    known = option_defaults().keys() | launch_options()
+    known = option_defaults().keys()
     for name in options:
+        if name in launch_options() - known:
+            raise UserError(
+                f"{name} is an option of accelerate launch; write launch: {{num_processes: 2}}, or launch: "
+                "{accelerate_config: FILE} for its other options"
+            )
         if name not in known:
             # It may also be a misspelt key of a method, such as `tune`.
             keys_of_methods = [field.alias or key for key, field in Method.model_fields.items()]
