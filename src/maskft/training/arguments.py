@@ -165,14 +165,16 @@ class TrainingArguments(SFTConfig):
         if self.max_steps < 1 and self.max_steps != -1:
             raise UserError(f"max_steps is {self.max_steps}; it must be at least 1, or -1 to count num_train_epochs")
         # transformers converts these with int(), whose errors for inf and NaN do not name the option.
-        for name in ("eval_steps", "save_steps", "logging_steps", "warmup_steps"):
-            value = getattr(self, name)
+        for what in ("eval", "save", "logging", "warmup"):
+            steps = getattr(self, f"{what}_steps")
             # A negative number turns something off where nothing is counted in steps.
-            strategy = getattr(self, name.replace("_steps", "_strategy"), "steps")
+            strategy = getattr(self, f"{what}_strategy", "steps")
             is_counted = getattr(strategy, "value", strategy) == "steps"
             least = 0 if is_counted else -math.inf
-            if value is not None and not (least <= value and math.isfinite(value)):
-                raise UserError(f"{name} is {value}; it must be a number of steps, or below 1 a fraction of the run")
+            if steps is not None and not (least <= steps and math.isfinite(steps)):
+                raise UserError(
+                    f"{what}_steps is {steps}; it must be a number of steps, or below 1 a fraction of the run"
+                )
 
     def _choose_precision(self) -> None:
         """Choose float32 on a CPU that would compute slower in bfloat16, if neither is asked for."""
