@@ -34,6 +34,13 @@ _LEAST = {
     "dataset_num_proc": 0,
     "dataloader_prefetch_factor": 1,
 }
+# Numbers of steps, and the option that says whether they are counted; warmup always is.
+_STEPS = {
+    "eval_steps": "eval_strategy",
+    "save_steps": "save_strategy",
+    "logging_steps": "logging_strategy",
+    "warmup_steps": "",
+}
 # Options that are finite numbers of 0 or more where they are given; TRL and torch take some others without a word.
 _NOT_NEGATIVE = (
     "learning_rate",
@@ -165,16 +172,14 @@ class TrainingArguments(SFTConfig):
         if self.max_steps < 1 and self.max_steps != -1:
             raise UserError(f"max_steps is {self.max_steps}; it must be at least 1, or -1 to count num_train_epochs")
         # transformers converts these with int(), whose errors for inf and NaN do not name the option.
-        for what in ("eval", "save", "logging", "warmup"):
-            steps = getattr(self, f"{what}_steps")
+        for name, strategy_name in _STEPS.items():
+            steps = getattr(self, name)
             # A negative number turns something off where nothing is counted in steps.
-            strategy = getattr(self, f"{what}_strategy", "steps")
+            strategy = getattr(self, strategy_name) if strategy_name else "steps"
             is_counted = getattr(strategy, "value", strategy) == "steps"
             least = 0 if is_counted else -math.inf
             if steps is not None and not (least <= steps and math.isfinite(steps)):
-                raise UserError(
-                    f"{what}_steps is {steps}; it must be a number of steps, or below 1 a fraction of the run"
-                )
+                raise UserError(f"{name} is {steps}; it must be a number of steps, or below 1 a fraction of the run")
 
     def _choose_precision(self) -> None:
         """Choose float32 on a CPU that would compute slower in bfloat16, if neither is asked for."""
