@@ -94,6 +94,18 @@ def test_a_recipe_is_read_once_by_our_reader(tmp_path, monkeypatch):
     assert other_words == ["--config", str(recipe), "--max_steps", "9"]
 
 
+def test_what_one_run_is_given_is_not_the_next_ones(tmp_path):
+    """Runs without a recipe share a parser; a recipe changes the defaults of its own."""
+    words = ["--model_name_or_path", "tiny", "--dataset_name", "rows"]
+    (tmp_path / "recipe.yaml").write_text("learning_rate: 0.5\nmask_target_modules: [q_proj]\n")
+    before, *_ = parse_words(words)
+    parse_words([*words, "--learning_rate", "0.25", "--mask_target_modules", "k_proj", "--seed", "3"])
+    given, *_ = parse_words([*words, "--config", str(tmp_path / "recipe.yaml")])
+    assert (given.training.learning_rate, given.mask.mask_target_modules) == (0.5, ["q_proj"])
+    after, *_ = parse_words(words)
+    assert after.training.to_dict() == before.training.to_dict() and after.mask == before.mask
+
+
 def test_what_the_parser_takes_is_taken_in_a_recipe_too(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(

@@ -43,17 +43,23 @@ def launch_options() -> frozenset[str]:
     return frozenset(names)
 
 
+@functools.cache
+def _switches() -> frozenset[str]:
+    """Options of ``accelerate launch`` that take no value, with their dashes."""
+    switches: set[str] = set()
+    for action in launch_command_parser()._actions:
+        if action.nargs == 0:
+            switches.update(action.option_strings)
+    return frozenset(switches)
+
+
 def words_of_recipe(of_recipe: Sequence[str]) -> list[str]:
     """Words for ``accelerate launch``, from the names and values of a recipe in turn.
 
     TRL's parser returns a value after every name. A switch such as ``--multi_gpu`` takes none: accelerate would run the
     word after it, ``True``, as the script.
     """
-    switches = set()
-    for action in launch_command_parser()._actions:
-        if action.nargs == 0:
-            switches.update(action.option_strings)
-
+    switches = _switches()
     words = []
     for name, value in zip(of_recipe[::2], of_recipe[1::2], strict=True):
         # In text, as TRL writes the booleans of YAML.

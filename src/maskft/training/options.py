@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -101,6 +102,11 @@ def make_parser() -> TrlParser:
     return parser
 
 
+@functools.cache
+def _parser_of_flags() -> TrlParser:
+    return make_parser()
+
+
 def parse_words(argv: Sequence[str]) -> tuple[TrainConfig, list[str], list[str]]:
     """Parse the words after ``maskft train``; flags override ``--config``.
 
@@ -110,7 +116,6 @@ def parse_words(argv: Sequence[str]) -> tuple[TrainConfig, list[str], list[str]]
     Raises:
         UserError: For the first mistake.
     """
-    parser = make_parser()
     words: list[str] = []
     for word in argv:
         if word.startswith("--config="):
@@ -118,12 +123,15 @@ def parse_words(argv: Sequence[str]) -> tuple[TrainConfig, list[str], list[str]]
             words += word.split("=", 1)
         else:
             words.append(word)
+    has_recipe = "--config" in words
+    # A recipe changes the parser's defaults. Without one the same parser serves all runs of a study.
+    parser = make_parser() if has_recipe else _parser_of_flags()
     check_lists(parser, words)
 
     known = {action.dest for action in parser._actions} | launch_options()
     of_recipe: list[str] = []
     flags = list(words)
-    if "--config" in words:
+    if has_recipe:
         position = words.index("--config")
         if position + 1 == len(words):
             raise UserError("--config needs the path of a recipe")
