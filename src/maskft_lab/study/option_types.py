@@ -71,15 +71,15 @@ def _training_options(content: Any) -> Iterator[_Given]:
     for name, value in _mapping(content, "train").items():
         yield f"train.{name}", name, value
     for part in ("data", "methods"):
-        for key, section in _mapping(content, part).items():
+        sections = _mapping(content, part)
+        for key in sections:
+            section = _mapping(sections, key)
             # Keys of the section itself, such as `from`, are no options; `start_mask` is both, and text in both.
-            if isinstance(section, dict):
-                for name, value in section.items():
-                    yield f"{part}.{key}.{name}", name, value
-
-    for method, section in _mapping(content, "methods").items():
-        for name, values in _mapping(section, "tune").items():
-            yield from _each(f"methods.{method}.tune.{name}", name, values)
+            for name, value in section.items():
+                yield f"{part}.{key}.{name}", name, value
+            # Only methods have it.
+            for name, values in _mapping(section, "tune").items():
+                yield from _each(f"{part}.{key}.tune.{name}", name, values)
     for key, values in _mapping(content, "grid").items():
         _, _, name = key.rpartition(".")  # METHOD.OPTION
         yield from _each(f"grid.{key}", name, values)

@@ -242,8 +242,9 @@ def parsed_run(run: StudyRun) -> TrainConfig:
 
     # The parser would report unknown options too, but without the keys of a method among its suggestions.
     known = option_defaults().keys()
+    of_launch = launch_options() - known
     for name in options:
-        if name in launch_options() - known:
+        if name in of_launch:
             raise UserError(
                 f"{name} is an option of accelerate launch; write launch: {{num_processes: 2}}, or launch: "
                 "{accelerate_config: FILE} for its other options"
